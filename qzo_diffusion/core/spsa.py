@@ -1,0 +1,89 @@
+"""Q-SPSA: the directional derivative of a loss with respect to the trained numbers, from two forward passes.
+
+For a direction z and a radius ε (QZO, arXiv 2505.13430, equation 4; SPSA, Spall 1992):
+
+    d  = (L(θ + ε z; B) - L(θ - ε z; B)) / (2 ε)        same batch B, same noise, same noise levels
+    d' = clip(d, -C, C)                                 directional derivative clipping (DDC)
+
+E[d z] is the gradient up to O(ε²). Clipping makes it biased: z and the sign of d correlate.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.parametrize import Parametrization
+
+Batch = TypeVar("Batch")
+Objective = Callable[[Batch], Tensor]
+"""A micro-batch -> one loss per example, [B]. Its randomness is in the micro-batch, so it can be evaluated twice."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One step's estimate. All tuples have one entry per direction; losses are means over the examples of the batch."""
+
+    directions: tuple[Direction, ...]
+    loss_plus: tuple[float, ...]
+    loss_minus: tuple[float, ...]
+    directional_derivative: tuple[float, ...]
+    projected_grad: tuple[float, ...]
+    clipped: tuple[bool, ...]
+
+    @property
+    def loss(self) -> float:
+        """The mean of all probes: L(θ) up to O(ε²), without a forward of its own."""
+        return (sum(self.loss_plus) + sum(self.loss_minus)) / (2 * len(self.directions))
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.projected_grad))
+
+
+def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> float:
+    """The mean over all examples of all micro-batches, exact whatever their sizes; no gradient is recorded."""
+    with torch.no_grad():
+        losses = [objective(micro_batch).detach().reshape(-1) for micro_batch in micro_batches]
+    return torch.cat([part.to("cpu", torch.float64) for part in losses]).mean().item()
+
+
+def clip_directional_derivative(d: float, clip_threshold: float | None) -> float:
+    """DDC. NaN stays NaN, so that the loop can see and skip the step; `min(max())` would hide it."""
+    if clip_threshold is None or math.isnan(d):
+        return d
+    return max(-clip_threshold, min(clip_threshold, d))
+
+
+def estimate(
+    objective: Objective[Batch],
+    micro_batches: Sequence[Batch],
+    parametrization: Parametrization,
+    directions: Sequence[Direction],
+    *,
+    eps: float,
+    clip_threshold: float | None = None,
+) -> Estimate:
+    """Two forward passes per direction. The scales are bit for bit what they were, also when `objective` raises.
+
+    Args:
+        objective: one loss per example of a micro-batch.
+        micro_batches: the step's batch in parts that fit into memory; losses are averaged before d is formed.
+        parametrization: the trained numbers.
+        directions: where to probe; their z are averaged in the update.
+        eps: ε, the radius of the probe, in the parametrization's units.
+        clip_threshold: C of DDC, None for no clipping.
+    """
+    plus, minus, derivatives, projected = [], [], [], []
+    for direction in directions:
+        for radius, losses in ((eps, plus), (-eps, minus)):
+            with parametrization.scales.showing(parametrization.view(direction, radius)):
+                losses.append(mean_loss(objective, micro_batches))
+        derivatives.append((plus[-1] - minus[-1]) / (2 * eps))
+        projected.append(clip_directional_derivative(derivatives[-1], clip_threshold))
+    clipped = tuple(math.isfinite(d) and d != g for d, g in zip(derivatives, projected, strict=True))
+    return Estimate(tuple(directions), tuple(plus), tuple(minus), tuple(derivatives), tuple(projected), clipped)
