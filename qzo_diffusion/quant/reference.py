@@ -1,0 +1,89 @@
+"""Blockwise 4-bit quantization in plain torch: the readable definition that the fast back-ends are tested against.
+
+    w[o, k] = codebook[codes[o, k]] · absmax[block of (o, k)]        block b covers flat weights b·blocksize .. (b+1)·blocksize - 1
+
+Differentiable in `absmax` and usable in float64, so it also serves as the oracle of the tests. NF4 is the codebook of QLoRA
+(arXiv 2305.14314, appendix E): quantiles of a normal distribution. FP4 is 1 sign, 2 exponent and 1 mantissa bit, scaled to 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qzo_diffusion.quant.base import QuantType
+
+_NF4 = (
+    (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453)
+    + (-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0)
+    + (0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
+    + (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+)
+_FP4_POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # in the order of the bit patterns
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": _NF4,
+    "fp4": _FP4_POSITIVE + tuple(-value for value in _FP4_POSITIVE),
+}
+
+
+def quantize_blockwise(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> codes uint8 [N, K], absmax [N·K / blocksize] in the weight's dtype (at least fp32).
+
+    Each block is divided by its largest magnitude; every value goes to the nearest entry of the codebook.
+    """
+    blocks = weight.detach().reshape(-1, blocksize)
+    blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+    absmax = blocks.abs().amax(dim=1)
+    unit = blocks / absmax.clamp(min=torch.finfo(absmax.dtype).tiny).unsqueeze(1)
+    values, order = torch.tensor(CODEBOOKS[quant_type], dtype=unit.dtype, device=unit.device).sort()
+    nearest = torch.bucketize(unit, (values[1:] + values[:-1]) / 2)
+    return order[nearest].to(torch.uint8).view(weight.shape), absmax
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, quant_type: QuantType, blocksize: int) -> Tensor:
+    """codes [N, K] and absmax [N·K / blocksize] -> weight [N, K] in absmax' dtype."""
+    codebook = torch.tensor(CODEBOOKS[quant_type], dtype=absmax.dtype, device=absmax.device)
+    blocks = codebook[codes.long()].view(-1, blocksize) * absmax.unsqueeze(1)
+    return blocks.view(codes.shape)
+
+
+class ReferenceLinear4bit(nn.Module):
+    """A linear layer over 4-bit codes. Buffers: `codes` uint8 [N, K], `absmax` fp32 or fp64 [N·K / blocksize]."""
+
+    codes: Tensor
+    absmax: Tensor
+
+    def __init__(self, codes: Tensor, absmax: Tensor, bias: Tensor | None, quant_type: QuantType, blocksize: int) -> None:
+        super().__init__()
+        self.quant_type, self.blocksize = quant_type, blocksize
+        self.out_features, self.in_features = codes.shape
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quant_type: QuantType, blocksize: int) -> "ReferenceLinear4bit":
+        codes, absmax = quantize_blockwise(linear.weight, quant_type, blocksize)
+        return cls(codes, absmax, linear.bias, quant_type, blocksize)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = dequantize_blockwise(self.codes, self.absmax, self.quant_type, self.blocksize)
+        return F.linear(x, weight.to(x.dtype), self.bias)
+
+
+@dataclass(frozen=True)
+class ReferenceHandle:
+    name: str
+    module: ReferenceLinear4bit
+
+    @property
+    def scales(self) -> Tensor:
+        return self.module.absmax
+
+    @property
+    def codes(self) -> Tensor:
+        return self.module.codes
+
+    def show(self, scales: Tensor) -> None:
+        self.module.absmax = scales
