@@ -42,7 +42,8 @@ class Estimate:
 
     @property
     def finite(self) -> bool:
-        return all(map(math.isfinite, self.projected_grad))
+        """False when any probe was NaN or infinite; clipping must not make such a step look sound."""
+        return all(map(math.isfinite, self.directional_derivative))
 
 
 def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> float:

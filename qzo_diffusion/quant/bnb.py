@@ -10,7 +10,6 @@ Traps that this file disarms, each held by a test:
   the weight.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +21,8 @@ from qzo_diffusion.quant.base import QuantType
 
 
 def _bitsandbytes() -> Any:
-    """Import on first use, without its note about an optional kernel package that nobody asked for."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import bitsandbytes
-    finally:
-        logger.setLevel(level)
+    import bitsandbytes  # on first use: half a second, and not needed by the reference back-end
+
     return bitsandbytes
 
 

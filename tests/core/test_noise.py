@@ -1,0 +1,82 @@
+"""z: portable, keyed by name, unbiased."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from qzo_diffusion.core.noise import Direction, derive_key, directions_of_step, random_bits, torch_generator
+
+LIKE = torch.empty(1000)
+
+
+def test_bits_are_those_of_numpys_philox_lowest_bit_first():
+    key = int.from_bytes(hashlib.blake2b(b"7\x1f3\x1f0\x1flayer", digest_size=16).digest(), "little")
+    words = np.random.Philox(key=key).random_raw(3)
+    expected = [bool(int(words[i // 64]) >> (i % 64) & 1) for i in range(130)]
+    assert random_bits(130, torch.device("cpu"), 7, 3, 0, "layer").tolist() == expected
+
+
+def test_known_bits_stay_what_they_are():
+    """A journal of seeds is worthless if these ever change."""
+    signs = Direction(seed=1, step=2, index=3).z("transformer_blocks.0.attn.to_q", torch.empty(16))
+    assert "".join("+" if value > 0 else "-" for value in signs) == "-+--+++--+++++-+"
+
+
+def test_a_longer_draw_starts_with_the_shorter_one():
+    direction = Direction(0, 0)
+    assert torch.equal(direction.z("a", torch.empty(70)), direction.z("a", LIKE)[:70])
+
+
+@pytest.mark.parametrize("other", [Direction(1, 0, 0), Direction(0, 1, 0), Direction(0, 0, 1)])
+def test_seed_step_and_index_give_other_directions(other):
+    assert not torch.equal(Direction(0, 0, 0).z("a", LIKE), other.z("a", LIKE))
+
+
+def test_names_give_independent_z():
+    a, b = Direction(0, 0).z("a", torch.empty(100_000)), Direction(0, 0).z("b", torch.empty(100_000))
+    assert abs((a * b).mean().item()) < 5 / 100_000**0.5
+
+
+def test_key_parts_cannot_run_into_each_other():
+    assert derive_key(1, 12, "a") != derive_key(11, 2, "a")
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_mean_zero_and_variance_one_within_five_standard_errors(distribution):
+    n = 400_000
+    z = Direction(3, 5, 0, distribution).z("w", torch.empty(n, dtype=torch.float64))
+    assert abs(z.mean().item()) < 5 / n**0.5
+    fourth_moment_error = 2**0.5 / n**0.5 if distribution == "gaussian" else 0
+    assert abs(z.square().mean().item() - 1) <= 5 * fourth_moment_error
+
+
+def test_rademacher_factors_are_two_constants_in_the_scales_dtype():
+    direction = Direction(0, 0)
+    factors = direction.exp_z("a", LIKE, 0.01)
+    expected = torch.where(direction.z("a", LIKE) > 0, np.float32(np.exp(0.01)), np.float32(np.exp(-0.01)))
+    assert torch.equal(factors, expected)
+
+
+def test_gaussian_factors_are_the_exponential_of_z():
+    direction = Direction(0, 0, 0, "gaussian")
+    assert torch.equal(direction.exp_z("a", LIKE, 0.1), torch.exp(0.1 * direction.z("a", LIKE)))
+
+
+def test_scalar_takes_both_signs_equally_often():
+    values = [direction.scalar("layer") for step in range(2000) for direction in directions_of_step(0, step, 1, "rademacher")]
+    assert set(values) == {-1.0, 1.0}
+    assert abs(sum(values)) < 5 * 2000**0.5
+
+
+def test_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    Direction(0, 0).z("a", LIKE)
+    torch.randn(3, generator=torch_generator(0, 1, "data"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generators_of_different_purposes_differ():
+    draws = [torch.rand(4, generator=torch_generator(0, 0, purpose)) for purpose in ("data", "validation")]
+    assert not torch.equal(*draws)

@@ -1,0 +1,122 @@
+"""Updates against their formulas, and a descent on a real quantized network."""
+
+import pytest
+import torch
+
+from qzo_diffusion.core.noise import Direction, directions_of_step
+from qzo_diffusion.core.optimizer import Adam, Momentum, Sgd, gradient_of, make_optimizer, make_schedule
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.spsa import Estimate, estimate, mean_loss
+from tests.quantized import inputs, scaled_network, squared_output
+
+
+def known_estimate(count: int = 1, distribution: str = "rademacher", step: int = 0, grad: float = 0.5) -> Estimate:
+    directions = directions_of_step(7, step, count, distribution)
+    grads = tuple(grad * (index + 1) for index in range(count))
+    return Estimate(directions, grads, grads, grads, grads, (False,) * count)
+
+
+def numbers_after(optimizer, estimates, lr=0.01):
+    """θ of every layer after the steps, at layer level."""
+    _, scales = scaled_network()
+    numbers = parametrize(scales, "layer")
+    for one in estimates:
+        optimizer.step_(numbers, one, lr)
+    return {name: theta.item() for name, theta in numbers.theta.items()}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_sgd_moves_against_the_mean_of_g_z(count):
+    one = known_estimate(count)
+    after = numbers_after(Sgd(), [one])
+    for name, theta in after.items():
+        mean = sum(g * d.scalar(name) for g, d in zip(one.projected_grad, one.directions, strict=True)) / count
+        assert theta == pytest.approx(-0.01 * mean, rel=1e-6)
+
+
+def test_momentum_is_an_average_of_past_estimates():
+    estimates = [known_estimate(step=step) for step in range(3)]
+    after = numbers_after(Momentum(beta=0.5), estimates)
+    for name, theta in after.items():
+        velocity = expected = 0.0
+        for one in estimates:
+            velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].scalar(name)
+            expected -= 0.01 * 0.5 * velocity
+        assert theta == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("count", "distribution"), [(1, "rademacher"), (1, "gaussian"), (4, "rademacher")])
+def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution):
+    estimates = [known_estimate(count, distribution, step, grad=0.3 + step) for step in range(5)]
+    _, scales = scaled_network()
+    numbers = parametrize(scales, "dense")
+    name = next(iter(scales))
+    initial = scales[name].clone()
+    theta = torch.zeros_like(scales[name], requires_grad=True)
+    theirs = torch.optim.Adam([theta], lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+    ours = Adam()
+    for one in estimates:
+        theta.grad = gradient_of(numbers, one, name)
+        theirs.step()
+        ours.step_(numbers, one, 0.01)
+    # fp32 scales carry θ with an error of one rounding a step.
+    torch.testing.assert_close(torch.log(scales[name] / initial), theta.detach(), rtol=0, atol=5 * 5 * 2**-24)
+
+
+def test_adam_stores_one_scalar_for_a_single_rademacher_direction():
+    _, scales = scaled_network()
+    adam = Adam()
+    adam.step_(parametrize(scales, "dense"), known_estimate(), 0.01)
+    seconds = [tensor for name, tensor in adam.state().items() if name.startswith("second.")]
+    assert seconds
+    assert all(tensor.numel() == 1 for tensor in seconds)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_a_loaded_state_continues_as_if_never_stopped(name):
+    estimates = [known_estimate(step=step, grad=0.3 + step) for step in range(4)]
+    whole = numbers_after(make_optimizer(name), estimates)
+    _, scales = scaled_network()
+    numbers, first = parametrize(scales, "layer"), make_optimizer(name)
+    for one in estimates[:2]:
+        first.step_(numbers, one, 0.01)
+    second = make_optimizer(name)
+    second.load_state_(first.state())
+    for one in estimates[2:]:
+        second.step_(numbers, one, 0.01)
+    assert whole == {layer: theta.item() for layer, theta in numbers.theta.items()}
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("level", ["dense", "layer"])
+def test_the_loss_falls(name, level):
+    model, scales = scaled_network()
+    numbers, optimizer = parametrize(scales, level), make_optimizer(name)
+    objective, x = squared_output(model), inputs(16)
+    start = mean_loss(objective, [x])
+    for step in range(60):
+        result = estimate(objective, [x], numbers, [Direction(0, step)], eps=1e-2)
+        optimizer.step_(numbers, result, lr=0.02 if name == "adam" else 0.1)
+    with scales.showing(numbers.view()):
+        end = mean_loss(objective, [x])
+    assert end < 0.9 * start
+
+
+def test_constant_schedule():
+    at = make_schedule("constant", 0.1, 10)
+    assert {at(step) for step in range(10)} == {0.1}
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_falling_schedules_warm_up_to_the_peak_and_end_near_zero(name):
+    at = make_schedule(name, 0.1, 100, warmup_steps=10)
+    values = [at(step) for step in range(100)]
+    assert values[0] == pytest.approx(0.01)
+    assert max(values) == pytest.approx(0.1)
+    assert values[9] == pytest.approx(0.1)
+    assert values[10:] == sorted(values[10:], reverse=True)
+    assert 0 < values[-1] < 0.1 * 0.02
+
+
+def test_cosine_is_half_way_in_the_middle():
+    assert make_schedule("cosine", 1.0, 100)(50) == pytest.approx(0.5)

@@ -1,0 +1,122 @@
+"""A perturbation is shown to a forward and never written: bit for bit, after exceptions and interrupts too."""
+
+import pytest
+import torch
+from torch import nn
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.spsa import estimate
+from tests.quantized import BACKENDS, assert_same, inputs, scaled_network, snapshot, squared_output
+
+LEVELS = [("dense", "relative"), ("dense", "absolute"), ("layer", "relative")]
+
+
+@pytest.mark.parametrize(("backend", "quant_type", "blocksize"), BACKENDS)
+@pytest.mark.parametrize(("level", "units"), LEVELS)
+def test_estimates_leave_everything_bit_for_bit(backend, quant_type, blocksize, level, units):
+    model, scales = scaled_network(backend, quant_type, blocksize)
+    numbers = parametrize(scales, level, units)
+    before = snapshot(model, scales)
+    plain = model(inputs())
+    for step in range(20):
+        estimate(squared_output(model), [inputs()], numbers, [Direction(0, step)], eps=1e-2)
+    assert_same(before, snapshot(model, scales))
+    assert torch.equal(plain, model(inputs()))
+
+
+class Interruptible(nn.Module):
+    """Raises in the middle of the second layer's forward, while its scales are displaced."""
+
+    def __init__(self, inner: nn.Module, error: BaseException) -> None:
+        super().__init__()
+        self.inner, self.error, self.displaced = inner, error, None
+
+    def arm(self, layer: nn.Module, scales: ScaleSet, name: str, handle_scales) -> None:
+        original = layer.forward
+
+        def broken(x):
+            self.displaced = not torch.equal(handle_scales(), scales[name])
+            original(x)
+            raise self.error
+
+        layer.forward = broken
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("backend", ["reference", "bnb"])
+@pytest.mark.parametrize(("level", "units"), LEVELS)
+def test_an_exception_inside_a_forward_puts_everything_back(error, backend, level, units):
+    model, scales = scaled_network(backend)
+    numbers = parametrize(scales, level, units)
+    before = snapshot(model, scales)
+    layer = model[2]
+    seen = (lambda: layer.absmax) if backend == "reference" else (lambda: layer.weight.quant_state.absmax)
+    wrapped = Interruptible(model, error)
+    original = layer.forward
+    wrapped.arm(layer, scales, "2", seen)
+    with pytest.raises(type(error)):
+        estimate(squared_output(wrapped), [inputs()], numbers, [Direction(0, 0)], eps=1e-2)
+    layer.forward = original
+    assert wrapped.displaced is True, "the layer should have been running on perturbed scales"
+    assert torch.equal(seen(), scales["2"])
+    assert_same(before, snapshot(model, scales))
+
+
+def test_at_most_one_layer_is_displaced_and_only_during_its_forward():
+    model, scales = scaled_network()
+    live = {name: scales[name] for name in scales}
+    displaced = []
+
+    def count(_module, _args, _output=None):
+        displaced.append([name for name in scales if model.get_submodule(name).absmax is not live[name]])
+
+    model[1].register_forward_hook(count)
+    with scales.showing(lambda _name, tensor: tensor * 2):
+        model(inputs())
+    assert displaced == [[]]
+
+
+def test_a_view_is_seen_by_the_forward():
+    model, scales = scaled_network("bnb")
+    plain = model[0](inputs()) - model[0].bias
+    with scales.showing(lambda _name, tensor: tensor * 2):
+        doubled = model[0](inputs()) - model[0].bias
+    # Doubling is exact in every product and sum; only adding and subtracting the bias again rounds.
+    torch.testing.assert_close(doubled, 2 * plain, rtol=0, atol=4 * 2**-23 * plain.abs().max().item())
+
+
+def test_views_nest_and_end():
+    model, scales = scaled_network()
+    with scales.showing(lambda _name, tensor: tensor * 2):
+        outer = model(inputs())
+        with scales.showing(None):
+            inner = model(inputs())
+        assert torch.equal(outer, model(inputs()))
+    assert torch.equal(inner, model(inputs()))
+    assert not torch.equal(outer, inner)
+
+
+def test_close_takes_the_hooks_off():
+    model, scales = scaled_network()
+    scales.close()
+    with scales.showing(lambda _name, tensor: tensor * 2):
+        shown = model(inputs())
+    assert torch.equal(shown, model(inputs()))
+
+
+def test_no_layers_is_an_error():
+    with pytest.raises(ModelError, match="without quantized layers"):
+        ScaleSet([])
+
+
+def test_half_precision_scales_are_refused():
+    model, scales = scaled_network()
+    model[0].absmax = model[0].absmax.half()
+    with pytest.raises(ModelError, match="float16"):
+        ScaleSet(scales._handles.values())

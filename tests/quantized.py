@@ -1,0 +1,60 @@
+"""Small quantized networks for tests: every back-end under one name each."""
+
+import torch
+from torch import Tensor, nn
+
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.quant.load import find_scales, quantize_
+
+BACKENDS = [
+    (backend, quant_type, blocksize)
+    for backend in ("reference", "bnb")
+    for quant_type in ("nf4", "fp4")
+    for blocksize in (32, 64, 128)
+]
+
+
+def network(
+    backend: str = "reference",
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    *,
+    width: int = 128,
+    out: int = 8,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> nn.Sequential:
+    """Two quantized linears with a smooth function between them, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out)).to(dtype)
+    for parameter in model.parameters():
+        parameter.data = (torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5).to(dtype)
+    quantize_(model, quant_type=quant_type, blocksize=blocksize, backend=backend)
+    return model.eval()
+
+
+def inputs(count: int = 6, width: int = 128, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def squared_output(model: nn.Module):
+    """An objective: one loss per example."""
+    return lambda x: model(x).square().mean(-1)
+
+
+def snapshot(model: nn.Module, scales: ScaleSet) -> dict[str, Tensor]:
+    """Copies of everything that must not change: live scales and every parameter and buffer (codes among them)."""
+    state = {f"scales.{name}": scales[name].clone() for name in scales}
+    state |= {f"parameter.{name}": p.detach().clone() for name, p in model.named_parameters()}
+    return state | {f"buffer.{name}": b.detach().clone() for name, b in model.named_buffers()}
+
+
+def assert_same(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def scaled_network(*args, **options) -> tuple[nn.Sequential, ScaleSet]:
+    model = network(*args, **options)
+    return model, find_scales(model)
