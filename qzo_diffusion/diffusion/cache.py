@@ -1,0 +1,114 @@
+"""Tensors on disk that can be computed again: latents, prompt embeddings.
+
+A file is named by the hash of everything its content depends on, so a stale entry cannot be hit; it is merely never
+asked for again. Files are written to another name, synced and renamed, so a reader sees all of one or nothing of it and
+writers may race. What was damaged since (safetensors has no checksum of its own, so one is kept in its metadata) counts
+as absent.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+
+from qzo_diffusion.core.errors import OutputError
+
+Key = Mapping[str, str | int | float | bool]
+
+
+class TensorCache:
+    """A folder of named tensors by key. It is made on the first `put`; several processes may share it.
+
+    Example:
+        >>> cache = TensorCache(Path("/tmp/latents"))
+        >>> cache.put({"file": "ab12", "flip": False}, {"latents": torch.zeros(16, 8, 8)})
+        >>> cache.get({"flip": False, "file": "ab12"})["latents"].shape
+        torch.Size([16, 8, 8])
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, key: Key) -> dict[str, torch.Tensor] | None:
+        """The tensors stored under `key`, on the CPU; None if there are none or the file is damaged (it is removed)."""
+        path = self._path(key)
+        try:
+            data = path.read_bytes()
+        except OSError:
+            return None
+        tensors = _decode(data, _canonical(key))
+        if tensors is None:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        return tensors
+
+    def put(self, key: Key, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Store tensors of any device and layout under `key`, in place of what was there.
+
+        Raises:
+            OutputError: the folder cannot be made or written.
+        """
+        path = self._path(key)
+        data = _encode(tensors, _canonical(key))
+        aside = self.folder / f".{path.stem}.{uuid.uuid4().hex}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_synced(aside, data)
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {path}: {error.strerror or error}",
+                f"a folder for the cache that can be written, with {len(data)} bytes free",
+                "free space, correct the permissions, or choose another folder for the cache",
+            ) from error
+
+    def _path(self, key: Key) -> Path:
+        name = hashlib.blake2b(_canonical(key).encode("ascii"), digest_size=20).hexdigest()
+        return self.folder / f"{name}.safetensors"
+
+
+def _canonical(key: Key) -> str:
+    """The key as JSON that does not depend on the order in which it was built."""
+    return json.dumps(dict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _encode(tensors: Mapping[str, torch.Tensor], key: str) -> bytes:
+    # clone: safetensors refuses tensors that share memory.
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return tensors_to_bytes(plain, metadata={"key": key, "checksum": _checksum(plain)})
+
+
+def _decode(data: bytes, key: str) -> dict[str, torch.Tensor] | None:
+    try:
+        header_size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + header_size])["__metadata__"]
+        tensors = tensors_from_bytes(data)
+        intact = metadata["key"] == key and metadata["checksum"] == _checksum(tensors)
+    except Exception:  # Damaged bytes may fail anywhere in two parsers, and the answer is always: compute it again.
+        return None
+    return tensors if intact else None
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

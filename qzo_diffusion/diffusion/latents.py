@@ -1,0 +1,96 @@
+"""Every image through the VAE once, before training; then the VAE can be freed.
+
+Latents are found by sample id and in the cache by the bytes of the file, never by position or step, so that an image
+added to the folder or a run that is resumed cannot pair one picture with the caption of another.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.images import load_pixels
+from qzo_diffusion.diffusion.style_folder import Sample
+
+# Raised whenever `load_pixels` or the file layout gives other numbers, so that old entries are not hit.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents of all samples, on the CPU, in the dtype that the encoder gave."""
+
+    by_key: Mapping[tuple[str, bool], torch.Tensor]
+
+    def latents(self, sample_id: str, flipped: bool) -> torch.Tensor:
+        """[channels, height / 8, width / 8] of a sample. KeyError for an id or a mirror image that was not encoded."""
+        return self.by_key[sample_id, flipped]
+
+
+def encode_samples(
+    samples: Sequence[Sample],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    cache: TensorCache,
+    encoder_id: str,
+    dtype: str,
+    flip: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentSet:
+    """Latents of every sample, and of its mirror image if `flip`; from the cache where they are known.
+
+    Args:
+        encode: float32 [1, 3, height, width] in [-1, 1] to latents [1, channels, h, w]; called without gradients, one
+            image at a time, and not at all when everything is cached.
+        encoder_id: names the encoder and its weights.
+        dtype: the precision in which the encoder computes, such as "bfloat16"; part of the key.
+        progress: called with (done, total) after each image.
+
+    Raises:
+        BadImage: a file became unreadable since the folder was read.
+        ModelError: the encoder gave NaN or infinite latents.
+        OutputError: the cache cannot be written.
+    """
+    wanted = [(sample, flipped) for sample in samples for flipped in ((False, True) if flip else (False,))]
+    found: dict[tuple[str, bool], torch.Tensor] = {}
+    for done, (sample, flipped) in enumerate(wanted, start=1):
+        key = _key(sample, flipped, encoder_id, dtype)
+        stored = cache.get(key)
+        if stored is None:
+            stored = {"latents": _encode_one(sample, flipped, encode)}
+            cache.put(key, stored)
+        found[sample.id, flipped] = stored["latents"]
+        if progress is not None:
+            progress(done, len(wanted))
+    return LatentSet(found)
+
+
+def _key(sample: Sample, flipped: bool, encoder_id: str, dtype: str) -> dict[str, str | int | float | bool]:
+    return {
+        "kind": "latents",
+        "version": FORMAT_VERSION,
+        "sha256": sample.sha256,
+        "width": sample.width,
+        "height": sample.height,
+        "flip": flipped,
+        "encoder": encoder_id,
+        "dtype": dtype,
+    }
+
+
+def _encode_one(sample: Sample, flipped: bool, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    pixels = load_pixels(sample.path, sample.width, sample.height, flipped)
+    # no_grad, not inference_mode: first-order training must be able to keep the result for its backward pass.
+    with torch.no_grad():
+        latents = encode(pixels[None])
+    if latents.ndim != 4 or latents.shape[0] != 1:
+        raise ValueError(f"the encoder gave {tuple(latents.shape)} for one image, not [1, channels, height, width]")
+    if not torch.isfinite(latents).all():
+        raise ModelError(
+            f"NaN or infinite latents for {sample.path}",
+            "an encoder that gives finite numbers",
+            "choose compute.dtype=float32 or bfloat16: float16 overflows in some VAEs",
+        )
+    return latents[0].detach().cpu().contiguous()

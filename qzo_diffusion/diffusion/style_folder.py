@@ -1,0 +1,287 @@
+"""A folder of images as a list of samples, and a table that says what became of every file in it.
+
+No image is dropped silently: each ends as a sample or, with a reason, in `bad`. Which images are held out depends on
+their bytes and the seed alone, so renaming files or adding some does not move the others between training and
+validation, and copies of one picture never end on both sides.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qzo_diffusion.core.errors import ConfigError, DataError
+from qzo_diffusion.diffusion.buckets import nearest_bucket
+from qzo_diffusion.diffusion.captions import (
+    METADATA_NAME,
+    Caption,
+    check_any_caption,
+    is_sidecar,
+    read_captions,
+    relative_id,
+    visible_files,
+)
+from qzo_diffusion.diffusion.images import IMAGE_SUFFIXES, BadImage, is_image_name, open_image
+
+HOLD_OUT_FROM = 20
+_HOLD_OUT_LEAST, _HOLD_OUT_MOST = 4, 32
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable image.
+
+    id: posix path relative to the folder; images of a validation folder have "validation:" before it.
+    sha256: of the bytes of the file.
+    width, height: of the bucket, in pixels.
+    notes: what `open_image` had to convert.
+    split: "train" or "validation".
+    """
+
+    id: str
+    path: Path
+    sha256: str
+    caption: str
+    caption_source: str
+    width: int
+    height: int
+    notes: tuple[str, ...]
+    split: str
+    repeats: int
+
+
+@dataclass(frozen=True)
+class StyleFolder:
+    """All samples ordered by split and path, the unusable images as (id, reason), and remarks for the user."""
+
+    samples: list[Sample]
+    bad: list[tuple[str, str]]
+    notes: list[str]
+
+    @property
+    def train(self) -> list[Sample]:
+        return [sample for sample in self.samples if sample.split == "train"]
+
+    @property
+    def validation(self) -> list[Sample]:
+        return [sample for sample in self.samples if sample.split == "validation"]
+
+
+def read_style_folder(
+    folder: Path,
+    *,
+    resolution: int,
+    caption: str | None = None,
+    trigger: str | None = None,
+    repeats: int = 1,
+    strict: bool = False,
+    validation_dir: Path | None = None,
+    seed: int = 0,
+) -> StyleFolder:
+    """Open every image below `folder`, sub-folders included (not hidden ones, nor links to folders).
+
+    Without `validation_dir`, sets of 20 different images or more hold out a tenth of them (4 to 32). A validation
+    folder may lie inside the folder, or the folder inside it: neither then counts the images of the other.
+
+    Args:
+        resolution: the square root of the area of a bucket, in pixels.
+        caption: text for images without one; trigger: put in place of "[trigger]".
+        repeats: how often each training image comes in an epoch; 1 means once.
+        strict: one bad image is an error.
+
+    Raises:
+        DataError: no such folder, no usable image, wrong captions, or a bad image when strict.
+        ConfigError: resolution below 16, repeats below 1.
+    """
+    if repeats < 1:
+        raise ConfigError(f"repeats: {repeats}", "1 (once an epoch) or more", "raise data.repeats")
+    if validation_dir is None:
+        read = _read(folder, resolution, caption, trigger, skip=None)
+        held_out, remark = _choose_held_out([sample.sha256 for sample in read.samples], seed)
+        samples = [_with_split(sample, sample.sha256 in held_out, repeats) for sample in read.samples]
+        result = StyleFolder(samples, read.bad, [*read.notes, remark])
+    else:
+        result = _read_both(folder, validation_dir, resolution, caption, trigger, repeats)
+    if strict and result.bad:
+        raise DataError(
+            f"{len(result.bad)} unusable images: {_listed([f'{name} ({reason})' for name, reason in result.bad])}",
+            "only usable images, since --strict was given",
+            "replace them, take them out of the folder, or leave out --strict to go on without them",
+        )
+    return replace(result, samples=sorted(result.samples, key=lambda sample: (sample.split, sample.id)))
+
+
+def dataset_table(
+    style_folder: StyleFolder, token_counts: Mapping[str, tuple[int, bool]] | None = None
+) -> list[dict[str, object]]:
+    """The rows of dataset.json. `token_counts`: sample id to (tokens, truncated); both are None where it has none."""
+    rows: list[dict[str, object]] = []
+    for sample in style_folder.samples:
+        tokens, truncated = (token_counts or {}).get(sample.id, (None, None))
+        rows.append(
+            {
+                "file": sample.id,
+                "sha256": sample.sha256,
+                "caption": sample.caption,
+                "caption_source": sample.caption_source,
+                "bucket": f"{sample.width}x{sample.height}",
+                "split": sample.split,
+                "repeats": sample.repeats,
+                "tokens": tokens,
+                "truncated": truncated,
+                "notes": list(sample.notes),
+            }
+        )
+    return rows
+
+
+def summary(style_folder: StyleFolder) -> str:
+    """A few lines for a person: splits, sources of captions, buckets, conversions, bad files, remarks."""
+    samples = style_folder.samples
+    buckets = [f"{sample.width}x{sample.height}" for sample in samples]
+    changed = sum(bool(sample.notes) for sample in samples)
+    lines = [
+        f"images    {len(samples)}: {len(style_folder.train)} train, {len(style_folder.validation)} held out",
+        f"captions  {_counted([sample.caption_source for sample in samples])}",
+        f"buckets   {_counted(buckets)}",
+    ]
+    if changed:
+        lines.append(f"changed   {changed}: {_counted([note for sample in samples for note in sample.notes])}")
+    if style_folder.bad:
+        lines.append(f"unusable  {len(style_folder.bad)}")
+        lines += _shortened([f"  {name}: {reason}" for name, reason in style_folder.bad])
+    return "\n".join(lines + _shortened([f"note      {note}" for note in style_folder.notes]))
+
+
+def _read_both(
+    folder: Path, validation_dir: Path, resolution: int, caption: str | None, trigger: str | None, repeats: int
+) -> StyleFolder:
+    if os.path.realpath(folder) == os.path.realpath(validation_dir):
+        raise DataError(
+            f"{validation_dir} for training and for validation",
+            "a validation folder with other images than those trained on",
+            "choose another --validation-dir, or leave it out",
+        )
+    train = _read(folder, resolution, caption, trigger, skip=validation_dir)
+    held_out = _read(validation_dir, resolution, caption, trigger, skip=folder)
+    renamed = [replace(sample, id=f"validation:{sample.id}") for sample in held_out.samples]
+    samples = [_with_split(sample, False, repeats) for sample in train.samples]
+    samples += [_with_split(sample, True, repeats) for sample in renamed]
+    bad = train.bad + [(f"validation:{name}", reason) for name, reason in held_out.bad]
+    notes = train.notes + [f"validation: {note}" for note in held_out.notes]
+    trained = {sample.sha256 for sample in train.samples}
+    if shared := [sample.id for sample in renamed if sample.sha256 in trained]:
+        notes.append(f"{len(shared)} validation images are also trained on: {_listed(shared)}")
+    return StyleFolder(samples, bad, notes)
+
+
+def _with_split(sample: Sample, held_out: bool, repeats: int) -> Sample:
+    return replace(sample, split="validation", repeats=1) if held_out else replace(sample, repeats=repeats)
+
+
+def _read(folder: Path, resolution: int, caption: str | None, trigger: str | None, *, skip: Path | None) -> StyleFolder:
+    """One folder, everything in the split "train" and once."""
+    _check_folder(folder)
+    files = visible_files(folder, skip=skip)
+    images = [path for path in files if is_image_name(path)]
+    if not images:
+        raise _no_images(folder, files)
+    captions = read_captions(folder, images, fallback=caption, trigger=trigger, skip=skip)
+    samples: list[Sample] = []
+    bad: list[tuple[str, str]] = []
+    for path in images:
+        try:
+            samples.append(_sample(folder, path, captions.by_file[path], resolution))
+        except BadImage as error:
+            bad.append((relative_id(path, folder), error.reason))
+    if not samples:
+        raise DataError(
+            f"none of the {len(bad)} images in {folder} can be used: "
+            + _listed([f"{name} ({reason})" for name, reason in bad]),
+            "at least one image that can be read",
+            "replace the files",
+        )
+    # Once more, since the only captions may have been those of bad images.
+    check_any_caption((captions.by_file[sample.path] for sample in samples), folder)
+    return StyleFolder(samples, bad, [*captions.notes, *_notes_on_files(folder, files), *_notes_on_copies(samples)])
+
+
+def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Sample:
+    opened = open_image(path)
+    width, height = nearest_bucket(*opened.image.size, resolution)
+    return Sample(
+        id=relative_id(path, folder),
+        path=path,
+        sha256=_sha256(path),
+        caption=caption.text,
+        caption_source=caption.source,
+        width=width,
+        height=height,
+        notes=opened.notes,
+        split="train",
+        repeats=1,
+    )
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _choose_held_out(hashes: Sequence[str], seed: int) -> tuple[set[str], str]:
+    """The hashes of the images to hold out, and a remark that says how many or why none."""
+    different = sorted(set(hashes), key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest())
+    if len(different) < HOLD_OUT_FROM:
+        return set(), (
+            f"no image is held out: {len(different)} different images, {HOLD_OUT_FROM} are needed; "
+            "pass --validation-dir to measure a validation loss"
+        )
+    count = min(max(len(different) // 10, _HOLD_OUT_LEAST), _HOLD_OUT_MOST)
+    return set(different[:count]), f"{count} of {len(different)} different images are held out for the validation loss"
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        got = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise DataError(got, "a folder of images", "pass the path of a folder that holds the images")
+
+
+def _no_images(folder: Path, files: Sequence[Path]) -> DataError:
+    held = f"only other files ({_counted([_kind(path) for path in files])})" if files else "no files"
+    return DataError(
+        f"{folder} holds {held}",
+        f"at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), in it or in its sub-folders",
+        "put images into it, convert those of other formats, or pass another folder",
+    )
+
+
+def _notes_on_files(folder: Path, files: Sequence[Path]) -> list[str]:
+    others = [path for path in files if not (is_image_name(path) or is_sidecar(path) or path.name == METADATA_NAME)]
+    return [f"{len(others)} other files were not used: {_counted([_kind(path) for path in others])}"] if others else []
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "links to folders"
+    return path.suffix.lower() or "no extension"
+
+
+def _notes_on_copies(samples: Sequence[Sample]) -> list[str]:
+    by_hash: dict[str, list[str]] = {}
+    for sample in samples:
+        by_hash.setdefault(sample.sha256, []).append(sample.id)
+    return [f"{_listed(names)} are the same file" for names in by_hash.values() if len(names) > 1]
+
+
+def _counted(words: Sequence[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(_shortened(names))
+
+
+def _shortened(lines: Sequence[str]) -> list[str]:
+    return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]

@@ -1,0 +1,256 @@
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional
+
+from qzo_diffusion.diffusion.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, is_image_name, load_pixels, open_image
+from tests.diffusion.image_files import BLUE, save, save_bomb, save_noise, save_png_16_bit_rgb, save_truncated
+
+
+def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    value = open_image(path).image.getpixel((x, y))
+    assert isinstance(value, tuple)
+    return value
+
+
+def saved(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_every_format_opens_by_content_without_a_note(tmp_path: Path, suffix: str) -> None:
+    opened = open_image(save(tmp_path / f"a{suffix.upper()}"))
+    assert is_image_name(tmp_path / f"a{suffix.upper()}")
+    assert (opened.image.mode, opened.image.size) == ("RGB", (32, 32))
+    assert opened.notes == (("converted from palette",) if suffix == ".gif" else ())
+    assert np.abs(np.asarray(opened.image)[0, 0].astype(int) - BLUE).max() <= 4
+
+
+def test_the_suffixes_asked_for_are_there() -> None:
+    assert {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"} <= IMAGE_SUFFIXES
+    assert not is_image_name(Path("a.txt"))
+    assert not is_image_name(Path("png"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    # How a camera stores an upright picture for each orientation, from the EXIF standard: where its first row and its
+    # first column lie. The stored picture is red in its row 0 and green in its column 0.
+    stored = np.full((20, 30, 3), 255, np.uint8)
+    stored[:, 0] = (0, 255, 0)
+    stored[0, :] = (255, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    opened = open_image(saved(Image.fromarray(stored), tmp_path / "a.png", exif=exif))
+    red, green = {
+        1: ("top", "left"),
+        2: ("top", "right"),
+        3: ("bottom", "right"),
+        4: ("bottom", "left"),
+        5: ("left", "top"),
+        6: ("right", "top"),
+        7: ("right", "bottom"),
+        8: ("left", "bottom"),
+    }[orientation]
+    pixels = np.asarray(opened.image)
+    edges = {"top": pixels[0, 1:-1], "bottom": pixels[-1, 1:-1], "left": pixels[1:-1, 0], "right": pixels[1:-1, -1]}
+    assert (edges[red] == (255, 0, 0)).all()
+    assert (edges[green] == (0, 255, 0)).all()
+    assert opened.notes == (("rotated as its EXIF data says",) if orientation > 1 else ())
+
+
+def test_damaged_exif_data_loses_no_picture(tmp_path: Path) -> None:
+    opened = open_image(
+        saved(Image.new("RGB", (32, 32), BLUE), tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff")
+    )
+    assert opened.image.size == (32, 32)
+    assert opened.notes
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "expected", "notes"),
+    [
+        (Image.new("L", (16, 16), 90), "a.png", (90, 90, 90), ("converted from grey",)),
+        (Image.new("1", (16, 16), 1), "a.png", (255, 255, 255), ("converted from black and white",)),
+        (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "a.tif", (255, 0, 0), ("converted from CMYK",)),
+        (Image.new("RGB", (16, 16), BLUE).quantize(4), "a.png", BLUE, ("converted from palette",)),
+        (Image.new("RGBA", (16, 16), (*BLUE, 255)), "a.png", BLUE, ("converted from RGBA",)),
+        (
+            Image.new("RGBA", (16, 16), (0, 0, 0, 0)),
+            "a.png",
+            (255, 255, 255),
+            ("converted from RGBA", "transparent parts laid over white"),
+        ),
+        (
+            Image.new("LA", (16, 16), (0, 0)),
+            "a.png",
+            (255, 255, 255),
+            ("converted from grey with alpha", "transparent parts laid over white"),
+        ),
+        (Image.new("I;16", (16, 16), 257 * 100), "a.png", (100, 100, 100), ("converted from 16-bit grey",)),
+        (Image.new("I;16", (16, 16), 65535), "a.tif", (255, 255, 255), ("converted from 16-bit grey",)),
+        (Image.new("I;16", (16, 16), 300), "a.png", (1, 1, 1), ("converted from 16-bit grey",)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+)
+def test_other_modes_are_converted_and_noted(
+    tmp_path: Path, image: Image.Image, name: str, expected: tuple[int, int, int], notes: tuple[str, ...]
+) -> None:
+    path = saved(image, tmp_path / name)
+    assert open_image(path).notes == notes
+    assert pixel(path) == expected
+
+
+def test_half_transparent_is_mixed_with_white(tmp_path: Path) -> None:
+    assert pixel(saved(Image.new("RGBA", (16, 16), (0, 0, 0, 128)), tmp_path / "a.png")) == (127, 127, 127)
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("P", 0), ("RGB", (0, 0, 0)), ("L", 0)])
+def test_a_transparent_colour_is_laid_over_white(tmp_path: Path, mode: str, clear: object) -> None:
+    image = Image.new(mode, (16, 16))
+    if image.palette is not None:
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    path = saved(image, tmp_path / "a.png", transparency=clear)
+    assert pixel(path) == (255, 255, 255)
+    assert "transparent parts laid over white" in open_image(path).notes
+
+
+def test_cmyk_jpeg_of_adobe_is_not_inverted(tmp_path: Path) -> None:
+    path = saved(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), tmp_path / "a.jpg")
+    assert min(pixel(path)) > 250
+
+
+@pytest.mark.parametrize("value", [0, 0x80FF, 0xFFFF])
+def test_16_bit_colour_is_scaled_and_noted(tmp_path: Path, value: int) -> None:
+    path = save_png_16_bit_rgb(tmp_path / "a.png", value)
+    assert open_image(path).notes == ("converted from 16 bits a channel",)
+    assert all(abs(channel - value / 257) <= 1 for channel in pixel(path))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_an_animation_gives_its_first_frame(tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    path = saved(frames[0], tmp_path / name, save_all=True, append_images=frames[1:], duration=50)
+    assert "first of 3 frames" in open_image(path).notes
+    red, green, blue = pixel(path)
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def write_text(path: Path) -> Path:
+    path.write_text("<html>not found</html>")
+    return path
+
+
+def make_empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def make_fifo(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def link_to_nothing(path: Path) -> Path:
+    path.symlink_to("nowhere.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (save_truncated, "damaged or truncated"),
+        (make_empty, r"0 bytes"),
+        (write_text, "not an image"),
+        (lambda path: save(path, size=(1, 1)), "too small: 1x1"),
+        (lambda path: save(path, size=(500, 15)), "too small: 500x15"),
+        (lambda path: saved(Image.new("F", (16, 16)), path, format="TIFF"), "32-bit"),
+        (make_fifo, "not a regular file"),
+        (link_to_nothing, "link to nothing"),
+        (save_bomb, "too large"),
+        (lambda path: save_bomb(path, side=13_350), "too large"),
+    ],
+    ids=["truncated", "empty", "text", "one-pixel", "strip", "float", "fifo", "broken-link", "bomb", "just-over"],
+)
+def test_what_cannot_be_used_is_a_bad_image_with_a_reason(
+    tmp_path: Path, build: Callable[[Path], Path], reason: str
+) -> None:
+    path = build(tmp_path / "a.png")
+    with pytest.raises(BadImage, match=reason) as caught:
+        open_image(path)
+    assert caught.value.reason in caught.value.got
+    assert str(path) in caught.value.got
+    assert pickle.loads(pickle.dumps(caught.value)).reason == caught.value.reason
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_no_format_fails_otherwise_when_cut_off(tmp_path: Path, suffix: str) -> None:
+    path = save_noise(tmp_path / f"a{suffix}")
+    data = path.read_bytes()
+    for length in (1, 9, 40, len(data) // 2):
+        path.write_bytes(data[:length])
+        with pytest.raises(BadImage):
+            open_image(path)
+
+
+def test_a_bomb_is_refused_before_a_pixel_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # a caller may have lifted Pillow's own limit
+    path = save_bomb(tmp_path / "a.png")
+    with pytest.raises(BadImage, match=f"30000x30000 pixels, at most {MAX_PIXELS}"):
+        open_image(path)
+
+
+def test_pixels_are_float_in_minus_one_to_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    columns = np.zeros((32, 64, 3), np.uint8)
+    columns[:, 32:] = 255
+    Image.fromarray(columns).save(path)
+    pixels = load_pixels(path, width=64, height=32, flip=False)
+    assert (pixels.shape, pixels.dtype) == ((3, 32, 64), torch.float32)
+    assert (pixels[:, :, :32] == -1).all()
+    assert (pixels[:, :, 32:] == 1).all()
+    assert torch.equal(load_pixels(path, 64, 32, flip=True), pixels.flip(2))
+
+
+def test_pixels_cover_the_size_and_are_cut_at_the_centre(tmp_path: Path) -> None:
+    # Three squares side by side; a square view must show the middle one only.
+    strip = np.zeros((40, 120, 3), np.uint8)
+    strip[:, 40:80] = 255
+    Image.fromarray(strip).save(tmp_path / "a.png")
+    assert (load_pixels(tmp_path / "a.png", 16, 16, flip=False) == 1).all()
+
+
+def test_cutting_first_equals_resizing_first(tmp_path: Path) -> None:
+    path = save_noise(tmp_path / "a.png", size=(96, 64))
+    whole = functional.pil_to_tensor(open_image(path).image)
+    resized = functional.resize(whole, [32, 48], functional.InterpolationMode.BICUBIC, antialias=True)
+    expected = functional.center_crop(resized, [32, 32]) / 127.5 - 1
+    got = load_pixels(path, 32, 32, flip=False)
+    # The two differ only where the filter (bicubic, radius 2 output pixels) reaches over the cut.
+    assert torch.allclose(got[:, :, 2:-2], expected[:, :, 2:-2], atol=1.01 / 127.5)
+
+
+def test_a_fine_pattern_is_averaged_not_sampled(tmp_path: Path) -> None:
+    checkers = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(checkers).save(tmp_path / "a.png")
+    pixels = load_pixels(tmp_path / "a.png", 16, 16, flip=False)
+    assert pixels.abs().max() <= 2 / 127.5
+
+
+@pytest.mark.parametrize("size", [(4000, 16), (16, 4000), (17, 16)])
+def test_any_proportions_give_the_size_asked_for(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = save(tmp_path / "a.png", size=size)
+    assert load_pixels(path, 96, 48, flip=False).shape == (3, 48, 96)
