@@ -1,0 +1,77 @@
+"""The training objective of Stable Diffusion 3.5: rectified flow with plain velocity regression.
+
+    noisy    = (1 - sigma) · latents + sigma · noise          sigma in [0, 1], 1 is pure noise
+    velocity = noise - latents                                what the transformer predicts at timestep 1000 · sigma
+    loss     = mean over channels and pixels of (prediction - velocity)²           one number per example
+
+Noise and sigma are arguments, drawn once a step, so that both forwards of a two-point estimate see the same ones. The DDPM
+noising of the paper's released script is a different objective than the one SD3.5 was trained with, and is not offered.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+SigmaDistribution = Literal["uniform", "logit_normal"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything one evaluation of the loss needs.
+
+    latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
+    prompt_embeds [B, T, D], pooled [B, P].
+    """
+
+    latents: Tensor
+    noise: Tensor
+    sigma: Tensor
+    prompt_embeds: Tensor
+    pooled: Tensor
+
+    def split(self, size: int) -> list["Batch"]:
+        """Micro-batches of at most `size` examples; their losses average to this batch's."""
+        parts = [t.split(size) for t in (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)]
+        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """The time shift of SD3 (arXiv 2403.03206, equation 23): `shift` > 1 moves levels towards pure noise, 1 is the identity."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sample_sigmas(
+    count: int, generator: torch.Generator, *, distribution: SigmaDistribution = "uniform", shift: float = 1.0
+) -> Tensor:
+    """Noise levels [count], stratified: one from each of `count` equal slices of the distribution, in random order.
+
+    Stratifying takes most of the variance of sigma out of a batch's loss without changing its mean. "logit_normal" is the
+    standard logit-normal, median 0.5 at shift 1; diffusers' scripts bake shift 3 in (median 0.75). Name the shift.
+    """
+    strata = torch.randperm(count, generator=generator).double()
+    quantile = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    if distribution == "logit_normal":
+        inside = quantile.clamp(1e-6, 1 - 1e-6)
+        quantile = torch.sigmoid(torch.special.ndtri(inside))
+    return shift_sigma(quantile, shift).float()
+
+
+def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """One loss per example, [B] fp32. The transformer runs in `dtype`; noising and the squared error are fp32.
+
+    Args:
+        transformer: called like diffusers' `SD3Transformer2DModel`.
+    """
+    sigma = batch.sigma.view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * batch.latents + sigma * batch.noise
+    prediction = transformer(
+        hidden_states=noisy.to(dtype),
+        timestep=1000 * batch.sigma,
+        encoder_hidden_states=batch.prompt_embeds.to(dtype),
+        pooled_projections=batch.pooled.to(dtype),
+        return_dict=False,
+    )[0]
+    error = prediction.float() - (batch.noise - batch.latents)
+    return error.square().flatten(1).mean(1)

@@ -1,0 +1,105 @@
+"""Generate images from encoded prompts with equal seeds, and lay them out as grids to look at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
+
+LABEL_HEIGHT = 16
+SMALLEST_CELL = 128  # pixels; smaller images are enlarged in grids by whole factors, so that a person can see them
+
+
+class Sampler:
+    """Images of fixed prompts and seeds from the transformer as it is at the moment of the call.
+
+    Args:
+        transformer, scheduler, vae: parts of an SD3 pipeline; of the VAE only the decoder is used.
+        prompts: encoded prompts, in order; prompt i is always sampled from `seed + i`.
+        negative: the encoded negative prompt, needed for guidance above 1.
+        width, height: of the images in pixels.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any,
+        prompts: Sequence[EncodedPrompt],
+        negative: EncodedPrompt,
+        *,
+        width: int,
+        height: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        from diffusers import StableDiffusion3Pipeline
+
+        self._pipeline = StableDiffusion3Pipeline(transformer, scheduler, vae, None, None, None, None, None, None)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._vae, self._prompts, self._negative = vae, list(prompts), negative
+        self._size = {"width": width, "height": height}
+        self._settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._seed, self._batch_size, self._device, self._dtype = seed, batch_size, device, dtype
+
+    def images(self) -> list[Image.Image]:
+        """One RGB image per prompt."""
+        images: list[Image.Image] = []
+        for start in range(0, len(self._prompts), self._batch_size):
+            images += [self._decode(latents) for latents in self._latents(start)]
+        return images
+
+    @torch.no_grad()
+    def _latents(self, start: int) -> Tensor:
+        chosen = self._prompts[start : start + self._batch_size]
+        embeds, pooled = stack_prompts(chosen)
+        negative_embeds, negative_pooled = stack_prompts([self._negative] * len(chosen))
+        to = {"device": self._device, "dtype": self._dtype}
+        seeds = range(self._seed + start, self._seed + start + len(chosen))
+        return self._pipeline(
+            prompt_embeds=embeds.to(**to),
+            pooled_prompt_embeds=pooled.to(**to),
+            negative_prompt_embeds=negative_embeds.to(**to),
+            negative_pooled_prompt_embeds=negative_pooled.to(**to),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # on the CPU: the same on every device
+            output_type="latent",
+            **self._size,
+            **self._settings,
+        ).images
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Image.Image:
+        config = self._vae.config
+        z = latents.unsqueeze(0).float() / config.scaling_factor + config.shift_factor
+        pixels = self._vae.decode(z.to(self._vae.device, self._vae.dtype)).sample
+        return self._pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+
+
+def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
+    """Images as columns of equal length under a line of titles; rows are prompts."""
+    from diffusers.utils import make_image_grid
+
+    first = columns[0][0]
+    factor = max(1, -(-SMALLEST_CELL // min(first.size)))
+    width, height = first.width * factor, first.height * factor
+    rows = [column[row].resize((width, height), Image.Resampling.NEAREST) for row in range(len(columns[0])) for column in columns]
+    body = make_image_grid(rows, rows=len(columns[0]), cols=len(columns))
+    labelled = Image.new("RGB", (body.width, body.height + LABEL_HEIGHT), "white")
+    labelled.paste(body, (0, LABEL_HEIGHT))
+    draw = ImageDraw.Draw(labelled)
+    for index, title in enumerate(titles):
+        draw.text((index * width + 4, 2), title, fill="black")
+    return labelled
+
+
+def mean_saturation(images: Sequence[Image.Image]) -> float:
+    """Mean HSV saturation over all pixels of all images, in [0, 1]: how colourful a set is."""
+    saturation = [torch.frombuffer(bytearray(i.convert("HSV").tobytes()), dtype=torch.uint8)[1::3].float().mean() for i in images]
+    return float(torch.stack(saturation).mean() / 255)
