@@ -1,0 +1,161 @@
+"""The training loop, for diffusion, language models and anything else: it knows an objective, not what is behind it.
+
+One step: draw the batch, probe it at +eps and -eps along each direction, clip, update. Everything random in step t follows from
+(seed, t), so the loop carries no random state.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic
+
+from qzo_diffusion.core.errors import TrainingDiverged
+from qzo_diffusion.core.noise import Distribution, directions_of_step
+from qzo_diffusion.core.optimizer import Optimizer, Schedule
+from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate
+
+MAX_BAD_STEPS = 10  # in a row; then the run stops
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of metrics.jsonl. With several directions d and the projected gradient are lists and `clipped` a fraction."""
+
+    step: int
+    loss_plus: float | list[float]
+    loss_minus: float | list[float]
+    loss: float
+    directional_derivative: float | list[float]
+    projected_grad: float | list[float]
+    lr: float
+    eps: float
+    clipped: bool | float
+    skipped: bool
+    sigma_mean: float | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepBatch(Generic[Batch]):
+    """The micro-batches of one step; `sigma_mean` is the mean noise level for objectives that have one."""
+
+    micro_batches: Sequence[Batch]
+    sigma_mean: float | None = None
+
+
+@dataclass(frozen=True)
+class Probing:
+    """How a step probes: radius, directions, clipping, and the seed of the run."""
+
+    seed: int
+    eps: float
+    num_directions: int = 1
+    distribution: Distribution = "rademacher"
+    clip_threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """steps_done counts from 0 over the whole run; `stopped` is True when it was asked to end early."""
+
+    steps_done: int
+    skipped: int
+    stopped: bool
+
+
+def train(
+    objective: Objective[Batch],
+    batch_of_step: Callable[[int], StepBatch[Batch]],
+    parametrization: Parametrization,
+    optimizer: Optimizer,
+    probing: Probing,
+    schedule: Schedule,
+    *,
+    max_steps: int,
+    first_step: int = 0,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+    after_step: Callable[[int], None] = lambda steps_done: None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Run steps `first_step` .. `max_steps - 1`.
+
+    A step whose loss is NaN or infinite changes nothing: it is recorded as skipped and counted.
+
+    Args:
+        on_step: receives the record of every step.
+        after_step: called with the number of steps done, for samples, validation and checkpoints.
+        stop_requested: asked between steps; True ends the run after the step in hand.
+
+    Raises:
+        TrainingDiverged: ten steps in a row were skipped.
+    """
+    skipped = bad_in_a_row = 0
+    for step in range(first_step, max_steps):
+        if stop_requested():
+            return Outcome(step, skipped, stopped=True)
+        record = train_step_(objective, batch_of_step(step), parametrization, optimizer, probing, schedule(step), step)
+        bad_in_a_row = bad_in_a_row + 1 if record.skipped else 0
+        skipped += record.skipped
+        on_step(record)
+        if bad_in_a_row == MAX_BAD_STEPS:
+            raise TrainingDiverged(
+                f"{MAX_BAD_STEPS} steps in a row with a loss that is NaN or infinite, the last at step {step}",
+                "a finite loss",
+                "lower train.lr or qzo.eps, set qzo.clip_threshold, or use compute.dtype=float32; "
+                "the scales of the last good step were saved",
+            )
+        after_step(step + 1)
+    return Outcome(max_steps, skipped, stopped=False)
+
+
+def train_step_(
+    objective: Objective[Batch],
+    batch: StepBatch[Batch],
+    parametrization: Parametrization,
+    optimizer: Optimizer,
+    probing: Probing,
+    lr: float,
+    step: int,
+) -> StepRecord:
+    """One whole step: estimate, then update."""
+    started = time.perf_counter()
+    directions = directions_of_step(probing.seed, step, probing.num_directions, probing.distribution)
+    result = estimate(
+        objective,
+        batch.micro_batches,
+        parametrization,
+        directions,
+        eps=probing.eps,
+        clip_threshold=probing.clip_threshold,
+    )
+    if result.finite:
+        optimizer.step_(parametrization, result, lr)
+    return _record(step, result, probing, lr, batch.sigma_mean, time.perf_counter() - started)
+
+
+def _record(
+    step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float
+) -> StepRecord:
+    alone = len(result.directions) == 1
+
+    def one_or_list(values: tuple[Any, ...]) -> Any:
+        return values[0] if alone else list(values)
+
+    return StepRecord(
+        step=step,
+        loss_plus=one_or_list(result.loss_plus),
+        loss_minus=one_or_list(result.loss_minus),
+        loss=result.loss,
+        directional_derivative=one_or_list(result.directional_derivative),
+        projected_grad=one_or_list(result.projected_grad),
+        lr=lr,
+        eps=probing.eps,
+        clipped=result.clipped[0] if alone else sum(result.clipped) / len(result.clipped),
+        skipped=not result.finite,
+        sigma_mean=sigma_mean,
+        seconds=seconds,
+    )
