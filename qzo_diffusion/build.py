@@ -1,0 +1,180 @@
+"""From a config to objects: the only file that knows every floor. Below it nothing has heard of a config."""
+
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qzo_diffusion import __version__, resources
+from qzo_diffusion.config import Config
+from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.parametrize import Parametrization, parametrize
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
+from qzo_diffusion.train.loop import Probing
+
+BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
+
+
+def choose_model(name: str) -> tuple[Path, str]:
+    """The pipeline folder that a `--model` means, and a sentence that says which and why.
+
+    Raises:
+        ModelError: it isn't here; the message says how to get it.
+    """
+    if name == "auto":
+        return _choose_automatically()
+    if name == "tiny":
+        return resources.tiny_model(), "model: tiny, the embedded model"
+    if Path(name).is_dir():
+        return Path(name), f"model: the folder {name}"
+    cached = _cached_snapshot(name)
+    if cached is None:
+        raise ModelError(
+            f"{name!r} is neither a folder nor a model in the local cache",
+            "tiny, a pipeline folder, or a Hub id that was downloaded",
+            f"download it: hf download {name} --include '*.json' '*.txt' '*.model' '*.safetensors'",
+        )
+    return cached, f"model: {name} from the local cache"
+
+
+def _choose_automatically() -> tuple[Path, str]:
+    cached = _cached_snapshot(BIG_MODEL)
+    if cached is not None:
+        return cached, f"model: {BIG_MODEL}, found in the local cache"
+    if torch.cuda.is_available():
+        raise ModelError(
+            f"a GPU, but no weights of {BIG_MODEL} in the local cache",
+            "downloaded weights, or a model by name",
+            f"accept the licence at huggingface.co/{BIG_MODEL}, then `hf auth login` and `hf download {BIG_MODEL}`; "
+            "or add --model tiny for the embedded model",
+        )
+    return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
+
+
+def _cached_snapshot(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(name, "model_index.json")
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def is_tiny(folder: Path) -> bool:
+    return folder.resolve() == resources.tiny_model().resolve()
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises ConfigError for a device that torch doesn't know or doesn't see."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"compute.device = {name!r}: {reason}", "auto, cpu or cuda", "use compute.device=cpu") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of forwards: "auto" is bfloat16 on a GPU and float32 on a CPU. Scales and losses are fp32 always."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def tensor_cache(config: Config) -> TensorCache:
+    folder = config.data.cache_dir
+    return TensorCache(Path(folder) if folder else Path.home() / ".cache" / "qzo_diffusion" / "tensors")
+
+
+def quantized_transformer(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The 4-bit transformer, ready for tuning and sampling."""
+    try:
+        transformer = sd3.load_transformer(folder, dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder}/transformer can't be loaded: {reason}", "a whole model", "download it again") from error
+    quantize_(
+        transformer,
+        quant_type=config.quant.type,
+        blocksize=config.quant.blocksize,
+        skip=config.quant.skip,
+        backend=config.quant.backend,
+        device=device,
+    )
+    return transformer.to(device)
+
+
+def scales_and_numbers(config: Config, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
+    scales = find_scales(transformer)
+    return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units)
+
+
+def probing(config: Config) -> Probing:
+    return Probing(
+        seed=config.train.seed,
+        eps=config.qzo.eps,
+        num_directions=config.qzo.num_directions,
+        distribution=config.qzo.directions,
+        clip_threshold=config.qzo.clip_threshold,
+    )
+
+
+def optimizer_and_schedule(config: Config) -> tuple[Optimizer, Schedule]:
+    train = config.train
+    schedule = make_schedule(train.schedule, train.lr, train.max_steps, train.warmup_steps)
+    return make_optimizer(train.optimizer), schedule
+
+
+def scales_metadata(config: Config, model: str, transformer: nn.Module, steps: int) -> dict[str, str]:
+    """What must be known to apply tuned scales to a base again."""
+    return {
+        "qzo.format": "scales/1",
+        "qzo.model": model,
+        "qzo.codes": codes_fingerprint(transformer),
+        "qzo.quant_type": config.quant.type,
+        "qzo.blocksize": str(config.quant.blocksize),
+        "qzo.steps": str(steps),
+        "qzo.seed": str(config.train.seed),
+        "qzo.version": __version__,
+    }
+
+
+def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Versions, hardware and revision, for environment.json."""
+    packages = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "numpy", "safetensors")
+    return {
+        "qzo_diffusion": __version__,
+        "git_revision": _git_revision(),
+        "model": model,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(resources.PACKAGE), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

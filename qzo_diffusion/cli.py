@@ -1,0 +1,168 @@
+"""The command line: verbs, flags and exit codes. Heavy libraries are imported when a verb runs, so `--help` answers at once."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion import __version__
+
+DONE, MENDABLE, INTERRUPTED = 0, 2, 130
+
+# Flags of `train` that are settings by another name: flag -> (key, help)
+TRAIN_FLAGS: dict[str, tuple[str, str]] = {
+    "--style-dir": ("data.style_dir", "folder of images in the style; captions beside them"),
+    "--model": ("model", "auto, tiny, a Hub id in the local cache, or a pipeline folder"),
+    "--caption": ("data.caption", "caption of images that have none; may hold [trigger]"),
+    "--trigger": ("data.trigger", "word that replaces [trigger] in captions and prompts"),
+    "--max-steps": ("train.max_steps", "number of steps"),
+    "--seed": ("train.seed", "seed of directions, noise and order"),
+    "--sample-prompts": ("sample.prompts", "file with one prompt a line"),
+    "--sample-every": ("sample.every", "steps between sample grids; 0: only first and last"),
+    "--validation-dir": ("data.validation_dir", "held-out images in the style"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(arguments)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a note on an optional package that nobody asked for
+    verb: Callable[[argparse.Namespace], int] = options.verb
+    try:
+        return verb(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # one place decides what a user sees; our own bugs keep their traceback
+        from qzo_diffusion.core.errors import UserError
+
+        if isinstance(error, UserError):
+            print(f"qzo-diffuse: {type(error).__name__}\n{error}", file=sys.stderr)
+            return MENDABLE
+        raise
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qzo-diffuse",
+        description="Tune a 4-bit diffusion model on a folder of images by forward passes alone.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_train(verbs)
+    _add_sample(verbs)
+    validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
+    validate.add_argument("--config", type=Path, required=True)
+    validate.set_defaults(verb=_validate)
+    doctor = verbs.add_parser("doctor", help="check this machine and say what a run will use")
+    doctor.add_argument("--json", action="store_true", help="print the facts as JSON")
+    doctor.set_defaults(verb=_doctor)
+    return parser
+
+
+def _add_train(verbs: Any) -> None:
+    train = verbs.add_parser("train", help="tune a model's quantization scales on a folder of images")
+    for flag, (key, text) in TRAIN_FLAGS.items():
+        train.add_argument(flag, metavar=flag.removeprefix("--").upper().replace("-", "_"), help=f"{text} ({key})")
+    train.add_argument("--output-dir", type=Path, help="folder of the run; default outputs/<date>-<name>")
+    train.add_argument("--config", help="YAML file of settings; flags win over it")
+    train.add_argument("--preset", help="a shipped config by name, for example paper")
+    train.add_argument("--strict", action="store_true", help="stop at the first image that can't be used (data.strict)")
+    train.add_argument("--dry-run", action="store_true", help="print settings, data and plan, and do nothing")
+    train.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    train.add_argument("settings", nargs="*", metavar="section.key=value", help="any setting, for example train.lr=1e-3")
+    train.set_defaults(verb=_train)
+
+
+def _add_sample(verbs: Any) -> None:
+    sample = verbs.add_parser("sample", help="make images from a model, with or without a run's tuned scales")
+    sample.add_argument("--model", help="default: the run's model, or auto")
+    sample.add_argument("--run", type=Path, help="a run folder or one of its checkpoints")
+    sample.add_argument("--strength", type=float, default=1.0, help="0: the base, 1: as tuned; default 1")
+    sample.add_argument("--prompts", help="file with one prompt a line")
+    sample.add_argument("--output-dir", type=Path, required=True)
+    sample.add_argument("--seed", type=int, help="prompt i is sampled from seed + i")
+    sample.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    sample.set_defaults(verb=_sample)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = resolve_settings(options)
+    from qzo_diffusion import style_run
+
+    plan = style_run.make_plan(config)
+    if options.dry_run:
+        print(plan.describe())
+        return DONE
+    style_run.say(plan.summary())
+    assert plan.config.data.style_dir is not None
+    output_dir = options.output_dir or style_run.default_output_dir(date.today().isoformat(), plan.config.data.style_dir)
+    results = style_run.run(plan, output_dir)
+    _tell(results, options.json, f"done: {output_dir}")
+    return INTERRUPTED if results["stopped"] else DONE
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from qzo_diffusion import sample_run
+
+    request = sample_run.SampleRequest(
+        options.model, options.run, options.strength, options.prompts, options.output_dir, options.seed
+    )
+    results = sample_run.run(request)
+    _tell(results, options.json, f"done: {results['samples']}")
+    return DONE
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from qzo_diffusion.config import load_config
+
+    print(load_config(options.config).to_yaml(), end="")
+    return DONE
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from qzo_diffusion import doctor
+
+    facts = doctor.examine()
+    print(json.dumps(facts, indent=1) if options.json else doctor.as_text(facts))
+    return MENDABLE if facts["problems"] else DONE
+
+
+def resolve_settings(options: argparse.Namespace) -> Any:
+    """The config of a `train` call: preset or file, then flags, then key=value; later ones win."""
+    from qzo_diffusion import config, resources
+    from qzo_diffusion.core.errors import ConfigError
+
+    if options.preset and options.config:
+        raise ConfigError("both --preset and --config", "one of them", "leave one out")
+    settings: dict[str, Any] = {}
+    if options.preset:
+        name = f"{options.preset}.yaml"
+        if not (resources.shipped("configs") / name).is_file():
+            known = sorted(file.stem for file in resources.shipped("configs").glob("*.yaml"))
+            raise ConfigError(f"no preset {options.preset!r}", f"one of {', '.join(known)}", "choose one of them")
+        settings = config.read_yaml(resources.shipped("configs") / name)
+    elif options.config:
+        settings = config.read_yaml(resources.find_file(options.config, "configs"))
+    for flag, (key, _) in TRAIN_FLAGS.items():
+        value = getattr(options, flag.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            config.set_dotted(settings, key, value)
+    if options.strict:
+        config.set_dotted(settings, "data.strict", True)
+    for text in options.settings:
+        config.set_dotted(settings, *config.parse_override(text))
+    return config.make_config(settings)
+
+
+def _tell(results: dict[str, Any], as_json: bool, line: str) -> None:
+    if as_json:
+        print(json.dumps(results))
+    else:
+        print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

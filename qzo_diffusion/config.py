@@ -1,0 +1,204 @@
+"""A run's settings: strict, typed, every one with a default. Values come from a YAML file, then from flags and `key=value`.
+
+Configs stop at `build.py`; below it everything takes plain arguments. A setting is described once, here.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qzo_diffusion.core.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    style_dir: str | None = None
+    validation_dir: str | None = None
+    caption: str | None = None
+    trigger: str | None = None
+    resolution: Annotated[int, Field(ge=16, multiple_of=16)] | None = None  # None: the model's own
+    batch_size: Count = 16
+    repeats: Count = 1
+    flip: bool = False
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    strict: bool = False
+    cache_dir: str | None = None  # None: the user's cache folder
+
+
+class TrainConfig(Section):
+    max_steps: Annotated[int, Field(ge=0)] = 1000
+    lr: Positive = 3e-3
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    micro_batch_size: Count | None = None  # None: the whole batch at once
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
+
+
+class QzoConfig(Section):
+    parametrization: Literal["dense", "layer"] = "layer"
+    units: Literal["relative", "absolute"] = "relative"
+    eps: Positive = 1e-2
+    num_directions: Count = 1
+    directions: Literal["rademacher", "gaussian"] = "rademacher"
+    clip_threshold: Positive | None = None  # DDC; None: no clipping
+
+    @model_validator(mode="after")
+    def _absolute_needs_dense(self) -> "QzoConfig":
+        if self.units == "absolute" and self.parametrization != "dense":
+            raise ValueError("units: absolute needs parametrization: dense")
+        return self
+
+
+class SigmaConfig(Section):
+    distribution: Literal["uniform", "logit_normal"] = "uniform"
+    shift: Positive = 1.0
+
+
+class QuantConfig(Section):
+    type: Literal["nf4", "fp4"] = "nf4"
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    backend: Literal["bnb", "reference"] = "bnb"
+    skip: list[str] = Field(default_factory=lambda: ["pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out"])
+
+
+class ComputeConfig(Section):
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class SampleConfig(Section):
+    prompts: str | None = None  # a file; None: the shipped grid prompts
+    every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
+    steps: Count = 28
+    guidance: NotNegative = 4.5
+    negative_prompt: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    batch_size: Count = 8
+
+
+class TextConfig(Section):
+    t5_tokens: Count | None = None  # None: the tokenizer's own limit, at most 256 as in the SD3 pipeline
+
+
+class Config(Section):
+    model: str = "auto"
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    qzo: QzoConfig = QzoConfig()
+    sigma: SigmaConfig = SigmaConfig()
+    quant: QuantConfig = QuantConfig()
+    compute: ComputeConfig = ComputeConfig()
+    sample: SampleConfig = SampleConfig()
+    text: TextConfig = TextConfig()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys: `data.batch_size`, `train.lr`, ..."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            keys += known_keys(annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, not text, not YAML, or not a mapping.
+    """
+    remedy = "see configs/ for files that work"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"no file {path}", "a YAML file with settings", remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}", "a YAML file in UTF-8", remedy) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "key: value lines", remedy) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}", "a mapping of sections", remedy)
+    return content
+
+
+def set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
+    """settings["a"]["b"] = value for the key "a.b"; a section that is not a mapping is replaced by one."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = settings.get(section)
+        if not isinstance(inner, dict):
+            inner = settings[section] = {}
+        settings = inner
+    settings[last] = value
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`train.max_steps=10` -> ("train.max_steps", 10); the value is YAML.
+
+    Raises:
+        ConfigError: no `=`, an unknown key, or a value that is not YAML.
+    """
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"argument {text!r}", "section.key=value, for example train.lr=1e-3", "write it as key=value")
+    if key not in known_keys():
+        raise unknown_key(key)
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={raw!r}: {error}", "a plain YAML value", f"quote it: '{key}=\"...\"'") from None
+    return key, value
+
+
+def unknown_key(key: str) -> ConfigError:
+    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+    tail = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known_keys()], n=1, cutoff=0.7)
+    same_tail = [k for k in known_keys() if tail and k.split(".")[-1] == tail[0]]
+    guess = close or same_tail
+    remedy = f"did you mean {guess[0]!r}?" if guess else "see `qzo-diffuse train --help` and configs/ for the keys"
+    return ConfigError(f"unknown setting {key!r}", "a known one", remedy)
+
+
+def make_config(settings: dict[str, Any]) -> Config:
+    """Check a nested mapping of settings.
+
+    Raises:
+        ConfigError: the first thing that is wrong, with its dotted key.
+    """
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def load_config(path: Path) -> Config:
+    return make_config(read_yaml(path))
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "int", "float", "str")))
+    if first["type"] == "extra_forbidden":
+        return unknown_key(key)
+    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return ConfigError(f"{key or 'settings'} = {first['input']!r}", expected, f"correct {key or 'the settings'} and start again")

@@ -1,0 +1,115 @@
+"""What `qzo-diffuse sample` does: images of a prompt file from a model, with or without a run's tuned scales."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qzo_diffusion import build, resources
+from qzo_diffusion.config import Config, load_config
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.prompts import read_prompts
+from qzo_diffusion.diffusion.sampling import Sampler, grid
+from qzo_diffusion.diffusion.sd3 import PromptEncoder
+from qzo_diffusion.quant.load import codes_fingerprint
+from qzo_diffusion.train.run_folder import RunFolder, load_scales
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """`strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the log-scales."""
+
+    model: str | None
+    run: Path | None
+    strength: float
+    prompts: str | None
+    output_dir: Path
+    seed: int | None
+
+
+def run(request: SampleRequest) -> dict[str, Any]:
+    config = _config_of(request)
+    folder, _ = build.choose_model(config.model)
+    sd3.check_model_folder(folder)
+    device = build.choose_device(config.compute.device)
+    dtype = build.choose_dtype(config.compute.dtype, device)
+    default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
+    prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
+    tuned = load_scales(request.run) if request.run else None
+    out = RunFolder(request.output_dir)
+
+    encoder = PromptEncoder(folder, build.tensor_cache(config), device=device, dtype=dtype, t5_tokens=config.text.t5_tokens)
+    encoded = encoder.encode(tqdm([*prompts, config.sample.negative_prompt], desc="encode prompts", leave=False))
+    encoder.close()
+    vae = sd3.load_vae(folder, device)
+    sd3.drop_encoder_(vae)
+    transformer = build.quantized_transformer(config, folder, device, dtype)
+    scales, _ = build.scales_and_numbers(config, transformer)
+    if tuned is not None:
+        apply_scales_(scales, *tuned, codes=codes_fingerprint(transformer), strength=request.strength)
+    side = config.data.resolution or sd3.native_resolution(folder)
+    settings = config.sample
+    sampler = Sampler(
+        transformer,
+        sd3.load_scheduler(folder),
+        vae,
+        [encoded[prompt] for prompt in prompts],
+        encoded[settings.negative_prompt],
+        width=side,
+        height=side,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        device=device,
+        dtype=dtype,
+    )
+    images = sampler.images()
+    files = [f"{index:03d}.png" for index in range(len(images))]
+    for image, name in zip(images, files, strict=True):
+        image.save(out.path / "samples" / name)
+    grid([images], [request.run.name if request.run else "base"]).save(out.path / "samples" / "grid.png")
+    table = [{"file": name, "prompt": prompt} for name, prompt in zip(files, prompts, strict=True)]
+    out.write_json("samples/prompts.json", table)
+    return {"samples": str(out.path / "samples"), "images": len(images), "strength": request.strength}
+
+
+def apply_scales_(
+    scales: ScaleSet, tuned: dict[str, Tensor], facts: dict[str, str], *, codes: str, strength: float = 1.0
+) -> None:
+    """Set the live scales to base · (tuned / base)^strength: a straight line in log-scales.
+
+    Raises:
+        ModelError: the tuned scales belong to other codes than this base has.
+    """
+    if facts.get("qzo.codes") != codes or tuned.keys() != scales.tensors().keys():
+        raise ModelError(
+            f"scales tuned on {facts.get('qzo.model', 'an unknown model')} ({facts.get('qzo.quant_type', '?')}), other codes",
+            "the base model and quantization that the run was tuned on",
+            "give the run's own --model and quantization settings",
+        )
+    for name, target in tuned.items():
+        live = scales[name]
+        if strength == 1.0:
+            live.copy_(target)
+        elif strength != 0.0:
+            ratio = (target.to(live.device) / live.where(live > 0, torch.ones_like(live))).clamp(min=1e-6)
+            live.mul_(torch.exp(strength * torch.log(ratio)))
+
+
+def _config_of(request: SampleRequest) -> Config:
+    """The run's own settings where there is a run, the defaults elsewhere; what the user gave wins."""
+    file = request.run / "config.yaml" if request.run else None
+    config = load_config(file) if file and file.is_file() else Config()
+    if request.model is not None:
+        config.model = request.model
+    if request.prompts is not None:
+        config.sample.prompts = request.prompts
+    if request.seed is not None:
+        config.sample.seed = request.seed
+    return config

@@ -1,0 +1,132 @@
+"""From a style folder to batches: everything that needs the text encoders or the VAE's encoder, which are gone afterwards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qzo_diffusion import build
+from qzo_diffusion.config import Config
+from qzo_diffusion.core.noise import derive_key, torch_generator
+from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.buckets import BatchPlan
+from qzo_diffusion.diffusion.flow_matching import Batch, sample_sigmas
+from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
+from qzo_diffusion.diffusion.sd3 import EncodedPrompt, PromptEncoder, stack_prompts
+from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
+from qzo_diffusion.train.loop import StepBatch
+
+VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)  # every held-out image at each, with noise of its own
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded style folder, on the CPU, and the VAE with its encoder dropped."""
+
+    prompts: dict[str, EncodedPrompt]
+    latents: LatentSet
+    vae: Any
+
+
+def encode(
+    config: Config, folder: Path, style: StyleFolder, sample_prompts: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Encoded:
+    """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder freed before the next."""
+    cache = build.tensor_cache(config)
+    encoder = PromptEncoder(folder, cache, device=device, dtype=dtype, t5_tokens=config.text.t5_tokens)
+    texts = [sample.caption for sample in style.samples] + list(sample_prompts) + ["", config.sample.negative_prompt]
+    unique = list(dict.fromkeys(texts))
+    prompts = encoder.encode(tqdm(unique, desc="encode prompts", leave=False))
+    encoder.close()
+
+    vae = sd3.load_vae(folder, device)
+    identity = sd3.fingerprint_of_files(folder, ("vae",))
+    count = len(style.samples) * (2 if config.data.flip else 1)
+    with tqdm(total=count, desc="encode images", leave=False) as bar:
+        latents = encode_samples(
+            style.samples,
+            sd3.image_encoder(vae),
+            cache=cache,
+            encoder_id=identity,
+            dtype="float32",
+            flip=config.data.flip,
+            progress=lambda done, total: bar.update(done - bar.n) and None,
+        )
+    sd3.drop_encoder_(vae)
+    return Encoded(prompts, latents, vae)
+
+
+class TrainingBatches:
+    """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise and noise levels."""
+
+    def __init__(self, config: Config, samples: Sequence[Sample], encoded: Encoded, device: torch.device) -> None:
+        items = [(index, (sample.width, sample.height)) for index, sample in enumerate(samples)]
+        seed = config.train.seed
+        self._plan = BatchPlan(items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats)
+        self._config, self._samples, self._encoded, self._device = config, samples, encoded, device
+
+    def __call__(self, step: int) -> StepBatch[Batch]:
+        data = self._config.data
+        chosen = [self._samples[index] for index in self._plan.batch(step)]
+        generator = torch_generator(self._config.train.seed, step, "data")
+        chances = torch.rand(2, len(chosen), generator=generator)
+        flipped = [data.flip and float(chance) < 0.5 for chance in chances[0]]
+        captions = [
+            "" if float(chance) < data.caption_dropout else sample.caption
+            for chance, sample in zip(chances[1], chosen, strict=True)
+        ]
+        latents = torch.stack([self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)])
+        noise = torch.randn(latents.shape, generator=generator)
+        sigma_settings = self._config.sigma
+        sigma = sample_sigmas(
+            len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift
+        )
+        batch = make_batch(self._encoded.prompts, captions, latents, noise, sigma, self._device)
+        size = self._config.train.micro_batch_size or len(chosen)
+        return StepBatch(batch.split(size), float(sigma.mean()))
+
+
+def validation_batches(
+    samples: Sequence[Sample], encoded: Encoded, device: torch.device, batch_size: int, seed: int
+) -> list[Batch]:
+    """The same images, noise and noise levels every time, whatever the run's settings: only the seed of the run counts."""
+    by_shape: dict[tuple[int, int], list[tuple[Sample, Tensor, float]]] = {}
+    for sample in samples:
+        for sigma in VALIDATION_SIGMAS:
+            latents = encoded.latents.latents(sample.id, False)
+            generator = torch.Generator().manual_seed(derive_key(seed, "validation", sample.sha256, str(sigma), bits=64) >> 1)
+            entry = (sample, torch.randn(latents.shape, generator=generator), sigma)
+            by_shape.setdefault((sample.width, sample.height), []).append(entry)
+    batches = []
+    for entries in by_shape.values():
+        for start in range(0, len(entries), batch_size):
+            part = entries[start : start + batch_size]
+            latents = torch.stack([encoded.latents.latents(sample.id, False) for sample, _, _ in part])
+            noise = torch.stack([noise for _, noise, _ in part])
+            sigmas = torch.tensor([sigma for _, _, sigma in part])
+            captions = [sample.caption for sample, _, _ in part]
+            batches.append(make_batch(encoded.prompts, captions, latents, noise, sigmas, device))
+    return batches
+
+
+def make_batch(
+    prompts: dict[str, EncodedPrompt],
+    captions: Sequence[str],
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    device: torch.device,
+) -> Batch:
+    embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
+    return Batch(*(tensor.to(device) for tensor in (latents, noise, sigma, embeds, pooled)))
+
+
+def token_counts(style: StyleFolder, prompts: dict[str, EncodedPrompt]) -> dict[str, tuple[int, bool]]:
+    """sample id -> (tokens, truncated), for dataset.json."""
+    return {s.id: (prompts[s.caption].tokens, prompts[s.caption].truncated) for s in style.samples}
+
+
