@@ -1,0 +1,67 @@
+"""Tune any quantized `nn.Module` with any loss, from Python. `docs/api.md` is the tour; its code runs as a test."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qzo_diffusion.core.noise import Distribution
+from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
+from qzo_diffusion.core.parametrize import Level, Units, parametrize
+from qzo_diffusion.quant.load import find_scales, quantize_
+from qzo_diffusion.train.loop import Outcome, Probing, StepBatch, StepRecord, train
+
+__all__ = ["find_scales", "quantize_", "tune_"]
+
+
+def tune_(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    batches: Sequence[Any] | Callable[[int], Any],
+    *,
+    steps: int,
+    lr: float,
+    eps: float = 1e-2,
+    level: Level = "dense",
+    units: Units = "relative",
+    optimizer: OptimizerName = "sgd",
+    schedule: ScheduleName = "constant",
+    num_directions: int = 1,
+    directions: Distribution = "rademacher",
+    clip_threshold: float | None = None,
+    seed: int = 0,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+) -> Outcome:
+    """Tune the quantization scales of `model` in place by forward passes alone (Q-SPSA, arXiv 2505.13430).
+
+    Args:
+        model: holds at least one quantized layer, see `quantize_`.
+        loss: a batch -> one loss per example, [B], or a scalar. Called twice per direction and step under `no_grad`; anything
+            random must come from the batch, so that both calls see the same.
+        batches: a sequence that is cycled through, or a function from the step (counted from 0) to its batch.
+        lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).
+
+    Raises:
+        ModelError: nothing in the model can be tuned.
+        TrainingDiverged: ten steps in a row had a loss that is NaN or infinite; the scales are those of the last good step.
+    """
+
+    def batch_of_step(step: int) -> StepBatch[Any]:
+        return StepBatch([batches(step) if callable(batches) else batches[step % len(batches)]])
+
+    scales = find_scales(model)
+    numbers = parametrize(scales, level, units)
+    try:
+        return train(
+            loss,
+            batch_of_step,
+            numbers,
+            make_optimizer(optimizer),
+            Probing(seed, eps, num_directions, directions, clip_threshold),
+            make_schedule(schedule, lr, steps),
+            max_steps=steps,
+            on_step=on_step,
+        )
+    finally:
+        numbers.merge_()
+        scales.close()

@@ -1,0 +1,101 @@
+"""The rectified-flow objective: its formula, its noise levels, and that both forwards of a step see the same."""
+
+import pytest
+import torch
+
+from qzo_diffusion.diffusion.flow_matching import Batch, sample_sigmas, shift_sigma, velocity_loss
+
+
+class Recorder:
+    """A transformer that remembers its input and answers with a known velocity."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, []
+
+    def __call__(self, **arguments):
+        self.calls.append(arguments)
+        return (self.answer,)
+
+
+def make_batch(count=4, sigma=None):
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(count, 16, 8, 8, generator=generator) for _ in range(2))
+    sigma = torch.linspace(0, 1, count) if sigma is None else sigma
+    embeds, pooled = torch.randn(count, 6, 32, generator=generator), torch.randn(count, 8, generator=generator)
+    return Batch(latents, noise, sigma, embeds, pooled)
+
+
+def test_the_right_velocity_has_no_loss():
+    batch = make_batch()
+    transformer = Recorder(batch.noise - batch.latents)
+    assert torch.equal(velocity_loss(transformer, batch, torch.float32), torch.zeros(4))
+
+
+def test_the_loss_is_the_mean_squared_error_of_each_example():
+    batch = make_batch()
+    offset = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    transformer = Recorder(batch.noise - batch.latents + offset.view(-1, 1, 1, 1))
+    torch.testing.assert_close(velocity_loss(transformer, batch, torch.float32), offset.square())
+
+
+def test_input_runs_from_the_latents_to_pure_noise_and_time_from_0_to_1000():
+    batch = make_batch()
+    transformer = Recorder(batch.noise)
+    velocity_loss(transformer, batch, torch.float32)
+    (call,) = transformer.calls
+    assert torch.equal(call["hidden_states"][0], batch.latents[0])
+    assert torch.equal(call["hidden_states"][-1], batch.noise[-1])
+    torch.testing.assert_close(call["timestep"], 1000 * batch.sigma)
+    middle = make_batch(sigma=torch.full((4,), 0.25))
+    velocity_loss(transformer, middle, torch.float32)
+    torch.testing.assert_close(transformer.calls[-1]["hidden_states"], 0.75 * middle.latents + 0.25 * middle.noise)
+
+
+def test_losses_are_fp32_when_the_model_computes_in_bf16():
+    batch = make_batch()
+    transformer = Recorder(batch.noise.bfloat16())
+    assert velocity_loss(transformer, batch, torch.bfloat16).dtype == torch.float32
+    assert transformer.calls[0]["hidden_states"].dtype == torch.bfloat16
+
+
+def test_micro_batches_hold_every_example_once():
+    batch = make_batch(7)
+    parts = batch.split(3)
+    assert [len(part.sigma) for part in parts] == [3, 3, 1]
+    assert torch.equal(torch.cat([part.latents for part in parts]), batch.latents)
+    assert torch.equal(torch.cat([part.sigma for part in parts]), batch.sigma)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_noise_levels_have_one_in_each_stratum(distribution, count):
+    for seed in range(50):
+        sigma = sample_sigmas(count, torch.Generator().manual_seed(seed), distribution=distribution)
+        quantile = sigma.double() if distribution == "uniform" else torch.special.ndtr(torch.logit(sigma.double()))
+        assert (quantile * count).floor().clamp(0, count - 1).sort().values.tolist() == list(range(count))
+
+
+def test_stratified_levels_have_the_mean_of_the_distribution():
+    draws = torch.cat([sample_sigmas(4, torch.Generator().manual_seed(seed)) for seed in range(2000)]).double()
+    assert abs(draws.mean().item() - 0.5) < 5 * (1 / 12) ** 0.5 / 8000**0.5
+
+
+def test_logit_normal_has_median_one_half_at_shift_1_and_three_quarters_at_shift_3():
+    for shift, median in ((1.0, 0.5), (3.0, 0.75)):
+        sigma = sample_sigmas(10_000, torch.Generator().manual_seed(0), distribution="logit_normal", shift=shift)
+        assert sigma.median().item() == pytest.approx(median, abs=1e-3)
+
+
+def test_shift_keeps_the_ends_and_1_is_the_identity():
+    sigma = torch.linspace(0, 1, 11)
+    assert torch.equal(shift_sigma(sigma, 1.0), sigma)
+    shifted = shift_sigma(sigma, 3.0)
+    assert shifted[0] == 0
+    assert shifted[-1] == 1
+    assert (shifted[1:-1] > sigma[1:-1]).all()
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+def test_levels_follow_the_generator_alone():
+    draws = [sample_sigmas(8, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)

@@ -1,0 +1,149 @@
+"""The house rules, read from the source alone: nothing of the package is imported here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "qzo_diffusion"
+
+# Floor -> what it may import of ours. A floor may always import itself; "" is the bare package (its __version__).
+UNDER_BUILD = {"train", "diffusion", "llm", "evaluate", "quant", "core", "config", "resources", ""}
+BELOW = {
+    "": set(),
+    "core": set(),
+    "quant": {"core", ""},
+    "train": {"core", ""},
+    "diffusion": {"quant", "core", ""},
+    "llm": {"quant", "core", ""},
+    "evaluate": {"quant", "core", ""},
+    "resources": {"core", ""},
+    "config": {"resources", "core", ""},
+    "build": UNDER_BUILD,
+    # One module for each thing that a verb does: they put together what build makes.
+    "style_data": {"build"} | UNDER_BUILD,
+    "style_run": {"build", "style_data"} | UNDER_BUILD,
+    "sample_run": {"build"} | UNDER_BUILD,
+    "doctor": {"build", "config", "resources", "quant", "core", ""},
+    "api": {"quant", "train", "core", ""},
+    "cli": {"build", "config", "doctor", "resources", "api", "style_run", "sample_run", "core.errors", ""},
+}
+CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}
+MATHEMATICS = [f"core/{name}.py" for name in ("noise", "scales", "spsa", "parametrize", "optimizer", "errors")]
+MAY_DIFFERENTIATE = {"core/oracle.py", "llm/rivals.py"}
+DERIVATIVES = ("autograd.grad", "autograd.backward", "func.grad", "func.grad_and_value", "func.vjp", "func.jacrev")
+GRAB_BAGS = {"utils.py", "helpers.py", "common.py"}
+
+
+def imports_of(tree):
+    """Every module that a source asks for, absolute, at any depth, by name or by importlib."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def wrong_import(path, name):
+    floor = path.removesuffix(".py").split("/")[0].removeprefix("__init__")
+    if name.startswith("."):
+        return "relative import"
+    if floor not in BELOW:
+        return "a floor without rules"
+    top, _, inside = name.partition(".")
+    if top != "qzo_diffusion":
+        foreign = floor == "core" and top not in CORE_PACKAGES
+        return "core knows torch, numpy and the standard library only" if foreign else None
+    target = inside if inside.split(".")[0] in BELOW else ""
+    allowed = BELOW[floor] | {floor}
+    if target in allowed or any(target.startswith(f"{module}.") for module in allowed if module):
+        return None
+    return "arrows go down only"
+
+
+def violations(sources):
+    """`path: reason` for every rule that {path inside the package: source} breaks."""
+    found = []
+    for path, source in sources.items():
+        tree = ast.parse(source)
+        names = list(imports_of(tree))
+        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        reasons = [f"{reason}: {name}" for name in names if (reason := wrong_import(path, name))]
+        if path.count("/") and path.endswith("__init__.py") and source.strip():
+            reasons.append("__init__ of a sub-package is not empty")
+        if Path(path).name in GRAB_BAGS:
+            reasons.append("a name that says nothing")
+        if source.count("\n") >= 500:
+            reasons.append("500 lines or more")
+        if path not in MAY_DIFFERENTIATE:
+            reasons += [f"derivative: {name}" for name in names + calls if name.endswith((*DERIVATIVES, ".backward"))]
+        reasons += [f"device by name: {call}" for call in calls if call.endswith(".cuda")]
+        reasons += [f"pickle: {name}" for name in names if name.split(".")[0] == "pickle" or name == "torch.load"]
+        reasons += [f"pickle: {call}" for call in calls if call == "torch.load"]
+        found += [f"{path}: {reason}" for reason in reasons]
+    if sum(sources.get(path, "").count("\n") for path in MATHEMATICS) >= 1000:
+        found.append("core: the mathematics fills 1000 lines or more")
+    return found
+
+
+def test_the_package_keeps_the_rules():
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text("utf-8") for path in PACKAGE.rglob("*.py")}
+    assert {"__init__.py", "core/__init__.py"} <= sources.keys()
+    assert violations(sources) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "reason"),
+    [
+        ("core/spsa.py", "import transformers", "core knows torch"),
+        ("core/spsa.py", "from qzo_diffusion.quant.base import Layer", "arrows"),
+        ("core/spsa.py", "from qzo_diffusion import quant", "arrows"),
+        ("core/spsa.py", "from . import noise", "relative"),
+        ("core/spsa.py", "from qzo_diffusion import __version__", "arrows"),
+        ("quant/bnb.py", "import qzo_diffusion.train.loop", "arrows"),
+        ("train/loop.py", "def f():\n    from qzo_diffusion.quant import base", "arrows"),
+        ("diffusion/sd3.py", "from qzo_diffusion.llm.tasks import Task", "arrows"),
+        ("llm/tasks.py", "import importlib\nimportlib.import_module('qzo_diffusion.diffusion.sd3')", "arrows"),
+        ("evaluate/report.py", "from qzo_diffusion.config import Config", "arrows"),
+        ("quant/base.py", "from qzo_diffusion.build import build", "arrows"),
+        ("build.py", "from qzo_diffusion.cli import main", "arrows"),
+        ("cli.py", "from qzo_diffusion.core.spsa import estimate", "arrows"),
+        ("cellar/wine.py", "import torch", "without rules"),
+        ("core/__init__.py", "from qzo_diffusion.core.noise import z", "__init__"),
+        ("quant/utils.py", "", "name"),
+        ("quant/bnb.py", "x = 1\n" * 500, "500 lines"),
+        ("core/spsa.py", "def f(loss):\n    loss.backward()", "derivative"),
+        ("core/spsa.py", "import torch\ntorch.autograd.grad(y, x)", "derivative"),
+        ("core/spsa.py", "from torch.autograd import grad", "derivative"),
+        ("diffusion/sd3.py", "model.cuda()", "device"),
+        ("train/checkpoint.py", "import pickle", "pickle"),
+        ("train/checkpoint.py", "import torch\ntorch.load(p)", "pickle"),
+        ("train/checkpoint.py", "from torch import load", "pickle"),
+    ],
+)
+def test_a_broken_rule_is_found(path, source, reason):
+    assert any(reason in line for line in violations({path: source})), violations({path: source})
+
+
+def test_too_much_mathematics_is_found():
+    assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 160)) == []
+    assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 170)) == ["core: the mathematics fills 1000 lines or more"]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/oracle.py", "import torch\ntorch.autograd.grad(y, x)"),
+        ("llm/rivals.py", "loss.backward()"),
+        ("core/spsa.py", "import math, numpy\nimport torch.nn.functional as F\nfrom qzo_diffusion.core import noise"),
+        ("train/loop.py", "from qzo_diffusion import __version__\nfrom qzo_diffusion.core.errors import UserError"),
+        ("diffusion/sd3.py", "import torch\ntorch.cuda.is_available()\nfrom qzo_diffusion.quant import bnb"),
+        ("cli.py", "from qzo_diffusion.core.errors import UserError\nfrom qzo_diffusion import build, config, doctor"),
+    ],
+)
+def test_what_is_allowed_passes(path, source):
+    assert violations({path: source}) == []

@@ -1,0 +1,123 @@
+"""Settings: strict, told clearly, and every shipped file works."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qzo_diffusion.config import Config, known_keys, load_config, make_config, parse_override, read_yaml, set_dotted
+from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.resources import shipped
+
+SHIPPED = sorted(shipped("configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_say_how_they_are_used(path):
+    load_config(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any("qzo-diffuse train" in line for line in header)
+    assert any("ardware" in line for line in header)
+    assert any("esult" in line for line in header)
+
+
+def test_the_presets_that_are_promised_exist():
+    assert {"tiny", "paper", "default", "demo"} <= {path.stem for path in SHIPPED}
+
+
+def test_the_contracts_keys_exist():
+    fixed = (
+        "data.resolution data.batch_size data.caption_dropout train.lr train.schedule qzo.eps qzo.num_directions "
+        "qzo.parametrization quant.type quant.blocksize compute.device compute.dtype sample.guidance"
+    )
+    assert set(fixed.split()) <= set(known_keys())
+
+
+def test_yaml_round_trip(tmp_path):
+    config = make_config({"train": {"lr": 0.5}, "data": {"caption": "ünïcode: [trigger]"}})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train": {"lrr": 1}}, ["train.lrr", "did you mean 'train.lr'"]),
+        ({"batch_size": 4}, ["batch_size", "did you mean 'data.batch_size'"]),
+        ({"train": {"lr": -1e-3}}, ["train.lr", "-0.001", "greater than 0"]),
+        ({"train": {"lr": "fast"}}, ["train.lr", "fast", "number"]),
+        ({"train": {"lr": float("nan")}}, ["train.lr", "finite"]),
+        ({"train": {"max_steps": -1}}, ["train.max_steps", "-1"]),
+        ({"train": {"max_steps": 1.5}}, ["train.max_steps", "1.5", "integer"]),
+        ({"data": {"resolution": 65}}, ["data.resolution", "multiple of 16"]),
+        ({"data": {"batch_size": 0}}, ["data.batch_size", "0"]),
+        ({"quant": {"type": "int3"}}, ["quant.type", "int3", "nf4"]),
+        ({"qzo": {"units": "absolute"}}, ["absolute", "dense"]),
+        ({"train": 5}, ["train", "5"]),
+    ],
+)
+def test_bad_settings_name_the_key_the_value_and_what_is_expected(settings, words):
+    with pytest.raises(ConfigError) as error:
+        make_config(settings)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("train.lr", "key=value"), ("train.lrr=1", "did you mean 'train.lr'"), ("lr=1", "did you mean"), ("train.lr=[", "YAML")],
+)
+def test_bad_overrides(text, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        parse_override(text)
+
+
+def test_overrides_win_and_scientific_notation_is_a_number():
+    settings = {"train": {"lr": 1.0}}
+    set_dotted(settings, *parse_override("train.lr=1e-3"))
+    set_dotted(settings, *parse_override("qzo.clip_threshold=null"))
+    assert make_config(settings).train.lr == 1e-3
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "just text", "\x00"])
+def test_files_that_are_not_mappings_are_refused(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError):
+        read_yaml(path)
+
+
+def test_a_missing_file_and_an_empty_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file .*nowhere\.yaml"):
+        read_yaml(tmp_path / "nowhere.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(tmp_path / "empty.yaml") == Config()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*Config.model_fields, "modle", "x"]), VALUES, max_size=4))
+def test_any_mapping_gives_a_config_or_a_clear_error(settings):
+    try:
+        config = make_config(settings)
+    except ConfigError as error:
+        assert error.got
+        assert error.expected
+        assert error.remedy
+    else:
+        assert yaml.safe_load(config.to_yaml()).keys() == Config.model_fields.keys()
+
+
+@given(st.text(max_size=30))
+def test_any_override_gives_a_pair_or_a_clear_error(text):
+    try:
+        key, _ = parse_override(text)
+    except ConfigError:
+        return
+    assert key in known_keys()
