@@ -28,7 +28,7 @@ TRAIN_FLAGS: dict[str, tuple[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    options = parse(arguments)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a note on an optional package that nobody asked for
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
@@ -42,6 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"qzo-diffuse: {type(error).__name__}\n{error}", file=sys.stderr)
             return MENDABLE
         raise
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes the key=value settings of `train` in one place only; here they may stand anywhere between the flags."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    settings = getattr(options, "settings", None)
+    wrong = [text for text in rest if settings is None or text.startswith("-") or "=" not in text]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest and settings is not None:
+        settings.extend(rest)
+    return options
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -79,9 +79,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     return {"samples": str(out.path / "samples"), "images": len(images), "strength": request.strength}
 
 
-def apply_scales_(
-    scales: ScaleSet, tuned: dict[str, Tensor], facts: dict[str, str], *, codes: str, strength: float = 1.0
-) -> None:
+def apply_scales_(scales: ScaleSet, tuned: dict[str, Tensor], facts: dict[str, str], *, codes: str, strength: float = 1.0) -> None:
     """Set the live scales to base · (tuned / base)^strength: a straight line in log-scales.
 
     Raises:

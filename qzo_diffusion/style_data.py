@@ -82,9 +82,7 @@ class TrainingBatches:
         latents = torch.stack([self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)])
         noise = torch.randn(latents.shape, generator=generator)
         sigma_settings = self._config.sigma
-        sigma = sample_sigmas(
-            len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift
-        )
+        sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
         batch = make_batch(self._encoded.prompts, captions, latents, noise, sigma, self._device)
         size = self._config.train.micro_batch_size or len(chosen)
         return StepBatch(batch.split(size), float(sigma.mean()))
@@ -128,5 +126,3 @@ def make_batch(
 def token_counts(style: StyleFolder, prompts: dict[str, EncodedPrompt]) -> dict[str, tuple[int, bool]]:
     """sample id -> (tokens, truncated), for dataset.json."""
     return {s.id: (prompts[s.caption].tokens, prompts[s.caption].truncated) for s in style.samples}
-
-

@@ -179,9 +179,7 @@ def start(plan: Plan, output_dir: Path) -> StyleRun:
         scales=scales,
         numbers=numbers,
         batches=style_data.TrainingBatches(config, plan.style.train, encoded, device),
-        held_out=style_data.validation_batches(
-            plan.style.validation, encoded, device, config.data.batch_size, config.train.seed
-        ),
+        held_out=style_data.validation_batches(plan.style.validation, encoded, device, config.data.batch_size, config.train.seed),
         sampler=make_sampler(plan, transformer, encoded),
         tracker=Tracker(out.path, config.train.max_steps),
     )

@@ -1,12 +1,12 @@
 """What can go wrong and who can mend it.
 
-    QzoError
-    └── UserError        the user can mend it: the command line prints one message and exits with 2
-        ├── ConfigError    a setting is unknown, of the wrong type or out of range
-        ├── DataError      an image, a caption or a folder of them
-        ├── ModelError     a model folder, its weights or a quantized layer
-        ├── OutputError    a place where a run should be written
-        └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was raised
+QzoError
+└── UserError        the user can mend it: the command line prints one message and exits with 2
+    ├── ConfigError    a setting is unknown, of the wrong type or out of range
+    ├── DataError      an image, a caption or a folder of them
+    ├── ModelError     a model folder, its weights or a quantized layer
+    ├── OutputError    a place where a run should be written
+    └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was raised
 """
 
 

@@ -82,8 +82,7 @@ class Direction:
 
     def _choose(self, name: str, like: Tensor, if_set: float, if_clear: float) -> Tensor:
         bits = random_bits(like.numel(), like.device, self.seed, self.step, self.index, name).view(like.shape)
-        constants = {"dtype": like.dtype, "device": like.device}
-        return torch.where(bits, torch.tensor(if_set, **constants), torch.tensor(if_clear, **constants))
+        return torch.where(bits, like.new_tensor(if_set), like.new_tensor(if_clear))
 
     def _gaussian(self, name: str, like: Tensor) -> Tensor:
         generator = np.random.Generator(_philox(self.seed, self.step, self.index, name))

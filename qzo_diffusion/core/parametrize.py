@@ -161,7 +161,7 @@ def parametrize(scales: ScaleSet, level: Level, units: Units = "relative") -> Pa
         if level != "dense":
             raise ValueError(f"absolute units need level 'dense', got {level!r}")
         return DenseAbsolute(scales)
-    return {"dense": Dense, "layer": PerLayer}[level](scales)
+    return Dense(scales) if level == "dense" else PerLayer(scales)
 
 
 def _copy_by_name_(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:

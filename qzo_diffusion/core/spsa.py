@@ -79,7 +79,10 @@ def estimate(
         eps: ε, the radius of the probe, in the parametrization's units.
         clip_threshold: C of DDC, None for no clipping.
     """
-    plus, minus, derivatives, projected = [], [], [], []
+    plus: list[float] = []
+    minus: list[float] = []
+    derivatives: list[float] = []
+    projected: list[float] = []
     for direction in directions:
         for radius, losses in ((eps, plus), (-eps, minus)):
             with parametrization.scales.showing(parametrization.view(direction, radius)):

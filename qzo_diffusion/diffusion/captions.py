@@ -100,9 +100,7 @@ def visible_files(folder: Path, *, skip: Path | None = None) -> list[Path]:
     for root, folders, names in os.walk(folder, onerror=_refuse_unreadable):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != skipped
+            name for name in folders if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != skipped
         ]
         found += [Path(root, name) for name in names + links if not name.startswith(".")]
     return sorted(found)
@@ -149,11 +147,7 @@ def _read_text(path: Path, folder: Path, notes: list[str]) -> str:
 
 def _add_metadata(captions: dict[Path, str], path: Path, folder: Path, files: Sequence[Path], notes: list[str]) -> None:
     """Add the captions of one metadata.jsonl. Names are looked up among the images found, never opened as paths."""
-    images = {
-        _composed(image.relative_to(path.parent).as_posix()): image
-        for image in files
-        if image.is_relative_to(path.parent)
-    }
+    images = {_composed(image.relative_to(path.parent).as_posix()): image for image in files if image.is_relative_to(path.parent)}
     # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside a string.
     for number, line in enumerate(_read_text(path, folder, notes).split("\n"), start=1):
         if not line.strip():
@@ -233,9 +227,7 @@ def _listed(names: Sequence[str], limit: int = 10) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _own_caption(
-    folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, notes: list[str]
-) -> Caption | None:
+def _own_caption(folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, notes: list[str]) -> Caption | None:
     """The first source with text; an empty one is noted and passed over."""
     if image in metadata:
         if text := metadata[image].strip():
@@ -251,9 +243,7 @@ def _own_caption(
     return None
 
 
-def _with_trigger(
-    captions: dict[Path, Caption], trigger: str | None, folder: Path, notes: list[str]
-) -> dict[Path, Caption]:
+def _with_trigger(captions: dict[Path, Caption], trigger: str | None, folder: Path, notes: list[str]) -> dict[Path, Caption]:
     marked = [image for image, caption in captions.items() if PLACEHOLDER in caption.text]
     if not trigger:
         if marked:
@@ -265,7 +255,4 @@ def _with_trigger(
         return captions
     if not marked:
         notes.append(f"the trigger {_shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}")
-    return {
-        image: Caption(caption.text.replace(PLACEHOLDER, trigger), caption.source)
-        for image, caption in captions.items()
-    }
+    return {image: Caption(caption.text.replace(PLACEHOLDER, trigger), caption.source) for image, caption in captions.items()}

@@ -61,13 +61,16 @@ class Sampler:
         chosen = self._prompts[start : start + self._batch_size]
         embeds, pooled = stack_prompts(chosen)
         negative_embeds, negative_pooled = stack_prompts([self._negative] * len(chosen))
-        to = {"device": self._device, "dtype": self._dtype}
+
+        def ready(tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, self._dtype)
+
         seeds = range(self._seed + start, self._seed + start + len(chosen))
         return self._pipeline(
-            prompt_embeds=embeds.to(**to),
-            pooled_prompt_embeds=pooled.to(**to),
-            negative_prompt_embeds=negative_embeds.to(**to),
-            negative_pooled_prompt_embeds=negative_pooled.to(**to),
+            prompt_embeds=ready(embeds),
+            pooled_prompt_embeds=ready(pooled),
+            negative_prompt_embeds=ready(negative_embeds),
+            negative_pooled_prompt_embeds=ready(negative_pooled),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # on the CPU: the same on every device
             output_type="latent",
             **self._size,

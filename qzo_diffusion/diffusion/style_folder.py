@@ -114,9 +114,7 @@ def read_style_folder(
     return replace(result, samples=sorted(result.samples, key=lambda sample: (sample.split, sample.id)))
 
 
-def dataset_table(
-    style_folder: StyleFolder, token_counts: Mapping[str, tuple[int, bool]] | None = None
-) -> list[dict[str, object]]:
+def dataset_table(style_folder: StyleFolder, token_counts: Mapping[str, tuple[int, bool]] | None = None) -> list[dict[str, object]]:
     """The rows of dataset.json. `token_counts`: sample id to (tokens, truncated); both are None where it has none."""
     rows: list[dict[str, object]] = []
     for sample in style_folder.samples:
@@ -199,8 +197,7 @@ def _read(folder: Path, resolution: int, caption: str | None, trigger: str | Non
             bad.append((relative_id(path, folder), error.reason))
     if not samples:
         raise DataError(
-            f"none of the {len(bad)} images in {folder} can be used: "
-            + _listed([f"{name} ({reason})" for name, reason in bad]),
+            f"none of the {len(bad)} images in {folder} can be used: " + _listed([f"{name} ({reason})" for name, reason in bad]),
             "at least one image that can be read",
             "replace the files",
         )

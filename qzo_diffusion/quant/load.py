@@ -51,7 +51,7 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
             bnb.prepare_(module, name)
             yield bnb.BnbHandle(name, module)
         elif kind == "ReferenceLinear4bit":
-            yield reference.ReferenceHandle(name, module)  # type: ignore[arg-type]
+            yield reference.ReferenceHandle(name, module)
         elif kind == "Linear8bitLt":
             raise ModelError(f"{name} is an 8-bit layer", "4-bit layers", "load the model with 4-bit quantization")
 

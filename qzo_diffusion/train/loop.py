@@ -137,9 +137,7 @@ def train_step_(
     return _record(step, result, probing, lr, batch.sigma_mean, time.perf_counter() - started)
 
 
-def _record(
-    step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float
-) -> StepRecord:
+def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float) -> StepRecord:
     alone = len(result.directions) == 1
 
     def one_or_list(values: tuple[Any, ...]) -> Any:

@@ -44,10 +44,7 @@ def save_bomb(path: Path, side: int = 30_000) -> Path:
     """A PNG of a few hundred bytes whose header promises side x side RGB pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + _chunk(b"IHDR", header)
-        + _chunk(b"IDAT", zlib.compress(bytes(1000)))
-        + _chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(1000))) + _chunk(b"IEND", b"")
     )
     return path
 
@@ -56,9 +53,7 @@ def save_png_16_bit_rgb(path: Path, value: int, *, side: int = 16) -> Path:
     """Three channels of 16 bits, which Pillow can read but not write."""
     header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
     rows = (b"\x00" + struct.pack(">H", value) * 3 * side) * side
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
-    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b""))
     return path
 
 

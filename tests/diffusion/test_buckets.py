@@ -82,9 +82,7 @@ def test_every_epoch_holds_everything(plan_of: tuple[list[tuple[int, Bucket]], i
 
 @settings(deadline=None, max_examples=50)
 @given(plans, st.lists(st.integers(0, 60), min_size=1, max_size=10))
-def test_any_step_may_be_asked_for_at_any_time(
-    plan_of: tuple[list[tuple[int, Bucket]], int, int, int], steps: list[int]
-) -> None:
+def test_any_step_may_be_asked_for_at_any_time(plan_of: tuple[list[tuple[int, Bucket]], int, int, int], steps: list[int]) -> None:
     items, batch_size, seed, repeats = plan_of
     straight = BatchPlan(items, batch_size=batch_size, seed=seed, repeats=repeats)
     in_order = [straight.batch(step) for step in range(max(steps) + 1)]

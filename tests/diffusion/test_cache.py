@@ -114,9 +114,7 @@ def test_the_file_of_another_key_is_a_miss(tmp_path: Path) -> None:
     assert cache.get(KEY) is None
 
 
-def test_a_write_that_fails_leaves_the_old_entry_and_no_rubbish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_the_old_entry_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = TensorCache(tmp_path)
     cache.put(KEY, {"a": torch.ones(2)})
 

@@ -68,9 +68,7 @@ def test_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
 
 
 def test_damaged_exif_data_loses_no_picture(tmp_path: Path) -> None:
-    opened = open_image(
-        saved(Image.new("RGB", (32, 32), BLUE), tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff")
-    )
+    opened = open_image(saved(Image.new("RGB", (32, 32), BLUE), tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff"))
     assert opened.image.size == (32, 32)
     assert opened.notes
 
@@ -181,9 +179,7 @@ def link_to_nothing(path: Path) -> Path:
     ],
     ids=["truncated", "empty", "text", "one-pixel", "strip", "float", "fifo", "broken-link", "bomb", "just-over"],
 )
-def test_what_cannot_be_used_is_a_bad_image_with_a_reason(
-    tmp_path: Path, build: Callable[[Path], Path], reason: str
-) -> None:
+def test_what_cannot_be_used_is_a_bad_image_with_a_reason(tmp_path: Path, build: Callable[[Path], Path], reason: str) -> None:
     path = build(tmp_path / "a.png")
     with pytest.raises(BadImage, match=reason) as caught:
         open_image(path)

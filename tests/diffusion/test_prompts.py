@@ -25,7 +25,12 @@ def test_the_trigger_is_put_in(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"", "no prompt"), (b"# only this\n", "no prompt"), (b"a cat, [trigger]\n", "trigger"), (b"\xff\xfe\xfa", "can't be read")],
+    [
+        (b"", "no prompt"),
+        (b"# only this\n", "no prompt"),
+        (b"a cat, [trigger]\n", "trigger"),
+        (b"\xff\xfe\xfa", "can't be read"),
+    ],
 )
 def test_files_without_usable_prompts_are_refused(tmp_path, data, message):
     with pytest.raises(DataError, match=message):

@@ -1,0 +1,175 @@
+"""Time and memory of a training step against plain inference: `OMP_NUM_THREADS=2 python -m benchmarks.step_time`.
+
+The floor of a two-point estimate is two inference forwards in the memory of inference. Both are measured in one process, in turns,
+on the same quantized model, batch, dtype and threads. A step is everything from the batch in hand to the record of the step. Memory
+is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.record import write_results
+from qzo_diffusion import resources
+from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.optimizer import Sgd
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.sd3 import load_transformer
+from qzo_diffusion.quant.base import DIFFUSION_SKIP
+from qzo_diffusion.quant.load import find_scales, quantize_
+from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
+
+CASES = {  # name: (model, side of the latents, text tokens, batch)
+    "tiny_b16": ("tiny", 8, 32, 16),
+    "sd3_250m_b1": ("sd3_250m", 32, 154, 1),
+    "sd3_250m_b4": ("sd3_250m", 32, 154, 4),
+}
+
+
+def build_model(name: str, dtype: torch.dtype) -> nn.Module:
+    if name == "tiny":
+        model = load_transformer(resources.tiny_model(), dtype)
+    else:
+        from diffusers import SD3Transformer2DModel
+
+        model = SD3Transformer2DModel(
+            sample_size=32,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=7,
+            attention_head_dim=64,
+            num_attention_heads=16,
+            joint_attention_dim=1024,
+            caption_projection_dim=1024,
+            pooled_projection_dim=512,
+            pos_embed_max_size=48,
+            qk_norm="rms_norm",
+        )
+        model = model.to(dtype).eval().requires_grad_(False)
+    quantize_(model, skip=DIFFUSION_SKIP)
+    return model
+
+
+def random_batch(model: Any, side: int, tokens: int, count: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(count, 16, side, side, generator=generator) for _ in range(2))
+    embeds = torch.randn(count, tokens, model.config.joint_attention_dim, generator=generator)
+    pooled = torch.randn(count, model.config.pooled_projection_dim, generator=generator)
+    return Batch(latents, noise, torch.rand(count, generator=generator), embeds, pooled)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Peak resident bytes while `work` runs."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    work()
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
+    model_name, side, tokens, count = CASES[case]
+    dtype = getattr(torch, dtype_name)
+    imports = _status("VmRSS")
+    model = build_model(model_name, dtype)
+    batch = random_batch(model, side, tokens, count)
+    parameters = sum(p.numel() for p in model.parameters())
+
+    def objective(one: Batch) -> torch.Tensor:
+        return velocity_loss(model, one, dtype)
+
+    @torch.no_grad()
+    def two_forwards() -> None:
+        objective(batch).sum().item()
+        objective(batch).sum().item()
+
+    two_forwards()
+    inference_peak = peak_of(two_forwards)
+    scales = find_scales(model)
+    numbers, optimizer = parametrize(scales, "dense"), Sgd()
+    count_steps = iter(range(10**9))
+
+    def step() -> None:
+        train_step_(objective, StepBatch([batch]), numbers, optimizer, Probing(0, 1e-2), 1e-6, next(count_steps))
+
+    def draw_and_apply() -> None:
+        """What a step does beside its forwards: two views and one update over all scales."""
+        view = numbers.view(Direction(0, 0), 1e-2)
+        for _ in range(2):
+            for name in scales:
+                view(name, scales[name])
+        numbers.move_(Direction(0, 0), 1e-9)
+
+    step()
+    step_peak = peak_of(step)
+    times: dict[str, list[float]] = {"two_forwards": [], "step": [], "noise_and_update": []}
+    for _ in range(rounds):
+        times["two_forwards"].append(seconds_of(two_forwards))
+        times["step"].append(seconds_of(step))
+        times["noise_and_update"].append(seconds_of(draw_and_apply))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    pairs = [s / f for s, f in zip(times["step"], times["two_forwards"], strict=True)]
+    return {
+        "dense_over_two_forwards": round(statistics.median(pairs), 4),
+        "dense_over_two_forwards_of_medians": round(medians["step"] / medians["two_forwards"], 4),
+        "noise_and_update_over_two_forwards": round(medians["noise_and_update"] / medians["two_forwards"], 4),
+        "memory_over_inference": round((step_peak - imports) / (inference_peak - imports), 4),
+        "inference_peak_mb": round((inference_peak - imports) / 1e6),
+        "step_peak_mb": round((step_peak - imports) / 1e6),
+        "median_seconds": {name: round(value, 5) for name, value in medians.items()},
+        "batch": count,
+        "dtype": dtype_name,
+        "scales": scales.numel(),
+        "stored_parameters": parameters,
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--case", choices=CASES, help="measure one case and print it (used by the whole run)")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case, args.dtype, args.rounds)))
+        return
+    models: dict[str, Any] = {}
+    for case in CASES:
+        for dtype in ("float32", "bfloat16"):
+            # A process each: the allocator of one case must not hide the peak of another.
+            command = [sys.executable, "-m", "benchmarks.step_time", "--case", case, "--dtype", dtype]
+            command += ["--rounds", str(args.rounds)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+            models[f"{case}_{dtype}"] = json.loads(output.strip().splitlines()[-1])
+            print(f"{case}_{dtype}", models[f"{case}_{dtype}"], file=sys.stderr)
+    print(write_results("step_time", {"models": models}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Whole runs of the command line in this process, as a user would type them, on the embedded model."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from qzo_diffusion.cli import main
+from qzo_diffusion.train.run_folder import load_scales
+
+FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Six small drawings with captions."""
+    folder = tmp_path / "imgs"
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (64, 64), (40 * index, 0, 255 - 40 * index)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"square {index}")
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("red apple\nbanana\n")
+    return path
+
+
+@pytest.fixture
+def train(tmp_path, images, prompts, cache):
+    """`train` on those drawings into `tmp_path/<name>` with any further arguments; returns the exit code."""
+
+    def call(*arguments, name="run", style_dir=images):
+        base = ["train", "--model", "tiny", "--style-dir", str(style_dir), "--sample-prompts", str(prompts)]
+        return main([*base, "--output-dir", str(tmp_path / name), f"data.cache_dir={cache}", *FAST, *map(str, arguments)])
+
+    return call
+
+
+def metrics(run: Path, seconds: bool = False):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines if seconds else [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_run_leaves_what_the_contract_names(train, tmp_path, capsys):
+    assert train("--max-steps", 3, "--json", "sample.every=2", "--validation-dir", tmp_path / "imgs2", *copy_images(tmp_path)) == 0
+    run = tmp_path / "run"
+    results = json.loads(capsys.readouterr().out)
+    assert results["steps"] == 3
+    assert set(results["validation_loss"]) == {"start", "end"}
+    expected = ["config.yaml", "environment.json", "metrics.jsonl", "dataset.json", "final/scales.safetensors", "final/COMPLETE"]
+    expected += [f"samples/{name}.png" for name in ("step_000000", "step_000002", "step_000003", "grid")]
+    assert [name for name in expected if not (run / name).exists()] == []
+    steps = [line for line in metrics(run, seconds=True) if "loss" in line]
+    names = "step loss_plus loss_minus loss directional_derivative projected_grad lr eps clipped sigma_mean seconds"
+    assert set(names.split()) <= set(steps[0])
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [0, 3]
+    table = json.loads((run / "dataset.json").read_text())
+    assert len(table) == 12
+    assert table[0]["caption"] == "square 0"
+    assert table[0]["tokens"] > 0
+    assert table[0]["truncated"] is False
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["model"] == "tiny"
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0]
+
+
+def copy_images(tmp_path):
+    """A validation folder; no further arguments."""
+    folder = tmp_path / "imgs2"
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (64, 64), (0, 40 * index, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"leaf {index}")
+    return []
+
+
+@pytest.mark.parametrize("settings", [[], ["qzo.parametrization=dense", "train.optimizer=adam"], ["qzo.num_directions=2"]])
+def test_the_same_command_twice_is_bit_identical(train, tmp_path, settings):
+    assert train("--max-steps", 3, *settings, name="a") == train("--max-steps", 3, *settings, name="b") == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    first, second = load_scales(tmp_path / "a")[0], load_scales(tmp_path / "b")[0]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for picture in ("step_000000.png", "step_000003.png", "grid.png"):
+        assert (tmp_path / "a/samples" / picture).read_bytes() == (tmp_path / "b/samples" / picture).read_bytes()
+
+
+def test_the_config_that_a_run_wrote_repeats_it(train, tmp_path, images):
+    assert train("--max-steps", 2, "train.lr=0.01", name="a") == 0
+    again = main(["train", "--config", str(tmp_path / "a/config.yaml"), "--output-dir", str(tmp_path / "b")])
+    assert again == 0
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_training_changes_the_scales_and_samples(train, tmp_path):
+    assert train("--max-steps", 3, "train.lr=0.05") == 0
+    run = tmp_path / "run"
+    assert (run / "samples/step_000000.png").read_bytes() != (run / "samples/step_000003.png").read_bytes()
+
+
+@pytest.mark.parametrize("preset", ["paper", "tiny", "default"])
+def test_presets_run(train, preset):
+    assert train("--preset", preset, "--max-steps", 1) == 0
+
+
+def test_bfloat16_and_the_reference_back_end_run(train, tmp_path):
+    assert train("--max-steps", 1, "compute.dtype=bfloat16", name="a") == 0
+    assert train("--max-steps", 1, "quant.backend=reference", name="b") == 0
+
+
+def test_backends_see_the_same_losses(train, tmp_path):
+    """The same codes and scales in fp32: only the order of a product's sum differs."""
+    assert train("--max-steps", 1, "quant.backend=reference", name="a") == train("--max-steps", 1, name="b") == 0
+    first, second = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
+    assert first["loss_plus"] == pytest.approx(second["loss_plus"], rel=1e-5)
+
+
+def test_dry_run_prints_settings_and_data_and_writes_nothing(train, tmp_path, capsys):
+    assert train("--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "max_steps" in out
+    assert "6 txt" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_first_line_says_which_model_and_why(train, capsys):
+    train("--dry-run")
+    assert capsys.readouterr().err.splitlines()[0].startswith("model: tiny")
+
+
+def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
+    assert train("--max-steps", 2, name="a") == train("--max-steps", 2, "train.micro_batch_size=3", name="b") == 0
+    for first, second in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert first["loss_plus"] == pytest.approx(second["loss_plus"], rel=1e-5)
+
+
+def test_flips_dropout_and_repeats_run(train):
+    assert train("--max-steps", 3, "data.flip=true", "data.caption_dropout=0.5", "data.repeats=2") == 0
+
+
+def test_images_without_captions_need_one(train, images, capsys):
+    for file in images.glob("*.txt"):
+        file.unlink()
+    assert train("--max-steps", 1) == 2
+    assert "--caption" in capsys.readouterr().err
+    assert train("--max-steps", 1, "--caption", "a picture in [trigger] style", "--trigger", "sks") == 0
+
+
+def test_one_image_is_enough(train, images, tmp_path):
+    for index in range(1, 6):
+        (images / f"{index}.png").unlink()
+        (images / f"{index}.txt").unlink()
+    assert train("--max-steps", 1) == 0
+    assert [row["file"] for row in json.loads((tmp_path / "run/dataset.json").read_text())] == ["0.png"]
+
+
+def test_one_bad_image_of_many_is_named_and_the_run_goes_on(train, images, tmp_path, capsys):
+    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:40])
+    assert train("--max-steps", 1) == 0
+    assert "broken.png" in capsys.readouterr().err
+    assert train("--max-steps", 1, "--strict", name="strict") == 2
+    assert "broken.png" in capsys.readouterr().err
+    assert not (tmp_path / "strict").exists()
+
+
+def failing(capsys, code):
+    """What stderr must hold whenever a user can mend something."""
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "Traceback" not in error
+    for word in ("got:", "expected:", "remedy:"):
+        assert word in error
+    return error
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "text only", "file"])
+def test_folders_that_cannot_be_trained_on(train, tmp_path, capsys, content):
+    folder = tmp_path / "style"
+    if content == "file":
+        folder.write_text("")
+    elif content != "missing":
+        folder.mkdir()
+        if content == "text only":
+            (folder / "a.txt").write_text("a caption")
+    failing(capsys, train("--max-steps", 1, style_dir=folder))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.lrr=1"], ["did you mean 'train.lr'"]),
+        (["train.lr=-1"], ["train.lr", "greater than 0"]),
+        (["--max-steps", "many"], ["train.max_steps", "many"]),
+        (["--preset", "nonsense"], ["paper"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--model", "nowhere/nothing"], ["hf download"]),
+        (["compute.device=warp9"], ["compute.device"]),
+        (["--sample-prompts", "nowhere.txt"], ["nowhere.txt"]),
+        (["--validation-dir", "nowhere"], ["nowhere"]),
+        (["quant.blocksize=48"], ["quant.blocksize"]),
+        (["quant.blocksize=4096"], ["4096"]),
+    ],
+)
+def test_bad_arguments_are_told_with_a_remedy(train, capsys, arguments, words):
+    error = failing(capsys, train("--max-steps", 1, *arguments))
+    assert all(word in error for word in words)
+
+
+def test_an_existing_run_is_not_touched(train, tmp_path, capsys):
+    assert train("--max-steps", 1) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert "never overwritten" in failing(capsys, train("--max-steps", 1))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_place_that_cannot_be_written(train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    failing(capsys, train("--max-steps", 1, name="file/run"))
+
+
+def test_a_cache_that_cannot_be_written(train, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    failing(capsys, train("--max-steps", 1, f"data.cache_dir={tmp_path / 'file' / 'cache'}"))
+
+
+def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(train, tmp_path, capsys, monkeypatch):
+    from qzo_diffusion import style_run
+
+    def spoiled(*arguments):
+        return torch.full((4,), float("nan"))
+
+    monkeypatch.setattr(style_run, "velocity_loss", spoiled)
+    error = failing(capsys, train("--max-steps", 50))
+    assert "10 steps in a row" in error
+    run = tmp_path / "run"
+    assert sum(line["skipped"] for line in metrics(run) if "skipped" in line) == 10
+    assert (run / "final/COMPLETE").exists()
+
+
+def test_ctrl_c_finishes_the_step_saves_and_exits_130(train, tmp_path):
+    run = tmp_path / "run"
+
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            log = run / "metrics.jsonl"
+            if log.exists() and any("loss_plus" in line for line in log.read_text().splitlines()):
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.02)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert train("--max-steps", 100_000) == 130
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is before
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    steps = [line["step"] for line in metrics(run) if "loss" in line]
+    assert checkpoint.name == f"step_{len(steps):06d}"
+    assert (checkpoint / "COMPLETE").exists()
+
+
+def test_sampling_a_run_gives_its_last_pictures(train, tmp_path, prompts):
+    assert train("--max-steps", 2, "train.lr=0.05") == 0
+    run, out = tmp_path / "run", tmp_path / "pictures"
+    common = ["sample", "--run", str(run), "--prompts", str(prompts)]
+    assert main([*common, "--output-dir", str(out)]) == 0
+    table = json.loads((out / "samples/prompts.json").read_text())
+    assert [row["prompt"] for row in table] == ["red apple", "banana"]
+    assert main([*common, "--output-dir", str(tmp_path / "base"), "--strength", "0"]) == 0
+    tuned, base = (Image.open(folder / "samples/000.png").tobytes() for folder in (out, tmp_path / "base"))
+    assert tuned != base
+
+    def cell(step):
+        """The first picture of a step's grid, at its own size."""
+        grid = Image.open(run / f"samples/step_{step:06d}.png")
+        return grid.crop((0, 16, 128, 144)).resize((64, 64), Image.Resampling.NEAREST).tobytes()
+
+    assert tuned == cell(2)
+    assert base == cell(0)
+
+
+def test_scales_of_another_quantization_are_refused(train, tmp_path, prompts, capsys):
+    assert train("--max-steps", 1) == 0
+    config = tmp_path / "run/config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["quant"]["type"] = "fp4"
+    config.write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
+    code = main(["sample", "--run", str(tmp_path / "run"), "--prompts", str(prompts), "--output-dir", str(tmp_path / "out")])
+    assert "other codes" in failing(capsys, code)
+
+
+def test_sampling_a_run_that_is_not_there(tmp_path, capsys):
+    code = main(["sample", "--run", str(tmp_path / "none"), "--output-dir", str(tmp_path / "out")])
+    assert "no tuned scales" in failing(capsys, code)
+
+
+def test_validate_shows_all_settings(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  lr: 0.5\n")
+    assert main(["validate", "--config", str(path)]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["train"]["lr"] == 0.5
+    assert shown["quant"]["blocksize"] == 64
+
+
+def test_validate_refuses_a_typo(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("train:\n  lrr: 0.5\n")
+    assert "did you mean" in failing(capsys, main(["validate", "--config", str(path)]))
+
+
+def test_doctor_says_that_all_is_well(capsys):
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["problems"] == []
+    assert "tiny" in facts["model"]
+    assert main(["doctor"]) == 0
+    assert "everything that a run needs is here" in capsys.readouterr().out
+
+
+def test_style_dir_is_needed(capsys):
+    assert "--style-dir" in failing(capsys, main(["train", "--model", "tiny"]))
+
+
+def test_a_model_folder_with_pickles_only(train, tmp_path, capsys):
+    import shutil
+
+    from qzo_diffusion.resources import tiny_model
+
+    model = shutil.copytree(tiny_model(), tmp_path / "model")
+    for file in (model / "transformer").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    assert "pickles" in failing(capsys, train("--max-steps", 1, "--model", model))
