@@ -1,23 +1,26 @@
 """From a config to objects: the only file that knows every floor. Below it nothing has heard of a config."""
 
+import hashlib
 import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from qzo_diffusion import __version__, resources
 from qzo_diffusion.config import Config
-from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.errors import ConfigError, JournalError, ModelError
+from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import Parametrization, parametrize
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.train.loop import Probing
 
@@ -96,6 +99,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
+    names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]]
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return names[dtype]
+
+
 def tensor_cache(config: Config) -> TensorCache:
     folder = config.data.cache_dir
     return TensorCache(Path(folder) if folder else Path.home() / ".cache" / "qzo_diffusion" / "tensors")
@@ -134,21 +143,43 @@ def probing(config: Config) -> Probing:
     )
 
 
-def optimizer_and_schedule(config: Config) -> tuple[Optimizer, Schedule]:
+def optimizer(config: Config) -> Optimizer:
+    return make_optimizer(config.train.optimizer)
+
+
+def schedule(config: Config) -> Schedule:
     train = config.train
-    schedule = make_schedule(train.schedule, train.lr, train.max_steps, train.warmup_steps)
-    return make_optimizer(train.optimizer), schedule
+    return make_schedule(train.schedule, train.lr, train.max_steps, train.warmup_steps)
 
 
-def scales_metadata(config: Config, model: str, transformer: nn.Module, steps: int) -> dict[str, str]:
+def config_hash(config: Config) -> str:
+    return hashlib.blake2b(config.to_yaml().encode(), digest_size=16).hexdigest()
+
+
+def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
+    """Hashes of the codes and of the scales as they are now."""
+    return codes_fingerprint(model), fingerprint(scales.tensors().items())
+
+
+def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
+    """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
+    for key in ("codes", "initial_scales", "directions", "parametrization", "units", "optimizer"):
+        if journal.header.get(key) != header[key]:
+            raise JournalError(
+                f"a journal with {key} = {journal.header.get(key)!r}",
+                f"{header[key]!r}, as the model and the settings have it here",
+                "give the model, quantization and settings that the journal was written with",
+            )
+
+
+def scales_metadata(config: Config, codes: str) -> dict[str, str]:
     """What must be known to apply tuned scales to a base again."""
     return {
         "qzo.format": "scales/1",
-        "qzo.model": model,
-        "qzo.codes": codes_fingerprint(transformer),
+        "qzo.model": config.model,
+        "qzo.codes": codes,
         "qzo.quant_type": config.quant.type,
         "qzo.blocksize": str(config.quant.blocksize),
-        "qzo.steps": str(steps),
         "qzo.seed": str(config.train.seed),
         "qzo.version": __version__,
     }

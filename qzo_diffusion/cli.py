@@ -66,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_train(verbs)
     _add_sample(verbs)
+    _add_replay_and_mix(verbs)
     validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
     validate.add_argument("--config", type=Path, required=True)
     validate.set_defaults(verb=_validate)
@@ -83,6 +84,8 @@ def _add_train(verbs: Any) -> None:
     train.add_argument("--config", help="YAML file of settings; flags win over it")
     train.add_argument("--preset", help="a shipped config by name, for example paper")
     train.add_argument("--strict", action="store_true", help="stop at the first image that can't be used (data.strict)")
+    train.add_argument("--resume", metavar="latest|PATH", help="go on with a run; latest: --output-dir, or the newest in outputs/")
+    train.add_argument("--force", action="store_true", help="resume although settings or images changed")
     train.add_argument("--dry-run", action="store_true", help="print settings, data and plan, and do nothing")
     train.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     train.add_argument("settings", nargs="*", metavar="section.key=value", help="any setting, for example train.lr=1e-3")
@@ -101,18 +104,37 @@ def _add_sample(verbs: Any) -> None:
     sample.set_defaults(verb=_sample)
 
 
-def _train(options: argparse.Namespace) -> int:
-    config = resolve_settings(options)
-    from qzo_diffusion import style_run
+def _add_replay_and_mix(verbs: Any) -> None:
+    replay = verbs.add_parser("replay", help="rebuild the scales of any step from a journal and the base model")
+    replay.add_argument("--journal", type=Path, required=True, help="journal.qzo of a run")
+    replay.add_argument("--model", help="default: the model that the journal names")
+    replay.add_argument("--to-step", type=int, help="number of steps to apply; default all")
+    mix = verbs.add_parser("mix", help="combine what several runs changed")
+    mix.add_argument("--run", action="append", required=True, metavar="RUN=WEIGHT", help="may be given several times")
+    for verb, function in ((replay, _replay), (mix, _mix)):
+        verb.add_argument("--output-dir", type=Path, required=True)
+        verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+        verb.set_defaults(verb=function)
 
+
+def _train(options: argparse.Namespace) -> int:
+    from qzo_diffusion import style_run
+    from qzo_diffusion.train.run_folder import default_output_dir
+
+    resumed = run_to_resume(options) if options.resume else None
+    config = resolve_settings(options, resumed)
     plan = style_run.make_plan(config)
     if options.dry_run:
         print(plan.describe())
         return DONE
     style_run.say(plan.summary())
     assert plan.config.data.style_dir is not None
-    output_dir = options.output_dir or style_run.default_output_dir(date.today().isoformat(), plan.config.data.style_dir)
-    results = style_run.run(plan, output_dir)
+    if resumed is not None:
+        output_dir, results = resumed, style_run.resume(plan, resumed, force=options.force)
+    else:
+        name = f"{date.today().isoformat()}-{Path(plan.config.data.style_dir).name}"
+        output_dir = options.output_dir or default_output_dir(Path("outputs"), name)
+        results = style_run.run(plan, output_dir)
     _tell(results, options.json, f"done: {output_dir}")
     return INTERRUPTED if results["stopped"] else DONE
 
@@ -125,6 +147,21 @@ def _sample(options: argparse.Namespace) -> int:
     )
     results = sample_run.run(request)
     _tell(results, options.json, f"done: {results['samples']}")
+    return DONE
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from qzo_diffusion import replay_run
+
+    results = replay_run.run(options.journal, options.model, options.to_step, options.output_dir)
+    _tell(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
+    return DONE
+
+
+def _mix(options: argparse.Namespace) -> int:
+    from qzo_diffusion import mix_run
+
+    _tell(mix_run.run(options.run, options.output_dir), options.json, f"done: {options.output_dir}")
     return DONE
 
 
@@ -143,15 +180,28 @@ def _doctor(options: argparse.Namespace) -> int:
     return MENDABLE if facts["problems"] else DONE
 
 
-def resolve_settings(options: argparse.Namespace) -> Any:
-    """The config of a `train` call: preset or file, then flags, then key=value; later ones win."""
+def run_to_resume(options: argparse.Namespace) -> Path:
+    """The run folder that `--resume` means: `latest`, a run, or one of its checkpoints."""
+    from qzo_diffusion.train.run_folder import newest_run
+
+    if options.resume == "latest":
+        folder: Path = options.output_dir or newest_run(Path("outputs"))
+        return folder
+    path = Path(options.resume)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def resolve_settings(options: argparse.Namespace, resumed: Path | None = None) -> Any:
+    """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value; later ones win."""
     from qzo_diffusion import config, resources
     from qzo_diffusion.core.errors import ConfigError
 
-    if options.preset and options.config:
-        raise ConfigError("both --preset and --config", "one of them", "leave one out")
+    if bool(options.preset) + bool(options.config) + (resumed is not None) > 1:
+        raise ConfigError("more than one of --preset, --config and --resume", "one of them", "leave the others out")
     settings: dict[str, Any] = {}
-    if options.preset:
+    if resumed is not None:
+        settings = config.read_yaml(resumed / "config.yaml")
+    elif options.preset:
         name = f"{options.preset}.yaml"
         if not (resources.shipped("configs") / name).is_file():
             known = sorted(file.stem for file in resources.shipped("configs").glob("*.yaml"))

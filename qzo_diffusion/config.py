@@ -44,6 +44,8 @@ class TrainConfig(Section):
     micro_batch_size: Count | None = None  # None: the whole batch at once
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
+    checkpoint_every: Annotated[int, Field(ge=0)] = 100  # 0: only when stopped; the journal alone can rebuild a run
+    keep_checkpoints: Count = 3  # besides the best
 
 
 class QzoConfig(Section):
@@ -117,6 +119,19 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             keys.append(prefix + name)
     return keys
+
+
+def changed_settings(before: Config, after: Config) -> list[str]:
+    """`key: old -> new` for every setting that differs."""
+    flat = [_flatten(config.model_dump()) for config in (before, after)]
+    return [f"{key}: {flat[0][key]!r} -> {flat[1][key]!r}" for key in flat[0] if flat[0][key] != flat[1][key]]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

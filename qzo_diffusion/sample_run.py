@@ -4,18 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from qzo_diffusion import build, resources
 from qzo_diffusion.config import Config, load_config
-from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import Sampler, grid
 from qzo_diffusion.diffusion.sd3 import PromptEncoder
+from qzo_diffusion.mix_run import check_codes
 from qzo_diffusion.quant.load import codes_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
@@ -41,7 +39,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
     prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
     tuned = load_scales(request.run) if request.run else None
-    out = RunFolder(request.output_dir)
+    out = RunFolder.create(request.output_dir)
 
     encoder = PromptEncoder(folder, build.tensor_cache(config), device=device, dtype=dtype, t5_tokens=config.text.t5_tokens)
     encoded = encoder.encode(tqdm([*prompts, config.sample.negative_prompt], desc="encode prompts", leave=False))
@@ -51,7 +49,8 @@ def run(request: SampleRequest) -> dict[str, Any]:
     transformer = build.quantized_transformer(config, folder, device, dtype)
     scales, _ = build.scales_and_numbers(config, transformer)
     if tuned is not None:
-        apply_scales_(scales, *tuned, codes=codes_fingerprint(transformer), strength=request.strength)
+        check_codes(tuned[1], codes_fingerprint(transformer), request.run or Path())
+        blend_(scales, [(tuned[0], request.strength)])
     side = config.data.resolution or sd3.native_resolution(folder)
     settings = config.sample
     sampler = Sampler(
@@ -77,27 +76,6 @@ def run(request: SampleRequest) -> dict[str, Any]:
     table = [{"file": name, "prompt": prompt} for name, prompt in zip(files, prompts, strict=True)]
     out.write_json("samples/prompts.json", table)
     return {"samples": str(out.path / "samples"), "images": len(images), "strength": request.strength}
-
-
-def apply_scales_(scales: ScaleSet, tuned: dict[str, Tensor], facts: dict[str, str], *, codes: str, strength: float = 1.0) -> None:
-    """Set the live scales to base · (tuned / base)^strength: a straight line in log-scales.
-
-    Raises:
-        ModelError: the tuned scales belong to other codes than this base has.
-    """
-    if facts.get("qzo.codes") != codes or tuned.keys() != scales.tensors().keys():
-        raise ModelError(
-            f"scales tuned on {facts.get('qzo.model', 'an unknown model')} ({facts.get('qzo.quant_type', '?')}), other codes",
-            "the base model and quantization that the run was tuned on",
-            "give the run's own --model and quantization settings",
-        )
-    for name, target in tuned.items():
-        live = scales[name]
-        if strength == 1.0:
-            live.copy_(target)
-        elif strength != 0.0:
-            ratio = (target.to(live.device) / live.where(live > 0, torch.ones_like(live))).clamp(min=1e-6)
-            live.mul_(torch.exp(strength * torch.log(ratio)))
 
 
 def _config_of(request: SampleRequest) -> Config:

@@ -1,33 +1,29 @@
-"""What `qzo-diffuse train` does from the first line to the last."""
+"""What `qzo-diffuse train` does from the first line to the last, for a new run and for one that goes on."""
 
-import signal
+import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import nn
 
 from qzo_diffusion import build, resources, style_data
-from qzo_diffusion.config import Config
-from qzo_diffusion.core.errors import ConfigError, DataError, TrainingDiverged
-from qzo_diffusion.core.parametrize import Parametrization
-from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.config import Config, changed_settings, load_config
+from qzo_diffusion.core.errors import ConfigError, DataError, JournalError, TrainingDiverged
+from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry
 from qzo_diffusion.diffusion import sd3
-from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.prompts import read_prompts
-from qzo_diffusion.diffusion.sampling import Sampler, grid, mean_saturation
+from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
-from qzo_diffusion.train.loop import Outcome, train
+from qzo_diffusion.style_job import StyleJob, journal_header
+from qzo_diffusion.train.checkpoint import bad_steps_at_end, cut_metrics, list_checkpoints, restore_
+from qzo_diffusion.train.interrupt import stop_on_signal
+from qzo_diffusion.train.loop import train
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
+
+JOURNAL = "journal.qzo"
 
 
 def say(text: str) -> None:
@@ -66,14 +62,16 @@ def make_plan(config: Config) -> Plan:
     sd3.check_model_folder(folder)
     device = build.choose_device(config.compute.device)
     resolution = config.data.resolution or sd3.native_resolution(folder)
+    images = resources.find_file(config.data.style_dir, "demo_images")
+    held_out = resources.find_file(config.data.validation_dir, "demo_images") if config.data.validation_dir else None
     style = read_style_folder(
-        Path(config.data.style_dir),
+        images,
         resolution=resolution,
         caption=config.data.caption,
         trigger=config.data.trigger,
         repeats=config.data.repeats,
         strict=config.data.strict,
-        validation_dir=Path(config.data.validation_dir) if config.data.validation_dir else None,
+        validation_dir=held_out,
         seed=config.train.seed,
     )
     if not style.train:
@@ -81,114 +79,135 @@ def make_plan(config: Config) -> Plan:
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
     prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
     settled = config.model_copy(deep=True)
-    settled.model, settled.data.resolution = str(config.model if config.model != "auto" else folder_name(folder)), resolution
+    settled.data.resolution = resolution
+    settled.data.style_dir = str(images.resolve())
+    settled.data.validation_dir = str(held_out.resolve()) if held_out else None
+    settled.compute.dtype = build.dtype_name(build.choose_dtype(config.compute.dtype, device))
+    if config.model == "auto":
+        settled.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
     return Plan(settled, folder, device, build.choose_dtype(config.compute.dtype, device), style, prompts)
 
 
-def folder_name(folder: Path) -> str:
-    return "tiny" if build.is_tiny(folder) else build.BIG_MODEL
+def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
+    """Train a new run. Returns the figures for `--json`.
+
+    Raises:
+        TrainingDiverged: after everything was saved.
+    """
+    out = RunFolder.create(output_dir)
+    out.write_text("config.yaml", plan.config.to_yaml())
+    out.write_json("environment.json", build.environment(plan.config.model, plan.device, plan.dtype))
+    return _work(plan, out, resumed=None)
 
 
-@dataclass
-class StyleRun:
-    """The parts of a run that is under way."""
+def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, Any]:
+    """Go on with a run as if it had never been stopped.
 
-    plan: Plan
-    out: RunFolder
-    transformer: nn.Module
-    scales: ScaleSet
-    numbers: Parametrization
-    batches: style_data.TrainingBatches
-    held_out: list[Batch]
-    sampler: Sampler
-    tracker: Tracker
-    columns: list[list[Image.Image]] = field(default_factory=list)
-    titles: list[str] = field(default_factory=list)
-    validation: dict[int, float] = field(default_factory=dict)
-
-    def objective(self, batch: Batch) -> torch.Tensor:
-        return velocity_loss(self.transformer, batch, self.plan.dtype)
-
-    def sample(self, step: int) -> None:
-        """A grid of this step; a failure is told and training goes on."""
-        if step in self.sampled_steps:
-            return
-        try:
-            with self.scales.showing(self.numbers.view()):
-                images = self.sampler.images()
-            self.columns.append(images)
-            self.titles.append(f"step {step}")
-            grid([images], [f"step {step}"]).save(self.out.path / "samples" / f"step_{step:06d}.png")
-            grid(self.columns, self.titles).save(self.out.path / "samples" / "grid.png")
-        except (RuntimeError, OSError, ValueError) as error:
-            self.tracker.say(f"warning: no samples at step {step}: {error}")
-
-    @property
-    def sampled_steps(self) -> list[int]:
-        return [int(title.split()[-1]) for title in self.titles]
-
-    def validate(self, step: int) -> None:
-        if not self.held_out or step in self.validation:
-            return
-        with self.scales.showing(self.numbers.view()):
-            self.validation[step] = mean_loss(self.objective, self.held_out)
-        self.tracker.on_validation(step, self.validation[step])
-
-    def after_step(self, steps_done: int) -> None:
-        config = self.plan.config
-        if config.train.validate_every and steps_done % config.train.validate_every == 0:
-            self.validate(steps_done)
-        if config.sample.every and steps_done % config.sample.every == 0:
-            self.sample(steps_done)
-
-    def save(self, name: str, steps: int) -> None:
-        self.numbers.merge_()
-        facts = build.scales_metadata(self.plan.config, self.plan.config.model, self.transformer, steps)
-        self.out.save_scales(name, self.scales.tensors(), facts)
-
-    def results(self, outcome: Outcome) -> dict[str, Any]:
-        steps = sorted(self.validation)
-        loss = {"start": self.validation[steps[0]], "end": self.validation[steps[-1]]} if steps else None
-        saturation = [mean_saturation(self.columns[0]), mean_saturation(self.columns[-1])] if self.columns else None
-        return {
-            "run": str(self.out.path),
-            "steps": outcome.steps_done,
-            "skipped": outcome.skipped,
-            "stopped": outcome.stopped,
-            "validation_loss": loss,
-            "sample_saturation": {"start": saturation[0], "end": saturation[1]} if saturation else None,
-        }
+    Raises:
+        ConfigError, DataError: settings or images changed since, and not `force`; the message shows how.
+        JournalError: the journal is damaged or of another model.
+    """
+    out = RunFolder(run_folder)
+    changes = changed_settings(load_config(run_folder / "config.yaml"), plan.config) + _changed_data(plan, run_folder)
+    if changes and not force:
+        raise ConfigError(
+            "other settings or images than the run was started with:\n  " + "\n  ".join(changes),
+            "the same ones; the continued run would not be the run",
+            "leave the changes out, or add --force to go on with them",
+        )
+    if not (run_folder / JOURNAL).exists():
+        raise JournalError(
+            f"no {JOURNAL} in {run_folder}", "the folder of a run that was started", "start it again without --resume"
+        )
+    writer, journal = JournalWriter.reopen(run_folder / JOURNAL)
+    if journal.torn_bytes:
+        say(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
+    writer.append(NoteEntry("resume", {"step": journal.steps_done, "changes": changes}))
+    out.write_text("config.yaml", plan.config.to_yaml())
+    return _work(plan, out, resumed=(writer, journal))
 
 
-def start(plan: Plan, output_dir: Path) -> StyleRun:
-    """Make the run's folder, encode the data, free the encoders, load and quantize the transformer."""
+def _work(plan: Plan, out: RunFolder, resumed: tuple[JournalWriter, Journal] | None) -> dict[str, Any]:
+    job, first_step, bad_steps = _start(plan, out, resumed)
+    try:
+        with stop_on_signal(say) as stop:
+            job.validate(0)
+            job.sample(0)
+            if first_step:
+                job.after_step(first_step)  # whatever a kill left undone
+            try:
+                outcome = train(
+                    job.objective,
+                    job.batches,
+                    job.numbers,
+                    job.optimizer,
+                    build.probing(plan.config),
+                    build.schedule(plan.config),
+                    max_steps=plan.config.train.max_steps,
+                    first_step=first_step,
+                    bad_steps_before=bad_steps,
+                    on_step=job.on_step,
+                    after_step=job.after_step,
+                    stop_requested=stop.is_set,
+                )
+            except TrainingDiverged as error:
+                job.checkpoint(error.steps_done)
+                raise
+        if outcome.stopped:
+            job.checkpoint(outcome.steps_done)
+        else:
+            job.validate(outcome.steps_done)
+            job.sample(outcome.steps_done)
+            job.finish(outcome.steps_done)
+        return job.results(outcome)
+    finally:
+        job.close()
+
+
+def _start(plan: Plan, out: RunFolder, resumed: tuple[JournalWriter, Journal] | None) -> tuple[StyleJob, int, int]:
+    """Encode the data, free the encoders, load and quantize the transformer, and bring it to where the run was."""
     config, device, dtype = plan.config, plan.device, plan.dtype
-    out = RunFolder(output_dir)
-    out.write_text("config.yaml", config.to_yaml())
-    out.write_json("environment.json", build.environment(config.model, device, dtype))
     encoded = style_data.encode(config, plan.model_folder, plan.style, plan.sample_prompts, device, dtype)
     counts = style_data.token_counts(plan.style, encoded.prompts)
     out.write_json("dataset.json", dataset_table(plan.style, counts))
-    warn_of_truncation(counts)
+    _warn_of_truncation(counts)
     transformer = build.quantized_transformer(config, plan.model_folder, device, dtype)
     scales, numbers = build.scales_and_numbers(config, transformer)
-    return StyleRun(
-        plan=plan,
+    optimizer, header = build.optimizer(config), journal_header(config, *build.fingerprints(transformer, scales))
+    first_step, bad_steps, validation = 0, 0, dict[int, float]()
+    if resumed is None:
+        writer = JournalWriter.create(out.path / JOURNAL, header)
+    else:
+        writer, journal = resumed
+        build.check_journal_fits(journal, header)
+        checkpoints, problems = list_checkpoints(out.path / "checkpoints")
+        for problem in problems:
+            say(f"warning: passed over a checkpoint: {problem}")
+        first_step = restore_(checkpoints[-1] if checkpoints else None, journal, numbers, optimizer)
+        bad_steps, validation = bad_steps_at_end(journal), cut_metrics(out.path / "metrics.jsonl", first_step)
+        say(f"going on at step {first_step}, the journal's end")
+    job = StyleJob(
+        config=config,
+        dtype=dtype,
         out=out,
         transformer=transformer,
         scales=scales,
         numbers=numbers,
+        optimizer=optimizer,
         batches=style_data.TrainingBatches(config, plan.style.train, encoded, device),
         held_out=style_data.validation_batches(plan.style.validation, encoded, device, config.data.batch_size, config.train.seed),
         sampler=make_sampler(plan, transformer, encoded),
-        tracker=Tracker(out.path, config.train.max_steps),
+        tracker=Tracker(out.path, config.train.max_steps, first_step),
+        journal=writer,
+        metadata=build.scales_metadata(config, header["codes"]),
+        validation=validation,
     )
+    return job, first_step, bad_steps
 
 
-def make_sampler(plan: Plan, transformer: nn.Module, encoded: style_data.Encoded) -> Sampler:
+def make_sampler(plan: Plan, transformer: Any, encoded: style_data.Encoded) -> Sampler:
     config = plan.config
-    side = config.data.resolution
-    assert side is not None
+    side = config.data.resolution or sd3.native_resolution(plan.model_folder)
     return Sampler(
         transformer,
         sd3.load_scheduler(plan.model_folder),
@@ -206,78 +225,22 @@ def make_sampler(plan: Plan, transformer: nn.Module, encoded: style_data.Encoded
     )
 
 
-def warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:
+def _changed_data(plan: Plan, run_folder: Path) -> list[str]:
+    """What is different from the run's dataset.json, image by image."""
+    path = run_folder / "dataset.json"
+    if not path.exists():  # stopped before it was written: nothing was trained on yet
+        return []
+    facts = ("sha256", "caption", "bucket", "split", "repeats")
+    before = {row["file"]: [row[fact] for fact in facts] for row in json.loads(path.read_text(encoding="utf-8"))}
+    now = {str(row["file"]): [row[fact] for fact in facts] for row in dataset_table(plan.style)}
+    changes = [f"image {name} was removed" for name in before.keys() - now.keys()]
+    changes += [f"image {name} was added" for name in now.keys() - before.keys()]
+    for name in before.keys() & now.keys():
+        changes += [f"image {name}: other {fact}" for fact, a, b in zip(facts, before[name], now[name], strict=True) if a != b]
+    return sorted(changes)
+
+
+def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:
     cut = [name for name, (_, truncated) in counts.items() if truncated]
     if cut:
         say(f"warning: {len(cut)} of {len(counts)} captions are longer than the text encoders read, for example {cut[0]}")
-
-
-def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
-    """Train, and leave a run folder. Returns the figures for `--json`.
-
-    Raises:
-        TrainingDiverged: after everything was saved.
-    """
-    job = start(plan, output_dir)
-    optimizer, schedule = build.optimizer_and_schedule(plan.config)
-    try:
-        with stop_on_signal() as stop:
-            job.validate(0)
-            job.sample(0)
-            try:
-                outcome = train(
-                    job.objective,
-                    job.batches,
-                    job.numbers,
-                    optimizer,
-                    build.probing(plan.config),
-                    schedule,
-                    max_steps=plan.config.train.max_steps,
-                    on_step=job.tracker.on_step,
-                    after_step=job.after_step,
-                    stop_requested=stop.is_set,
-                )
-            except TrainingDiverged:
-                job.save("final", plan.config.train.max_steps)
-                raise
-        if outcome.stopped:
-            job.save(f"checkpoints/step_{outcome.steps_done:06d}", outcome.steps_done)
-            return job.results(outcome)
-        job.validate(outcome.steps_done)
-        job.sample(outcome.steps_done)
-        job.save("final", outcome.steps_done)
-        return job.results(outcome)
-    finally:
-        job.tracker.close()
-        job.scales.close()
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Ctrl-C or SIGTERM sets the event, so that the step in hand is finished; a second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def request(_number: int, _frame: FrameType | None) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        say("\nstopping after this step; once more to stop at once")
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def default_output_dir(now: str, style_dir: str) -> Path:
-    """outputs/<date>-<name>/ with a number behind it where that exists."""
-    base = Path("outputs") / f"{now}-{Path(style_dir).resolve().name or 'run'}"
-    candidate, count = base, 2
-    while candidate.exists():
-        candidate, count = base.with_name(f"{base.name}-{count}"), count + 1
-    return candidate

@@ -5,9 +5,13 @@ import os
 # Read when the libraries are imported, so it has to stand above them.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
+import json
+from pathlib import Path
+
 import hypothesis
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
@@ -31,3 +35,59 @@ def global_rng_untouched():
     state = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), state), "torch's global random generator was drawn from or seeded"
+
+
+# Whole runs of the command line: short ones, on the embedded model, with two prompts.
+FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache of encoded images and prompts that all runs share."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Six small drawings with captions."""
+    folder = tmp_path / "imgs"
+    folder.mkdir()
+    for index in range(6):
+        Image.new("RGB", (64, 64), (40 * index, 0, 255 - 40 * index)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"square {index}")
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("red apple\nbanana\n")
+    return path
+
+
+@pytest.fixture
+def train(tmp_path, images, prompts, cache):
+    """`train` on those drawings into `tmp_path/<name>` with any further arguments; returns the exit code."""
+    from qzo_diffusion.cli import main
+
+    def call(*arguments, name="run", style_dir=images):
+        base = ["train", "--model", "tiny", "--style-dir", str(style_dir), "--sample-prompts", str(prompts)]
+        return main([*base, "--output-dir", str(tmp_path / name), f"data.cache_dir={cache}", *FAST, *map(str, arguments)])
+
+    return call
+
+
+def metrics(run: Path, seconds: bool = False):
+    """The lines of metrics.jsonl, without the one figure that no two runs share."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines if seconds else [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def failing(capsys, code):
+    """What stderr must hold whenever a user can mend something."""
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert "Traceback" not in error
+    for word in ("got:", "expected:", "remedy:"):
+        assert word in error
+    return error

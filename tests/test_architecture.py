@@ -23,11 +23,26 @@ BELOW = {
     "build": UNDER_BUILD,
     # One module for each thing that a verb does: they put together what build makes.
     "style_data": {"build"} | UNDER_BUILD,
-    "style_run": {"build", "style_data"} | UNDER_BUILD,
-    "sample_run": {"build"} | UNDER_BUILD,
+    "style_job": {"build", "style_data"} | UNDER_BUILD,
+    "style_run": {"build", "style_data", "style_job"} | UNDER_BUILD,
+    "sample_run": {"build", "mix_run"} | UNDER_BUILD,
+    "mix_run": {"build"} | UNDER_BUILD,
+    "replay_run": {"build"} | UNDER_BUILD,
     "doctor": {"build", "config", "resources", "quant", "core", ""},
     "api": {"quant", "train", "core", ""},
-    "cli": {"build", "config", "doctor", "resources", "api", "style_run", "sample_run", "core.errors", ""},
+    "cli": {
+        "build",
+        "config",
+        "doctor",
+        "resources",
+        "style_run",
+        "sample_run",
+        "replay_run",
+        "mix_run",
+        "train.run_folder",
+        "core.errors",
+        "",
+    },
 }
 CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}
 MATHEMATICS = [f"core/{name}.py" for name in ("noise", "scales", "spsa", "parametrize", "optimizer", "errors")]

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,47 +13,7 @@ from PIL import Image
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.train.run_folder import load_scales
-
-FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0"]
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def images(tmp_path):
-    """Six small drawings with captions."""
-    folder = tmp_path / "imgs"
-    folder.mkdir()
-    for index in range(6):
-        Image.new("RGB", (64, 64), (40 * index, 0, 255 - 40 * index)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"square {index}")
-    return folder
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("red apple\nbanana\n")
-    return path
-
-
-@pytest.fixture
-def train(tmp_path, images, prompts, cache):
-    """`train` on those drawings into `tmp_path/<name>` with any further arguments; returns the exit code."""
-
-    def call(*arguments, name="run", style_dir=images):
-        base = ["train", "--model", "tiny", "--style-dir", str(style_dir), "--sample-prompts", str(prompts)]
-        return main([*base, "--output-dir", str(tmp_path / name), f"data.cache_dir={cache}", *FAST, *map(str, arguments)])
-
-    return call
-
-
-def metrics(run: Path, seconds: bool = False):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return lines if seconds else [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+from tests.conftest import failing, metrics
 
 
 def test_a_run_leaves_what_the_contract_names(train, tmp_path, capsys):
@@ -179,16 +138,6 @@ def test_one_bad_image_of_many_is_named_and_the_run_goes_on(train, images, tmp_p
     assert not (tmp_path / "strict").exists()
 
 
-def failing(capsys, code):
-    """What stderr must hold whenever a user can mend something."""
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert "Traceback" not in error
-    for word in ("got:", "expected:", "remedy:"):
-        assert word in error
-    return error
-
-
 @pytest.mark.parametrize("content", ["missing", "empty", "text only", "file"])
 def test_folders_that_cannot_be_trained_on(train, tmp_path, capsys, content):
     folder = tmp_path / "style"
@@ -242,17 +191,17 @@ def test_a_cache_that_cannot_be_written(train, tmp_path, capsys):
 
 
 def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(train, tmp_path, capsys, monkeypatch):
-    from qzo_diffusion import style_run
+    from qzo_diffusion import style_job
 
     def spoiled(*arguments):
         return torch.full((4,), float("nan"))
 
-    monkeypatch.setattr(style_run, "velocity_loss", spoiled)
+    monkeypatch.setattr(style_job, "velocity_loss", spoiled)
     error = failing(capsys, train("--max-steps", 50))
     assert "10 steps in a row" in error
     run = tmp_path / "run"
     assert sum(line["skipped"] for line in metrics(run) if "skipped" in line) == 10
-    assert (run / "final/COMPLETE").exists()
+    assert (run / "checkpoints/step_000010/COMPLETE").exists()
 
 
 def test_ctrl_c_finishes_the_step_saves_and_exits_130(train, tmp_path):

@@ -106,6 +106,7 @@ def test_it_trains_outside_the_clone(installed, tmp_path):
     run(installed / "qzo-diffuse", *command, "--output-dir", "out", cwd=tmp_path)
 
     out = tmp_path / "out"
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "journal.qzo", "dataset.json"):
         assert (out / name).stat().st_size > 0, name
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert len([line for line in lines if "loss_plus" in line]) == 2

@@ -6,6 +6,7 @@ QzoError
     ├── DataError      an image, a caption or a folder of them
     ├── ModelError     a model folder, its weights or a quantized layer
     ├── OutputError    a place where a run should be written
+    ├── JournalError   a journal is damaged, missing or of another run
     └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was raised
 """
 
@@ -38,5 +39,13 @@ class OutputError(UserError):
     pass
 
 
-class TrainingDiverged(UserError):
+class JournalError(UserError):
     pass
+
+
+class TrainingDiverged(UserError):
+    """`steps_done` counts the skipped steps too."""
+
+    def __init__(self, got: str, expected: str, remedy: str, steps_done: int) -> None:
+        super().__init__(got, expected, remedy)
+        self.steps_done = steps_done

@@ -8,29 +8,39 @@ step, where ĝ² is the same everywhere). Tensor arithmetic is kept to separate 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrize import Parametrization
-from qzo_diffusion.core.spsa import Estimate
 
 Schedule = Callable[[int], float]
 
 
+@dataclass(frozen=True)
+class Update:
+    """All that a step changes follows from this: one scalar per direction, and the rate. A journal keeps nothing else."""
+
+    directions: tuple[Direction, ...]
+    projected_grad: tuple[float, ...]
+    lr: float
+
+
 class Optimizer(Protocol):
-    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None: ...
+    def step_(self, parametrization: Parametrization, update: Update) -> None: ...
 
     def state(self) -> dict[str, Tensor]: ...
 
     def load_state_(self, state: dict[str, Tensor]) -> None: ...
 
 
-def gradient_of(parametrization: Parametrization, estimate: Estimate, name: str) -> Tensor:
+def gradient_of(parametrization: Parametrization, update: Update, name: str) -> Tensor:
     """ĝ of one name's numbers."""
-    count = len(estimate.directions)
-    parts = zip(estimate.directions, estimate.projected_grad, strict=True)
+    count = len(update.directions)
+    parts = zip(update.directions, update.projected_grad, strict=True)
     terms = [parametrization.z(direction, name) * (g / count) for direction, g in parts]
     total = terms[0]
     for term in terms[1:]:
@@ -41,9 +51,9 @@ def gradient_of(parametrization: Parametrization, estimate: Estimate, name: str)
 class Sgd:
     """θ <- θ - lr · ĝ. No state."""
 
-    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None:
-        for direction, g in zip(estimate.directions, estimate.projected_grad, strict=True):
-            parametrization.move_(direction, -lr * g / len(estimate.directions))
+    def step_(self, parametrization: Parametrization, update: Update) -> None:
+        for direction, g in zip(update.directions, update.projected_grad, strict=True):
+            parametrization.move_(direction, -update.lr * g / len(update.directions))
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -60,13 +70,13 @@ class Momentum:
         self.beta = beta
         self._velocity: dict[str, Tensor] = {}
 
-    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None:
+    def step_(self, parametrization: Parametrization, update: Update) -> None:
         for name, like in parametrization.numbers().items():
             velocity = self._velocity.get(name)
             if velocity is None:
                 velocity = self._velocity[name] = torch.zeros_like(like)
-            velocity.mul_(self.beta).add_(gradient_of(parametrization, estimate, name))
-            parametrization.add_(name, velocity * (-lr * (1 - self.beta)))
+            velocity.mul_(self.beta).add_(gradient_of(parametrization, update, name))
+            parametrization.add_(name, velocity * (-update.lr * (1 - self.beta)))
 
     def state(self) -> dict[str, Tensor]:
         return {f"velocity.{name}": tensor for name, tensor in self._velocity.items()}
@@ -84,25 +94,24 @@ class Adam:
         self._first: dict[str, Tensor] = {}
         self._second: dict[str, Tensor] = {}
 
-    def step_(self, parametrization: Parametrization, estimate: Estimate, lr: float) -> None:
+    def step_(self, parametrization: Parametrization, update: Update) -> None:
         self._count += 1
         bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
         for name, like in parametrization.numbers().items():
-            grad = gradient_of(parametrization, estimate, name)
-            square = self._square(estimate, grad)
+            grad = gradient_of(parametrization, update, name)
+            square = self._square(update, grad)
             if name not in self._first:
                 self._first[name], self._second[name] = torch.zeros_like(like), torch.zeros_like(square)
             first, second = self._first[name], self._second[name]
             first.mul_(self.beta1).add_(grad * (1 - self.beta1))
             second.mul_(self.beta2).add_(square * (1 - self.beta2))
             scale = torch.sqrt(second / bias2) + self.tiny
-            parametrization.add_(name, first / scale * (-lr / bias1))
+            parametrization.add_(name, first / scale * (-update.lr / bias1))
 
     @staticmethod
-    def _square(estimate: Estimate, grad: Tensor) -> Tensor:
-        alone = len(estimate.directions) == 1 and estimate.directions[0].distribution == "rademacher"
-        if alone:
-            return torch.tensor(estimate.projected_grad[0] ** 2, dtype=grad.dtype, device=grad.device)
+    def _square(update: Update, grad: Tensor) -> Tensor:
+        if len(update.directions) == 1 and update.directions[0].distribution == "rademacher":
+            return grad.new_tensor(update.projected_grad[0] ** 2)
         return grad * grad
 
     def state(self) -> dict[str, Tensor]:

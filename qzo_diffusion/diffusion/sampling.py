@@ -1,6 +1,8 @@
 """Generate images from encoded prompts with equal seeds, and lay them out as grids to look at."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,6 +102,28 @@ def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Ima
     for index, title in enumerate(titles):
         draw.text((index * width + 4, 2), title, fill="black")
     return labelled
+
+
+def join_columns(columns: Sequence[Image.Image]) -> Image.Image:
+    """Grids of one column each, side by side."""
+    joined = Image.new("RGB", (sum(column.width for column in columns), max(column.height for column in columns)), "white")
+    left = 0
+    for column in columns:
+        joined.paste(column, (left, 0))
+        left += column.width
+    return joined
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """A PNG that is there as a whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    picture.save(aside, format="PNG")
+    os.replace(aside, path)
+
+
+def load_picture(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def mean_saturation(images: Sequence[Image.Image]) -> float:

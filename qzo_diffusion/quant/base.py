@@ -5,7 +5,7 @@ how a forward is made to use another one. Every back-end accepts `x [..., K] -> 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -56,7 +56,7 @@ def replace_linears_(model: nn.Module, make_layer: MakeLayer, skip: Sequence[str
     return len(chosen)
 
 
-def fingerprint(named: Iterator[tuple[str, Tensor]]) -> str:
+def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
     """blake2b over names, shapes and bytes of tensors: says whether two models have the same codes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(named):

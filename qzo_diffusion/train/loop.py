@@ -11,7 +11,7 @@ from typing import Any, Generic
 
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
-from qzo_diffusion.core.optimizer import Optimizer, Schedule
+from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
 from qzo_diffusion.core.parametrize import Parametrization
 from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate
 
@@ -77,6 +77,7 @@ def train(
     *,
     max_steps: int,
     first_step: int = 0,
+    bad_steps_before: int = 0,
     on_step: Callable[[StepRecord], None] = lambda record: None,
     after_step: Callable[[int], None] = lambda steps_done: None,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -86,6 +87,7 @@ def train(
     A step whose loss is NaN or infinite changes nothing: it is recorded as skipped and counted.
 
     Args:
+        bad_steps_before: how many skipped steps in a row come before `first_step`.
         on_step: receives the record of every step.
         after_step: called with the number of steps done, for samples, validation and checkpoints.
         stop_requested: asked between steps; True ends the run after the step in hand.
@@ -93,7 +95,7 @@ def train(
     Raises:
         TrainingDiverged: ten steps in a row were skipped.
     """
-    skipped = bad_in_a_row = 0
+    skipped, bad_in_a_row = 0, bad_steps_before
     for step in range(first_step, max_steps):
         if stop_requested():
             return Outcome(step, skipped, stopped=True)
@@ -101,12 +103,13 @@ def train(
         bad_in_a_row = bad_in_a_row + 1 if record.skipped else 0
         skipped += record.skipped
         on_step(record)
-        if bad_in_a_row == MAX_BAD_STEPS:
+        if bad_in_a_row >= MAX_BAD_STEPS:
             raise TrainingDiverged(
                 f"{MAX_BAD_STEPS} steps in a row with a loss that is NaN or infinite, the last at step {step}",
                 "a finite loss",
                 "lower train.lr or qzo.eps, set qzo.clip_threshold, or use compute.dtype=float32; "
                 "the scales of the last good step were saved",
+                steps_done=step + 1,
             )
         after_step(step + 1)
     return Outcome(max_steps, skipped, stopped=False)
@@ -133,7 +136,7 @@ def train_step_(
         clip_threshold=probing.clip_threshold,
     )
     if result.finite:
-        optimizer.step_(parametrization, result, lr)
+        optimizer.step_(parametrization, Update(directions, result.projected_grad, lr))
     return _record(step, result, probing, lr, batch.sigma_mean, time.perf_counter() - started)
 
 

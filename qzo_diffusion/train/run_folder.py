@@ -1,8 +1,14 @@
-"""The folder of one run, and how files are put into it: whole or not at all."""
+"""The folder of one run, and how things are put into it: whole or not at all.
 
+A folder of weights (`final/`, a checkpoint) is written under another name, synced, marked and renamed. Its marker COMPLETE holds a
+hash of every file, so that what was damaged later is found when it is read and never applied.
+"""
+
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,83 +18,168 @@ from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
 
-COMPLETE = "COMPLETE"  # the marker that a folder of weights was written to its end
+COMPLETE = "COMPLETE"
+SCALES = "scales.safetensors"
+
+
+def default_output_dir(outputs: Path, name: str) -> Path:
+    """outputs/<name>, with a number behind it where that exists."""
+    candidate, count = outputs / name, 2
+    while candidate.exists():
+        candidate, count = outputs / f"{name}-{count}", count + 1
+    return candidate
+
+
+def newest_run(outputs: Path) -> Path:
+    """The folder below `outputs` whose journal was written last. Raises OutputError when there is none."""
+    journals = sorted(outputs.glob("*/journal.qzo"), key=lambda path: path.stat().st_mtime_ns)
+    if not journals:
+        raise OutputError(f"no run in {outputs}", "a run to go on with", "give its folder: --resume PATH")
+    return journals[-1].parent
 
 
 class RunFolder:
-    """Names and writes the files of a run.
-
-    Raises:
-        OutputError: the folder holds a run already, or can't be written.
-    """
+    """Names and writes the files of a run. `create` makes a new one, the constructor opens what is there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> "RunFolder":
+        """Raises OutputError when the folder holds something already, or can't be written."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(
                 f"{path} exists and is not an empty folder",
                 "a new output folder; a run is never overwritten",
-                "choose another --output-dir, or move the old run away",
+                f"choose another --output-dir, or go on with that run: --resume {path}",
             )
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(
-                f"{path} can't be written: {error.strerror or error}",
-                "a folder that can be made and written",
-                "choose another --output-dir",
-            ) from error
+            raise _unwritable(path, error) from error
+        return cls(path)
 
     def write_text(self, name: str, text: str) -> None:
-        write_whole(self.path / name, text)
+        write_whole(self.path / name, text.encode())
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def save_scales(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-        """`<name>/scales.safetensors` and, last of all, a completion marker."""
-        folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
-        marker = folder / COMPLETE
-        marker.unlink(missing_ok=True)
-        save_scales(folder / "scales.safetensors", tensors, metadata)
-        write_whole(marker, "")
-        return folder
+        """`<name>/scales.safetensors` in a complete folder."""
+        return write_folder(self.path / name, lambda folder: save_tensors(folder / SCALES, tensors, metadata))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write to another name, sync, rename: a reader never sees half a file."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write to another name, sync, rename: a reader never sees half a file. Raises OutputError."""
     aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
 
 
-def save_scales(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, dict(metadata))
-    with aside.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(aside, path)
+def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder aside, then mark it complete and rename it to `target`, replacing what was there.
+
+    Raises:
+        OutputError: no room or no permission; what was there before is still there.
+    """
+    aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
+        write_whole(aside / COMPLETE, json.dumps(hashes, indent=1).encode())
+        _sync(aside)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(aside, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise _unwritable(target, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OutputError unless the folder was written to its end and every file is what it was then."""
+    remedy = "give another checkpoint of the run, or the finished run"
+    try:
+        hashes = json.loads((folder / COMPLETE).read_bytes())
+    except FileNotFoundError:
+        got = f"{folder} was not written to its end" if folder.is_dir() else f"there is no folder {folder}"
+        raise OutputError(got, f"a folder with the marker {COMPLETE}", remedy) from None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{folder}/{COMPLETE} is damaged: {error}", "the marker as it was written", remedy) from None
+    files = {file.name for file in folder.iterdir()} - {COMPLETE}
+    if not isinstance(hashes, dict) or files != hashes.keys():
+        raise OutputError(f"{folder} holds other files than its marker names", "the folder as it was written", remedy)
+    for name, expected in hashes.items():
+        if _hash(folder / name) != expected:
+            raise OutputError(f"{folder / name} is damaged", "the file as it was written", remedy)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    # Never without metadata: safetensors writes a header that it can't read when there are no tensors either.
+    facts = {"format": "pt"} | dict(metadata or {})
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, facts)
+    _sync(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file. Raises OutputError when it is damaged or missing."""
+    try:
+        with safe_open(path, "pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"{path} is damaged: {error}", "a safetensors file of this program", "give another run") from None
 
 
 def load_scales(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tuned scales of a run folder (its `final/`), of a checkpoint folder, or of a safetensors file, with metadata.
 
     Raises:
-        OutputError: there are none, or the file is damaged or was not finished.
+        OutputError: there are none, or they are damaged or were not finished.
     """
-    remedy = "give the folder of a finished run, or one of its checkpoints"
+    if run.is_file():
+        return load_tensors(run)
     folder = run / "final" if (run / "final").is_dir() else run
-    file = folder if folder.is_file() else folder / "scales.safetensors"
-    if not file.is_file():
-        raise OutputError(f"no tuned scales in {run}", "final/scales.safetensors", remedy)
-    if folder.is_dir() and not (folder / COMPLETE).exists():
-        raise OutputError(f"{folder} was not written to its end", f"a folder with the marker {COMPLETE}", remedy)
+    if not (folder / SCALES).is_file():
+        remedy = "give the folder of a finished run, or one of its checkpoints"
+        raise OutputError(f"no tuned scales in {run}", f"final/{SCALES}", remedy)
+    check_folder(folder)
+    return load_tensors(folder / SCALES)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with safe_open(file, "pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise OutputError(f"{file} is damaged: {error}", "a safetensors file of this program", remedy) from None
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or error
+    return OutputError(
+        f"{path} can't be written: {reason}",
+        "a folder that can be made and written, with room for the run",
+        "free space, correct the permissions, or choose another --output-dir; what was written before is intact",
+    )

@@ -4,30 +4,29 @@ import pytest
 import torch
 
 from qzo_diffusion.core.noise import Direction, directions_of_step
-from qzo_diffusion.core.optimizer import Adam, Momentum, Sgd, gradient_of, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import Adam, Momentum, Sgd, Update, gradient_of, make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import Estimate, estimate, mean_loss
+from qzo_diffusion.core.spsa import estimate, mean_loss
 from tests.quantized import inputs, scaled_network, squared_output
 
 
-def known_estimate(count: int = 1, distribution: str = "rademacher", step: int = 0, grad: float = 0.5) -> Estimate:
-    directions = directions_of_step(7, step, count, distribution)
+def known_update(count: int = 1, distribution: str = "rademacher", step: int = 0, grad: float = 0.5) -> Update:
     grads = tuple(grad * (index + 1) for index in range(count))
-    return Estimate(directions, grads, grads, grads, grads, (False,) * count)
+    return Update(directions_of_step(7, step, count, distribution), grads, lr=0.01)
 
 
-def numbers_after(optimizer, estimates, lr=0.01):
+def numbers_after(optimizer, updates):
     """θ of every layer after the steps, at layer level."""
     _, scales = scaled_network()
     numbers = parametrize(scales, "layer")
-    for one in estimates:
-        optimizer.step_(numbers, one, lr)
+    for one in updates:
+        optimizer.step_(numbers, one)
     return {name: theta.item() for name, theta in numbers.theta.items()}
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_sgd_moves_against_the_mean_of_g_z(count):
-    one = known_estimate(count)
+    one = known_update(count)
     after = numbers_after(Sgd(), [one])
     for name, theta in after.items():
         mean = sum(g * d.scalar(name) for g, d in zip(one.projected_grad, one.directions, strict=True)) / count
@@ -35,11 +34,11 @@ def test_sgd_moves_against_the_mean_of_g_z(count):
 
 
 def test_momentum_is_an_average_of_past_estimates():
-    estimates = [known_estimate(step=step) for step in range(3)]
-    after = numbers_after(Momentum(beta=0.5), estimates)
+    updates = [known_update(step=step) for step in range(3)]
+    after = numbers_after(Momentum(beta=0.5), updates)
     for name, theta in after.items():
         velocity = expected = 0.0
-        for one in estimates:
+        for one in updates:
             velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].scalar(name)
             expected -= 0.01 * 0.5 * velocity
         assert theta == pytest.approx(expected, rel=1e-5)
@@ -47,7 +46,7 @@ def test_momentum_is_an_average_of_past_estimates():
 
 @pytest.mark.parametrize(("count", "distribution"), [(1, "rademacher"), (1, "gaussian"), (4, "rademacher")])
 def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution):
-    estimates = [known_estimate(count, distribution, step, grad=0.3 + step) for step in range(5)]
+    updates = [known_update(count, distribution, step, grad=0.3 + step) for step in range(5)]
     _, scales = scaled_network()
     numbers = parametrize(scales, "dense")
     name = next(iter(scales))
@@ -55,10 +54,10 @@ def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution)
     theta = torch.zeros_like(scales[name], requires_grad=True)
     theirs = torch.optim.Adam([theta], lr=0.01, betas=(0.9, 0.99), eps=1e-8)
     ours = Adam()
-    for one in estimates:
+    for one in updates:
         theta.grad = gradient_of(numbers, one, name)
         theirs.step()
-        ours.step_(numbers, one, 0.01)
+        ours.step_(numbers, one)
     # fp32 scales carry θ with an error of one rounding a step.
     torch.testing.assert_close(torch.log(scales[name] / initial), theta.detach(), rtol=0, atol=5 * 5 * 2**-24)
 
@@ -66,7 +65,7 @@ def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution)
 def test_adam_stores_one_scalar_for_a_single_rademacher_direction():
     _, scales = scaled_network()
     adam = Adam()
-    adam.step_(parametrize(scales, "dense"), known_estimate(), 0.01)
+    adam.step_(parametrize(scales, "dense"), known_update())
     seconds = [tensor for name, tensor in adam.state().items() if name.startswith("second.")]
     assert seconds
     assert all(tensor.numel() == 1 for tensor in seconds)
@@ -74,16 +73,16 @@ def test_adam_stores_one_scalar_for_a_single_rademacher_direction():
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 def test_a_loaded_state_continues_as_if_never_stopped(name):
-    estimates = [known_estimate(step=step, grad=0.3 + step) for step in range(4)]
-    whole = numbers_after(make_optimizer(name), estimates)
+    updates = [known_update(step=step, grad=0.3 + step) for step in range(4)]
+    whole = numbers_after(make_optimizer(name), updates)
     _, scales = scaled_network()
     numbers, first = parametrize(scales, "layer"), make_optimizer(name)
-    for one in estimates[:2]:
-        first.step_(numbers, one, 0.01)
+    for one in updates[:2]:
+        first.step_(numbers, one)
     second = make_optimizer(name)
     second.load_state_(first.state())
-    for one in estimates[2:]:
-        second.step_(numbers, one, 0.01)
+    for one in updates[2:]:
+        second.step_(numbers, one)
     assert whole == {layer: theta.item() for layer, theta in numbers.theta.items()}
 
 
@@ -96,7 +95,7 @@ def test_the_loss_falls(name, level):
     start = mean_loss(objective, [x])
     for step in range(60):
         result = estimate(objective, [x], numbers, [Direction(0, step)], eps=1e-2)
-        optimizer.step_(numbers, result, lr=0.02 if name == "adam" else 0.1)
+        optimizer.step_(numbers, Update(result.directions, result.projected_grad, lr=0.02 if name == "adam" else 0.1))
     with scales.showing(numbers.view()):
         end = mean_loss(objective, [x])
     assert end < 0.9 * start

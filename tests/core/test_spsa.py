@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.optimizer import Sgd
+from qzo_diffusion.core.optimizer import Sgd, Update
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import clip_directional_derivative, estimate, mean_loss
 from tests.quantized import BACKENDS, inputs, scaled_network, squared_output
@@ -81,7 +81,7 @@ def test_nothing_asks_for_a_derivative(monkeypatch, units):
         return squared_output(model)(x)
 
     result = estimate(objective, [inputs()], numbers, [Direction(0, 0)], eps=1e-2)
-    Sgd().step_(numbers, result, lr=1e-3)
+    Sgd().step_(numbers, Update(result.directions, result.projected_grad, lr=1e-3))
     assert result.finite
 
 

@@ -19,41 +19,41 @@ def record(step=0, loss=1.0, skipped=False, clipped=False):
 
 
 def test_scales_come_back_with_their_metadata(tmp_path):
-    out = RunFolder(tmp_path / "run")
+    out = RunFolder.create(tmp_path / "run")
     out.save_scales("final", SCALES, {"qzo.codes": "abc"})
     for source in (tmp_path / "run", tmp_path / "run" / "final", tmp_path / "run" / "final" / "scales.safetensors"):
         tensors, facts = load_scales(source)
-        assert facts == {"qzo.codes": "abc"}
+        assert facts["qzo.codes"] == "abc"
         assert all(torch.equal(tensors[name], SCALES[name]) for name in SCALES)
 
 
 def test_no_partial_files_are_left(tmp_path):
-    out = RunFolder(tmp_path / "run")
+    out = RunFolder.create(tmp_path / "run")
     out.save_scales("final", SCALES, {})
     out.write_json("dataset.json", [])
     assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):
-    RunFolder(tmp_path / "run").write_text("config.yaml", "a: 1\n")
+    RunFolder.create(tmp_path / "run").write_text("config.yaml", "a: 1\n")
     with pytest.raises(OutputError, match="never overwritten"):
-        RunFolder(tmp_path / "run")
+        RunFolder.create(tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
 
 
 def test_an_empty_folder_may_be_used(tmp_path):
     (tmp_path / "run").mkdir()
-    RunFolder(tmp_path / "run")
+    RunFolder.create(tmp_path / "run")
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't be written"):
-        RunFolder(tmp_path / "file" / "run")
+        RunFolder.create(tmp_path / "file" / "run")
 
 
 def test_unfinished_scales_are_refused(tmp_path):
-    folder = RunFolder(tmp_path / "run").save_scales("final", SCALES, {})
+    folder = RunFolder.create(tmp_path / "run").save_scales("final", SCALES, {})
     (folder / COMPLETE).unlink()
     with pytest.raises(OutputError, match="not written to its end"):
         load_scales(tmp_path / "run")
@@ -61,7 +61,7 @@ def test_unfinished_scales_are_refused(tmp_path):
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff" * len(data)])
 def test_damaged_scales_are_refused(tmp_path, damage):
-    file = RunFolder(tmp_path / "run").save_scales("final", SCALES, {}) / "scales.safetensors"
+    file = RunFolder.create(tmp_path / "run").save_scales("final", SCALES, {}) / "scales.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(OutputError, match="damaged"):
         load_scales(tmp_path / "run")

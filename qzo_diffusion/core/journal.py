@@ -1,0 +1,303 @@
+"""The append-only log of a run: seeds and scalars, from which every step can be rebuilt bit for bit.
+
+    file    = MAGIC, record of the header, record, record, ...
+    record  = kind u8, version u8, length u16, guard u32, payload, chain (8 bytes)       little-endian throughout
+    guard   = crc32 of the first four bytes, seeded by the chain before: a damaged length is found before it is believed
+    chain   = blake2b-64 of (chain of the record before, everything of this record before the chain)
+
+A record counts when its chain is right. Each chain holds the one before, so a flipped bit, a swapped, doubled or missing record
+anywhere is found and named. A file that ends inside a record was cut by a crash: that tail is left out and reported. A step takes
+52 + 8 · directions bytes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion.core.errors import JournalError, OutputError
+from qzo_diffusion.core.noise import Distribution, directions_of_step
+from qzo_diffusion.core.optimizer import Optimizer, Update
+from qzo_diffusion.core.parametrize import Parametrization
+
+MAGIC = b"QZOJRNL1"
+VERSION = 1
+_HEADER, _STEP, _SKIPPED, _LEVEL, _RESUME = 1, 2, 3, 4, 5
+_NOTES = {"level": _LEVEL, "resume": _RESUME}
+_PREFIX = struct.Struct("<BBH")
+_GUARD = struct.Struct("<I")
+_STEP_PAYLOAD = struct.Struct("<IQddd")
+_CHAIN_BYTES = 8
+_OVERHEAD = _PREFIX.size + _GUARD.size + _CHAIN_BYTES
+FSYNC_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class StepEntry:
+    """A step that was done. A skipped one (NaN or infinite loss) changed nothing but counts."""
+
+    step: int
+    seed: int
+    lr: float
+    eps: float
+    loss: float
+    projected_grad: tuple[float, ...]
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class NoteEntry:
+    """Something that was not a step: kind "level" or "resume", and its facts."""
+
+    kind: str
+    content: Mapping[str, Any]
+
+
+Entry = StepEntry | NoteEntry
+
+
+@dataclass(frozen=True)
+class Journal:
+    """A verified journal. `chains[i]` is the hex chain after `entries[i]`, `sizes[i]` the file's size there."""
+
+    header: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    chains: tuple[str, ...]
+    sizes: tuple[int, ...]
+    header_chain: str
+    header_size: int
+    torn_bytes: int
+
+    @property
+    def steps(self) -> list[StepEntry]:
+        return [entry for entry in self.entries if isinstance(entry, StepEntry)]
+
+    @property
+    def steps_done(self) -> int:
+        steps = self.steps
+        return steps[-1].step + 1 if steps else 0
+
+    @property
+    def size(self) -> int:
+        return self.sizes[-1] if self.sizes else self.header_size
+
+    @property
+    def chain(self) -> str:
+        return self.chains[-1] if self.chains else self.header_chain
+
+    def holds(self, chain: str) -> bool:
+        """Whether the journal once ended with this chain value."""
+        return chain == self.header_chain or chain in self.chains
+
+
+class JournalWriter:
+    """Appends records; each is in the operating system's hands when `append` returns, and on the disk seconds later.
+
+    Use `create` for a new run and `reopen` to go on with one.
+    """
+
+    def __init__(self, path: Path, chain: bytes, size: int) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._file)
+            raise OutputError(f"another process writes {path}", "one process a run", "wait for it, or stop it first") from None
+        self._chain, self._size = chain, size
+        self._last_sync = time.monotonic()
+
+    @classmethod
+    def create(cls, path: Path, header: Mapping[str, Any]) -> "JournalWriter":
+        """Raises OutputError when there is a journal already or the place can't be written."""
+        record = _record(_HEADER, _to_json(header), b"")
+        try:
+            with path.open("xb") as file:
+                file.write(MAGIC + record)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return cls(path, record[-_CHAIN_BYTES:], len(MAGIC) + len(record))
+
+    @classmethod
+    def reopen(cls, path: Path) -> tuple["JournalWriter", Journal]:
+        """Verify, cut a torn tail off, and go on behind the last record."""
+        journal = read_journal(path)
+        writer = cls(path, bytes.fromhex(journal.chain), journal.size)
+        os.ftruncate(writer._file, journal.size)
+        return writer, journal
+
+    @property
+    def chain(self) -> str:
+        return self._chain.hex()
+
+    def append(self, entry: Entry) -> None:
+        """Raises OutputError when the disk is full; the journal then ends with the record before."""
+        kind, payload = _encode(entry)
+        record = _record(kind, payload, self._chain)
+        try:
+            written = 0
+            while written < len(record):
+                written += os.pwrite(self._file, record[written:], self._size + written)
+            if time.monotonic() - self._last_sync > FSYNC_SECONDS:
+                self.sync()
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise _unwritable(self.path, error) from error
+        self._size += len(record)
+        self._chain = record[-_CHAIN_BYTES:]
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+        self._last_sync = time.monotonic()
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+
+def read_journal(path: Path) -> Journal:
+    """Read and verify the whole file.
+
+    Raises:
+        JournalError: no such file, not a journal, of a newer format, or damaged; the message names the record.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise JournalError(f"{path} can't be read: {error.strerror}", "the journal of a run", "give journal.qzo of a run") from None
+    if data[: len(MAGIC)] != MAGIC:
+        raise JournalError(f"{path} does not begin like a journal", "a file written by a run", "give journal.qzo of a run")
+    header: Mapping[str, Any] | None = None
+    header_chain, header_size = "", 0
+    entries: list[Entry] = []
+    chains: list[str] = []
+    sizes: list[int] = []
+    end = len(MAGIC)
+    for kind, payload, chain, record_end in _records(data, path):
+        end = record_end
+        if header is None:
+            header, header_chain, header_size = _decode_header(kind, payload, path), chain.hex(), end
+            continue
+        entries.append(_decode(kind, payload, len(entries), path))
+        chains.append(chain.hex())
+        sizes.append(end)
+    if header is None:
+        raise JournalError(f"{path} ends inside its header", "a whole header", "start the run again; no step was done")
+    _check_order(entries, path)
+    return Journal(header, tuple(entries), tuple(chains), tuple(sizes), header_chain, header_size, len(data) - end)
+
+
+def replay_(
+    journal: Journal,
+    parametrization: Parametrization,
+    optimizer: Optimizer,
+    *,
+    first_step: int = 0,
+    to_step: int | None = None,
+) -> int:
+    """Apply steps `first_step` .. `to_step - 1` again: the same update path that training takes. Returns the steps now done."""
+    distribution: Distribution = journal.header["directions"]
+    done = first_step
+    for entry in journal.steps:
+        if entry.step < first_step or (to_step is not None and entry.step >= to_step):
+            continue
+        if not entry.skipped:
+            directions = directions_of_step(entry.seed, entry.step, len(entry.projected_grad), distribution)
+            optimizer.step_(parametrization, Update(directions, entry.projected_grad, entry.lr))
+        done = entry.step + 1
+    return done
+
+
+def _record(kind: int, payload: bytes, chain: bytes) -> bytes:
+    prefix = _PREFIX.pack(kind, VERSION, len(payload))
+    body = prefix + _GUARD.pack(zlib.crc32(prefix, zlib.crc32(chain))) + payload
+    return body + hashlib.blake2b(chain + body, digest_size=_CHAIN_BYTES).digest()
+
+
+def _records(data: bytes, path: Path) -> Iterator[tuple[int, bytes, bytes, int]]:
+    """(kind, payload, chain, end) of every whole record; stops before a torn tail."""
+    position, chain, count = len(MAGIC), b"", 0
+    while len(data) - position >= _PREFIX.size + _GUARD.size:
+        prefix = data[position : position + _PREFIX.size]
+        kind, version, length = _PREFIX.unpack(prefix)
+        (guard,) = _GUARD.unpack_from(data, position + _PREFIX.size)
+        if guard != zlib.crc32(prefix, zlib.crc32(chain)):
+            raise _damaged(path, count, position)
+        end = position + _OVERHEAD + length
+        if end > len(data):
+            return
+        if version > VERSION:
+            raise JournalError(f"{path} has records of format {version}", f"format {VERSION}", "use the version that wrote it")
+        body, stored = data[position : end - _CHAIN_BYTES], data[end - _CHAIN_BYTES : end]
+        if stored != hashlib.blake2b(chain + body, digest_size=_CHAIN_BYTES).digest():
+            raise _damaged(path, count, position)
+        yield kind, body[_PREFIX.size + _GUARD.size :], stored, end
+        position, chain, count = end, stored, count + 1
+
+
+def _encode(entry: Entry) -> tuple[int, bytes]:
+    if isinstance(entry, NoteEntry):
+        return _NOTES[entry.kind], _to_json(entry.content)
+    payload = _STEP_PAYLOAD.pack(entry.step, entry.seed, entry.lr, entry.eps, entry.loss)
+    payload += struct.pack(f"<{len(entry.projected_grad)}d", *entry.projected_grad)
+    return (_SKIPPED if entry.skipped else _STEP), payload
+
+
+def _decode(kind: int, payload: bytes, index: int, path: Path) -> Entry:
+    for name, number in _NOTES.items():
+        if kind == number:
+            return NoteEntry(name, json.loads(payload))
+    if kind not in (_STEP, _SKIPPED) or (len(payload) - _STEP_PAYLOAD.size) % 8:
+        raise JournalError(
+            f"{path}: record {index + 1} of an unknown kind {kind}", "a step or a note", "use the version that wrote it"
+        )
+    step, seed, lr, eps, loss = _STEP_PAYLOAD.unpack_from(payload)
+    grads = struct.unpack(f"<{(len(payload) - _STEP_PAYLOAD.size) // 8}d", payload[_STEP_PAYLOAD.size :])
+    return StepEntry(step, seed, lr, eps, loss, grads, skipped=kind == _SKIPPED)
+
+
+def _decode_header(kind: int, payload: bytes, path: Path) -> Mapping[str, Any]:
+    if kind != _HEADER:
+        raise JournalError(f"{path} has no header", "a header as the first record", "give journal.qzo of a run")
+    header: Mapping[str, Any] = json.loads(payload)
+    return header
+
+
+def _check_order(entries: list[Entry], path: Path) -> None:
+    steps = [entry.step for entry in entries if isinstance(entry, StepEntry)]
+    if steps != list(range(len(steps))):
+        raise JournalError(
+            f"{path} does not count its steps from 0 without a gap", "steps 0, 1, 2, ...", "give the run's own journal"
+        )
+
+
+def _to_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(content), sort_keys=True, ensure_ascii=False).encode()
+
+
+def _damaged(path: Path, index: int, position: int) -> JournalError:
+    name = "the header" if index == 0 else f"record {index}"
+    return JournalError(
+        f"{path} is damaged in {name}, at byte {position}",
+        "a journal whose checksums are right",
+        "restore the file, or resume from a checkpoint that was written before with --force",
+    )
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path} can't be written: {error.strerror or error}",
+        "a place with room for the journal",
+        "free space or correct the permissions, then --resume the run; every step before this one is safe",
+    )

@@ -1,0 +1,53 @@
+"""What `qzo-diffuse mix` does: one set of scales from the changes of several runs, each with its weight."""
+
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion import build
+from qzo_diffusion.config import load_config
+from qzo_diffusion.core.blend import blend_
+from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.quant.load import codes_fingerprint
+from qzo_diffusion.train.run_folder import RunFolder, load_scales
+
+
+def parse_part(text: str) -> tuple[Path, float]:
+    """`outputs/run=0.5` -> (Path("outputs/run"), 0.5). The last `=` counts, since a folder's name may hold one."""
+    path, equals, weight = text.rpartition("=")
+    try:
+        if not equals or not path:
+            raise ValueError
+        return Path(path), float(weight)
+    except ValueError:
+        raise ConfigError(f"--run {text}", "RUN=WEIGHT, for example outputs/ink=0.7", "give each run a weight") from None
+
+
+def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
+    """Leave `final/` with the blend, usable wherever a run is: `sample --run`, `export --run`."""
+    chosen = [parse_part(text) for text in parts]
+    config = load_config(chosen[0][0] / "config.yaml")
+    tuned = [(load_scales(path), weight) for path, weight in chosen]
+    folder, _ = build.choose_model(config.model)
+    sd3.check_model_folder(folder)
+    device = build.choose_device(config.compute.device)
+    transformer = build.quantized_transformer(config, folder, device, build.choose_dtype(config.compute.dtype, device))
+    codes = codes_fingerprint(transformer)
+    for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
+        check_codes(facts, codes, path)
+    scales, _ = build.scales_and_numbers(config, transformer)
+    blend_(scales, [(tensors, weight) for (tensors, _), weight in tuned])
+    out = RunFolder.create(output_dir)
+    out.save_scales("final", scales.tensors(), build.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
+    out.write_text("config.yaml", config.to_yaml())
+    return {"run": str(output_dir), "runs": len(parts)}
+
+
+def check_codes(facts: dict[str, str], codes: str, path: Path) -> None:
+    """Raises ModelError when tuned scales belong to other codes than this base has."""
+    if facts.get("qzo.codes") != codes:
+        raise ModelError(
+            f"{path} was tuned on {facts.get('qzo.model', 'an unknown model')}, over other codes",
+            "the base model and quantization that the run was tuned on",
+            "give the run's own --model and quantization settings",
+        )

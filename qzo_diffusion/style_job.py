@@ -1,0 +1,148 @@
+"""A style run that is under way: what happens between its steps, and what it leaves behind."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from qzo_diffusion import build, style_data
+from qzo_diffusion.config import Config
+from qzo_diffusion.core.journal import JournalWriter
+from qzo_diffusion.core.optimizer import Optimizer
+from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_saturation, save_picture
+from qzo_diffusion.train.checkpoint import entry_of, save_checkpoint, tuned_scales
+from qzo_diffusion.train.loop import Outcome, StepRecord
+from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.tracking import Tracker
+
+
+@dataclass
+class StyleJob:
+    """Everything between two steps is done once, whether the run was stopped in between or not: what exists is not redone."""
+
+    config: Config
+    dtype: torch.dtype
+    out: RunFolder
+    transformer: nn.Module
+    scales: ScaleSet
+    numbers: Parametrization
+    optimizer: Optimizer
+    batches: style_data.TrainingBatches
+    held_out: list[Batch]
+    sampler: Sampler
+    tracker: Tracker
+    journal: JournalWriter
+    metadata: dict[str, str]
+    validation: dict[int, float] = field(default_factory=dict)
+
+    def objective(self, batch: Batch) -> torch.Tensor:
+        return velocity_loss(self.transformer, batch, self.dtype)
+
+    def on_step(self, record: StepRecord) -> None:
+        """Metrics first: after a kill they are cut back to the journal, and so never lack a step that it has."""
+        self.tracker.on_step(record)
+        self.journal.append(entry_of(record, self.config.train.seed))
+
+    def after_step(self, steps_done: int) -> None:
+        train, sample = self.config.train, self.config.sample
+        if _due(train.validate_every, steps_done):
+            self.validate(steps_done)
+        if _due(train.checkpoint_every, steps_done):
+            self.checkpoint(steps_done)
+        if _due(sample.every, steps_done):
+            self.sample(steps_done)
+
+    def validate(self, step: int) -> None:
+        if not self.held_out or step in self.validation:
+            return
+        with self.scales.showing(self.numbers.view()):
+            self.validation[step] = mean_loss(self.objective, self.held_out)
+        self.tracker.on_validation(step, self.validation[step])
+
+    def sample(self, step: int) -> None:
+        """A column of pictures for this step, and all columns side by side; a failure is told and training goes on."""
+        path = self.out.path / "samples" / f"step_{step:06d}.png"
+        if path.exists():
+            return
+        try:
+            with self.scales.showing(self.numbers.view()):
+                images = self.sampler.images()
+            save_picture(grid([images], [f"step {step}"]), path)
+            self.join_samples()
+        except (RuntimeError, OSError, ValueError) as error:
+            self.tracker.say(f"warning: no samples at step {step}: {error}")
+
+    def join_samples(self) -> None:
+        columns = self.sample_columns()
+        if columns:
+            save_picture(join_columns(columns), self.out.path / "samples" / "grid.png")
+
+    def sample_columns(self) -> list[Image.Image]:
+        return [load_picture(path) for path in sorted((self.out.path / "samples").glob("step_*.png"))]
+
+    def checkpoint(self, step: int) -> None:
+        folder = self.out.path / "checkpoints"
+        if (folder / f"step_{step:06d}").exists():
+            return
+        self.journal.sync()
+        save_checkpoint(
+            folder,
+            self.numbers,
+            self.optimizer,
+            step=step,
+            chain=self.journal.chain,
+            metadata=self.metadata | {"qzo.steps": str(step)},
+            validation_loss=self.validation.get(step),
+            keep=self.config.train.keep_checkpoints,
+        )
+
+    def finish(self, step: int) -> None:
+        self.journal.sync()
+        self.out.save_scales("final", tuned_scales(self.numbers), self.metadata | {"qzo.steps": str(step)})
+
+    def results(self, outcome: Outcome) -> dict[str, Any]:
+        """The figures for `--json`."""
+        steps, columns = sorted(self.validation), self.sample_columns()
+        saturation = {"start": mean_saturation([columns[0]]), "end": mean_saturation([columns[-1]])} if columns else None
+        return {
+            "run": str(self.out.path),
+            "steps": outcome.steps_done,
+            "skipped": outcome.skipped,
+            "stopped": outcome.stopped,
+            "validation_loss": {"start": self.validation[steps[0]], "end": self.validation[steps[-1]]} if steps else None,
+            "sample_saturation": saturation,
+        }
+
+    def close(self) -> None:
+        self.tracker.close()
+        self.journal.close()
+        self.scales.close()
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def journal_header(config: Config, codes: str, scales: str) -> dict[str, Any]:
+    """What the journal must say to be replayed from the base model alone."""
+    return {
+        "format": 1,
+        "model": config.model,
+        "codes": codes,
+        "initial_scales": scales,
+        "config": build.config_hash(config),
+        "seed": config.train.seed,
+        "directions": config.qzo.directions,
+        "num_directions": config.qzo.num_directions,
+        "parametrization": config.qzo.parametrization,
+        "units": config.qzo.units,
+        "optimizer": config.train.optimizer,
+        "quant": config.quant.model_dump(),
+        "dtype": config.compute.dtype,
+    }

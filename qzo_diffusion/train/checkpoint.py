@@ -1,0 +1,162 @@
+"""Checkpoints, and how a run goes on from them and its journal as if it had never been stopped.
+
+A checkpoint spares replaying the whole journal, nothing more: resume loads the newest whole one and applies the journal's tail with
+the same function that training uses. Without any checkpoint the journal alone rebuilds the run.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qzo_diffusion.core.errors import JournalError, OutputError
+from qzo_diffusion.core.journal import Journal, StepEntry, replay_
+from qzo_diffusion.core.optimizer import Optimizer
+from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.train.loop import StepRecord
+from qzo_diffusion.train.run_folder import SCALES, check_folder, load_tensors, save_tensors, write_folder, write_whole
+
+NUMBERS, OPTIMIZER, STATE = "numbers.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a checkpoint is and what it says of itself; `chain` ties it to its journal."""
+
+    folder: Path
+    step: int
+    chain: str
+    validation_loss: float | None
+
+
+def tuned_scales(numbers: Parametrization) -> dict[str, Tensor]:
+    """The scales as the model sees them now; nothing is merged or changed."""
+    view, live = numbers.view(), numbers.scales.tensors()
+    return live if view is None else {name: view(name, tensor) for name, tensor in live.items()}
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    numbers: Parametrization,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    chain: str,
+    metadata: Mapping[str, str],
+    validation_loss: float | None = None,
+    keep: int = 3,
+) -> Path:
+    """Write `step_NNNNNN/`, then drop all but the last `keep` and the one with the lowest validation loss."""
+    state = {"step": step, "chain": chain, "validation_loss": validation_loss}
+
+    def write(folder: Path) -> None:
+        save_tensors(folder / NUMBERS, numbers.state())
+        save_tensors(folder / OPTIMIZER, optimizer.state())
+        save_tensors(folder / SCALES, tuned_scales(numbers), metadata)
+        write_whole(folder / STATE, json.dumps(state).encode())
+
+    path = write_folder(checkpoints / f"step_{step:06d}", write)
+    _drop_old(checkpoints, keep)
+    return path
+
+
+def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
+    """Raises OutputError unless the checkpoint is whole. Without `check` the hashes of its files are believed."""
+    if check:
+        check_folder(folder)
+    try:
+        state = json.loads((folder / STATE).read_text())
+        return Checkpoint(folder, int(state["step"]), str(state["chain"]), state["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{folder / STATE} is damaged: {error}", "the state of a run", "give another checkpoint") from None
+
+
+def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkpoint], list[str]]:
+    """All whole ones, oldest first, and what is wrong with the others."""
+    found, problems = [], []
+    for folder in sorted(checkpoints.glob("step_*")):
+        try:
+            found.append(read_checkpoint(folder, check))
+        except OutputError as error:
+            problems.append(error.got)
+    return sorted(found, key=lambda checkpoint: checkpoint.step), problems
+
+
+def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametrization, optimizer: Optimizer) -> int:
+    """Bring `numbers` and `optimizer` to the end of the journal. Returns the number of steps done.
+
+    Raises:
+        JournalError: the journal is shorter than the checkpoint, or of another run.
+        OutputError: the checkpoint does not fit this model.
+    """
+    if checkpoint is None:
+        return replay_(journal, numbers, optimizer)
+    if not journal.holds(checkpoint.chain):
+        raise JournalError(
+            f"a journal that ends at step {journal.steps_done} and never was where checkpoint {checkpoint.folder.name} was written",
+            "the journal of the run that wrote the checkpoint, whole",
+            "restore journal.qzo, or start from the checkpoint with --init-from",
+        )
+    try:
+        numbers.load_state_(load_tensors(checkpoint.folder / NUMBERS)[0])
+        optimizer.load_state_(load_tensors(checkpoint.folder / OPTIMIZER)[0])
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise OutputError(f"{checkpoint.folder} does not fit: {error}", "a checkpoint of this model", "give its own") from None
+    return max(checkpoint.step, replay_(journal, numbers, optimizer, first_step=checkpoint.step))
+
+
+def entry_of(record: StepRecord, seed: int) -> StepEntry:
+    """What the journal keeps of a step's record."""
+    grads = record.projected_grad if isinstance(record.projected_grad, list) else [record.projected_grad]
+    return StepEntry(record.step, seed, record.lr, record.eps, record.loss, tuple(grads), record.skipped)
+
+
+def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
+    """Drop what metrics.jsonl says beyond the journal's last step, and a torn last line. Returns validation losses by step."""
+    if not path.exists():
+        return {}
+    kept: list[str] = []
+    validation: dict[int, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        entry = _parsed(line)
+        if entry is None or entry["step"] >= steps_done + ("validation_loss" in entry):
+            break
+        kept.append(line)
+        if "validation_loss" in entry:
+            validation[entry["step"]] = float(entry["validation_loss"])
+    write_whole(path, "".join(kept).encode())
+    return validation
+
+
+def bad_steps_at_end(journal: Journal) -> int:
+    """How many skipped steps in a row the journal ends with."""
+    count = 0
+    for entry in reversed(journal.steps):
+        if not entry.skipped:
+            break
+        count += 1
+    return count
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def _drop_old(checkpoints: Path, keep: int) -> None:
+    whole, _ = list_checkpoints(checkpoints, check=False)
+    scored = [checkpoint for checkpoint in whole if checkpoint.validation_loss is not None]
+    best = min(scored, key=lambda checkpoint: checkpoint.validation_loss or math.inf, default=None)
+    for checkpoint in whole[:-keep]:
+        if checkpoint is not best:
+            shutil.rmtree(checkpoint.folder, ignore_errors=True)

@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM end a run between two steps, not in the middle of one."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def stop_on_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
+    """The first signal sets the event, so that the step in hand is finished; a second one raises KeyboardInterrupt at once.
+
+    Outside the main thread, where Python allows no handlers, the event is never set.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def request(_number: int, _frame: FrameType | None) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+        tell("\nstopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,243 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it can't."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from qzo_diffusion import style_job
+from qzo_diffusion.cli import main
+from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.train.run_folder import load_scales
+from tests.conftest import failing, metrics
+
+SETTINGS = ["--max-steps", 6, "train.checkpoint_every=2", "sample.every=3", "train.optimizer=momentum", "qzo.parametrization=dense"]
+
+
+def assert_same_run(first, second):
+    assert metrics(first) == metrics(second)
+    scales, others = load_scales(first)[0], load_scales(second)[0]
+    assert scales.keys() == others.keys()
+    assert all(torch.equal(scales[name], others[name]) for name in scales)
+    pictures = sorted(path.name for path in (first / "samples").iterdir())
+    assert pictures == sorted(path.name for path in (second / "samples").iterdir())
+    for name in pictures:
+        assert (first / "samples" / name).read_bytes() == (second / "samples" / name).read_bytes(), name
+    assert read_journal(first / "journal.qzo").steps == read_journal(second / "journal.qzo").steps
+
+
+@pytest.fixture
+def whole(train, tmp_path):
+    assert train(*SETTINGS, name="whole") == 0
+    return tmp_path / "whole"
+
+
+def stop_after(monkeypatch, step):
+    """SIGTERM to this process when the step was recorded."""
+    original = style_job.StyleJob.on_step
+
+    def on_step(self, record):
+        original(self, record)
+        if record.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(style_job.StyleJob, "on_step", on_step)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert train(*SETTINGS, name="parts") == 130
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(whole, tmp_path / "parts")
+
+
+MOMENTS = {
+    "before a metrics line": ("qzo_diffusion.train.tracking.Tracker.on_step", 4),
+    "between metrics and journal": ("qzo_diffusion.core.journal.JournalWriter.append", 4),
+    "before a checkpoint": ("qzo_diffusion.style_job.save_checkpoint", 1),
+    "inside a checkpoint": ("qzo_diffusion.train.checkpoint.write_whole", 1),
+    "between a folder and its name": ("qzo_diffusion.train.run_folder.os.replace", 12),
+    "before a picture": ("qzo_diffusion.style_job.save_picture", 2),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_the_worst_moments_it_goes_on_bit_for_bit(train, whole, tmp_path, moment, capfd):
+    """A child process dies without any clean-up at the n-th call of a function; nothing may be lost but the step in hand."""
+    target, count = MOMENTS[moment]
+    child = os.fork()
+    if child == 0:
+        _die_at_call(target, count)
+        train(*SETTINGS, name="parts")
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status), "the run ended before the moment came"
+    assert main(["train", "--resume", "latest", "--output-dir", str(tmp_path / "parts")]) == 0
+    assert_same_run(whole, tmp_path / "parts")
+
+
+def _die_at_call(target, count):
+    import importlib
+
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            owner = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        break
+    for name in parts[cut:-1]:
+        owner = getattr(owner, name)
+    original, calls = getattr(owner, parts[-1]), []
+
+    def dying(*arguments, **options):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, parts[-1], dying)
+
+
+@pytest.fixture
+def stopped(train, tmp_path, monkeypatch):
+    """A run stopped after four of six steps."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train(*SETTINGS, name="parts") == 130
+    return tmp_path / "parts"
+
+
+def resume(folder, *arguments):
+    return main(["train", "--resume", str(folder), *map(str, arguments)])
+
+
+def test_without_any_checkpoint_the_journal_rebuilds_the_run(whole, stopped):
+    shutil.rmtree(stopped / "checkpoints")
+    assert resume(stopped) == 0
+    assert load_equal(whole, stopped)
+
+
+def load_equal(first, second):
+    one, other = load_scales(first)[0], load_scales(second)[0]
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_damaged_checkpoint_is_told_and_passed_over(whole, stopped, capsys):
+    file = stopped / "checkpoints/step_000004/numbers.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert resume(stopped) == 0
+    assert "passed over a checkpoint" in capsys.readouterr().err
+    assert load_equal(whole, stopped)
+
+
+def test_a_torn_journal_is_told_and_goes_on(whole, stopped, capsys):
+    shutil.rmtree(stopped / "checkpoints")
+    path = stopped / "journal.qzo"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert resume(stopped) == 0
+    assert "cut off" in capsys.readouterr().err
+    assert_same_run(whole, stopped)
+
+
+def test_a_damaged_journal_is_refused_and_nothing_is_touched(stopped, capsys):
+    path = stopped / "journal.qzo"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert "damaged" in failing(capsys, resume(stopped))
+    assert before == {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+
+
+def test_a_journal_shorter_than_its_checkpoint_is_refused(stopped, capsys):
+    path = stopped / "journal.qzo"
+    path.write_bytes(path.read_bytes()[: read_journal(path).sizes[0]])
+    capsys.readouterr()
+    assert "ends at step 1" in failing(capsys, resume(stopped))
+
+
+def test_changed_settings_are_refused_with_the_difference_unless_forced(stopped, capsys):
+    capsys.readouterr()
+    error = failing(capsys, resume(stopped, "train.lr=0.5"))
+    assert "train.lr: 0.003 -> 0.5" in error or "train.lr:" in error
+    assert resume(stopped, "train.lr=0.5", "--force") == 0
+    notes = [entry for entry in read_journal(stopped / "journal.qzo").entries if getattr(entry, "kind", "") == "resume"]
+    assert any("train.lr" in change for change in notes[-1].content["changes"])
+
+
+def test_changed_images_are_refused_with_the_difference(stopped, images, capsys):
+    (images / "5.png").unlink()
+    (images / "5.txt").unlink()
+    (images / "4.txt").write_text("another caption")
+    capsys.readouterr()
+    error = failing(capsys, resume(stopped))
+    assert "image 5.png was removed" in error
+    assert "image 4.png: other caption" in error
+
+
+def test_another_base_is_refused(stopped, tmp_path, capsys):
+    settings = (stopped / "config.yaml").read_text()
+    (stopped / "config.yaml").write_text(settings.replace("type: nf4", "type: fp4"))
+    capsys.readouterr()
+    assert "codes" in failing(capsys, resume(stopped))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty"])
+def test_resuming_what_is_not_there(tmp_path, capsys, where):
+    folder = tmp_path / where
+    if where == "empty":
+        folder.mkdir()
+    failing(capsys, resume(folder))
+
+
+def test_latest_is_the_newest_run_below_outputs(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train("--max-steps", 1, name="outputs/old") == 0
+    assert train("--max-steps", 1, name="outputs/new") == 0
+    assert main(["train", "--resume", "latest", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "outputs/new"
+
+
+def replay(tmp_path, run, *arguments, name="replayed"):
+    out = tmp_path / name
+    return main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(out), *map(str, arguments)]), out
+
+
+def test_replay_rebuilds_the_run_and_its_checkpoints(whole, tmp_path):
+    code, out = replay(tmp_path, whole)
+    assert code == 0
+    assert load_equal(whole, out)
+    code, middle = replay(tmp_path, whole, "--to-step", 4, name="middle")
+    assert code == 0
+    assert load_equal(whole / "checkpoints/step_000004", middle)
+
+
+def test_replay_refuses_steps_and_models_that_do_not_fit(whole, tmp_path, capsys):
+    assert "0 to 6" in failing(capsys, replay(tmp_path, whole, "--to-step", 7)[0])
+    failing(capsys, replay(tmp_path, tmp_path)[0])
+
+
+def test_mixing_a_run_with_weight_one_is_the_run(whole, tmp_path):
+    assert main(["mix", "--run", f"{whole}=1", "--output-dir", str(tmp_path / "mix")]) == 0
+    assert load_equal(whole, tmp_path / "mix")
+
+
+def test_mixing_half_and_half_of_a_run_is_the_run_within_rounding(whole, tmp_path):
+    assert main(["mix", "--run", f"{whole}=0.5", "--run", f"{whole}=0.5", "--output-dir", str(tmp_path / "mix")]) == 0
+    mixed, tuned = load_scales(tmp_path / "mix")[0], load_scales(whole)[0]
+    for name, tensor in tuned.items():
+        torch.testing.assert_close(mixed[name], tensor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("part", ["nowhere=1", "nowhere", "=1", "nowhere=much"])
+def test_bad_parts_of_a_mix_are_told(tmp_path, capsys, part):
+    failing(capsys, main(["mix", "--run", part, "--output-dir", str(tmp_path / "mix")]))
