@@ -27,6 +27,7 @@ def tune_(
     optimizer: OptimizerName = "sgd",
     schedule: ScheduleName = "constant",
     num_directions: int = 1,
+    per_example: bool = False,
     directions: Distribution = "rademacher",
     clip_threshold: float | None = None,
     seed: int = 0,
@@ -39,6 +40,7 @@ def tune_(
         loss: a batch -> one loss per example, [B], or a scalar. Called twice per direction and step under `no_grad`; anything
             random must come from the batch, so that both calls see the same.
         batches: a sequence that is cycled through, or a function from the step (counted from 0) to its batch.
+        per_example: a direction of its own for every example, for levels "row" and "layer"; batches then need a length.
         lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).
 
     Raises:
@@ -57,7 +59,7 @@ def tune_(
             batch_of_step,
             numbers,
             make_optimizer(optimizer),
-            Probing(seed, eps, num_directions, directions, clip_threshold),
+            Probing(seed, eps, num_directions, per_example, directions, clip_threshold),
             make_schedule(schedule, lr, steps),
             max_steps=steps,
             on_step=on_step,

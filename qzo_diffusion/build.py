@@ -138,6 +138,7 @@ def probing(config: Config) -> Probing:
         seed=config.train.seed,
         eps=config.qzo.eps,
         num_directions=config.qzo.num_directions,
+        per_example=config.qzo.per_example,
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
     )

@@ -49,10 +49,11 @@ class TrainConfig(Section):
 
 
 class QzoConfig(Section):
-    parametrization: Literal["dense", "layer"] = "layer"
+    parametrization: Literal["dense", "row", "layer"] = "layer"
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
     num_directions: Count = 1
+    per_example: bool = False  # a direction of its own for every example of the batch; rows and layers only
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     clip_threshold: Positive | None = None  # DDC; None: no clipping
 
@@ -60,6 +61,8 @@ class QzoConfig(Section):
     def _absolute_needs_dense(self) -> "QzoConfig":
         if self.units == "absolute" and self.parametrization != "dense":
             raise ValueError("units: absolute needs parametrization: dense")
+        if self.per_example and (self.parametrization == "dense" or self.num_directions != 1):
+            raise ValueError("per_example: true needs parametrization: row or layer, and num_directions: 1")
         return self
 
 

@@ -73,13 +73,6 @@ class Direction:
             return torch.exp(radius * self._gaussian(name, like))
         return self._choose(name, like, math.exp(radius), math.exp(-radius))
 
-    def scalar(self, name: str) -> float:
-        """z of a single number that belongs to the tensor `name`."""
-        words = _philox(self.seed, self.step, self.index, name)
-        if self.distribution == "gaussian":
-            return float(np.random.Generator(words).standard_normal(dtype=np.float32))
-        return 1.0 if int(words.random_raw()) & 1 else -1.0
-
     def _choose(self, name: str, like: Tensor, if_set: float, if_clear: float) -> Tensor:
         bits = random_bits(like.numel(), like.device, self.seed, self.step, self.index, name).view(like.shape)
         return torch.where(bits, like.new_tensor(if_set), like.new_tensor(if_clear))

@@ -52,8 +52,8 @@ class Sgd:
     """θ <- θ - lr · ĝ. No state."""
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
-        for direction, g in zip(update.directions, update.projected_grad, strict=True):
-            parametrization.move_(direction, -update.lr * g / len(update.directions))
+        amounts = [-update.lr * g / len(update.directions) for g in update.projected_grad]
+        parametrization.move_(update.directions, amounts)
 
     def state(self) -> dict[str, Tensor]:
         return {}

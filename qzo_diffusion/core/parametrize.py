@@ -7,20 +7,22 @@ back-end, and a scale stays positive. The absolute units of the paper are kept s
 |---------------|--------------------|---------------------------|---------------------------|
 | Dense         | one per scale      | s · exp(±ε z)             | s <- s · exp(δ)           |
 | DenseAbsolute | one per scale      | s ± ε z                   | s <- max(s + δ, 0)        |
-| PerLayer      | one θ per layer    | s · exp(θ ± ε z)          | θ <- θ + δ                |
+| Grouped       | one θ per row      | s · exp(θ ± ε z)          | θ <- θ + δ                |
+| Grouped       | one θ per layer    | s · exp(θ ± ε z)          | θ <- θ + δ                |
 
 A new level needs the methods of `Parametrization` and nothing else; estimator, optimizer and loop do not know which one runs.
 Dense numbers live in the scales alone. Initial scales are not kept beside them: they are in the base model's file.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.scales import Gain, ScaleSet, View
 
 
 class Parametrization(Protocol):
@@ -34,12 +36,20 @@ class Parametrization(Protocol):
         """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the numbers themselves."""
         ...
 
+    def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
+        """Directions of their own for every example, `directions[i]` for example i, as factors of outputs.
+
+        Raises:
+            ValueError: the numbers are finer than a row, so no factor of outputs can stand for them.
+        """
+        ...
+
     def z(self, direction: Direction, name: str) -> Tensor:
         """z of one name's numbers."""
         ...
 
-    def move_(self, direction: Direction, amount: float) -> None:
-        """numbers += amount · z, z drawn again and never stored for more than one layer."""
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
+        """numbers += Σ amounts[i] · z of directions[i], one after the other."""
         ...
 
     def add_(self, name: str, delta: Tensor) -> None:
@@ -71,13 +81,17 @@ class Dense:
             return None
         return lambda name, live: live * direction.exp_z(name, live, radius)
 
+    def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
+        raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
+
     def z(self, direction: Direction, name: str) -> Tensor:
         return direction.z(name, self.scales[name])
 
-    def move_(self, direction: Direction, amount: float) -> None:
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self.scales:
             live = self.scales[name]
-            live.mul_(direction.exp_z(name, live, amount))
+            for direction, amount in zip(directions, amounts, strict=True):
+                live.mul_(direction.exp_z(name, live, amount))
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.scales[name].mul_(torch.exp(delta))
@@ -100,44 +114,78 @@ class DenseAbsolute(Dense):
             return None
         return lambda name, live: live + radius * direction.z(name, live)
 
-    def move_(self, direction: Direction, amount: float) -> None:
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self.scales:
-            self.add_(name, amount * self.z(direction, name))
+            for direction, amount in zip(directions, amounts, strict=True):
+                self.add_(name, amount * self.z(direction, name))
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.scales[name].add_(delta).clamp_(min=0.0)
 
 
-class PerLayer:
-    """One number per quantized layer: all of its scales grow or shrink together."""
+class Grouped:
+    """One number θ for a group of scales: all of a row of the weight [N, K] (an output), or all of a layer.
 
-    def __init__(self, scales: ScaleSet) -> None:
+    Args:
+        group: "row" or "layer".
+
+    Raises:
+        ValueError: blocks cross rows, so that rows have no scales of their own.
+    """
+
+    def __init__(self, scales: ScaleSet, group: Literal["row", "layer"]) -> None:
         self.scales = scales
-        self.theta = {name: torch.zeros((), dtype=scales[name].dtype) for name in scales}
+        self.theta: dict[str, Tensor] = {}
+        for name in scales:
+            count = scales.rows(name) if group == "row" else 1
+            if scales[name].numel() % count:
+                raise ValueError(f"{name}: blocks cross rows, so a row has no scales of its own")
+            self.theta[name] = scales[name].new_zeros(count)
+        self._drawn: dict[tuple[Direction, str], Tensor] = {}
 
     def numbers(self) -> dict[str, Tensor]:
         return self.theta
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
-        factors = {}
-        for name, theta in self.theta.items():
-            moved = theta.item() + (radius * direction.scalar(name) if direction else 0.0)
-            factors[name] = math.exp(moved)
-        return lambda name, live: live * factors[name]
+        def shown(name: str, live: Tensor) -> Tensor:
+            factor = torch.exp(self.theta[name])
+            if direction is not None:
+                factor = factor * direction.exp_z(name, factor, radius)
+            return _spread(live, factor)
+
+        return shown
+
+    def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
+        up, down = math.exp(radius), math.exp(-radius)
+
+        def factors(name: str) -> Tensor:
+            z = torch.stack([self.z(direction, name) for direction in directions])
+            if directions[0].distribution == "gaussian":
+                return torch.exp(radius * z)
+            return torch.where(z > 0, z.new_tensor(up), z.new_tensor(down))
+
+        return factors
 
     def z(self, direction: Direction, name: str) -> Tensor:
-        return torch.full_like(self.theta[name], direction.scalar(name))
+        """Kept until the next step: it is needed at +ε, at -ε and by the update, and there are few numbers."""
+        if (direction, name) not in self._drawn:
+            if self._drawn and next(iter(self._drawn))[0].step != direction.step:
+                self._drawn.clear()
+            self._drawn[direction, name] = direction.z(name, self.theta[name])
+        return self._drawn[direction, name]
 
-    def move_(self, direction: Direction, amount: float) -> None:
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self.theta:
-            self.add_(name, amount * self.z(direction, name))
+            for direction, amount in zip(directions, amounts, strict=True):
+                self.add_(name, self.z(direction, name) * amount)
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.theta[name].add_(delta)
 
     def merge_(self) -> None:
         for name, theta in self.theta.items():
-            self.scales[name].mul_(math.exp(theta.item()))
+            live = self.scales[name]
+            live.copy_(_spread(live, torch.exp(theta)))
             theta.zero_()
 
     def state(self) -> dict[str, Tensor]:
@@ -147,7 +195,7 @@ class PerLayer:
         _copy_by_name_(self.state(), state)
 
 
-Level = Literal["dense", "layer"]
+Level = Literal["dense", "row", "layer"]
 Units = Literal["relative", "absolute"]
 
 
@@ -161,7 +209,12 @@ def parametrize(scales: ScaleSet, level: Level, units: Units = "relative") -> Pa
         if level != "dense":
             raise ValueError(f"absolute units need level 'dense', got {level!r}")
         return DenseAbsolute(scales)
-    return Dense(scales) if level == "dense" else PerLayer(scales)
+    return Dense(scales) if level == "dense" else Grouped(scales, level)
+
+
+def _spread(live: Tensor, factor: Tensor) -> Tensor:
+    """A factor per group times every scale of the group; the blocks of a row lie side by side."""
+    return (live.view(factor.numel(), -1) * factor.view(-1, 1)).view_as(live)
 
 
 def _copy_by_name_(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:

@@ -18,6 +18,9 @@ from qzo_diffusion.core.errors import ModelError
 View = Callable[[str, Tensor], Tensor]
 """(name, live scales) -> the scales that the layer's forward shall see."""
 
+Gain = Callable[[str], Tensor]
+"""name -> a factor for the layer's output without its bias, [B, N] or [B, 1]: one row of factors per example."""
+
 
 class ScaleHandle(Protocol):
     """What a quantization back-end says about one layer."""
@@ -57,11 +60,12 @@ class ScaleSet:
             if live.dtype not in (torch.float32, torch.float64):
                 raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
         self._view: View | None = None
+        self._gain: Gain | None = None
         self._displaced: str | None = None
         self._hooks: list[Any] = []
         for name, handle in self._handles.items():
             self._hooks.append(handle.module.register_forward_pre_hook(self._before(name)))
-            self._hooks.append(handle.module.register_forward_hook(self._after, always_call=True))
+            self._hooks.append(handle.module.register_forward_hook(self._after(name), always_call=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -76,17 +80,26 @@ class ScaleSet:
         """The live tensors themselves, not copies."""
         return dict(self._live)
 
+    def rows(self, name: str) -> int:
+        """Number of outputs N of the layer."""
+        return int(self._handles[name].module.out_features)  # type: ignore[arg-type]
+
     def numel(self) -> int:
         return sum(live.numel() for live in self._live.values())
 
     @contextmanager
-    def showing(self, view: View | None) -> Iterator[None]:
-        """While open, every quantized layer's forward sees `view(name, live)`; None shows the live scales."""
-        outer, self._view = self._view, view
+    def showing(self, view: View | None, gain: Gain | None = None) -> Iterator[None]:
+        """While open, every quantized layer's forward sees `view(name, live)`; None shows the live scales.
+
+        `gain` scales outputs instead of scales: the same for numbers that belong to whole rows, y = r ∘ (W x) + b, but with rows of
+        factors of its own for every example of the batch, and without touching the weights.
+        """
+        outer = self._view, self._gain
+        self._view, self._gain = view, gain
         try:
             yield
         finally:
-            self._view = outer
+            self._view, self._gain = outer
             self._put_back()  # torch's always_call hooks do not run on KeyboardInterrupt
 
     def close(self) -> None:
@@ -106,10 +119,29 @@ class ScaleSet:
 
         return swap_in
 
-    def _after(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._put_back()
+    def _after(self, name: str) -> Callable[..., Tensor | None]:
+        def swap_out(module: nn.Module, _args: Any, output: Tensor | None) -> Tensor | None:
+            self._put_back()
+            if self._gain is None or output is None:
+                return None
+            return apply_gain(output, self._gain(name), module.bias)
+
+        return swap_out
 
     def _put_back(self) -> None:
         if self._displaced is not None:
             self._handles[self._displaced].show(self._live[self._displaced])
             self._displaced = None
+
+
+def apply_gain(output: Tensor, gain: Tensor, bias: Any) -> Tensor:
+    """output [B, ..., N] = W x + b  ->  gain ∘ (W x) + b, computed in fp32: bf16 would round a gain of 1.01 to 1.0078.
+
+    Args:
+        gain: [B, N], or [B, 1] for a whole layer.
+    """
+    factor = gain.view(gain.shape[0], *(1,) * (output.dim() - 2), gain.shape[1])
+    scaled = output * factor
+    if isinstance(bias, Tensor):
+        scaled = scaled + bias * (1 - factor)
+    return scaled.to(output.dtype)

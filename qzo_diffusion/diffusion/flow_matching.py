@@ -31,6 +31,9 @@ class Batch:
     prompt_embeds: Tensor
     pooled: Tensor
 
+    def __len__(self) -> int:
+        return len(self.sigma)
+
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most `size` examples; their losses average to this batch's."""
         parts = [t.split(size) for t in (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)]

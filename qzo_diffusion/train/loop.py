@@ -13,7 +13,7 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
 from qzo_diffusion.core.parametrize import Parametrization
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate, estimate_per_example
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops
 
@@ -54,6 +54,7 @@ class Probing:
     seed: int
     eps: float
     num_directions: int = 1
+    per_example: bool = False  # a direction of its own for every example; num_directions is not used then
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
 
@@ -126,8 +127,9 @@ def train_step_(
 ) -> StepRecord:
     """One whole step: estimate, then update."""
     started = time.perf_counter()
-    directions = directions_of_step(probing.seed, step, probing.num_directions, probing.distribution)
-    result = estimate(
+    count = sum(map(len, batch.micro_batches)) if probing.per_example else probing.num_directions  # type: ignore[arg-type]
+    directions = directions_of_step(probing.seed, step, count, probing.distribution)
+    result = (estimate_per_example if probing.per_example else estimate)(
         objective,
         batch.micro_batches,
         parametrization,

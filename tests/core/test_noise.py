@@ -64,8 +64,11 @@ def test_gaussian_factors_are_the_exponential_of_z():
     assert torch.equal(direction.exp_z("a", LIKE, 0.1), torch.exp(0.1 * direction.z("a", LIKE)))
 
 
-def test_scalar_takes_both_signs_equally_often():
-    values = [direction.scalar("layer") for step in range(2000) for direction in directions_of_step(0, step, 1, "rademacher")]
+def test_a_single_number_takes_both_signs_equally_often():
+    one = torch.empty(1)
+    values = [
+        direction.z("layer", one).item() for step in range(2000) for direction in directions_of_step(0, step, 1, "rademacher")
+    ]
     assert set(values) == {-1.0, 1.0}
     assert abs(sum(values)) < 5 * 2000**0.5
 

@@ -29,7 +29,7 @@ def test_sgd_moves_against_the_mean_of_g_z(count):
     one = known_update(count)
     after = numbers_after(Sgd(), [one])
     for name, theta in after.items():
-        mean = sum(g * d.scalar(name) for g, d in zip(one.projected_grad, one.directions, strict=True)) / count
+        mean = sum(g * d.z(name, torch.empty(1)).item() for g, d in zip(one.projected_grad, one.directions, strict=True)) / count
         assert theta == pytest.approx(-0.01 * mean, rel=1e-6)
 
 
@@ -39,7 +39,7 @@ def test_momentum_is_an_average_of_past_estimates():
     for name, theta in after.items():
         velocity = expected = 0.0
         for one in updates:
-            velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].scalar(name)
+            velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].z(name, torch.empty(1)).item()
             expected -= 0.01 * 0.5 * velocity
         assert theta == pytest.approx(expected, rel=1e-5)
 

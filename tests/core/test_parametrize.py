@@ -1,7 +1,5 @@
 """Which numbers move, and by how much."""
 
-import math
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrize import parametrize
 from tests.quantized import inputs, scaled_network
 
-LEVELS = [("dense", "relative"), ("dense", "absolute"), ("layer", "relative")]
+LEVELS = [("dense", "relative"), ("dense", "absolute"), ("row", "relative"), ("layer", "relative")]
 DIRECTION = Direction(0, 0)
 
 
@@ -20,7 +18,7 @@ def copies(scales):
 def test_dense_relative_multiplies_by_the_exponential():
     _, scales = scaled_network(dtype=torch.float64)
     before, numbers = copies(scales), parametrize(scales, "dense")
-    numbers.move_(DIRECTION, 0.03)
+    numbers.move_([DIRECTION], [0.03])
     for name in scales:
         theta = torch.log(scales[name] / before[name])
         torch.testing.assert_close(theta, 0.03 * DIRECTION.z(name, theta), rtol=1e-12, atol=1e-12)
@@ -29,14 +27,14 @@ def test_dense_relative_multiplies_by_the_exponential():
 def test_dense_relative_keeps_scales_positive_however_far_it_moves():
     _, scales = scaled_network()
     numbers = parametrize(scales, "dense")
-    numbers.move_(DIRECTION, 20.0)
+    numbers.move_([DIRECTION], [20.0])
     assert all((scales[name] > 0).all() for name in scales)
 
 
 def test_dense_absolute_adds_and_stops_at_zero():
     _, scales = scaled_network()
     before, numbers = copies(scales), parametrize(scales, "dense", "absolute")
-    numbers.move_(DIRECTION, -0.2)
+    numbers.move_([DIRECTION], [-0.2])
     for name in scales:
         moved = before[name] + (-0.2 * DIRECTION.z(name, before[name]))
         assert torch.equal(scales[name], moved.clamp(min=0))
@@ -46,14 +44,15 @@ def test_dense_absolute_adds_and_stops_at_zero():
 def test_per_layer_moves_one_number_and_no_scale_until_merged():
     model, scales = scaled_network()
     before, numbers = copies(scales), parametrize(scales, "layer")
-    numbers.move_(DIRECTION, 0.1)
+    numbers.move_([DIRECTION], [0.1])
     assert all(torch.equal(before[name], scales[name]) for name in scales)
     with scales.showing(numbers.view()):
         viewed = model(inputs())
     numbers.merge_()
     assert torch.equal(viewed, model(inputs()))
     for name in scales:
-        assert torch.equal(scales[name], before[name] * math.exp(torch.tensor(0.1 * DIRECTION.scalar(name)).item()))
+        theta = 0.1 * DIRECTION.z(name, torch.empty(1))
+        assert torch.equal(scales[name], before[name] * torch.exp(theta))
         assert numbers.theta[name] == 0
 
 
@@ -65,7 +64,7 @@ def test_a_view_at_radius_r_is_what_moving_by_r_gives(level, units):
     x = inputs(dtype=torch.float64)
     with scales.showing(numbers.view(DIRECTION, 0.01)):
         viewed = model(x)
-    numbers.move_(DIRECTION, 0.01)
+    numbers.move_([DIRECTION], [0.01])
     with scales.showing(numbers.view()):
         moved = model(x)
     torch.testing.assert_close(viewed, moved, rtol=1e-12, atol=1e-12)
@@ -76,7 +75,7 @@ def test_moving_is_adding_z(level, units):
     _, moved = scaled_network(dtype=torch.float64)
     _, added = scaled_network(dtype=torch.float64)
     numbers, others = parametrize(moved, level, units), parametrize(added, level, units)
-    numbers.move_(DIRECTION, -0.02)
+    numbers.move_([DIRECTION], [-0.02])
     for name in others.numbers():
         others.add_(name, others.z(DIRECTION, name) * -0.02)
     numbers.merge_()
@@ -89,7 +88,7 @@ def test_moving_is_adding_z(level, units):
 def test_state_brings_the_numbers_back(level, units):
     _, scales = scaled_network()
     numbers = parametrize(scales, level, units)
-    numbers.move_(DIRECTION, 0.05)
+    numbers.move_([DIRECTION], [0.05])
     state = {name: tensor.clone() for name, tensor in numbers.state().items()}
     _, fresh = scaled_network()
     restored = parametrize(fresh, level, units)

@@ -11,7 +11,7 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import estimate
 from tests.quantized import BACKENDS, assert_same, inputs, scaled_network, snapshot, squared_output
 
-LEVELS = [("dense", "relative"), ("dense", "absolute"), ("layer", "relative")]
+LEVELS = [("dense", "relative"), ("dense", "absolute"), ("row", "relative"), ("layer", "relative")]
 
 
 @pytest.mark.parametrize(("backend", "quant_type", "blocksize"), BACKENDS)
