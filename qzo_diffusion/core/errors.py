@@ -7,6 +7,7 @@ QzoError
     ├── ModelError     a model folder, its weights or a quantized layer
     ├── OutputError    a place where a run should be written
     ├── JournalError   a journal is damaged, missing or of another run
+    ├── RankLost       one of several processes died, hangs or differs
     └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was raised
 """
 
@@ -40,6 +41,10 @@ class OutputError(UserError):
 
 
 class JournalError(UserError):
+    pass
+
+
+class RankLost(UserError):
     pass
 
 

@@ -23,6 +23,9 @@ Batch = TypeVar("Batch")
 Objective = Callable[[Batch], Tensor]
 """A micro-batch -> one loss per example, [B]. Its randomness is in the micro-batch, so it can be evaluated twice."""
 
+SumOverRanks = Callable[[Sequence[float]], list[float]]
+"""This process's sums -> the sums over all processes that share the batch."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -48,9 +51,20 @@ class Estimate:
 
 def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> float:
     """The mean over all examples of all micro-batches, exact whatever their sizes; no gradient is recorded."""
+    losses = [loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)]
+    return math.fsum(losses) / len(losses)
+
+
+def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float]:
+    """One loss per example; no gradient is recorded."""
     with torch.no_grad():
-        losses = [objective(micro_batch).detach().reshape(-1) for micro_batch in micro_batches]
-    return torch.cat([part.to("cpu", torch.float64) for part in losses]).mean().item()
+        losses: list[float] = objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
+    return losses
+
+
+def alone(values: Sequence[float]) -> list[float]:
+    """The sum over ranks where there is one."""
+    return list(values)
 
 
 def clip_directional_derivative(d: float, clip_threshold: float | None) -> float:
@@ -58,12 +72,6 @@ def clip_directional_derivative(d: float, clip_threshold: float | None) -> float
     if clip_threshold is None or math.isnan(d):
         return d
     return max(-clip_threshold, min(clip_threshold, d))
-
-
-def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float]:
-    """One loss per example; no gradient is recorded."""
-    with torch.no_grad():
-        return objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
 
 
 def estimate(
@@ -74,24 +82,29 @@ def estimate(
     *,
     eps: float,
     clip_threshold: float | None = None,
+    sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
     """Two forward passes per direction. The scales are bit for bit what they were, also when `objective` raises.
 
     Args:
         objective: one loss per example of a micro-batch.
-        micro_batches: the step's batch in parts that fit into memory; losses are averaged before d is formed.
+        micro_batches: this process's part of the batch, in parts that fit into memory; losses are averaged before d is formed.
         parametrization: the trained numbers.
         directions: where to probe; their z are averaged in the update.
         eps: ε, the radius of the probe, in the parametrization's units.
         clip_threshold: C of DDC, None for no clipping.
+        sum_over_ranks: exchanges one count and two sums per direction, once a step.
     """
-    plus: list[float] = []
-    minus: list[float] = []
+    count, sums = 0, list[float]()
     for direction in directions:
-        for radius, losses in ((eps, plus), (-eps, minus)):
+        for radius in (eps, -eps):
             with parametrization.scales.showing(parametrization.view(direction, radius)):
-                losses.append(mean_loss(objective, micro_batches))
-    return _from_losses(directions, plus, minus, eps, clip_threshold)
+                losses = [loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)]
+            count = len(losses)
+            sums.append(math.fsum(losses))
+    total, *totals = sum_over_ranks([float(count), *sums])
+    means = [value / total for value in totals]
+    return _from_losses(directions, means[::2], means[1::2], eps, clip_threshold)
 
 
 def estimate_per_example(
@@ -102,20 +115,28 @@ def estimate_per_example(
     *,
     eps: float,
     clip_threshold: float | None = None,
+    first_example: int = 0,
+    sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
     """Two forward passes in all, with a direction of its own for every example: `directions[i]` belongs to example i of the batch.
 
     The mean of d_i z_i over B examples has 1/B of the variance that one shared direction leaves, for the same two forwards, because
     factors of outputs can differ within a batch where scales of weights can't. Numbers must be rows or layers.
+
+    Args:
+        directions: one for every example of the whole batch, over all processes.
+        first_example: where this process's micro-batches begin in it.
     """
-    plus: list[float] = []
-    minus: list[float] = []
+    plus, minus = [0.0] * len(directions), [0.0] * len(directions)
+    start = first_example
     for micro_batch in micro_batches:
-        part = directions[len(plus) : len(plus) + len(micro_batch)]  # type: ignore[arg-type]
+        stop = start + len(micro_batch)  # type: ignore[arg-type]
         for radius, losses in ((eps, plus), (-eps, minus)):
-            with parametrization.scales.showing(parametrization.view(), parametrization.gain(part, radius)):
-                losses += sample_losses(objective, micro_batch)
-    return _from_losses(directions, plus, minus, eps, clip_threshold)
+            with parametrization.scales.showing(parametrization.view(), parametrization.gain(directions[start:stop], radius)):
+                losses[start:stop] = sample_losses(objective, micro_batch)
+        start = stop
+    both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
+    return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold)
 
 
 def _from_losses(

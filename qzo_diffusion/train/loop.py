@@ -13,7 +13,7 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
 from qzo_diffusion.core.parametrize import Parametrization
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate, estimate_per_example
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, SumOverRanks, alone, estimate, estimate_per_example
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops
 
@@ -41,10 +41,15 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepBatch(Generic[Batch]):
-    """The micro-batches of one step; `sigma_mean` is the mean noise level for objectives that have one."""
+    """This process's micro-batches of one step, which begin at `first_example` of the whole batch of `examples`.
+
+    Without `examples` they are the whole batch. `sigma_mean` is the mean noise level for objectives that have one.
+    """
 
     micro_batches: Sequence[Batch]
     sigma_mean: float | None = None
+    first_example: int = 0
+    examples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def train(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     after_step: Callable[[int], None] = lambda steps_done: None,
     stop_requested: Callable[[], bool] = lambda: False,
+    sum_over_ranks: SumOverRanks = alone,
 ) -> Outcome:
     """Run steps `first_step` .. `max_steps - 1`.
 
@@ -100,7 +106,8 @@ def train(
     for step in range(first_step, max_steps):
         if stop_requested():
             return Outcome(step, skipped, stopped=True)
-        record = train_step_(objective, batch_of_step(step), parametrization, optimizer, probing, schedule(step), step)
+        batch = batch_of_step(step)
+        record = train_step_(objective, batch, parametrization, optimizer, probing, schedule(step), step, sum_over_ranks)
         bad_in_a_row = bad_in_a_row + 1 if record.skipped else 0
         skipped += record.skipped
         on_step(record)
@@ -124,22 +131,36 @@ def train_step_(
     probing: Probing,
     lr: float,
     step: int,
+    sum_over_ranks: SumOverRanks = alone,
 ) -> StepRecord:
     """One whole step: estimate, then update."""
     started = time.perf_counter()
-    count = sum(map(len, batch.micro_batches)) if probing.per_example else probing.num_directions  # type: ignore[arg-type]
-    directions = directions_of_step(probing.seed, step, count, probing.distribution)
-    result = (estimate_per_example if probing.per_example else estimate)(
-        objective,
-        batch.micro_batches,
-        parametrization,
-        directions,
-        eps=probing.eps,
-        clip_threshold=probing.clip_threshold,
-    )
+    result = _probe(objective, batch, parametrization, probing, step, sum_over_ranks)
     if result.finite:
-        optimizer.step_(parametrization, Update(directions, result.projected_grad, lr))
+        optimizer.step_(parametrization, Update(result.directions, result.projected_grad, lr))
     return _record(step, result, probing, lr, batch.sigma_mean, time.perf_counter() - started)
+
+
+def _probe(
+    objective: Objective[Batch],
+    batch: StepBatch[Batch],
+    parametrization: Parametrization,
+    probing: Probing,
+    step: int,
+    sum_over_ranks: SumOverRanks,
+) -> Estimate:
+    settings: dict[str, Any] = {
+        "eps": probing.eps,
+        "clip_threshold": probing.clip_threshold,
+        "sum_over_ranks": sum_over_ranks,
+    }
+    if not probing.per_example:
+        directions = directions_of_step(probing.seed, step, probing.num_directions, probing.distribution)
+        return estimate(objective, batch.micro_batches, parametrization, directions, **settings)
+    count = sum(map(len, batch.micro_batches)) if batch.examples is None else batch.examples  # type: ignore[arg-type]
+    directions = directions_of_step(probing.seed, step, count, probing.distribution)
+    settings["first_example"] = batch.first_example
+    return estimate_per_example(objective, batch.micro_batches, parametrization, directions, **settings)
 
 
 def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float) -> StepRecord:

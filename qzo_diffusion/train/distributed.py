@@ -1,0 +1,122 @@
+"""Several processes that tune one model and exchange nothing but loss sums.
+
+Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates its share of the batch; the
+sums of its losses at +eps and -eps are gathered, added in the order of ranks, and so every rank forms the same derivative and
+applies the same update. Nothing of the size of the model ever travels: 24 bytes a step and rank with one direction.
+
+Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency is what counts.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from qzo_diffusion.core.errors import RankLost
+
+ROLL_CALL_SECONDS = 3.0
+
+
+@dataclass
+class Ranks:
+    """This process among `world`. Alone, nothing is exchanged."""
+
+    rank: int = 0
+    world: int = 1
+    store: Any = None
+    bytes_sent: int = field(default=0, init=False)
+    exchanges: int = field(default=0, init=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes files and talks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """The examples of a batch of `count` that are this rank's."""
+        return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks in float64, added in the order of ranks: bit for bit the same on every rank.
+
+        Raises:
+            RankLost: a rank died or did not answer in time.
+        """
+        if self.world == 1:
+            return list(values)
+        gathered = self._gather(torch.tensor(values, dtype=torch.float64))
+        totals = gathered[0].clone()
+        for part in gathered[1:]:
+            totals += part
+        return totals.tolist()
+
+    def check_equal(self, digest: bytes, what: str) -> None:
+        """Raises RankLost when a rank's digest is another than rank 0's."""
+        if self.world == 1:
+            return
+        gathered = self._gather(torch.tensor(list(digest), dtype=torch.uint8))
+        wrong = [rank for rank, other in enumerate(gathered) if not torch.equal(other, gathered[0])]
+        if wrong:
+            raise RankLost(
+                f"rank {wrong[0]} has other {what} than rank 0",
+                "the same on every rank, bit for bit",
+                "use the same versions and kind of processor on every rank; start again with --resume",
+            )
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        self.sum([0.0])
+
+    def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        import torch.distributed as dist
+
+        gathered = [torch.empty_like(mine) for _ in range(self.world)]
+        try:
+            dist.all_gather(gathered, mine)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        self.bytes_sent += mine.numel() * mine.element_size()
+        self.exchanges += 1
+        return gathered
+
+    def _lost(self, error: Exception) -> RankLost:
+        missing = self._roll_call()
+        names = ", ".join(f"rank {rank}" for rank in missing) or "a rank"
+        return RankLost(
+            f"{names} died or did not answer at exchange {self.exchanges} ({str(error).splitlines()[0]})",
+            f"an answer from all {self.world} ranks",
+            "look at that rank's output, then start again with --resume; another number of ranks is fine",
+        )
+
+    def _roll_call(self) -> list[int]:
+        """Who does not answer: each survivor signs in the store, and the others are missing."""
+        prefix = f"survivors/{self.exchanges}"
+        try:
+            self.store.set(f"{prefix}/{self.rank}", b"here")
+            time.sleep(ROLL_CALL_SECONDS)
+            return [rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"])]
+        except RuntimeError:  # the store went down with the rank that kept it
+            return [0]
+
+
+def join(timeout_seconds: float) -> Ranks:
+    """This process among those that `torchrun` or `accelerate launch` started; alone when neither did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    return Ranks(rank, world, store)
+
+
+def leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
