@@ -135,6 +135,8 @@ def _train(options: argparse.Namespace) -> int:
         name = f"{date.today().isoformat()}-{Path(plan.config.data.style_dir).name}"
         output_dir = options.output_dir or default_output_dir(Path("outputs"), name)
         results = style_run.run(plan, output_dir)
+    if not results:  # one of several processes, and not the one that tells
+        return DONE
     _tell(results, options.json, f"done: {output_dir}")
     return INTERRUPTED if results["stopped"] else DONE
 

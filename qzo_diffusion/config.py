@@ -81,6 +81,7 @@ class QuantConfig(Section):
 class ComputeConfig(Section):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    rank_timeout: Positive = 1800.0  # seconds that a process waits for the others; the first one also samples and validates
 
 
 class SampleConfig(Section):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from qzo_diffusion import build
 from qzo_diffusion.config import Config
+from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.buckets import BatchPlan
@@ -18,6 +19,7 @@ from qzo_diffusion.diffusion.flow_matching import Batch, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, PromptEncoder, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
+from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import StepBatch
 
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)  # every held-out image at each, with noise of its own
@@ -63,11 +65,17 @@ def encode(
 class TrainingBatches:
     """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise and noise levels."""
 
-    def __init__(self, config: Config, samples: Sequence[Sample], encoded: Encoded, device: torch.device) -> None:
+    def __init__(self, config: Config, samples: Sequence[Sample], encoded: Encoded, device: torch.device, ranks: Ranks) -> None:
+        if config.data.batch_size < ranks.world:
+            raise ConfigError(
+                f"data.batch_size={config.data.batch_size} on {ranks.world} processes",
+                "at least one example a process",
+                f"use data.batch_size={ranks.world} or more, or fewer processes",
+            )
         items = [(index, (sample.width, sample.height)) for index, sample in enumerate(samples)]
         seed = config.train.seed
         self._plan = BatchPlan(items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats)
-        self._config, self._samples, self._encoded, self._device = config, samples, encoded, device
+        self._config, self._samples, self._encoded, self._device, self._ranks = config, samples, encoded, device, ranks
 
     def __call__(self, step: int) -> StepBatch[Batch]:
         data = self._config.data
@@ -83,9 +91,10 @@ class TrainingBatches:
         noise = torch.randn(latents.shape, generator=generator)
         sigma_settings = self._config.sigma
         sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
-        batch = make_batch(self._encoded.prompts, captions, latents, noise, sigma, self._device)
-        size = self._config.train.micro_batch_size or len(chosen)
-        return StepBatch(batch.split(size), float(sigma.mean()))
+        share = self._ranks.share(len(chosen))
+        mine = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu")).part(share).to(self._device)
+        size = self._config.train.micro_batch_size or len(mine)
+        return StepBatch(mine.split(size), float(sigma.mean()), first_example=share.start, examples=len(chosen))
 
 
 def validation_batches(
@@ -120,7 +129,7 @@ def make_batch(
     device: torch.device,
 ) -> Batch:
     embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
-    return Batch(*(tensor.to(device) for tensor in (latents, noise, sigma, embeds, pooled)))
+    return Batch(latents, noise, sigma, embeds, pooled).to(device)
 
 
 def token_counts(style: StyleFolder, prompts: dict[str, EncodedPrompt]) -> dict[str, tuple[int, bool]]:

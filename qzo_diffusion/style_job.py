@@ -16,40 +16,65 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_saturation, save_picture
+from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.train.checkpoint import entry_of, save_checkpoint, tuned_scales
+from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import Outcome, StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
+CHECK_RANKS_EVERY = 100
+
 
 @dataclass
-class StyleJob:
-    """Everything between two steps is done once, whether the run was stopped in between or not: what exists is not redone."""
+class Parts:
+    """What every process of a run has: the model, the trained numbers, and the batches."""
 
-    config: Config
     dtype: torch.dtype
-    out: RunFolder
     transformer: nn.Module
     scales: ScaleSet
     numbers: Parametrization
     optimizer: Optimizer
     batches: style_data.TrainingBatches
+    encoded: style_data.Encoded
+    header: dict[str, Any]
+
+    def objective(self, batch: Batch) -> torch.Tensor:
+        return velocity_loss(self.transformer, batch, self.dtype)
+
+
+@dataclass
+class StyleJob:
+    """What the first process does between two steps: it writes, validates and samples.
+
+    Everything is done once, whether the run was stopped in between or not: what exists is not redone.
+    """
+
+    config: Config
+    out: RunFolder
+    parts: Parts
     held_out: list[Batch]
     sampler: Sampler
     tracker: Tracker
     journal: JournalWriter
+    ranks: Ranks
     metadata: dict[str, str]
     validation: dict[int, float] = field(default_factory=dict)
-
-    def objective(self, batch: Batch) -> torch.Tensor:
-        return velocity_loss(self.transformer, batch, self.dtype)
+    steps_done: int = 0
 
     def on_step(self, record: StepRecord) -> None:
         """Metrics first: after a kill they are cut back to the journal, and so never lack a step that it has."""
         self.tracker.on_step(record)
         self.journal.append(entry_of(record, self.config.train.seed))
+        self.steps_done = record.step + 1
 
     def after_step(self, steps_done: int) -> None:
+        if _due(CHECK_RANKS_EVERY, steps_done):
+            check_ranks(self.ranks, self.parts.numbers)
+        self.finish_step(steps_done)
+
+    def finish_step(self, steps_done: int) -> None:
+        """What is due after this step and not there yet."""
         train, sample = self.config.train, self.config.sample
         if _due(train.validate_every, steps_done):
             self.validate(steps_done)
@@ -61,8 +86,8 @@ class StyleJob:
     def validate(self, step: int) -> None:
         if not self.held_out or step in self.validation:
             return
-        with self.scales.showing(self.numbers.view()):
-            self.validation[step] = mean_loss(self.objective, self.held_out)
+        with self.parts.scales.showing(self.parts.numbers.view()):
+            self.validation[step] = mean_loss(self.parts.objective, self.held_out)
         self.tracker.on_validation(step, self.validation[step])
 
     def sample(self, step: int) -> None:
@@ -71,7 +96,7 @@ class StyleJob:
         if path.exists():
             return
         try:
-            with self.scales.showing(self.numbers.view()):
+            with self.parts.scales.showing(self.parts.numbers.view()):
                 images = self.sampler.images()
             save_picture(grid([images], [f"step {step}"]), path)
             self.join_samples()
@@ -93,8 +118,8 @@ class StyleJob:
         self.journal.sync()
         save_checkpoint(
             folder,
-            self.numbers,
-            self.optimizer,
+            self.parts.numbers,
+            self.parts.optimizer,
             step=step,
             chain=self.journal.chain,
             metadata=self.metadata | {"qzo.steps": str(step)},
@@ -104,7 +129,7 @@ class StyleJob:
 
     def finish(self, step: int) -> None:
         self.journal.sync()
-        self.out.save_scales("final", tuned_scales(self.numbers), self.metadata | {"qzo.steps": str(step)})
+        self.out.save_scales("final", tuned_scales(self.parts.numbers), self.metadata | {"qzo.steps": str(step)})
 
     def results(self, outcome: Outcome) -> dict[str, Any]:
         """The figures for `--json`."""
@@ -122,7 +147,13 @@ class StyleJob:
     def close(self) -> None:
         self.tracker.close()
         self.journal.close()
-        self.scales.close()
+        self.parts.scales.close()
+
+
+def check_ranks(ranks: Ranks, numbers: Parametrization) -> None:
+    """Every rank calls this after the same step; raises RankLost when the trained numbers of one are others."""
+    if ranks.world > 1:
+        ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "trained numbers")
 
 
 def _due(every: int, step: int) -> bool:

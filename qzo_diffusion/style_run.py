@@ -10,14 +10,15 @@ import torch
 
 from qzo_diffusion import build, resources, style_data
 from qzo_diffusion.config import Config, changed_settings, load_config
-from qzo_diffusion.core.errors import ConfigError, DataError, JournalError, TrainingDiverged
-from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry
+from qzo_diffusion.core.errors import ConfigError, DataError, JournalError, RankLost, TrainingDiverged
+from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
-from qzo_diffusion.style_job import StyleJob, journal_header
+from qzo_diffusion.style_job import CHECK_RANKS_EVERY, Parts, StyleJob, check_ranks, journal_header
 from qzo_diffusion.train.checkpoint import bad_steps_at_end, cut_metrics, list_checkpoints, restore_
+from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
 from qzo_diffusion.train.loop import train
 from qzo_diffusion.train.run_folder import RunFolder
@@ -89,22 +90,25 @@ def make_plan(config: Config) -> Plan:
 
 
 def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
-    """Train a new run. Returns the figures for `--json`.
+    """Train a new run. Returns the figures for `--json`; nothing on ranks other than the first.
 
     Raises:
-        TrainingDiverged: after everything was saved.
+        TrainingDiverged, RankLost: after everything was saved.
     """
+    ranks = join(plan.config.compute.rank_timeout)
+    if not ranks.first:
+        return follow(plan, ranks, None)
     out = RunFolder.create(output_dir)
     out.write_text("config.yaml", plan.config.to_yaml())
-    out.write_json("environment.json", build.environment(plan.config.model, plan.device, plan.dtype))
-    return _work(plan, out, resumed=None)
+    out.write_json("environment.json", build.environment(plan.config.model, plan.device, plan.dtype) | {"processes": ranks.world})
+    return _work(plan, out, ranks, resumed=None)
 
 
 def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, Any]:
     """Go on with a run as if it had never been stopped.
 
     Raises:
-        ConfigError, DataError: settings or images changed since, and not `force`; the message shows how.
+        ConfigError: settings or images changed since, and not `force`; the message shows how.
         JournalError: the journal is damaged or of another model.
     """
     out = RunFolder(run_folder)
@@ -119,28 +123,62 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
         raise JournalError(
             f"no {JOURNAL} in {run_folder}", "the folder of a run that was started", "start it again without --resume"
         )
+    ranks = join(plan.config.compute.rank_timeout)
+    if not ranks.first:
+        return follow(plan, ranks, run_folder)
     writer, journal = JournalWriter.reopen(run_folder / JOURNAL)
     if journal.torn_bytes:
         say(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
     writer.append(NoteEntry("resume", {"step": journal.steps_done, "changes": changes}))
     out.write_text("config.yaml", plan.config.to_yaml())
-    return _work(plan, out, resumed=(writer, journal))
+    return _work(plan, out, ranks, resumed=(writer, journal))
 
 
-def _work(plan: Plan, out: RunFolder, resumed: tuple[JournalWriter, Journal] | None) -> dict[str, Any]:
-    job, first_step, bad_steps = _start(plan, out, resumed)
+def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
+    """What ranks other than the first do: the same steps, and not one file. A resumed run is read from its folder."""
+    parts = _load(plan, ranks)
+    first_step = bad_steps = 0
+    if resumed is not None:
+        journal = read_journal(resumed / JOURNAL)
+        first_step, bad_steps = _restore_(parts, journal, resumed)
+    try:
+        with stop_on_signal(lambda text: None) as stop:
+            ranks.wants_stop = stop.is_set
+            train(
+                parts.objective,
+                parts.batches,
+                parts.numbers,
+                parts.optimizer,
+                build.probing(plan.config),
+                build.schedule(plan.config),
+                max_steps=plan.config.train.max_steps,
+                first_step=first_step,
+                bad_steps_before=bad_steps,
+                after_step=lambda done: check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None,
+                stop_requested=ranks.stop_agreed,
+                sum_over_ranks=ranks.sum,
+            )
+    finally:
+        parts.scales.close()
+    leave()
+    return {}
+
+
+def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWriter, Journal] | None) -> dict[str, Any]:
+    job, first_step, bad_steps = _start(plan, out, ranks, resumed)
     try:
         with stop_on_signal(say) as stop:
+            ranks.wants_stop = stop.is_set
             job.validate(0)
             job.sample(0)
             if first_step:
-                job.after_step(first_step)  # whatever a kill left undone
+                job.finish_step(first_step)  # whatever a kill left undone
             try:
                 outcome = train(
-                    job.objective,
-                    job.batches,
-                    job.numbers,
-                    job.optimizer,
+                    job.parts.objective,
+                    job.parts.batches,
+                    job.parts.numbers,
+                    job.parts.optimizer,
                     build.probing(plan.config),
                     build.schedule(plan.config),
                     max_steps=plan.config.train.max_steps,
@@ -148,10 +186,11 @@ def _work(plan: Plan, out: RunFolder, resumed: tuple[JournalWriter, Journal] | N
                     bad_steps_before=bad_steps,
                     on_step=job.on_step,
                     after_step=job.after_step,
-                    stop_requested=stop.is_set,
+                    stop_requested=ranks.stop_agreed,
+                    sum_over_ranks=ranks.sum,
                 )
-            except TrainingDiverged as error:
-                job.checkpoint(error.steps_done)
+            except (TrainingDiverged, RankLost):
+                job.checkpoint(job.steps_done)
                 raise
         if outcome.stopped:
             job.checkpoint(outcome.steps_done)
@@ -159,48 +198,68 @@ def _work(plan: Plan, out: RunFolder, resumed: tuple[JournalWriter, Journal] | N
             job.validate(outcome.steps_done)
             job.sample(outcome.steps_done)
             job.finish(outcome.steps_done)
-        return job.results(outcome)
+        results = job.results(outcome)
     finally:
         job.close()
+    leave()
+    return results
 
 
-def _start(plan: Plan, out: RunFolder, resumed: tuple[JournalWriter, Journal] | None) -> tuple[StyleJob, int, int]:
-    """Encode the data, free the encoders, load and quantize the transformer, and bring it to where the run was."""
+def _load(plan: Plan, ranks: Ranks) -> Parts:
+    """Encode the data, free the encoders, load and quantize the transformer."""
     config, device, dtype = plan.config, plan.device, plan.dtype
+    if not ranks.first:
+        ranks.wait()  # until the first rank has encoded everything; then all of it is in the cache
     encoded = style_data.encode(config, plan.model_folder, plan.style, plan.sample_prompts, device, dtype)
-    counts = style_data.token_counts(plan.style, encoded.prompts)
-    out.write_json("dataset.json", dataset_table(plan.style, counts))
-    _warn_of_truncation(counts)
+    if ranks.first:
+        ranks.wait()
     transformer = build.quantized_transformer(config, plan.model_folder, device, dtype)
     scales, numbers = build.scales_and_numbers(config, transformer)
-    optimizer, header = build.optimizer(config), journal_header(config, *build.fingerprints(transformer, scales))
+    batches = style_data.TrainingBatches(config, plan.style.train, encoded, device, ranks)
+    header = journal_header(config, *build.fingerprints(transformer, scales))
+    return Parts(dtype, transformer, scales, numbers, build.optimizer(config), batches, encoded, header)
+
+
+def _restore_(parts: Parts, journal: Journal, run_folder: Path) -> tuple[int, int]:
+    """Bring the numbers to the journal's end. Returns the steps done and how many bad ones in a row come last."""
+    build.check_journal_fits(journal, parts.header)
+    checkpoints, problems = list_checkpoints(run_folder / "checkpoints")
+    for problem in problems:
+        say(f"warning: passed over a checkpoint: {problem}")
+    first_step = restore_(checkpoints[-1] if checkpoints else None, journal, parts.numbers, parts.optimizer)
+    return first_step, bad_steps_at_end(journal)
+
+
+def _start(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWriter, Journal] | None) -> tuple[StyleJob, int, int]:
+    """The parts of the run, brought to where it was, with everything that writes and shows."""
+    config = plan.config
+    parts = _load(plan, ranks)
+    counts = style_data.token_counts(plan.style, parts.encoded.prompts)
+    out.write_json("dataset.json", dataset_table(plan.style, counts))
+    _warn_of_truncation(counts)
     first_step, bad_steps, validation = 0, 0, dict[int, float]()
     if resumed is None:
-        writer = JournalWriter.create(out.path / JOURNAL, header)
+        writer = JournalWriter.create(out.path / JOURNAL, parts.header)
     else:
         writer, journal = resumed
-        build.check_journal_fits(journal, header)
-        checkpoints, problems = list_checkpoints(out.path / "checkpoints")
-        for problem in problems:
-            say(f"warning: passed over a checkpoint: {problem}")
-        first_step = restore_(checkpoints[-1] if checkpoints else None, journal, numbers, optimizer)
-        bad_steps, validation = bad_steps_at_end(journal), cut_metrics(out.path / "metrics.jsonl", first_step)
+        first_step, bad_steps = _restore_(parts, journal, out.path)
+        validation = cut_metrics(out.path / "metrics.jsonl", first_step)
         say(f"going on at step {first_step}, the journal's end")
+    held_out = style_data.validation_batches(
+        plan.style.validation, parts.encoded, plan.device, config.data.batch_size, config.train.seed
+    )
     job = StyleJob(
         config=config,
-        dtype=dtype,
         out=out,
-        transformer=transformer,
-        scales=scales,
-        numbers=numbers,
-        optimizer=optimizer,
-        batches=style_data.TrainingBatches(config, plan.style.train, encoded, device),
-        held_out=style_data.validation_batches(plan.style.validation, encoded, device, config.data.batch_size, config.train.seed),
-        sampler=make_sampler(plan, transformer, encoded),
+        parts=parts,
+        held_out=held_out,
+        sampler=make_sampler(plan, parts.transformer, parts.encoded),
         tracker=Tracker(out.path, config.train.max_steps, first_step),
         journal=writer,
-        metadata=build.scales_metadata(config, header["codes"]),
+        ranks=ranks,
+        metadata=build.scales_metadata(config, parts.header["codes"]),
         validation=validation,
+        steps_done=first_step,
     )
     return job, first_step, bad_steps
 

@@ -34,10 +34,20 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sigma)
 
+    def part(self, examples: slice) -> "Batch":
+        """Some of the examples."""
+        return Batch(*(tensor[examples] for tensor in self._tensors()))
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in self._tensors()))
+
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most `size` examples; their losses average to this batch's."""
-        parts = [t.split(size) for t in (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)]
+        parts = [tensor.split(size) for tensor in self._tensors()]
         return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:

@@ -2,14 +2,14 @@
 
 Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates its share of the batch; the
 sums of its losses at +eps and -eps are gathered, added in the order of ranks, and so every rank forms the same derivative and
-applies the same update. Nothing of the size of the model ever travels: 24 bytes a step and rank with one direction.
+applies the same update. Nothing of the size of the model ever travels: 32 bytes a step and rank with one direction.
 
 Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency is what counts.
 """
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -28,8 +28,10 @@ class Ranks:
     rank: int = 0
     world: int = 1
     store: Any = None
+    wants_stop: Callable[[], bool] = lambda: False
     bytes_sent: int = field(default=0, init=False)
     exchanges: int = field(default=0, init=False)
+    _agreed_to_stop: bool = field(default=False, init=False)
 
     @property
     def first(self) -> bool:
@@ -48,11 +50,16 @@ class Ranks:
         """
         if self.world == 1:
             return list(values)
-        gathered = self._gather(torch.tensor(values, dtype=torch.float64))
-        totals = gathered[0].clone()
+        gathered = self._gather(torch.tensor([*values, float(self.wants_stop())], dtype=torch.float64))
+        total = gathered[0].clone()
         for part in gathered[1:]:
-            totals += part
-        return totals.tolist()
+            total += part
+        self._agreed_to_stop = total[-1].item() > 0
+        return total[:-1].tolist()
+
+    def stop_agreed(self) -> bool:
+        """Whether any rank wanted to stop at the last exchange: all ranks say the same, so all end after the same step."""
+        return self.wants_stop() if self.world == 1 else self._agreed_to_stop
 
     def check_equal(self, digest: bytes, what: str) -> None:
         """Raises RankLost when a rank's digest is another than rank 0's."""
