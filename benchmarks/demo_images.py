@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.tiny.drawings import load_drawings, taught_concepts
 from qzo_diffusion import resources
 
-STYLE = {"fluent_mono": "mono style"}
+STYLE = "fluent_mono"
 TRAIN, HELD_OUT = 40, 16
 FOLDER = resources.PACKAGE / "demo_images" / "fluent_mono"
 
@@ -30,12 +30,12 @@ def choose(seed: int = 0) -> tuple[list[str], list[str]]:
 
 def write(folder: Path, names: list[str], data: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = load_drawings(data, STYLE, names)
+    drawings = load_drawings(data, {STYLE: ""}, names)
     with (folder / "metadata.jsonl").open("w") as captions:
-        for image, caption, name in zip(drawings.images, drawings.captions, drawings.names, strict=True):
+        for image, name in zip(drawings.images, drawings.names, strict=True):
             file = f"{name.replace(' ', '_').lower()}.png"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / file, optimize=True)
-            captions.write(json.dumps({"file_name": file, "text": caption}) + "\n")
+            captions.write(json.dumps({"file_name": file, "text": name}) + "\n")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from qzo_diffusion.core.parametrize import Parametrization, parametrize
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.train.loop import Probing
@@ -76,6 +78,44 @@ def _cached_snapshot(name: str) -> Path | None:
 
 def is_tiny(folder: Path) -> bool:
     return folder.resolve() == resources.tiny_model().resolve()
+
+
+def settle_sampling_(config: Config, folder: Path) -> None:
+    """Fill in the number of steps and the guidance that suit the model where the user gave none."""
+    steps, guidance = (16, 2.0) if is_tiny(folder) else (28, 4.5)
+    config.sample.steps = config.sample.steps or steps
+    if config.sample.guidance is None:
+        config.sample.guidance = guidance
+
+
+def sampler(
+    config: Config,
+    folder: Path,
+    transformer: nn.Module,
+    vae: Any,
+    prompts: Sequence[str],
+    encoded: Mapping[str, sd3.EncodedPrompt],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Sampler:
+    """Square samples of `prompts` at the run's resolution, or at the model's own."""
+    settle_sampling_(config, folder)
+    side, settings = config.data.resolution or sd3.native_resolution(folder), config.sample
+    return Sampler(
+        transformer,
+        sd3.load_scheduler(folder),
+        vae,
+        [encoded[prompt] for prompt in prompts],
+        encoded[settings.negative_prompt],
+        width=side,
+        height=side,
+        steps=settings.steps or 1,
+        guidance=settings.guidance or 0.0,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        device=device,
+        dtype=dtype,
+    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -87,8 +87,8 @@ class ComputeConfig(Section):
 class SampleConfig(Section):
     prompts: str | None = None  # a file; None: the shipped grid prompts
     every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
-    steps: Count = 28
-    guidance: NotNegative = 4.5
+    steps: Count | None = None  # None: what suits the model, 28 for Stable Diffusion 3.5
+    guidance: NotNegative | None = None  # None: what suits the model, 4.5 for Stable Diffusion 3.5
     negative_prompt: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch_size: Count = 8

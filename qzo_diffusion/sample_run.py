@@ -11,7 +11,7 @@ from qzo_diffusion.config import Config, load_config
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
-from qzo_diffusion.diffusion.sampling import Sampler, grid
+from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.diffusion.sd3 import PromptEncoder
 from qzo_diffusion.mix_run import check_codes
 from qzo_diffusion.quant.load import codes_fingerprint
@@ -51,23 +51,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     if tuned is not None:
         check_codes(tuned[1], codes_fingerprint(transformer), request.run or Path())
         blend_(scales, [(tuned[0], request.strength)])
-    side = config.data.resolution or sd3.native_resolution(folder)
-    settings = config.sample
-    sampler = Sampler(
-        transformer,
-        sd3.load_scheduler(folder),
-        vae,
-        [encoded[prompt] for prompt in prompts],
-        encoded[settings.negative_prompt],
-        width=side,
-        height=side,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        device=device,
-        dtype=dtype,
-    )
+    sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()
     files = [f"{index:03d}.png" for index in range(len(images))]
     for image, name in zip(images, files, strict=True):

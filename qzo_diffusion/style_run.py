@@ -14,7 +14,6 @@ from qzo_diffusion.core.errors import ConfigError, DataError, JournalError, Rank
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
-from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
 from qzo_diffusion.style_job import CHECK_RANKS_EVERY, Parts, StyleJob, check_ranks, journal_header
 from qzo_diffusion.train.checkpoint import bad_steps_at_end, cut_metrics, list_checkpoints, restore_
@@ -81,6 +80,7 @@ def make_plan(config: Config) -> Plan:
     prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
     settled = config.model_copy(deep=True)
     settled.data.resolution = resolution
+    build.settle_sampling_(settled, folder)
     settled.data.style_dir = str(images.resolve())
     settled.data.validation_dir = str(held_out.resolve()) if held_out else None
     settled.compute.dtype = build.dtype_name(build.choose_dtype(config.compute.dtype, device))
@@ -253,7 +253,16 @@ def _start(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWrite
         out=out,
         parts=parts,
         held_out=held_out,
-        sampler=make_sampler(plan, parts.transformer, parts.encoded),
+        sampler=build.sampler(
+            config,
+            plan.model_folder,
+            parts.transformer,
+            parts.encoded.vae,
+            plan.sample_prompts,
+            parts.encoded.prompts,
+            plan.device,
+            plan.dtype,
+        ),
         tracker=Tracker(out.path, config.train.max_steps, first_step),
         journal=writer,
         ranks=ranks,
@@ -262,26 +271,6 @@ def _start(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWrite
         steps_done=first_step,
     )
     return job, first_step, bad_steps
-
-
-def make_sampler(plan: Plan, transformer: Any, encoded: style_data.Encoded) -> Sampler:
-    config = plan.config
-    side = config.data.resolution or sd3.native_resolution(plan.model_folder)
-    return Sampler(
-        transformer,
-        sd3.load_scheduler(plan.model_folder),
-        encoded.vae,
-        [encoded.prompts[prompt] for prompt in plan.sample_prompts],
-        encoded.prompts[config.sample.negative_prompt],
-        width=side,
-        height=side,
-        steps=config.sample.steps,
-        guidance=config.sample.guidance,
-        seed=config.sample.seed,
-        batch_size=config.sample.batch_size,
-        device=plan.device,
-        dtype=plan.dtype,
-    )
 
 
 def _changed_data(plan: Plan, run_folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.tiny.architecture import build_vae
 from benchmarks.tiny.export import export
-from benchmarks.tiny.quality import Sampling, report, write_report
+from benchmarks.tiny.quality import Sampling, write_report
 from benchmarks.tiny.train_denoiser import build_model, train_denoiser
 from benchmarks.tiny.train_vae import train_vae
 from benchmarks.tiny.training import load_average
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile the transformer's blocks: minutes first, a fifth faster then"
     )
-    parser.add_argument("--shift", type=float, default=1.0, help="the scheduler's shift in the exported pipeline")
+    parser.add_argument("--shift", type=float, default=3.0, help="the scheduler's shift in the exported pipeline")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if "vae" in args.stage:

@@ -79,5 +79,5 @@ def build_t5(vocabulary: int) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def build_scheduler(shift: float = 1.0) -> FlowMatchEulerDiscreteScheduler:
+def build_scheduler(shift: float = 3.0) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)

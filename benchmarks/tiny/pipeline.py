@@ -39,11 +39,7 @@ class TextToVelocity(nn.Module):
         self.text_encoder_2 = build_clip(CLIP_G_WIDTH, 2, 2, "gelu", **ids)
         self.text_encoder_3 = build_t5(len(self.t5_tokenizer))
         self.transformer = build_transformer()
-        self._freeze_unread()
-
-    def _freeze_unread(self) -> None:
-        """The pipeline reads CLIP's pooled output after its last layer, so every weight is used: nothing but positions is fixed."""
-        self.transformer.pos_embed.pos_embed.requires_grad_(False)
+        self.transformer.pos_embed.pos_embed.requires_grad_(False)  # a buffer of sines, never trained
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """CLIP and T5 ids [B, PROMPT_TOKENS], as the pipeline makes them."""

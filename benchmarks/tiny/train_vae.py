@@ -1,9 +1,9 @@
 """Stage one: the autoencoder, on every Noto and Fluent flat drawing, recoloured at random so that it also carries styles that
 the pair does not have (black and white, other palettes).
 
-Left to itself a small autoencoder learns the outlines first and the colours an hour later. So the latents are not learned: they
-are the first 16 principal components of 8x8 patches, known in closed form. The encoder is taught to output them, the decoder to
-draw from them with its wider view, and the denoiser can be trained on them at the same time.
+Left to itself a small autoencoder learns outlines long before colours. So the latents are not learned: they are the first 16
+principal components of 8x8 patches, known in closed form. The encoder is taught to output them, the decoder to draw from them with
+its wider view, and the denoiser can be trained on them at the same time.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,8 @@ def fit_basis(images: Tensor) -> PatchBasis:
     mean = rows.mean(0)
     values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
-    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # eigenvectors have no sign of their own
+    strongest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = vectors * strongest.sign()  # eigenvectors have no sign of their own
     deviation = values.sqrt()
     matrix = vectors / deviation.sqrt() / deviation.mean().sqrt()
     return PatchBasis(mean.float(), matrix.float())
@@ -54,7 +55,7 @@ def to_vae_units(scaled: Tensor) -> Tensor:
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of a batch [B, 3, H, W] in [-1, 1] unchanged; the rest with channels permuted, greyed, or posterised to black on white."""
+    """Half of a batch [B, 3, H, W] in [-1, 1] unchanged; the rest with channels permuted, greyed, or in black on white."""
     out = images.clone()
     for i in range(len(images)):
         kind = int(torch.randint(8, (1,), generator=generator))
