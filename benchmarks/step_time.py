@@ -123,7 +123,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         for _ in range(2):
             for name in scales:
                 view(name, scales[name])
-        numbers.move_(Direction(0, 0), 1e-9)
+        numbers.move_([Direction(0, 0)], [1e-9])
 
     step()
     step_peak = peak_of(step)

@@ -66,4 +66,3 @@ def tune_(
         )
     finally:
         numbers.merge_()
-        scales.close()

@@ -169,8 +169,12 @@ def quantized_transformer(config: Config, folder: Path, device: torch.device, dt
 
 
 def scales_and_numbers(config: Config, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
-    scales = find_scales(transformer)
-    return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units)
+    """Raises ConfigError when `qzo.layers` matches no layer."""
+    scales, parts = find_scales(transformer), config.qzo.layers
+    trained = None if parts is None else [name for name in scales if any(f".{part}." in f".{name}." for part in parts)]
+    if trained == []:
+        raise ConfigError(f"qzo.layers = {parts}: no such layer", f"parts of names like {next(iter(scales))}", "correct qzo.layers")
+    return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units, trained)
 
 
 def probing(config: Config) -> Probing:
@@ -204,7 +208,7 @@ def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
 
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
     """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
-    for key in ("codes", "initial_scales", "directions", "parametrization", "units", "optimizer"):
+    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
         if journal.header.get(key) != header[key]:
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",

@@ -50,6 +50,7 @@ class TrainConfig(Section):
 
 class QzoConfig(Section):
     parametrization: Literal["dense", "row", "layer"] = "layer"
+    layers: list[str] | None = None  # parts of layer names, such as ff.net; None: every quantized layer is trained
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
     num_directions: Count = 1

@@ -48,7 +48,7 @@ def config_of(journal: Journal, model: str | None) -> Config:
             {
                 "model": model or header["model"],
                 "train": {"seed": header["seed"], "optimizer": header["optimizer"]},
-                "qzo": {key: header[key] for key in ("directions", "num_directions", "parametrization", "units")},
+                "qzo": {key: header[key] for key in ("directions", "num_directions", "parametrization", "units", "layers")},
                 "quant": header["quant"],
                 "compute": {"dtype": header["dtype"]},
             }

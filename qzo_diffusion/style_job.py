@@ -15,7 +15,7 @@ from qzo_diffusion.core.parametrize import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
-from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_saturation, save_picture
+from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_chroma, mean_saturation, save_picture
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.train.checkpoint import entry_of, save_checkpoint, tuned_scales
 from qzo_diffusion.train.distributed import Ranks
@@ -134,20 +134,21 @@ class StyleJob:
     def results(self, outcome: Outcome) -> dict[str, Any]:
         """The figures for `--json`."""
         steps, columns = sorted(self.validation), self.sample_columns()
-        saturation = {"start": mean_saturation([columns[0]]), "end": mean_saturation([columns[-1]])} if columns else None
+        colour = {
+            name: {"start": measure([columns[0]]), "end": measure([columns[-1]])} if columns else None
+            for name, measure in (("sample_chroma", mean_chroma), ("sample_saturation", mean_saturation))
+        }
         return {
             "run": str(self.out.path),
             "steps": outcome.steps_done,
             "skipped": outcome.skipped,
             "stopped": outcome.stopped,
             "validation_loss": {"start": self.validation[steps[0]], "end": self.validation[steps[-1]]} if steps else None,
-            "sample_saturation": saturation,
-        }
+        } | colour
 
     def close(self) -> None:
         self.tracker.close()
         self.journal.close()
-        self.parts.scales.close()
 
 
 def check_ranks(ranks: Ranks, numbers: Parametrization) -> None:
@@ -173,6 +174,7 @@ def journal_header(config: Config, codes: str, scales: str) -> dict[str, Any]:
         "num_directions": config.qzo.num_directions,
         "parametrization": config.qzo.parametrization,
         "units": config.qzo.units,
+        "layers": config.qzo.layers,
         "optimizer": config.train.optimizer,
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,

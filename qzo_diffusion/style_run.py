@@ -141,25 +141,22 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     if resumed is not None:
         journal = read_journal(resumed / JOURNAL)
         first_step, bad_steps = _restore_(parts, journal, resumed)
-    try:
-        with stop_on_signal(lambda text: None) as stop:
-            ranks.wants_stop = stop.is_set
-            train(
-                parts.objective,
-                parts.batches,
-                parts.numbers,
-                parts.optimizer,
-                build.probing(plan.config),
-                build.schedule(plan.config),
-                max_steps=plan.config.train.max_steps,
-                first_step=first_step,
-                bad_steps_before=bad_steps,
-                after_step=lambda done: check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None,
-                stop_requested=ranks.stop_agreed,
-                sum_over_ranks=ranks.sum,
-            )
-    finally:
-        parts.scales.close()
+    with stop_on_signal(lambda text: None) as stop:
+        ranks.wants_stop = stop.is_set
+        train(
+            parts.objective,
+            parts.batches,
+            parts.numbers,
+            parts.optimizer,
+            build.probing(plan.config),
+            build.schedule(plan.config),
+            max_steps=plan.config.train.max_steps,
+            first_step=first_step,
+            bad_steps_before=bad_steps,
+            after_step=lambda done: check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None,
+            stop_requested=ranks.stop_agreed,
+            sum_over_ranks=ranks.sum,
+        )
     leave()
     return {}
 

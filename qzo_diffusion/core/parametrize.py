@@ -68,18 +68,19 @@ class Parametrization(Protocol):
 
 
 class Dense:
-    """One number per scale, in relative units."""
+    """One number per scale, in relative units. `trained` names the layers that take part; None is all."""
 
-    def __init__(self, scales: ScaleSet) -> None:
+    def __init__(self, scales: ScaleSet, trained: Sequence[str] | None = None) -> None:
         self.scales = scales
+        self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
 
     def numbers(self) -> dict[str, Tensor]:
-        return self.scales.tensors()
+        return self._trained
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         if direction is None:
             return None
-        return lambda name, live: live * direction.exp_z(name, live, radius)
+        return lambda name, live: live * direction.exp_z(name, live, radius) if name in self._trained else live
 
     def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
         raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
@@ -88,8 +89,7 @@ class Dense:
         return direction.z(name, self.scales[name])
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        for name in self.scales:
-            live = self.scales[name]
+        for name, live in self._trained.items():
             for direction, amount in zip(directions, amounts, strict=True):
                 live.mul_(direction.exp_z(name, live, amount))
 
@@ -100,7 +100,7 @@ class Dense:
         pass
 
     def state(self) -> dict[str, Tensor]:
-        return self.scales.tensors()
+        return self._trained
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         _copy_by_name_(self.state(), state)
@@ -112,10 +112,10 @@ class DenseAbsolute(Dense):
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         if direction is None:
             return None
-        return lambda name, live: live + radius * direction.z(name, live)
+        return lambda name, live: live + radius * direction.z(name, live) if name in self._trained else live
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        for name in self.scales:
+        for name in self._trained:
             for direction, amount in zip(directions, amounts, strict=True):
                 self.add_(name, amount * self.z(direction, name))
 
@@ -128,15 +128,16 @@ class Grouped:
 
     Args:
         group: "row" or "layer".
+        trained: names of the layers that take part; None is all.
 
     Raises:
         ValueError: blocks cross rows, so that rows have no scales of their own.
     """
 
-    def __init__(self, scales: ScaleSet, group: Literal["row", "layer"]) -> None:
+    def __init__(self, scales: ScaleSet, group: Literal["row", "layer"], trained: Sequence[str] | None = None) -> None:
         self.scales = scales
         self.theta: dict[str, Tensor] = {}
-        for name in scales:
+        for name in scales if trained is None else trained:
             count = scales.rows(name) if group == "row" else 1
             if scales[name].numel() % count:
                 raise ValueError(f"{name}: blocks cross rows, so a row has no scales of its own")
@@ -148,6 +149,8 @@ class Grouped:
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         def shown(name: str, live: Tensor) -> Tensor:
+            if name not in self.theta:
+                return live
             factor = torch.exp(self.theta[name])
             if direction is not None:
                 factor = factor * direction.exp_z(name, factor, radius)
@@ -158,7 +161,9 @@ class Grouped:
     def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
         up, down = math.exp(radius), math.exp(-radius)
 
-        def factors(name: str) -> Tensor:
+        def factors(name: str) -> Tensor | None:
+            if name not in self.theta:
+                return None
             z = torch.stack([self.z(direction, name) for direction in directions])
             if directions[0].distribution == "gaussian":
                 return torch.exp(radius * z)
@@ -199,8 +204,8 @@ Level = Literal["dense", "row", "layer"]
 Units = Literal["relative", "absolute"]
 
 
-def parametrize(scales: ScaleSet, level: Level, units: Units = "relative") -> Parametrization:
-    """The parametrization by its name in a config.
+def parametrize(scales: ScaleSet, level: Level, units: Units = "relative", trained: Sequence[str] | None = None) -> Parametrization:
+    """The parametrization by its name in a config; `trained` names the layers that take part, None is all.
 
     Raises:
         ValueError: absolute units are defined for dense numbers only.
@@ -208,8 +213,8 @@ def parametrize(scales: ScaleSet, level: Level, units: Units = "relative") -> Pa
     if units == "absolute":
         if level != "dense":
             raise ValueError(f"absolute units need level 'dense', got {level!r}")
-        return DenseAbsolute(scales)
-    return Dense(scales) if level == "dense" else Grouped(scales, level)
+        return DenseAbsolute(scales, trained)
+    return Dense(scales, trained) if level == "dense" else Grouped(scales, level, trained)
 
 
 def _spread(live: Tensor, factor: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from qzo_diffusion.core.errors import ModelError
 View = Callable[[str, Tensor], Tensor]
 """(name, live scales) -> the scales that the layer's forward shall see."""
 
-Gain = Callable[[str], Tensor]
-"""name -> a factor for the layer's output without its bias, [B, N] or [B, 1]: one row of factors per example."""
+Gain = Callable[[str], Tensor | None]
+"""name -> a factor for the layer's output without its bias, [B, N] or [B, 1]: one row of factors per example; None is 1."""
 
 
 class ScaleHandle(Protocol):
@@ -63,9 +63,6 @@ class ScaleSet:
         self._gain: Gain | None = None
         self._displaced: str | None = None
         self._hooks: list[Any] = []
-        for name, handle in self._handles.items():
-            self._hooks.append(handle.module.register_forward_pre_hook(self._before(name)))
-            self._hooks.append(handle.module.register_forward_hook(self._after(name), always_call=True))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -95,15 +92,25 @@ class ScaleSet:
         factors of its own for every example of the batch, and without touching the weights.
         """
         outer = self._view, self._gain
+        outermost = not self._hooks
         self._view, self._gain = view, gain
         try:
+            if outermost and (view is not None or gain is not None):
+                self._attach()
             yield
         finally:
             self._view, self._gain = outer
             self._put_back()  # torch's always_call hooks do not run on KeyboardInterrupt
+            if outermost:
+                self._detach()
 
-    def close(self) -> None:
-        """Take the hooks off the model again."""
+    def _attach(self) -> None:
+        """A fraction of a millisecond, and outside of `showing` the model is as if this class did not exist."""
+        for name, handle in self._handles.items():
+            self._hooks.append(handle.module.register_forward_pre_hook(self._before(name)))
+            self._hooks.append(handle.module.register_forward_hook(self._after(name), always_call=True))
+
+    def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -122,9 +129,8 @@ class ScaleSet:
     def _after(self, name: str) -> Callable[..., Tensor | None]:
         def swap_out(module: nn.Module, _args: Any, output: Tensor | None) -> Tensor | None:
             self._put_back()
-            if self._gain is None or output is None:
-                return None
-            return apply_gain(output, self._gain(name), module.bias)
+            factor = self._gain(name) if self._gain is not None and output is not None else None
+            return None if factor is None or output is None else apply_gain(output, factor, module.bias)
 
         return swap_out
 

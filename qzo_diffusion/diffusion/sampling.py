@@ -126,6 +126,18 @@ def load_picture(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
+def mean_chroma(images: Sequence[Image.Image]) -> float:
+    """Mean of (largest - smallest channel) over all pixels, in [0, 1]: HSV saturation times value.
+
+    What a person sees as colour. HSV saturation alone calls a nearly black pixel with a tint fully saturated.
+    """
+    spans = []
+    for image in images:
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3).float()
+        spans.append((pixels.amax(1) - pixels.amin(1)).mean())
+    return float(torch.stack(spans).mean() / 255)
+
+
 def mean_saturation(images: Sequence[Image.Image]) -> float:
     """Mean HSV saturation over all pixels of all images, in [0, 1]: how colourful a set is."""
     saturation = [torch.frombuffer(bytearray(i.convert("HSV").tobytes()), dtype=torch.uint8)[1::3].float().mean() for i in images]

@@ -102,12 +102,17 @@ def test_views_nest_and_end():
     assert not torch.equal(outer, inner)
 
 
-def test_close_takes_the_hooks_off():
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
+def test_outside_of_a_view_the_model_has_no_hooks(error):
     model, scales = scaled_network()
-    scales.close()
-    with scales.showing(lambda _name, tensor: tensor * 2):
-        shown = model(inputs())
-    assert torch.equal(shown, model(inputs()))
+    try:
+        with scales.showing(lambda _name, tensor: tensor * 2):
+            assert all(len(model[index]._forward_hooks) == 1 for index in (0, 2))
+            if error:
+                raise error
+    except KeyboardInterrupt:
+        pass
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 def test_no_layers_is_an_error():
