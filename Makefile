@@ -13,7 +13,8 @@ install:
 	@.ci/environment.sh
 
 demo: install
-	.venv/bin/qzo-diffuse train --config configs/demo.yaml --output-dir outputs/demo --force
+	rm -rf outputs/demo
+	.venv/bin/qzo-diffuse train --preset demo --output-dir outputs/demo --json | tee outputs/demo.json
 
 test: install
 	$(VENV_PYTHON) -m pytest

@@ -301,3 +301,22 @@ def test_a_model_folder_with_pickles_only(train, tmp_path, capsys):
     for file in (model / "transformer").glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     assert "pickles" in failing(capsys, train("--max-steps", 1, "--model", model))
+
+
+def test_rows_with_directions_of_their_own_in_chosen_layers(train, tmp_path):
+    settings = ["qzo.parametrization=row", "qzo.per_example=true", "qzo.layers=[ff.net]"]
+    assert train("--max-steps", 2, "data.batch_size=3", *settings) == 0
+    step = next(line for line in metrics(tmp_path / "run") if "loss_plus" in line)
+    assert len(step["projected_grad"]) == 3
+    assert train("--max-steps", 0, name="base") == 0
+    base, tuned = load_scales(tmp_path / "base")[0], load_scales(tmp_path / "run")[0]
+    changed = {name for name in tuned if not torch.equal(base[name], tuned[name])}
+    assert changed == {name for name in tuned if ".ff.net." in f".{name}."}
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [("qzo.layers=[nowhere]", "no such layer"), ("qzo.per_example=true qzo.parametrization=dense", "per_example")],
+)
+def test_bad_choices_of_numbers(train, capsys, setting, word):
+    assert word in failing(capsys, train("--max-steps", 1, *setting.split()))

@@ -73,9 +73,12 @@ class Direction:
             return torch.exp(radius * self._gaussian(name, like))
         return self._choose(name, like, math.exp(radius), math.exp(-radius))
 
+    def bits(self, name: str, like: Tensor) -> Tensor:
+        """bool, in the shape and on the device of `like`: where a Rademacher z is +1."""
+        return random_bits(like.numel(), like.device, self.seed, self.step, self.index, name).view(like.shape)
+
     def _choose(self, name: str, like: Tensor, if_set: float, if_clear: float) -> Tensor:
-        bits = random_bits(like.numel(), like.device, self.seed, self.step, self.index, name).view(like.shape)
-        return torch.where(bits, like.new_tensor(if_set), like.new_tensor(if_clear))
+        return torch.where(self.bits(name, like), like.new_tensor(if_set), like.new_tensor(if_clear))
 
     def _gaussian(self, name: str, like: Tensor) -> Tensor:
         generator = np.random.Generator(_philox(self.seed, self.step, self.index, name))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.scales import Gain, ScaleSet, View
+from qzo_diffusion.core.scales import SMALL_MODEL, Gain, ScaleSet, View
 
 
 class Parametrization(Protocol):
@@ -73,6 +73,7 @@ class Dense:
     def __init__(self, scales: ScaleSet, trained: Sequence[str] | None = None) -> None:
         self.scales = scales
         self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
+        self._drawn: tuple[Direction | None, dict[str, Tensor]] = (None, {})
 
     def numbers(self) -> dict[str, Tensor]:
         return self._trained
@@ -80,7 +81,32 @@ class Dense:
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         if direction is None:
             return None
-        return lambda name, live: live * direction.exp_z(name, live, radius) if name in self._trained else live
+
+        factor = self._factors(direction, radius)
+
+        def shown(name: str, live: Tensor) -> Tensor:
+            return live * factor(name, live) if name in self._trained else live
+
+        return self.scales.drawn_ahead(shown)
+
+    def _factors(self, direction: Direction, radius: float) -> View:
+        """(name, live) -> exp(radius · z)."""
+        if direction.distribution == "gaussian":
+            return lambda name, live: direction.exp_z(name, live, radius)
+        like = next(iter(self._trained.values()))
+        up, down = like.new_tensor(math.exp(radius)), like.new_tensor(math.exp(-radius))
+        return lambda name, live: torch.where(self._bits(direction, name, live), up, down)
+
+    def _bits(self, direction: Direction, name: str, live: Tensor) -> Tensor:
+        """Drawn again whenever needed; a small model keeps them from +ε to the update."""
+        if self.scales.numel() > SMALL_MODEL:
+            return direction.bits(name, live)
+        if self._drawn[0] != direction:
+            self._drawn = (direction, {})
+        known = self._drawn[1]
+        if name not in known:
+            known[name] = direction.bits(name, live)
+        return known[name]
 
     def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
         raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
@@ -89,9 +115,10 @@ class Dense:
         return direction.z(name, self.scales[name])
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        for name, live in self._trained.items():
-            for direction, amount in zip(directions, amounts, strict=True):
-                live.mul_(direction.exp_z(name, live, amount))
+        for direction, amount in zip(directions, amounts, strict=True):
+            factor = self._factors(direction, amount)
+            for name, live in self._trained.items():
+                live.mul_(factor(name, live))
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.scales[name].mul_(torch.exp(delta))
@@ -112,7 +139,11 @@ class DenseAbsolute(Dense):
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         if direction is None:
             return None
-        return lambda name, live: live + radius * direction.z(name, live) if name in self._trained else live
+
+        def shown(name: str, live: Tensor) -> Tensor:
+            return live + radius * direction.z(name, live) if name in self._trained else live
+
+        return self.scales.drawn_ahead(shown)
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self._trained:
@@ -142,7 +173,7 @@ class Grouped:
             if scales[name].numel() % count:
                 raise ValueError(f"{name}: blocks cross rows, so a row has no scales of its own")
             self.theta[name] = scales[name].new_zeros(count)
-        self._drawn: dict[tuple[Direction, str], Tensor] = {}
+        self._drawn: dict[str, tuple[tuple[Direction, ...], Tensor]] = {}
 
     def numbers(self) -> dict[str, Tensor]:
         return self.theta
@@ -156,7 +187,7 @@ class Grouped:
                 factor = factor * direction.exp_z(name, factor, radius)
             return _spread(live, factor)
 
-        return shown
+        return self.scales.drawn_ahead(shown)
 
     def gain(self, directions: Sequence[Direction], radius: float) -> Gain:
         up, down = math.exp(radius), math.exp(-radius)
@@ -164,25 +195,37 @@ class Grouped:
         def factors(name: str) -> Tensor | None:
             if name not in self.theta:
                 return None
-            z = torch.stack([self.z(direction, name) for direction in directions])
+            like = self.theta[name]
             if directions[0].distribution == "gaussian":
-                return torch.exp(radius * z)
-            return torch.where(z > 0, z.new_tensor(up), z.new_tensor(down))
+                return torch.stack([direction.exp_z(name, like, radius) for direction in directions])
+            return torch.where(self._bits(directions, name), like.new_tensor(up), like.new_tensor(down))
 
-        return factors
+        if self.scales.numel() > SMALL_MODEL:
+            return factors
+        drawn = {name: factors(name) for name in self.theta}
+        return drawn.get
+
+    def _bits(self, directions: Sequence[Direction], name: str) -> Tensor:
+        """bool [directions, numbers], kept until the next step: needed at +ε, at -ε and by the update, and there are few."""
+        known = self._drawn.get(name)
+        if known is None or known[0] != tuple(directions):
+            drawn = torch.stack([direction.bits(name, self.theta[name]) for direction in directions])
+            known = self._drawn[name] = (tuple(directions), drawn)
+        return known[1]
 
     def z(self, direction: Direction, name: str) -> Tensor:
-        """Kept until the next step: it is needed at +ε, at -ε and by the update, and there are few numbers."""
-        if (direction, name) not in self._drawn:
-            if self._drawn and next(iter(self._drawn))[0].step != direction.step:
-                self._drawn.clear()
-            self._drawn[direction, name] = direction.z(name, self.theta[name])
-        return self._drawn[direction, name]
+        return direction.z(name, self.theta[name])
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        for name in self.theta:
-            for direction, amount in zip(directions, amounts, strict=True):
-                self.add_(name, self.z(direction, name) * amount)
+        for name, theta in self.theta.items():
+            if directions[0].distribution == "gaussian":
+                terms = [self.z(direction, name) * amount for direction, amount in zip(directions, amounts, strict=True)]
+            else:
+                signs = self._bits(directions, name)
+                up = torch.tensor(amounts, dtype=theta.dtype, device=theta.device).unsqueeze(1)
+                terms = list(torch.where(signs, up, -up))
+            for term in terms:  # one after the other: a sum over a tensor rounds differently from machine to machine
+                theta.add_(term)
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.theta[name].add_(delta)

@@ -96,8 +96,9 @@ def estimate(
         sum_over_ranks: exchanges one count and two sums per direction, once a step.
     """
     count, sums = 0, list[float]()
-    for direction in directions:
-        for radius in (eps, -eps):
+    probes = [(direction, radius) for direction in directions for radius in (eps, -eps)]
+    with parametrization.scales.attached():
+        for direction, radius in probes:
             with parametrization.scales.showing(parametrization.view(direction, radius)):
                 losses = [loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)]
             count = len(losses)

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from qzo_diffusion.diffusion.sampling import LABEL_HEIGHT, SMALLEST_CELL, grid, mean_saturation
+from qzo_diffusion.diffusion.sampling import LABEL_HEIGHT, SMALLEST_CELL, grid, join_columns, mean_chroma, mean_saturation
 
 
 def plain(colour, size=(64, 64)):
@@ -40,3 +40,18 @@ def test_saturation_weighs_every_pixel():
     half.paste("white", (0, 0, 64, 32))
     assert mean_saturation([half]) == pytest.approx(0.5)
     assert isinstance(mean_saturation([half]), float)
+
+
+def test_chroma_counts_colour_by_how_bright_it_is():
+    assert mean_chroma([plain("red")]) == 1.0
+    assert mean_chroma([plain("white"), plain("black"), plain("grey")]) == 0.0
+    dark = plain((20, 5, 5))
+    assert mean_saturation([dark]) == pytest.approx(0.75, abs=0.01)
+    assert mean_chroma([dark]) == pytest.approx(15 / 255)
+
+
+def test_joined_columns_keep_their_pixels():
+    joined = join_columns([plain("red", (4, 8)), plain("blue", (6, 8))])
+    assert joined.size == (10, 8)
+    assert joined.getpixel((3, 7)) == (255, 0, 0)
+    assert joined.getpixel((4, 0)) == (0, 0, 255)
