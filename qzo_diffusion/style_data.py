@@ -49,6 +49,10 @@ def encode(
     identity = sd3.fingerprint_of_files(folder, ("vae",))
     count = len(style.samples) * (2 if config.data.flip else 1)
     with tqdm(total=count, desc="encode images", leave=False) as bar:
+
+        def show(done: int, _total: int) -> None:
+            bar.update(done - bar.n)
+
         latents = encode_samples(
             style.samples,
             sd3.image_encoder(vae),
@@ -56,7 +60,7 @@ def encode(
             encoder_id=identity,
             dtype="float32",
             flip=config.data.flip,
-            progress=lambda done, total: bar.update(done - bar.n) and None,
+            progress=show,
         )
     sd3.drop_encoder_(vae)
     return Encoded(prompts, latents, vae)
