@@ -66,15 +66,22 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def train(tmp_path, images, prompts, cache):
-    """`train` on those drawings into `tmp_path/<name>` with any further arguments; returns the exit code."""
+def train_arguments(tmp_path, images, prompts, cache):
+    """The command line of a run on those drawings into `tmp_path/<name>` with any further arguments."""
+
+    def build(*arguments, name="run", style_dir=images):
+        base = ["train", "--model", "tiny", "--style-dir", str(style_dir), "--sample-prompts", str(prompts)]
+        return [*base, "--output-dir", str(tmp_path / name), f"data.cache_dir={cache}", *FAST, *map(str, arguments)]
+
+    return build
+
+
+@pytest.fixture
+def train(train_arguments):
+    """Runs that command line in this process; returns the exit code."""
     from qzo_diffusion.cli import main
 
-    def call(*arguments, name="run", style_dir=images):
-        base = ["train", "--model", "tiny", "--style-dir", str(style_dir), "--sample-prompts", str(prompts)]
-        return main([*base, "--output-dir", str(tmp_path / name), f"data.cache_dir={cache}", *FAST, *map(str, arguments)])
-
-    return call
+    return lambda *arguments, **places: main(train_arguments(*arguments, **places))
 
 
 def metrics(run: Path, seconds: bool = False):
