@@ -155,12 +155,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--case", choices=CASES, help="measure one case and print it (used by the whole run)")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="leave the others out")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.case, args.dtype, args.rounds)))
         return
     models: dict[str, Any] = {}
-    for case in CASES:
+    for case in args.cases:
         for dtype in ("float32", "bfloat16"):
             # A process each: the allocator of one case must not hide the peak of another.
             command = [sys.executable, "-m", "benchmarks.step_time", "--case", case, "--dtype", dtype]
