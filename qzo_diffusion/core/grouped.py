@@ -49,6 +49,10 @@ class Grouped:
     def numbers(self) -> dict[str, Tensor]:
         return self.theta
 
+    def layers(self, axis: str) -> list[str]:
+        """Names of the layers in the order of the axis' numbers."""
+        return list(self._of_layer[axis])
+
     def of_layer(self, axis: str, name: str) -> Tensor:
         """θ of one layer (a view): [1], [N] or [K / blocksize]."""
         return self.theta[axis][self._of_layer[axis][name]]

@@ -99,5 +99,9 @@ class BnbHandle:
         """uint8, two codes a byte, the first in the high half."""
         return self.module.weight.data
 
+    def dequantized(self) -> Tensor:
+        """The weight [N, K] at the scales that are shown, in the layer's compute dtype."""
+        return _bitsandbytes().functional.dequantize_4bit(self.module.weight.data, self.module.weight.quant_state)
+
     def show(self, scales: Tensor) -> None:
         self.module.weight.quant_state.absmax = scales

@@ -18,6 +18,10 @@ class CodedHandle(ScaleHandle, Protocol):
     @property
     def codes(self) -> Tensor: ...
 
+    def dequantized(self) -> Tensor:
+        """The weight [N, K] at the scales that are shown."""
+        ...
+
 
 def quantize_(
     model: nn.Module,

@@ -87,5 +87,9 @@ class ReferenceHandle:
     def codes(self) -> Tensor:
         return self.module.codes
 
+    def dequantized(self) -> Tensor:
+        """The weight [N, K] at the scales that are shown."""
+        return dequantize_blockwise(self.module.codes, self.module.absmax, self.module.quant_type, self.module.blocksize)
+
     def show(self, scales: Tensor) -> None:
         self.module.absmax = scales

@@ -1,0 +1,100 @@
+"""The first-order gradient of the trained numbers by autograd, for small models: what an estimate is compared with.
+
+Benchmarks and diagnostics alone ask for it; training never differentiates. For a weight W = s · c, the gradient with respect to a
+log-scale is the sum of dL/dW ∘ W over the weights that it scales; that of a row, a block column or a layer is a sum of those.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qzo_diffusion.core.dense import Dense
+from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.optimizer import Update, gradient_of
+from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective
+
+
+class DifferentiableHandle(ScaleHandle, Protocol):
+    def dequantized(self) -> Tensor:
+        """The weight [N, K] at the scales that are shown."""
+        ...
+
+
+def exact_gradient(
+    objective: Objective[Batch], micro_batches: Sequence[Batch], numbers: Dense | Grouped, handles: Iterable[DifferentiableHandle]
+) -> dict[str, Tensor]:
+    """dL/dθ of the trained numbers where they are, by name, in the shapes of `numbers.numbers()`; L is the mean over all examples.
+
+    Args:
+        handles: of all quantized layers of the model.
+    """
+    scales, count = numbers.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
+    with torch.enable_grad(), scales.showing(numbers.view()), _differentiable(scales, handles) as deltas:
+        for micro_batch in micro_batches:
+            (objective(micro_batch).sum() / count).backward()
+        grids = {name: torch.zeros_like(delta) if delta.grad is None else delta.grad for name, delta in deltas.items()}
+    if isinstance(numbers, Dense):
+        return {name: grids[name].view_as(live) for name, live in numbers.numbers().items()}
+    return {axis: torch.cat([_SUMS[axis](grids[name]) for name in numbers.layers(axis)]) for axis in numbers.theta}
+
+
+_SUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row": lambda grid: grid.sum(1),
+    "column": lambda grid: grid.sum(0),
+    "layer": lambda grid: grid.sum().view(1),
+}
+
+
+@contextmanager
+def _differentiable(scales: ScaleSet, handles: Iterable[DifferentiableHandle]) -> Iterator[dict[str, Tensor]]:
+    """While open, gradients reach a δ per scale, [N, K / blocksize], all zero: the forward sees shown scale · exp(δ)."""
+    deltas: dict[str, Tensor] = {}
+    hooks: list[Any] = []
+
+    def product_with(handle: DifferentiableHandle, delta: Tensor) -> Callable[..., Tensor]:
+        def product(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
+            weight = handle.dequantized()
+            blocks = weight.view(*delta.shape, -1).to(delta.dtype) * torch.exp(delta).unsqueeze(2)
+            return F.linear(args[0], blocks.view_as(weight).to(args[0].dtype), module.bias)  # type: ignore[arg-type]
+
+        return product
+
+    try:
+        for handle in handles:
+            live = scales[handle.name]
+            deltas[handle.name] = torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
+            hooks.append(handle.module.register_forward_hook(product_with(handle, deltas[handle.name])))
+        yield deltas
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How an estimate compares with the exact gradient of the same batch.
+
+    cosine: between the two. expected_cosine: what directions of length √D leave on average, √(directions / (directions + D)).
+    """
+
+    cosine: float
+    expected_cosine: float
+    exact_norm: float
+    estimate_norm: float
+
+
+def alignment(numbers: Dense | Grouped, found: Estimate, exact: dict[str, Tensor]) -> Alignment:
+    update = Update(found.directions, found.projected_grad, lr=1.0)
+    estimated = torch.cat([gradient_of(numbers, update, name).double().flatten() for name in exact])
+    wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])
+    lengths = estimated.norm().item(), wanted.norm().item()
+    cosine = (estimated @ wanted).item() / (lengths[0] * lengths[1]) if all(lengths) else math.nan
+    count = len(found.directions)
+    return Alignment(cosine, math.sqrt(count / (count + len(wanted))), lengths[1], lengths[0])
