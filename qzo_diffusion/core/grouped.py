@@ -106,7 +106,7 @@ class Grouped:
         """exp(θ + radius · z) of each layer, [radii · directions, numbers]."""
         start, stop, counts = self._range(axis, chosen)
         probes = torch.cat([self._probe(axis, directions, radius, start, stop) for radius in radii])
-        return (probes * torch.exp(self.theta[axis][start:stop])).split(counts, dim=1)
+        return probes.mul_(torch.exp(self.theta[axis][start:stop])).split(counts, dim=1)
 
     def _probe(self, axis: str, directions: Sequence[Direction], radius: float, start: int, stop: int) -> Tensor:
         """exp(radius · z), [directions, stop - start]."""

@@ -210,7 +210,7 @@ class _Factors:
         bias = handle.module.bias
         self._rest = None
         if isinstance(bias, Tensor) and self._output is not None:
-            self._rest = torch.mul(1 - self._output, bias.to(self._output.dtype))
+            self._rest = (1 - self._output).mul_(bias.to(self._output.dtype))
         self.scales_inputs = gain.input is not None
 
     def of_input(self, x: Tensor) -> Tensor:
