@@ -117,15 +117,15 @@ def entry_of(record: StepRecord, seed: int) -> StepEntry:
 
 
 def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
-    """Drop what metrics.jsonl says beyond the journal's last step, and a torn last line. Returns validation losses by step."""
+    """Drop what metrics.jsonl says beyond the journal's last step, and lines that are torn. Returns validation losses by step."""
     if not path.exists():
         return {}
     kept: list[str] = []
     validation: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         entry = _parsed(line)
         if entry is None or entry["step"] >= steps_done + ("validation_loss" in entry):
-            break
+            continue
         kept.append(line)
         if "validation_loss" in entry:
             validation[entry["step"]] = float(entry["validation_loss"])
@@ -156,7 +156,13 @@ def _parsed(line: str) -> dict[str, Any] | None:
 def _drop_old(checkpoints: Path, keep: int) -> None:
     whole, _ = list_checkpoints(checkpoints, check=False)
     scored = [checkpoint for checkpoint in whole if checkpoint.validation_loss is not None]
-    best = min(scored, key=lambda checkpoint: checkpoint.validation_loss or math.inf, default=None)
+    best = min(scored, key=_loss_or_infinity, default=None)
     for checkpoint in whole[:-keep]:
         if checkpoint is not best:
             shutil.rmtree(checkpoint.folder, ignore_errors=True)
+
+
+def _loss_or_infinity(checkpoint: Checkpoint) -> float:
+    """NaN is no loss to be the best."""
+    loss = checkpoint.validation_loss
+    return math.inf if loss is None or math.isnan(loss) else loss

@@ -4,6 +4,7 @@ A folder of weights (`final/`, a checkpoint) is written under another name, sync
 hash of every file, so that what was damaged later is found when it is read and never applied.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,7 +81,8 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(handle.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 
