@@ -1,5 +1,8 @@
 """A style run that is under way: what happens between its steps, and what it leaves behind."""
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +27,7 @@ from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
 CHECK_RANKS_EVERY = 100
+DATA_FACTS = ("sha256", "caption", "bucket", "split", "repeats")  # of an image; with others it is another run
 
 
 @dataclass
@@ -144,6 +148,8 @@ class StyleJob:
             "skipped": outcome.skipped,
             "stopped": outcome.stopped,
             "validation_loss": {"start": self.validation[steps[0]], "end": self.validation[steps[-1]]} if steps else None,
+            "processes": self.ranks.world,
+            "bytes_sent": self.ranks.bytes_sent,
         } | colour
 
     def close(self) -> None:
@@ -155,6 +161,15 @@ def check_ranks(ranks: Ranks, numbers: Parametrization) -> None:
     """Every rank calls this after the same step; raises RankLost when the trained numbers of one are others."""
     if ranks.world > 1:
         ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "trained numbers")
+
+
+def check_same_run(ranks: Ranks, config: Config, data: Sequence[Mapping[str, Any]], header: Mapping[str, Any]) -> None:
+    """Raises RankLost when a rank was started with another model, other images or settings; folders may differ by machine."""
+    settings = config.model_dump(exclude={"data": {"style_dir", "validation_dir", "cache_dir"}, "sample": {"prompts"}})
+    base = [header[name] for name in ("codes", "initial_scales")]
+    images = [[row["file"], *(row[fact] for fact in DATA_FACTS)] for row in data]
+    text = json.dumps([settings, base, images], sort_keys=True, default=str)
+    ranks.check_equal(hashlib.blake2b(text.encode(), digest_size=16).digest(), "model, images or settings")
 
 
 def _due(every: int, step: int) -> bool:

@@ -2,11 +2,12 @@
 
 Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates its share of the batch; the
 sums of its losses at +eps and -eps are gathered, added in the order of ranks, and so every rank forms the same derivative and
-applies the same update. Nothing of the size of the model ever travels: 32 bytes a step and rank with one direction.
+applies the same update. Nothing of the size of the model ever travels: with one direction a rank tells 32 bytes a step.
 
 Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency is what counts.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +17,18 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion.core.errors import RankLost
+from qzo_diffusion.core.errors import ConfigError, RankLost
 
 ROLL_CALL_SECONDS = 3.0
+LONGEST_NAP_SECONDS = 2e-3
 
 
 @dataclass
 class Ranks:
-    """This process among `world`. Alone, nothing is exchanged."""
+    """This process among `world`. Alone, nothing is exchanged.
+
+    `bytes_sent` counts what this rank told the others: each of them receives its numbers once.
+    """
 
     rank: int = 0
     world: int = 1
@@ -71,7 +76,7 @@ class Ranks:
             raise RankLost(
                 f"rank {wrong[0]} has other {what} than rank 0",
                 "the same on every rank, bit for bit",
-                "use the same versions and kind of processor on every rank; start again with --resume",
+                "use the same command, files, versions and kind of processor on every rank; go on with --resume",
             )
 
     def wait(self) -> None:
@@ -83,18 +88,21 @@ class Ranks:
 
         gathered = [torch.empty_like(mine) for _ in range(self.world)]
         try:
-            dist.all_gather(gathered, mine)
+            work = dist.all_gather(gathered, mine, async_op=True)
+            _nap_until(work.is_completed)
+            work.wait()
         except RuntimeError as error:
             raise self._lost(error) from error
-        self.bytes_sent += mine.numel() * mine.element_size()
+        self.bytes_sent += mine.numel() * mine.element_size() * (self.world - 1)
         self.exchanges += 1
         return gathered
 
     def _lost(self, error: Exception) -> RankLost:
+        leave()  # the neighbours that still wait for this rank see the connection close, and sign in time
         missing = self._roll_call()
         names = ", ".join(f"rank {rank}" for rank in missing) or "a rank"
         return RankLost(
-            f"{names} died or did not answer at exchange {self.exchanges} ({str(error).splitlines()[0]})",
+            f"{names} died or did not answer at exchange {self.exchanges} ({_first_line(error)})",
             f"an answer from all {self.world} ranks",
             "look at that rank's output, then start again with --resume; another number of ranks is fine",
         )
@@ -103,6 +111,7 @@ class Ranks:
         """Who does not answer: each survivor signs in the store, and the others are missing."""
         prefix = f"survivors/{self.exchanges}"
         try:
+            self.store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
             self.store.set(f"{prefix}/{self.rank}", b"here")
             time.sleep(ROLL_CALL_SECONDS)
             return [rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"])]
@@ -111,19 +120,53 @@ class Ranks:
 
 
 def join(timeout_seconds: float) -> Ranks:
-    """This process among those that `torchrun` or `accelerate launch` started; alone when neither did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process among those that `torchrun` or `accelerate launch` started; alone when neither did.
+
+    Args:
+        timeout_seconds: how long to wait for the others, now and at every exchange.
+
+    Raises:
+        RankLost: the others did not come in time.
+        ConfigError: the environment says that there are others and not where.
+    """
+    if int(os.environ.get("WORLD_SIZE") or "1") == 1:
         return Ranks()
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:
+        raise RankLost(
+            f"not all of {os.environ['WORLD_SIZE']} ranks came within {timeout_seconds:g} s ({_first_line(error)})",
+            "every rank started, and a free port that all of them reach",
+            "look at the output of every rank; give more time with compute.rank_timeout",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but {_first_line(error)}",
+            "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none of them",
+            "start with torchrun or accelerate launch; for a single process unset WORLD_SIZE",
+        ) from error
     return Ranks(rank, world, store)
 
 
 def leave() -> None:
+    """Close the connections to the other ranks; nothing when there are none."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # what is broken already needs no closing
+            dist.destroy_process_group()
+
+
+def _nap_until(done: Callable[[], bool]) -> None:
+    """Wait in naps as long as the wait so far: a wait inside the library would let no Ctrl-C through."""
+    started = time.perf_counter()
+    while not done():
+        time.sleep(min(LONGEST_NAP_SECONDS, time.perf_counter() - started))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
