@@ -21,6 +21,13 @@ from qzo_diffusion.core.errors import ConfigError, RankLost
 
 ROLL_CALL_SECONDS = 3.0
 LONGEST_NAP_SECONDS = 2e-3
+# How torchrun, Intel MPI or MPICH, Open MPI and MVAPICH tell a process its place; on CPUs `accelerate launch` leaves it to mpirun.
+PLACES = (
+    ("RANK", "WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
 
 
 @dataclass
@@ -129,27 +136,36 @@ def join(timeout_seconds: float) -> Ranks:
         RankLost: the others did not come in time.
         ConfigError: the environment says that there are others and not where.
     """
-    if int(os.environ.get("WORLD_SIZE") or "1") == 1:
+    place = next((names for names in PLACES if all(name in os.environ for name in names)), PLACES[0])
+    rank_text, world_text = (os.environ.get(name, "") for name in place)
+    if world_text in ("", "1"):
         return Ranks()
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_seconds)
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+        rank, world = int(rank_text), int(world_text)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"{place[1]}={world_text} in the environment without a whole set of the other three",
+            f"{place[0]}, {place[1]}, MASTER_ADDR and MASTER_PORT, or none of them",
+            f"start with torchrun or accelerate launch; for a single process unset {place[1]}",
+        ) from None
+    # torchrun keeps the store itself; elsewhere rank 0 does.
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(address, port, world, keeps_store, timeout, multi_tenant=True)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        named = dist.PrefixStore(f"qzo_diffusion/{attempt}", store)
+        dist.init_process_group("gloo", store=named, rank=rank, world_size=world, timeout=timeout)
     except RuntimeError as error:
         raise RankLost(
-            f"not all of {os.environ['WORLD_SIZE']} ranks came within {timeout_seconds:g} s ({_first_line(error)})",
+            f"not all of {world} ranks came within {timeout_seconds:g} s ({_first_line(error)})",
             "every rank started, and a free port that all of them reach",
             "look at the output of every rank; give more time with compute.rank_timeout",
         ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but {_first_line(error)}",
-            "RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or none of them",
-            "start with torchrun or accelerate launch; for a single process unset WORLD_SIZE",
-        ) from error
-    return Ranks(rank, world, store)
+    return Ranks(rank, world, named)
 
 
 def leave() -> None:
