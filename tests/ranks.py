@@ -30,7 +30,10 @@ def start_ranks(arguments: list[str], world: int) -> list[subprocess.Popen[str]]
 
 
 def kill_all(processes: list[subprocess.Popen[str]]) -> None:
-    """Stopped ones too; waits for their end."""
+    """Stopped ones too; waits for their end and closes their pipes."""
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
