@@ -20,7 +20,7 @@ from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_chroma, mean_saturation, save_picture
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.train.checkpoint import entry_of, save_checkpoint, tuned_scales
+from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint, tuned_scales
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import Outcome, StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
@@ -118,6 +118,7 @@ class StyleJob:
     def checkpoint(self, step: int) -> None:
         folder = self.out.path / "checkpoints"
         if (folder / f"step_{step:06d}").exists():
+            drop_old(folder, self.config.train.keep_checkpoints)  # a kill may have come in between
             return
         self.journal.sync()
         save_checkpoint(

@@ -214,8 +214,7 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
     encoded = style_data.encode(config, plan.model_folder, plan.style, plan.sample_prompts, device, dtype)
     if ranks.first:
         ranks.wait()
-    transformer = build.quantized_transformer(config, plan.model_folder, device, dtype)
-    scales, numbers = build.scales_and_numbers(config, transformer)
+    transformer, scales, numbers = build.load_base(config, build.Place(plan.model_folder, device, dtype))
     batches = style_data.TrainingBatches(config, plan.style.train, encoded, device, ranks)
     header = journal_header(config, *build.fingerprints(transformer, scales))
     check_same_run(ranks, config, dataset_table(plan.style), header)

@@ -19,7 +19,15 @@ from qzo_diffusion.core.journal import Journal, StepEntry, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrize import Parametrization
 from qzo_diffusion.train.loop import StepRecord
-from qzo_diffusion.train.run_folder import SCALES, check_folder, load_tensors, save_tensors, write_folder, write_whole
+from qzo_diffusion.train.run_folder import (
+    SCALES,
+    check_folder,
+    load_tensors,
+    remove_folder,
+    save_tensors,
+    write_folder,
+    write_whole,
+)
 
 NUMBERS, OPTIMIZER, STATE = "numbers.safetensors", "optimizer.safetensors", "state.json"
 
@@ -61,8 +69,21 @@ def save_checkpoint(
         write_whole(folder / STATE, json.dumps(state).encode())
 
     path = write_folder(checkpoints / f"step_{step:06d}", write)
-    _drop_old(checkpoints, keep)
+    drop_old(checkpoints, keep)
     return path
+
+
+def drop_old(checkpoints: Path, keep: int) -> None:
+    """Leave the last `keep` and the one with the lowest validation loss, and nothing that a kill left half written or dropped."""
+    whole, _ = list_checkpoints(checkpoints, check=False)
+    losses = [math.nan if checkpoint.validation_loss is None else checkpoint.validation_loss for checkpoint in whole]
+    scored = [(loss, place) for place, loss in enumerate(losses) if not math.isnan(loss)]
+    best = whole[min(scored)[1]] if scored else None
+    for checkpoint in whole[:-keep]:
+        if checkpoint is not best:
+            remove_folder(checkpoint.folder)
+    for left in checkpoints.glob(".step_*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
@@ -71,7 +92,8 @@ def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
         check_folder(folder)
     try:
         state = json.loads((folder / STATE).read_text())
-        return Checkpoint(folder, int(state["step"]), str(state["chain"]), state["validation_loss"])
+        loss = state["validation_loss"]
+        return Checkpoint(folder, int(state["step"]), str(state["chain"]), None if loss is None else float(loss))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder / STATE} is damaged: {error}", "the state of a run", "give another checkpoint") from None
 
@@ -151,18 +173,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
-
-
-def _drop_old(checkpoints: Path, keep: int) -> None:
-    whole, _ = list_checkpoints(checkpoints, check=False)
-    scored = [checkpoint for checkpoint in whole if checkpoint.validation_loss is not None]
-    best = min(scored, key=_loss_or_infinity, default=None)
-    for checkpoint in whole[:-keep]:
-        if checkpoint is not best:
-            shutil.rmtree(checkpoint.folder, ignore_errors=True)
-
-
-def _loss_or_infinity(checkpoint: Checkpoint) -> float:
-    """NaN is no loss to be the best."""
-    loss = checkpoint.validation_loss
-    return math.inf if loss is None or math.isnan(loss) else loss

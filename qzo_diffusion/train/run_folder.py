@@ -112,6 +112,15 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
     return target
 
 
+def remove_folder(folder: Path) -> None:
+    """Rename it out of the way, then delete it: a kill leaves the whole of it or nothing under its name. Failures are ignored."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def check_folder(folder: Path) -> None:
     """Raises OutputError unless the folder was written to its end and every file is what it was then."""
     remedy = "give another checkpoint of the run, or the finished run"
