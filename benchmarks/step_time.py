@@ -1,8 +1,9 @@
 """Time and memory of a training step against plain inference: `OMP_NUM_THREADS=2 python -m benchmarks.step_time`.
 
 The floor of a two-point estimate is two inference forwards in the memory of inference. Both are measured in one process, in turns,
-on the same quantized model, batch, dtype and threads. A step is everything from the batch in hand to the record of the step. Memory
-is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports.
+on the same quantized model, batch, dtype and threads. A step is everything from the batch in hand to the journal's record. `dense`
+has one number per scale and one direction; `probes` one per row and a direction for every example, +eps and -eps in one forward.
+Memory is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,16 @@ from torch import nn
 
 from benchmarks.record import write_results
 from qzo_diffusion import resources
+from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd
+from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sd3 import load_transformer
 from qzo_diffusion.quant.base import DIFFUSION_SKIP
 from qzo_diffusion.quant.load import find_scales, quantize_
+from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
 
 CASES = {  # name: (model, side of the latents, text tokens, batch)
@@ -111,36 +116,60 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     two_forwards()
     inference_peak = peak_of(two_forwards)
     scales = find_scales(model)
-    numbers, optimizer = parametrize(scales, "dense"), Sgd()
+    numbers, rows = parametrize(scales, "dense"), parametrize(scales, "row")
     count_steps = iter(range(10**9))
+    journal = JournalWriter.create(Path(tempfile.mkdtemp()) / "journal.qzo", {})
 
-    def step() -> None:
-        train_step_(objective, StepBatch([batch]), numbers, optimizer, Probing(0, 1e-2), 1e-6, next(count_steps))
+    def one_step(of: Parametrization, per_example: bool, micro_batches: Sequence[Batch]) -> None:
+        probing = Probing(0, 1e-2, per_example=per_example)
+        record = train_step_(objective, StepBatch(micro_batches), of, Sgd(), probing, 1e-6, next(count_steps))
+        journal.append(entry_of(record, 0))
+
+    def dense() -> None:
+        one_step(numbers, False, [batch])
+
+    def probes() -> None:
+        one_step(rows, True, [batch])
+
+    def probes_in_flight() -> None:
+        """As many examples in flight as in an inference forward: +eps and -eps of half the batch at a time."""
+        one_step(rows, True, batch.split(max(1, count // 2)))
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""
-        view = numbers.view(Direction(0, 0), 1e-2)
-        for _ in range(2):
-            for name in scales:
-                view(name, scales[name])
-        numbers.move_([Direction(0, 0)], [1e-9])
+        direction = Direction(0, next(count_steps))
+        for radius in (1e-2, -1e-2):
+            for chunk in scales.chunks():
+                numbers.view(direction, radius)(chunk)
+        numbers.move_([direction], [1e-9])
 
-    step()
-    step_peak = peak_of(step)
-    times: dict[str, list[float]] = {"two_forwards": [], "step": [], "noise_and_update": []}
+    peaks = {}
+    for work in (dense, probes_in_flight):
+        work()
+        peaks[work.__name__] = peak_of(work)
+    works: dict[str, Callable[[], None]] = {"two_forwards": two_forwards, "dense": dense, "probes": probes}
+    times: dict[str, list[float]] = {name: [] for name in [*works, "noise_and_update"]}
+    probes()
     for _ in range(rounds):
-        times["two_forwards"].append(seconds_of(two_forwards))
-        times["step"].append(seconds_of(step))
+        for name, work in works.items():
+            times[name].append(seconds_of(work))
         times["noise_and_update"].append(seconds_of(draw_and_apply))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    pairs = [s / f for s, f in zip(times["step"], times["two_forwards"], strict=True)]
+
+    def ratio(name: str) -> float:
+        """The median over rounds, each against its own two forwards."""
+        return round(statistics.median(s / f for s, f in zip(times[name], times["two_forwards"], strict=True)), 4)
+
     return {
-        "dense_over_two_forwards": round(statistics.median(pairs), 4),
-        "dense_over_two_forwards_of_medians": round(medians["step"] / medians["two_forwards"], 4),
+        "dense_over_two_forwards": ratio("dense"),
+        "probes_over_two_forwards": ratio("probes"),
+        "dense_over_two_forwards_of_medians": round(medians["dense"] / medians["two_forwards"], 4),
+        "probes_over_two_forwards_of_medians": round(medians["probes"] / medians["two_forwards"], 4),
         "noise_and_update_over_two_forwards": round(medians["noise_and_update"] / medians["two_forwards"], 4),
-        "memory_over_inference": round((step_peak - imports) / (inference_peak - imports), 4),
+        "memory_over_inference": round((peaks["dense"] - imports) / (inference_peak - imports), 4),
+        "probes_memory_over_inference": round((peaks["probes_in_flight"] - imports) / (inference_peak - imports), 4),
         "inference_peak_mb": round((inference_peak - imports) / 1e6),
-        "step_peak_mb": round((step_peak - imports) / 1e6),
+        "step_peak_mb": round((peaks["dense"] - imports) / 1e6),
         "median_seconds": {name: round(value, 5) for name, value in medians.items()},
         "batch": count,
         "dtype": dtype_name,

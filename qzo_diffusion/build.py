@@ -19,7 +19,8 @@ from qzo_diffusion.config import Config
 from qzo_diffusion.core.errors import ConfigError, JournalError, ModelError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
-from qzo_diffusion.core.parametrize import Parametrization, parametrize
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.cache import TensorCache
@@ -28,6 +29,7 @@ from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.train.loop import Probing
 
+JOURNAL_FORMAT = 2  # how signs are drawn and applied; 1 drew those of rows and layers layer by layer
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
 
@@ -218,6 +220,7 @@ def probing(config: Config) -> Probing:
         per_example=config.qzo.per_example,
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
+        together=config.train.micro_batch_size != 1,  # a single example in flight: +eps and -eps one after the other
     )
 
 
@@ -241,7 +244,13 @@ def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
 
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
     """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
-    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
+    if journal.header.get("format") != JOURNAL_FORMAT:
+        raise JournalError(
+            f"a journal whose directions are drawn as in format {journal.header.get('format')}",
+            f"format {JOURNAL_FORMAT}",
+            "use the version that wrote it",
+        )
+    for key in ("format", "codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
         if journal.header.get(key) != header[key]:
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",

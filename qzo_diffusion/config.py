@@ -41,7 +41,7 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    micro_batch_size: Count | None = None  # None: the whole batch at once
+    micro_batch_size: Count | None = None  # examples in one forward, +eps and -eps counted; None: the whole batch
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
     checkpoint_every: Annotated[int, Field(ge=0)] = 100  # 0: only when stopped; the journal alone can rebuild a run
@@ -49,12 +49,12 @@ class TrainConfig(Section):
 
 
 class QzoConfig(Section):
-    parametrization: Literal["dense", "row", "layer"] = "layer"
+    parametrization: Literal["dense", "row", "layer", "column", "separable"] = "layer"
     layers: list[str] | None = None  # parts of layer names, such as ff.net; None: every quantized layer is trained
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
     num_directions: Count = 1
-    per_example: bool = False  # a direction of its own for every example of the batch; rows and layers only
+    per_example: bool = False  # a direction of its own for every example of the batch; not for dense numbers
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     clip_threshold: Positive | None = None  # DDC; None: no clipping
 
@@ -63,7 +63,7 @@ class QzoConfig(Section):
         if self.units == "absolute" and self.parametrization != "dense":
             raise ValueError("units: absolute needs parametrization: dense")
         if self.per_example and (self.parametrization == "dense" or self.num_directions != 1):
-            raise ValueError("per_example: true needs parametrization: row or layer, and num_directions: 1")
+            raise ValueError("per_example: true needs a parametrization other than dense, and num_directions: 1")
         return self
 
 

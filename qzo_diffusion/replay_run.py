@@ -8,7 +8,7 @@ from qzo_diffusion import build
 from qzo_diffusion.config import Config, make_config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
-from qzo_diffusion.train.checkpoint import tuned_scales
+from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.train.run_folder import RunFolder
 
 

@@ -97,8 +97,14 @@ class TrainingBatches:
         sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
         share = self._ranks.share(len(chosen))
         mine = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu")).part(share).to(self._device)
-        size = self._config.train.micro_batch_size or len(mine)
-        return StepBatch(mine.split(size), float(sigma.mean()), first_example=share.start, examples=len(chosen))
+        return StepBatch(
+            mine.split(self._micro_batch_size(len(mine))), float(sigma.mean()), first_example=share.start, examples=len(chosen)
+        )
+
+    def _micro_batch_size(self, whole: int) -> int:
+        """An example is two in a forward where +eps and -eps run together."""
+        wanted, together = self._config.train.micro_batch_size, self._config.qzo.parametrization != "dense"
+        return whole if wanted is None else max(1, wanted // 2 if together else wanted)
 
 
 def validation_batches(

@@ -14,13 +14,13 @@ from qzo_diffusion import build, style_data
 from qzo_diffusion.config import Config
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.optimizer import Optimizer
-from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_chroma, mean_saturation, save_picture
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint, tuned_scales
+from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import Outcome, StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
@@ -180,7 +180,7 @@ def _due(every: int, step: int) -> bool:
 def journal_header(config: Config, codes: str, scales: str) -> dict[str, Any]:
     """What the journal must say to be replayed from the base model alone."""
     return {
-        "format": 1,
+        "format": build.JOURNAL_FORMAT,
         "model": config.model,
         "codes": codes,
         "initial_scales": scales,

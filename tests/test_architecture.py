@@ -45,7 +45,8 @@ BELOW = {
     },
 }
 CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}
-MATHEMATICS = [f"core/{name}.py" for name in ("noise", "scales", "spsa", "parametrize", "optimizer", "errors")]
+# What every run goes through; a further level of numbers is a file of its own (core/grouped.py).
+MATHEMATICS = [f"core/{name}.py" for name in ("noise", "scales", "spsa", "parametrization", "parametrize", "dense", "optimizer")]
 MAY_DIFFERENTIATE = {"core/oracle.py", "llm/rivals.py"}
 DERIVATIVES = ("autograd.grad", "autograd.backward", "func.grad", "func.grad_and_value", "func.vjp", "func.jacrev")
 GRAB_BAGS = {"utils.py", "helpers.py", "common.py"}
@@ -146,7 +147,7 @@ def test_a_broken_rule_is_found(path, source, reason):
 
 def test_too_much_mathematics_is_found():
     assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 160)) == []
-    assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 170)) == ["core: the mathematics fills 1000 lines or more"]
+    assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 150)) == ["core: the mathematics fills 1000 lines or more"]
 
 
 @pytest.mark.parametrize(

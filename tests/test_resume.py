@@ -247,3 +247,9 @@ def test_mixing_half_and_half_of_a_run_is_the_run_within_rounding(whole, tmp_pat
 @pytest.mark.parametrize("part", ["nowhere=1", "nowhere", "=1", "nowhere=much"])
 def test_bad_parts_of_a_mix_are_told(tmp_path, capsys, part):
     failing(capsys, main(["mix", "--run", part, "--output-dir", str(tmp_path / "mix")]))
+
+
+def test_a_journal_of_another_format_is_refused(whole, tmp_path, capsys, monkeypatch):
+    capsys.readouterr()
+    monkeypatch.setattr("qzo_diffusion.build.JOURNAL_FORMAT", 3)
+    assert "as in format 2" in failing(capsys, replay(tmp_path, whole)[0])

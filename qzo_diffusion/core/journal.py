@@ -27,7 +27,7 @@ from typing import Any
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Update
-from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.parametrization import Parametrization
 
 MAGIC = b"QZOJRNL1"
 VERSION = 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.parametrization import Parametrization
 
 Schedule = Callable[[int], float]
 

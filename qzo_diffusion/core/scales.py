@@ -1,13 +1,16 @@
 """The live quantization scales of a model, and a lens that shows changed ones to a forward without writing them.
 
 `s += εz; s -= 2εz; s += εz` does not restore s (measured after 1,000 rounds: 7e-6 relative in fp32, 54 % in bf16) and leaves it
-displaced when a forward raises. Here a hook swaps in a temporary tensor just before a layer runs and puts the live one back just
-after, so the live scales are never touched, at most one layer is displaced at any moment, and the memory overhead is that one
-layer's scales.
+displaced when a forward raises. Here layers are handed temporary tensors, a few neighbouring layers at a time, and get the live
+ones back when others are shown or the lens is closed: the live scales themselves are never touched.
+
+Numbers that belong to whole rows or to whole blocks of columns need no temporary scales at all, because they are factors of a
+layer's outputs and inputs; those can also differ from example to example (`Gains`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,15 +18,29 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 
-View = Callable[[str, Tensor], Tensor]
-"""(name, live scales) -> the scales that the layer's forward shall see."""
+SHOWN_AT_ONCE = 2**20
+"""Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5 Large). Fewer, larger
+operations: between two layers of a forward each Python call costs several times what it costs in a row, since the products have
+emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
 
-SMALL_MODEL = 2**20
-"""Up to this many scales (4 MB) views are drawn all at once: between two layers of a forward the same few Python calls cost
-seven times as much, since the products have emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
+View = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Names of layers -> the scales that their forwards shall see; a layer that is left out sees its live ones."""
 
-Gain = Callable[[str], Tensor | None]
-"""name -> a factor for the layer's output without its bias, [B, N] or [B, 1]: one row of factors per example; None is 1."""
+
+@dataclass(frozen=True)
+class LayerGain:
+    """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, fp32.
+
+    One row for each group of neighbouring examples, so the number of rows divides the batch: one row for all, two for a batch of
+    +ε and then -ε, or one per example. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns.
+    """
+
+    output: Tensor | None = None
+    input: Tensor | None = None
+
+
+Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
+"""Names of layers -> their factors; a layer that is left out has none."""
 
 
 class ScaleHandle(Protocol):
@@ -64,10 +81,8 @@ class ScaleSet:
             if live.dtype not in (torch.float32, torch.float64):
                 raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
         self._numel = sum(live.numel() for live in self._live.values())
-        self._view: View | None = None
-        self._gain: Gain | None = None
-        self._displaced: str | None = None
-        self._hooks: list[Any] = []
+        self._chunks = list(_chunks({name: live.numel() for name, live in self._live.items()}))
+        self._lens: _Lens | None = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -86,81 +101,157 @@ class ScaleSet:
         """Number of outputs N of the layer."""
         return int(self._handles[name].module.out_features)  # type: ignore[arg-type]
 
-    def drawn_ahead(self, view: View) -> View:
-        """The view itself, or for a small model what it shows of every layer."""
-        if self.numel() > SMALL_MODEL:
-            return view
-        shown = {name: view(name, live) for name, live in self._live.items()}
-        return lambda name, live: shown[name]
+    def chunks(self) -> list[list[str]]:
+        """The layers in order, neighbours together up to `SHOWN_AT_ONCE` scales."""
+        return self._chunks
 
     def numel(self) -> int:
         return self._numel
 
     @contextmanager
-    def showing(self, view: View | None, gain: Gain | None = None) -> Iterator[None]:
-        """While open, every quantized layer's forward sees `view(name, live)`; None shows the live scales.
+    def showing(self, view: View | None = None, gains: Gains | None = None) -> Iterator[None]:
+        """While open, every quantized layer's forward sees the scales of `view` and is multiplied by `gains`; None changes nothing.
 
-        `gain` scales outputs instead of scales: the same for numbers that belong to whole rows, y = r ∘ (W x) + b, but with rows of
-        factors of its own for every example of the batch, and without touching the weights.
+        Views do not add up: an inner one replaces the outer one until it is closed.
         """
-        outer = self._view, self._gain
-        with self.attached():
-            self._view, self._gain = view, gain
-            try:
-                yield
-            finally:
-                self._view, self._gain = outer
-                self._put_back()  # torch's always_call hooks do not run on KeyboardInterrupt
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks are on the model while this is open, so that several views in a row pay for them once; outside there are none."""
-        outermost = not self._hooks
+        outer, lens = self._lens, _Lens(self._handles, self._live, self._chunks, view, gains)
         try:
-            if outermost:
-                for name, handle in self._handles.items():
-                    self._hooks.append(handle.module.register_forward_pre_hook(self._before(name)))
-                    self._hooks.append(handle.module.register_forward_hook(self._after(name), always_call=True))
+            if outer is not None:
+                outer.close()
+            self._lens = lens
+            lens.open()
             yield
         finally:
-            if outermost:
-                for hook in self._hooks:
-                    hook.remove()
-                self._hooks.clear()
+            lens.close()
+            self._lens = outer
+            if outer is not None:
+                outer.open()
 
-    def _before(self, name: str) -> Callable[..., None]:
-        handle, live = self._handles[name], self._live[name]
 
-        def swap_in(_module: nn.Module, _args: Any) -> None:
-            if self._view is not None:
-                shown = self._view(name, live)
-                self._displaced = name  # before the swap: an interrupt between the two lines must still be undone
-                handle.show(shown)
+class _Lens:
+    """One view: the hooks it needs, and what must be put back."""
 
-        return swap_in
+    def __init__(
+        self,
+        handles: Mapping[str, ScaleHandle],
+        live: Mapping[str, Tensor],
+        chunks: Sequence[Sequence[str]],
+        view: View | None,
+        gains: Gains | None,
+    ) -> None:
+        self._handles, self._live, self._chunks, self._view, self._gains = handles, live, chunks, view, gains
+        self._chunk: int | None = None
+        self._displaced: Sequence[str] = ()
+        self._factors: dict[str, _Factors] = {}
+        self._hooks: list[Any] = []
 
-    def _after(self, name: str) -> Callable[..., Tensor | None]:
-        def swap_out(module: nn.Module, _args: Any, output: Tensor | None) -> Tensor | None:
-            self._put_back()
-            factor = self._gain(name) if self._gain is not None and output is not None else None
-            return None if factor is None or output is None else apply_gain(output, factor, module.bias)
+    def open(self) -> None:
+        """A single chunk is shown right away and needs no hook before a layer: most of the cost of a small model's step."""
+        if self._view is None and self._gains is None:
+            return
+        if len(self._chunks) == 1:
+            self._show(0)
+        for index, chunk in enumerate(self._chunks):
+            for name in chunk:
+                module = self._handles[name].module
+                factors = self._factors.get(name)
+                if len(self._chunks) > 1 or (factors and factors.scales_inputs):
+                    self._hooks.append(module.register_forward_pre_hook(self._before(name, index)))
+                if self._gains is not None and (len(self._chunks) > 1 or factors):
+                    self._hooks.append(module.register_forward_hook(self._after(name)))
 
-        return swap_out
+    def close(self) -> None:
+        """Safe at any moment, also between two lines of `open` or `_show`."""
+        self._put_back()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _before(self, name: str, chunk: int) -> Callable[..., Any]:
+        def prepare(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if self._chunk != chunk:
+                self._show(chunk)
+            factors = self._factors.get(name)
+            return (factors.of_input(args[0]), *args[1:]) if factors and factors.scales_inputs else None
+
+        return prepare
+
+    def _after(self, name: str) -> Callable[..., Any]:
+        def scale(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            factors = self._factors.get(name)
+            if factors:
+                factors.of_output_(output)
+
+        return scale
+
+    def _show(self, chunk: int) -> None:
+        self._put_back()
+        names = self._chunks[chunk]
+        if self._gains is not None:
+            self._factors = {name: _Factors(gain, self._handles[name]) for name, gain in self._gains(names).items()}
+        if self._view is not None:
+            shown = self._view(names)
+            self._displaced = names  # before the first is shown: an interrupt in between must still be undone
+            for name, scales in shown.items():
+                self._handles[name].show(scales)
+        self._chunk = chunk
 
     def _put_back(self) -> None:
-        if self._displaced is not None:
-            self._handles[self._displaced].show(self._live[self._displaced])
-            self._displaced = None
+        for name in self._displaced:
+            self._handles[name].show(self._live[name])
+        self._displaced, self._factors, self._chunk = (), {}, None
 
 
-def apply_gain(output: Tensor, gain: Tensor, bias: Any) -> Tensor:
-    """output [B, ..., N] = W x + b  ->  gain ∘ (W x) + b, computed in fp32: bf16 would round a gain of 1.01 to 1.0078.
+class _Factors:
+    """A layer's gain made ready: the bias keeps its size, so `bias · (1 - output)` is added back."""
 
-    Args:
-        gain: [B, N], or [B, 1] for a whole layer.
-    """
-    factor = gain.view(gain.shape[0], *(1,) * (output.dim() - 2), gain.shape[1])
-    if not isinstance(bias, Tensor):
-        return (output * factor).to(output.dtype)
-    rest = bias.to(factor.dtype) * (1 - factor)  # [B, 1, N]: small beside the output
-    return torch.addcmul(rest, output.to(factor.dtype), factor).to(output.dtype)
+    def __init__(self, gain: LayerGain, handle: ScaleHandle) -> None:
+        self._name, self._input, self._output = handle.name, gain.input, gain.output
+        bias = handle.module.bias
+        self._rest = None
+        if isinstance(bias, Tensor) and self._output is not None:
+            self._rest = torch.mul(1 - self._output, bias.to(self._output.dtype))
+        self.scales_inputs = gain.input is not None
+
+    def of_input(self, x: Tensor) -> Tensor:
+        """A new tensor: several layers may read the same x."""
+        assert self._input is not None
+        groups, blocks = self._input.shape
+        self._check(x, groups)
+        by_block = x.reshape(groups, -1, blocks, x.shape[-1] // blocks) * self._input.view(groups, 1, blocks, 1)
+        return by_block.to(x.dtype).view(x.shape)
+
+    def of_output_(self, output: Tensor) -> None:
+        """In place: the layer has just made it, and a second tensor of its size would cost more than the product."""
+        if self._output is None:
+            return
+        groups = self._output.shape[0]
+        self._check(output, groups)
+        y, factor = output.view(groups, -1, output.shape[-1]), self._output.unsqueeze(1)
+        wide = y.to(factor.dtype)  # in fp32: bf16 would round a factor of 1.01 to 1.0078. The same tensor where y is fp32
+        if self._rest is None:
+            wide.mul_(factor)
+        else:
+            torch.addcmul(self._rest.unsqueeze(1), wide, factor, out=wide)
+        if wide is not y:
+            y.copy_(wide)
+
+    def _check(self, tensor: Tensor, groups: int) -> None:
+        if tensor.shape[0] % groups:
+            raise ModelError(
+                f"{self._name} runs on a first dimension of {tensor.shape[0]} where {groups} groups of examples are probed",
+                "one group of rows for each example",
+                "use parametrization dense, or a model that keeps examples apart in its first dimension",
+            )
+
+
+def _chunks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if chunk and filled + size > SHOWN_AT_ONCE:
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append(name)
+        filled += size
+    yield chunk

@@ -11,13 +11,13 @@ E[d z] is the gradient up to O(ε²). Clipping makes it biased: z and the sign o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.parametrization import Parametrization
 
 Batch = TypeVar("Batch")
 Objective = Callable[[Batch], Tensor]
@@ -81,63 +81,94 @@ def estimate(
     directions: Sequence[Direction],
     *,
     eps: float,
-    clip_threshold: float | None = None,
-    sum_over_ranks: SumOverRanks = alone,
-) -> Estimate:
-    """Two forward passes per direction. The scales are bit for bit what they were, also when `objective` raises.
-
-    Args:
-        objective: one loss per example of a micro-batch.
-        micro_batches: this process's part of the batch, in parts that fit into memory; losses are averaged before d is formed.
-        parametrization: the trained numbers.
-        directions: where to probe; their z are averaged in the update.
-        eps: ε, the radius of the probe, in the parametrization's units.
-        clip_threshold: C of DDC, None for no clipping.
-        sum_over_ranks: exchanges one count and two sums per direction, once a step.
-    """
-    count, sums = 0, list[float]()
-    probes = [(direction, radius) for direction in directions for radius in (eps, -eps)]
-    with parametrization.scales.attached():
-        for direction, radius in probes:
-            with parametrization.scales.showing(parametrization.view(direction, radius)):
-                losses = [loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)]
-            count = len(losses)
-            sums.append(math.fsum(losses))
-    total, *totals = sum_over_ranks([float(count), *sums])
-    means = [value / total for value in totals]
-    return _from_losses(directions, means[::2], means[1::2], eps, clip_threshold)
-
-
-def estimate_per_example(
-    objective: Objective[Batch],
-    micro_batches: Sequence[Batch],
-    parametrization: Parametrization,
-    directions: Sequence[Direction],
-    *,
-    eps: float,
+    per_example: bool = False,
+    together: bool = True,
     clip_threshold: float | None = None,
     first_example: int = 0,
     sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
-    """Two forward passes in all, with a direction of its own for every example: `directions[i]` belongs to example i of the batch.
+    """Two forward passes per direction, or two in all with a direction for every example.
 
-    The mean of d_i z_i over B examples has 1/B of the variance that one shared direction leaves, for the same two forwards, because
-    factors of outputs can differ within a batch where scales of weights can't. Numbers must be rows or layers.
+    The mean of d_i z_i over B examples with directions of their own has up to 1/B of the variance that one shared direction leaves,
+    for the same two forwards. It needs numbers that are factors of inputs and outputs (`has_gains`); those can also run +ε and -ε
+    in one forward of twice the batch, which reads and dequantizes the weights once. The scales are bit for bit what they were,
+    also when `objective` raises.
 
     Args:
-        directions: one for every example of the whole batch, over all processes.
-        first_example: where this process's micro-batches begin in it.
+        objective: one loss per example of a micro-batch.
+        micro_batches: this process's part of the batch, in parts that fit into memory.
+        parametrization: the trained numbers.
+        directions: where to probe: shared by all examples, or `directions[i]` for example i of the whole batch over all processes.
+        eps: ε, the radius of the probe, in the parametrization's units.
+        together: run +ε and -ε in one forward where the numbers and the batch allow it.
+        clip_threshold: C of DDC, None for no clipping.
+        first_example: where this process's micro-batches begin in the whole batch.
+        sum_over_ranks: exchanges a count and two sums per direction, once a step.
+
+    Raises:
+        ValueError: `per_example` with numbers that have no gains.
     """
+    probe = _together if together and parametrization.has_gains else _by_gains if per_example else _by_views
     plus, minus = [0.0] * len(directions), [0.0] * len(directions)
-    start = first_example
-    for micro_batch in micro_batches:
-        stop = start + len(micro_batch)  # type: ignore[arg-type]
-        for radius, losses in ((eps, plus), (-eps, minus)):
-            with parametrization.scales.showing(parametrization.view(), parametrization.gain(directions[start:stop], radius)):
-                losses[start:stop] = sample_losses(objective, micro_batch)
-        start = stop
-    both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
-    return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold)
+    if per_example:
+        start = first_example
+        for micro_batch in micro_batches:
+            stop = start + len(micro_batch)  # type: ignore[arg-type]
+            plus[start:stop], minus[start:stop] = probe(objective, micro_batch, parametrization, directions[start:stop], eps)
+            start = stop
+        both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
+        return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold)
+    count = 0
+    for index, direction in enumerate(directions):
+        pairs = [probe(objective, micro_batch, parametrization, [direction], eps) for micro_batch in micro_batches]
+        count = sum(len(up) for up, _ in pairs)
+        plus[index] = math.fsum(loss for up, _ in pairs for loss in up)
+        minus[index] = math.fsum(loss for _, down in pairs for loss in down)
+    total, *sums = sum_over_ranks([float(count), *plus, *minus])
+    means = [value / total for value in sums]
+    return _from_losses(directions, means[: len(plus)], means[len(plus) :], eps, clip_threshold)
+
+
+Losses = tuple[list[float], list[float]]
+"""One loss per example at +ε and one at -ε."""
+
+
+def _together(
+    objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
+) -> Losses:
+    twice = repeated(batch)
+    if twice is None:
+        return _by_gains(objective, batch, numbers, directions, eps)
+    with numbers.scales.showing(gains=numbers.gains(directions, [eps, -eps])):
+        losses = sample_losses(objective, twice)
+    return losses[: len(losses) // 2], losses[len(losses) // 2 :]
+
+
+def _by_gains(
+    objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
+) -> Losses:
+    found = []
+    for radius in (eps, -eps):
+        with numbers.scales.showing(gains=numbers.gains(directions, [radius])):
+            found.append(sample_losses(objective, batch))
+    return found[0], found[1]
+
+
+def _by_views(
+    objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
+) -> Losses:
+    found = []
+    for radius in (eps, -eps):
+        with numbers.scales.showing(numbers.view(directions[0], radius)):
+            found.append(sample_losses(objective, batch))
+    return found[0], found[1]
+
+
+def repeated(batch: Any) -> Any:
+    """All examples of a batch and then all again; None for a batch that is no tensor and has no method `repeated`."""
+    if isinstance(batch, Tensor):
+        return torch.cat([batch, batch])
+    return batch.repeated() if hasattr(batch, "repeated") else None
 
 
 def _from_losses(

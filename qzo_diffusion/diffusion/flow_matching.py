@@ -38,6 +38,10 @@ class Batch:
         """Some of the examples."""
         return Batch(*(tensor[examples] for tensor in self._tensors()))
 
+    def repeated(self) -> "Batch":
+        """All examples and then all again."""
+        return Batch(*(torch.cat([tensor, tensor]) for tensor in self._tensors()))
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(tensor.to(device) for tensor in self._tensors()))
 

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import Journal, StepEntry, replay_
 from qzo_diffusion.core.optimizer import Optimizer
-from qzo_diffusion.core.parametrize import Parametrization
+from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.train.loop import StepRecord
 from qzo_diffusion.train.run_folder import (
     SCALES,
@@ -40,12 +38,6 @@ class Checkpoint:
     step: int
     chain: str
     validation_loss: float | None
-
-
-def tuned_scales(numbers: Parametrization) -> dict[str, Tensor]:
-    """The scales as the model sees them now; nothing is merged or changed."""
-    view, live = numbers.view(), numbers.scales.tensors()
-    return live if view is None else {name: view(name, tensor) for name, tensor in live.items()}
 
 
 def save_checkpoint(

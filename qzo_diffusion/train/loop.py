@@ -12,8 +12,8 @@ from typing import Any, Generic
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
-from qzo_diffusion.core.parametrize import Parametrization
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective, SumOverRanks, alone, estimate, estimate_per_example
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, SumOverRanks, alone, estimate
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops
 
@@ -62,6 +62,7 @@ class Probing:
     per_example: bool = False  # a direction of its own for every example; num_directions is not used then
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
+    together: bool = True  # +eps and -eps in one forward of twice the batch, where the numbers allow it
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,21 @@ def _probe(
     step: int,
     sum_over_ranks: SumOverRanks,
 ) -> Estimate:
-    settings: dict[str, Any] = {
-        "eps": probing.eps,
-        "clip_threshold": probing.clip_threshold,
-        "sum_over_ranks": sum_over_ranks,
-    }
-    if not probing.per_example:
-        directions = directions_of_step(probing.seed, step, probing.num_directions, probing.distribution)
-        return estimate(objective, batch.micro_batches, parametrization, directions, **settings)
-    count = sum(map(len, batch.micro_batches)) if batch.examples is None else batch.examples  # type: ignore[arg-type]
-    directions = directions_of_step(probing.seed, step, count, probing.distribution)
-    settings["first_example"] = batch.first_example
-    return estimate_per_example(objective, batch.micro_batches, parametrization, directions, **settings)
+    count = probing.num_directions
+    if probing.per_example:
+        count = sum(map(len, batch.micro_batches)) if batch.examples is None else batch.examples  # type: ignore[arg-type]
+    return estimate(
+        objective,
+        batch.micro_batches,
+        parametrization,
+        directions_of_step(probing.seed, step, count, probing.distribution),
+        eps=probing.eps,
+        per_example=probing.per_example,
+        together=probing.together,
+        clip_threshold=probing.clip_threshold,
+        first_example=batch.first_example,
+        sum_over_ranks=sum_over_ranks,
+    )
 
 
 def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float) -> StepRecord:

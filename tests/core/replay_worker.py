@@ -12,6 +12,7 @@ from torch import nn
 
 from qzo_diffusion.core.journal import Journal, JournalWriter, StepEntry, read_journal, replay_
 from qzo_diffusion.core.optimizer import make_optimizer
+from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
 
@@ -58,9 +59,7 @@ def hashes(journal: Journal) -> dict[str, str]:
         scales = ScaleSet([Layer(name, rows, blocks, words) for name, (rows, blocks) in LAYERS.items()])
         numbers = parametrize(scales, level)
         assert replay_(journal, numbers, make_optimizer(optimizer)) == STEPS
-        view = numbers.view()
-        seen = scales.tensors() if view is None else {name: view(name, live) for name, live in scales.tensors().items()}
-        for what, tensors in (("numbers", numbers.state()), ("scales", seen)):
+        for what, tensors in (("numbers", numbers.state()), ("scales", tuned_scales(numbers))):
             content = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
             found[f"{level} {optimizer} {what}"] = hashlib.blake2b(content, digest_size=16).hexdigest()
     return found

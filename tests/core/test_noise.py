@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qzo_diffusion.core.noise import Direction, derive_key, directions_of_step, random_bits, torch_generator
+from qzo_diffusion.core.noise import Direction, SignCache, choose, derive_key, directions_of_step, packed_bits, torch_generator
 
 LIKE = torch.empty(1000)
 
@@ -15,7 +15,26 @@ def test_bits_are_those_of_numpys_philox_lowest_bit_first():
     key = int.from_bytes(hashlib.blake2b(b"7\x1f3\x1f0\x1flayer", digest_size=16).digest(), "little")
     words = np.random.Philox(key=key).random_raw(3)
     expected = [bool(int(words[i // 64]) >> (i % 64) & 1) for i in range(130)]
-    assert random_bits(130, torch.device("cpu"), 7, 3, 0, "layer").tolist() == expected
+    drawn = choose(packed_bits(130, 7, 3, 0, "layer"), 1.0, 0.0, torch.empty(1), 0, 130)
+    assert drawn.bool().tolist() == expected
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 192), (3, 5), (8, 16), (13, 131), (64, 65)])
+def test_any_range_of_bits_can_be_chosen_alone(start, stop):
+    packed = np.stack([packed_bits(192, seed) for seed in range(3)])
+    whole = choose(packed, 0.25, -0.5, torch.empty(1, dtype=torch.float64))
+    assert whole.shape == (3, 192)
+    assert whole.unique().tolist() == [-0.5, 0.25]
+    assert torch.equal(choose(packed, 0.25, -0.5, torch.empty(1, dtype=torch.float64), start, stop), whole[:, start:stop])
+
+
+def test_cached_bits_are_the_drawn_ones_and_old_directions_go():
+    cache, wanted = SignCache(limit=100), [Direction(0, step) for step in range(6)]
+    for direction in [*wanted, wanted[0], wanted[5]]:
+        for name in ("a", "b"):
+            assert np.array_equal(cache.packed(direction, name, 200), direction.packed(name, 200))
+            assert np.array_equal(cache.packed(direction, name, 200), direction.packed(name, 200))
+    assert len(cache._known) == 1  # a direction takes 64 bytes here
 
 
 def test_known_bits_stay_what_they_are():

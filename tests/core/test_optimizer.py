@@ -21,25 +21,26 @@ def numbers_after(optimizer, updates):
     numbers = parametrize(scales, "layer")
     for one in updates:
         optimizer.step_(numbers, one)
-    return {name: theta.item() for name, theta in numbers.theta.items()}
+    return {name: numbers.of_layer("layer", name).item() for name in scales}
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_sgd_moves_against_the_mean_of_g_z(count):
     one = known_update(count)
     after = numbers_after(Sgd(), [one])
-    for name, theta in after.items():
-        mean = sum(g * d.z(name, torch.empty(1)).item() for g, d in zip(one.projected_grad, one.directions, strict=True)) / count
+    for index, theta in enumerate(after.values()):
+        pairs = zip(one.projected_grad, one.directions, strict=True)
+        mean = sum(g * d.z("layer", torch.empty(2))[index].item() for g, d in pairs) / count
         assert theta == pytest.approx(-0.01 * mean, rel=1e-6)
 
 
 def test_momentum_is_an_average_of_past_estimates():
     updates = [known_update(step=step) for step in range(3)]
     after = numbers_after(Momentum(beta=0.5), updates)
-    for name, theta in after.items():
+    for index, theta in enumerate(after.values()):
         velocity = expected = 0.0
         for one in updates:
-            velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].z(name, torch.empty(1)).item()
+            velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].z("layer", torch.empty(2))[index].item()
             expected -= 0.01 * 0.5 * velocity
         assert theta == pytest.approx(expected, rel=1e-5)
 
@@ -83,7 +84,7 @@ def test_a_loaded_state_continues_as_if_never_stopped(name):
     second.load_state_(first.state())
     for one in updates[2:]:
         second.step_(numbers, one)
-    assert whole == {layer: theta.item() for layer, theta in numbers.theta.items()}
+    assert whole == {name: numbers.of_layer("layer", name).item() for name in scales}
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])

@@ -7,7 +7,7 @@ from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrize import parametrize
 from tests.quantized import inputs, scaled_network
 
-LEVELS = [("dense", "relative"), ("dense", "absolute"), ("row", "relative"), ("layer", "relative")]
+LEVELS = [("dense", "absolute"), *((level, "relative") for level in ("dense", "row", "layer", "column", "separable"))]
 DIRECTION = Direction(0, 0)
 
 
@@ -48,12 +48,13 @@ def test_per_layer_moves_one_number_and_no_scale_until_merged():
     assert all(torch.equal(before[name], scales[name]) for name in scales)
     with scales.showing(numbers.view()):
         viewed = model(inputs())
+    theta = {name: numbers.of_layer("layer", name).clone() for name in scales}
     numbers.merge_()
     assert torch.equal(viewed, model(inputs()))
+    assert torch.equal(torch.cat(list(theta.values())), 0.1 * DIRECTION.z("layer", torch.empty(2)))
     for name in scales:
-        theta = 0.1 * DIRECTION.z(name, torch.empty(1))
-        assert torch.equal(scales[name], before[name] * torch.exp(theta))
-        assert numbers.theta[name] == 0
+        assert torch.equal(scales[name], before[name] * torch.exp(theta[name]))
+    assert not numbers.theta["layer"].any()
 
 
 @pytest.mark.parametrize(("level", "units"), LEVELS)
@@ -100,8 +101,9 @@ def test_state_brings_the_numbers_back(level, units):
 
 def test_state_of_another_model_is_refused():
     _, scales = scaled_network()
-    with pytest.raises(ValueError, match="other layers"):
-        parametrize(scales, "layer").load_state_({"elsewhere": torch.zeros(())})
+    for state in ({"elsewhere": torch.zeros(2)}, {"layer": torch.zeros(3)}):
+        with pytest.raises(ValueError, match="other numbers"):
+            parametrize(scales, "layer").load_state_(state)
 
 
 def test_absolute_units_need_dense_numbers():

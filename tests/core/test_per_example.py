@@ -1,17 +1,24 @@
 """A direction of its own for every example: the same numbers as one example at a time, and the gradient on average."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, directions_of_step
+from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.scales import apply_gain
-from qzo_diffusion.core.spsa import estimate, estimate_per_example
+from qzo_diffusion.core.scales import LayerGain, _Factors
+from qzo_diffusion.core.spsa import estimate
 from tests.quantized import assert_same, inputs, scaled_network, snapshot, squared_output
+
+GAINED = ["row", "layer", "column", "separable"]
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
-@pytest.mark.parametrize("level", ["row", "layer"])
+@pytest.mark.parametrize("level", GAINED)
 @pytest.mark.parametrize("backend", ["reference", "bnb"])
 def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level, distribution):
     model, scales = scaled_network(backend)
@@ -20,7 +27,7 @@ def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level,
     x = inputs(4)
     directions = directions_of_step(0, 0, 4, distribution)
     with torch.no_grad():
-        with scales.showing(numbers.view(), numbers.gain(directions, 0.02)):
+        with scales.showing(gains=numbers.gains(directions, [0.02])):
             together = model(x)
         for index, direction in enumerate(directions):
             with scales.showing(numbers.view(direction, 0.02)):
@@ -29,41 +36,50 @@ def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level,
             torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=4 * 128 * 2**-24 * alone.abs().max().item())
 
 
-@pytest.mark.parametrize("level", ["row", "layer"])
+@pytest.mark.parametrize("level", GAINED)
 def test_derivatives_are_those_of_the_examples_one_at_a_time(level):
     model, scales = scaled_network(dtype=torch.float64)
     numbers = parametrize(scales, level)
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
-    found = estimate_per_example(squared_output(model), list(x.split(2)), numbers, directions, eps=1e-2)
+    found = estimate(squared_output(model), list(x.split(2)), numbers, directions, eps=1e-2, per_example=True)
     for index, direction in enumerate(directions):
         single = estimate(squared_output(model), [x[index : index + 1]], numbers, [direction], eps=1e-2)
         assert found.directional_derivative[index] == pytest.approx(single.directional_derivative[0], rel=1e-9)
 
 
-@pytest.mark.parametrize("level", ["row", "layer"])
+@pytest.mark.parametrize("level", GAINED)
 def test_the_mean_over_seeds_is_the_gradient(level):
-    model, scales = scaled_network(width=64, out=2, dtype=torch.float64)
+    model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)
     numbers = parametrize(scales, level)
     x = inputs(8, width=64, dtype=torch.float64)
-    exact = {}
-    layers = {name: model.get_submodule(name) for name in scales}
-    for name, layer in layers.items():
+    exact = exact_gradient(model, scales, numbers, x)
+    samples = {axis: [] for axis in numbers.theta}
+    for seed in range(600):
+        directions = directions_of_step(seed, 0, 8, "rademacher")
+        found = estimate(squared_output(model), [x], numbers, directions, eps=1e-3, per_example=True)
+        update = Update(directions, found.directional_derivative, lr=1.0)
+        for axis in samples:
+            samples[axis].append(gradient_of(numbers, update, axis))
+    for axis, values in samples.items():
+        stacked = torch.stack(values)
+        deviation = (stacked.mean(0) - exact[axis]).abs() / (stacked.std(0) / 600**0.5)
+        assert deviation.max() < 5, axis
+
+
+def exact_gradient(model, scales, numbers, x):
+    """By autograd through the scales, summed over each group."""
+    exact = {axis: [] for axis in numbers.theta}
+    for name in scales:
+        layer = model.get_submodule(name)
         live = layer.absmax
         layer.absmax = live.clone().requires_grad_()
         squared_output(model)(x).mean().backward()
-        exact[name] = (layer.absmax.grad * live).view(numbers.theta[name].numel(), -1).sum(1)
+        of_scales = (layer.absmax.grad * live).view(scales.rows(name), -1)
         layer.absmax = live
-    samples = {name: [] for name in scales}
-    for seed in range(600):
-        directions = directions_of_step(seed, 0, 8, "rademacher")
-        found = estimate_per_example(squared_output(model), [x], numbers, directions, eps=1e-3)
-        for name in scales:
-            terms = [d * one.z(name, numbers.theta[name]) for d, one in zip(found.directional_derivative, directions, strict=True)]
-            samples[name].append(torch.stack(terms).mean(0))
-    for name in scales:
-        stacked = torch.stack(samples[name])
-        deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / 600**0.5)
-        assert deviation.max() < 5, name
+        sums = {"row": of_scales.sum(1), "column": of_scales.sum(0), "layer": of_scales.sum().view(1)}
+        for axis, parts in exact.items():
+            parts.append(sums[axis])
+    return {axis: torch.cat(parts) for axis, parts in exact.items()}
 
 
 def test_it_has_less_variance_than_one_shared_direction():
@@ -72,13 +88,12 @@ def test_it_has_less_variance_than_one_shared_direction():
     x = inputs(16, dtype=torch.float64)
     shared, own = [], []
     for seed in range(60):
-        one = estimate(squared_output(model), [x], numbers, [Direction(seed, 0)], eps=1e-3)
-        shared.append(one.directional_derivative[0] * one.directions[0].z("0", numbers.theta["0"]))
-        many = estimate_per_example(squared_output(model), [x], numbers, directions_of_step(seed, 0, 16, "rademacher"), eps=1e-3)
-        pairs = zip(many.directional_derivative, many.directions, strict=True)
-        own.append(torch.stack([d * direction.z("0", numbers.theta["0"]) for d, direction in pairs]).mean(0))
+        for kept, count in ((shared, 1), (own, 16)):
+            directions = directions_of_step(seed, 0, count, "rademacher")
+            found = estimate(squared_output(model), [x], numbers, directions, eps=1e-3, per_example=count > 1)
+            kept.append(gradient_of(numbers, Update(directions, found.directional_derivative, lr=1.0), "row"))
     ratio = torch.stack(shared).var(0).sum() / torch.stack(own).var(0).sum()
-    assert ratio > 4
+    assert ratio > 3  # 16 · |mean gradient|² / mean |example's gradient|² in expectation, which is less than 16
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -92,7 +107,7 @@ def test_nothing_changes_and_no_factor_stays(error):
         raise error
 
     with pytest.raises(type(error)):
-        estimate_per_example(broken, [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2)
+        estimate(broken, [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2, per_example=True)
     assert_same(before, snapshot(model, scales))
     assert torch.equal(plain, model(inputs()))
 
@@ -100,22 +115,68 @@ def test_nothing_changes_and_no_factor_stays(error):
 def test_dense_numbers_have_no_factor_of_outputs():
     _, scales = scaled_network()
     with pytest.raises(ValueError, match="rows or layers"):
-        parametrize(scales, "dense").gain([Direction(0, 0)], 1e-2)
+        parametrize(scales, "dense").gains([Direction(0, 0)], [1e-2])
 
 
-@pytest.mark.parametrize("shape", [(3, 8), (3, 5, 8), (3, 2, 5, 8)])
-def test_gain_leaves_the_bias_alone_in_any_shape(shape):
+def gained(product, bias, gain, dtype=torch.float32):
+    """What a quantized layer gives for `product + bias` under a gain."""
+    layer = nn.Linear(1, product.shape[-1], bias=bias is not None)
+    handle = SimpleNamespace(name="layer", module=SimpleNamespace(bias=bias))
+    output = (product if bias is None else product + bias).to(dtype, copy=True)
+    assert layer.out_features == output.shape[-1]
+    _Factors(LayerGain(output=gain), handle).of_output_(output)
+    return output
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 5, 8), (6, 2, 5, 8)])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_gain_leaves_the_bias_alone_in_any_shape(shape, groups):
     generator = torch.Generator().manual_seed(0)
     product, bias = torch.randn(shape, generator=generator), torch.randn(8, generator=generator)
-    gain = torch.rand(3, 8, generator=generator)
-    expected = product * gain.view(3, *(1,) * (len(shape) - 2), 8) + bias
-    torch.testing.assert_close(apply_gain(product + bias, gain, bias), expected)
+    gain = torch.rand(groups, 8, generator=generator)
+    of_example = gain.repeat_interleave(6 // groups, 0).view(6, *(1,) * (len(shape) - 2), 8)
+    torch.testing.assert_close(gained(product, bias, gain), product * of_example + bias)
 
 
 def test_a_small_gain_is_not_lost_in_bfloat16():
     """1.01 alone rounds to 1.0078 there; the product is formed in fp32 and rounded once."""
     value, gain = torch.tensor([[1.9921875]], dtype=torch.bfloat16), torch.tensor([[1.01]])
-    scaled = apply_gain(value, gain, None)
-    assert scaled.dtype == torch.bfloat16
+    scaled = gained(value, None, gain, torch.bfloat16)
     assert torch.equal(scaled, (value.float() * gain).bfloat16())
     assert not torch.equal(scaled, value * gain.bfloat16())
+
+
+def test_examples_that_do_not_fit_the_groups_are_refused():
+    model, scales = scaled_network()
+    numbers = parametrize(scales, "row")
+    gains = numbers.gains(directions_of_step(0, 0, 4, "rademacher"), [0.01])
+    with pytest.raises(ModelError, match="4 groups of examples"), scales.showing(gains=gains):
+        model(inputs(6))
+
+
+@pytest.mark.parametrize("level", GAINED)
+def test_both_signs_in_one_forward_are_what_two_forwards_give(level):
+    model, scales = scaled_network(dtype=torch.float64)
+    numbers = parametrize(scales, level)
+    numbers.move_([Direction(5, 5)], [0.1])
+    x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
+    for per_example, chosen in ((True, directions), (False, directions[:2])):
+        together, apart = (
+            estimate(squared_output(model), list(x.split(2)), numbers, chosen, eps=1e-2, per_example=per_example, together=both)
+            for both in (True, False)
+        )
+        assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)
+        assert together.loss_minus == pytest.approx(apart.loss_minus, rel=1e-12)
+
+
+def test_a_batch_that_can_not_be_repeated_is_run_twice():
+    model, scales = scaled_network()
+    calls = []
+
+    def objective(batch):
+        calls.append(len(batch["x"]))
+        return squared_output(model)(batch["x"])
+
+    found = estimate(objective, [{"x": inputs(4)}], parametrize(scales, "row"), [Direction(0, 0)], eps=1e-2)
+    assert calls == [4, 4]
+    assert found.directional_derivative[0] != 0

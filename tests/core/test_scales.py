@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import estimate
 from tests.quantized import BACKENDS, assert_same, inputs, scaled_network, snapshot, squared_output
 
-LEVELS = [("dense", "relative"), ("dense", "absolute"), ("row", "relative"), ("layer", "relative")]
+LEVELS = [("dense", "absolute"), *((level, "relative") for level in ("dense", "row", "layer", "column", "separable"))]
 
 
 @pytest.mark.parametrize(("backend", "quant_type", "blocksize"), BACKENDS)
@@ -63,37 +63,63 @@ def test_an_exception_inside_a_forward_puts_everything_back(error, backend, leve
     with pytest.raises(type(error)):
         estimate(squared_output(wrapped), [inputs()], numbers, [Direction(0, 0)], eps=1e-2)
     layer.forward = original
-    assert wrapped.displaced is True, "the layer should have been running on perturbed scales"
+    # Changes that are factors of inputs and outputs leave even the running layer's scales alone.
+    assert wrapped.displaced is not numbers.has_gains
     assert torch.equal(seen(), scales["2"])
     assert_same(before, snapshot(model, scales))
 
 
-def test_at_most_one_layer_is_displaced_and_only_during_its_forward():
+def doubled(scales):
+    return lambda names: {name: scales[name] * 2 for name in names}
+
+
+def test_large_models_are_shown_a_few_layers_at_a_time(monkeypatch):
+    monkeypatch.setattr("qzo_diffusion.core.scales.SHOWN_AT_ONCE", 1)
     model, scales = scaled_network()
+    assert scales.chunks() == [["0"], ["2"]]
     live = {name: scales[name] for name in scales}
     displaced = []
 
     def count(_module, _args, _output=None):
         displaced.append([name for name in scales if model.get_submodule(name).absmax is not live[name]])
 
-    model[1].register_forward_hook(count)
-    with scales.showing(lambda _name, tensor: tensor * 2):
-        model(inputs())
-    assert displaced == [[]]
+    for layer in model:
+        layer.register_forward_hook(count)
+    plain = model(inputs())
+    displaced.clear()
+    with scales.showing(doubled(scales)):
+        seen = model(inputs())
+    assert displaced == [["0"], ["0"], ["2"]]
+    assert not torch.equal(seen, plain)
+    assert torch.equal(plain, model(inputs()))
+
+
+@pytest.mark.parametrize("level", [level for level, _ in LEVELS[1:]])
+def test_a_few_layers_at_a_time_give_the_same_estimate(monkeypatch, level):
+    found = []
+    for at_once in (2**20, 1):
+        monkeypatch.setattr("qzo_diffusion.core.scales.SHOWN_AT_ONCE", at_once)
+        model, scales = scaled_network("bnb")
+        numbers = parametrize(scales, level)
+        numbers.move_([Direction(3, 3)], [0.03])
+        for per_example in (False, True) if numbers.has_gains else (False,):
+            directions = directions_of_step(0, 0, 6 if per_example else 2, "rademacher")
+            found.append(estimate(squared_output(model), [inputs()], numbers, directions, eps=1e-2, per_example=per_example))
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
 
 
 def test_a_view_is_seen_by_the_forward():
     model, scales = scaled_network("bnb")
     plain = model[0](inputs()) - model[0].bias
-    with scales.showing(lambda _name, tensor: tensor * 2):
-        doubled = model[0](inputs()) - model[0].bias
+    with scales.showing(doubled(scales)):
+        twice = model[0](inputs()) - model[0].bias
     # Doubling is exact in every product and sum; only adding and subtracting the bias again rounds.
-    torch.testing.assert_close(doubled, 2 * plain, rtol=0, atol=4 * 2**-23 * plain.abs().max().item())
+    torch.testing.assert_close(twice, 2 * plain, rtol=0, atol=4 * 2**-23 * plain.abs().max().item())
 
 
 def test_views_nest_and_end():
     model, scales = scaled_network()
-    with scales.showing(lambda _name, tensor: tensor * 2):
+    with scales.showing(doubled(scales)):
         outer = model(inputs())
         with scales.showing(None):
             inner = model(inputs())
@@ -103,11 +129,14 @@ def test_views_nest_and_end():
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
-def test_outside_of_a_view_the_model_has_no_hooks(error):
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_outside_of_a_view_the_model_has_no_hooks(monkeypatch, error, at_once):
+    monkeypatch.setattr("qzo_diffusion.core.scales.SHOWN_AT_ONCE", at_once)
     model, scales = scaled_network()
     try:
-        with scales.showing(lambda _name, tensor: tensor * 2):
-            assert all(len(model[index]._forward_hooks) == 1 for index in (0, 2))
+        with scales.showing(doubled(scales)):
+            if at_once == 1:
+                assert all(len(model[index]._forward_pre_hooks) == 1 for index in (0, 2))
             if error:
                 raise error
     except KeyboardInterrupt:

@@ -51,14 +51,14 @@ def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
     x = inputs(width=64, dtype=torch.float64)
     numbers = parametrize(scales, level)
     dense = exact_gradient(model, scales, x, "relative")
-    exact = {name: dense[name] if level == "dense" else dense[name].sum() for name in scales}
-    samples = {name: [] for name in scales}
+    exact = dense if level == "dense" else {"layer": torch.stack([dense[name].sum() for name in scales])}
+    samples = {name: [] for name in numbers.numbers()}
     for seed in range(4000):
         direction = Direction(seed, 0)
         d = estimate(squared_output(model), [x], numbers, [direction], eps=1e-3).directional_derivative[0]
-        for name in scales:
-            samples[name].append(d * numbers.z(direction, name))
-    for name in scales:
+        for name, drawn in samples.items():
+            drawn.append(d * numbers.z(direction, name))
+    for name in samples:
         stacked = torch.stack(samples[name]).double()
         standard_error = stacked.std(0) / 4000**0.5
         deviation = (stacked.mean(0) - exact[name]).abs() / standard_error

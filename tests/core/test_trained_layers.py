@@ -5,10 +5,10 @@ import torch
 
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate_per_example
+from qzo_diffusion.core.spsa import estimate
 from tests.quantized import inputs, scaled_network, squared_output
 
-LEVELS = [("dense", "relative"), ("dense", "absolute"), ("row", "relative"), ("layer", "relative")]
+LEVELS = [("dense", "absolute"), *((level, "relative") for level in ("dense", "row", "layer", "column", "separable"))]
 
 
 @pytest.mark.parametrize(("level", "units"), LEVELS)
@@ -17,18 +17,23 @@ def test_only_the_chosen_layers_are_shown_changed_and_moved(level, units):
     numbers = parametrize(scales, level, units, trained=["2"])
     before = {name: scales[name].clone() for name in scales}
     view = numbers.view(Direction(0, 0), 0.05)
-    assert view("0", scales["0"]) is scales["0"]
-    assert not torch.equal(view("2", scales["2"]), scales["2"])
+    shown = view(["0", "2"])
+    assert list(shown) == ["2"]
+    assert not torch.equal(shown["2"], scales["2"])
+    assert view(["0"]) == {}
     numbers.move_([Direction(0, 0)], [0.05])
     numbers.merge_()
     assert torch.equal(scales["0"], before["0"])
     assert not torch.equal(scales["2"], before["2"])
-    assert list(numbers.state()) == list(numbers.numbers()) == ["2"]
+    expected = {"dense": scales["2"].numel(), "row": 8, "layer": 1, "column": 2, "separable": 10}[level]
+    assert sum(tensor.numel() for tensor in numbers.numbers().values()) == expected
 
 
 def test_examples_are_probed_in_the_chosen_layers_only():
     model, scales = scaled_network("bnb")
     numbers = parametrize(scales, "row", trained=["2"])
-    assert numbers.gain([Direction(0, 0)], 0.01)("0") is None
-    found = estimate_per_example(squared_output(model), [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2)
+    assert list(numbers.gains([Direction(0, 0)], [0.01])(["0", "2"])) == ["2"]
+    found = estimate(
+        squared_output(model), [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2, per_example=True
+    )
     assert all(found.directional_derivative)

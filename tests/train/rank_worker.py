@@ -109,7 +109,7 @@ def main(index, out, ports):
         found[name]["bytes"] = ranks.bytes_sent - sent
     ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers")
     if index == 2:
-        numbers.theta["diagonal"][3] += 1e-15
+        numbers.theta["row"][3] += 1e-15
     found["deviating"] = lost_after(lambda: ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers"))
 
     ranks.wants_stop = lambda: index == 1 and current[0] == 2

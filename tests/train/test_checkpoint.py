@@ -8,6 +8,7 @@ import torch
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import JournalWriter, read_journal
 from qzo_diffusion.core.optimizer import make_optimizer, make_schedule
+from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
@@ -18,7 +19,6 @@ from qzo_diffusion.train.checkpoint import (
     read_checkpoint,
     restore_,
     save_checkpoint,
-    tuned_scales,
 )
 from qzo_diffusion.train.loop import Probing, StepBatch, train
 from qzo_diffusion.train.run_folder import load_scales

@@ -1,0 +1,95 @@
+"""One trained number per scale, in the scales themselves: no second copy of them exists, and no initial ones are kept beside them.
+
+The initial scales are in the base model's file. An update is one multiplication in place, for Rademacher z by one of two constants.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qzo_diffusion.core.noise import Direction, SignCache, choose
+from qzo_diffusion.core.parametrization import copy_by_name_
+from qzo_diffusion.core.scales import Gains, ScaleSet, View
+
+
+class Dense:
+    """In relative units. `trained` names the layers that take part; None is all."""
+
+    has_gains = False
+
+    def __init__(self, scales: ScaleSet, trained: Sequence[str] | None = None) -> None:
+        self.scales = scales
+        self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
+        self._signs = SignCache()
+
+    def numbers(self) -> dict[str, Tensor]:
+        return self._trained
+
+    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+        if direction is None:
+            return None
+
+        def shown(names: Sequence[str]) -> dict[str, Tensor]:
+            chosen = self._chosen(names)
+            return dict(zip(chosen, self._shifted(list(chosen.values()), list(chosen), direction, radius), strict=True))
+
+        return shown
+
+    def _chosen(self, names: Sequence[str]) -> dict[str, Tensor]:
+        return {name: self._trained[name] for name in names if name in self._trained}
+
+    def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
+        return torch._foreach_mul(live, self._factors(names, direction, radius)) if live else ()
+
+    def _factors(self, names: Sequence[str], direction: Direction, radius: float) -> list[Tensor]:
+        """exp(radius · z) of several layers, drawn and chosen in one go."""
+        like = [self._trained[name] for name in names]
+        if direction.distribution == "gaussian":
+            return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
+        packed = [self._signs.packed(direction, name, one.numel()) for name, one in zip(names, like, strict=True)]
+        chosen = choose(np.concatenate(packed), math.exp(radius), math.exp(-radius), like[0])
+        parts = chosen.split([8 * part.size for part in packed])
+        return [part[: one.numel()].view(one.shape) for part, one in zip(parts, like, strict=True)]
+
+    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
+        raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
+
+    def z(self, direction: Direction, name: str) -> Tensor:
+        return direction.z(name, self.scales[name])
+
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
+        for direction, amount in zip(directions, amounts, strict=True):
+            for names in self.scales.chunks():
+                chosen = self._chosen(names)
+                if chosen:
+                    torch._foreach_mul_(list(chosen.values()), self._factors(list(chosen), direction, amount))
+
+    def add_(self, name: str, delta: Tensor) -> None:
+        self.scales[name].mul_(torch.exp(delta))
+
+    def merge_(self) -> None:
+        """Nothing to do: the numbers are the scales."""
+
+    def state(self) -> dict[str, Tensor]:
+        return self._trained
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        copy_by_name_(self.state(), state)
+
+
+class DenseAbsolute(Dense):
+    """In the paper's absolute units: additive, floored at zero (arXiv 2505.13430, algorithm 1)."""
+
+    def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
+        return [one + radius * direction.z(name, one) for one, name in zip(live, names, strict=True)]
+
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
+        for name in self._trained:
+            for direction, amount in zip(directions, amounts, strict=True):
+                self.add_(name, amount * self.z(direction, name))
+
+    def add_(self, name: str, delta: Tensor) -> None:
+        self.scales[name].add_(delta).clamp_(min=0.0)

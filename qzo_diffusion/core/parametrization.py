@@ -1,0 +1,87 @@
+"""Which numbers are trained, and how the quantization scales follow from them.
+
+In relative units a trained number is θ = log(s / s0): eps and lr are then fractions of a scale, the same for every model and
+back-end, and a scale stays positive. The absolute units of the paper are kept so that the two can be compared in one run.
+
+| class         | numbers                              | scale seen by the forward | update          |
+|---------------|--------------------------------------|---------------------------|-----------------|
+| Dense         | one per scale                        | s · exp(±ε z)             | s <- s · exp(δ) |
+| DenseAbsolute | one per scale                        | s ± ε z                   | s <- max(s+δ,0) |
+| Grouped       | one θ per layer, row or block column | s · exp(Σ θ ± ε z)        | θ <- θ + δ      |
+
+A new level needs the methods of `Parametrization` and nothing else; estimator, optimizer and loop do not know which one runs.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.scales import Gains, ScaleSet, View
+
+
+class Parametrization(Protocol):
+    scales: ScaleSet
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether changes can be shown as factors of inputs and outputs, other ones for every example."""
+        ...
+
+    def numbers(self) -> dict[str, Tensor]:
+        """A tensor per name with the shape, dtype and device of the trained numbers."""
+        ...
+
+    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+        """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the numbers themselves."""
+        ...
+
+    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
+        """The same as factors: a group of examples for each radius and direction, all directions of the first radius first.
+
+        Raises:
+            ValueError: without `has_gains`.
+        """
+        ...
+
+    def z(self, direction: Direction, name: str) -> Tensor:
+        """z of one name's numbers."""
+        ...
+
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
+        """numbers += Σ amounts[i] · z of directions[i], one after the other."""
+        ...
+
+    def add_(self, name: str, delta: Tensor) -> None:
+        """numbers of `name` += delta."""
+        ...
+
+    def merge_(self) -> None:
+        """Write everything into the live scales, so that the plain forward equals the viewed one."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained numbers themselves (live, not copies), enough to continue from."""
+        ...
+
+    def load_state_(self, state: dict[str, Tensor]) -> None: ...
+
+
+def tuned_scales(numbers: Parametrization) -> dict[str, Tensor]:
+    """The scales of all layers as a forward at the numbers sees them; nothing is merged or changed."""
+    view, shown = numbers.view(), numbers.scales.tensors()
+    for chunk in numbers.scales.chunks() if view is not None else ():
+        shown |= view(chunk)  # type: ignore[misc]
+    return shown
+
+
+def copy_by_name_(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    """Raises ValueError when names or shapes differ."""
+    if target.keys() != source.keys():
+        raise ValueError(f"state of other numbers: {sorted(target.keys() ^ source.keys())[:3]}")
+    for name, tensor in target.items():
+        if tensor.shape != source[name].shape:
+            raise ValueError(f"state of other numbers: {name} has {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
