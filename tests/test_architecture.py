@@ -146,7 +146,7 @@ def test_a_broken_rule_is_found(path, source, reason):
 
 
 def test_too_much_mathematics_is_found():
-    assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 160)) == []
+    assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 140)) == []
     assert violations(dict.fromkeys(MATHEMATICS, "x = 1\n" * 150)) == ["core: the mathematics fills 1000 lines or more"]
 
 
