@@ -16,6 +16,7 @@ from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
+from tests.ranks import start
 
 SETTINGS = ["--max-steps", 6, "train.checkpoint_every=2", "sample.every=3", "train.optimizer=momentum", "qzo.parametrization=dense"]
 
@@ -225,6 +226,24 @@ def test_replay_rebuilds_the_run_and_its_checkpoints(whole, tmp_path):
     code, middle = replay(tmp_path, whole, "--to-step", 4, name="middle")
     assert code == 0
     assert load_equal(whole / "checkpoints/step_000004", middle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "threads"), [("default", "1"), ("avx2", "4")])
+def test_replay_of_a_run_gives_its_scales_with_other_vector_instructions_and_threads(whole, tmp_path, capability, threads):
+    command = [
+        "-m",
+        "qzo_diffusion.cli",
+        "replay",
+        "--journal",
+        str(whole / "journal.qzo"),
+        "--output-dir",
+        str(tmp_path / "again"),
+    ]
+    process = start(command, ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS=threads)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert load_equal(whole, tmp_path / "again")
 
 
 def test_replay_refuses_steps_and_models_that_do_not_fit(whole, tmp_path, capsys):

@@ -9,6 +9,7 @@ Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a fe
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -116,14 +117,21 @@ class Ranks:
 
     def _roll_call(self) -> list[int]:
         """Who does not answer: each survivor signs in the store, and the others are missing."""
-        prefix = f"survivors/{self.exchanges}"
-        try:
-            self.store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
-            self.store.set(f"{prefix}/{self.rank}", b"here")
-            time.sleep(ROLL_CALL_SECONDS)
-            return [rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"])]
-        except RuntimeError:  # the store went down with the rank that kept it
-            return [0]
+        prefix, missing = f"survivors/{self.exchanges}", list[int]()
+
+        def sign_and_read() -> None:
+            try:
+                self.store.set(f"{prefix}/{self.rank}", b"here")
+                time.sleep(ROLL_CALL_SECONDS)
+                missing.extend(rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"]))
+            except RuntimeError:  # the store went down with the rank that kept it
+                missing.append(0)
+
+        # In a thread that may be left behind: a store whose keeper hangs is waited for without any limit.
+        caller = threading.Thread(target=sign_and_read, daemon=True)
+        caller.start()
+        caller.join(3 * ROLL_CALL_SECONDS)
+        return [0] if caller.is_alive() else missing
 
 
 def join(timeout_seconds: float) -> Ranks:
