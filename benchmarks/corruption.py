@@ -1,8 +1,10 @@
 """Damage journals and checkpoints at random and try to use them: `OMP_NUM_THREADS=1 python -m benchmarks.corruption`.
 
-Every trial copies a run, truncates, flips, swaps or zeroes bytes of its journal or of a checkpoint, and restores it as a resume
-does. Right is either a refusal with a message for the user, or numbers that are bit for bit those of the undamaged run at the step
-that the program names. Anything else counts as applied silently or as a traceback.
+Every trial copies a run, truncates, flips, swaps or zeroes bytes of its journal or of a checkpoint (or swaps two whole records of
+the journal), and restores it as a resume does. Right is either a refusal with a message for the user, or numbers and a state
+of the optimizer that are bit for bit those of the undamaged run at the step that the program names. Anything else counts as applied
+silently or as a traceback. Of those that were right it is counted how often the user was told of the damage; the rest changed
+nothing that means anything, such as white space.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import io
 import random
 import shutil
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -41,48 +44,60 @@ class Bench:
         with contextlib.redirect_stderr(io.StringIO()):
             assert qzo_diffuse(arguments) == 0
         self.config = load_config(self.run / "config.yaml")
-        folder, _ = build.choose_model("tiny")
-        transformer = build.quantized_transformer(self.config, folder, torch.device("cpu"), torch.float32)
-        _, self.numbers = build.scales_and_numbers(self.config, transformer)
-        self.right = {step: self.numbers_at(step) for step in range(STEPS + 1)}
+        _, _, self.numbers = build.load_base(self.config, build.find_place(self.config))
+        self.journal = read_journal(self.run / "journal.qzo")
+        self.right = {step: self.state_at(step) for step in range(STEPS + 1)}
 
-    def numbers_at(self, step: int) -> dict[str, Tensor]:
+    def state_at(self, step: int) -> dict[str, Tensor]:
         self.reset()
-        replay_(read_journal(self.run / "journal.qzo"), self.numbers, build.optimizer(self.config), to_step=step)
-        return {name: tensor.clone() for name, tensor in self.numbers.state().items()}
+        optimizer = build.optimizer(self.config)
+        replay_(self.journal, self.numbers, optimizer, to_step=step)
+        return {name: tensor.clone() for name, tensor in (self.numbers.state() | optimizer.state()).items()}
 
     def reset(self) -> None:
         for tensor in self.numbers.state().values():
             tensor.zero_()
 
     def restore(self, run: Path) -> str:
-        """ "refused", "right" or "silent"."""
+        """ "refused", "right_and_told", "right" or "silent"."""
         self.reset()
+        optimizer = build.optimizer(self.config)
         try:
             journal = read_journal(run / "journal.qzo")
-            checkpoints, _ = list_checkpoints(run / "checkpoints")
-            newest = checkpoints[-1] if checkpoints else None
-            step = restore_(newest, journal, self.numbers, build.optimizer(self.config))
+            checkpoints, problems = list_checkpoints(run / "checkpoints")
+            step = restore_(checkpoints[-1] if checkpoints else None, journal, self.numbers, optimizer)
         except UserError:
             return "refused"
-        same = all(torch.equal(tensor, self.right[step][name]) for name, tensor in self.numbers.state().items())
-        return "right" if same else "silent"
+        state = self.numbers.state() | optimizer.state()
+        if state.keys() != self.right[step].keys() or any(not torch.equal(state[n], t) for n, t in self.right[step].items()):
+            return "silent"
+        told = problems or journal.torn_bytes or step < STEPS  # a resume says all three
+        return "right_and_told" if told else "right"
 
-
-def damage(path: Path, kind: str, chance: random.Random) -> str:
-    data = bytearray(path.read_bytes())
-    at, length = chance.randrange(len(data)), chance.randint(1, 32)
-    if kind == "truncate":
-        del data[at:]
-    elif kind == "flip":
-        data[at] ^= 1 << chance.randrange(8)
-    elif kind == "zero":
-        data[at : at + length] = bytes(len(data[at : at + length]))
-    else:
-        other = chance.randrange(len(data))
-        data[at], data[other] = data[other], data[at]
-    path.write_bytes(data)
-    return f"{kind} at {at} of {path.name}"
+    def damage(self, path: Path, kind: str, chance: random.Random) -> str:
+        """Change the file; says how."""
+        before = path.read_bytes()
+        data = bytearray(before)
+        while data == before:
+            data = bytearray(before)
+            at, length = chance.randrange(len(data)), chance.randint(1, 32)
+            if kind == "truncate":
+                del data[at:]
+            elif kind == "flip":
+                data[at] ^= 1 << chance.randrange(8)
+            elif kind == "zero":
+                data[at : at + length] = bytes(len(data[at : at + length]))
+            elif path.name == "journal.qzo" and chance.random() < 0.5:
+                ends = (self.journal.header_size, *self.journal.sizes)
+                one, other = sorted(chance.sample(range(len(ends) - 1), 2))
+                parts = [before[start:end] for start, end in pairwise(ends)]
+                parts[one], parts[other] = parts[other], parts[one]
+                data = bytearray(before[: ends[0]] + b"".join(parts))
+            else:
+                other = chance.randrange(len(data))
+                data[at], data[other] = data[other], data[at]
+        path.write_bytes(data)
+        return f"{kind} at {at} of {path.name}"
 
 
 def main() -> None:
@@ -92,20 +107,17 @@ def main() -> None:
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="qzo_corruption_"))
     bench, chance = Bench(work), random.Random(args.seed)
-    counts = dict.fromkeys(("refused", "right", "silent", "traceback"), 0)
-    failures = []
+    counts = dict.fromkeys(("refused", "right_and_told", "right", "silent", "traceback"), 0)
+    failures, kinds = [], dict.fromkeys(KINDS, 0)
     for _ in tqdm(range(args.trials), desc="corruptions"):
         copy = work / "copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(bench.run, copy, ignore=shutil.ignore_patterns("samples", "tensorboard", "final"))
-        files = [
-            copy / "journal.qzo",
-            *sorted((copy / "checkpoints").rglob("*.*")),
-            *sorted((copy / "checkpoints").rglob("COMPLETE")),
-        ]
-        files = [file for file in files if file.is_file() and file.stat().st_size]
-        target = files[0] if chance.random() < 0.5 else chance.choice(files)
-        what = damage(target, chance.choice(KINDS), chance)
+        journal, kind = copy / "journal.qzo", chance.choice(KINDS)
+        files = [file for file in sorted((copy / "checkpoints").rglob("*")) if file.is_file() and file.stat().st_size]
+        target = journal if chance.random() < 0.5 else chance.choice(files)
+        what = bench.damage(target, kind, chance)
+        kinds[kind] += 1
         try:
             outcome = bench.restore(copy)
         except Exception as error:
@@ -116,10 +128,13 @@ def main() -> None:
             failures.append(what)
     figures = {
         "trials": args.trials,
+        "seed": args.seed,
+        "kinds": kinds,
         "applied_silently": counts["silent"],
         "tracebacks": counts["traceback"],
         "refused": counts["refused"],
-        "used_and_right": counts["right"],
+        "used_right_and_told": counts["right_and_told"],
+        "used_right_and_meaningless": counts["right"],
         "failures": failures,
     }
     print(write_results("corruption", figures))

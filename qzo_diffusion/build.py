@@ -1,10 +1,12 @@
 """From a config to objects: the only file that knows every floor. Below it nothing has heard of a config."""
 
 import hashlib
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,36 @@ from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.train.loop import Probing
 
+JOURNAL_FORMAT = 2  # how signs are drawn and applied; 1 drew those of rows and layers layer by layer
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which pipeline folder, and on which device and in which dtype its forwards run."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+
+
+def find_place(config: Config) -> Place:
+    """Everything about the model that is known before anything heavy is loaded.
+
+    Raises:
+        ModelError: it isn't here, or a file of it is missing.
+        ConfigError: there is no such device.
+    """
+    folder, _ = choose_model(config.model)
+    sd3.check_model_folder(folder)
+    device = choose_device(config.compute.device)
+    return Place(folder, device, choose_dtype(config.compute.dtype, device))
+
+
+def load_base(config: Config, place: Place) -> tuple[nn.Module, ScaleSet, Parametrization]:
+    """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are before a run."""
+    transformer = quantized_transformer(config, place.folder, place.device, place.dtype)
+    return transformer, *scales_and_numbers(config, transformer)
 
 
 def choose_model(name: str) -> tuple[Path, str]:
@@ -122,7 +153,10 @@ def sampler(
 def choose_device(name: str) -> torch.device:
     """Raises ConfigError for a device that torch doesn't know or doesn't see."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local = os.environ.get("LOCAL_RANK", "")  # of several processes on one machine each takes a GPU of its own
+        return torch.device("cuda", int(local) % torch.cuda.device_count()) if local.isdigit() else torch.device("cuda")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -210,6 +244,12 @@ def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
 
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
     """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
+    if journal.header.get("format") != JOURNAL_FORMAT:
+        raise JournalError(
+            f"a journal whose directions are drawn as in format {journal.header.get('format')}",
+            f"format {JOURNAL_FORMAT}",
+            "use the version that wrote it",
+        )
     for key in ("format", "codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
         if journal.header.get(key) != header[key]:
             raise JournalError(

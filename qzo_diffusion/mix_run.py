@@ -7,7 +7,6 @@ from qzo_diffusion import build
 from qzo_diffusion.config import load_config
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.errors import ConfigError, ModelError
-from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.quant.load import codes_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
@@ -28,14 +27,10 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     chosen = [parse_part(text) for text in parts]
     config = load_config(chosen[0][0] / "config.yaml")
     tuned = [(load_scales(path), weight) for path, weight in chosen]
-    folder, _ = build.choose_model(config.model)
-    sd3.check_model_folder(folder)
-    device = build.choose_device(config.compute.device)
-    transformer = build.quantized_transformer(config, folder, device, build.choose_dtype(config.compute.dtype, device))
+    transformer, scales, _ = build.load_base(config, build.find_place(config))
     codes = codes_fingerprint(transformer)
     for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
         check_codes(facts, codes, path)
-    scales, _ = build.scales_and_numbers(config, transformer)
     blend_(scales, [(tensors, weight) for (tensors, _), weight in tuned])
     out = RunFolder.create(output_dir)
     out.save_scales("final", scales.tensors(), build.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})

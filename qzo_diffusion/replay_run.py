@@ -9,7 +9,6 @@ from qzo_diffusion.config import Config, make_config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.parametrization import tuned_scales
-from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.train.run_folder import RunFolder
 
 
@@ -23,11 +22,7 @@ def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: 
     if to_step is not None and not 0 <= to_step <= journal.steps_done:
         raise JournalError(f"--to-step {to_step}", f"0 to {journal.steps_done}, where the journal ends", "choose an earlier step")
     config = config_of(journal, model)
-    folder, _ = build.choose_model(config.model)
-    sd3.check_model_folder(folder)
-    device = build.choose_device(config.compute.device)
-    transformer = build.quantized_transformer(config, folder, device, build.choose_dtype(config.compute.dtype, device))
-    scales, numbers = build.scales_and_numbers(config, transformer)
+    transformer, scales, numbers = build.load_base(config, build.find_place(config))
     codes, initial = build.fingerprints(transformer, scales)
     build.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
     out = RunFolder.create(output_dir)

@@ -32,10 +32,8 @@ class SampleRequest:
 
 def run(request: SampleRequest) -> dict[str, Any]:
     config = _config_of(request)
-    folder, _ = build.choose_model(config.model)
-    sd3.check_model_folder(folder)
-    device = build.choose_device(config.compute.device)
-    dtype = build.choose_dtype(config.compute.dtype, device)
+    place = build.find_place(config)
+    folder, device, dtype = place.folder, place.device, place.dtype
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
     prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
     tuned = load_scales(request.run) if request.run else None
@@ -46,8 +44,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     encoder.close()
     vae = sd3.load_vae(folder, device)
     sd3.drop_encoder_(vae)
-    transformer = build.quantized_transformer(config, folder, device, dtype)
-    scales, _ = build.scales_and_numbers(config, transformer)
+    transformer, scales, _ = build.load_base(config, place)
     if tuned is not None:
         check_codes(tuned[1], codes_fingerprint(transformer), request.run or Path())
         blend_(scales, [(tuned[0], request.strength)])

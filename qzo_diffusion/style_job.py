@@ -1,5 +1,8 @@
 """A style run that is under way: what happens between its steps, and what it leaves behind."""
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +20,14 @@ from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_chroma, mean_saturation, save_picture
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.train.checkpoint import entry_of, save_checkpoint
+from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import Outcome, StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
 CHECK_RANKS_EVERY = 100
+DATA_FACTS = ("sha256", "caption", "bucket", "split", "repeats")  # of an image; with others it is another run
 
 
 @dataclass
@@ -114,6 +118,7 @@ class StyleJob:
     def checkpoint(self, step: int) -> None:
         folder = self.out.path / "checkpoints"
         if (folder / f"step_{step:06d}").exists():
+            drop_old(folder, self.config.train.keep_checkpoints)  # a kill may have come in between
             return
         self.journal.sync()
         save_checkpoint(
@@ -144,6 +149,8 @@ class StyleJob:
             "skipped": outcome.skipped,
             "stopped": outcome.stopped,
             "validation_loss": {"start": self.validation[steps[0]], "end": self.validation[steps[-1]]} if steps else None,
+            "processes": self.ranks.world,
+            "bytes_sent": self.ranks.bytes_sent,
         } | colour
 
     def close(self) -> None:
@@ -157,6 +164,15 @@ def check_ranks(ranks: Ranks, numbers: Parametrization) -> None:
         ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "trained numbers")
 
 
+def check_same_run(ranks: Ranks, config: Config, data: Sequence[Mapping[str, Any]], header: Mapping[str, Any]) -> None:
+    """Raises RankLost when a rank was started with another model, other images or settings; folders may differ by machine."""
+    settings = config.model_dump(exclude={"data": {"style_dir", "validation_dir", "cache_dir"}, "sample": {"prompts"}})
+    base = [header[name] for name in ("codes", "initial_scales")]
+    images = [[row["file"], *(row[fact] for fact in DATA_FACTS)] for row in data]
+    text = json.dumps([settings, base, images], sort_keys=True, default=str)
+    ranks.check_equal(hashlib.blake2b(text.encode(), digest_size=16).digest(), "model, images or settings")
+
+
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -164,7 +180,7 @@ def _due(every: int, step: int) -> bool:
 def journal_header(config: Config, codes: str, scales: str) -> dict[str, Any]:
     """What the journal must say to be replayed from the base model alone."""
     return {
-        "format": 2,  # 1 drew the signs of rows and layers by layer
+        "format": build.JOURNAL_FORMAT,
         "model": config.model,
         "codes": codes,
         "initial_scales": scales,

@@ -15,7 +15,7 @@ from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_j
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
-from qzo_diffusion.style_job import CHECK_RANKS_EVERY, Parts, StyleJob, check_ranks, journal_header
+from qzo_diffusion.style_job import CHECK_RANKS_EVERY, DATA_FACTS, Parts, StyleJob, check_ranks, check_same_run, journal_header
 from qzo_diffusion.train.checkpoint import bad_steps_at_end, cut_metrics, list_checkpoints, restore_
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
@@ -141,6 +141,7 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     if resumed is not None:
         journal = read_journal(resumed / JOURNAL)
         first_step, bad_steps = _restore_(parts, journal, resumed)
+    check_ranks(ranks, parts.numbers)
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
         train(
@@ -157,6 +158,7 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
             stop_requested=ranks.stop_agreed,
             sum_over_ranks=ranks.sum,
         )
+        check_ranks(ranks, parts.numbers)
     leave()
     return {}
 
@@ -166,10 +168,11 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWriter
     try:
         with stop_on_signal(say) as stop:
             ranks.wants_stop = stop.is_set
-            job.validate(0)
-            job.sample(0)
             if first_step:
                 job.finish_step(first_step)  # whatever a kill left undone
+            else:
+                job.validate(0)
+                job.sample(0)
             try:
                 outcome = train(
                     job.parts.objective,
@@ -186,6 +189,7 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWriter
                     stop_requested=ranks.stop_agreed,
                     sum_over_ranks=ranks.sum,
                 )
+                check_ranks(ranks, job.parts.numbers)
             except (TrainingDiverged, RankLost):
                 job.checkpoint(job.steps_done)
                 raise
@@ -210,10 +214,10 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
     encoded = style_data.encode(config, plan.model_folder, plan.style, plan.sample_prompts, device, dtype)
     if ranks.first:
         ranks.wait()
-    transformer = build.quantized_transformer(config, plan.model_folder, device, dtype)
-    scales, numbers = build.scales_and_numbers(config, transformer)
+    transformer, scales, numbers = build.load_base(config, build.Place(plan.model_folder, device, dtype))
     batches = style_data.TrainingBatches(config, plan.style.train, encoded, device, ranks)
     header = journal_header(config, *build.fingerprints(transformer, scales))
+    check_same_run(ranks, config, dataset_table(plan.style), header)
     return Parts(dtype, transformer, scales, numbers, build.optimizer(config), batches, encoded, header)
 
 
@@ -242,6 +246,7 @@ def _start(plan: Plan, out: RunFolder, ranks: Ranks, resumed: tuple[JournalWrite
         first_step, bad_steps = _restore_(parts, journal, out.path)
         validation = cut_metrics(out.path / "metrics.jsonl", first_step)
         say(f"going on at step {first_step}, the journal's end")
+    check_ranks(ranks, parts.numbers)  # nobody goes on before all have read the checkpoints, for the old ones are dropped
     held_out = style_data.validation_batches(
         plan.style.validation, parts.encoded, plan.device, config.data.batch_size, config.train.seed
     )
@@ -275,13 +280,12 @@ def _changed_data(plan: Plan, run_folder: Path) -> list[str]:
     path = run_folder / "dataset.json"
     if not path.exists():  # stopped before it was written: nothing was trained on yet
         return []
-    facts = ("sha256", "caption", "bucket", "split", "repeats")
-    before = {row["file"]: [row[fact] for fact in facts] for row in json.loads(path.read_text(encoding="utf-8"))}
-    now = {str(row["file"]): [row[fact] for fact in facts] for row in dataset_table(plan.style)}
+    before = {row["file"]: [row[fact] for fact in DATA_FACTS] for row in json.loads(path.read_text(encoding="utf-8"))}
+    now = {str(row["file"]): [row[fact] for fact in DATA_FACTS] for row in dataset_table(plan.style)}
     changes = [f"image {name} was removed" for name in before.keys() - now.keys()]
     changes += [f"image {name} was added" for name in now.keys() - before.keys()]
     for name in before.keys() & now.keys():
-        changes += [f"image {name}: other {fact}" for fact, a, b in zip(facts, before[name], now[name], strict=True) if a != b]
+        changes += [f"image {name}: other {fact}" for fact, a, b in zip(DATA_FACTS, before[name], now[name], strict=True) if a != b]
     return sorted(changes)
 
 

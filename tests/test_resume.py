@@ -16,6 +16,7 @@ from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
+from tests.ranks import start
 
 SETTINGS = ["--max-steps", 6, "train.checkpoint_every=2", "sample.every=3", "train.optimizer=momentum", "qzo.parametrization=dense"]
 
@@ -227,6 +228,24 @@ def test_replay_rebuilds_the_run_and_its_checkpoints(whole, tmp_path):
     assert load_equal(whole / "checkpoints/step_000004", middle)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "threads"), [("default", "1"), ("avx2", "4")])
+def test_replay_of_a_run_gives_its_scales_with_other_vector_instructions_and_threads(whole, tmp_path, capability, threads):
+    command = [
+        "-m",
+        "qzo_diffusion.cli",
+        "replay",
+        "--journal",
+        str(whole / "journal.qzo"),
+        "--output-dir",
+        str(tmp_path / "again"),
+    ]
+    process = start(command, ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS=threads)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert load_equal(whole, tmp_path / "again")
+
+
 def test_replay_refuses_steps_and_models_that_do_not_fit(whole, tmp_path, capsys):
     assert "0 to 6" in failing(capsys, replay(tmp_path, whole, "--to-step", 7)[0])
     failing(capsys, replay(tmp_path, tmp_path)[0])
@@ -247,3 +266,9 @@ def test_mixing_half_and_half_of_a_run_is_the_run_within_rounding(whole, tmp_pat
 @pytest.mark.parametrize("part", ["nowhere=1", "nowhere", "=1", "nowhere=much"])
 def test_bad_parts_of_a_mix_are_told(tmp_path, capsys, part):
     failing(capsys, main(["mix", "--run", part, "--output-dir", str(tmp_path / "mix")]))
+
+
+def test_a_journal_of_another_format_is_refused(whole, tmp_path, capsys, monkeypatch):
+    capsys.readouterr()
+    monkeypatch.setattr("qzo_diffusion.build.JOURNAL_FORMAT", 3)
+    assert "as in format 2" in failing(capsys, replay(tmp_path, whole)[0])

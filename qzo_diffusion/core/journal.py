@@ -10,6 +10,8 @@ anywhere is found and named. A file that ends inside a record was cut by a crash
 52 + 8 · directions bytes.
 """
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -105,7 +107,10 @@ class JournalWriter:
 
     def __init__(self, path: Path, chain: bytes, size: int) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR)
+        try:
+            self._file = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -118,12 +123,18 @@ class JournalWriter:
     def create(cls, path: Path, header: Mapping[str, Any]) -> "JournalWriter":
         """Raises OutputError when there is a journal already or the place can't be written."""
         record = _record(_HEADER, _to_json(header), b"")
+        aside = path.with_name(f".{path.name}.partial")  # so that a journal never is there without its header
         try:
-            with path.open("xb") as file:
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, "there is one already", str(path))
+            with aside.open("wb") as file:
                 file.write(MAGIC + record)
                 file.flush()
                 os.fsync(file.fileno())
+            os.replace(aside, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
             raise _unwritable(path, error) from error
         return cls(path, record[-_CHAIN_BYTES:], len(MAGIC) + len(record))
 
@@ -132,7 +143,10 @@ class JournalWriter:
         """Verify, cut a torn tail off, and go on behind the last record."""
         journal = read_journal(path)
         writer = cls(path, bytes.fromhex(journal.chain), journal.size)
-        os.ftruncate(writer._file, journal.size)
+        try:
+            os.ftruncate(writer._file, journal.size)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         return writer, journal
 
     @property
@@ -148,22 +162,34 @@ class JournalWriter:
             while written < len(record):
                 written += os.pwrite(self._file, record[written:], self._size + written)
             if time.monotonic() - self._last_sync > FSYNC_SECONDS:
-                self.sync()
+                self._fsync()
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):  # a read-only disk: what is behind the last record is cut off by the next resume
+                os.ftruncate(self._file, self._size)
             raise _unwritable(self.path, error) from error
         self._size += len(record)
         self._chain = record[-_CHAIN_BYTES:]
 
     def sync(self) -> None:
-        os.fsync(self._file)
-        self._last_sync = time.monotonic()
+        """Raises OutputError when the disk does not take what was appended."""
+        try:
+            self._fsync()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.fsync(self._file)
+        """Raises OutputError as `sync`; the file is closed all the same."""
+        if self._file < 0:
+            return
+        try:
+            self.sync()
+        finally:
             os.close(self._file)
             self._file = -1
+
+    def _fsync(self) -> None:
+        os.fsync(self._file)
+        self._last_sync = time.monotonic()
 
 
 def read_journal(path: Path) -> Journal:

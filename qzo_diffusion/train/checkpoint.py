@@ -17,7 +17,15 @@ from qzo_diffusion.core.journal import Journal, StepEntry, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.train.loop import StepRecord
-from qzo_diffusion.train.run_folder import SCALES, check_folder, load_tensors, save_tensors, write_folder, write_whole
+from qzo_diffusion.train.run_folder import (
+    SCALES,
+    check_folder,
+    load_tensors,
+    remove_folder,
+    save_tensors,
+    write_folder,
+    write_whole,
+)
 
 NUMBERS, OPTIMIZER, STATE = "numbers.safetensors", "optimizer.safetensors", "state.json"
 
@@ -53,8 +61,21 @@ def save_checkpoint(
         write_whole(folder / STATE, json.dumps(state).encode())
 
     path = write_folder(checkpoints / f"step_{step:06d}", write)
-    _drop_old(checkpoints, keep)
+    drop_old(checkpoints, keep)
     return path
+
+
+def drop_old(checkpoints: Path, keep: int) -> None:
+    """Leave the last `keep` and the one with the lowest validation loss, and nothing that a kill left half written or dropped."""
+    whole, _ = list_checkpoints(checkpoints, check=False)
+    losses = [math.nan if checkpoint.validation_loss is None else checkpoint.validation_loss for checkpoint in whole]
+    scored = [(loss, place) for place, loss in enumerate(losses) if not math.isnan(loss)]
+    best = whole[min(scored)[1]] if scored else None
+    for checkpoint in whole[:-keep]:
+        if checkpoint is not best:
+            remove_folder(checkpoint.folder)
+    for left in checkpoints.glob(".step_*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
@@ -63,7 +84,8 @@ def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
         check_folder(folder)
     try:
         state = json.loads((folder / STATE).read_text())
-        return Checkpoint(folder, int(state["step"]), str(state["chain"]), state["validation_loss"])
+        loss = state["validation_loss"]
+        return Checkpoint(folder, int(state["step"]), str(state["chain"]), None if loss is None else float(loss))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{folder / STATE} is damaged: {error}", "the state of a run", "give another checkpoint") from None
 
@@ -109,15 +131,15 @@ def entry_of(record: StepRecord, seed: int) -> StepEntry:
 
 
 def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
-    """Drop what metrics.jsonl says beyond the journal's last step, and a torn last line. Returns validation losses by step."""
+    """Drop what metrics.jsonl says beyond the journal's last step, and lines that are torn. Returns validation losses by step."""
     if not path.exists():
         return {}
     kept: list[str] = []
     validation: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         entry = _parsed(line)
         if entry is None or entry["step"] >= steps_done + ("validation_loss" in entry):
-            break
+            continue
         kept.append(line)
         if "validation_loss" in entry:
             validation[entry["step"]] = float(entry["validation_loss"])
@@ -143,12 +165,3 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
-
-
-def _drop_old(checkpoints: Path, keep: int) -> None:
-    whole, _ = list_checkpoints(checkpoints, check=False)
-    scored = [checkpoint for checkpoint in whole if checkpoint.validation_loss is not None]
-    best = min(scored, key=lambda checkpoint: checkpoint.validation_loss or math.inf, default=None)
-    for checkpoint in whole[:-keep]:
-        if checkpoint is not best:
-            shutil.rmtree(checkpoint.folder, ignore_errors=True)

@@ -2,12 +2,14 @@
 
 Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates its share of the batch; the
 sums of its losses at +eps and -eps are gathered, added in the order of ranks, and so every rank forms the same derivative and
-applies the same update. Nothing of the size of the model ever travels: 32 bytes a step and rank with one direction.
+applies the same update. Nothing of the size of the model ever travels: with one direction a rank tells 32 bytes a step.
 
 Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency is what counts.
 """
 
+import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +18,25 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion.core.errors import RankLost
+from qzo_diffusion.core.errors import ConfigError, RankLost
 
 ROLL_CALL_SECONDS = 3.0
+LONGEST_NAP_SECONDS = 2e-3
+# How torchrun, Intel MPI or MPICH, Open MPI and MVAPICH tell a process its place; on CPUs `accelerate launch` leaves it to mpirun.
+PLACES = (
+    ("RANK", "WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+)
 
 
 @dataclass
 class Ranks:
-    """This process among `world`. Alone, nothing is exchanged."""
+    """This process among `world`. Alone, nothing is exchanged.
+
+    `bytes_sent` counts what this rank told the others: each of them receives its numbers once.
+    """
 
     rank: int = 0
     world: int = 1
@@ -71,7 +84,7 @@ class Ranks:
             raise RankLost(
                 f"rank {wrong[0]} has other {what} than rank 0",
                 "the same on every rank, bit for bit",
-                "use the same versions and kind of processor on every rank; start again with --resume",
+                "use the same command, files, versions and kind of processor on every rank; go on with --resume",
             )
 
     def wait(self) -> None:
@@ -83,47 +96,101 @@ class Ranks:
 
         gathered = [torch.empty_like(mine) for _ in range(self.world)]
         try:
-            dist.all_gather(gathered, mine)
+            work = dist.all_gather(gathered, mine, async_op=True)
+            _nap_until(work.is_completed)
+            work.wait()
         except RuntimeError as error:
             raise self._lost(error) from error
-        self.bytes_sent += mine.numel() * mine.element_size()
+        self.bytes_sent += mine.numel() * mine.element_size() * (self.world - 1)
         self.exchanges += 1
         return gathered
 
     def _lost(self, error: Exception) -> RankLost:
+        leave()  # the neighbours that still wait for this rank see the connection close, and sign in time
         missing = self._roll_call()
         names = ", ".join(f"rank {rank}" for rank in missing) or "a rank"
         return RankLost(
-            f"{names} died or did not answer at exchange {self.exchanges} ({str(error).splitlines()[0]})",
+            f"{names} died or did not answer at exchange {self.exchanges} ({_first_line(error)})",
             f"an answer from all {self.world} ranks",
             "look at that rank's output, then start again with --resume; another number of ranks is fine",
         )
 
     def _roll_call(self) -> list[int]:
         """Who does not answer: each survivor signs in the store, and the others are missing."""
-        prefix = f"survivors/{self.exchanges}"
-        try:
-            self.store.set(f"{prefix}/{self.rank}", b"here")
-            time.sleep(ROLL_CALL_SECONDS)
-            return [rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"])]
-        except RuntimeError:  # the store went down with the rank that kept it
-            return [0]
+        prefix, missing = f"survivors/{self.exchanges}", list[int]()
+
+        def sign_and_read() -> None:
+            try:
+                self.store.set(f"{prefix}/{self.rank}", b"here")
+                time.sleep(ROLL_CALL_SECONDS)
+                missing.extend(rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"]))
+            except RuntimeError:  # the store went down with the rank that kept it
+                missing.append(0)
+
+        # In a thread that may be left behind: a store whose keeper hangs is waited for without any limit.
+        caller = threading.Thread(target=sign_and_read, daemon=True)
+        caller.start()
+        caller.join(3 * ROLL_CALL_SECONDS)
+        return [0] if caller.is_alive() else missing
 
 
 def join(timeout_seconds: float) -> Ranks:
-    """This process among those that `torchrun` or `accelerate launch` started; alone when neither did."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process among those that `torchrun` or `accelerate launch` started; alone when neither did.
+
+    Args:
+        timeout_seconds: how long to wait for the others, now and at every exchange.
+
+    Raises:
+        RankLost: the others did not come in time.
+        ConfigError: the environment says that there are others and not where.
+    """
+    place = next((names for names in PLACES if all(name in os.environ for name in names)), PLACES[0])
+    rank_text, world_text = (os.environ.get(name, "") for name in place)
+    if world_text in ("", "1"):
         return Ranks()
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
-    return Ranks(rank, world, store)
+    try:
+        rank, world = int(rank_text), int(world_text)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"{place[1]}={world_text} in the environment without a whole set of the other three",
+            f"{place[0]}, {place[1]}, MASTER_ADDR and MASTER_PORT, or none of them",
+            f"start with torchrun or accelerate launch; for a single process unset {place[1]}",
+        ) from None
+    # torchrun keeps the store itself; elsewhere rank 0 does.
+    keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = dist.TCPStore(address, port, world, keeps_store, timeout, multi_tenant=True)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        named = dist.PrefixStore(f"qzo_diffusion/{attempt}", store)
+        dist.init_process_group("gloo", store=named, rank=rank, world_size=world, timeout=timeout)
+    except RuntimeError as error:
+        raise RankLost(
+            f"not all of {world} ranks came within {timeout_seconds:g} s ({_first_line(error)})",
+            "every rank started, and a free port that all of them reach",
+            "look at the output of every rank; give more time with compute.rank_timeout",
+        ) from error
+    return Ranks(rank, world, named)
 
 
 def leave() -> None:
+    """Close the connections to the other ranks; nothing when there are none."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # what is broken already needs no closing
+            dist.destroy_process_group()
+
+
+def _nap_until(done: Callable[[], bool]) -> None:
+    """Wait in naps as long as the wait so far: a wait inside the library would let no Ctrl-C through."""
+    started = time.perf_counter()
+    while not done():
+        time.sleep(min(LONGEST_NAP_SECONDS, time.perf_counter() - started))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

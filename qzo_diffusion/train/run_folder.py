@@ -4,6 +4,7 @@ A folder of weights (`final/`, a checkpoint) is written under another name, sync
 hash of every file, so that what was damaged later is found when it is read and never applied.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -80,7 +81,8 @@ def write_whole(path: Path, data: bytes) -> None:
             os.fsync(handle.fileno())
         os.replace(aside, path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 
@@ -108,6 +110,15 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
         raise _unwritable(target, error) from error
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename it out of the way, then delete it: a kill leaves the whole of it or nothing under its name. Failures are ignored."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_folder(folder: Path) -> None:

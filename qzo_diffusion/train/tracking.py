@@ -1,29 +1,98 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, and a progress bar on stderr."""
+"""What a run tells while it goes on: metrics.jsonl, TensorBoard, and a progress bar on stderr.
 
+Nothing here writes from a thread of its own, as TensorBoard's writer does: a disk that fills up is told where the run can answer,
+and not by the traceback of a thread.
+"""
+
+import contextlib
 import json
 import math
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.train.loop import StepRecord
 
 TREND = 0.95  # weight of the past in the loss shown on the bar; single steps are too noisy to read
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, appended and flushed at once."""
+    """metrics.jsonl: one JSON object a line, in the operating system's hands when `write` returns.
+
+    Raises:
+        OutputError: no room or no permission. The file then ends with the last whole line.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_strict(entry), allow_nan=False) + "\n")
-        self._file.flush()
+        line = memoryview(json.dumps(_strict(entry), allow_nan=False).encode() + b"\n")
+        start = self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         self._file.close()
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self._path} can't be written: {error.strerror or error}",
+            "a place with room for the run",
+            "free space or correct the permissions, then --resume the run; every step before this one is safe",
+        )
+
+
+class Curves:
+    """Scalars for TensorBoard, in its file format; `problem` says why there are no more, for a run does not need them."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        self.problem: str | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            self._file = (folder / name).open("wb", buffering=0)
+        except OSError as error:
+            self.problem = str(error)
+            return
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def add(self, tag: str, value: float, step: int) -> None:
+        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
+        self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        if self.problem is None:
+            self._file.close()
+
+    def _write(self, event: Any) -> None:
+        if self.problem is not None:
+            return
+        try:
+            self._records.write(event.SerializeToString())
+        except OSError as error:
+            self.problem = str(error)
+            self._file.close()
 
 
 class Tracker:
@@ -36,10 +105,8 @@ class Tracker:
     """
 
     def __init__(self, run: Path, total_steps: int, first_step: int = 0, show_progress: bool = True) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._log = MetricsLog(run / "metrics.jsonl")
-        self._curves = SummaryWriter(str(run / "tensorboard"))
+        self._curves = Curves(run / "tensorboard")
         self._bar = tqdm(
             total=total_steps, initial=first_step, desc="train", unit="step", disable=not show_progress, dynamic_ncols=True
         )
@@ -47,6 +114,7 @@ class Tracker:
         self._probes = 0
         self._clipped = 0.0
         self._skipped = 0
+        self._told = False
 
     def on_step(self, record: StepRecord) -> None:
         self._log.write(record.as_dict())
@@ -55,15 +123,18 @@ class Tracker:
         self._clipped += float(record.clipped)
         if not record.skipped:
             self._trend = record.loss if self._trend is None else TREND * self._trend + (1 - TREND) * record.loss
-            self._curves.add_scalar("train/loss", record.loss, record.step)
-            self._curves.add_scalar("train/lr", record.lr, record.step)
-            self._curves.add_scalar("train/directional_derivative", _first(record.directional_derivative), record.step)
+            self._curves.add("train/loss", record.loss, record.step)
+            self._curves.add("train/lr", record.lr, record.step)
+            self._curves.add("train/directional_derivative", _first(record.directional_derivative), record.step)
+        if self._curves.problem and not self._told:
+            self._told = True
+            self.say(f"warning: no more curves for TensorBoard: {self._curves.problem}")
         self._bar.update(1)
         self._bar.set_postfix_str(self._summary(), refresh=False)
 
     def on_validation(self, step: int, loss: float) -> None:
         self._log.write({"step": step, "validation_loss": loss})
-        self._curves.add_scalar("validation/loss", loss, step)
+        self._curves.add("validation/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f}")
 
     def say(self, text: str) -> None:

@@ -13,6 +13,7 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
     cut_metrics,
+    drop_old,
     entry_of,
     list_checkpoints,
     read_checkpoint,
@@ -95,6 +96,16 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
     Run(tmp_path / "run").go(10, losses={2: 0.5, 4: 0.1, 6: 0.3, 8: 0.4, 10: 0.2})
     steps = [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run/checkpoints")[0]]
     assert steps == [4, 8, 10]
+
+
+def test_what_a_kill_left_is_dropped_with_the_old_ones(tmp_path):
+    Run(tmp_path / "run").go(6)
+    checkpoints = tmp_path / "run/checkpoints"
+    for name in (".step_000002.partial", ".step_000002.old", "step_000001"):
+        (checkpoints / name).mkdir()
+    (checkpoints / "step_000001/state.json").write_text('{"step": 1, "chain": "", "validation_loss": NaN}')
+    drop_old(checkpoints, keep=2)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000004", "step_000006"]
 
 
 def test_tuned_scales_are_what_the_model_sees_and_can_be_read(tmp_path):

@@ -1,0 +1,144 @@
+"""What each of three processes does for test_distributed.py: one scenario after the other, since starting torch is what costs.
+
+The model is a quadratic in float64: outputs x ∘ s of trained scales s, one loss Σ (x ∘ s - 1)² per example.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qzo_diffusion.core.errors import RankLost
+from qzo_diffusion.core.optimizer import make_optimizer, make_schedule
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.quant.base import fingerprint
+from qzo_diffusion.train import distributed
+from qzo_diffusion.train.distributed import join, leave
+from qzo_diffusion.train.loop import Probing, StepBatch, train
+
+NUMBERS, EXAMPLES, STEPS, LR, EPS = 12, 8, 6, 0.01, 1e-2
+CASES = {
+    "one direction": {"level": "dense", "units": "absolute"},
+    "two directions": {"level": "row", "optimizer": "adam", "num_directions": 2},
+    "per example": {"level": "row", "optimizer": "momentum", "per_example": True},
+}
+
+
+class Diagonal(nn.Module):
+    def __init__(self, scales):
+        super().__init__()
+        self.scales, self.out_features, self.bias = scales, len(scales), None
+
+    def forward(self, x):
+        return x * self.scales
+
+
+class Handle:
+    def __init__(self, module):
+        self.name, self.module = "diagonal", module
+
+    @property
+    def scales(self):
+        return self.module.scales
+
+    def show(self, scales):
+        self.module.scales = scales
+
+
+def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: None, **probing):
+    """Six steps of this rank's share of the batches; everything that ranks and single processes must agree on."""
+    model = Diagonal(torch.linspace(0.5, 1.5, NUMBERS, dtype=torch.float64))
+    scales = ScaleSet([Handle(model)])
+    numbers, records = parametrize(scales, level, units), []
+
+    def batch(step):
+        before(step)
+        x = torch.randn(EXAMPLES, NUMBERS, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        share = ranks.share(EXAMPLES)
+        return StepBatch(list(x[share].split(2)), first_example=share.start, examples=EXAMPLES)
+
+    outcome = train(
+        lambda x: (model(x) - 1).square().sum(-1),
+        batch,
+        numbers,
+        make_optimizer(optimizer),
+        Probing(seed=5, eps=EPS, **probing),
+        make_schedule("constant", LR, STEPS),
+        max_steps=STEPS,
+        on_step=records.append,
+        stop_requested=ranks.stop_agreed,
+        sum_over_ranks=ranks.sum,
+    )
+    told = [{key: value for key, value in record.as_dict().items() if key != "seconds"} for record in records]
+    trained = {name: tensor.tolist() for name, tensor in numbers.state().items()}
+    return {"records": told, "numbers": trained, "steps": outcome.steps_done, "stopped": outcome.stopped}, numbers
+
+
+def lost_after(action):
+    """The message of RankLost, and how long it took."""
+    began = time.monotonic()
+    try:
+        action()
+    except RankLost as error:
+        return {"message": str(error), "seconds": time.monotonic() - began}
+    return None
+
+
+def main(index, out, ports):
+    found = {}
+
+    def tell():
+        (out / f"process_{index}.json").write_text(json.dumps(found))
+
+    def become(rank, world, port, timeout):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        return join(timeout)
+
+    distributed.ROLL_CALL_SECONDS = 1.0
+    ranks = become(index, 3, ports[0], 20)
+    found["share"] = [ranks.share(EXAMPLES).start, ranks.share(EXAMPLES).stop]
+    for name, case in CASES.items():
+        sent = ranks.bytes_sent
+        found[name], numbers = run(ranks, **case)
+        found[name]["bytes"] = ranks.bytes_sent - sent
+    ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers")
+    if index == 2:
+        numbers.theta["row"][3] += 1e-15
+    found["deviating"] = lost_after(lambda: ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers"))
+
+    ranks.wants_stop = lambda: index == 1 and current[0] == 2
+    current = [0]
+    found["stop"], _ = run(ranks, level="row", before=lambda step: current.__setitem__(0, step))
+    ranks.wants_stop = lambda: False
+    ranks.wait()
+    tell()
+
+    def die(step):
+        if index == 2 and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    found["died"] = lost_after(lambda: run(ranks, level="row", before=die))
+    leave()
+
+    ranks = become(index, 2, ports[1], 2)
+    sent, exchanges = ranks.bytes_sent, ranks.exchanges
+    found["pair"], _ = run(ranks, level="row")
+    found["pair"] |= {"bytes": ranks.bytes_sent - sent, "exchanges": ranks.exchanges - exchanges}
+    tell()
+
+    def hang(step):
+        if index == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    found["hung"] = lost_after(lambda: run(ranks, level="row", before=hang))
+    tell()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
