@@ -210,7 +210,9 @@ class _Factors:
         bias = handle.module.bias
         self._rest = None
         if isinstance(bias, Tensor) and self._output is not None:
-            self._rest = (1 - self._output).mul_(bias.to(self._output.dtype))
+            kept = 1 - self._output
+            whole_layer = kept.shape[1] == 1
+            self._rest = kept * bias.to(kept.dtype) if whole_layer else kept.mul_(bias.to(kept.dtype))
         self.scales_inputs = gain.input is not None
 
     def of_input(self, x: Tensor) -> Tensor:
