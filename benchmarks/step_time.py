@@ -24,6 +24,7 @@ from torch import nn
 
 from benchmarks.record import write_results
 from qzo_diffusion import resources
+from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd
@@ -31,7 +32,6 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sd3 import load_transformer
-from qzo_diffusion.quant.base import DIFFUSION_SKIP
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
@@ -64,7 +64,7 @@ def build_model(name: str, dtype: torch.dtype) -> nn.Module:
             qk_norm="rms_norm",
         )
         model = model.to(dtype).eval().requires_grad_(False)
-    quantize_(model, skip=DIFFUSION_SKIP)
+    quantize_(model, skip=QuantConfig().skip)
     return model
 
 

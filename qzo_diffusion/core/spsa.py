@@ -106,7 +106,7 @@ def estimate(
         sum_over_ranks: exchanges a count and two sums per direction, once a step.
 
     Raises:
-        ValueError: `per_example` with numbers that have no gains.
+        ValueError: `per_example` with numbers that have no gains, or an objective that gives one loss for a whole batch.
     """
     probe = _together if together and parametrization.has_gains else _by_gains if per_example else _by_views
     plus, minus = [0.0] * len(directions), [0.0] * len(directions)
@@ -114,7 +114,10 @@ def estimate(
         start = first_example
         for micro_batch in micro_batches:
             stop = start + len(micro_batch)  # type: ignore[arg-type]
-            plus[start:stop], minus[start:stop] = probe(objective, micro_batch, parametrization, directions[start:stop], eps)
+            losses = probe(objective, micro_batch, parametrization, directions[start:stop], eps)
+            if len(losses[0]) != stop - start:
+                raise ValueError(f"{len(losses[0])} losses for {stop - start} examples: per_example needs one loss per example")
+            plus[start:stop], minus[start:stop] = losses
             start = stop
         both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
         return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold)
@@ -141,6 +144,8 @@ def _together(
         return _by_gains(objective, batch, numbers, directions, eps)
     with numbers.scales.showing(gains=numbers.gains(directions, [eps, -eps])):
         losses = sample_losses(objective, twice)
+    if len(losses) != len(twice):  # one loss for the whole batch: the two signs must be told apart by two forwards
+        return _by_gains(objective, batch, numbers, directions, eps)
     return losses[: len(losses) // 2], losses[len(losses) // 2 :]
 
 

@@ -16,9 +16,6 @@ from qzo_diffusion.core.errors import ModelError
 QuantType = Literal["nf4", "fp4"]
 MakeLayer = Callable[[nn.Linear], nn.Module]
 
-DIFFUSION_SKIP = ("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out")
-"""Input, output and embedding layers of an SD3 transformer: 0.5 % of the weights, and the ones that hurt when quantized."""
-
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
     """True when a part of the dotted module name is in `skip`, or the name starts with an entry that has dots itself."""

@@ -180,3 +180,20 @@ def test_a_batch_that_can_not_be_repeated_is_run_twice():
     found = estimate(objective, [{"x": inputs(4)}], parametrize(scales, "row"), [Direction(0, 0)], eps=1e-2)
     assert calls == [4, 4]
     assert found.directional_derivative[0] != 0
+
+
+def test_one_loss_for_a_whole_batch_is_probed_by_two_forwards():
+    model, scales = scaled_network(dtype=torch.float64)
+    x, direction = inputs(dtype=torch.float64), Direction(0, 0)
+    found = [
+        estimate(objective, [x], parametrize(scales, "row"), [direction], eps=1e-2).directional_derivative[0]
+        for objective in (squared_output(model), lambda batch: squared_output(model)(batch).mean())
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_examples_with_directions_of_their_own_need_a_loss_each():
+    model, scales = scaled_network()
+    directions = directions_of_step(0, 0, 6, "rademacher")
+    with pytest.raises(ValueError, match="1 losses for 6 examples"):
+        estimate(lambda x: model(x).mean(), [inputs()], parametrize(scales, "row"), directions, eps=1e-2, per_example=True)
