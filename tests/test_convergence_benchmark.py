@@ -57,8 +57,9 @@ METHODS = ["row_cosine", "paper_relative", "paper_absolute", "row_momentum", "ro
 
 
 @pytest.mark.parametrize("name", [*METHODS, "first_order_dense"])
-def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, name):
-    cell = small(name, -4, steps=101)  # an evaluation every second step
+def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(cells, "EVALUATIONS", 10)  # every third step
+    cell = small(name, -4, steps=32)
     whole, task = folders(tmp_path), SmallTask()
     expected = run_cell(cell, task, whole)
     untouched = SmallTask().scales.tensors()
@@ -68,7 +69,7 @@ def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, name):
     parts, result, stops = folders(tmp_path, "parts"), None, 0
     while result is None:
         assert stops < 20
-        result = run_cell(cell, SmallTask(), parts, stop_requested=stop_after(30 + stops))
+        result = run_cell(cell, SmallTask(), parts, stop_requested=stop_after(9 + stops))
         stops += 1
     assert stops > 3
     for key in ("curve", "final_loss", "start_loss", "steps", "settings", "ended"):
