@@ -138,6 +138,8 @@ class Style:
 
     def missing(self) -> list[str]:
         """Sentences."""
+        if self.start is None:
+            return ["no cell is finished"]
         found = []
         for name, family in FAMILIES.items():
             if family.same_rate_as and rate_of(family, self.data, self._final) is None:
@@ -153,6 +155,11 @@ class Style:
             if not left and finished_seeds < wanted:
                 found.append(f"{name}: {finished_seeds} of {wanted} seeds finished")
         return found
+
+    def provisional(self) -> list[str]:
+        """What of the missing could still change the default's ratio."""
+        decisive = (*REFERENCES, DEFAULT, FIRST_ORDER)
+        return [sentence for sentence in self.missing() if sentence.partition(":")[0] in decisive]
 
     @staticmethod
     def _at_edge(family: Family, tried: Mapping[int, float]) -> bool:
@@ -181,6 +188,7 @@ class Style:
             "reference_trained": self.trained(),
             "target_loss": self.target,
             "families": families,
+            "provisional_because": self.provisional(),
             "missing": self.missing(),
         }
 
@@ -198,6 +206,7 @@ def figures(results: Results) -> dict[str, Any]:
             "geometric_mean": geometric_mean(list(known.values())) if known else None,
             "styles": sorted(known),
             "missing": [data for data in DATA if data not in known],
+            "provisional_because": [f"{data}: {reason}" for data in sorted(known) for reason in styles[data].provisional()],
         },
         "missing": ["SST-2: not part of this benchmark yet", *(f"{data}: {m}" for data in DATA for m in styles[data].missing())],
         "curves": {name: result["curve"] for name, result in sorted(results.items())},
@@ -237,6 +246,8 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
         + (f"{mean:.1f} times fewer example-forwards, geometric mean over {', '.join(covered)}" if mean else "not measured yet")
         + (f"; missing or not reached: {', '.join(default['missing'])}.**" if default["missing"] else ".**")
     )
+    if default["provisional_because"]:
+        lines += ["", f"This is provisional: {'; '.join(default['provisional_because'])}."]
     for data in DATA:
         style = Style(data, results)
         lines += ["", f"### {data}", ""]
