@@ -308,10 +308,13 @@ def plot(results: Results, path: Path) -> None:
             panel.fill_between(spent, [min(v) for v in losses], [max(v) for v in losses], color=drawn.get_color(), alpha=0.2)
         if style.target is not None:
             panel.axhline(style.target, color="grey", linewidth=0.7)
+        if style.start is None:
+            panel.set_axis_off()
+            continue
         panel.set_xscale("symlog", linthresh=320)
+        panel.set_xlim(left=0)
         panel.set_xlabel("example-forwards (first order: examples forwards and backwards)")
-        if panel.lines:
-            panel.legend(fontsize=7)
+        panel.legend(fontsize=7)
     panels[0].set_ylabel("held-out velocity loss")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
