@@ -1,0 +1,77 @@
+"""How soon each method gets how far: `python -m benchmarks.convergence run --data FOLDER`, then `... report`.
+
+`run` works through all cells that are not finished yet, one after the other, and can be stopped at any time: the same command goes
+on. `--cells 'fluent_mono/row_*'` names some of them, `--minutes 30` ends cleanly after that time. `report` writes the JSON, the
+table and the plot from whatever is finished.
+"""
+
+import argparse
+import sys
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+
+from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
+from benchmarks.convergence.methods import DATA, Cell, open_cells
+from benchmarks.convergence.report import write_report
+from benchmarks.convergence.tasks import Task, open_task
+from benchmarks.record import RESULTS
+from qzo_diffusion.train.interrupt import stop_on_signal
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def wanted(cell: Cell, patterns: str) -> bool:
+    """Whether one of the patterns, parted by commas, names the cell: `openmoji/*`, `*/row_cosine_*`."""
+    return any(fnmatch(cell.name, pattern) for pattern in patterns.split(","))
+
+
+def run(data: Path, folders: Folders, patterns: str, minutes: float | None) -> bool:
+    """Returns whether nothing of what was asked for is left."""
+    end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    # The folder is not recorded: it is of one machine, and its content is described in the documentation.
+    command = f"python -m benchmarks.convergence run --data FOLDER --cells '{patterns}'"
+    with stop_on_signal(say) as stop:
+        for name in DATA:
+            task: Task | None = None
+            while cells := [cell for cell in open_cells(name, final_losses(finished(folders.results))) if wanted(cell, patterns)]:
+                if stop.is_set() or time.monotonic() >= end:
+                    return False
+                task = task or open_task(name, data, folders.cache)
+                result = run_cell(
+                    cells[0],
+                    task,
+                    folders,
+                    stop_requested=lambda: stop.is_set() or time.monotonic() >= end,
+                    command=command,
+                    show=True,
+                )
+                if result is None:
+                    say(f"{cells[0].name}: stopped; the same command goes on")
+                    return False
+                say(f"{cells[0].name}: {result['start_loss']:.4f} -> {result['curve'][-1][1]}, ended by {result['ended']}")
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    runs, reports = verbs.add_parser("run", help="run cells"), verbs.add_parser("report", help="write table, plot and JSON")
+    for verb in (runs, reports):
+        verb.add_argument("--results", type=Path, default=RESULTS, help="the folder with cells/ and convergence.json")
+    runs.add_argument("--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json")
+    runs.add_argument("--cells", default="*", metavar="PATTERN", help="DATA/METHOD_SEED with wildcards, several parted by commas")
+    runs.add_argument("--minutes", type=float, help="stop after this time, with the cell in hand checkpointed")
+    runs.add_argument("--cache", type=Path, default=Path.home() / ".cache/qzo_diffusion/convergence", help="for checkpoints")
+    arguments = parser.parse_args()
+    if arguments.verb == "report":
+        write_report(arguments.results)
+    else:
+        folders = Folders(arguments.results / "cells", arguments.cache)
+        sys.exit(0 if run(arguments.data, folders, arguments.cells, arguments.minutes) else 75)
+
+
+if __name__ == "__main__":
+    main()

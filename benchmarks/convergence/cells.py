@@ -1,0 +1,342 @@
+"""One cell: a run that can be stopped anywhere and goes on as if it had not been, and its result as a JSON file.
+
+The trained numbers, the optimizer's state and the curve so far are in one file outside of the results, replaced as a whole. Data,
+directions and noise follow from (seed, step), so nothing random has to be saved.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.convergence.methods import FAMILIES, Cell, Method
+from benchmarks.convergence.tasks import Task
+from benchmarks.record import provenance
+from qzo_diffusion.core.dense import Dense
+from qzo_diffusion.core.errors import TrainingDiverged
+from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.oracle import exact_gradient
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.train.loop import Probing, StepRecord, train
+from qzo_diffusion.train.run_folder import write_whole
+
+EVALUATIONS = 50  # every 2 % of the budget
+CPU_LIMIT_SECONDS = 40 * 60
+CHECKPOINT_SECONDS = 60
+DIVERGED = 4.0  # times the loss at the start: no rate that is this far off comes back, and the time is better spent
+
+Curve = list[tuple[int, float | None]]
+"""(example-forwards spent on training, held-out loss; None where it was not finite)."""
+
+
+@dataclass
+class Progress:
+    """How far a cell is; seconds are those of training, of evaluation, and of the processor for both."""
+
+    step: int = 0
+    phase: int = 0
+    curve: Curve = field(default_factory=list)
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+class ExactAdam:
+    """Adam on a gradient that is known; betas as in `core.optimizer.Adam`."""
+
+    def __init__(self, beta1: float = 0.9, beta2: float = 0.99, tiny: float = 1e-8) -> None:
+        self.beta1, self.beta2, self.tiny = beta1, beta2, tiny
+        self._count = 0
+        self._moments: dict[str, Tensor] = {}
+
+    def step_(self, numbers: Parametrization, gradient: dict[str, Tensor], lr: float) -> None:
+        self._count += 1
+        bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
+        for name, slope in gradient.items():
+            first = self._moments.setdefault(f"first.{name}", torch.zeros_like(slope))
+            second = self._moments.setdefault(f"second.{name}", torch.zeros_like(slope))
+            first.mul_(self.beta1).add_(slope * (1 - self.beta1))
+            second.mul_(self.beta2).add_(slope * slope * (1 - self.beta2))
+            numbers.add_(name, first / (torch.sqrt(second / bias2) + self.tiny) * (-lr / bias1))
+
+    def state(self) -> dict[str, Tensor]:
+        return self._moments | {"count": torch.tensor(self._count)}
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        self._count = int(state["count"])
+        self._moments = {name: tensor.clone() for name, tensor in state.items() if name != "count"}
+
+
+class CellRun:
+    """A cell between two steps. `close` puts the model back to what it was."""
+
+    def __init__(self, cell: Cell, task: Task, checkpoint: Path) -> None:
+        self.cell, self.method, self._task, self._checkpoint = cell, cell.method, task, checkpoint
+        self._initial = {name: live.clone() for name, live in task.scales.tensors().items()}
+        self._batches = task.batches(cell.seed, cell.method.batch)
+        self.progress = Progress()
+        self._enter(0)
+        self._load_()
+
+    def close(self) -> None:
+        for name, live in self._task.scales.tensors().items():
+            live.copy_(self._initial[name])
+
+    def _enter(self, phase: int) -> None:
+        settings = self.method.phases[phase]
+        self.progress.phase = phase
+        self.numbers = parametrize(self._task.scales, settings.level, settings.units)
+        self.optimizer: Any = ExactAdam() if self.method.first_order else make_optimizer(settings.optimizer)
+
+    def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
+        """Go on to step `target`, through as many phases as that takes, or until asked to stop.
+
+        Raises:
+            TrainingDiverged: the losses are no numbers any more.
+        """
+        ends = self.method.ends()
+        began, cpu = time.perf_counter(), time.process_time()
+        try:
+            while self.progress.step < target and not stop_requested():
+                if self.progress.step >= ends[self.progress.phase]:
+                    self.numbers.merge_()
+                    self._enter(self.progress.phase + 1)
+                stop = min(target, ends[self.progress.phase])
+                (self._exact_steps if self.method.first_order else self._probed_steps)(stop, stop_requested)
+        finally:
+            self.progress.train_seconds += time.perf_counter() - began
+            self.progress.cpu_seconds += time.process_time() - cpu
+
+    def _probed_steps(self, stop: int, stop_requested: Callable[[], bool]) -> None:
+        settings, progress = self.method.phases[self.progress.phase], self.progress
+
+        def note(record: StepRecord) -> None:
+            progress.step = record.step + 1
+            progress.skipped += record.skipped
+            progress.bad_in_a_row = progress.bad_in_a_row + 1 if record.skipped else 0
+
+        probing = Probing(
+            seed=self.cell.seed,
+            eps=settings.eps,
+            per_example=settings.per_example,
+            distribution=settings.directions,
+            clip_threshold=settings.clip_threshold,
+        )
+        optimizer: Optimizer = self.optimizer
+        train(
+            self._task.objective,
+            self._batches,
+            self.numbers,
+            optimizer,
+            probing,
+            self._schedule(),
+            max_steps=stop,
+            first_step=progress.step,
+            bad_steps_before=progress.bad_in_a_row,
+            on_step=note,
+            stop_requested=stop_requested,
+        )
+
+    def _schedule(self) -> Schedule:
+        """Of the phase, which begins where the one before ends."""
+        phase, ends = self.progress.phase, self.method.ends()
+        start = ends[phase - 1] if phase else 0
+        settings = self.method.phases[phase]
+        of_phase = make_schedule(settings.schedule, self.method.lr * settings.rate, ends[phase] - start)
+        return lambda step: of_phase(step - start)
+
+    def _exact_steps(self, stop: int, stop_requested: Callable[[], bool]) -> None:
+        assert isinstance(self.numbers, Dense | Grouped)
+        schedule = self._schedule()
+        while self.progress.step < stop and not stop_requested():
+            batch = self._batches(self.progress.step)
+            gradient = exact_gradient(self._task.objective, batch.micro_batches, self.numbers, self._task.handles())
+            if not all(bool(slope.isfinite().all()) for slope in gradient.values()):
+                raise TrainingDiverged(
+                    "a gradient that is NaN or infinite", "finite numbers", "lower the rate", steps_done=self.progress.step
+                )
+            self.optimizer.step_(self.numbers, gradient, schedule(self.progress.step))
+            self.progress.step += 1
+
+    def evaluate(self) -> float:
+        """Append the held-out loss to the curve."""
+        began, cpu = time.perf_counter(), time.process_time()
+        with self._task.scales.showing(self.numbers.view()):
+            loss = mean_loss(self._task.objective, self._task.held_out)
+        spent = self.progress.step * self.method.cost_of_step
+        self.progress.curve.append((spent, loss if math.isfinite(loss) else None))
+        self.progress.evaluate_seconds += time.perf_counter() - began
+        self.progress.cpu_seconds += time.process_time() - cpu
+        return loss
+
+    def save(self) -> None:
+        """Everything that a resumed run needs; the live scales too, since dense numbers and merged phases are in them."""
+        tensors = {f"scales.{name}": live for name, live in self._task.scales.tensors().items()}
+        tensors |= {f"numbers.{name}": tensor for name, tensor in self.numbers.state().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        notes = {"settings": json.dumps(self.method.settings()), "progress": json.dumps(asdict(self.progress))}
+        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._checkpoint, save(plain, metadata=notes))
+
+    def _load_(self) -> None:
+        """Go on from the checkpoint; one of other settings, or a damaged one, is of no use and the cell begins anew."""
+        if not self._checkpoint.exists():
+            return
+        try:
+            with safe_open(str(self._checkpoint), framework="pt") as file:
+                notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return
+        if json.loads(notes["settings"]) != self.method.settings():
+            return
+        progress = Progress(**json.loads(notes["progress"]))
+        progress.curve = [(spent, loss) for spent, loss in progress.curve]
+        for name, live in self._task.scales.tensors().items():
+            live.copy_(tensors[f"scales.{name}"])
+        self.progress = progress
+        self._enter(progress.phase)
+        for part, prefix in ((self.numbers, "numbers."), (self.optimizer, "optimizer.")):
+            part.load_state_({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+
+    def drop(self) -> None:
+        self._checkpoint.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Folders:
+    """results: finished cells, in the repository; cache: checkpoints and encoded data, outside of it."""
+
+    results: Path
+    cache: Path
+
+    def result(self, cell: Cell) -> Path:
+        return self.results / f"{cell.name}.json"
+
+    def checkpoint(self, cell: Cell) -> Path:
+        return self.cache / "cells" / f"{cell.name}.safetensors"
+
+
+def run_cell(
+    cell: Cell,
+    task: Task,
+    folders: Folders,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    command: str | None = None,
+    show: bool = False,
+) -> dict[str, Any] | None:
+    """The result of the cell, which is also written; None when it was stopped, and then its checkpoint is.
+
+    Args:
+        command: recorded instead of this process's own, which may name folders of one machine.
+        show: a progress bar with the rate and the time at which the cell will end.
+    """
+    run = CellRun(cell, task, folders.checkpoint(cell))
+    try:
+        ended = _run(run, stop_requested, show)
+        if ended is None:
+            run.save()
+            return None
+        result = _result(run, ended) | {"provenance": provenance() | ({"command": command} if command else {})}
+        folders.result(cell).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folders.result(cell), (to_json(result) + "\n").encode())
+        run.drop()
+        return result
+    finally:
+        run.close()
+
+
+def _run(run: CellRun, stop_requested: Callable[[], bool], show: bool) -> str | None:
+    """Why the cell ended; None when it was asked to."""
+    progress, total = run.progress, run.method.steps
+    every = max(1, total // EVALUATIONS)
+    saved = time.monotonic()
+    shape = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {rate_fmt}, ends {eta:%H:%M:%S}{postfix}"
+    with tqdm(total=total, initial=progress.step, desc=run.cell.name, unit="step", bar_format=shape, disable=not show) as bar:
+        while True:
+            due = progress.step % every == 0 or progress.step == total
+            if due and (not progress.curve or progress.curve[-1][0] < progress.step * run.method.cost_of_step):
+                loss = run.evaluate()
+                bar.set_postfix(loss=f"{loss:.4f}")
+                if not loss <= DIVERGED * (progress.curve[0][1] or math.inf):  # NaN too
+                    return "diverged"
+            if progress.step == total:
+                return "budget"
+            if progress.cpu_seconds > CPU_LIMIT_SECONDS:
+                return "time limit"
+            if stop_requested():
+                return None
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                run.save()
+                saved = time.monotonic()
+            try:
+                run.advance(min(total, (progress.step // every + 1) * every), stop_requested)
+            except TrainingDiverged:
+                return "diverged"
+            bar.update(progress.step - bar.n)
+
+
+def _result(run: CellRun, ended: str) -> dict[str, Any]:
+    progress = run.progress
+    return {
+        "cell": run.cell.name,
+        "data": run.cell.data,
+        "seed": run.cell.seed,
+        "settings": run.method.settings(),
+        "unit": "examples forwards and backwards" if run.method.first_order else "example-forwards",
+        "ended": ended,
+        "start_loss": progress.curve[0][1],
+        "final_loss": progress.curve[-1][1] if ended != "diverged" else None,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped,
+        "seconds": {
+            "train": round(progress.train_seconds, 1),
+            "evaluate": round(progress.evaluate_seconds, 1),
+            "processor": round(progress.cpu_seconds, 1),
+        },
+        "curve": progress.curve,
+    }
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """Indented, but a curve's points side by side: a file of five hundred lines a curve is no help to anybody."""
+    shell = {key: value for key, value in content.items() if key != "curve"}
+    points = ", ".join(json.dumps(point) for point in content["curve"])
+    return json.dumps(shell, indent=1).removesuffix("\n}") + f',\n "curve": [{points}]\n}}'
+
+
+def finished(results: Path) -> dict[str, dict[str, Any]]:
+    """Results by the cell's name; one whose settings are no longer those of the table does not count."""
+    found = {}
+    for path in sorted(results.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        if result["settings"] == _settings_now(result["settings"]):
+            found[result["cell"]] = result
+    return found
+
+
+def _settings_now(settings: dict[str, Any]) -> dict[str, Any] | None:
+    family = FAMILIES.get(settings["name"].rpartition("_lr")[0])
+    if family is None:
+        return None
+    now = family.template
+    return Method(settings["name"], settings["lr"], now.phases, now.first_order, now.batch, now.budget).settings()
+
+
+def final_losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {name: math.inf if result["final_loss"] is None else result["final_loss"] for name, result in results.items()}

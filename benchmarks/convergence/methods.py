@@ -1,0 +1,225 @@
+"""What is compared: one table of settings, and which cells follow from it and from the cells that are finished.
+
+A family is one method with a grid of learning rates, all powers of √10. Its first seed runs over the grid, which grows by itself
+while the best rate lies at its edge; further seeds run at the best rate only. A cell is one of those runs on one set of data.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from qzo_diffusion.core.noise import Distribution
+from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
+from qzo_diffusion.core.parametrize import Level, Units
+
+DATA = ("fluent_mono", "openmoji", "fluent3d")  # every one is a Task (benchmarks.convergence.tasks)
+BUDGET, LONG_BUDGET = 16_000, 64_000  # example-forwards: one example through the model once
+FIRST_ORDER_STEPS = 200
+DEFAULT = "row_cosine"
+MOST_EXTENSIONS = 6  # rates beyond the stated grid; then the report says that the best is at the edge
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: which numbers are trained, how they are probed, and what is done with the estimate.
+
+    rate: the learning rate as a multiple of the family's; the schedule runs over this phase alone.
+    share: of the run's steps. eps in the units of the numbers.
+    """
+
+    level: Level
+    rate: float = 1.0
+    share: float = 1.0
+    units: Units = "relative"
+    eps: float = 1e-2
+    directions: Distribution = "rademacher"
+    per_example: bool = False
+    clip_threshold: float | None = None
+    optimizer: OptimizerName = "sgd"
+    schedule: ScheduleName = "constant"
+
+
+@dataclass(frozen=True)
+class Method:
+    """All settings of a run but its data and its seed.
+
+    budget: example-forwards; with `first_order`, examples that went forwards and backwards, counted apart. Noise levels of
+    training are uniform and stratified for every method, as those of the held-out loss are.
+    """
+
+    name: str
+    lr: float
+    phases: tuple[Phase, ...]
+    first_order: bool = False
+    batch: int = 16
+    budget: int = BUDGET
+
+    @property
+    def cost_of_step(self) -> int:
+        """A probe is two forwards of every example."""
+        return self.batch if self.first_order else 2 * self.batch
+
+    @property
+    def steps(self) -> int:
+        return self.budget // self.cost_of_step
+
+    def ends(self) -> list[int]:
+        """The step after the last of each phase."""
+        done, ends = 0.0, []
+        for phase in self.phases:
+            done += phase.share
+            ends.append(round(self.steps * done))
+        return ends
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self) | {"phases": [asdict(phase) for phase in self.phases]}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A method at several learning rates.
+
+    exponents: of √10, the grid; a single one is a rate that was settled before and is not extended.
+    seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid.
+    """
+
+    template: Method
+    exponents: tuple[int, ...]
+    what: str
+    seeds: int = 1
+    same_rate_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.template.name
+
+    def at(self, exponent: int) -> Method:
+        lr = rate(exponent)
+        return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: `data/method_seed` names it and its file."""
+
+    data: str
+    method: Method
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.method.name}_{self.seed}"
+
+
+def rate(exponent: int) -> float:
+    """√10 to the power of `exponent`, to six digits, so that files and tables can name it."""
+    return float(f"{math.sqrt(10) ** exponent:.6g}")
+
+
+def _method(name: str, *phases: Phase, **settings: Any) -> Method:
+    return Method(name, lr=math.nan, phases=phases, **settings)
+
+
+def _families() -> Iterator[Family]:
+    exact: tuple[Level, ...] = ("row", "dense", "layer")
+    for level in exact:
+        yield Family(
+            _method(f"first_order_{level}", Phase(level), first_order=True, budget=FIRST_ORDER_STEPS * 16),
+            (-4, -3, -2),
+            f"Adam on the exact gradient, one number per {'scale' if level == 'dense' else level}, {FIRST_ORDER_STEPS} steps",
+        )
+    cosine = Phase("row", per_example=True, schedule="cosine")
+    yield Family(_method(DEFAULT, cosine), (-2,), "rows, a direction per example, SGD with cosine: the demo's settings", seeds=3)
+    relative = Phase("dense")
+    yield Family(
+        _method("paper_relative", relative),
+        (-5, -4, -3, -2, -1),
+        "reference: dense, relative units, one Rademacher direction, SGD",
+        seeds=3,
+    )
+    absolute = Phase("dense", units="absolute", eps=1e-3, directions="gaussian", clip_threshold=100)
+    yield Family(
+        _method("paper_absolute", absolute),
+        (-7, -6, -5, -4, -3),
+        "reference: dense, absolute units, one Gaussian direction, clipped at 100, SGD",
+        seeds=3,
+    )
+    grouped: tuple[Level, ...] = ("layer", "row", "column", "separable")
+    for level in grouped:
+        numbers = "rows and columns" if level == "separable" else f"{level}s"
+        yield Family(_method(f"{level}_shared", Phase(level)), (-4, -3, -2), f"{numbers}, one shared direction, SGD")
+        each = Phase(level, per_example=True)
+        yield Family(_method(f"{level}_per_example", each), (-3, -2, -1), f"{numbers}, a direction per example, SGD")
+    moved = replace(cosine, optimizer="momentum")
+    yield Family(_method("row_momentum", moved), (-3, -2, -1), "rows, a direction per example, momentum with cosine")
+    adam = replace(cosine, optimizer="adam")
+    yield Family(_method("row_adam", adam), (-6, -5, -4), "rows, a direction per example, Adam with cosine")
+    layers = Phase("layer", rate=0.1, share=0.2, per_example=True)
+    fine = replace(cosine, share=0.8)
+    yield Family(
+        _method("coarse_to_fine", layers, fine), (-3, -2, -1), "layers for a fifth at a tenth of the rate, then rows with cosine"
+    )
+    short = _method(f"{DEFAULT}_short", cosine, budget=BUDGET // 10)
+    yield Family(short, (-2,), "the same with its cosine over a tenth of the budget")
+    yield Family(_method(f"{DEFAULT}_long", cosine, budget=LONG_BUDGET), (-2,), "the default over the long budget")
+    for name, phase in (("paper_relative", relative), ("paper_absolute", absolute)):
+        long = _method(f"{name}_long", phase, budget=LONG_BUDGET)
+        yield Family(long, (), f"{name} over the long budget", same_rate_as=name)
+
+
+REFERENCES = ("paper_relative", "paper_absolute")
+FIRST_ORDER = "first_order_dense"  # its gain is what shares are shares of
+FAMILIES = {family.name: family for family in _families()}
+
+
+def best_exponent(final: Mapping[int, float]) -> int | None:
+    """The rate with the lowest final loss; a run that diverged has an infinite one. None without any finite one."""
+    finite = {exponent: loss for exponent, loss in final.items() if math.isfinite(loss)}
+    return min(finite, key=lambda exponent: (finite[exponent], exponent)) if finite else None
+
+
+def next_exponents(grid: Sequence[int], final: Mapping[int, float]) -> list[int]:
+    """Rates that are still to run: those of the grid, then one beyond the edge that is best, until the best has both neighbours."""
+    missing = [exponent for exponent in grid if exponent not in final]
+    if missing or len(grid) <= 1:
+        return missing
+    best = best_exponent(final)
+    if best is None:  # all diverged
+        best = min(final)
+    beyond = [exponent for exponent in (best - 1, best + 1) if exponent not in final]
+    return beyond[:1] if len(final) < len(grid) + MOST_EXTENSIONS else []
+
+
+def settled_exponent(grid: Sequence[int], final: Mapping[int, float]) -> int | None:
+    """The best rate once nothing of the grid is left to run."""
+    return None if next_exponents(grid, final) else best_exponent(final)
+
+
+FinalLosses = Mapping[str, float]
+"""Name of a finished cell -> its last held-out loss, infinite where it diverged."""
+
+
+def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int = 0) -> dict[int, float]:
+    tried = range(-24, 13)
+    names = {exponent: Cell(data, family.at(exponent), seed).name for exponent in tried}
+    return {exponent: final[name] for exponent, name in names.items() if name in final}
+
+
+def rate_of(family: Family, data: str, final: FinalLosses) -> int | None:
+    """The exponent of the rate at which the family is compared; None while its grid is not finished."""
+    source = FAMILIES[family.same_rate_as] if family.same_rate_as else family
+    return settled_exponent(source.exponents, final_by_exponent(source, data, final))
+
+
+def open_cells(data: str, final: FinalLosses) -> list[Cell]:
+    """The cells that can be run now, in the order of the table. More of them follow from the results of these."""
+    cells: list[Cell] = []
+    for family in FAMILIES.values():
+        found = final_by_exponent(family, data, final)
+        if not family.same_rate_as:
+            cells += [Cell(data, family.at(exponent), 0) for exponent in next_exponents(family.exponents, found)]
+        best = rate_of(family, data, final)
+        if best is not None:
+            cells += [Cell(data, family.at(best), seed) for seed in range(family.seeds)]
+    return [cell for cell in cells if cell.name not in final]

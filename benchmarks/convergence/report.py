@@ -1,0 +1,334 @@
+"""From finished cells to figures: the JSON, the table between two markers of docs/convergence.md, and the plot.
+
+Whatever is missing is named and left out of every mean; nothing stands in for it.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.convergence.cells import final_losses, finished
+from benchmarks.convergence.methods import (
+    BUDGET,
+    DATA,
+    DEFAULT,
+    FAMILIES,
+    FIRST_ORDER,
+    REFERENCES,
+    Cell,
+    Family,
+    best_exponent,
+    final_by_exponent,
+    next_exponents,
+    rate,
+    rate_of,
+)
+from benchmarks.record import provenance, write_results
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT, PLOT = ROOT / "docs/convergence.md", ROOT / "docs/images/convergence.png"
+BEGIN, END = "<!-- table: written by `python -m benchmarks.convergence report` -->", "<!-- end of table -->"
+TRAINED = 0.05  # of the first-order gain; a reference below it did not train
+
+Results = Mapping[str, Mapping[str, Any]]
+Point = Sequence[Any]
+
+
+def crossing(curve: Sequence[Point], target: float) -> float | None:
+    """Example-forwards at which the loss first is `target` or less, linear between evaluations; None when it never is."""
+    before: tuple[float, float] | None = None
+    for spent, loss in curve:
+        if loss is not None and loss <= target:
+            if before is None:
+                return float(spent)
+            at, above = before
+            return at + (spent - at) * (above - target) / (above - loss)
+        before = None if loss is None else (spent, loss)
+    return None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": math.fsum(values) / len(values), "low": min(values), "high": max(values), "seeds": len(values)}
+
+
+def budget_ratio(curves: Sequence[Sequence[Point]], target: float, budget: int) -> dict[str, float] | None:
+    """How many times fewer example-forwards than `budget` reach `target`.
+
+    The mean is that of the forwards over the seeds, not of the ratios, which a single lucky seed would lift. None when a seed
+    never gets there, or when there was nothing to reach.
+    """
+    found = [crossing(curve, target) for curve in curves]
+    reached = [at for at in found if at is not None and at > 0]
+    if len(reached) < len(curves) or not reached:
+        return None
+    ratios = [budget / at for at in reached]
+    return spread(ratios) | {"mean": budget / spread(reached)["mean"]}
+
+
+def share_of_gain(start: float, final: float, best: float) -> float:
+    """Of the way from `start` to the first-order `best`."""
+    return (start - final) / (start - best)
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def _curve(result: Mapping[str, Any]) -> Sequence[Point]:
+    curve: Sequence[Point] = result["curve"]
+    return curve
+
+
+class Style:
+    """What the finished cells say about one set of data."""
+
+    def __init__(self, data: str, results: Results) -> None:
+        self.data, self.results = data, results
+        self._final = final_losses(results)
+        self.runs = {name: self._runs(family) for name, family in FAMILIES.items()}
+        self.start = next((run["start_loss"] for runs in self.runs.values() for run in runs), None)
+        self.best = self._lowest(FIRST_ORDER)
+        self.reference = self._reference()
+        self.target = spread([run["final_loss"] for run in self.runs[self.reference]])["mean"] if self.reference else None
+
+    def exponent(self, family: Family) -> int | None:
+        """The rate compared: the settled one, else the best of those finished, None when there is none that held."""
+        settled = rate_of(family, self.data, self._final)
+        return settled if settled is not None else best_exponent(final_by_exponent(family, self.data, self._final))
+
+    def _runs(self, family: Family) -> list[Mapping[str, Any]]:
+        """The seeds at that rate that did not diverge."""
+        exponent = self.exponent(family)
+        if exponent is None:
+            return []
+        cells = [Cell(self.data, family.at(exponent), seed) for seed in range(family.seeds)]
+        found = [self.results[cell.name] for cell in cells if cell.name in self.results]
+        return [result for result in found if result["final_loss"] is not None]
+
+    def _lowest(self, name: str) -> float | None:
+        """Of the whole curve: more steps of the first order may overfit, and its best is what there was to reach."""
+        losses = [loss for run in self.runs[name] for _, loss in _curve(run) if loss is not None]
+        return min(losses) if losses else None
+
+    def _reference(self) -> str | None:
+        """The better of those whose grid is finished."""
+        ready = [name for name in REFERENCES if rate_of(FAMILIES[name], self.data, self._final) is not None and self.runs[name]]
+        return min(ready, key=lambda name: self.runs[name][0]["final_loss"], default=None)
+
+    def share(self, name: str) -> dict[str, float] | None:
+        """Of the gain that first order on dense scales reaches. First-order families count with their lowest loss, too."""
+        if self.best is None or self.start is None or not self.runs[name]:
+            return None
+        if FAMILIES[name].template.first_order:
+            return spread([share_of_gain(self.start, self._lowest(name) or math.nan, self.best)])
+        return spread([share_of_gain(self.start, run["final_loss"], self.best) for run in self.runs[name]])
+
+    def trained(self) -> bool | None:
+        """Whether the reference reached enough of the first-order gain to be compared with; None while that is not known."""
+        found = self.share(self.reference) if self.reference else None
+        return None if found is None else found["mean"] >= TRAINED
+
+    def ratio(self, name: str) -> dict[str, float] | None:
+        family = FAMILIES[name]
+        if self.target is None or not self.runs[name] or family.template.first_order or self.trained() is False:
+            return None
+        return budget_ratio([_curve(run) for run in self.runs[name]], self.target, BUDGET)
+
+    def missing(self) -> list[str]:
+        """Sentences."""
+        if self.start is None:
+            return ["no cell is finished"]
+        found = []
+        for name, family in FAMILIES.items():
+            if family.same_rate_as and rate_of(family, self.data, self._final) is None:
+                found.append(f"{name}: the rate of {family.same_rate_as} is not known yet")
+                continue
+            tried = final_by_exponent(family, self.data, self._final)
+            left = [] if family.same_rate_as else next_exponents(family.exponents, tried)
+            if left:
+                found.append(f"{name}: not run at rate {', '.join(f'{rate(exponent):.3g}' for exponent in left)}")
+            elif self._at_edge(family, tried):
+                found.append(f"{name}: the best rate is at the edge of those tried")
+            finished_seeds, wanted = len(self.runs[name]), family.seeds
+            if not left and finished_seeds < wanted:
+                found.append(f"{name}: {finished_seeds} of {wanted} seeds finished")
+        return found
+
+    def provisional(self) -> list[str]:
+        """What of the missing could still change the default's ratio."""
+        decisive = (*REFERENCES, DEFAULT, FIRST_ORDER)
+        return [sentence for sentence in self.missing() if sentence.partition(":")[0] in decisive]
+
+    @staticmethod
+    def _at_edge(family: Family, tried: Mapping[int, float]) -> bool:
+        best = best_exponent(tried)
+        return len(family.exponents) > 1 and best in (min(tried), max(tried))
+
+    def figures(self) -> dict[str, Any]:
+        families = {}
+        for name, family in FAMILIES.items():
+            runs = self.runs[name]
+            if runs:
+                exponent = self.exponent(family)
+                families[name] = {
+                    "lr": rate(exponent) if exponent is not None else None,
+                    "final_loss": spread([run["final_loss"] for run in runs]),
+                    "budget": family.template.budget,
+                    "unit": runs[0]["unit"],
+                    "share_of_first_order_gain": self.share(name),
+                    "budget_to_reach_ratio": self.ratio(name),
+                    "processor_seconds": round(math.fsum(run["seconds"]["processor"] for run in runs) / len(runs), 1),
+                }
+        return {
+            "start_loss": self.start,
+            "first_order_loss": self.best,
+            "reference": self.reference,
+            "reference_trained": self.trained(),
+            "target_loss": self.target,
+            "families": families,
+            "provisional_because": self.provisional(),
+            "missing": self.missing(),
+        }
+
+
+def figures(results: Results) -> dict[str, Any]:
+    """Everything that the JSON holds beside where it was measured."""
+    styles = {data: Style(data, results) for data in DATA}
+    ratios = {data: style.ratio(DEFAULT) for data, style in styles.items()}
+    known = {data: ratio["mean"] for data, ratio in ratios.items() if ratio is not None}
+    return {
+        "budget": BUDGET,
+        "default": DEFAULT,
+        "styles": {data: style.figures() for data, style in styles.items()},
+        "default_ratio": {
+            "geometric_mean": geometric_mean(list(known.values())) if known else None,
+            "styles": sorted(known),
+            "missing": [data for data in DATA if data not in known],
+            "provisional_because": [f"{data}: {reason}" for data in sorted(known) for reason in styles[data].provisional()],
+        },
+        "missing": ["SST-2: not part of this benchmark yet", *(f"{data}: {m}" for data in DATA for m in styles[data].missing())],
+        "curves": {name: result["curve"] for name, result in sorted(results.items())},
+    }
+
+
+def _with_range(found: Mapping[str, float] | None, digits: str, absent: str = "missing") -> str:
+    if found is None:
+        return absent
+    text = f"{found['mean']:{digits}}"
+    return text if found["seeds"] < 2 else f"{text} ({found['low']:{digits}} to {found['high']:{digits}})"
+
+
+def _ratio_in_words(style: Style, name: str) -> str:
+    if FAMILIES[name].template.first_order:
+        return ""
+    if style.reference is None:
+        return "no reference yet"
+    if style.trained() is False:
+        return "reference did not train"
+    return _with_range(style.ratio(name), ".1f", "not reached")
+
+
+def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
+    """Markdown: one table for each set of data, then what is missing."""
+    machine = recorded["machine"]
+    lines = [
+        f"Written by `python -m benchmarks.convergence report` on {recorded['date']}; cells by "
+        f"`python -m benchmarks.convergence run --data FOLDER` on {machine['processor']} ({machine['cores']} cores), fp32, "
+        f"OMP_NUM_THREADS={recorded['threads']}.",
+        "",
+    ]
+    default = figures_["default_ratio"]
+    mean, covered = default["geometric_mean"], default["styles"]
+    lines.append(
+        f"**The default, `{DEFAULT}`, against the reference: "
+        + (f"{mean:.1f} times fewer example-forwards, geometric mean over {', '.join(covered)}" if mean else "not measured yet")
+        + (f"; missing or not reached: {', '.join(default['missing'])}.**" if default["missing"] else ".**")
+    )
+    if default["provisional_because"]:
+        lines += ["", f"This is provisional: {'; '.join(default['provisional_because'])}."]
+    for data in DATA:
+        style = Style(data, results)
+        lines += ["", f"### {data}", ""]
+        if style.start is None:
+            lines.append("No cell is finished.")
+            continue
+        reference = f"{style.reference}, {style.target:.4f}" if style.target is not None else "missing"
+        best = f"{style.best:.4f}" if style.best is not None else "missing"
+        lines += [
+            f"Start {style.start:.4f}; first order on dense scales {best}; reference: {reference}"
+            + ("." if style.trained() is not None else ", whether it trained is not known before first order is."),
+            "",
+            "| method | rate | seeds | held-out loss at the end | share of the first-order gain | times fewer forwards | CPU s |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name, found in figures_["styles"][data]["families"].items():
+            lines.append(
+                f"| {name} | {found['lr']:.3g} | {found['final_loss']['seeds']} | {_with_range(found['final_loss'], '.4f')} "
+                f"| {_with_range(style.share(name), '.1%')} | {_ratio_in_words(style, name)} | {found['processor_seconds']:.0f} |"
+            )
+    lines += ["", "### Missing", ""]
+    lines += [f"* {sentence}" for sentence in figures_["missing"]] or ["Nothing."]
+    return "\n".join(lines)
+
+
+def methods_table() -> str:
+    rows = [f"| {name} | {family.what} | {family.template.budget:,} |" for name, family in FAMILIES.items()]
+    return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
+
+
+def put_between_markers(text: str, content: str) -> str:
+    """Raises ValueError when a marker is not there."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{BEGIN} and {END} must both be in the document")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+
+
+def plot(results: Results, path: Path) -> None:
+    """A panel per style: the held-out loss at the best rate of each family, mean and range over the seeds."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = figure.subplots(1, len(DATA))
+    for panel, data in zip(panels, DATA, strict=True):
+        style = Style(data, results)
+        panel.set_title(data if style.start is not None else f"{data}: no cell is finished")
+        for name, runs in style.runs.items():
+            if not runs:
+                continue
+            losses = list(zip(*([loss for _, loss in _curve(run)] for run in runs), strict=False))
+            spent = [x for x, _ in _curve(runs[0])][: len(losses)]
+            line = "--" if FAMILIES[name].template.first_order else ":" if name in REFERENCES else "-"
+            mean = [math.fsum(values) / len(values) for values in losses]
+            (drawn,) = panel.plot(spent, mean, line, label=name, linewidth=2.5 if name == DEFAULT else 1.2)
+            panel.fill_between(spent, [min(v) for v in losses], [max(v) for v in losses], color=drawn.get_color(), alpha=0.2)
+        if style.target is not None:
+            panel.axhline(style.target, color="grey", linewidth=0.7)
+        if style.start is None:
+            panel.set_axis_off()
+            continue
+        panel.set_xscale("symlog", linthresh=320)
+        panel.set_xlim(left=0)
+        panel.set_xlabel("example-forwards (first order: examples forwards and backwards)")
+        panel.legend(fontsize=7)
+    panels[0].set_ylabel("held-out velocity loss")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def write_report(results_folder: Path, document: Path = DOCUMENT, picture: Path = PLOT) -> dict[str, Any]:
+    results = finished(results_folder / "cells")
+    found = figures(results)
+    recorded = provenance()
+    if results:  # the table names where the cells ran, not where they were put together
+        last = list(results.values())[-1]["provenance"]
+        recorded |= {key: last[key] for key in ("machine", "threads")}
+    write_results("convergence", found, results_folder)
+    content = table(results, found, recorded) + "\n\n### Methods\n\n" + methods_table()
+    document.write_text(put_between_markers(document.read_text(), content))
+    plot(results, picture)
+    return found

@@ -1,0 +1,164 @@
+"""What is trained and how it is measured: the seam between the benchmark and a kind of model.
+
+A `Task` hands out an objective, batches, the held-out loss and the quantized scales; methods, cells and report know nothing else.
+Styles are here. SST-2 on a language model is to be another class with the same members, entered in `open_task`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
+from qzo_diffusion import build, style_data
+from qzo_diffusion.config import make_config
+from qzo_diffusion.core.noise import torch_generator
+from qzo_diffusion.core.oracle import DifferentiableHandle
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.captions import METADATA_NAME
+from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.quant.load import handles_of
+from qzo_diffusion.style_run import make_plan
+from qzo_diffusion.train.distributed import Ranks
+from qzo_diffusion.train.loop import StepBatch
+from qzo_diffusion.train.run_folder import write_whole
+
+STYLE_WORDS = {"fluent_mono": "mono style", "openmoji": "openmoji style", "fluent3d": "3d style"}
+TRAIN, HELD_OUT = 64, 128
+EVALUATION_SEED = 0  # the same for every seed of a run
+
+
+class Task(Protocol):
+    """One set of data with its model.
+
+    scales: the live ones, as the base model has them before a run. held_out: micro-batches of the held-out loss, always the same.
+    """
+
+    scales: ScaleSet
+    held_out: Sequence[Any]
+
+    def objective(self, micro_batch: Any) -> Tensor:
+        """One loss per example, [B]."""
+        ...
+
+    def batches(self, seed: int, batch: int) -> Callable[[int], StepBatch[Any]]:
+        """The batch of any step, from (seed, step) alone."""
+        ...
+
+    def handles(self) -> Iterable[DifferentiableHandle]:
+        """Of all quantized layers, for the exact gradient."""
+        ...
+
+
+def open_task(name: str, data: Path, cache: Path) -> Task:
+    """Load the model, and encode the data once into `cache`.
+
+    Args:
+        name: of `methods.DATA`.
+        data: the folder of `emoji64.npz` and `meta.json`.
+    """
+    if name not in STYLE_WORDS:
+        raise ValueError(f"no task {name!r}; there are {', '.join(STYLE_WORDS)}")
+    return StyleTask(name, data, cache)
+
+
+def choose(style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT, seed: int = 0) -> tuple[Drawings, Drawings]:
+    """Drawings to train on and to hold out: taught concepts in a fixed random order, no picture twice.
+
+    The order of the concepts is that of their names, so neither the archive's order nor a style changes who is held out.
+
+    Raises:
+        ValueError: too few drawings.
+    """
+    known = load_drawings(data, {style: STYLE_WORDS[style]}, sorted(taught_concepts()))
+    place = {name: index for index, name in enumerate(known.names)}
+    names = sorted(place)
+    seen: set[bytes] = set()
+    chosen: list[str] = []
+    for index in np.random.Generator(np.random.Philox(seed)).permutation(len(names)):
+        picture = hashlib.sha256(known.images[place[names[index]]].numpy().tobytes()).digest()
+        if picture not in seen:
+            seen.add(picture)
+            chosen.append(names[index])
+    if len(chosen) < train + held_out:
+        raise ValueError(f"{len(chosen)} different drawings of {style} in {data}, {train + held_out} are needed")
+
+    def part(wanted: list[str]) -> Drawings:
+        images = torch.stack([known.images[place[name]] for name in wanted])
+        return Drawings(images, [caption_of(name, STYLE_WORDS[style]) for name in wanted], wanted)
+
+    return part(sorted(chosen[:train])), part(sorted(chosen[train : train + held_out]))
+
+
+def write_images(folder: Path, drawings: Drawings) -> Path:
+    """PNG files and metadata.jsonl, as a user's style folder has them, below `folder` in one named by the content."""
+    content = repr((drawings.captions, hashlib.sha256(drawings.images.numpy().tobytes()).hexdigest()))
+    folder = folder / hashlib.sha256(content.encode()).hexdigest()[:12]
+    if (folder / METADATA_NAME).exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for image, name, caption in zip(drawings.images, drawings.names, drawings.captions, strict=True):
+        file = "".join(letter if letter.isalnum() else "_" for letter in name.lower()) + ".png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / file)
+        lines.append(json.dumps({"file_name": file, "text": caption}) + "\n")
+    write_whole(folder / METADATA_NAME, "".join(lines).encode())  # last, so that a folder with it is whole
+    return folder
+
+
+def stratified_sigmas(count: int, *key: int | str) -> Tensor:
+    """[count]: the middles of `count` equal slices of (0, 1) in a random order, so that their mean loss is that of all levels."""
+    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return middles[torch.randperm(count, generator=torch_generator(*key, "sigma"))].float()
+
+
+class StyleTask:
+    """The embedded model in NF4 and a style that it was not taught, on the CPU in fp32."""
+
+    def __init__(self, name: str, data: Path, cache: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> None:
+        self._cache, folder = cache, cache / "images" / name
+        self._train, self._validation = (write_images(folder, part) for part in choose(name, data, train, held_out))
+        plan = make_plan(make_config(self._settings(0, 16) | {"sample": {"guidance": 1.0}}))
+        self._plan = plan
+        self._encoded = style_data.encode(plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype)
+        self._transformer = build.quantized_transformer(plan.config, plan.model_folder, plan.device, plan.dtype)
+        self.scales, _ = build.scales_and_numbers(plan.config, self._transformer)
+        self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
+
+    def _settings(self, seed: int, batch: int) -> dict[str, Any]:
+        folders = {"style_dir": str(self._train), "validation_dir": str(self._validation)}
+        return {
+            "model": "tiny",
+            "data": folders | {"batch_size": batch, "cache_dir": str(self._cache / "tensors")},
+            "train": {"seed": seed},
+            "compute": {"dtype": "float32", "device": "cpu"},
+        }
+
+    def objective(self, micro_batch: Batch) -> Tensor:
+        return velocity_loss(self._transformer, micro_batch, self._plan.dtype)
+
+    def batches(self, seed: int, batch: int) -> Callable[[int], StepBatch[Batch]]:
+        config = make_config(self._settings(seed, batch))
+        return style_data.TrainingBatches(config, self._plan.style.train, self._encoded, self._plan.device, Ranks())
+
+    def handles(self) -> Iterable[DifferentiableHandle]:
+        return handles_of(self._transformer)
+
+    def _held_out(self, samples: Sequence[Sample], size: int = 32) -> list[Batch]:
+        """Every held-out image once, at one noise level of its own: 128 forwards an evaluation instead of 512."""
+        latents = torch.stack([self._encoded.latents.latents(sample.id, False) for sample in samples])
+        noise = [
+            torch.randn(latents.shape[1:], generator=torch_generator(EVALUATION_SEED, "held out", sample.caption))
+            for sample in samples
+        ]
+        sigmas = stratified_sigmas(len(samples), EVALUATION_SEED)
+        captions = [sample.caption for sample in samples]
+        whole = style_data.make_batch(self._encoded.prompts, captions, latents, torch.stack(noise), sigmas, self._plan.device)
+        return whole.split(size)
