@@ -250,7 +250,7 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             f"format {JOURNAL_FORMAT}",
             "use the version that wrote it",
         )
-    for key in ("format", "codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
+    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
         if journal.header.get(key) != header[key]:
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",

@@ -119,11 +119,10 @@ def main(index, out, ports):
     ranks.wait()
     tell()
 
-    def die(step):
-        if index == 2 and step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def sends_itself(what, rank):
+        return lambda step: os.kill(os.getpid(), what) if (index, step) == (rank, 3) else None
 
-    found["died"] = lost_after(lambda: run(ranks, level="row", before=die))
+    found["died"] = lost_after(lambda: run(ranks, level="row", before=sends_itself(signal.SIGKILL, rank=2)))
     leave()
 
     ranks = become(index, 2, ports[1], 2)
@@ -132,11 +131,7 @@ def main(index, out, ports):
     found["pair"] |= {"bytes": ranks.bytes_sent - sent, "exchanges": ranks.exchanges - exchanges}
     tell()
 
-    def hang(step):
-        if index == 1 and step == 3:
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    found["hung"] = lost_after(lambda: run(ranks, level="row", before=hang))
+    found["hung"] = lost_after(lambda: run(ranks, level="row", before=sends_itself(signal.SIGSTOP, rank=1)))
     tell()
 
 
