@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.train.loop import Probing
 
-JOURNAL_FORMAT = 2  # how signs are drawn and applied; 1 drew those of rows and layers layer by layer
+JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
 
@@ -206,10 +206,16 @@ def quantized_transformer(config: Config, folder: Path, device: torch.device, dt
 def scales_and_numbers(config: Config, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
     """Raises ConfigError when `qzo.layers` matches no layer."""
     scales, parts = find_scales(transformer), config.qzo.layers
-    trained = None if parts is None else [name for name in scales if any(f".{part}." in f".{name}." for part in parts)]
+    trained = None if parts is None else matching(scales, parts)
+    pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
         raise ConfigError(f"qzo.layers = {parts}: no such layer", f"parts of names like {next(iter(scales))}", "correct qzo.layers")
-    return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units, trained)
+    return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units, trained, pointwise)
+
+
+def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """The names that hold one of the dotted parts: "attn.to_q" is in "blocks.0.attn.to_q"."""
+    return [name for name in names if any(f".{part}." in f".{name}." for part in parts)]
 
 
 def probing(config: Config) -> Probing:
@@ -220,6 +226,7 @@ def probing(config: Config) -> Probing:
         per_example=config.qzo.per_example,
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
+        normalize=config.qzo.normalize,
         together=config.train.micro_batch_size != 1,  # a single example in flight: +eps and -eps one after the other
     )
 
@@ -250,7 +257,7 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             f"format {JOURNAL_FORMAT}",
             "use the version that wrote it",
         )
-    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "optimizer"):
+    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "regions", "examples", "optimizer"):
         if journal.header.get(key) != header[key]:
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",

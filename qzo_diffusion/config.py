@@ -55,6 +55,8 @@ class QzoConfig(Section):
     eps: Positive = 1e-2
     num_directions: Count = 1
     per_example: bool = False  # a direction of its own for every example of the batch; not for dense numbers
+    regions: Annotated[int, Field(ge=1, le=4096)] = 1  # of an example's picture, with directions of their own in pointwise layers
+    normalize: bool = False  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     clip_threshold: Positive | None = None  # DDC; None: no clipping
 
@@ -64,6 +66,10 @@ class QzoConfig(Section):
             raise ValueError("units: absolute needs parametrization: dense")
         if self.per_example and (self.parametrization == "dense" or self.num_directions != 1):
             raise ValueError("per_example: true needs a parametrization other than dense, and num_directions: 1")
+        if self.regions > 1 and not self.per_example:
+            raise ValueError("regions above 1 need per_example: true")
+        if self.normalize and not self.per_example and self.num_directions == 1:
+            raise ValueError("normalize: true needs per_example: true or several directions; of one only the sign would be left")
         return self
 
 

@@ -15,7 +15,7 @@ from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.buckets import BatchPlan
-from qzo_diffusion.diffusion.flow_matching import Batch, sample_sigmas
+from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, PromptEncoder, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
@@ -95,10 +95,15 @@ class TrainingBatches:
         noise = torch.randn(latents.shape, generator=generator)
         sigma_settings = self._config.sigma
         sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
-        share = self._ranks.share(len(chosen))
-        mine = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu")).part(share).to(self._device)
+        share, regions = self._ranks.share(len(chosen)), divisor_up_to(self._config.qzo.regions, patches(latents))
+        whole = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions)
+        mine = whole.part(share).to(self._device)
         return StepBatch(
-            mine.split(self._micro_batch_size(len(mine))), float(sigma.mean()), first_example=share.start, examples=len(chosen)
+            mine.split(self._micro_batch_size(len(mine))),
+            float(sigma.mean()),
+            first_example=share.start,
+            examples=len(chosen),
+            regions=regions,
         )
 
     def _micro_batch_size(self, whole: int) -> int:
@@ -137,9 +142,10 @@ def make_batch(
     noise: Tensor,
     sigma: Tensor,
     device: torch.device,
+    regions: int = 1,
 ) -> Batch:
     embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
-    return Batch(latents, noise, sigma, embeds, pooled).to(device)
+    return Batch(latents, noise, sigma, embeds, pooled, regions).to(device)
 
 
 def token_counts(style: StyleFolder, prompts: dict[str, EncodedPrompt]) -> dict[str, tuple[int, bool]]:

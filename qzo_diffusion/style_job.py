@@ -191,6 +191,8 @@ def journal_header(config: Config, codes: str, scales: str) -> dict[str, Any]:
         "parametrization": config.qzo.parametrization,
         "units": config.qzo.units,
         "layers": config.qzo.layers,
+        "regions": config.qzo.regions,
+        "examples": config.data.batch_size if config.qzo.per_example else None,
         "optimizer": config.train.optimizer,
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,

@@ -26,11 +26,12 @@ class SmallTask:
     def __init__(self):
         self.model, self.scales = scaled_network()
         self.held_out = [inputs(8, seed=99)]
+        self.pointwise = ["0"]
 
     def objective(self, micro_batch):
         return squared_output(self.model)(micro_batch)
 
-    def batches(self, seed, batch):
+    def batches(self, seed, batch, regions, sigma):
         return lambda step: StepBatch([inputs(batch, seed=1000 * seed + step)])
 
     def handles(self) -> Iterable:
@@ -53,7 +54,15 @@ def stop_after(calls):
     return lambda: next(left, None) is None
 
 
-METHODS = ["row_cosine", "paper_relative", "paper_absolute", "row_momentum", "row_adam", "coarse_to_fine", "first_order_row"]
+METHODS = [
+    "row_cosine",
+    "paper_relative",
+    "paper_absolute",
+    "default_momentum",
+    "default_adam",
+    "default_coarse_to_fine",
+    "first_order_row",
+]
 
 
 @pytest.mark.parametrize("name", [*METHODS, "first_order_dense"])
@@ -107,7 +116,7 @@ def test_a_cell_that_diverges_says_so_and_ends_early(tmp_path):
 
 
 def test_phases_follow_each_other():
-    method = replace(FAMILIES["coarse_to_fine"].at(-2), phases=(Phase("layer", share=0.2), Phase("row", share=0.8)))
+    method = replace(FAMILIES["default_coarse_to_fine"].at(-2), phases=(Phase("layer", share=0.2), Phase("row", share=0.8)))
     assert method.steps == 500
     assert method.ends() == [100, 500]
     assert replace(method, first_order=True).steps == 1000
@@ -207,39 +216,39 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path, document):
 def test_a_report_of_some_cells(tmp_path, document):
     for exponent, final in zip((-5, -4, -3, -2, -1), (2.9, 2.8, 2.6, 2.7, None), strict=True):
         _write(tmp_path, "fluent_mono", "paper_relative", exponent, 0, [(0, 3.0), (16_000, final)])
-    _write(tmp_path, "fluent_mono", "row_cosine", -2, 0, [(0, 3.0), (320, 2.8), (640, 2.4), (16_000, 2.0)])
+    _write(tmp_path, "fluent_mono", "default", -2, 0, [(0, 3.0), (320, 2.8), (640, 2.4), (16_000, 2.0)])
     found = report.write_report(tmp_path, document, tmp_path / "plot.png")
     style = found["styles"]["fluent_mono"]
     assert style["reference"] == "paper_relative"
     assert style["target_loss"] == 2.6
     assert style["reference_trained"] is None
-    default = style["families"]["row_cosine"]
+    default = style["families"]["default"]
     assert default["budget_to_reach_ratio"]["mean"] == pytest.approx(16_000 / 480)
     assert default["share_of_first_order_gain"] is None
     assert found["default_ratio"]["geometric_mean"] == pytest.approx(16_000 / 480)
     assert found["default_ratio"]["missing"] == ["openmoji", "fluent3d"]
     assert "fluent_mono: paper_relative: 1 of 3 seeds finished" in found["missing"]
-    assert "fluent_mono: row_cosine: 1 of 3 seeds finished" in found["default_ratio"]["provisional_because"]
+    assert "fluent_mono: default: 1 of 3 seeds finished" in found["default_ratio"]["provisional_because"]
     assert "This is provisional: " in document.read_text()
-    assert any("row_adam: not run at rate 0.001" in sentence for sentence in found["missing"])
+    assert any("default_adam: not run at rate 0.00316" in sentence for sentence in found["missing"])
 
     _write(tmp_path, "fluent_mono", "first_order_dense", -3, 0, [(0, 3.0), (1600, 1.0), (3200, 1.2)])
     style = report.write_report(tmp_path, document, tmp_path / "plot.png")["styles"]["fluent_mono"]
     assert style["first_order_loss"] == 1.0  # the lowest, not the last
-    assert style["families"]["row_cosine"]["share_of_first_order_gain"]["mean"] == pytest.approx(0.5)
+    assert style["families"]["default"]["share_of_first_order_gain"]["mean"] == pytest.approx(0.5)
     assert style["reference_trained"] is True
-    assert "| row_cosine | 0.1 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
+    assert "| default | 0.1 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_a_reference_that_did_not_train_is_no_yardstick(tmp_path, document):
     for exponent, final in zip((-5, -4, -3, -2, -1), (2.99, 2.98, 2.97, 2.98, 2.99), strict=True):
         _write(tmp_path, "fluent3d", "paper_relative", exponent, 0, [(0, 3.0), (16_000, final)])
-    _write(tmp_path, "fluent3d", "row_cosine", -2, 0, [(0, 3.0), (16_000, 2.0)])
+    _write(tmp_path, "fluent3d", "default", -2, 0, [(0, 3.0), (16_000, 2.0)])
     _write(tmp_path, "fluent3d", "first_order_dense", -3, 0, [(0, 3.0), (3200, 1.0)])
     found = report.write_report(tmp_path, document, tmp_path / "plot.png")
     assert found["styles"]["fluent3d"]["reference_trained"] is False
-    assert found["styles"]["fluent3d"]["families"]["row_cosine"]["budget_to_reach_ratio"] is None
+    assert found["styles"]["fluent3d"]["families"]["default"]["budget_to_reach_ratio"] is None
     assert "| reference did not train |" in document.read_text()
 
 
@@ -300,7 +309,7 @@ def test_noise_levels_cover_all_slices():
 def test_a_style_on_the_embedded_model(drawings, tmp_path):
     task = StyleTask("openmoji", drawings, tmp_path, train=3, held_out=5)
     assert sum(map(len, task.held_out)) == 5
-    batches = [task.batches(seed, 2)(0).micro_batches[0] for seed in (0, 0, 1)]
+    batches = [task.batches(seed, 2, 4, "uniform")(0).micro_batches[0] for seed in (0, 0, 1)]
     assert torch.equal(batches[0].noise, batches[1].noise)
     assert not torch.equal(batches[0].noise, batches[2].noise)
     result = run_cell(small("row_cosine", -2, steps=2), task, folders(tmp_path))

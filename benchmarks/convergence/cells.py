@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.convergence.methods import FAMILIES, Cell, Method
+from benchmarks.convergence.methods import FAMILIES, Cell, Method, Phase
 from benchmarks.convergence.tasks import Task
 from benchmarks.record import provenance
 from qzo_diffusion.core.dense import Dense
@@ -87,7 +87,6 @@ class CellRun:
     def __init__(self, cell: Cell, task: Task, checkpoint: Path) -> None:
         self.cell, self.method, self._task, self._checkpoint = cell, cell.method, task, checkpoint
         self._initial = {name: live.clone() for name, live in task.scales.tensors().items()}
-        self._batches = task.batches(cell.seed, cell.method.batch)
         self.progress = Progress()
         self._enter(0)
         self._load_()
@@ -99,7 +98,9 @@ class CellRun:
     def _enter(self, phase: int) -> None:
         settings = self.method.phases[phase]
         self.progress.phase = phase
-        self.numbers = parametrize(self._task.scales, settings.level, settings.units)
+        self._batches = self._task.batches(self.cell.seed, self.method.batch, settings.regions, settings.sigma)
+        pointwise = self._task.pointwise if settings.regions > 1 else ()
+        self.numbers = parametrize(self._task.scales, settings.level, settings.units, pointwise=pointwise)
         self.optimizer: Any = ExactAdam() if self.method.first_order else make_optimizer(settings.optimizer)
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
@@ -135,6 +136,7 @@ class CellRun:
             per_example=settings.per_example,
             distribution=settings.directions,
             clip_threshold=settings.clip_threshold,
+            normalize=settings.normalize,
         )
         optimizer: Optimizer = self.optimizer
         train(
@@ -321,11 +323,16 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 def finished(results: Path) -> dict[str, dict[str, Any]]:
-    """Results by the cell's name; one whose settings are no longer those of the table does not count."""
+    """Results by the cell's name; one whose settings are no longer those of the table does not count.
+
+    A setting that was not there when a cell ran had what is now its default.
+    """
     found = {}
     for path in sorted(results.glob("*/*.json")):
         result = json.loads(path.read_text())
-        if result["settings"] == _settings_now(result["settings"]):
+        settings = result["settings"]
+        then = Method(**settings | {"phases": tuple(Phase(**phase) for phase in settings["phases"])})
+        if then.settings() == _settings_now(settings):
             found[result["cell"]] = result
     return found
 

@@ -12,11 +12,13 @@ from typing import Any
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
+from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 
 DATA = ("fluent_mono", "openmoji", "fluent3d")  # every one is a Task (benchmarks.convergence.tasks)
 BUDGET, LONG_BUDGET = 16_000, 64_000  # example-forwards: one example through the model once
 FIRST_ORDER_STEPS = 200
-DEFAULT = "row_cosine"
+TRIED_ON = ("fluent_mono", "openmoji")  # where alternatives are run
+DEFAULT = "default"
 MOST_EXTENSIONS = 6  # rates beyond the stated grid; then the report says that the best is at the edge
 
 
@@ -35,6 +37,9 @@ class Phase:
     eps: float = 1e-2
     directions: Distribution = "rademacher"
     per_example: bool = False
+    regions: int = 1
+    normalize: bool = False
+    sigma: SigmaDistribution = "uniform"
     clip_threshold: float | None = None
     optimizer: OptimizerName = "sgd"
     schedule: ScheduleName = "constant"
@@ -45,7 +50,7 @@ class Method:
     """All settings of a run but its data and its seed.
 
     budget: example-forwards; with `first_order`, examples that went forwards and backwards, counted apart. Noise levels of
-    training are uniform and stratified for every method, as those of the held-out loss are.
+    training are uniform and stratified where nothing else is said, as those of the held-out loss are.
     """
 
     name: str
@@ -81,7 +86,7 @@ class Family:
     """A method at several learning rates.
 
     exponents: of √10, the grid; a single one is a rate that was settled before and is not extended.
-    seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid.
+    seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid. data: where it runs.
     """
 
     template: Method
@@ -89,6 +94,7 @@ class Family:
     what: str
     seeds: int = 1
     same_rate_as: str | None = None
+    data: tuple[str, ...] = DATA
 
     @property
     def name(self) -> str:
@@ -122,50 +128,74 @@ def _method(name: str, *phases: Phase, **settings: Any) -> Method:
 
 
 def _families() -> Iterator[Family]:
-    exact: tuple[Level, ...] = ("row", "dense", "layer")
-    for level in exact:
-        yield Family(
-            _method(f"first_order_{level}", Phase(level), first_order=True, budget=FIRST_ORDER_STEPS * 16),
-            (-4, -3, -2),
-            f"Adam on the exact gradient, one number per {'scale' if level == 'dense' else level}, {FIRST_ORDER_STEPS} steps",
-        )
-    cosine = Phase("row", per_example=True, schedule="cosine")
-    yield Family(_method(DEFAULT, cosine), (-2,), "rows, a direction per example, SGD with cosine: the demo's settings", seeds=3)
+    yield from _first_order()
+    yield from _references()
+    yield from _defaults()
+    yield from _alternatives()
+
+
+def _first_order() -> Iterator[Family]:
+    grids: dict[Level, tuple[int, ...]] = {"dense": (-4, -3, -2), "separable": (-3,), "row": (-3,), "layer": (-2,)}
+    for level, exponents in grids.items():
+        method = _method(f"first_order_{level}", Phase(level), first_order=True, budget=FIRST_ORDER_STEPS * 16)
+        numbers = {"dense": "one number per scale", "separable": "rows and columns"}.get(level, f"one number per {level}")
+        yield Family(method, exponents, f"Adam on the exact gradient, {numbers}, {FIRST_ORDER_STEPS} steps")
+
+
+def _references() -> Iterator[Family]:
     relative = Phase("dense")
-    yield Family(
-        _method("paper_relative", relative),
-        (-5, -4, -3, -2, -1),
-        "reference: dense, relative units, one Rademacher direction, SGD",
-        seeds=3,
-    )
     absolute = Phase("dense", units="absolute", eps=1e-3, directions="gaussian", clip_threshold=100)
-    yield Family(
-        _method("paper_absolute", absolute),
-        (-7, -6, -5, -4, -3),
-        "reference: dense, absolute units, one Gaussian direction, clipped at 100, SGD",
-        seeds=3,
+    references: tuple[tuple[str, Phase, tuple[int, ...], str], ...] = (
+        ("paper_relative", relative, (-5, -4, -3, -2, -1), "dense, relative units, one Rademacher direction, SGD"),
+        ("paper_absolute", absolute, (-7, -6, -5, -4, -3), "dense, absolute units, one Gaussian direction, clipped at 100, SGD"),
     )
-    grouped: tuple[Level, ...] = ("layer", "row", "column", "separable")
-    for level in grouped:
-        numbers = "rows and columns" if level == "separable" else f"{level}s"
-        yield Family(_method(f"{level}_shared", Phase(level)), (-4, -3, -2), f"{numbers}, one shared direction, SGD")
-        each = Phase(level, per_example=True)
-        yield Family(_method(f"{level}_per_example", each), (-3, -2, -1), f"{numbers}, a direction per example, SGD")
-    moved = replace(cosine, optimizer="momentum")
-    yield Family(_method("row_momentum", moved), (-3, -2, -1), "rows, a direction per example, momentum with cosine")
-    adam = replace(cosine, optimizer="adam")
-    yield Family(_method("row_adam", adam), (-6, -5, -4), "rows, a direction per example, Adam with cosine")
-    layers = Phase("layer", rate=0.1, share=0.2, per_example=True)
-    fine = replace(cosine, share=0.8)
-    yield Family(
-        _method("coarse_to_fine", layers, fine), (-3, -2, -1), "layers for a fifth at a tenth of the rate, then rows with cosine"
-    )
-    short = _method(f"{DEFAULT}_short", cosine, budget=BUDGET // 10)
-    yield Family(short, (-2,), "the same with its cosine over a tenth of the budget")
-    yield Family(_method(f"{DEFAULT}_long", cosine, budget=LONG_BUDGET), (-2,), "the default over the long budget")
-    for name, phase in (("paper_relative", relative), ("paper_absolute", absolute)):
+    for name, phase, exponents, what in references:
+        yield Family(_method(name, phase), exponents, f"reference: {what}", seeds=3)
         long = _method(f"{name}_long", phase, budget=LONG_BUDGET)
         yield Family(long, (), f"{name} over the long budget", same_rate_as=name)
+
+
+BEST = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
+"""Of the default. 16 regions are one for each token of `tiny`."""
+DEFAULT_EXPONENT = -2
+
+
+def _defaults() -> Iterator[Family]:
+    at = (DEFAULT_EXPONENT,)
+    yield Family(_method(DEFAULT, BEST), at, "rows and columns, regions, normalised, SGD with cosine; its rate is fixed", seeds=3)
+    yield Family(_method(f"{DEFAULT}_tuned", BEST), (-3, -2, -1), "the default at the best rate of a grid")
+    yield Family(_method(f"{DEFAULT}_long", BEST, budget=LONG_BUDGET), at, "the default over the long budget")
+    short = _method(f"{DEFAULT}_short", BEST, budget=BUDGET // 10)
+    yield Family(short, at, "the default with its cosine over a tenth of the budget")
+
+
+def _alternatives() -> Iterator[Family]:
+    """One thing of the default changed at a time, then what came before it; on two styles, one seed."""
+    changes: dict[str, tuple[Phase, str]] = {
+        "without_regions": (replace(BEST, regions=1), "one direction an example"),
+        "without_columns": (replace(BEST, level="row"), "rows alone"),
+        "without_rows": (replace(BEST, level="column"), "columns alone"),
+        "momentum": (replace(BEST, optimizer="momentum"), "momentum"),
+        "constant": (replace(BEST, schedule="constant"), "a constant rate"),
+        "logit_normal": (replace(BEST, sigma="logit_normal"), "logit-normal noise levels in training"),
+        "eps_0.003": (replace(BEST, eps=3e-3), "a smaller radius"),
+        "eps_0.03": (replace(BEST, eps=3e-2), "a larger radius"),
+    }
+    for name, (phase, what) in changes.items():
+        yield Family(_method(f"{DEFAULT}_{name}", phase), (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
+    adam = _method(f"{DEFAULT}_adam", replace(BEST, optimizer="adam"))
+    yield Family(adam, (-5, -4, -3), "the default, but Adam", data=TRIED_ON)
+    columns = replace(BEST, level="column", share=0.2, schedule="constant")
+    coarse = _method(f"{DEFAULT}_coarse_to_fine", columns, replace(BEST, share=0.8))
+    yield Family(coarse, (DEFAULT_EXPONENT,), "columns for a fifth, then the default", data=TRIED_ON)
+    cosine = Phase("row", per_example=True, schedule="cosine")
+    yield Family(_method("row_cosine", cosine), (-2,), "rows, a direction per example, SGD with cosine", seeds=3, data=TRIED_ON)
+    levels: tuple[Level, ...] = ("layer", "row", "column", "separable")
+    for level in levels:
+        numbers = "rows and columns" if level == "separable" else f"{level}s"
+        shared, each = Phase(level), Phase(level, per_example=True)
+        yield Family(_method(f"{level}_shared", shared), (-3, -2), f"{numbers}, one shared direction, SGD", data=TRIED_ON)
+        yield Family(_method(f"{level}_per_example", each), (-3, -2), f"{numbers}, a direction per example, SGD", data=TRIED_ON)
 
 
 REFERENCES = ("paper_relative", "paper_absolute")
@@ -216,6 +246,8 @@ def open_cells(data: str, final: FinalLosses) -> list[Cell]:
     """The cells that can be run now, in the order of the table. More of them follow from the results of these."""
     cells: list[Cell] = []
     for family in FAMILIES.values():
+        if data not in family.data:
+            continue
         found = final_by_exponent(family, data, final)
         if not family.same_rate_as:
             cells += [Cell(data, family.at(exponent), 0) for exponent in next_exponents(family.exponents, found)]

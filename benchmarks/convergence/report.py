@@ -142,6 +142,8 @@ class Style:
             return ["no cell is finished"]
         found = []
         for name, family in FAMILIES.items():
+            if self.data not in family.data:
+                continue
             if family.same_rate_as and rate_of(family, self.data, self._final) is None:
                 found.append(f"{name}: the rate of {family.same_rate_as} is not known yet")
                 continue

@@ -22,7 +22,8 @@ from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.captions import METADATA_NAME
-from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
+from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.style_run import make_plan
@@ -39,17 +40,19 @@ class Task(Protocol):
     """One set of data with its model.
 
     scales: the live ones, as the base model has them before a run. held_out: micro-batches of the held-out loss, always the same.
+    pointwise: names of the layers whose numbers every region of an example can probe for itself.
     """
 
     scales: ScaleSet
     held_out: Sequence[Any]
+    pointwise: Sequence[str]
 
     def objective(self, micro_batch: Any) -> Tensor:
         """One loss per example, [B]."""
         ...
 
-    def batches(self, seed: int, batch: int) -> Callable[[int], StepBatch[Any]]:
-        """The batch of any step, from (seed, step) alone."""
+    def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Any]]:
+        """The batch of any step, from (seed, step) alone; `regions` and `sigma` as in the config, where the task knows them."""
         ...
 
     def handles(self) -> Iterable[DifferentiableHandle]:
@@ -131,6 +134,7 @@ class StyleTask:
         self._transformer = build.quantized_transformer(plan.config, plan.model_folder, plan.device, plan.dtype)
         self.scales, _ = build.scales_and_numbers(plan.config, self._transformer)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
+        self.pointwise = build.matching(self.scales, POINTWISE_LAYERS)
 
     def _settings(self, seed: int, batch: int) -> dict[str, Any]:
         folders = {"style_dir": str(self._train), "validation_dir": str(self._validation)}
@@ -144,8 +148,9 @@ class StyleTask:
     def objective(self, micro_batch: Batch) -> Tensor:
         return velocity_loss(self._transformer, micro_batch, self._plan.dtype)
 
-    def batches(self, seed: int, batch: int) -> Callable[[int], StepBatch[Batch]]:
-        config = make_config(self._settings(seed, batch))
+    def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Batch]]:
+        settings = {"sigma": {"distribution": sigma}, "qzo": {"parametrization": "row", "per_example": True, "regions": regions}}
+        config = make_config(self._settings(seed, batch) | settings)
         return style_data.TrainingBatches(config, self._plan.style.train, self._encoded, self._plan.device, Ranks())
 
     def handles(self) -> Iterable[DifferentiableHandle]:

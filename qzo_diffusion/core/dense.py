@@ -57,8 +57,12 @@ class Dense:
     def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
         raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
 
-    def z(self, direction: Direction, name: str) -> Tensor:
-        return direction.z(name, self.scales[name])
+    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
+        terms = (direction.z(name, self.scales[name]) * amount for direction, amount in zip(directions, amounts, strict=True))
+        total = next(terms)
+        for term in terms:
+            total.add_(term)
+        return total
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for direction, amount in zip(directions, amounts, strict=True):
@@ -89,7 +93,7 @@ class DenseAbsolute(Dense):
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self._trained:
             for direction, amount in zip(directions, amounts, strict=True):
-                self.add_(name, amount * self.z(direction, name))
+                self.add_(name, amount * direction.z(name, self.scales[name]))
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.scales[name].add_(delta).clamp_(min=0.0)

@@ -7,7 +7,7 @@
 
 A record counts when its chain is right. Each chain holds the one before, so a flipped bit, a swapped, doubled or missing record
 anywhere is found and named. A file that ends inside a record was cut by a crash: that tail is left out and reported. A step takes
-52 + 8 · directions bytes.
+52 + 8 · directions · regions bytes. The header's `examples` is the number of directions of a step whose examples have one each.
 """
 
 import contextlib
@@ -239,7 +239,9 @@ def replay_(
         if entry.step < first_step or (to_step is not None and entry.step >= to_step):
             continue
         if not entry.skipped:
-            directions = directions_of_step(entry.seed, entry.step, len(entry.projected_grad), distribution)
+            count = len(entry.projected_grad)
+            examples = journal.header.get("examples") or count
+            directions = directions_of_step(entry.seed, entry.step, examples, distribution, regions=count // examples)
             optimizer.step_(parametrization, Update(directions, entry.projected_grad, entry.lr))
         done = entry.step + 1
     return done

@@ -69,40 +69,49 @@ class Direction:
         step: counted from 0.
         index: of the direction within its step.
         distribution: "rademacher" or "gaussian".
+        regions: how many z of their own the regions of an example have for the numbers of pointwise layers (`core.grouped`).
     """
 
     seed: int
     step: int
     index: int = 0
     distribution: Distribution = "rademacher"
+    regions: int = 1
 
-    def z(self, name: str, like: Tensor) -> Tensor:
-        """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1."""
+    def z(self, name: str, like: Tensor, each: bool = False) -> Tensor:
+        """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1. With `each`, [regions, *shape]."""
         if self.distribution == "gaussian":
-            return self._gaussian(name, like)
-        return self._choose(name, like, 1.0, -1.0)
+            return self._gaussian(name, like, each)
+        return self._choose(name, like, each, 1.0, -1.0)
 
-    def exp_z(self, name: str, like: Tensor, radius: float) -> Tensor:
+    def exp_z(self, name: str, like: Tensor, radius: float, each: bool = False) -> Tensor:
         """exp(radius · z). For Rademacher z one of two constants computed in float64, so no `exp` runs over a tensor."""
         if self.distribution == "gaussian":
-            return torch.exp(radius * self._gaussian(name, like))
-        return self._choose(name, like, math.exp(radius), math.exp(-radius))
+            return torch.exp(radius * self._gaussian(name, like, each))
+        return self._choose(name, like, each, math.exp(radius), math.exp(-radius))
 
-    def packed(self, name: str, numel: int) -> PackedBits:
-        """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte."""
-        return packed_bits(numel, self.seed, self.step, self.index, name)
+    def packed(self, name: str, numel: int, each: bool = False) -> PackedBits:
+        """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte; with `each`, [regions, bytes of whole words]."""
+        if not each:
+            return packed_bits(numel, self.seed, self.step, self.index, name)
+        padded = -(-numel // 64) * 64
+        return packed_bits(self.regions * padded, self.seed, self.step, self.index, name).reshape(self.regions, -1)
 
-    def _choose(self, name: str, like: Tensor, if_set: float, if_clear: float) -> Tensor:
-        return choose(self.packed(name, like.numel()), if_set, if_clear, like, 0, like.numel()).view(like.shape)
+    def _choose(self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float) -> Tensor:
+        chosen = choose(self.packed(name, like.numel(), each), if_set, if_clear, like, 0, like.numel())
+        return chosen.view(self._shape(like, each))
 
-    def _gaussian(self, name: str, like: Tensor) -> Tensor:
-        generator = np.random.Generator(_philox(self.seed, self.step, self.index, name))
-        values = generator.standard_normal(like.numel(), dtype=np.float32)
-        return torch.from_numpy(values).view(like.shape).to(device=like.device, dtype=like.dtype)
+    def _gaussian(self, name: str, like: Tensor, each: bool) -> Tensor:
+        generator, shape = np.random.Generator(_philox(self.seed, self.step, self.index, name)), self._shape(like, each)
+        values = generator.standard_normal(math.prod(shape), dtype=np.float32)
+        return torch.from_numpy(values).view(shape).to(device=like.device, dtype=like.dtype)
+
+    def _shape(self, like: Tensor, each: bool) -> tuple[int, ...]:
+        return (self.regions, *like.shape) if each else tuple(like.shape)
 
 
-def directions_of_step(seed: int, step: int, count: int, distribution: Distribution) -> tuple[Direction, ...]:
-    return tuple(Direction(seed, step, index, distribution) for index in range(count))
+def directions_of_step(seed: int, step: int, count: int, distribution: Distribution, regions: int = 1) -> tuple[Direction, ...]:
+    return tuple(Direction(seed, step, index, distribution, regions) for index in range(count))
 
 
 class SignCache:
@@ -115,11 +124,11 @@ class SignCache:
         self._limit, self._bytes = limit, 0
         self._known: dict[Direction, dict[str, PackedBits]] = {}
 
-    def packed(self, direction: Direction, name: str, numel: int) -> PackedBits:
+    def packed(self, direction: Direction, name: str, numel: int, each: bool = False) -> PackedBits:
         of_direction = self._known.setdefault(direction, {})
         found = of_direction.get(name)
         if found is None:
-            found = of_direction[name] = direction.packed(name, numel)
+            found = of_direction[name] = direction.packed(name, numel, each)
             self._bytes += found.nbytes
             while self._bytes > self._limit and len(self._known) > 1:
                 oldest = next(iter(self._known))

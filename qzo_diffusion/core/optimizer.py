@@ -22,7 +22,10 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Update:
-    """All that a step changes follows from this: one scalar per direction, and the rate. A journal keeps nothing else."""
+    """All that a step changes follows from this: one scalar for each region of each direction, and the rate.
+
+    A journal keeps nothing else.
+    """
 
     directions: tuple[Direction, ...]
     projected_grad: tuple[float, ...]
@@ -38,21 +41,16 @@ class Optimizer(Protocol):
 
 
 def gradient_of(parametrization: Parametrization, update: Update, name: str) -> Tensor:
-    """ĝ of one name's numbers."""
-    count = len(update.directions)
-    parts = zip(update.directions, update.projected_grad, strict=True)
-    terms = [parametrization.z(direction, name) * (g / count) for direction, g in parts]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    """ĝ of one name's numbers: the mean of projected_grad · z over directions and regions."""
+    count = len(update.projected_grad)
+    return parametrization.combined(name, update.directions, [g / count for g in update.projected_grad])
 
 
 class Sgd:
     """θ <- θ - lr · ĝ. No state."""
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
-        amounts = [-update.lr * g / len(update.directions) for g in update.projected_grad]
+        amounts = [-update.lr * g / len(update.projected_grad) for g in update.projected_grad]
         parametrization.move_(update.directions, amounts)
 
     def state(self) -> dict[str, Tensor]:
@@ -110,7 +108,7 @@ class Adam:
 
     @staticmethod
     def _square(update: Update, grad: Tensor) -> Tensor:
-        if len(update.directions) == 1 and update.directions[0].distribution == "rademacher":
+        if len(update.projected_grad) == 1 and update.directions[0].distribution == "rademacher":
             return grad.new_tensor(update.projected_grad[0] ** 2)
         return grad * grad
 

@@ -42,7 +42,7 @@ def exact_gradient(
         grids = {name: torch.zeros_like(delta) if delta.grad is None else delta.grad for name, delta in deltas.items()}
     if isinstance(numbers, Dense):
         return {name: grids[name].view_as(live) for name, live in numbers.numbers().items()}
-    return {axis: torch.cat([_SUMS[axis](grids[name]) for name in numbers.layers(axis)]) for axis in numbers.theta}
+    return {key: torch.cat([_SUMS[numbers.axis(key)](grids[name]) for name in numbers.layers(key)]) for key in numbers.theta}
 
 
 _SUMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -96,5 +96,5 @@ def alignment(numbers: Dense | Grouped, found: Estimate, exact: dict[str, Tensor
     wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])
     lengths = estimated.norm().item(), wanted.norm().item()
     cosine = (estimated @ wanted).item() / (lengths[0] * lengths[1]) if all(lengths) else math.nan
-    count = len(found.directions)
+    count = len(found.projected_grad)
     return Alignment(cosine, math.sqrt(count / (count + len(wanted))), lengths[1], lengths[0])

@@ -40,17 +40,19 @@ class Parametrization(Protocol):
     def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
         """The same as factors: a group of examples for each radius and direction, all directions of the first radius first.
 
+        Where directions have regions, their examples are divided into as many runs of tokens in layers that treat tokens apart.
+
         Raises:
             ValueError: without `has_gains`.
         """
         ...
 
-    def z(self, direction: Direction, name: str) -> Tensor:
-        """z of one name's numbers."""
+    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
+        """Σ amounts[i] · z of one name's numbers, a new tensor. Each direction has as many amounts in a row as it has regions."""
         ...
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        """numbers += Σ amounts[i] · z of directions[i], one after the other."""
+        """numbers += Σ amounts[i] · z, as `combined`."""
         ...
 
     def add_(self, name: str, delta: Tensor) -> None:

@@ -1,6 +1,6 @@
 """A parametrization by its name in a config."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from qzo_diffusion.core.dense import Dense, DenseAbsolute
@@ -12,8 +12,16 @@ Level = Literal["dense", "row", "layer", "column", "separable"]
 Units = Literal["relative", "absolute"]
 
 
-def parametrize(scales: ScaleSet, level: Level, units: Units = "relative", trained: Sequence[str] | None = None) -> Parametrization:
+def parametrize(
+    scales: ScaleSet,
+    level: Level,
+    units: Units = "relative",
+    trained: Sequence[str] | None = None,
+    pointwise: Collection[str] = (),
+) -> Parametrization:
     """The parametrization by its name in a config; `trained` names the layers that take part, None is all.
+
+    `pointwise` names those that treat tokens apart (`core.grouped`); it means nothing to dense numbers.
 
     "separable" has a number for every row and one for every block column: log s[o, g] = log s0[o, g] + row[o] + column[g].
 
@@ -26,4 +34,4 @@ def parametrize(scales: ScaleSet, level: Level, units: Units = "relative", train
         return DenseAbsolute(scales, trained)
     if level == "dense":
         return Dense(scales, trained)
-    return Grouped(scales, ("row", "column") if level == "separable" else (level,), trained)
+    return Grouped(scales, ("row", "column") if level == "separable" else (level,), trained, pointwise)

@@ -32,7 +32,8 @@ class LayerGain:
     """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, fp32.
 
     One row for each group of neighbouring examples, so the number of rows divides the batch: one row for all, two for a batch of
-    +ε and then -ε, or one per example. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns.
+    +ε and then -ε, or one per example. More rows than examples give each example several, one for each of equally long runs of
+    its tokens. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns.
     """
 
     output: Tensor | None = None
@@ -239,11 +240,12 @@ class _Factors:
             y.copy_(wide)
 
     def _check(self, tensor: Tensor, groups: int) -> None:
-        if tensor.shape[0] % groups:
+        examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
+        if examples % groups and (groups % examples or tokens % (groups // examples)):
             raise ModelError(
-                f"{self._name} runs on a first dimension of {tensor.shape[0]} where {groups} groups of examples are probed",
-                "one group of rows for each example",
-                "use parametrization dense, or a model that keeps examples apart in its first dimension",
+                f"{self._name} runs on a first dimension of {examples}, of {tokens} tokens each, where {groups} groups are probed",
+                "groups of whole examples, or of equally long runs of an example's tokens",
+                "use parametrization dense, or a model that keeps examples apart in its first dimension; or qzo.regions=1",
             )
 
 

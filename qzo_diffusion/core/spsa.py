@@ -4,8 +4,10 @@ For a direction z and a radius ε (QZO, arXiv 2505.13430, equation 4; SPSA, Spal
 
     d  = (L(θ + ε z; B) - L(θ - ε z; B)) / (2 ε)        same batch B, same noise, same noise levels
     d' = clip(d, -C, C)                                 directional derivative clipping (DDC)
+    d' = d / √(mean d² over the step's directions)      normalisation, for steps of several directions (as FZOO, arXiv 2506.09034)
 
-E[d z] is the gradient up to O(ε²). Clipping makes it biased: z and the sign of d correlate.
+E[d z] is the gradient up to O(ε²). Clipping makes it biased: z and the sign of d correlate. Normalising gives steps a length that
+does not depend on the scale of the loss, so one learning rate suits many models.
 """
 
 import math
@@ -21,7 +23,10 @@ from qzo_diffusion.core.parametrization import Parametrization
 
 Batch = TypeVar("Batch")
 Objective = Callable[[Batch], Tensor]
-"""A micro-batch -> one loss per example, [B]. Its randomness is in the micro-batch, so it can be evaluated twice."""
+"""A micro-batch -> one loss per example, [B], or one per region of each example, [B, R]; the mean over regions is the example's.
+
+Its randomness is in the micro-batch, so it can be evaluated twice.
+"""
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 """This process's sums -> the sums over all processes that share the batch."""
@@ -29,7 +34,10 @@ SumOverRanks = Callable[[Sequence[float]], list[float]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """One step's estimate. All tuples have one entry per direction; losses are means over the examples of the batch."""
+    """One step's estimate. Losses are means over the examples of the batch, or of one example, or of a region of one.
+
+    All tuples but `directions` have one entry for each region of each direction, in that order.
+    """
 
     directions: tuple[Direction, ...]
     loss_plus: tuple[float, ...]
@@ -41,7 +49,7 @@ class Estimate:
     @property
     def loss(self) -> float:
         """The mean of all probes: L(θ) up to O(ε²), without a forward of its own."""
-        return (sum(self.loss_plus) + sum(self.loss_minus)) / (2 * len(self.directions))
+        return (sum(self.loss_plus) + sum(self.loss_minus)) / (2 * len(self.loss_plus))
 
     @property
     def finite(self) -> bool:
@@ -56,7 +64,7 @@ def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> fl
 
 
 def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float]:
-    """One loss per example; no gradient is recorded."""
+    """One loss per example, or per region of each; no gradient is recorded."""
     with torch.no_grad():
         losses: list[float] = objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
     return losses
@@ -84,6 +92,7 @@ def estimate(
     per_example: bool = False,
     together: bool = True,
     clip_threshold: float | None = None,
+    normalize: bool = False,
     first_example: int = 0,
     sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
@@ -91,8 +100,9 @@ def estimate(
 
     The mean of d_i z_i over B examples with directions of their own has up to 1/B of the variance that one shared direction leaves,
     for the same two forwards. It needs numbers that are factors of inputs and outputs (`has_gains`); those can also run +ε and -ε
-    in one forward of twice the batch, which reads and dequantizes the weights once. The scales are bit for bit what they were,
-    also when `objective` raises.
+    in one forward of twice the batch, which reads and dequantizes the weights once. Where directions have regions, the numbers of
+    pointwise layers are probed once more by each region of each example, against that region's loss (`core.grouped`). The scales
+    are bit for bit what they were, also when `objective` raises.
 
     Args:
         objective: one loss per example of a micro-batch.
@@ -102,25 +112,33 @@ def estimate(
         eps: ε, the radius of the probe, in the parametrization's units.
         together: run +ε and -ε in one forward where the numbers and the batch allow it.
         clip_threshold: C of DDC, None for no clipping.
+        normalize: divide the derivatives by their spread; a step of one direction would keep nothing but its sign.
         first_example: where this process's micro-batches begin in the whole batch.
         sum_over_ranks: exchanges a count and two sums per direction, once a step.
 
     Raises:
-        ValueError: `per_example` with numbers that have no gains, or an objective that gives one loss for a whole batch.
+        ValueError: `per_example` with numbers that have no gains, or an objective that gives one loss for a whole batch; regions
+            without `per_example`.
     """
     probe = _together if together and parametrization.has_gains else _by_gains if per_example else _by_views
-    plus, minus = [0.0] * len(directions), [0.0] * len(directions)
+    regions = directions[0].regions
+    plus, minus = [0.0] * (len(directions) * regions), [0.0] * (len(directions) * regions)
     if per_example:
         start = first_example
         for micro_batch in micro_batches:
             stop = start + len(micro_batch)  # type: ignore[arg-type]
             losses = probe(objective, micro_batch, parametrization, directions[start:stop], eps)
-            if len(losses[0]) != stop - start:
-                raise ValueError(f"{len(losses[0])} losses for {stop - start} examples: per_example needs one loss per example")
-            plus[start:stop], minus[start:stop] = losses
+            if len(losses[0]) != (stop - start) * regions:
+                raise ValueError(
+                    f"{len(losses[0])} losses for {stop - start} examples of {regions} regions: per_example needs one loss for each"
+                )
+            place = slice(start * regions, stop * regions)
+            plus[place], minus[place] = losses
             start = stop
         both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
-        return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold)
+        return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold, normalize)
+    if regions > 1:
+        raise ValueError("regions have directions of their own only where examples have")
     count = 0
     for index, direction in enumerate(directions):
         pairs = [probe(objective, micro_batch, parametrization, [direction], eps) for micro_batch in micro_batches]
@@ -129,7 +147,7 @@ def estimate(
         minus[index] = math.fsum(loss for _, down in pairs for loss in down)
     total, *sums = sum_over_ranks([float(count), *plus, *minus])
     means = [value / total for value in sums]
-    return _from_losses(directions, means[: len(plus)], means[len(plus) :], eps, clip_threshold)
+    return _from_losses(directions, means[: len(plus)], means[len(plus) :], eps, clip_threshold, normalize)
 
 
 Losses = tuple[list[float], list[float]]
@@ -144,7 +162,9 @@ def _together(
         return _by_gains(objective, batch, numbers, directions, eps)
     with numbers.scales.showing(gains=numbers.gains(directions, [eps, -eps])):
         losses = sample_losses(objective, twice)
-    if len(losses) != len(twice):  # one loss for the whole batch: the two signs must be told apart by two forwards
+    if (
+        len(losses) != len(twice) * directions[0].regions
+    ):  # one loss for the whole batch: the two signs must be told apart by two forwards
         return _by_gains(objective, batch, numbers, directions, eps)
     return losses[: len(losses) // 2], losses[len(losses) // 2 :]
 
@@ -176,10 +196,24 @@ def repeated(batch: Any) -> Any:
     return batch.repeated() if hasattr(batch, "repeated") else None
 
 
+def spread(derivatives: Sequence[float], regions: int = 1) -> float:
+    """√(mean d²) over directions; d of a direction is the mean over its regions."""
+    of_direction = [math.fsum(derivatives[i : i + regions]) / regions for i in range(0, len(derivatives), regions)]
+    return math.sqrt(math.fsum(d * d for d in of_direction) / len(of_direction))
+
+
 def _from_losses(
-    directions: Sequence[Direction], plus: list[float], minus: list[float], eps: float, clip_threshold: float | None
+    directions: Sequence[Direction],
+    plus: list[float],
+    minus: list[float],
+    eps: float,
+    clip_threshold: float | None,
+    normalize: bool,
 ) -> Estimate:
     derivatives = [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)]
     projected = [clip_directional_derivative(d, clip_threshold) for d in derivatives]
     clipped = tuple(math.isfinite(d) and d != g for d, g in zip(derivatives, projected, strict=True))
+    if normalize:
+        unit = spread(projected, directions[0].regions) or 1.0  # all zero: they stay so
+        projected = [g / unit for g in projected]
     return Estimate(tuple(directions), tuple(plus), tuple(minus), tuple(derivatives), tuple(projected), clipped)

@@ -8,10 +8,12 @@ Noise and sigma are arguments, drawn once a step, so that both forwards of a two
 noising of the paper's released script is a different objective than the one SD3.5 was trained with, and is not offered.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SigmaDistribution = Literal["uniform", "logit_normal"]
@@ -22,7 +24,7 @@ class Batch:
     """Everything one evaluation of the loss needs.
 
     latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
-    prompt_embeds [B, T, D], pooled [B, P].
+    prompt_embeds [B, T, D], pooled [B, P]. regions: how many losses an example has, one for each equally long run of its patches.
     """
 
     latents: Tensor
@@ -30,25 +32,30 @@ class Batch:
     sigma: Tensor
     prompt_embeds: Tensor
     pooled: Tensor
+    regions: int = 1
 
     def __len__(self) -> int:
         return len(self.sigma)
 
     def part(self, examples: slice) -> "Batch":
         """Some of the examples."""
-        return Batch(*(tensor[examples] for tensor in self._tensors()))
+        return self._with(tensor[examples] for tensor in self._tensors())
 
     def repeated(self) -> "Batch":
         """All examples and then all again."""
-        return Batch(*(torch.cat([tensor, tensor]) for tensor in self._tensors()))
+        return self._with(torch.cat([tensor, tensor]) for tensor in self._tensors())
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in self._tensors()))
+        return self._with(tensor.to(device) for tensor in self._tensors())
 
     def split(self, size: int) -> list["Batch"]:
         """Micro-batches of at most `size` examples; their losses average to this batch's."""
         parts = [tensor.split(size) for tensor in self._tensors()]
-        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+        return [self._with(tensors) for tensors in zip(*parts, strict=True)]
+
+    def _with(self, tensors: Iterable[Tensor]) -> "Batch":
+        latents, noise, sigma, prompt_embeds, pooled = tensors
+        return Batch(latents, noise, sigma, prompt_embeds, pooled, self.regions)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
@@ -75,8 +82,21 @@ def sample_sigmas(
     return shift_sigma(quantile, shift).float()
 
 
+PATCH = 2  # the side in latents of what the transformer sees as one token
+
+
+def divisor_up_to(wanted: int, tokens: int) -> int:
+    """The largest number of equally long runs, at most `wanted`, that `tokens` can be divided into."""
+    return max(count for count in range(1, min(wanted, tokens) + 1) if tokens % count == 0)
+
+
+def patches(latents: Tensor) -> int:
+    """How many tokens the transformer sees of latents [..., h, w]."""
+    return latents.shape[-2] // PATCH * (latents.shape[-1] // PATCH)
+
+
 def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """One loss per example, [B] fp32. The transformer runs in `dtype`; noising and the squared error are fp32.
+    """One loss per example, [B] fp32, or per region, [B, R]. The transformer runs in `dtype`; noising and squared error are fp32.
 
     Args:
         transformer: called like diffusers' `SD3Transformer2DModel`.
@@ -90,5 +110,8 @@ def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
         pooled_projections=batch.pooled.to(dtype),
         return_dict=False,
     )[0]
-    error = prediction.float() - (batch.noise - batch.latents)
-    return error.square().flatten(1).mean(1)
+    error = (prediction.float() - (batch.noise - batch.latents)).square()
+    if batch.regions == 1:
+        return error.flatten(1).mean(1)
+    of_patches = F.avg_pool2d(error.mean(1, keepdim=True), PATCH).flatten(1)  # row by row, as the transformer's tokens are
+    return of_patches.view(len(batch), batch.regions, -1).mean(2)

@@ -22,6 +22,8 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "
 WEIGHT_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PIPELINE_T5_TOKENS = 256
+# Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss. Keys and values do not.
+POINTWISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
 HASHED_IN_FULL = 256 * 2**20  # bytes; larger files are told apart by size, time and their first part
 
 

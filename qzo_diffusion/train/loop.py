@@ -20,7 +20,7 @@ MAX_BAD_STEPS = 10  # in a row; then the run stops
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. With several directions d and the projected gradient are lists and `clipped` a fraction."""
+    """One line of metrics.jsonl. With several directions or regions losses, d and g are lists and `clipped` is a fraction."""
 
     step: int
     loss_plus: float | list[float]
@@ -43,13 +43,15 @@ class StepRecord:
 class StepBatch(Generic[Batch]):
     """This process's micro-batches of one step, which begin at `first_example` of the whole batch of `examples`.
 
-    Without `examples` they are the whole batch. `sigma_mean` is the mean noise level for objectives that have one.
+    Without `examples` they are the whole batch. `sigma_mean` is the mean noise level for objectives that have one. `regions` is how
+    many losses the objective gives for an example; with more than one, every region is probed along a direction of its own.
     """
 
     micro_batches: Sequence[Batch]
     sigma_mean: float | None = None
     first_example: int = 0
     examples: int | None = None
+    regions: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Probing:
     per_example: bool = False  # a direction of its own for every example; num_directions is not used then
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
+    normalize: bool = False
     together: bool = True  # +eps and -eps in one forward of twice the batch, where the numbers allow it
 
 
@@ -157,18 +160,19 @@ def _probe(
         objective,
         batch.micro_batches,
         parametrization,
-        directions_of_step(probing.seed, step, count, probing.distribution),
+        directions_of_step(probing.seed, step, count, probing.distribution, batch.regions),
         eps=probing.eps,
         per_example=probing.per_example,
         together=probing.together,
         clip_threshold=probing.clip_threshold,
+        normalize=probing.normalize,
         first_example=batch.first_example,
         sum_over_ranks=sum_over_ranks,
     )
 
 
 def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float) -> StepRecord:
-    alone = len(result.directions) == 1
+    alone = len(result.projected_grad) == 1
 
     def one_or_list(values: tuple[Any, ...]) -> Any:
         return values[0] if alone else list(values)

@@ -21,7 +21,7 @@ def test_it_is_the_slope_of_the_loss_along_any_direction(level):
     objective, x = squared_output(model), inputs(4, width=64, dtype=torch.float64)
     gradient = exact_gradient(objective, list(x.split(3)), numbers, handles_of(model))
     direction = Direction(0, 0)
-    along = sum((gradient[name] * numbers.z(direction, name)).sum().item() for name in gradient)
+    along = sum((gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item() for name in gradient)
     losses = []
     for radius in (1e-5, -1e-5):
         with scales.showing(numbers.view(direction, radius)):

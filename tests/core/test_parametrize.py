@@ -78,7 +78,7 @@ def test_moving_is_adding_z(level, units):
     numbers, others = parametrize(moved, level, units), parametrize(added, level, units)
     numbers.move_([DIRECTION], [-0.02])
     for name in others.numbers():
-        others.add_(name, others.z(DIRECTION, name) * -0.02)
+        others.add_(name, others.combined(name, [DIRECTION], [-0.02]))
     numbers.merge_()
     others.merge_()
     for name in moved:

@@ -150,7 +150,7 @@ def test_examples_that_do_not_fit_the_groups_are_refused():
     model, scales = scaled_network()
     numbers = parametrize(scales, "row")
     gains = numbers.gains(directions_of_step(0, 0, 4, "rademacher"), [0.01])
-    with pytest.raises(ModelError, match="4 groups of examples"), scales.showing(gains=gains):
+    with pytest.raises(ModelError, match="4 groups are probed"), scales.showing(gains=gains):
         model(inputs(6))
 
 

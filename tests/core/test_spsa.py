@@ -33,7 +33,7 @@ def test_error_of_the_derivative_is_of_second_order_in_eps(units, distribution):
     numbers = parametrize(scales, "dense", units)
     direction = Direction(0, 0, 0, distribution)
     gradient = exact_gradient(model, scales, x, units)
-    exact = sum((gradient[name] * numbers.z(direction, name)).sum().item() for name in scales)
+    exact = sum((gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item() for name in scales)
     radii = [0.004, 0.008, 0.016, 0.032] if units == "relative" else [0.0005, 0.001, 0.002, 0.004]
     errors = []
     for eps in radii:
@@ -57,7 +57,7 @@ def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
         direction = Direction(seed, 0)
         d = estimate(squared_output(model), [x], numbers, [direction], eps=1e-3).directional_derivative[0]
         for name, drawn in samples.items():
-            drawn.append(d * numbers.z(direction, name))
+            drawn.append(d * numbers.combined(name, [direction], [1.0]))
     for name in samples:
         stacked = torch.stack(samples[name]).double()
         standard_error = stacked.std(0) / 4000**0.5
