@@ -4,6 +4,7 @@ Configs stop at `build.py`; below it everything takes plain arguments. A setting
 """
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,9 @@ from qzo_diffusion.core.errors import ConfigError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+NORMALIZED_LR, PLAIN_LR = 0.1, 3e-3
 
 
 class Section(BaseModel):
@@ -37,7 +41,7 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 1000
-    lr: Positive = 3e-3
+    lr: Positive = NORMALIZED_LR  # with qzo.normalize, how far a step moves; else a multiple of the gradient, 3e-3 if not given
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
@@ -48,17 +52,31 @@ class TrainConfig(Section):
     keep_checkpoints: Count = 3  # besides the best
 
 
+def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What suits the given settings of section `qzo` where it was not given."""
+    shared = given.get("parametrization") == "dense" or given.get("num_directions", 1) != 1
+    each = given.get("per_example", not shared)
+    return {"per_example": each, "regions": 16 if each else 1, "normalize": each}
+
+
 class QzoConfig(Section):
-    parametrization: Literal["dense", "row", "layer", "column", "separable"] = "layer"
+    """What is not given follows from what is: dense numbers and steps of several shared directions have none of each example."""
+
+    parametrization: Literal["dense", "row", "layer", "column", "separable"] = "separable"
     layers: list[str] | None = None  # parts of layer names, such as ff.net; None: every quantized layer is trained
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
     num_directions: Count = 1
-    per_example: bool = False  # a direction of its own for every example of the batch; not for dense numbers
-    regions: Annotated[int, Field(ge=1, le=4096)] = 1  # of an example's picture, with directions of their own in pointwise layers
-    normalize: bool = False  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
+    per_example: bool = True  # a direction of its own for every example of the batch; not for dense numbers
+    regions: Annotated[int, Field(ge=1, le=1024)] = 16  # of an example's picture, with directions of their own in pointwise layers
+    normalize: bool = True  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     clip_threshold: Positive | None = None  # DDC; None: no clipping
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, given: Any) -> Any:
+        return estimate_settings(given) | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _absolute_needs_dense(self) -> "QzoConfig":
@@ -116,6 +134,17 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, given: Any) -> Any:
+        """The rate that suits how the estimate is scaled, where none is given."""
+        if not isinstance(given, dict) or not isinstance(given.get("train", {}), dict):
+            return given
+        qzo = given.get("qzo")
+        normalized = {**estimate_settings(qzo), **qzo}["normalize"] if isinstance(qzo, dict) else True
+        lr = NORMALIZED_LR if normalized else PLAIN_LR
+        return given | {"train": {"lr": lr} | given.get("train", {})}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

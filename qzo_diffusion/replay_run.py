@@ -11,6 +11,8 @@ from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.train.run_folder import RunFolder
 
+_NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")  # what settles the trained numbers
+
 
 def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: Path) -> dict[str, Any]:
     """Rebuild step `to_step` (the journal's last when None) and leave it in `output_dir/final`.
@@ -43,7 +45,7 @@ def config_of(journal: Journal, model: str | None) -> Config:
             {
                 "model": model or header["model"],
                 "train": {"seed": header["seed"], "optimizer": header["optimizer"]},
-                "qzo": {key: header[key] for key in ("directions", "num_directions", "parametrization", "units", "layers")},
+                "qzo": {key: header[key] for key in _NUMBERS},
                 "quant": header["quant"],
                 "compute": {"dtype": header["dtype"]},
             }

@@ -118,3 +118,37 @@ def test_any_override_gives_a_pair_or_a_clear_error(text):
     except ConfigError:
         return
     assert key in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "per_example", "regions", "normalize", "lr"),
+    [
+        ({}, True, 16, True, 0.1),
+        ({"parametrization": "row"}, True, 16, True, 0.1),
+        ({"parametrization": "dense"}, False, 1, False, 3e-3),
+        ({"num_directions": 4}, False, 1, False, 3e-3),
+        ({"num_directions": 4, "normalize": True}, False, 1, True, 0.1),
+        ({"per_example": False}, False, 1, False, 3e-3),
+        ({"regions": 1}, True, 1, True, 0.1),
+        ({"normalize": False}, True, 16, False, 3e-3),
+    ],
+)
+def test_what_is_not_given_follows_from_what_is(given, per_example, regions, normalize, lr):
+    config = make_config({"qzo": given})
+    found = (config.qzo.per_example, config.qzo.regions, config.qzo.normalize, config.train.lr)
+    assert found == (per_example, regions, normalize, lr)
+    assert make_config(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"regions": 4, "per_example": False}, "regions above 1 need per_example"),
+        ({"regions": 4, "parametrization": "dense"}, "regions above 1 need per_example"),
+        ({"normalize": True, "parametrization": "dense"}, "only the sign would be left"),
+        ({"regions": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_that_contradict_each_other(given, word):
+    with pytest.raises(ConfigError, match=word):
+        make_config({"qzo": given})

@@ -60,6 +60,33 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path, monkeypatch, 
     assert_same_run(whole, tmp_path / "parts")
 
 
+REGIONS = ["qzo.parametrization=separable", "qzo.per_example=true", "qzo.regions=4", "train.optimizer=sgd"]
+
+
+def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch):
+    assert train(*SETTINGS, *REGIONS, name="whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert train(*SETTINGS, *REGIONS, name="parts") == 130
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert {len(step.projected_grad) for step in read_journal(tmp_path / "whole/journal.qzo").steps} == {4 * 4}
+    assert_replayed(tmp_path / "whole")
+
+
+def assert_replayed(run):
+    again = run.with_name("again")
+    assert main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(again)]) == 0
+    scales, replayed = load_scales(run)[0], load_scales(again)[0]
+    assert all(torch.equal(replayed[name], scales[name]) for name in scales)
+
+
+@pytest.mark.parametrize("setting", ["qzo.regions=1", "qzo.per_example=false"])
+def test_numbers_without_regions_are_replayed(train, tmp_path, setting):
+    assert train("--max-steps", 2, setting) == 0
+    assert_replayed(tmp_path / "run")
+
+
 MOMENTS = {
     "before a metrics line": ("qzo_diffusion.train.tracking.Tracker.on_step", 4),
     "between metrics and journal": ("qzo_diffusion.core.journal.JournalWriter.append", 4),

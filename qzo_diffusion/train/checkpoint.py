@@ -126,8 +126,7 @@ def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametri
 
 def entry_of(record: StepRecord, seed: int) -> StepEntry:
     """What the journal keeps of a step's record."""
-    grads = record.projected_grad if isinstance(record.projected_grad, list) else [record.projected_grad]
-    return StepEntry(record.step, seed, record.lr, record.eps, record.loss, tuple(grads), record.skipped)
+    return StepEntry(record.step, seed, record.lr, record.eps, record.loss, record.applied, record.skipped)
 
 
 def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:

@@ -4,6 +4,7 @@ One step: draw the batch, probe it at +eps and -eps along each direction, clip, 
 (seed, t), so the loop carries no random state.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,11 @@ MAX_BAD_STEPS = 10  # in a row; then the run stops
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl. With several directions or regions losses, d and g are lists and `clipped` is a fraction."""
+    """One line of metrics.jsonl: with several directions, lists, in which the regions of a direction are averaged.
+
+    clipped: with several directions or regions a fraction. applied: the scalar of every region of every direction, as the update
+    took them and the journal keeps them; too many for a line.
+    """
 
     step: int
     loss_plus: float | list[float]
@@ -34,9 +39,13 @@ class StepRecord:
     skipped: bool
     sigma_mean: float | None
     seconds: float
+    applied: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What metrics.jsonl holds."""
+        line = asdict(self)
+        del line["applied"]
+        return line
 
 
 @dataclass(frozen=True)
@@ -172,10 +181,11 @@ def _probe(
 
 
 def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float) -> StepRecord:
-    alone = len(result.projected_grad) == 1
+    regions = result.directions[0].regions
 
-    def one_or_list(values: tuple[Any, ...]) -> Any:
-        return values[0] if alone else list(values)
+    def one_or_list(values: tuple[float, ...]) -> float | list[float]:
+        of_direction = [math.fsum(values[i : i + regions]) / regions for i in range(0, len(values), regions)]
+        return of_direction[0] if len(of_direction) == 1 else of_direction
 
     return StepRecord(
         step=step,
@@ -186,8 +196,9 @@ def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean
         projected_grad=one_or_list(result.projected_grad),
         lr=lr,
         eps=probing.eps,
-        clipped=result.clipped[0] if alone else sum(result.clipped) / len(result.clipped),
+        clipped=result.clipped[0] if len(result.clipped) == 1 else sum(result.clipped) / len(result.clipped),
         skipped=not result.finite,
         sigma_mean=sigma_mean,
         seconds=seconds,
+        applied=result.projected_grad,
     )

@@ -1,9 +1,13 @@
 """The rectified-flow objective: its formula, its noise levels, and that both forwards of a step see the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qzo_diffusion.diffusion.flow_matching import Batch, sample_sigmas, shift_sigma, velocity_loss
+from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, sample_sigmas, shift_sigma, velocity_loss
 
 
 class Recorder:
@@ -99,3 +103,28 @@ def test_shift_keeps_the_ends_and_1_is_the_identity():
 def test_levels_follow_the_generator_alone():
     draws = [sample_sigmas(8, torch.Generator().manual_seed(3)) for _ in range(2)]
     assert torch.equal(*draws)
+
+
+def test_losses_of_regions_average_to_the_examples_and_see_their_own_patches_only():
+    batch = make_batch()
+    wrong = batch.noise - batch.latents
+    wrong[:, :, 2:4, 4:6] += 3.0  # the patch in row 1, column 2: the seventh of sixteen
+    whole = velocity_loss(Recorder(wrong), batch, torch.float32)
+    for regions in (1, 2, 4, 16):
+        of_regions = velocity_loss(Recorder(wrong), replace(batch, regions=regions), torch.float32).view(4, -1)
+        torch.testing.assert_close(of_regions.mean(1), whole)
+        assert of_regions[0].nonzero().flatten().tolist() == [6 * regions // 16]
+
+
+def test_a_batch_keeps_its_regions_whatever_is_done_to_it():
+    batch = replace(make_batch(), regions=4)
+    parts = [batch.part(slice(1, 3)), batch.repeated(), batch.to(torch.device("cpu")), *batch.split(2)]
+    assert {part.regions for part in parts} == {4}
+
+
+@given(st.integers(1, 64), st.integers(1, 5000))
+def test_regions_are_as_many_as_fit(wanted, tokens):
+    found = divisor_up_to(wanted, tokens)
+    assert tokens % found == 0
+    assert found <= wanted
+    assert all(tokens % count for count in range(found + 1, min(wanted, tokens) + 1))

@@ -1,0 +1,161 @@
+"""Regions of an example with directions of their own: each sees its own z, the mean is the gradient, the variance falls."""
+
+import pytest
+import torch
+from torch import nn
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.noise import Direction, directions_of_step
+from qzo_diffusion.core.optimizer import Update, gradient_of
+from qzo_diffusion.core.oracle import exact_gradient
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.spsa import estimate, spread
+from qzo_diffusion.quant.load import handles_of
+from tests.quantized import assert_same, inputs, scaled_network, snapshot
+
+EXAMPLES, TOKENS, REGIONS = 3, 8, 4
+LEVELS = ["row", "column", "separable", "layer"]
+
+
+def tokens(count=EXAMPLES, width=128, dtype=torch.float64):
+    return inputs(count * TOKENS, width, dtype).view(count, TOKENS, width)
+
+
+def of_regions(model: nn.Module, regions=REGIONS):
+    """An objective that treats tokens apart: a loss for each run of them, [B, R]."""
+    return lambda x: model(x).square().mean(-1).view(len(x), regions, -1).mean(-1)
+
+
+def network_of_tokens(level, pointwise=("0", "2"), **options):
+    model, scales = scaled_network(dtype=torch.float64, **options)
+    return model, scales, parametrize(scales, level, pointwise=pointwise)
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_each_region_sees_what_its_own_z_does_to_the_scales(level, distribution):
+    model, scales, numbers = network_of_tokens(level)
+    x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, distribution, REGIONS)
+    with scales.showing(gains=numbers.gains(directions, [0.02])):
+        together = model(x)
+    for example, direction in enumerate(directions):
+        for region in range(REGIONS):
+            amounts = [0.02 * (place == region) for place in range(REGIONS)]
+            other, _, moved = network_of_tokens(level)
+            moved.move_([direction], amounts)
+            moved.merge_()
+            run = slice(region * TOKENS // REGIONS, (region + 1) * TOKENS // REGIONS)
+            torch.testing.assert_close(together[example, run], other(x[example, run]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pointwise", [("0", "2"), ("2",)])
+def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(pointwise):
+    model, _, numbers = network_of_tokens("separable", pointwise, width=64, out=2, blocksize=32)
+    x, count = tokens(4, width=64), 600
+    exact = exact_gradient(of_regions(model, 1), [x], numbers, handles_of(model))
+    drawn = {name: [] for name in exact}
+    for seed in range(count):
+        directions = directions_of_step(seed, 0, 4, "rademacher", REGIONS)
+        found = estimate(of_regions(model), list(x.split(3)), numbers, directions, eps=1e-3, per_example=True)
+        for name, kept in drawn.items():
+            kept.append(gradient_of(numbers, Update(directions, found.projected_grad, lr=1.0), name))
+    for name, values in drawn.items():
+        stacked = torch.stack(values)
+        deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / count**0.5)
+        assert deviation.max() < 5, name
+
+
+def test_it_has_less_variance_than_a_direction_for_each_example():
+    model, _, numbers = network_of_tokens("row")
+    x, of_one, of_many = tokens(4), [], []
+    for seed in range(60):
+        for kept, regions in ((of_one, 1), (of_many, REGIONS)):
+            directions = directions_of_step(seed, 0, 4, "rademacher", regions)
+            found = estimate(of_regions(model, regions), [x], numbers, directions, eps=1e-3, per_example=True)
+            kept.append(gradient_of(numbers, Update(directions, found.projected_grad, lr=1.0), "row.pointwise"))
+    ratio = torch.stack(of_one).var(0).sum() / torch.stack(of_many).var(0).sum()
+    assert ratio > 2  # regions · |gradient of an example|² / mean |gradient of a region|², which is less than 4
+
+
+def test_both_signs_in_one_forward_are_what_two_forwards_give():
+    model, _, numbers = network_of_tokens("separable", ("2",))
+    x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
+    together, apart = (
+        estimate(of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, together=both) for both in (True, False)
+    )
+    assert len(together.projected_grad) == EXAMPLES * REGIONS
+    assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)
+    assert together.loss_minus == pytest.approx(apart.loss_minus, rel=1e-12)
+
+
+def test_whole_numbers_move_by_what_all_regions_say_together():
+    _, _, numbers = network_of_tokens("row", ("2",))
+    direction = Direction(0, 0, regions=REGIONS)
+    moved = numbers.combined("row", [direction], [0.1, 0.2, 0.3, 0.4])
+    assert torch.equal(moved, torch.tensor(1.0, dtype=torch.float64) * Direction(0, 0).z("row", moved))
+    of_region = direction.z("row.pointwise", numbers.theta["row.pointwise"], each=True)
+    assert torch.equal(numbers.combined("row.pointwise", [direction], [0, 0, 1, 0]), of_region[2])
+    assert len({tuple(row.tolist()) for row in of_region}) == REGIONS
+
+
+def test_one_region_is_the_estimate_without_regions_on_whole_numbers():
+    model, _, numbers = network_of_tokens("row", ())
+    x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher")
+    found = estimate(of_regions(model, 1), [x], numbers, directions, eps=1e-2, per_example=True)
+    same = estimate(lambda x: model(x).square().mean((1, 2)), [x], numbers, directions, eps=1e-2, per_example=True)
+    assert found.directional_derivative == pytest.approx(same.directional_derivative, rel=1e-12)
+
+
+def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
+    model, _, numbers = network_of_tokens("row", ("2",))
+    x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
+    plain, normal = (
+        estimate(of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, normalize=wanted)
+        for wanted in (False, True)
+    )
+    assert spread(normal.projected_grad, REGIONS) == pytest.approx(1)
+    unit = spread(plain.directional_derivative, REGIONS)
+    assert [g * unit for g in normal.projected_grad] == pytest.approx(list(plain.projected_grad))
+    assert not any(normal.clipped)
+    assert spread([3.0, -4.0]) == pytest.approx((25 / 2) ** 0.5)
+    assert spread([3.0, -3.0], 2) == 0
+
+
+def test_no_slope_at_all_moves_nothing_and_stays_finite():
+    _, _, numbers = network_of_tokens("row", ("2",))
+    directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
+    flat = estimate(
+        lambda x: torch.ones(len(x), REGIONS), [tokens()], numbers, directions, eps=1e-2, per_example=True, normalize=True
+    )
+    assert flat.finite
+    assert set(flat.projected_grad) == {0.0}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_nothing_changes_whatever_happens(error):
+    model, scales = scaled_network("bnb")
+    numbers, x = parametrize(scales, "separable", pointwise=("0",)), tokens(dtype=torch.float32)
+    before, plain = snapshot(model, scales), model(x)
+
+    def broken(x):
+        model(x)
+        raise error
+
+    with pytest.raises(type(error)):
+        estimate(broken, [x], numbers, directions_of_step(0, 0, 3, "rademacher", REGIONS), eps=1e-2, per_example=True)
+    assert_same(before, snapshot(model, scales))
+    assert torch.equal(plain, model(x))
+
+
+def test_what_does_not_fit_is_refused():
+    model, scales, numbers = network_of_tokens("row")
+    directions = directions_of_step(0, 0, EXAMPLES, "rademacher", 3)
+    with pytest.raises(ModelError, match="8 tokens"), scales.showing(gains=numbers.gains(directions, [0.01])):
+        model(tokens())
+    directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
+    with pytest.raises(ValueError, match="3 losses for 3 examples of 4 regions"):
+        estimate(of_regions(model, 1), [tokens()], numbers, directions, eps=1e-2, per_example=True)
+    with pytest.raises(ValueError, match="only where examples have"):
+        estimate(of_regions(model), [tokens()], numbers, directions[:1], eps=1e-2)
+    with pytest.raises(ValueError, match="not 4 regions"):
+        numbers.view(directions[0], 0.01)(["0"])
