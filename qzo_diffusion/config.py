@@ -18,7 +18,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-NORMALIZED_LR, PLAIN_LR = 0.1, 3e-3
+NORMALIZED_LR, PLAIN_LR = 0.05, 3e-3
 
 
 class Section(BaseModel):

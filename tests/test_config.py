@@ -123,13 +123,13 @@ def test_any_override_gives_a_pair_or_a_clear_error(text):
 @pytest.mark.parametrize(
     ("given", "per_example", "regions", "normalize", "lr"),
     [
-        ({}, True, 16, True, 0.1),
-        ({"parametrization": "row"}, True, 16, True, 0.1),
+        ({}, True, 16, True, 0.05),
+        ({"parametrization": "row"}, True, 16, True, 0.05),
         ({"parametrization": "dense"}, False, 1, False, 3e-3),
         ({"num_directions": 4}, False, 1, False, 3e-3),
-        ({"num_directions": 4, "normalize": True}, False, 1, True, 0.1),
+        ({"num_directions": 4, "normalize": True}, False, 1, True, 0.05),
         ({"per_example": False}, False, 1, False, 3e-3),
-        ({"regions": 1}, True, 1, True, 0.1),
+        ({"regions": 1}, True, 1, True, 0.05),
         ({"normalize": False}, True, 16, False, 3e-3),
     ],
 )

@@ -216,7 +216,7 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path, document):
 def test_a_report_of_some_cells(tmp_path, document):
     for exponent, final in zip((-5, -4, -3, -2, -1), (2.9, 2.8, 2.6, 2.7, None), strict=True):
         _write(tmp_path, "fluent_mono", "paper_relative", exponent, 0, [(0, 3.0), (16_000, final)])
-    _write(tmp_path, "fluent_mono", "default", -2, 0, [(0, 3.0), (320, 2.8), (640, 2.4), (16_000, 2.0)])
+    _write(tmp_path, "fluent_mono", "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (320, 2.8), (640, 2.4), (16_000, 2.0)])
     found = report.write_report(tmp_path, document, tmp_path / "plot.png")
     style = found["styles"]["fluent_mono"]
     assert style["reference"] == "paper_relative"
@@ -237,14 +237,14 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert style["first_order_loss"] == 1.0  # the lowest, not the last
     assert style["families"]["default"]["share_of_first_order_gain"]["mean"] == pytest.approx(0.5)
     assert style["reference_trained"] is True
-    assert "| default | 0.1 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
+    assert "| default | 0.05 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
 def test_a_reference_that_did_not_train_is_no_yardstick(tmp_path, document):
     for exponent, final in zip((-5, -4, -3, -2, -1), (2.99, 2.98, 2.97, 2.98, 2.99), strict=True):
         _write(tmp_path, "fluent3d", "paper_relative", exponent, 0, [(0, 3.0), (16_000, final)])
-    _write(tmp_path, "fluent3d", "default", -2, 0, [(0, 3.0), (16_000, 2.0)])
+    _write(tmp_path, "fluent3d", "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (16_000, 2.0)])
     _write(tmp_path, "fluent3d", "first_order_dense", -3, 0, [(0, 3.0), (3200, 1.0)])
     found = report.write_report(tmp_path, document, tmp_path / "plot.png")
     assert found["styles"]["fluent3d"]["reference_trained"] is False

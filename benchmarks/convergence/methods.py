@@ -85,12 +85,12 @@ class Method:
 class Family:
     """A method at several learning rates.
 
-    exponents: of √10, the grid; a single one is a rate that was settled before and is not extended.
+    exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled before and is not extended.
     seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid. data: where it runs.
     """
 
     template: Method
-    exponents: tuple[int, ...]
+    exponents: tuple[float, ...]
     what: str
     seeds: int = 1
     same_rate_as: str | None = None
@@ -100,7 +100,7 @@ class Family:
     def name(self) -> str:
         return self.template.name
 
-    def at(self, exponent: int) -> Method:
+    def at(self, exponent: float) -> Method:
         lr = rate(exponent)
         return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr)
 
@@ -118,7 +118,7 @@ class Cell:
         return f"{self.data}/{self.method.name}_{self.seed}"
 
 
-def rate(exponent: int) -> float:
+def rate(exponent: float) -> float:
     """√10 to the power of `exponent`, to six digits, so that files and tables can name it."""
     return float(f"{math.sqrt(10) ** exponent:.6g}")
 
@@ -157,7 +157,7 @@ def _references() -> Iterator[Family]:
 
 BEST = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
 """Of the default. 16 regions are one for each token of `tiny`."""
-DEFAULT_EXPONENT = -2
+DEFAULT_EXPONENT = 2 * math.log10(0.05)
 
 
 def _defaults() -> Iterator[Family]:
@@ -203,13 +203,13 @@ FIRST_ORDER = "first_order_dense"  # its gain is what shares are shares of
 FAMILIES = {family.name: family for family in _families()}
 
 
-def best_exponent(final: Mapping[int, float]) -> int | None:
+def best_exponent(final: Mapping[float, float]) -> float | None:
     """The rate with the lowest final loss; a run that diverged has an infinite one. None without any finite one."""
     finite = {exponent: loss for exponent, loss in final.items() if math.isfinite(loss)}
     return min(finite, key=lambda exponent: (finite[exponent], exponent)) if finite else None
 
 
-def next_exponents(grid: Sequence[int], final: Mapping[int, float]) -> list[int]:
+def next_exponents(grid: Sequence[float], final: Mapping[float, float]) -> list[float]:
     """Rates that are still to run: those of the grid, then one beyond the edge that is best, until the best has both neighbours."""
     missing = [exponent for exponent in grid if exponent not in final]
     if missing or len(grid) <= 1:
@@ -221,7 +221,7 @@ def next_exponents(grid: Sequence[int], final: Mapping[int, float]) -> list[int]
     return beyond[:1] if len(final) < len(grid) + MOST_EXTENSIONS else []
 
 
-def settled_exponent(grid: Sequence[int], final: Mapping[int, float]) -> int | None:
+def settled_exponent(grid: Sequence[float], final: Mapping[float, float]) -> float | None:
     """The best rate once nothing of the grid is left to run."""
     return None if next_exponents(grid, final) else best_exponent(final)
 
@@ -230,13 +230,13 @@ FinalLosses = Mapping[str, float]
 """Name of a finished cell -> its last held-out loss, infinite where it diverged."""
 
 
-def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int = 0) -> dict[int, float]:
-    tried = range(-24, 13)
+def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int = 0) -> dict[float, float]:
+    tried = {*range(-24, 13), *family.exponents}
     names = {exponent: Cell(data, family.at(exponent), seed).name for exponent in tried}
     return {exponent: final[name] for exponent, name in names.items() if name in final}
 
 
-def rate_of(family: Family, data: str, final: FinalLosses) -> int | None:
+def rate_of(family: Family, data: str, final: FinalLosses) -> float | None:
     """The exponent of the rate at which the family is compared; None while its grid is not finished."""
     source = FAMILIES[family.same_rate_as] if family.same_rate_as else family
     return settled_exponent(source.exponents, final_by_exponent(source, data, final))

@@ -93,7 +93,7 @@ class Style:
         self.reference = self._reference()
         self.target = spread([run["final_loss"] for run in self.runs[self.reference]])["mean"] if self.reference else None
 
-    def exponent(self, family: Family) -> int | None:
+    def exponent(self, family: Family) -> float | None:
         """The rate compared: the settled one, else the best of those finished, None when there is none that held."""
         settled = rate_of(family, self.data, self._final)
         return settled if settled is not None else best_exponent(final_by_exponent(family, self.data, self._final))
@@ -164,7 +164,7 @@ class Style:
         return [sentence for sentence in self.missing() if sentence.partition(":")[0] in decisive]
 
     @staticmethod
-    def _at_edge(family: Family, tried: Mapping[int, float]) -> bool:
+    def _at_edge(family: Family, tried: Mapping[float, float]) -> bool:
         best = best_exponent(tried)
         return len(family.exponents) > 1 and best in (min(tried), max(tried))
 
