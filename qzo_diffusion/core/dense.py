@@ -50,7 +50,7 @@ class Dense:
         if direction.distribution == "gaussian":
             return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
         packed = [self._signs.packed(direction, name, one.numel()) for name, one in zip(names, like, strict=True)]
-        chosen = choose(np.concatenate(packed), math.exp(radius), math.exp(-radius), like[0])
+        chosen = choose(np.concatenate(packed), [(math.exp(radius), math.exp(-radius))], like[0])[0]
         parts = chosen.split([8 * part.size for part in packed])
         return [part[: one.numel()].view(one.shape) for part, one in zip(parts, like, strict=True)]
 

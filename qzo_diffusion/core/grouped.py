@@ -15,7 +15,7 @@ instead of hundreds.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.noise import Direction, SignCache, choose
+from qzo_diffusion.core.noise import Direction, PackedBits, SignCache, choose, signed_sum
 from qzo_diffusion.core.parametrization import copy_by_name_
 from qzo_diffusion.core.scales import Gains, LayerGain, ScaleSet, View
 
@@ -133,26 +133,28 @@ class Grouped:
         factor = torch.exp(self.theta[key][start:stop])
         if direction is not None:
             _check_one_region(direction)
-            factor = factor * self._probe(key, kind, [direction], radius, start, stop)[0]
+            factor = factor * self._probe(key, kind, [direction], [radius], start, stop)[0]
         return factor.split(counts)
 
     def _factors_of_groups(
         self, key: str, kind: _Kind, chosen: Sequence[str], directions: Sequence[Direction], radii: Sequence[float]
     ) -> Sequence[Tensor]:
-        """exp(θ + radius · z) of each layer, [radii · directions · regions, numbers], with one region where it is not pointwise."""
+        """exp(radius · z) of each layer, [radii · directions · regions, numbers], with one region where it is not pointwise."""
         start, stop, counts = kind.span(chosen)
-        probes = torch.cat([self._probe(key, kind, directions, radius, start, stop) for radius in radii])
-        return probes.mul_(torch.exp(self.theta[key][start:stop])).split(counts, dim=1)
+        return self._probe(key, kind, directions, radii, start, stop).split(counts, dim=1)
 
-    def _probe(self, key: str, kind: _Kind, directions: Sequence[Direction], radius: float, start: int, stop: int) -> Tensor:
-        """exp(radius · z), [directions · regions, stop - start]."""
+    def _probe(
+        self, key: str, kind: _Kind, directions: Sequence[Direction], radii: Sequence[float], start: int, stop: int
+    ) -> Tensor:
+        """exp(radius · z), [radii · directions · regions, stop - start]."""
         like = self.theta[key]
         if directions[0].distribution == "gaussian":
-            drawn = [direction.exp_z(key, like, radius, each=kind.pointwise) for direction in directions]
+            drawn = [direction.exp_z(key, like, radius, each=kind.pointwise) for radius in radii for direction in directions]
             return torch.stack(drawn).view(-1, like.numel())[:, start:stop]
-        return choose(self._packed(key, kind, directions), math.exp(radius), math.exp(-radius), like, start, stop)
+        pairs = [(math.exp(radius), math.exp(-radius)) for radius in radii]
+        return choose(self._packed(key, kind, directions), pairs, like, start, stop).flatten(0, 1)
 
-    def _packed(self, key: str, kind: _Kind, directions: Sequence[Direction]) -> np.ndarray:
+    def _packed(self, key: str, kind: _Kind, directions: Sequence[Direction]) -> PackedBits:
         """The bits of all signs, [directions · regions, bytes]."""
         numel = self.theta[key].numel()
         drawn = np.stack([self._signs.packed(direction, key, numel, kind.pointwise) for direction in directions])
@@ -167,23 +169,16 @@ class Grouped:
         return grid.view_as(live)
 
     def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
-        terms = self._terms(name, directions, amounts)
-        total = next(terms)
-        for term in terms:
-            total.add_(term)  # one by one: a sum over a tensor rounds by machine
-        return total
-
-    def _terms(self, key: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Iterator[Tensor]:
-        """amount · z, one after the other."""
-        kind, theta = self._kinds[key], self.theta[key]
+        kind, theta = self._kinds[name], self.theta[name]
         if not kind.pointwise:
             amounts = _per_direction(directions, amounts)
-        if directions[0].distribution == "gaussian":
-            drawn = (direction.z(key, theta, each=kind.pointwise).view(-1, theta.numel()) for direction in directions)
-            yield from (z * amount for z, amount in zip(chain.from_iterable(drawn), amounts, strict=True))
-        else:
-            packed = self._packed(key, kind, directions)
-            yield from (choose(bits, a, -a, theta, 0, theta.numel()) for bits, a in zip(packed, amounts, strict=True))
+        if directions[0].distribution == "rademacher":
+            return signed_sum(self._packed(name, kind, directions), amounts, theta).to(theta.dtype)
+        drawn = (direction.z(name, theta, each=kind.pointwise).view(-1, theta.numel()) for direction in directions)
+        total = torch.zeros_like(theta)
+        for z, amount in zip(chain.from_iterable(drawn), amounts, strict=True):
+            total.add_(z * amount)  # one by one: a sum over a tensor rounds by machine
+        return total
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for key, theta in self.theta.items():

@@ -9,6 +9,7 @@ noise. Rademacher z = ±1 is the default direction: one bit a number, exact in a
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,19 +46,48 @@ def packed_bits(numel: int, *parts: int | str) -> PackedBits:
 _BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)
 
 
-def choose(packed: PackedBits, if_set: float, if_clear: float, like: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-    """uint8 [..., bytes] -> [..., stop - start] in the dtype and on the device of `like`: one of two constants for every bit.
+def choose(
+    packed: PackedBits, pairs: Sequence[tuple[float, float]], like: Tensor, start: int = 0, stop: int | None = None
+) -> Tensor:
+    """uint8 [..., bytes] -> [pairs, ..., stop - start] in the dtype and on the device of `like`: one of two constants a bit.
 
     A table gives eight numbers for a byte at once: ten times faster than unpacking the bits and `torch.where`.
+
+    Args:
+        pairs: (if set, if clear).
     """
     stop = 8 * packed.shape[-1] if stop is None else stop
     packed, skipped = packed[..., start // 8 : (stop + 7) // 8], start - start % 8
-    table = torch.from_numpy(np.where(_BITS_OF_BYTE, if_set, if_clear)).to(like.dtype)
+    tables = [torch.from_numpy(np.where(_BITS_OF_BYTE, *pair)).to(like.dtype) for pair in pairs]
     if like.device.type == "cpu":
-        chosen = torch.from_numpy(np.take(table.numpy(), packed, axis=0))
+        chosen = torch.empty(len(pairs), *packed.shape, 8, dtype=like.dtype)
+        for table, part in zip(tables, chosen.numpy(), strict=True):
+            np.take(table.numpy(), packed, axis=0, out=part, mode="clip")  # in any other mode numpy fills a buffer and copies it
     else:  # a bit a number travels
-        chosen = table.to(like.device)[torch.from_numpy(packed).to(like.device).int()]
+        bits = torch.from_numpy(packed).to(like.device).int()
+        chosen = torch.stack([table.to(like.device)[bits] for table in tables])
     return chosen.flatten(-2)[..., start - skipped : stop - skipped]
+
+
+_SUM_BITS = 39  # of an amount; with 2^13 amounts a sum has 52, which float64 holds exactly
+
+
+def signed_sum(packed: PackedBits, amounts: Sequence[float], like: Tensor) -> Tensor:
+    """Σ amounts[i] · z_i for the signs z of packed [n, bytes]: float64 [numbers of `like`], on its device.
+
+    Amounts are rounded to whole multiples of a power of two, 2^-39 of the largest, so the sums are exact: the same on every
+    machine, in any order, with any number of threads, and a product of matrices may form them.
+    """
+    largest = max(map(abs, amounts))
+    if largest == 0:
+        return torch.zeros(like.numel(), dtype=torch.float64, device=like.device)
+    unit = 2.0 ** (math.frexp(largest)[1] - _SUM_BITS)
+    whole = torch.tensor([round(amount / unit) for amount in amounts], dtype=torch.float64, device=like.device)
+    total = torch.zeros(like.numel(), dtype=torch.float64, device=like.device)
+    for start in range(0, len(amounts), 32):  # some at a time: the signs of all would not fit into the caches
+        part = slice(start, start + 32)
+        total += whole[part] @ choose(packed[part], [(1.0, -1.0)], total, 0, like.numel())[0]
+    return total * unit
 
 
 @dataclass(frozen=True)
@@ -98,7 +128,7 @@ class Direction:
         return packed_bits(self.regions * padded, self.seed, self.step, self.index, name).reshape(self.regions, -1)
 
     def _choose(self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float) -> Tensor:
-        chosen = choose(self.packed(name, like.numel(), each), if_set, if_clear, like, 0, like.numel())
+        chosen = choose(self.packed(name, like.numel(), each), [(if_set, if_clear)], like, 0, like.numel())
         return chosen.view(self._shape(like, each))
 
     def _gaussian(self, name: str, like: Tensor, each: bool) -> Tensor:

@@ -38,7 +38,9 @@ class Parametrization(Protocol):
         ...
 
     def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
-        """The same as factors: a group of examples for each radius and direction, all directions of the first radius first.
+        """radius · z alone as factors of what `view()` shows: a group of examples for each radius and direction.
+
+        All directions of the first radius come first.
 
         Where directions have regions, their examples are divided into as many runs of tokens in layers that treat tokens apart.
 

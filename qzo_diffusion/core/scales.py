@@ -144,6 +144,7 @@ class _Lens:
         self._chunk: int | None = None
         self._displaced: Sequence[str] = ()
         self._factors: dict[str, _Factors] = {}
+        self._biases: dict[str, nn.Parameter] = {}  # of layers that run without theirs
         self._hooks: list[Any] = []
 
     def open(self) -> None:
@@ -189,7 +190,13 @@ class _Lens:
         self._put_back()
         names = self._chunks[chunk]
         if self._gains is not None:
-            self._factors = {name: _Factors(gain, self._handles[name]) for name, gain in self._gains(names).items()}
+            gains = self._gains(names)
+            for name, gain in gains.items():
+                bias = self._handles[name].module.bias
+                if gain.output is not None and isinstance(bias, nn.Parameter):
+                    self._biases[name] = bias  # before it is gone: an interrupt in between must still be undone
+                    self._handles[name].module.register_parameter("bias", None)
+            self._factors = {name: _Factors(name, gain, self._biases.get(name)) for name, gain in gains.items()}
         if self._view is not None:
             shown = self._view(names)
             self._displaced = names  # before the first is shown: an interrupt in between must still be undone
@@ -200,20 +207,17 @@ class _Lens:
     def _put_back(self) -> None:
         for name in self._displaced:
             self._handles[name].show(self._live[name])
-        self._displaced, self._factors, self._chunk = (), {}, None
+        for name, bias in self._biases.items():
+            self._handles[name].module.register_parameter("bias", bias)
+        self._displaced, self._factors, self._biases, self._chunk = (), {}, {}, None
 
 
 class _Factors:
-    """A layer's gain made ready: the bias keeps its size, so `bias · (1 - output)` is added back."""
+    """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is added after the product."""
 
-    def __init__(self, gain: LayerGain, handle: ScaleHandle) -> None:
-        self._name, self._input, self._output = handle.name, gain.input, gain.output
-        bias = handle.module.bias
-        self._rest = None
-        if isinstance(bias, Tensor) and self._output is not None:
-            kept = 1 - self._output
-            whole_layer = kept.shape[1] == 1
-            self._rest = kept * bias.to(kept.dtype) if whole_layer else kept.mul_(bias.to(kept.dtype))
+    def __init__(self, name: str, gain: LayerGain, bias: Tensor | None) -> None:
+        self._name, self._input, self._output = name, gain.input, gain.output
+        self._bias = None if bias is None or gain.output is None else bias.detach().to(gain.output.dtype)
         self.scales_inputs = gain.input is not None
 
     def of_input(self, x: Tensor) -> Tensor:
@@ -232,10 +236,10 @@ class _Factors:
         self._check(output, groups)
         y, factor = output.view(groups, -1, output.shape[-1]), self._output.unsqueeze(1)
         wide = y.to(factor.dtype)  # in fp32: bf16 would round a factor of 1.01 to 1.0078. The same tensor where y is fp32
-        if self._rest is None:
+        if self._bias is None:
             wide.mul_(factor)
         else:
-            torch.addcmul(self._rest.unsqueeze(1), wide, factor, out=wide)
+            torch.addcmul(self._bias, wide, factor, out=wide)
         if wide is not y:
             y.copy_(wide)
 

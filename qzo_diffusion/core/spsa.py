@@ -160,7 +160,7 @@ def _together(
     twice = repeated(batch)
     if twice is None:
         return _by_gains(objective, batch, numbers, directions, eps)
-    with numbers.scales.showing(gains=numbers.gains(directions, [eps, -eps])):
+    with numbers.scales.showing(numbers.view(), numbers.gains(directions, [eps, -eps])):
         losses = sample_losses(objective, twice)
     if (
         len(losses) != len(twice) * directions[0].regions
@@ -174,7 +174,7 @@ def _by_gains(
 ) -> Losses:
     found = []
     for radius in (eps, -eps):
-        with numbers.scales.showing(gains=numbers.gains(directions, [radius])):
+        with numbers.scales.showing(numbers.view(), numbers.gains(directions, [radius])):
             found.append(sample_losses(objective, batch))
     return found[0], found[1]
 

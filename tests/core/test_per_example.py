@@ -1,10 +1,7 @@
 """A direction of its own for every example: the same numbers as one example at a time, and the gradient on average."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, directions_of_step
@@ -27,7 +24,7 @@ def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level,
     x = inputs(4)
     directions = directions_of_step(0, 0, 4, distribution)
     with torch.no_grad():
-        with scales.showing(gains=numbers.gains(directions, [0.02])):
+        with scales.showing(numbers.view(), numbers.gains(directions, [0.02])):
             together = model(x)
         for index, direction in enumerate(directions):
             with scales.showing(numbers.view(direction, 0.02)):
@@ -120,11 +117,8 @@ def test_dense_numbers_have_no_factor_of_outputs():
 
 def gained(product, bias, gain, dtype=torch.float32):
     """What a quantized layer gives for `product + bias` under a gain."""
-    layer = nn.Linear(1, product.shape[-1], bias=bias is not None)
-    handle = SimpleNamespace(name="layer", module=SimpleNamespace(bias=bias))
-    output = (product if bias is None else product + bias).to(dtype, copy=True)
-    assert layer.out_features == output.shape[-1]
-    _Factors(LayerGain(output=gain), handle).of_output_(output)
+    output = product.to(dtype, copy=True)
+    _Factors("layer", LayerGain(output=gain), bias).of_output_(output)
     return output
 
 
