@@ -23,6 +23,7 @@ BELOW = {
     "build": UNDER_BUILD,
     # One module for each thing that a verb does: they put together what build makes.
     "style_data": {"build"} | UNDER_BUILD,
+    "llm_data": {"build"} | UNDER_BUILD,
     "style_job": {"build", "style_data"} | UNDER_BUILD,
     "style_run": {"build", "style_data", "style_job"} | UNDER_BUILD,
     "sample_run": {"build", "mix_run"} | UNDER_BUILD,
