@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, write_results
-from qzo_diffusion import resources, style_job
+from qzo_diffusion import resources, training_job
 from qzo_diffusion.cli import main as qzo_diffuse
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.train import run_folder
@@ -61,7 +61,7 @@ def note_completed_steps(file: Path) -> None:
         original(*arguments)
         os.write(done, b".")
 
-    call_in_place(style_job.StyleJob, "on_step", on_step)
+    call_in_place(training_job.Job, "on_step", on_step)
 
 
 def tear_a_record(chance: random.Random) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qzo_diffusion import __version__, resources
-from qzo_diffusion.config import Config
+from qzo_diffusion.config import Config, RunConfig
 from qzo_diffusion.core.errors import ConfigError, JournalError, ModelError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
@@ -203,7 +203,7 @@ def quantized_transformer(config: Config, folder: Path, device: torch.device, dt
     return transformer.to(device)
 
 
-def scales_and_numbers(config: Config, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
+def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
     """Raises ConfigError when `qzo.layers` matches no layer."""
     scales, parts = find_scales(transformer), config.qzo.layers
     trained = None if parts is None else matching(scales, parts)
@@ -218,7 +218,7 @@ def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
     return [name for name in names if any(f".{part}." in f".{name}." for part in parts)]
 
 
-def probing(config: Config) -> Probing:
+def probing(config: RunConfig) -> Probing:
     return Probing(
         seed=config.train.seed,
         eps=config.qzo.eps,
@@ -231,16 +231,16 @@ def probing(config: Config) -> Probing:
     )
 
 
-def optimizer(config: Config) -> Optimizer:
+def optimizer(config: RunConfig) -> Optimizer:
     return make_optimizer(config.train.optimizer)
 
 
-def schedule(config: Config) -> Schedule:
+def schedule(config: RunConfig) -> Schedule:
     train = config.train
     return make_schedule(train.schedule, train.lr, train.max_steps, train.warmup_steps)
 
 
-def config_hash(config: Config) -> str:
+def config_hash(config: RunConfig) -> str:
     return hashlib.blake2b(config.to_yaml().encode(), digest_size=16).hexdigest()
 
 
@@ -266,7 +266,7 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             )
 
 
-def scales_metadata(config: Config, codes: str) -> dict[str, str]:
+def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
     """What must be known to apply tuned scales to a base again."""
     return {
         "qzo.format": "scales/1",

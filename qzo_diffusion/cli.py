@@ -13,8 +13,10 @@ from qzo_diffusion import __version__
 
 DONE, MENDABLE, INTERRUPTED = 0, 2, 130
 
-# Flags of `train` that are settings by another name: flag -> (key, help)
-TRAIN_FLAGS: dict[str, tuple[str, str]] = {
+Flags = dict[str, tuple[str, str]]
+"""Flags that are settings by another name: flag -> (key, help)."""
+
+TRAIN_FLAGS: Flags = {
     "--style-dir": ("data.style_dir", "folder of images in the style; captions beside them"),
     "--model": ("model", "auto, tiny, a Hub id in the local cache, or a pipeline folder"),
     "--caption": ("data.caption", "caption of images that have none; may hold [trigger]"),
@@ -119,22 +121,28 @@ def _add_replay_and_mix(verbs: Any) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from qzo_diffusion import style_run
+    from qzo_diffusion.config import Config
+
+    return _run_training(options, TRAIN_FLAGS, Config, style_run.make_plan)
+
+
+def _run_training(options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]) -> int:
+    """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class `kind`."""
+    from qzo_diffusion import training_run
     from qzo_diffusion.train.run_folder import default_output_dir
 
     resumed = run_to_resume(options) if options.resume else None
-    config = resolve_settings(options, resumed)
-    plan = style_run.make_plan(config)
+    plan = make_plan(resolve_settings(options, resumed, flags, kind))
     if options.dry_run:
         print(plan.describe())
         return DONE
-    style_run.say(plan.summary())
-    assert plan.config.data.style_dir is not None
+    training_run.say(plan.summary())
     if resumed is not None:
-        output_dir, results = resumed, style_run.resume(plan, resumed, force=options.force)
+        output_dir, results = resumed, training_run.resume(plan, resumed, force=options.force)
     else:
-        name = f"{date.today().isoformat()}-{Path(plan.config.data.style_dir).name}"
+        name = f"{date.today().isoformat()}-{plan.name}"
         output_dir = options.output_dir or default_output_dir(Path("outputs"), name)
-        results = style_run.run(plan, output_dir)
+        results = training_run.run(plan, output_dir)
     if not results:  # one of several processes, and not the one that tells
         return DONE
     _tell(results, options.json, f"done: {output_dir}")
@@ -193,7 +201,7 @@ def run_to_resume(options: argparse.Namespace) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def resolve_settings(options: argparse.Namespace, resumed: Path | None = None) -> Any:
+def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: Flags, kind: Any) -> Any:
     """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value; later ones win."""
     from qzo_diffusion import config, resources
     from qzo_diffusion.core.errors import ConfigError
@@ -211,15 +219,15 @@ def resolve_settings(options: argparse.Namespace, resumed: Path | None = None) -
         settings = config.read_yaml(resources.shipped("configs") / name)
     elif options.config:
         settings = config.read_yaml(resources.find_file(options.config, "configs"))
-    for flag, (key, _) in TRAIN_FLAGS.items():
+    for flag, (key, _) in flags.items():
         value = getattr(options, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
             config.set_dotted(settings, key, value)
-    if options.strict:
+    if getattr(options, "strict", False):
         config.set_dotted(settings, "data.strict", True)
     for text in options.settings:
-        config.set_dotted(settings, *config.parse_override(text))
-    return config.make_config(settings)
+        config.set_dotted(settings, *config.parse_override(text, kind))
+    return config.make_config(settings, kind)
 
 
 def _tell(results: dict[str, Any], as_json: bool, line: str) -> None:

@@ -6,7 +6,7 @@ Configs stop at `build.py`; below it everything takes plain arguments. A setting
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -124,16 +124,14 @@ class TextConfig(Section):
     t5_tokens: Count | None = None  # None: the tokenizer's own limit, at most 256 as in the SD3 pipeline
 
 
-class Config(Section):
+class RunConfig(Section):
+    """What every run has, whatever it trains."""
+
     model: str = "auto"
-    data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     qzo: QzoConfig = QzoConfig()
-    sigma: SigmaConfig = SigmaConfig()
     quant: QuantConfig = QuantConfig()
     compute: ComputeConfig = ComputeConfig()
-    sample: SampleConfig = SampleConfig()
-    text: TextConfig = TextConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +148,18 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+class Config(RunConfig):
+    """Of a style run."""
+
+    data: DataConfig = DataConfig()
+    sigma: SigmaConfig = SigmaConfig()
+    sample: SampleConfig = SampleConfig()
+    text: TextConfig = TextConfig()
+
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+
+
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """All dotted keys: `data.batch_size`, `train.lr`, ..."""
     keys: list[str] = []
@@ -162,7 +172,7 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
-def changed_settings(before: Config, after: Config) -> list[str]:
+def changed_settings(before: RunConfig, after: RunConfig) -> list[str]:
     """`key: old -> new` for every setting that differs."""
     flat = [_flatten(config.model_dump()) for config in (before, after)]
     return [f"{key}: {flat[0][key]!r} -> {flat[1][key]!r}" for key in flat[0] if flat[0][key] != flat[1][key]]
@@ -208,7 +218,7 @@ def set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:
     settings[last] = value
 
 
-def parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str, kind: type[RunConfig] = Config) -> tuple[str, Any]:
     """`train.max_steps=10` -> ("train.max_steps", 10); the value is YAML.
 
     Raises:
@@ -217,8 +227,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"argument {text!r}", "section.key=value, for example train.lr=1e-3", "write it as key=value")
-    if key not in known_keys():
-        raise unknown_key(key)
+    if key not in known_keys(kind):
+        raise unknown_key(key, kind)
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError as error:
@@ -226,35 +236,36 @@ def parse_override(text: str) -> tuple[str, Any]:
     return key, value
 
 
-def unknown_key(key: str) -> ConfigError:
-    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-    tail = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known_keys()], n=1, cutoff=0.7)
-    same_tail = [k for k in known_keys() if tail and k.split(".")[-1] == tail[0]]
+def unknown_key(key: str, kind: type[RunConfig] = Config) -> ConfigError:
+    known = known_keys(kind)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    tail = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.7)
+    same_tail = [k for k in known if tail and k.split(".")[-1] == tail[0]]
     guess = close or same_tail
     remedy = f"did you mean {guess[0]!r}?" if guess else "see `qzo-diffuse train --help` and configs/ for the keys"
     return ConfigError(f"unknown setting {key!r}", "a known one", remedy)
 
 
-def make_config(settings: dict[str, Any]) -> Config:
+def make_config(settings: dict[str, Any], kind: type[AnyConfig] = Config) -> AnyConfig:  # type: ignore[assignment]
     """Check a nested mapping of settings.
 
     Raises:
         ConfigError: the first thing that is wrong, with its dotted key.
     """
     try:
-        return Config.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise _explain(error, kind) from None
 
 
-def load_config(path: Path) -> Config:
-    return make_config(read_yaml(path))
+def load_config(path: Path, kind: type[AnyConfig] = Config) -> AnyConfig:  # type: ignore[assignment]
+    return make_config(read_yaml(path), kind)
 
 
-def _explain(error: ValidationError) -> ConfigError:
+def _explain(error: ValidationError, kind: type[RunConfig]) -> ConfigError:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "int", "float", "str")))
     if first["type"] == "extra_forbidden":
-        return unknown_key(key)
+        return unknown_key(key, kind)
     expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return ConfigError(f"{key or 'settings'} = {first['input']!r}", expected, f"correct {key or 'the settings'} and start again")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import build
-from qzo_diffusion.config import load_config
+from qzo_diffusion.config import Config, load_config
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.quant.load import codes_fingerprint
@@ -25,7 +25,7 @@ def parse_part(text: str) -> tuple[Path, float]:
 def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     """Leave `final/` with the blend, usable wherever a run is: `sample --run`, `export --run`."""
     chosen = [parse_part(text) for text in parts]
-    config = load_config(chosen[0][0] / "config.yaml")
+    config: Config = load_config(chosen[0][0] / "config.yaml")
     tuned = [(load_scales(path), weight) for path, weight in chosen]
     transformer, scales, _ = build.load_base(config, build.find_place(config))
     codes = codes_fingerprint(transformer)

@@ -14,11 +14,11 @@ from qzo_diffusion.config import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.diffusion import sd3
-from qzo_diffusion.diffusion.buckets import BatchPlan
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, PromptEncoder, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
+from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import StepBatch
 

@@ -191,12 +191,12 @@ def test_a_cache_that_cannot_be_written(train, tmp_path, capsys):
 
 
 def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(train, tmp_path, capsys, monkeypatch):
-    from qzo_diffusion import style_job
+    from qzo_diffusion import style_run
 
     def spoiled(*arguments):
         return torch.full((4,), float("nan"))
 
-    monkeypatch.setattr(style_job, "velocity_loss", spoiled)
+    monkeypatch.setattr(style_run, "velocity_loss", spoiled)
     error = failing(capsys, train("--max-steps", 50))
     assert "10 steps in a row" in error
     run = tmp_path / "run"

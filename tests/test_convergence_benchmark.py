@@ -226,7 +226,7 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert default["budget_to_reach_ratio"]["mean"] == pytest.approx(16_000 / 480)
     assert default["share_of_first_order_gain"] is None
     assert found["default_ratio"]["geometric_mean"] == pytest.approx(16_000 / 480)
-    assert found["default_ratio"]["missing"] == ["openmoji", "fluent3d"]
+    assert found["default_ratio"]["missing"] == ["openmoji", "fluent3d", "sst2"]
     assert "fluent_mono: paper_relative: 1 of 3 seeds finished" in found["missing"]
     assert "fluent_mono: default: 1 of 3 seeds finished" in found["default_ratio"]["provisional_because"]
     assert "This is provisional: " in document.read_text()

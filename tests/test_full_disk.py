@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from qzo_diffusion import style_job
+from qzo_diffusion import training_job
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal
@@ -102,14 +102,14 @@ def test_a_folder_that_does_not_fit_leaves_the_one_before(small_disk):
 
 def at_step(monkeypatch, step, action):
     """Do something when the step was recorded."""
-    original = style_job.StyleJob.on_step
+    original = training_job.Job.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step == step:
             action()
 
-    monkeypatch.setattr(style_job.StyleJob, "on_step", on_step)
+    monkeypatch.setattr(training_job.Job, "on_step", on_step)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ HOOKED = "import sys; from tests import test_ranks; test_ranks.main_with_acciden
 
 def main_with_accident(arguments):
     """The command line, and what happens to one rank just before it does a step: [what, rank, step, *command]."""
-    from qzo_diffusion import style_job, style_run
+    from qzo_diffusion import training_job, training_run
     from qzo_diffusion.train import distributed, loop
 
     what, rank, at, *command = arguments
@@ -40,7 +40,7 @@ def main_with_accident(arguments):
 
     loop.train_step_ = train_step_
     distributed.ROLL_CALL_SECONDS = 1.0
-    style_job.CHECK_RANKS_EVERY = style_run.CHECK_RANKS_EVERY = 3
+    training_job.CHECK_RANKS_EVERY = training_run.CHECK_RANKS_EVERY = 3
     sys.exit(main(command))
 
 
@@ -155,6 +155,6 @@ def test_ranks_started_with_other_settings_are_refused(train_arguments, alone, t
 
 
 def test_more_ranks_than_examples_are_refused(train_arguments, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("qzo_diffusion.style_run.join", lambda timeout: Ranks(0, 8))
+    monkeypatch.setattr("qzo_diffusion.training_run.join", lambda timeout: Ranks(0, 8))
     monkeypatch.setattr(Ranks, "wait", lambda self: None)
     assert "data.batch_size=4 on 8 processes" in failing(capsys, main(train_arguments(name="eight")))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo_diffusion import style_job
+from qzo_diffusion import training_job
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.train.run_folder import load_scales
@@ -41,14 +41,14 @@ def whole(train, tmp_path):
 
 def stop_after(monkeypatch, step):
     """SIGTERM to this process when the step was recorded."""
-    original = style_job.StyleJob.on_step
+    original = training_job.Job.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(style_job.StyleJob, "on_step", on_step)
+    monkeypatch.setattr(training_job.Job, "on_step", on_step)
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -90,10 +90,10 @@ def test_numbers_without_regions_are_replayed(train, tmp_path, setting):
 MOMENTS = {
     "before a metrics line": ("qzo_diffusion.train.tracking.Tracker.on_step", 4),
     "between metrics and journal": ("qzo_diffusion.core.journal.JournalWriter.append", 4),
-    "before a checkpoint": ("qzo_diffusion.style_job.save_checkpoint", 1),
+    "before a checkpoint": ("qzo_diffusion.training_job.save_checkpoint", 1),
     "inside a checkpoint": ("qzo_diffusion.train.checkpoint.write_whole", 1),
     "between a folder and its name": ("qzo_diffusion.train.run_folder.os.replace", 12),
-    "before a picture": ("qzo_diffusion.style_job.save_picture", 2),
+    "before a picture": ("qzo_diffusion.style_pictures.save_picture", 2),
 }
 EVERY_TIME = ("between metrics and journal", "inside a checkpoint")  # the others with -m slow: each costs a start of Python
 

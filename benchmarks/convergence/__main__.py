@@ -61,7 +61,9 @@ def main() -> None:
     runs, reports = verbs.add_parser("run", help="run cells"), verbs.add_parser("report", help="write table, plot and JSON")
     for verb in (runs, reports):
         verb.add_argument("--results", type=Path, default=RESULTS, help="the folder with cells/ and convergence.json")
-    runs.add_argument("--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json")
+    runs.add_argument(
+        "--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json; for sst2 of the .tsv files"
+    )
     runs.add_argument("--cells", default="*", metavar="PATTERN", help="DATA/METHOD_SEED with wildcards, several parted by commas")
     runs.add_argument("--minutes", type=float, help="stop after this time, with the cell in hand checkpointed")
     runs.add_argument("--cache", type=Path, default=Path.home() / ".cache/qzo_diffusion/convergence", help="for checkpoints")

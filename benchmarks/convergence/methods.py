@@ -14,7 +14,7 @@ from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 
-DATA = ("fluent_mono", "openmoji", "fluent3d")  # every one is a Task (benchmarks.convergence.tasks)
+DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
 BUDGET, LONG_BUDGET = 16_000, 64_000  # example-forwards: one example through the model once
 FIRST_ORDER_STEPS = 200
 TRIED_ON = ("fluent_mono", "openmoji")  # where alternatives are run

@@ -1,7 +1,7 @@
 """What is trained and how it is measured: the seam between the benchmark and a kind of model.
 
 A `Task` hands out an objective, batches, the held-out loss and the quantized scales; methods, cells and report know nothing else.
-Styles are here. SST-2 on a language model is to be another class with the same members, entered in `open_task`.
+Styles are here, SST-2 on a language model in `text_task`.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.convergence.text_task import TextTask
 from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
 from qzo_diffusion import build, style_data
 from qzo_diffusion.config import make_config
@@ -65,10 +66,12 @@ def open_task(name: str, data: Path, cache: Path) -> Task:
 
     Args:
         name: of `methods.DATA`.
-        data: the folder of `emoji64.npz` and `meta.json`.
+        data: the folder of `emoji64.npz` and `meta.json`; for sst2 that of `train.tsv` and `dev.tsv`.
     """
+    if name == "sst2":
+        return TextTask(data)
     if name not in STYLE_WORDS:
-        raise ValueError(f"no task {name!r}; there are {', '.join(STYLE_WORDS)}")
+        raise ValueError(f"no task {name!r}; there are {', '.join(STYLE_WORDS)} and sst2")
     return StyleTask(name, data, cache)
 
 

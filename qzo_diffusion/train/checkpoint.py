@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import Journal, StepEntry, replay_
@@ -30,6 +32,14 @@ from qzo_diffusion.train.run_folder import (
 NUMBERS, OPTIMIZER, STATE = "numbers.safetensors", "optimizer.safetensors", "state.json"
 
 
+class Stateful(Protocol):
+    """An optimizer of whatever kind."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def load_state_(self, state: dict[str, Tensor]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a checkpoint is and what it says of itself; `chain` ties it to its journal."""
@@ -43,7 +53,7 @@ class Checkpoint:
 def save_checkpoint(
     checkpoints: Path,
     numbers: Parametrization,
-    optimizer: Optimizer,
+    optimizer: Stateful,
     *,
     step: int,
     chain: str,
@@ -116,12 +126,17 @@ def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametri
             "the journal of the run that wrote the checkpoint, whole",
             "restore journal.qzo, or start from the checkpoint with --init-from",
         )
+    load_checkpoint_(checkpoint, numbers, optimizer)
+    return max(checkpoint.step, replay_(journal, numbers, optimizer, first_step=checkpoint.step))
+
+
+def load_checkpoint_(checkpoint: Checkpoint, numbers: Parametrization, optimizer: Stateful) -> None:
+    """Raises OutputError when the checkpoint does not fit this model."""
     try:
         numbers.load_state_(load_tensors(checkpoint.folder / NUMBERS)[0])
         optimizer.load_state_(load_tensors(checkpoint.folder / OPTIMIZER)[0])
     except (ValueError, KeyError, RuntimeError) as error:
         raise OutputError(f"{checkpoint.folder} does not fit: {error}", "a checkpoint of this model", "give its own") from None
-    return max(checkpoint.step, replay_(journal, numbers, optimizer, first_step=checkpoint.step))
 
 
 def entry_of(record: StepRecord, seed: int) -> StepEntry:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
@@ -77,6 +77,22 @@ class Probing:
     together: bool = True  # +eps and -eps in one forward of twice the batch, where the numbers allow it
 
 
+class TakeStep(Protocol):
+    """One whole step. `train_step_` is it, unless what is trained has a gradient that is to be used (`train.first_order`)."""
+
+    def __call__(
+        self,
+        objective: Objective[Any],
+        batch: StepBatch[Any],
+        parametrization: Parametrization,
+        optimizer: Any,
+        probing: Probing,
+        lr: float,
+        step: int,
+        sum_over_ranks: SumOverRanks = alone,
+    ) -> StepRecord: ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """steps_done counts from 0 over the whole run; `stopped` is True when it was asked to end early."""
@@ -90,7 +106,7 @@ def train(
     objective: Objective[Batch],
     batch_of_step: Callable[[int], StepBatch[Batch]],
     parametrization: Parametrization,
-    optimizer: Optimizer,
+    optimizer: Any,
     probing: Probing,
     schedule: Schedule,
     *,
@@ -101,6 +117,7 @@ def train(
     after_step: Callable[[int], None] = lambda steps_done: None,
     stop_requested: Callable[[], bool] = lambda: False,
     sum_over_ranks: SumOverRanks = alone,
+    take_step: TakeStep | None = None,
 ) -> Outcome:
     """Run steps `first_step` .. `max_steps - 1`.
 
@@ -111,6 +128,7 @@ def train(
         on_step: receives the record of every step.
         after_step: called with the number of steps done, for samples, validation and checkpoints.
         stop_requested: asked between steps; True ends the run after the step in hand.
+        take_step: None is `train_step_`.
 
     Raises:
         TrainingDiverged: ten steps in a row were skipped.
@@ -120,7 +138,9 @@ def train(
         if stop_requested():
             return Outcome(step, skipped, stopped=True)
         batch = batch_of_step(step)
-        record = train_step_(objective, batch, parametrization, optimizer, probing, schedule(step), step, sum_over_ranks)
+        record = (take_step or train_step_)(
+            objective, batch, parametrization, optimizer, probing, schedule(step), step, sum_over_ranks
+        )
         bad_in_a_row = bad_in_a_row + 1 if record.skipped else 0
         skipped += record.skipped
         on_step(record)

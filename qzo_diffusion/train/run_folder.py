@@ -32,11 +32,11 @@ def default_output_dir(outputs: Path, name: str) -> Path:
 
 
 def newest_run(outputs: Path) -> Path:
-    """The folder below `outputs` whose journal was written last. Raises OutputError when there is none."""
-    journals = sorted(outputs.glob("*/journal.qzo"), key=lambda path: path.stat().st_mtime_ns)
-    if not journals:
+    """The folder below `outputs` whose journal or metrics were written last. Raises OutputError when there is none."""
+    written = [path for name in ("journal.qzo", "metrics.jsonl") for path in outputs.glob(f"*/{name}")]
+    if not written:
         raise OutputError(f"no run in {outputs}", "a run to go on with", "give its folder: --resume PATH")
-    return journals[-1].parent
+    return max(written, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 class RunFolder:

@@ -1,0 +1,166 @@
+"""A causal language model of transformers, read from a folder: log-probabilities of chosen tokens, and greedy answers.
+
+Batches are padded on the right and need no mask: a position of a causal model never sees what stands behind it. The vocabulary is
+large (49,152 for SmolLM2, 128,256 for Llama 3), so logits are made only at the positions and, where that suffices, only of the
+tokens that a loss asks for. Both are fp32 whatever the model computes in: a bfloat16 logit of 20 moves in steps of 0.125.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qzo_diffusion.core.errors import ModelError
+
+WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
+OUTPUT_HEAD = "lm_head"
+CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class OutputHead(nn.Linear):
+    """The model's last layer over the same weight; called with `tokens` it gives the logits of those alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, hidden: Tensor, tokens: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """hidden [..., D] -> logits [..., V]; with tokens [..., C] fp32 logits [..., C], or log-probabilities with `normalize`."""
+        if tokens is None:
+            return F.linear(hidden, self.weight, self.bias)
+        wide = hidden.float()
+        logits = (self.weight[tokens].float() @ wide.unsqueeze(-1)).squeeze(-1)
+        if self.bias is not None:
+            logits = logits + self.bias[tokens].float()
+        return logits - self._log_normalizer(wide).unsqueeze(-1) if normalize else logits
+
+    def _log_normalizer(self, hidden: Tensor) -> Tensor:
+        parts = []
+        for start in range(0, self.out_features, WORDS_AT_ONCE):
+            words = slice(start, start + WORDS_AT_ONCE)
+            bias = None if self.bias is None else self.bias[words].float()
+            parts.append(torch.logsumexp(F.linear(hidden, self.weight[words].float(), bias), -1))
+        return torch.logsumexp(torch.stack(parts), 0)
+
+
+class CausalLm:
+    """The model, its tokenizer, and how many tokens it reads at most.
+
+    Raises:
+        ModelError: the model's last layer is no plain linear, or its logits are changed behind it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        config = self.model.config
+        head = self.model.get_output_embeddings()
+        changed = [name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+        if type(head) is not nn.Linear or changed:
+            raise ModelError(
+                f"{type(model).__name__} with {', '.join(changed) or type(head).__name__} at its end",
+                "a model whose logits are those of a plain, unquantized linear layer",
+                "use another model, or leave its last layer unquantized",
+            )
+        self.head = OutputHead(head)
+        self.model.set_output_embeddings(self.head)
+        self.context: int = getattr(config, "max_position_embeddings", 2**31)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def padding(self) -> int:
+        """A token to fill up with; which one does not matter, for nothing looks at it."""
+        return int(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        return ids
+
+    def score(self, ids: Tensor, positions: Tensor, tokens: Tensor, normalize: bool = True) -> Tensor:
+        """Log-probability of each of `tokens` to follow the text up to a position; fp32 [R, P].
+
+        Args:
+            ids: [R, T], padded on the right.
+            positions: [R, P] or [R, 1], the last token that is read.
+            tokens: [R, P].
+            normalize: False leaves logits, whose differences at one position are those of log-probabilities.
+        """
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        chosen = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        if positions.shape == tokens.shape:
+            scores: Tensor = self.head(chosen, tokens.unsqueeze(-1), normalize).squeeze(-1)
+        else:
+            scores = self.head(chosen.squeeze(1), tokens, normalize)
+        return scores
+
+    @torch.no_grad()
+    def answers(self, ids: Tensor, mask: Tensor, max_tokens: int, stop: str) -> list[str]:
+        """What the model says next, greedily, up to `stop`.
+
+        Args:
+            ids: [B, T], padded on the left, with 1 in `mask` where there is text.
+        """
+        said = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=self.padding,
+            stop_strings=[stop] if stop else None,
+            tokenizer=self.tokenizer,
+        )
+        texts = self.tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)
+        return [text.split(stop)[0].strip() if stop else text.strip() for text in texts]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a tokenizer."""
+    problems = {
+        "config.json": (folder / "config.json").is_file(),
+        "weights": any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")),
+        "a tokenizer": any((folder / name).is_file() for name in TOKENIZER_FILES),
+    }
+    missing = [name for name, there in problems.items() if not there]
+    if missing:
+        raise ModelError(
+            f"{folder} without {' and '.join(missing)}",
+            "a folder of transformers: config.json, *.safetensors and a tokenizer",
+            "download the whole model, for example hf download ID --local-dir FOLDER",
+        )
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype) -> CausalLm:
+    """The model of a local folder on the CPU, with its weights as they are; quantize it with `quant.load.quantize_`.
+
+    Raises:
+        ModelError: files are missing or damaged, or the model is no causal LM.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_model_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder} can't be loaded: {reason}", "a causal language model", "download it again") from error
+    model.requires_grad_(False)
+    return CausalLm(model.eval(), tokenizer)
+
+
+def padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
+    """[R, longest] int64."""
+    width = max(map(len, rows))
+    full = [[filler] * (width - len(row)) + list(row) if left else [*row, *[filler] * (width - len(row))] for row in rows]
+    return torch.tensor(full, dtype=torch.int64)

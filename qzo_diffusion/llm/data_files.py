@@ -1,0 +1,142 @@
+"""Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, and SQuAD's .json."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.llm.task_file import as_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """Values by field as text. Of a list the first one; all of it is in `alternatives`."""
+
+    values: dict[str, str]
+    place: str
+    alternatives: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def find_data(folder: Path, names: Sequence[str]) -> Path:
+    """The first of the files that is there. Raises DataError when none is."""
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}", "the folder of the task's data", "pass --data-dir DIR")
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise DataError(
+        f"{folder} holds {there}",
+        " or ".join(names),
+        "give another --data-dir, or name the files: data.train_file=NAME data.test_file=NAME",
+    )
+
+
+def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list[Row]:
+    """All rows of a file.
+
+    Args:
+        fields: names that every row must have.
+        columns: names of the columns of a .tsv or .csv that has no line of names.
+
+    Raises:
+        DataError: not such a file, no row, or a row without a field; the message has the line.
+    """
+    readers = {".tsv": _tabs, ".csv": _commas, ".jsonl": _json_lines, ".json": _squad}
+    reader = readers.get(path.suffix)
+    if reader is None:
+        raise DataError(f"{path.name}", f"a file ending in {', '.join(readers)}", "convert the data")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read: {error}", "text in UTF-8", "give another file") from None
+    rows = list(reader(path, text, fields, columns))
+    for row in rows:
+        missing = [name for name in fields if name not in row.values]
+        if missing:
+            have = ", ".join(row.values) or "nothing"
+            raise DataError(
+                f"{row.place} has {have}", f"a field {missing[0]!r}, which the task reads", "correct the data or the task"
+            )
+    if not rows:
+        raise DataError(f"{path} holds no example", "at least one", "give another file")
+    return rows
+
+
+def _tabs(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+    """As GLUE writes it: no quoting, so a quotation mark is one."""
+    return _table(path, [line.split("\t") for line in text.split("\n") if line.strip("\r")], fields, columns)
+
+
+def _commas(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+    return _table(path, list(csv.reader(text.splitlines())), fields, columns)
+
+
+def _table(path: Path, lines: list[list[str]], fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+    lines = [[cell.strip("\r") for cell in cells] for cells in lines]
+    has_names = bool(lines) and set(fields) <= set(lines[0])
+    names = lines[0] if has_names else list(columns)
+    for number, cells in enumerate(lines[has_names:], start=1 + has_names):
+        if len(cells) != len(names):
+            raise DataError(
+                f"{path}, line {number}: {len(cells)} columns",
+                f"{len(names)}: {', '.join(names)}" if names else f"a first line with the names {', '.join(fields)}",
+                "correct the line, or `columns` of the task file",
+            )
+        yield Row(dict(zip(names, cells, strict=True)), f"{path}, line {number}")
+
+
+def _json_lines(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield _row(_object(line, place), place)
+
+
+def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+    """A row for each question: title, context, question, answers. A plain list of objects is read as well."""
+    content = _json(text, str(path))
+    if isinstance(content, list):
+        for number, entry in enumerate(content, start=1):
+            place = f"{path}, entry {number}"
+            yield _row(_checked(entry, place), place)
+        return
+    try:
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    said = [answer["text"] for answer in question["answers"]]
+                    facts = {"title": article.get("title", ""), "context": paragraph["context"], "question": question["question"]}
+                    yield _row(facts | {"answers": said}, f"{path}, question {question.get('id')}")
+    except (KeyError, TypeError, AttributeError) as error:
+        got = f"{path} without {error}" if isinstance(error, KeyError) else f"{path}: {error}"
+        raise DataError(got, "SQuAD's data, paragraphs, qas, answers, or a list of objects", "convert the data") from None
+
+
+def _row(entry: dict[str, Any], place: str) -> Row:
+    lists = {name: tuple(map(as_text, value)) for name, value in entry.items() if isinstance(value, list)}
+    for name, value in lists.items():
+        if not value:
+            raise DataError(f"{place}: {name} is empty", "at least one value", "leave the entry out")
+    single = {name: as_text(value) for name, value in entry.items() if not isinstance(value, list)}
+    return Row(single | {name: value[0] for name, value in lists.items()}, place, lists)
+
+
+def _object(text: str, place: str) -> dict[str, Any]:
+    return _checked(_json(text, place), place)
+
+
+def _checked(entry: Any, place: str) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise DataError(f"{place} holds a {type(entry).__name__}", "a JSON object", "correct the file")
+    return entry
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {error}", "JSON", "correct the file") from None

@@ -1,0 +1,171 @@
+"""What a task is, in a YAML file: the data, the prompt, and what counts as right. `task_files/` holds those that come along.
+
+    name: reviews
+    train: [train.tsv]              # files in the data folder; the first one that is there
+    test: [dev.tsv]
+    columns: [sentence, label]      # of a .tsv or .csv without a line of names; .jsonl and .json need none
+    template: "{sentence} It was"   # what the model reads; {field} of the data
+    label: label                    # a field ...
+    choices:                        # ... and the text that stands for each of its values, as it follows the prompt
+      "0": " terrible"
+      "1": " great"
+    metric: accuracy
+
+With `answer: " {answers}"` in place of `label` and `choices` the model learns to say that text; with neither, the template is plain
+text to be learned as a whole.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qzo_diffusion.core.errors import ConfigError
+
+SHIPPED = Path(__file__).parent / "task_files"
+FIELD = re.compile(r"[A-Za-z_]\w*")
+Kind = Literal["choice", "answer", "text"]
+Metric = Literal["accuracy", "f1", "loss"]
+
+
+class TaskSpec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    train: tuple[str, ...] = Field(min_length=1)
+    test: tuple[str, ...] = Field(min_length=1)
+    columns: tuple[str, ...] = ()
+    template: str = Field(min_length=1)
+    label: str | None = None
+    choices: dict[str, str] | None = None
+    answer: str | None = None
+    stop: str = "\n"  # a generated answer ends before it
+    answer_tokens: int = Field(default=32, ge=1)  # and after so many
+    metric: Metric
+
+    @field_validator("template", "answer")
+    @classmethod
+    def _has_plain_fields(cls, text: str | None) -> str | None:
+        if text is not None:
+            fields_of(text)
+        return text
+
+    @field_validator("choices")
+    @classmethod
+    def _has_choices(cls, choices: dict[str, str] | None) -> dict[str, str] | None:
+        if choices is None:
+            return None
+        if len(choices) < 2:
+            raise ValueError("at least two choices")
+        if len(set(choices.values())) < len(choices) or "" in choices.values():
+            raise ValueError("a text of its own for every choice")
+        return choices
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> "TaskSpec":
+        if (self.label is None) != (self.choices is None):
+            raise ValueError("label and choices together, or neither")
+        if self.choices is not None and self.answer is not None:
+            raise ValueError("either label and choices, or answer")
+        fitting: dict[Kind, tuple[Metric, ...]] = {"choice": ("accuracy",), "answer": ("f1", "accuracy"), "text": ("loss",)}
+        if self.metric not in fitting[self.kind]:
+            raise ValueError(f"metric {' or '.join(fitting[self.kind])} for a task with {_WHAT[self.kind]}")
+        return self
+
+    @property
+    def kind(self) -> Kind:
+        return "choice" if self.choices is not None else "answer" if self.answer is not None else "text"
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the data that the task reads."""
+        found = fields_of(self.template) + fields_of(self.answer or "") + ([self.label] if self.label else [])
+        return list(dict.fromkeys(found))
+
+
+_WHAT: dict[Kind, str] = {"choice": "choices", "answer": "an answer", "text": "neither choices nor an answer"}
+
+
+def fields_of(template: str) -> list[str]:
+    """Names in braces. Raises ValueError for anything else in braces, and for braces that are not closed."""
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or not FIELD.fullmatch(name):
+            raise ValueError(f"names of fields in braces, and {{{{ for a brace; not {{{name}}}")
+        names.append(name)
+    return names
+
+
+def fill(template: str, row: dict[str, str]) -> str:
+    return "".join(text + ("" if name is None else row[name]) for text, name, _, _ in string.Formatter().parse(template))
+
+
+def shipped_tasks() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def read_task(name: str) -> TaskSpec:
+    """A task that comes along, by name, or the one in a YAML file.
+
+    Raises:
+        ConfigError: there is none, or something in it is wrong; the message has the line and the field.
+    """
+    path = SHIPPED / f"{name}.yaml" if name in shipped_tasks() else Path(name)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        node, content = yaml.compose(text), yaml.safe_load(text)
+    except FileNotFoundError:
+        known = ", ".join(shipped_tasks())
+        raise ConfigError(f"no task {name!r}", f"{known}, or a YAML file", f"see {SHIPPED} for files that work") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read: {error}", "YAML in UTF-8", f"see {SHIPPED} for files that work") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no settings", "key: value lines", f"see {SHIPPED} for files that work")
+    try:
+        return TaskSpec.model_validate(_with_text_keys(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"]]
+        unknown = first["type"] == "extra_forbidden"
+        expected = f"one of {', '.join(TaskSpec.model_fields)}" if unknown else first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] == "missing" or not place else f" = {first['input']!r}"
+        raise ConfigError(
+            f"{path}, line {_line_of(node, place)}: {'.'.join(place) or 'the task'}{value}", expected, "correct the task file"
+        ) from None
+
+
+def _with_text_keys(content: dict[Any, Any]) -> dict[str, Any]:
+    """YAML reads `0:` and `true:` as numbers and truth values; data has the same values as text."""
+    choices = content.get("choices")
+    if isinstance(choices, dict):
+        content = content | {"choices": {as_text(key): value for key, value in choices.items()}}
+    return {str(key): value for key, value in content.items()}
+
+
+def as_text(value: Any) -> str:
+    """A value of YAML or JSON as it stands in a file: True is `true`."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _line_of(node: Any, place: Sequence[str]) -> int:
+    """The line of the deepest part of `place` that is in the file, counted from 1."""
+    line = node.start_mark.line + 1
+    for part in place:
+        if isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+        elif isinstance(node, yaml.MappingNode):
+            inner = next((pair for pair in node.value if pair[0].value == part), None)
+            if inner is None:
+                break
+            line, node = inner[0].start_mark.line + 1, inner[1]
+            continue
+        else:
+            break
+        line = node.start_mark.line + 1
+    return int(line)
