@@ -4,6 +4,7 @@ Configs stop at `build.py`; below it everything takes plain arguments. A setting
 """
 
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,7 +19,15 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
-NORMALIZED_LR, PLAIN_LR = 0.05, 3e-3
+PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
+
+
+def suited_lr(max_steps: int) -> float:
+    """The rate of normalised steps: 0.05 for 500 of them, and like 1 / √steps, at most 0.1.
+
+    What the directions' randomness leaves in a number grows like lr · √steps, and that is what a rate must keep small.
+    """
+    return min(0.1, 0.05 * math.sqrt(500 / max(1, max_steps)))
 
 
 class Section(BaseModel):
@@ -41,7 +50,7 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 1000
-    lr: Positive = NORMALIZED_LR  # with qzo.normalize, how far a step moves; else a multiple of the gradient, 3e-3 if not given
+    lr: Positive = suited_lr(1000)  # not given, it follows from max_steps; how far a step moves where qzo.normalize is on
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
@@ -56,7 +65,7 @@ def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """What suits the given settings of section `qzo` where it was not given."""
     shared = given.get("parametrization") == "dense" or given.get("num_directions", 1) != 1
     each = given.get("per_example", not shared)
-    return {"per_example": each, "regions": 16 if each else 1, "normalize": each}
+    return {"per_example": each, "normalize": each}
 
 
 class QzoConfig(Section):
@@ -68,7 +77,7 @@ class QzoConfig(Section):
     eps: Positive = 1e-2
     num_directions: Count = 1
     per_example: bool = True  # a direction of its own for every example of the batch; not for dense numbers
-    regions: Annotated[int, Field(ge=1, le=1024)] = 16  # of an example's picture, with directions of their own in pointwise layers
+    regions: Annotated[int, Field(ge=1, le=1024)] = 1  # of an example's picture, with directions of their own in pointwise layers
     normalize: bool = True  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     clip_threshold: Positive | None = None  # DDC; None: no clipping
@@ -137,12 +146,13 @@ class RunConfig(Section):
     @classmethod
     def _follow(cls, given: Any) -> Any:
         """The rate that suits how the estimate is scaled, where none is given."""
-        if not isinstance(given, dict) or not isinstance(given.get("train", {}), dict):
+        qzo, train = (given.get(section, {}) for section in ("qzo", "train")) if isinstance(given, dict) else (None, None)
+        if not isinstance(qzo, dict) or not isinstance(train, dict):
             return given
-        qzo = given.get("qzo")
-        normalized = {**estimate_settings(qzo), **qzo}["normalize"] if isinstance(qzo, dict) else True
-        lr = NORMALIZED_LR if normalized else PLAIN_LR
-        return given | {"train": {"lr": lr} | given.get("train", {})}
+        steps = train.get("max_steps", 1000)
+        normalized = {**estimate_settings(qzo), **qzo}["normalize"]
+        lr = suited_lr(steps) if normalized and isinstance(steps, int) else PLAIN_LR
+        return given | {"train": {"lr": lr} | train}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -155,6 +165,16 @@ class Config(RunConfig):
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _divide_pictures(cls, given: Any) -> Any:
+        """Into 16 regions, where examples have directions of their own."""
+        qzo = given.get("qzo", {}) if isinstance(given, dict) else None
+        if not isinstance(qzo, dict):
+            return given
+        each = {**estimate_settings(qzo), **qzo}["per_example"]
+        return given | {"qzo": {"regions": 16 if each else 1} | qzo}
 
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)

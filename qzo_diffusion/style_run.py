@@ -88,7 +88,7 @@ class StylePlan:
             optimizer=build.optimizer(config),
             objective=lambda batch: velocity_loss(transformer, batch, dtype),
             batches=style_data.TrainingBatches(config, self.style.train, encoded, device, ranks),
-            header=journal_header(config, *build.fingerprints(transformer, scales)),
+            header=journal_header(config, config.data.batch_size, *build.fingerprints(transformer, scales)),
             extras=pictures,
         )
 

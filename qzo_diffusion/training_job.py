@@ -175,7 +175,7 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def journal_header(config: RunConfig, codes: str, scales: str) -> dict[str, Any]:
+def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) -> dict[str, Any]:
     """What the journal must say to be replayed from the base model alone."""
     return {
         "format": build.JOURNAL_FORMAT,
@@ -190,7 +190,7 @@ def journal_header(config: RunConfig, codes: str, scales: str) -> dict[str, Any]
         "units": config.qzo.units,
         "layers": config.qzo.layers,
         "regions": config.qzo.regions,
-        "examples": config.data.batch_size if config.qzo.per_example else None,
+        "examples": batch_size if config.qzo.per_example else None,
         "optimizer": config.train.optimizer,
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,

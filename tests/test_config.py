@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qzo_diffusion.config import Config, known_keys, load_config, make_config, parse_override, read_yaml, set_dotted
+from qzo_diffusion.config import Config, known_keys, load_config, make_config, parse_override, read_yaml, set_dotted, suited_lr
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.resources import shipped
 
@@ -123,13 +123,13 @@ def test_any_override_gives_a_pair_or_a_clear_error(text):
 @pytest.mark.parametrize(
     ("given", "per_example", "regions", "normalize", "lr"),
     [
-        ({}, True, 16, True, 0.05),
-        ({"parametrization": "row"}, True, 16, True, 0.05),
+        ({}, True, 16, True, suited_lr(1000)),
+        ({"parametrization": "row"}, True, 16, True, suited_lr(1000)),
         ({"parametrization": "dense"}, False, 1, False, 3e-3),
         ({"num_directions": 4}, False, 1, False, 3e-3),
-        ({"num_directions": 4, "normalize": True}, False, 1, True, 0.05),
+        ({"num_directions": 4, "normalize": True}, False, 1, True, suited_lr(1000)),
         ({"per_example": False}, False, 1, False, 3e-3),
-        ({"regions": 1}, True, 1, True, 0.05),
+        ({"regions": 1}, True, 1, True, suited_lr(1000)),
         ({"normalize": False}, True, 16, False, 3e-3),
     ],
 )
@@ -152,3 +152,9 @@ def test_what_is_not_given_follows_from_what_is(given, per_example, regions, nor
 def test_settings_that_contradict_each_other(given, word):
     with pytest.raises(ConfigError, match=word):
         make_config({"qzo": given})
+
+
+def test_the_rate_falls_with_the_root_of_the_steps():
+    rates = [make_config({"train": {"max_steps": steps}}).train.lr for steps in (0, 1, 100, 500, 2000, 20_000)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025, 0.05 / 40**0.5])
+    assert make_config({"train": {"max_steps": 500, "lr": 0.2}}).train.lr == 0.2

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from qzo_diffusion.config import suited_lr
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
@@ -157,16 +158,23 @@ def _references() -> Iterator[Family]:
 
 BEST = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
 """Of the default. 16 regions are one for each token of `tiny`."""
-DEFAULT_EXPONENT = 2 * math.log10(0.05)
+
+
+def default_exponent(budget: int) -> float:
+    """That of the rate which the package takes where none is given."""
+    return 2 * math.log10(suited_lr(budget // 32))
+
+
+DEFAULT_EXPONENT = default_exponent(BUDGET)
 
 
 def _defaults() -> Iterator[Family]:
     at = (DEFAULT_EXPONENT,)
     yield Family(_method(DEFAULT, BEST), at, "rows and columns, regions, normalised, SGD with cosine; its rate is fixed", seeds=3)
     yield Family(_method(f"{DEFAULT}_tuned", BEST), (-3, -2, -1), "the default at the best rate of a grid")
-    yield Family(_method(f"{DEFAULT}_long", BEST, budget=LONG_BUDGET), at, "the default over the long budget")
-    short = _method(f"{DEFAULT}_short", BEST, budget=BUDGET // 10)
-    yield Family(short, at, "the default with its cosine over a tenth of the budget")
+    for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
+        method = _method(f"{DEFAULT}_{name}", BEST, budget=budget)
+        yield Family(method, (default_exponent(budget),), f"the default over {budget:,} example-forwards")
 
 
 def _alternatives() -> Iterator[Family]:

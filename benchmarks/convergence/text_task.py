@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.data_files import find_data, read_rows
 from qzo_diffusion.llm.objectives import mean_metric, task_loss
@@ -40,6 +41,7 @@ class TextTask:
         self._spec, self._data = read_task("sst2"), data
         self._lm = load_causal_lm(model or smollm2(), dtype)
         quantize_(self._lm.model, quant_type="nf4", blocksize=64, skip=[OUTPUT_HEAD])
+        self.pointwise: Sequence[str] = []  # an answer is one token: nothing to divide
         self.scales: ScaleSet = find_scales(self._lm.model)
         self._train = self._encoded(self._spec.train, TRAIN)
         self.held_out: Sequence[Batch] = evaluation_batches(self._lm, self._encoded(self._spec.test, HELD_OUT), size=20)
@@ -52,7 +54,7 @@ class TextTask:
     def objective(self, micro_batch: Batch) -> Tensor:
         return task_loss(self._lm, micro_batch)
 
-    def batches(self, seed: int, batch: int) -> Callable[[int], StepBatch[Batch]]:
+    def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Batch]]:
         return TextBatches(self._lm, self._train, batch_size=batch, seed=seed)
 
     def handles(self) -> Iterable[DifferentiableHandle]:

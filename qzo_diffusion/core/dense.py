@@ -58,10 +58,9 @@ class Dense:
         raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
 
     def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
-        terms = (direction.z(name, self.scales[name]) * amount for direction, amount in zip(directions, amounts, strict=True))
-        total = next(terms)
-        for term in terms:
-            total.add_(term)
+        total = torch.zeros_like(self.scales[name])
+        for direction, amount in zip(directions, amounts, strict=True):
+            total.add_(direction.z(name, total) * amount)
         return total
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
@@ -82,18 +81,3 @@ class Dense:
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         copy_by_name_(self.state(), state)
-
-
-class DenseAbsolute(Dense):
-    """In the paper's absolute units: additive, floored at zero (arXiv 2505.13430, algorithm 1)."""
-
-    def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
-        return [one + radius * direction.z(name, one) for one, name in zip(live, names, strict=True)]
-
-    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        for name in self._trained:
-            for direction, amount in zip(directions, amounts, strict=True):
-                self.add_(name, amount * direction.z(name, self.scales[name]))
-
-    def add_(self, name: str, delta: Tensor) -> None:
-        self.scales[name].add_(delta).clamp_(min=0.0)

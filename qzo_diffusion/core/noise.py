@@ -129,15 +129,12 @@ class Direction:
 
     def _choose(self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float) -> Tensor:
         chosen = choose(self.packed(name, like.numel(), each), [(if_set, if_clear)], like, 0, like.numel())
-        return chosen.view(self._shape(like, each))
+        return chosen.view(self.regions, *like.shape) if each else chosen.view(like.shape)
 
     def _gaussian(self, name: str, like: Tensor, each: bool) -> Tensor:
-        generator, shape = np.random.Generator(_philox(self.seed, self.step, self.index, name)), self._shape(like, each)
-        values = generator.standard_normal(math.prod(shape), dtype=np.float32)
-        return torch.from_numpy(values).view(shape).to(device=like.device, dtype=like.dtype)
-
-    def _shape(self, like: Tensor, each: bool) -> tuple[int, ...]:
-        return (self.regions, *like.shape) if each else tuple(like.shape)
+        generator = np.random.Generator(_philox(self.seed, self.step, self.index, name))
+        values = generator.standard_normal((self.regions, *like.shape) if each else tuple(like.shape), dtype=np.float32)
+        return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
 
 
 def directions_of_step(seed: int, step: int, count: int, distribution: Distribution, regions: int = 1) -> tuple[Direction, ...]:

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from qzo_diffusion.core.dense import Dense, DenseAbsolute
+from qzo_diffusion.core.absolute import DenseAbsolute
+from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet

@@ -120,7 +120,9 @@ def estimate(
         ValueError: `per_example` with numbers that have no gains, or an objective that gives one loss for a whole batch; regions
             without `per_example`.
     """
-    probe = _together if together and parametrization.has_gains else _by_gains if per_example else _by_views
+    if per_example and not parametrization.has_gains:
+        raise ValueError("these numbers have no factors, which alone can give every example its own direction; use rows or layers")
+    probe = _together if together and parametrization.has_gains else _apart
     regions = directions[0].regions
     plus, minus = [0.0] * (len(directions) * regions), [0.0] * (len(directions) * regions)
     if per_example:
@@ -151,7 +153,7 @@ def estimate(
 
 
 Losses = tuple[list[float], list[float]]
-"""One loss per example at +ε and one at -ε."""
+"""One loss per example (or region) at +ε and one at -ε."""
 
 
 def _together(
@@ -159,32 +161,21 @@ def _together(
 ) -> Losses:
     twice = repeated(batch)
     if twice is None:
-        return _by_gains(objective, batch, numbers, directions, eps)
+        return _apart(objective, batch, numbers, directions, eps)
     with numbers.scales.showing(numbers.view(), numbers.gains(directions, [eps, -eps])):
         losses = sample_losses(objective, twice)
-    if (
-        len(losses) != len(twice) * directions[0].regions
-    ):  # one loss for the whole batch: the two signs must be told apart by two forwards
-        return _by_gains(objective, batch, numbers, directions, eps)
+    if len(losses) != len(twice) * directions[0].regions:  # one loss for the whole batch: two forwards must tell the signs apart
+        return _apart(objective, batch, numbers, directions, eps)
     return losses[: len(losses) // 2], losses[len(losses) // 2 :]
 
 
-def _by_gains(
+def _apart(
     objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
 ) -> Losses:
     found = []
     for radius in (eps, -eps):
-        with numbers.scales.showing(numbers.view(), numbers.gains(directions, [radius])):
-            found.append(sample_losses(objective, batch))
-    return found[0], found[1]
-
-
-def _by_views(
-    objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
-) -> Losses:
-    found = []
-    for radius in (eps, -eps):
-        with numbers.scales.showing(numbers.view(directions[0], radius)):
+        gains = numbers.gains(directions, [radius]) if numbers.has_gains else None
+        with numbers.scales.showing(numbers.view() if gains else numbers.view(directions[0], radius), gains):
             found.append(sample_losses(objective, batch))
     return found[0], found[1]
 
