@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
-from benchmarks.convergence.methods import DATA, Cell, open_cells
+from benchmarks.convergence.methods import DATA, UNSEEN, Cell, open_cells
 from benchmarks.convergence.report import write_report
 from benchmarks.convergence.tasks import Task, open_task
 from benchmarks.record import RESULTS
@@ -34,7 +34,7 @@ def run(data: Path, folders: Folders, patterns: str, minutes: float | None) -> b
     # The folder is not recorded: it is of one machine, and its content is described in the documentation.
     command = f"python -m benchmarks.convergence run --data FOLDER --cells '{patterns}'"
     with stop_on_signal(say) as stop:
-        for name in DATA:
+        for name in (*DATA, UNSEEN):
             task: Task | None = None
             while cells := [cell for cell in open_cells(name, final_losses(finished(folders.results))) if wanted(cell, patterns)]:
                 if stop.is_set() or time.monotonic() >= end:

@@ -17,6 +17,7 @@ from benchmarks.convergence.methods import (
     FAMILIES,
     FIRST_ORDER,
     REFERENCES,
+    UNSEEN,
     Cell,
     Family,
     best_exponent,
@@ -136,6 +137,25 @@ class Style:
             return None
         return budget_ratio([_curve(run) for run in self.runs[name]], self.target, BUDGET)
 
+    def loss_of(self, name: str) -> float | None:
+        """Held-out, at the end, mean over the seeds."""
+        runs = self.runs[name]
+        return spread([run["final_loss"] for run in runs])["mean"] if runs else None
+
+    def share_of(self, name: str) -> float | None:
+        """The share of the first-order gain, as a plain number."""
+        found = self.share(name)
+        return None if found is None else found["mean"]
+
+    def reference_share(self) -> float | None:
+        """Of the reference over the long budget."""
+        return self.share_of(f"{self.reference}_long") if self.reference else None
+
+    def gain_over_tuned(self) -> float | None:
+        """What the default gains with the rate that it has by itself, over what it gains at the best rate of a grid."""
+        tuned, own = self.loss_of(f"{DEFAULT}_tuned"), self.loss_of(DEFAULT)
+        return None if tuned is None or own is None or self.start is None else (self.start - own) / (self.start - tuned)
+
     def missing(self) -> list[str]:
         """Sentences."""
         if self.start is None:
@@ -195,14 +215,27 @@ class Style:
         }
 
 
+def _known(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def figures(results: Results) -> dict[str, Any]:
     """Everything that the JSON holds beside where it was measured."""
     styles = {data: Style(data, results) for data in DATA}
     ratios = {data: style.ratio(DEFAULT) for data, style in styles.items()}
     known = {data: ratio["mean"] for data, ratio in ratios.items() if ratio is not None}
+    unseen = Style(UNSEEN, results)
     return {
         "budget": BUDGET,
-        "default": DEFAULT,
+        "method_of_default": DEFAULT,
+        "speedup": known,
+        "gain_share": _known({data: style.share_of(f"{DEFAULT}_long") for data, style in styles.items()}),
+        "reference_gain_share": _known({data: style.reference_share() for data, style in styles.items()}),
+        "start": _known({data: style.start for data, style in styles.items()}),
+        "paper": _known({data: style.target for data, style in styles.items()}),
+        "default": _known({data: style.loss_of(DEFAULT) for data, style in styles.items()}),
+        "first_order": _known({data: style.best for data, style in styles.items()}),
+        "default_gain_over_tuned": _known({data: style.gain_over_tuned() for data, style in (*styles.items(), (UNSEEN, unseen))}),
         "styles": {data: style.figures() for data, style in styles.items()},
         "default_ratio": {
             "geometric_mean": geometric_mean(list(known.values())) if known else None,
@@ -210,7 +243,7 @@ def figures(results: Results) -> dict[str, Any]:
             "missing": [data for data in DATA if data not in known],
             "provisional_because": [f"{data}: {reason}" for data in sorted(known) for reason in styles[data].provisional()],
         },
-        "missing": [f"{data}: {m}" for data in DATA for m in styles[data].missing()],
+        "missing": [f"{style.data}: {m}" for style in (*styles.values(), unseen) for m in style.missing()],
         "curves": {name: result["curve"] for name, result in sorted(results.items())},
     }
 
@@ -250,6 +283,7 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
     )
     if default["provisional_because"]:
         lines += ["", f"This is provisional: {'; '.join(default['provisional_because'])}."]
+    lines += ["", *_summary(figures_)]
     for data in DATA:
         style = Style(data, results)
         lines += ["", f"### {data}", ""]
@@ -273,6 +307,25 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
     lines += ["", "### Missing", ""]
     lines += [f"* {sentence}" for sentence in figures_["missing"]] or ["Nothing."]
     return "\n".join(lines)
+
+
+def _summary(figures_: Mapping[str, Any]) -> list[str]:
+    """One row for each set of data: what the default is called to account for."""
+    columns = {
+        "start": ("start", ".3f"),
+        "reference": ("paper", ".3f"),
+        "default": ("default", ".3f"),
+        "first order": ("first_order", ".3f"),
+        "times fewer forwards": ("speedup", ".1f"),
+        "share of first order, 64,000 forwards": ("gain_share", ".0%"),
+        "the reference's share": ("reference_gain_share", ".0%"),
+        "gain over the tuned default's": ("default_gain_over_tuned", ".2f"),
+    }
+    rows = ["| data | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for data in (*DATA, UNSEEN):
+        values = [format(figures_[key][data], digits) if data in figures_[key] else "" for key, digits in columns.values()]
+        rows.append(f"| {data} | " + " | ".join(values) + " |")
+    return rows
 
 
 def methods_table() -> str:

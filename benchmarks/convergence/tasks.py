@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.convergence.methods import UNSEEN
 from benchmarks.convergence.text_task import TextTask
 from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
 from qzo_diffusion import build, style_data
@@ -32,7 +33,15 @@ from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import StepBatch
 from qzo_diffusion.train.run_folder import write_whole
 
-STYLE_WORDS = {"fluent_mono": "mono style", "openmoji": "openmoji style", "fluent3d": "3d style"}
+STYLE_WORDS = {
+    "fluent_mono": "mono style",
+    "openmoji": "openmoji style",
+    "fluent3d": "3d style",
+    "twemoji": "twemoji style",
+}
+NF4_64 = {"type": "nf4", "blocksize": 64, "backend": "bnb"}
+UNLIKE = {"type": "fp4", "blocksize": 128, "backend": "reference"}
+STYLE_TASKS = {style: (style, NF4_64) for style in ("fluent_mono", "openmoji", "fluent3d")} | {UNSEEN: ("twemoji", UNLIKE)}
 TRAIN, HELD_OUT = 64, 128
 EVALUATION_SEED = 0  # the same for every seed of a run
 
@@ -65,13 +74,13 @@ def open_task(name: str, data: Path, cache: Path) -> Task:
     """Load the model, and encode the data once into `cache`.
 
     Args:
-        name: of `methods.DATA`.
+        name: of `methods.DATA`, or `methods.UNSEEN`.
         data: the folder of `emoji64.npz` and `meta.json`; for sst2 that of `train.tsv` and `dev.tsv`.
     """
     if name == "sst2":
         return TextTask(data)
-    if name not in STYLE_WORDS:
-        raise ValueError(f"no task {name!r}; there are {', '.join(STYLE_WORDS)} and sst2")
+    if name not in STYLE_TASKS:
+        raise ValueError(f"no task {name!r}; there are {', '.join(STYLE_TASKS)} and sst2")
     return StyleTask(name, data, cache)
 
 
@@ -126,11 +135,12 @@ def stratified_sigmas(count: int, *key: int | str) -> Tensor:
 
 
 class StyleTask:
-    """The embedded model in NF4 and a style that it was not taught, on the CPU in fp32."""
+    """The embedded model in 4 bits and a style that it was not taught, on the CPU in fp32."""
 
     def __init__(self, name: str, data: Path, cache: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> None:
-        self._cache, folder = cache, cache / "images" / name
-        self._train, self._validation = (write_images(folder, part) for part in choose(name, data, train, held_out))
+        style, self._quant = STYLE_TASKS[name]
+        self._cache, folder = cache, cache / "images" / style
+        self._train, self._validation = (write_images(folder, part) for part in choose(style, data, train, held_out))
         plan = make_plan(make_config(self._settings(0, 16) | {"sample": {"guidance": 1.0}}))
         self._plan = plan
         self._encoded = style_data.encode(plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype)
@@ -145,6 +155,7 @@ class StyleTask:
             "model": "tiny",
             "data": folders | {"batch_size": batch, "cache_dir": str(self._cache / "tensors")},
             "train": {"seed": seed},
+            "quant": self._quant,
             "compute": {"dtype": "float32", "device": "cpu"},
         }
 
