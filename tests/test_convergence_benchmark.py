@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.convergence import cells, methods, report
+from benchmarks.convergence import cells, folder, methods, report
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
 from benchmarks.convergence.methods import FAMILIES, Cell, Phase, next_exponents, open_cells, rate_of, settled_exponent
-from benchmarks.convergence.tasks import STYLE_WORDS, StyleTask, choose, stratified_sigmas, write_images
+from benchmarks.convergence.tasks import STYLE_WORDS, choose, open_style, stratified_sigmas, write_images
 from benchmarks.tiny.drawings import taught_concepts
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.train.loop import StepBatch
@@ -230,6 +230,9 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert "fluent_mono: paper_relative: 1 of 3 seeds finished" in found["missing"]
     assert "fluent_mono: default: 1 of 3 seeds finished" in found["default_ratio"]["provisional_because"]
     assert "This is provisional: " in document.read_text()
+    assert found["speedup"] == {"fluent_mono": pytest.approx(16_000 / 480)}
+    assert (found["start"], found["paper"], found["default"]) == ({"fluent_mono": 3.0}, {"fluent_mono": 2.6}, {"fluent_mono": 2.0})
+    assert found["gain_share"] == found["first_order"] == found["default_gain_over_tuned"] == {}
     assert any("default_adam: not run at rate 0.00316" in sentence for sentence in found["missing"])
 
     _write(tmp_path, "fluent_mono", "first_order_dense", -3, 0, [(0, 3.0), (1600, 1.0), (3200, 1.2)])
@@ -239,6 +242,19 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert style["reference_trained"] is True
     assert "| default | 0.05 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_default_is_compared_with_its_best_rate_and_over_the_long_budget(tmp_path, document):
+    for exponent, final in zip((-3, -2, -1), (2.2, 1.8, 1.9), strict=True):
+        _write(tmp_path, methods.UNSEEN, "default_tuned", exponent, 0, [(0, 3.0), (16_000, final)])
+    _write(tmp_path, methods.UNSEEN, "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (16_000, 1.92)])
+    _write(tmp_path, "openmoji", "first_order_dense", -3, 0, [(0, 3.0), (3200, 1.0)])
+    exponent = methods.default_exponent(methods.LONG_BUDGET)
+    _write(tmp_path, "openmoji", "default_long", exponent, 0, [(0, 3.0), (64_000, 1.5)])
+    found = report.write_report(tmp_path, document, tmp_path / "plot.png")
+    assert found["default_gain_over_tuned"] == {methods.UNSEEN: pytest.approx(0.9)}
+    assert found["gain_share"] == {"openmoji": pytest.approx(0.75)}
+    assert f"| {methods.UNSEEN} |  |  |  |  |  |  |  | 0.90 |" in document.read_text()
 
 
 def test_a_reference_that_did_not_train_is_no_yardstick(tmp_path, document):
@@ -307,10 +323,29 @@ def test_noise_levels_cover_all_slices():
 
 
 def test_a_style_on_the_embedded_model(drawings, tmp_path):
-    task = StyleTask("openmoji", drawings, tmp_path, train=3, held_out=5)
+    task = open_style("openmoji", drawings, tmp_path, train=3, held_out=5)
     assert sum(map(len, task.held_out)) == 5
     batches = [task.batches(seed, 2, 4, "uniform")(0).micro_batches[0] for seed in (0, 0, 1)]
     assert torch.equal(batches[0].noise, batches[1].noise)
     assert not torch.equal(batches[0].noise, batches[2].noise)
     result = run_cell(small("row_cosine", -2, steps=2), task, folders(tmp_path))
     assert [spent for spent, _ in result["curve"]] == [0, 4, 8]
+
+
+def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    opened, ran = [], []
+    original = folder.run_cell
+    monkeypatch.setattr(folder, "StyleTask", lambda *arguments: opened.append(arguments) or SmallTask())
+    monkeypatch.setattr(
+        folder, "run_cell", lambda cell, *rest, **options: ran.append(cell.name) or original(cell, *rest, **options)
+    )
+    monkeypatch.setattr(methods, "FIRST_ORDER_STEPS", 5)
+    first = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")
+    assert first["start"]["mine"] > first["default"]["mine"] > 0
+    assert first["gain_share"]["mine"] > 0
+    assert {f"mine/default_lr0.1_{seed}" for seed in (0, 1)} <= first["curves"].keys()
+    assert all(curve[-1][0] == 4 * 32 for name, curve in first["curves"].items() if "default" in name)
+    before = len(ran)
+    again = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")
+    assert len(ran) == before
+    assert again["default"] == first["default"]

@@ -2,21 +2,26 @@
 
 `run` works through all cells that are not finished yet, one after the other, and can be stopped at any time: the same command goes
 on. `--cells 'fluent_mono/row_*'` names some of them, `--minutes 30` ends cleanly after that time. `report` writes the JSON, the
-table and the plot from whatever is finished.
+table and the plot from whatever is finished. Without either, `--style-dir DIR --budget N --seeds K --output FILE` compares the
+default with the paper's step on any folder of captioned images.
 """
 
 import argparse
+import json
 import sys
 import time
 from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
-from benchmarks.convergence.methods import DATA, UNSEEN, Cell, open_cells
+from benchmarks.convergence.folder import compare
+from benchmarks.convergence.methods import BUDGET, DATA, UNSEEN, Cell, open_cells
 from benchmarks.convergence.report import write_report
 from benchmarks.convergence.tasks import Task, open_task
 from benchmarks.record import RESULTS
 from qzo_diffusion.train.interrupt import stop_on_signal
+
+CACHE = Path.home() / ".cache/qzo_diffusion/convergence"
 
 
 def say(text: str) -> None:
@@ -57,7 +62,11 @@ def run(data: Path, folders: Folders, patterns: str, minutes: float | None) -> b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser.add_argument("--style-dir", type=Path, help="compare on this folder of captioned images")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="example-forwards of a run on --style-dir")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file of the figures; finished runs are kept beside it, in FILE.cells/")
+    verbs = parser.add_subparsers(dest="verb")
     runs, reports = verbs.add_parser("run", help="run cells"), verbs.add_parser("report", help="write table, plot and JSON")
     for verb in (runs, reports):
         verb.add_argument("--results", type=Path, default=RESULTS, help="the folder with cells/ and convergence.json")
@@ -66,9 +75,15 @@ def main() -> None:
     )
     runs.add_argument("--cells", default="*", metavar="PATTERN", help="DATA/METHOD_SEED with wildcards, several parted by commas")
     runs.add_argument("--minutes", type=float, help="stop after this time, with the cell in hand checkpointed")
-    runs.add_argument("--cache", type=Path, default=Path.home() / ".cache/qzo_diffusion/convergence", help="for checkpoints")
+    runs.add_argument("--cache", type=Path, default=CACHE, help="for checkpoints")
     arguments = parser.parse_args()
-    if arguments.verb == "report":
+    if arguments.verb is None:
+        if arguments.style_dir is None or arguments.output is None:
+            parser.error("say `run` or `report`, or give --style-dir and --output")
+        work = arguments.output.with_name(f"{arguments.output.name}.cells")
+        found = compare(arguments.style_dir, arguments.budget, arguments.seeds, work, CACHE)
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    elif arguments.verb == "report":
         write_report(arguments.results)
     else:
         folders = Folders(arguments.results / "cells", arguments.cache)

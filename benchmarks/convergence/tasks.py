@@ -81,7 +81,14 @@ def open_task(name: str, data: Path, cache: Path) -> Task:
         return TextTask(data)
     if name not in STYLE_TASKS:
         raise ValueError(f"no task {name!r}; there are {', '.join(STYLE_TASKS)} and sst2")
-    return StyleTask(name, data, cache)
+    return open_style(name, data, cache)
+
+
+def open_style(name: str, data: Path, cache: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> "StyleTask":
+    """Drawings of a style that `tiny` was not taught."""
+    style, quant = STYLE_TASKS[name]
+    folders = [write_images(cache / "images" / style, part) for part in choose(style, data, train, held_out)]
+    return StyleTask(folders[0], folders[1], cache, quant)
 
 
 def choose(style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT, seed: int = 0) -> tuple[Drawings, Drawings]:
@@ -135,12 +142,14 @@ def stratified_sigmas(count: int, *key: int | str) -> Tensor:
 
 
 class StyleTask:
-    """The embedded model in 4 bits and a style that it was not taught, on the CPU in fp32."""
+    """The embedded model in 4 bits and folders of captioned images, on the CPU in fp32.
 
-    def __init__(self, name: str, data: Path, cache: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> None:
-        style, self._quant = STYLE_TASKS[name]
-        self._cache, folder = cache, cache / "images" / style
-        self._train, self._validation = (write_images(folder, part) for part in choose(style, data, train, held_out))
+    Args:
+        held_out: None holds out some of `train`, as a run does.
+    """
+
+    def __init__(self, train: Path, held_out: Path | None, cache: Path, quant: dict[str, Any] = NF4_64) -> None:
+        self._cache, self._train, self._validation, self._quant = cache, train, held_out, quant
         plan = make_plan(make_config(self._settings(0, 16) | {"sample": {"guidance": 1.0}}))
         self._plan = plan
         self._encoded = style_data.encode(plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype)
@@ -150,7 +159,7 @@ class StyleTask:
         self.pointwise = build.matching(self.scales, POINTWISE_LAYERS)
 
     def _settings(self, seed: int, batch: int) -> dict[str, Any]:
-        folders = {"style_dir": str(self._train), "validation_dir": str(self._validation)}
+        folders = {"style_dir": str(self._train), "validation_dir": str(self._validation) if self._validation else None}
         return {
             "model": "tiny",
             "data": folders | {"batch_size": batch, "cache_dir": str(self._cache / "tensors")},
