@@ -333,13 +333,13 @@ def methods_table() -> str:
     return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
 
 
-def put_between_markers(text: str, content: str) -> str:
+def put_between_markers(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
     """Raises ValueError when a marker is not there."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{BEGIN} and {END} must both be in the document")
-    return f"{before}{BEGIN}\n{content}\n{END}{after}"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{begin} and {end} must both be in the document")
+    return f"{before}{begin}\n{content}\n{end}{after}"
 
 
 def plot(results: Results, path: Path) -> None:
