@@ -2,7 +2,8 @@
 
 The floor of a two-point estimate is two inference forwards in the memory of inference. Both are measured in one process, in turns,
 on the same quantized model, batch, dtype and threads. A step is everything from the batch in hand to the journal's record. `dense`
-has one number per scale and one direction; `probes` one per row and a direction for every example, +eps and -eps in one forward.
+has one number per scale and one direction; `probes` is the default: one per row and block column, a direction for every example
+and, in pictures, for each of 16 regions, +eps and -eps in one forward. SmolLM2 is made by `python -m benchmarks.smollm2`.
 Memory is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports.
 """
 
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ import torch
 from torch import nn
 
 from benchmarks.record import write_results
+from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
+from qzo_diffusion.build import matching
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
@@ -31,7 +35,10 @@ from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
-from qzo_diffusion.diffusion.sd3 import load_transformer
+from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS, load_transformer
+from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
+from qzo_diffusion.llm.objectives import task_loss
+from qzo_diffusion.llm.tasks import Example, encode, make_batch
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
@@ -40,7 +47,46 @@ CASES = {  # name: (model, side of the latents, text tokens, batch)
     "tiny_b16": ("tiny", 8, 32, 16),
     "sd3_250m_b1": ("sd3_250m", 32, 154, 1),
     "sd3_250m_b4": ("sd3_250m", 32, 154, 4),
+    "sd3_250m_b16": ("sd3_250m", 32, 154, 16),
+    "smollm2_b4": ("smollm2", 0, 36, 4),
+    "smollm2_b16": ("smollm2", 0, 36, 16),
 }
+REGIONS = 16
+
+
+@dataclass
+class Setup:
+    """A model and a batch. in_flight: the batch in parts of half its size; apart: the names of pointwise layers."""
+
+    model: nn.Module
+    objective: Callable[[Any], torch.Tensor]
+    batch: Any
+    in_flight: Sequence[Any]
+    regions: int
+    apart: Sequence[str]
+
+
+def set_up(case: str, dtype: torch.dtype) -> Setup:
+    name, side, tokens, count = CASES[case]
+    half = max(1, count // 2)
+    if name == "smollm2":
+        return set_up_text(tokens, count, half, dtype)
+    model = build_model(name, dtype)
+    batch = replace(random_batch(model, side, tokens, count), regions=REGIONS)
+    apart = matching([name for name, _ in model.named_modules()], POINTWISE_LAYERS)
+    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, batch.split(half), REGIONS, apart)
+
+
+def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup:
+    lm = load_causal_lm(smollm2(), dtype)
+    quantize_(lm.model, skip=[OUTPUT_HEAD])
+    text = (" and" * tokens)[: 4 * (tokens - 2)] + " It was"
+    example = Example(text, (" terrible", " great"), 0, ("",), "here")
+
+    def of(size: int) -> Any:
+        return make_batch(lm, encode(lm, [example] * size, None))
+
+    return Setup(lm.model, lambda one: task_loss(lm, one), of(count), [of(half)] * (count // half), 1, ())
 
 
 def build_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -98,42 +144,39 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
-    model_name, side, tokens, count = CASES[case]
-    dtype = getattr(torch, dtype_name)
     imports = _status("VmRSS")
-    model = build_model(model_name, dtype)
-    batch = random_batch(model, side, tokens, count)
-    parameters = sum(p.numel() for p in model.parameters())
-
-    def objective(one: Batch) -> torch.Tensor:
-        return velocity_loss(model, one, dtype)
+    setup = set_up(case, getattr(torch, dtype_name))
+    objective, batch = setup.objective, setup.batch
+    whole = replace(batch, regions=1) if setup.regions > 1 else batch
+    parameters = sum(p.numel() for p in setup.model.parameters())
 
     @torch.no_grad()
     def two_forwards() -> None:
-        objective(batch).sum().item()
-        objective(batch).sum().item()
+        objective(whole).sum().item()
+        objective(whole).sum().item()
 
     two_forwards()
     inference_peak = peak_of(two_forwards)
-    scales = find_scales(model)
-    numbers, rows = parametrize(scales, "dense"), parametrize(scales, "row")
+    scales = find_scales(setup.model)
+    numbers, factors = parametrize(scales, "dense"), parametrize(scales, "separable", pointwise=setup.apart)
     count_steps = iter(range(10**9))
     journal = JournalWriter.create(Path(tempfile.mkdtemp()) / "journal.qzo", {})
 
     def one_step(of: Parametrization, per_example: bool, micro_batches: Sequence[Batch]) -> None:
-        probing = Probing(0, 1e-2, per_example=per_example)
-        record = train_step_(objective, StepBatch(micro_batches), of, Sgd(), probing, 1e-6, next(count_steps))
+        probing = Probing(0, 1e-2, per_example=per_example, normalize=per_example)
+        step_batch = StepBatch(micro_batches, regions=setup.regions if per_example else 1)
+        record = train_step_(objective, step_batch, of, Sgd(), probing, 1e-6, next(count_steps))
         journal.append(entry_of(record, 0))
 
     def dense() -> None:
-        one_step(numbers, False, [batch])
+        one_step(numbers, False, [whole])
 
     def probes() -> None:
-        one_step(rows, True, [batch])
+        one_step(factors, True, [batch])
 
     def probes_in_flight() -> None:
         """As many examples in flight as in an inference forward: +eps and -eps of half the batch at a time."""
-        one_step(rows, True, batch.split(max(1, count // 2)))
+        one_step(factors, True, setup.in_flight)
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""
@@ -171,7 +214,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         "inference_peak_mb": round((inference_peak - imports) / 1e6),
         "step_peak_mb": round((peaks["dense"] - imports) / 1e6),
         "median_seconds": {name: round(value, 5) for name, value in medians.items()},
-        "batch": count,
+        "batch": len(batch),
         "dtype": dtype_name,
         "scales": scales.numel(),
         "stored_parameters": parameters,
@@ -189,16 +232,28 @@ def main() -> None:
     if args.case:
         print(json.dumps(measure(args.case, args.dtype, args.rounds)))
         return
-    models: dict[str, Any] = {}
+    cases: dict[str, Any] = {}
     for case in args.cases:
         for dtype in ("float32", "bfloat16"):
             # A process each: the allocator of one case must not hide the peak of another.
             command = [sys.executable, "-m", "benchmarks.step_time", "--case", case, "--dtype", dtype]
             command += ["--rounds", str(args.rounds)]
             output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
-            models[f"{case}_{dtype}"] = json.loads(output.strip().splitlines()[-1])
-            print(f"{case}_{dtype}", models[f"{case}_{dtype}"], file=sys.stderr)
-    print(write_results("step_time", {"models": models}))
+            cases[f"{case}_{dtype}"] = json.loads(output.strip().splitlines()[-1])
+            print(f"{case}_{dtype}", cases[f"{case}_{dtype}"], file=sys.stderr)
+    print(write_results("step_time", {"models": worst_by_model(cases), "cases": cases}))
+
+
+WORST_OF = ("dense_over_two_forwards", "probes_over_two_forwards", "memory_over_inference", "probes_memory_over_inference")
+
+
+def worst_by_model(cases: dict[str, Any]) -> dict[str, Any]:
+    """The highest of each ratio over the batch sizes and dtypes of a model."""
+    models = dict.fromkeys(CASES[name.rpartition("_")[0]][0] for name in cases)
+    return {
+        model: {key: max(case[key] for name, case in cases.items() if name.startswith(f"{model}_")) for key in WORST_OF}
+        for model in models
+    }
 
 
 if __name__ == "__main__":
