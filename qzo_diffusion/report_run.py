@@ -86,8 +86,8 @@ def _scored(folder: Path, evaluation: dict[str, Any] | None) -> list[Subject]:
         files = {state: folder / "evaluation" / state / f"{index:03d}.png" for state in ("base", "tuned")}
         if not all(file.is_file() for file in files.values()):
             return []
-        note = " · ".join(f"{name} {row[key][0]:.2f} → {row[key][1]:.2f}" for name, key in (("CLIP", "clip"), ("style", "style")))
-        subjects.append(Subject(row["content"], {state: load_picture(file) for state, file in files.items()}, note))
+        notes = [f"{name} {row[key][0]:.2f} → {row[key][1]:.2f}" for name, key in (("CLIP score", "clip"), ("style", "style"))]
+        subjects.append(Subject(row["content"], {state: load_picture(file) for state, file in files.items()}, notes))
     return subjects
 
 

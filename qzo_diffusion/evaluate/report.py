@@ -19,11 +19,11 @@ LOSSLESS_SIDE = 128
 
 @dataclass(frozen=True)
 class Subject:
-    """Pictures of one prompt by label ("step 400", "base"), all of the same seed; `note` is shown below."""
+    """Pictures of one prompt by label ("step 400", "base"), all of the same seed; `notes` are shown below."""
 
     prompt: str
     pictures: Mapping[str, Image.Image]
-    note: str = ""
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def render(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "interval": interval}
+    environment.filters |= {"figure": figure, "interval": interval, "percent": percent}
     return environment.get_template(TEMPLATE).render(
         run=facts,
         galleries=_galleries(facts),
@@ -83,7 +83,7 @@ def _gallery(name: str, title: str, subjects: Sequence[Subject], labels: Sequenc
         "title": title,
         "labels": labels,
         "subjects": [
-            {"prompt": one.prompt, "note": one.note, "sources": [data_url(one.pictures[label]) for label in labels]}
+            {"prompt": one.prompt, "notes": one.notes, "sources": [data_url(one.pictures[label]) for label in labels]}
             for one in subjects
         ],
     }
@@ -164,6 +164,10 @@ def figure(value: Any, sign: bool = False) -> str:
 
 def interval(value: Sequence[float] | None) -> str:
     return "–" if value is None else f"{figure(value[0], True)} to {figure(value[1], True)}"
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

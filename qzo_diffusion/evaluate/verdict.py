@@ -45,7 +45,7 @@ def _content(clip: Mapping[str, Any]) -> dict[str, str]:
 def _loss(loss: Mapping[str, Any]) -> dict[str, str]:
     sign = _sign(loss["delta_ci95"], up_is_good=False)
     words = {"good": "fell", "bad": "rose", "open": "did not change for certain"}
-    share = f"{loss['base']:.3f} -> {loss['tuned']:.3f}"
+    share = f"{loss['base']:.3f} to {loss['tuned']:.3f}"
     return {"sign": sign, "text": f"The held-out loss {words[sign]}: {share}, {_change(loss['delta'], loss['delta_ci95'])}."}
 
 

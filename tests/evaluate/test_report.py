@@ -31,10 +31,12 @@ def test_the_page_asks_for_nothing_from_a_network():
 
 
 def test_text_of_users_stays_text():
-    nasty = "<script>alert(1)</script> & \"quotes\" ' {{ 7 * 7 }}"
+    nasty = '<script>alert(1)</script> & "quotes" \' {{ 7 * 7 }}'
     subject = Subject(nasty, {nasty: Image.new("RGB", (64, 64))})
     row = {"file": nasty, "caption": nasty, "caption_source": "txt", "split": "train", "bucket": "64x64", "tokens": 3}
-    page = render(young(name=nasty, subjects=[subject], settings={nasty: nasty}, dataset=[row | {"truncated": True, "sha256": "ab"}]))
+    page = render(
+        young(name=nasty, subjects=[subject], settings={nasty: nasty}, dataset=[row | {"truncated": True, "sha256": "ab"}])
+    )
     assert "<script>alert" not in page
     assert "{{ 7 * 7 }}" in page
     assert "(cut)" in page

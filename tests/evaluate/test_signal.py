@@ -56,7 +56,7 @@ def test_the_same_batch_twice_agrees_entirely(layer):
 
 
 def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
-    """The first loss pulls every example the same way; the second is a product with random signs, whose gradient is zero on average."""
+    """The first loss pulls every example the same way; the second multiplies by random signs: its gradient is zero on average."""
     numbers = parametrize(find_scales(layer), "row")
 
     def no_gradient(x):
@@ -89,7 +89,10 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
 
 
 def test_how_far_groups_of_layers_moved():
-    base = {f"blocks.{i}.attn.to_q": torch.ones(4) for i in range(2)} | {"blocks.0.ff.net.0.proj": torch.ones(2), "out": torch.zeros(3)}
+    base = {f"blocks.{i}.attn.to_q": torch.ones(4) for i in range(2)} | {
+        "blocks.0.ff.net.0.proj": torch.ones(2),
+        "out": torch.zeros(3),
+    }
     tuned = {name: tensor * math.exp(0.1) for name, tensor in base.items()}
     tuned["blocks.0.ff.net.0.proj"] = torch.tensor([math.exp(-0.5), 1.0])
     rows = signal.moved(base, tuned)
