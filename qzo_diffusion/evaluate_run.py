@@ -236,7 +236,7 @@ def _signal(work: _Work) -> dict[str, Any]:
     batches = style_data.TrainingBatches(config, work.plan.style.train, work.encoded, work.plan.device, Ranks())
     first, second = (batches(config.train.max_steps + index).micro_batches for index in (1, 2))
     seed, eps = config.train.seed + 1, config.qzo.eps
-    found = signal.two_seeds(work.objective, first, second, work.numbers, eps=eps, seed=seed)
+    found = signal.two_seeds(work.objective, first, second, work.numbers, eps=eps, seed=seed, count=signal.DIRECTIONS)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
     if isinstance(work.numbers, Dense | Grouped) and parameters <= AFFORDABLE and config.qzo.units == "relative":
         found["exact"] = signal.exact_cosine(

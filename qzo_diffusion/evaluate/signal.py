@@ -34,7 +34,7 @@ def two_seeds(
     *,
     eps: float,
     seed: int,
-    count: int = DIRECTIONS,
+    count: int,
 ) -> dict[str, Any]:
     """Slopes along the same directions on two independent batches (in micro-batches), and how far they agree."""
     slopes = []
