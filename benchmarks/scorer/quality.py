@@ -14,8 +14,10 @@ from torch import Tensor
 
 from benchmarks.record import write_results
 from benchmarks.scorer.drawings import HELD_OUT_STYLE, STYLES, Concepts, load_concepts, split
+from qzo_diffusion.evaluate.style import control_gap
 
 AMONG, DRAWS = 200, 20
+TRAINED, OTHERS = 40, 16  # as many pictures of a style as the demo has, and as many held out
 
 
 def load_scorer(folder: Path) -> tuple[Any, Any]:
@@ -60,6 +62,26 @@ def recall_among(pictures: Tensor, texts: Tensor, seed: int = 0) -> dict[str, fl
     }
 
 
+def control_gaps(scorer: tuple[Any, Any], everything: Concepts, styles: list[str], rows: list[int]) -> dict[str, Any]:
+    """For each style: are its held-out drawings closer to the centroid of forty others of it than the other styles' drawings are?
+
+    All sides show different concepts, so that only style can tell them apart.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    shown = [rows[index] for index in order if everything.usable[:, rows[index]].all()]
+    found = {}
+    for style, name in enumerate(styles):
+        trained, held_out = (
+            features(scorer, everything.part(shown[part]), style)[0] for part in (slice(TRAINED), slice(TRAINED, TRAINED + OTHERS))
+        )
+        others = []
+        for index, other in enumerate(other for other in range(len(styles)) if other != style):
+            start = TRAINED + OTHERS * (index + 1)
+            others.append(features(scorer, everything.part(shown[start : start + OTHERS]), other)[0])
+        found[name] = control_gap(held_out, torch.cat(others), trained, "drawings of the other styles")
+    return found
+
+
 def measure(data: Path, folder: Path) -> dict[str, Any]:
     scorer, styles = load_scorer(folder), [*STYLES, HELD_OUT_STYLE]
     everything = load_concepts(data, styles)
@@ -73,13 +95,13 @@ def measure(data: Path, folder: Path) -> dict[str, Any]:
             if kind == "known":
                 entry |= {"among_all": round(recall(pictures, texts)[0], 4), "all": len(there)}
             figures.setdefault(name, {})[f"{kind}_concepts"] = entry
-    return figures
+    return {"recall_at_1": figures, "control_gap": control_gaps(scorer, everything, styles, known)}
 
 
 def write_report(data: Path, folder: Path) -> None:
     figures = {
         "held_out_style": HELD_OUT_STYLE,
-        "recall_at_1": measure(data, folder),
+        **measure(data, folder),
         "parameters": sum(p.numel() for p in load_scorer(folder)[0].parameters()),
         "bytes": sum(file.stat().st_size for file in folder.iterdir()),
     }

@@ -145,6 +145,14 @@ def test_unknown_scorers_are_refused(name):
         clip_score.load_scorer(name, CPU, resources.embedded_scorer())
 
 
+def test_a_scorer_whose_weights_are_not_here_says_how_to_get_them(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="download it once"):
+        clip_score.load_scorer(clip_score.DEFAULT_SCORER, CPU, resources.embedded_scorer())
+
+
 def test_pickles_and_damaged_weights_are_refused(tmp_path):
     pickle = tmp_path / "weights.pt"
     pickle.write_bytes(b"x")
