@@ -26,6 +26,7 @@ from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.evaluate import clip_score, intervals, signal, style
 from qzo_diffusion.evaluate import compare as comparison
+from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED, Scorer, load_scorer
 from qzo_diffusion.evaluate.verdict import verdict
 from qzo_diffusion.mix_run import check_codes
 from qzo_diffusion.quant.load import handles_of
@@ -77,7 +78,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     contents = [_content(prompt, config.data.trigger) for prompt in plan.sample_prompts]
     device = plan.device
     name = request.scorer or default_scorer(plan.model_folder)
-    scorer = clip_score.load_scorer(name, device, resources.embedded_scorer())
+    scorer = load_scorer(name, device, resources.embedded_scorer())
 
     work = _load(plan)
     check_codes(facts, build.fingerprints(work.transformer, work.scales)[0], request.run)
@@ -111,11 +112,11 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
 
 
 def default_scorer(model_folder: Path) -> str:
-    return clip_score.EMBEDDED if build.is_tiny(model_folder) else clip_score.DEFAULT_SCORER
+    return EMBEDDED if build.is_tiny(model_folder) else DEFAULT_SCORER
 
 
 def _config(request: EvaluateRequest, folder: Path) -> Config:
-    config = load_config(folder / "config.yaml")
+    config: Config = load_config(folder / "config.yaml")
     if request.style_dir is not None:
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
     model_folder, _ = build.choose_model(config.model)
@@ -183,7 +184,7 @@ def _kept(target: Path, key: str, files: Sequence[str]) -> bool:
 
 
 def _scores(
-    scorer: clip_score.Scorer, plan: style_run.StylePlan, pictures: dict[str, list[Image.Image]], contents: list[str]
+    scorer: Scorer, plan: style_run.StylePlan, pictures: dict[str, list[Image.Image]], contents: list[str]
 ) -> dict[str, Any]:
     tuned, base = scorer.image_features(pictures["tuned"]), scorer.image_features(pictures["base"])
     trained = scorer.image_features([open_image(sample.path).image for sample in plan.style.train])
@@ -252,7 +253,7 @@ def _signal(work: _Work) -> dict[str, Any]:
     return found
 
 
-def _scores_of_steps(scorer: clip_score.Scorer, folder: Path, plan: style_run.StylePlan) -> list[dict[str, Any]]:
+def _scores_of_steps(scorer: Scorer, folder: Path, plan: style_run.StylePlan) -> list[dict[str, Any]]:
     """The run's own sample grids, step by step: similarity to the style and CLIP score, with intervals over prompts."""
     prompts = report_run.grid_prompts(folder)
     columns = sorted((folder / "samples").glob("step_*.png"))

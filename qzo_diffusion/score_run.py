@@ -14,6 +14,7 @@ from qzo_diffusion.diffusion.captions import visible_files
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
+from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, load_scorer
 from qzo_diffusion.train.run_folder import RunFolder
 
 TABLE = "prompts.json"  # what `sample` writes beside its pictures: which was made from which prompt
@@ -37,8 +38,8 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     pictures, unusable = _opened([path for path, _ in pairs], request.images)
     prompts = [prompt for path, prompt in pairs if path in pictures]
     contents = [clip_score.content_of(prompt) or prompt for prompt in prompts]
-    name = request.scorer or clip_score.DEFAULT_SCORER
-    scorer = clip_score.load_scorer(name, build.choose_device("auto"), resources.embedded_scorer(), request.batch_size)
+    name = request.scorer or DEFAULT_SCORER
+    scorer = load_scorer(name, build.choose_device("auto"), resources.embedded_scorer(), request.batch_size)
     features = scorer.image_features(list(pictures.values()))
     results: dict[str, Any] = {"scorer": {"name": scorer.name, "note": scorer.note}}
     results["clip_score"] = clip_score.score(scorer, features, contents)

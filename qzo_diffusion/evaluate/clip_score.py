@@ -4,133 +4,20 @@
     x100        100 · cos, mean over pairs, floored at 0      as torchmetrics reports it, ViT-L/14, no prefix
     original    2.5 · max(cos, 0), prefix "A photo depicts "   CLIPScore (Hessel et al. 2021, arXiv 2104.08718), ViT-B/32
 
-Any open_clip model works. Figures of two scorers are never comparable, so each result names its scorer.
+Figures of two scorers are never comparable, so each result names its scorer.
 """
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.evaluate.intervals import paired, summary
+from qzo_diffusion.evaluate.scorer import Scorer
 
-DEFAULT_SCORER = "ViT-L-14-quickgelu/openai"
-EMBEDDED = "embedded"
 PREFIX = "A photo depicts "
-EMBEDDED_NOTE = "embedded scorer, not comparable with CLIP ViT-L/14"
-
-
-class Scorer(Protocol):
-    """What scores need: unit features, fp32 on the CPU, [N, D]."""
-
-    name: str
-    note: str
-
-    def image_features(self, images: Sequence[Image.Image]) -> Tensor: ...
-
-    def text_features(self, texts: Sequence[str]) -> Tensor: ...
-
-    def truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the text tower reads."""
-        ...
-
-
-@dataclass
-class OpenClipScorer:
-    """An open_clip model in fp32. The features of an item do not depend on the others of its batch, up to rounding."""
-
-    name: str
-    note: str
-    model: Any
-    preprocess: Any
-    tokenizer: Any
-    device: torch.device
-    batch_size: int = 16
-
-    @torch.no_grad()
-    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        found = []
-        for start in tqdm(range(0, len(images), self.batch_size), desc="score images", leave=False):
-            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images[start : start + self.batch_size]])
-            found.append(self.model.encode_image(pixels.to(self.device)).float().cpu())
-        return F.normalize(torch.cat(found), dim=1)
-
-    @torch.no_grad()
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        found = []
-        for start in range(0, len(texts), self.batch_size):
-            ids = self.tokenizer(list(texts[start : start + self.batch_size]))
-            found.append(self.model.encode_text(ids.to(self.device)).float().cpu())
-        return F.normalize(torch.cat(found), dim=1)
-
-    def truncated(self, texts: Sequence[str]) -> int:
-        """A text that is cut ends with another token than the same text with more room has at that place."""
-        length = self.tokenizer.context_length
-        cut, whole = self.tokenizer(list(texts)), self.tokenizer(list(texts), context_length=2 * length)
-        return int((cut != whole[:, :length]).any(1).sum())
-
-
-def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int = 16) -> Scorer:
-    """A scorer by name: "embedded", "MODEL/PRETRAINED" of open_clip, or a folder with open_clip_config.json.
-
-    PRETRAINED is one of open_clip's tags, whose weights must be in the local cache, or a safetensors file.
-
-    Args:
-        embedded: the folder of the scorer that ships with the package.
-
-    Raises:
-        ConfigError: no such model or tag.
-        ModelError: its weights are not here, are pickles, or do not fit.
-    """
-    import open_clip
-
-    folder = embedded if name == EMBEDDED else Path(name)
-    if name == EMBEDDED or folder.is_dir():
-        source, pretrained = f"local-dir:{folder}", None
-        _check_folder(folder)
-    else:
-        source, _, pretrained = name.partition("/")
-        _check_name(open_clip, name, source, pretrained)
-    try:
-        model, preprocess = open_clip.create_model_from_pretrained(source, pretrained, device=device, weights_only=True)
-        tokenizer = open_clip.get_tokenizer(source)
-    except Exception as error:  # open_clip, safetensors, the Hub's client and torch each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"the scorer {name!r} can't be loaded: {reason}",
-            "weights in the local cache, or a folder with open_clip_config.json and open_clip_model.safetensors",
-            "download it once where there is a network, or pass --scorer FOLDER (embedded is for --model tiny only)",
-        ) from None
-    label, note = ("embedded scorer", EMBEDDED_NOTE) if name == EMBEDDED else (name, "")
-    return OpenClipScorer(label, note, model.eval(), preprocess, tokenizer, device, batch_size)
-
-
-def _check_folder(folder: Path) -> None:
-    for file in ("open_clip_config.json", "open_clip_model.safetensors"):
-        if not (folder / file).is_file():
-            raise ModelError(f"{folder} has no {file}", "a scorer in open_clip's format", "give --scorer another folder")
-
-
-def _check_name(open_clip: Any, name: str, source: str, pretrained: str) -> None:
-    known = open_clip.list_models()
-    tags = open_clip.list_pretrained_tags_by_model(source) if source in known else []
-    file = Path(pretrained)
-    if source not in known or not (pretrained in tags or file.is_file()):
-        near = ", ".join(tags[:6]) if source in known else f"{DEFAULT_SCORER}, {EMBEDDED}"
-        raise ConfigError(
-            f"no scorer {name!r}", f"MODEL/PRETRAINED of open_clip ({near}, ...), a folder, or {EMBEDDED}", "correct --scorer"
-        )
-    if file.is_file() and file.suffix != ".safetensors":
-        raise ModelError(f"{file} is not safetensors", "a safetensors file", "pickles can run code and are not read")
 
 
 def cosines(images: Tensor, texts: Tensor) -> list[float]:

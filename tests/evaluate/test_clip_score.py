@@ -10,13 +10,14 @@ from PIL import Image
 from qzo_diffusion import resources
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.evaluate import clip_score
+from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, OpenClipScorer, load_scorer
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def scorer():
-    return clip_score.load_scorer("embedded", CPU, resources.embedded_scorer())
+    return load_scorer("embedded", CPU, resources.embedded_scorer())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_a_score_does_not_depend_on_the_batch(scorer, drawings):
     images, names = drawings
     found = []
     for size in (1, 5, 16):
-        other = clip_score.load_scorer("embedded", CPU, resources.embedded_scorer(), batch_size=size)
+        other = load_scorer("embedded", CPU, resources.embedded_scorer(), batch_size=size)
         found.append(clip_score.score(other, other.image_features(images), names))
     again = clip_score.score(scorer, scorer.image_features(images), names)
     assert again == found[-1]
@@ -135,32 +136,32 @@ def test_prompts_that_are_cut_are_counted(scorer):
 def test_prompts_that_the_real_tokenizer_cuts_are_counted():
     import open_clip
 
-    other = clip_score.OpenClipScorer("", "", None, None, open_clip.SimpleTokenizer(context_length=8), CPU)
+    other = OpenClipScorer("", "", None, None, open_clip.SimpleTokenizer(context_length=8), CPU)
     assert other.truncated(["a b c d e f", "a b c d e f g"]) == 1
 
 
 @pytest.mark.parametrize("name", ["nonsense", "ViT-L-14-quickgelu/nonsense", "ViT-L-14-quickgelu"])
 def test_unknown_scorers_are_refused(name):
     with pytest.raises(ConfigError, match="no scorer"):
-        clip_score.load_scorer(name, CPU, resources.embedded_scorer())
+        load_scorer(name, CPU, resources.embedded_scorer())
 
 
 def test_a_scorer_whose_weights_are_not_here_says_how_to_get_them(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="download it once"):
-        clip_score.load_scorer(clip_score.DEFAULT_SCORER, CPU, resources.embedded_scorer())
+    with pytest.raises(ModelError, match=r"hf download timm/vit_large_patch14_clip_224\.openai"):
+        load_scorer(DEFAULT_SCORER, CPU, resources.embedded_scorer())
 
 
 def test_pickles_and_damaged_weights_are_refused(tmp_path):
     pickle = tmp_path / "weights.pt"
     pickle.write_bytes(b"x")
     with pytest.raises(ModelError, match="safetensors"):
-        clip_score.load_scorer(f"ViT-B-32/{pickle}", CPU, resources.embedded_scorer())
+        load_scorer(f"ViT-B-32/{pickle}", CPU, resources.embedded_scorer())
     with pytest.raises(ModelError, match=r"open_clip_config\.json"):
-        clip_score.load_scorer(str(tmp_path), CPU, resources.embedded_scorer())
+        load_scorer(str(tmp_path), CPU, resources.embedded_scorer())
     for file in resources.embedded_scorer().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[: 10_000 if file.suffix == ".safetensors" else None])
     with pytest.raises(ModelError, match="can't be loaded"):
-        clip_score.load_scorer(str(tmp_path), CPU, resources.embedded_scorer())
+        load_scorer(str(tmp_path), CPU, resources.embedded_scorer())
