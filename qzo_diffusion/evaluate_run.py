@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,21 +235,26 @@ def _signal(work: _Work) -> dict[str, Any]:
     """At the scales as they are now, on batches of steps that come after the run's last."""
     config = work.plan.config
     batches = style_data.TrainingBatches(config, work.plan.style.train, work.encoded, work.plan.device, Ranks())
-    first, second = (batches(config.train.max_steps + index).micro_batches for index in (1, 2))
-    seed, eps = config.train.seed + 1, config.qzo.eps
-    found = signal.two_seeds(work.objective, first, second, work.numbers, eps=eps, seed=seed, count=signal.DIRECTIONS)
+    probed, other = (batches(config.train.max_steps + index) for index in (1, 2))
+    first, second = ([replace(batch, regions=1) for batch in step.micro_batches] for step in (probed, other))
+    qzo, seed = config.qzo, config.train.seed + 1
+    found = signal.two_seeds(work.objective, first, second, work.numbers, eps=qzo.eps, seed=seed, count=signal.DIRECTIONS)
+    estimates = signal.as_the_run_does(
+        work.objective,
+        probed.micro_batches,
+        work.numbers,
+        eps=qzo.eps,
+        per_example=bool(qzo.per_example),
+        num_directions=qzo.num_directions,
+        regions=probed.regions,
+        normalize=bool(qzo.normalize),
+        seed=seed,
+    )
+    found["step_sizes"] = signal.step_sizes(work.numbers, estimates[0], config.train.lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
-    if isinstance(work.numbers, Dense | Grouped) and parameters <= AFFORDABLE and config.qzo.units == "relative":
-        found["exact"] = signal.exact_cosine(
-            work.objective,
-            first,
-            work.numbers,
-            handles_of(work.transformer),
-            eps=eps,
-            per_example=config.qzo.per_example,
-            num_directions=config.qzo.num_directions,
-            seed=seed,
-        )
+    if isinstance(work.numbers, Dense | Grouped) and parameters <= AFFORDABLE and qzo.units == "relative":
+        handles = handles_of(work.transformer)
+        found["exact"] = signal.exact_cosine(work.objective, first, work.numbers, handles, estimates)
     return found
 
 

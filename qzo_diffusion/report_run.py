@@ -24,7 +24,12 @@ def run(folder: Path, output: Path | None = None) -> dict[str, Any]:
 def write(folder: Path, output: Path | None = None) -> Path:
     """The page on a run as its folder is now, whole or not at all."""
     target = output or folder / PAGE
-    write_whole(target, render(_facts(folder)).encode())
+    try:
+        page = render(_facts(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        remedy = f"run qzo-diffuse evaluate --run {folder} again, or remove evaluation.json"
+        raise OutputError(f"a file in {folder} can't be shown: {error}", "files as this version writes them", remedy) from error
+    write_whole(target, page.encode())
     return target
 
 

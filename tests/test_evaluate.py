@@ -57,7 +57,8 @@ def test_base_against_base_differs_by_nothing(run, prompts, capsys):
     assert [band["sigma"] for band in found["validation_loss"]["bands"]] == [0.125, 0.375, 0.625, 0.875]
     assert found["validation_loss"]["n"] == 12
     assert found["scorer"]["note"] == "embedded scorer, not comparable with CLIP ViT-L/14"
-    assert found["signal"]["base"]["exact"]["directions"] == 1
+    assert -1 <= found["signal"]["base"]["exact"]["cosine"] <= 1
+    assert found["signal"]["base"]["step_sizes"]
     page = (run / "report.html").read_text()
     assert "not comparable with CLIP ViT-L/14" in page
     assert html.escape(found["verdict"][0]["text"]).replace("&#x27;", "&#39;") in page
@@ -125,6 +126,8 @@ def test_report_writes_where_it_is_told_and_needs_a_run(run, tmp_path, capsys):
     assert main(["report", "--run", str(run), "--output", str(tmp_path / "page.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == (tmp_path / "page.html").stat().st_size
     failing(capsys, main(["report", "--run", str(tmp_path)]))
+    (run / "evaluation.json").write_text('{"steps": []}')
+    assert "evaluation.json" in failing(capsys, main(["report", "--run", str(run)]))
 
 
 def test_runs_are_compared_in_one_table(run, prompts, tmp_path, capsys):

@@ -46,8 +46,12 @@ class RunFacts:
 
 
 def render(facts: RunFacts) -> str:
-    """The page. It asks for nothing from a network, and its own policy forbids it to."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    """The page. It asks for nothing from a network, and its own policy forbids it to.
+
+    Raises:
+        ValueError: figures of another shape than `evaluate` gives them.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -56,15 +60,18 @@ def render(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "interval": interval, "percent": percent}
-    return environment.get_template(TEMPLATE).render(
-        run=facts,
-        galleries=_galleries(facts),
-        charts=_charts(facts),
-        figures=_figures(facts.evaluation),
-        settings=_flat(facts.settings),
-        environment=_flat(facts.environment),
-    )
+    environment.filters |= {"figure": figure, "interval": interval, "percent": percent, "cell": cell}
+    try:
+        return environment.get_template(TEMPLATE).render(
+            run=facts,
+            galleries=_galleries(facts),
+            charts=_charts(facts),
+            figures=_figures(facts.evaluation),
+            settings=_flat(facts.settings),
+            environment=_flat(facts.environment),
+        )
+    except (UndefinedError, KeyError, TypeError) as error:
+        raise ValueError(f"no such figure: {error}") from error
 
 
 def _galleries(facts: RunFacts) -> list[dict[str, Any]]:
@@ -168,6 +175,14 @@ def interval(value: Sequence[float] | None) -> str:
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
+
+
+def cell(value: Any) -> str:
+    """A value of dataset.json: hashes are shortened, lists joined."""
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    text = "–" if value is None else str(value)
+    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -11,15 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.noise import directions_of_step
+from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.oracle import DifferentiableHandle, alignment, exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Batch, Objective, estimate
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate
 from qzo_diffusion.evaluate import intervals
 
 DIRECTIONS = 24
@@ -66,33 +68,64 @@ def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, An
     }
 
 
+def as_the_run_does(
+    objective: Objective[Batch],
+    micro_batches: Sequence[Batch],
+    numbers: Parametrization,
+    *,
+    eps: float,
+    per_example: bool,
+    num_directions: int,
+    regions: int,
+    normalize: bool,
+    seed: int,
+) -> list[Estimate]:
+    """Some estimates of one batch, each along directions of its own, made as a step of the run makes them."""
+    count = sum(map(len, micro_batches)) if per_example else num_directions  # type: ignore[arg-type]
+    found = []
+    for repeat in range(REPEATS):
+        directions = directions_of_step(seed, DIRECTIONS + repeat, count, "rademacher", regions)
+        probed = estimate(objective, micro_batches, numbers, directions, eps=eps, per_example=per_example, normalize=normalize)
+        found.append(probed)
+    return found
+
+
 def exact_cosine(
     objective: Objective[Batch],
     micro_batches: Sequence[Batch],
     numbers: Dense | Grouped,
     handles: Iterable[DifferentiableHandle],
-    *,
-    eps: float,
-    per_example: bool,
-    num_directions: int,
-    seed: int,
+    estimates: Sequence[Estimate],
 ) -> dict[str, Any]:
-    """Cosine of some estimates, made as the run makes them, with the exact gradient of the same batch."""
+    """Mean cosine of estimates of a batch with its exact gradient.
+
+    Args:
+        micro_batches: the same batch, with one loss per example.
+    """
     exact = exact_gradient(objective, micro_batches, numbers, handles)
-    count = sum(map(len, micro_batches)) if per_example else num_directions  # type: ignore[arg-type]
-    found = []
-    for repeat in range(REPEATS):
-        directions = directions_of_step(seed, DIRECTIONS + repeat, count, "rademacher")
-        probed = estimate(objective, micro_batches, numbers, directions, eps=eps, per_example=per_example)
-        found.append(alignment(numbers, probed, exact))
+    compared = [alignment(numbers, one, exact) for one in estimates]
     return {
-        "cosine": float(np.mean([one.cosine for one in found])),
-        "expected": found[0].expected_cosine,
-        "gradient_norm": found[0].exact_norm,
-        "estimate_norm": float(np.mean([one.estimate_norm for one in found])),
+        "cosine": float(np.mean([one.cosine for one in compared])),
+        "expected": compared[0].expected_cosine,
+        "gradient_norm": compared[0].exact_norm,
         "numbers": sum(tensor.numel() for tensor in exact.values()),
-        "directions": count,
+        "derivatives": len(estimates[0].projected_grad),
     }
+
+
+def step_sizes(numbers: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
+    """How far one plain step of this rate moves the trained numbers of each group: root mean square, the largest group first."""
+    update, squares = Update(probed.directions, probed.projected_grad, lr), dict[str, list[Tensor]]()
+    for name in numbers.numbers():
+        step = gradient_of(numbers, update, name).double() * lr
+        squares.setdefault(_group(name), []).append(step.square().flatten())
+    rows = [{"group": group, "rms": float(torch.cat(parts).mean().sqrt())} for group, parts in squares.items()]
+    return sorted(rows, key=lambda row: -float(row["rms"]))
+
+
+def _group(name: str) -> str:
+    """The name of a layer in its block, or of an axis: what blocks have in common."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -102,7 +135,7 @@ def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[
     """
     groups: dict[str, list[str]] = {}
     for name in base:
-        groups.setdefault(re.sub(r"^.*?\.\d+\.", "", name), []).append(name)
+        groups.setdefault(_group(name), []).append(name)
     rows = []
     for group, names in groups.items():
         pairs = [(base[name].double().flatten(), tuned[name].double().flatten().to(base[name].device)) for name in names]
@@ -114,21 +147,12 @@ def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[
 
 
 def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What metrics.jsonl tells of the estimate: shares of clipped probes and skipped steps, and the size of a step.
-
-    step_rms: the root mean square by which a trained number moves in a plain step, lr · √(Σ d²) / directions; the median.
-    """
+    """What metrics.jsonl tells of the estimate: the shares of clipped probes and of skipped steps."""
     steps = [line for line in lines if "projected_grad" in line]
-    taken = [line for line in steps if not line["skipped"]]
-    sizes = []
-    for line in taken:
-        scalars = np.atleast_1d(np.asarray(line["projected_grad"], np.float64))
-        sizes.append(line["lr"] * np.sqrt((scalars**2).sum()) / len(scalars))
     return {
         "steps": len(steps),
         "clipped": float(np.mean([float(line["clipped"]) for line in steps])) if steps else None,
-        "skipped": (len(steps) - len(taken)) / len(steps) if steps else None,
-        "step_rms": float(np.median(sizes)) if sizes else None,
+        "skipped": sum(bool(line["skipped"]) for line in steps) / len(steps) if steps else None,
     }
 
 

@@ -70,6 +70,7 @@ def evaluation():
         "agreement": 0.8,
         "agreement_ci95": [0.6, 0.9],
         "signal_to_noise": 4.0,
+        "step_sizes": [{"group": "row", "rms": 0.01}],
         "exact": {"cosine": 0.02, "expected": 0.024},
     }
     prefixed = {"mean": 0.5, "x100": 50.0, "original": 1.3}
@@ -91,7 +92,6 @@ def evaluation():
             "tuned": estimate | {"exact": None},
             "clipped": 0.0,
             "skipped": 0.0,
-            "step_rms": 0.006,
             "moved": [{"group": "attn.to_q", "layers": 4, "scales": 4096, "rms": 0.1, "max": 0.4}],
             "sentence": "The estimate carries signal: two independent batches agree on 80% of the slope along a random direction.",
         },

@@ -73,19 +73,25 @@ def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
 def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
     """64 rows, 64 directions: √(64 / 128) = 0.71 on average; four estimates scatter by less than 0.1."""
     numbers = parametrize(find_scales(layer), "row")
-    found = signal.exact_cosine(
-        lambda x: layer(x).square().mean(1),
-        [batch(0)],
-        numbers,
-        handles_of(layer),
-        eps=1e-3,
-        per_example=False,
-        num_directions=64,
-        seed=0,
-    )
-    assert found["numbers"] == 64
+
+    def loss(x):
+        return layer(x).square().mean(1)
+
+    made = {"eps": 1e-3, "per_example": False, "num_directions": 64, "regions": 1, "normalize": False, "seed": 0}
+    estimates = signal.as_the_run_does(loss, [batch(0)], numbers, **made)
+    found = signal.exact_cosine(loss, [batch(0)], numbers, handles_of(layer), estimates)
+    assert (found["numbers"], found["derivatives"]) == (64, 64)
     assert found["expected"] == pytest.approx(math.sqrt(0.5))
     assert found["cosine"] == pytest.approx(found["expected"], abs=0.15)
+
+
+def test_a_step_is_as_large_as_its_rate_and_slopes_make_it(layer):
+    """Along one direction each number moves by lr · |d|."""
+    numbers = parametrize(find_scales(layer), "row")
+    made = {"eps": 1e-3, "per_example": False, "num_directions": 1, "regions": 1, "normalize": False, "seed": 0}
+    first = signal.as_the_run_does(lambda x: layer(x).square().mean(1), [batch(0)], numbers, **made)[0]
+    (row,) = signal.step_sizes(numbers, first, lr=0.5)
+    assert row == {"group": "row", "rms": pytest.approx(0.5 * abs(first.projected_grad[0]), rel=1e-6)}
 
 
 def test_how_far_groups_of_layers_moved():
@@ -112,5 +118,4 @@ def test_what_the_log_of_steps_tells():
     assert found["steps"] == 3
     assert found["clipped"] == pytest.approx(0.5)
     assert found["skipped"] == pytest.approx(1 / 3)
-    assert found["step_rms"] == pytest.approx((0.25 + 0.2) / 2)
-    assert signal.of_metrics([])["step_rms"] is None
+    assert signal.of_metrics([])["clipped"] is None
