@@ -1,5 +1,5 @@
 # make install   .venv/ with the locked dependencies and this clone     make check   all that CI checks, tests included
-# make demo      a short training run on the embedded model and images   make test    the tests only
+# make demo      a short run on the embedded model and images, scored    make test    the tests only
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := install
@@ -15,6 +15,8 @@ install:
 demo: install
 	rm -rf outputs/demo
 	.venv/bin/qzo-diffuse train --preset demo --output-dir outputs/demo --json | tee outputs/demo.json
+	.venv/bin/qzo-diffuse evaluate --run outputs/demo
+	@echo "look at outputs/demo/report.html"
 
 test: install
 	$(VENV_PYTHON) -m pytest

@@ -68,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_train(verbs)
     _add_sample(verbs)
+    _add_evaluate_and_report(verbs)
     _add_replay_and_mix(verbs)
     validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
     validate.add_argument("--config", type=Path, required=True)
@@ -104,6 +105,25 @@ def _add_sample(verbs: Any) -> None:
     sample.add_argument("--seed", type=int, help="prompt i is sampled from seed + i")
     sample.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     sample.set_defaults(verb=_sample)
+
+
+def _add_evaluate_and_report(verbs: Any) -> None:
+    evaluate = verbs.add_parser("evaluate", help="score a run, base against tuned, or a folder of images; compare runs")
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="a run folder or one of its checkpoints")
+    what.add_argument("--images", type=Path, help="a folder of images, in the order of the prompts")
+    what.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs that were evaluated, in one table")
+    evaluate.add_argument("--prompts", help="file with one prompt a line; default: the shipped score prompts")
+    evaluate.add_argument("--style-dir", type=Path, help="images of the style; default: those the run was trained on")
+    evaluate.add_argument("--scorer", help="MODEL/PRETRAINED of open_clip, a folder, or embedded (default for --model tiny)")
+    evaluate.add_argument("--output", type=Path, help="default: evaluation.json in the run")
+    evaluate.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    evaluate.set_defaults(verb=_evaluate)
+    report = verbs.add_parser("report", help="write one self-contained page on a run")
+    report.add_argument("--run", type=Path, required=True)
+    report.add_argument("--output", type=Path, help="default: report.html in the run")
+    report.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    report.set_defaults(verb=_report)
 
 
 def _add_replay_and_mix(verbs: Any) -> None:
@@ -157,6 +177,33 @@ def _sample(options: argparse.Namespace) -> int:
     )
     results = sample_run.run(request)
     _tell(results, options.json, f"done: {results['samples']}")
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from qzo_diffusion import evaluate_run, score_run
+
+    if options.compare:
+        results, table = evaluate_run.compare(options.compare, options.output)
+        print(json.dumps(results) if options.json else table)
+        return DONE
+    chosen = (options.prompts, options.style_dir, options.scorer, options.output)
+    if options.images:
+        results = score_run.run(score_run.ScoreRequest(options.images, *chosen))
+        found = results["clip_score"]
+        line = f"CLIP score {found['mean']:.4f} of {found['n']} images, by {found['note'] or found['model']}"
+    else:
+        results = evaluate_run.run(evaluate_run.EvaluateRequest(options.run, *chosen))
+        line = "\n".join(entry["text"] for entry in results["verdict"])
+    _tell(results, options.json, line)
+    return DONE
+
+
+def _report(options: argparse.Namespace) -> int:
+    from qzo_diffusion import report_run
+
+    results = report_run.run(options.run, options.output)
+    _tell(results, options.json, f"done: {results['report']}")
     return DONE
 
 

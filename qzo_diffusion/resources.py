@@ -16,6 +16,11 @@ def tiny_model() -> Path:
     return PACKAGE / "models" / "tiny"
 
 
+def embedded_scorer() -> Path:
+    """The small CLIP that scores pictures of the embedded model, a folder in open_clip's format."""
+    return PACKAGE / "models" / "scorer"
+
+
 def find_file(name: str, folder: str) -> Path:
     """`name` as given, or the shipped file of that name where there is no such path."""
     path = Path(name)

@@ -116,23 +116,34 @@ def validation_batches(
     samples: Sequence[Sample], encoded: Encoded, device: torch.device, batch_size: int, seed: int
 ) -> list[Batch]:
     """The same images, noise and noise levels every time, whatever the run's settings: only the seed of the run counts."""
-    by_shape: dict[tuple[int, int], list[tuple[Sample, Tensor, float]]] = {}
-    for sample in samples:
-        for sigma in VALIDATION_SIGMAS:
-            latents = encoded.latents.latents(sample.id, False)
-            generator = torch.Generator().manual_seed(derive_key(seed, "validation", sample.sha256, str(sigma), bits=64) >> 1)
-            entry = (sample, torch.randn(latents.shape, generator=generator), sigma)
-            by_shape.setdefault((sample.width, sample.height), []).append(entry)
+
+    def noise(sample: Sample, sigma: float) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_key(seed, "validation", sample.sha256, str(sigma), bits=64) >> 1)
+        return torch.randn(encoded.latents.latents(sample.id, False).shape, generator=generator)
+
     batches = []
-    for entries in by_shape.values():
+    for entries in _by_shape(samples):
         for start in range(0, len(entries), batch_size):
             part = entries[start : start + batch_size]
-            latents = torch.stack([encoded.latents.latents(sample.id, False) for sample, _, _ in part])
-            noise = torch.stack([noise for _, noise, _ in part])
-            sigmas = torch.tensor([sigma for _, _, sigma in part])
-            captions = [sample.caption for sample, _, _ in part]
-            batches.append(make_batch(encoded.prompts, captions, latents, noise, sigmas, device))
+            latents = torch.stack([encoded.latents.latents(sample.id, False) for sample, _ in part])
+            sigmas = torch.tensor([sigma for _, sigma in part])
+            captions = [sample.caption for sample, _ in part]
+            noises = torch.stack([noise(sample, sigma) for sample, sigma in part])
+            batches.append(make_batch(encoded.prompts, captions, latents, noises, sigmas, device))
     return batches
+
+
+def validation_order(samples: Sequence[Sample]) -> list[str]:
+    """The ids of the images behind the examples of `validation_batches`, in their order."""
+    return [sample.id for entries in _by_shape(samples) for sample, _ in entries]
+
+
+def _by_shape(samples: Sequence[Sample]) -> list[list[tuple[Sample, float]]]:
+    """Every held-out image at every noise level, those of one size together."""
+    by_shape: dict[tuple[int, int], list[tuple[Sample, float]]] = {}
+    for sample in samples:
+        by_shape.setdefault((sample.width, sample.height), []).extend((sample, sigma) for sigma in VALIDATION_SIGMAS)
+    return list(by_shape.values())
 
 
 def make_batch(

@@ -74,6 +74,8 @@ class StylePlan:
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
             counts = style_data.token_counts(self.style, encoded.prompts)
             out.write_json("dataset.json", dataset_table(self.style, counts))
+            rows = [{"row": row, "prompt": prompt} for row, prompt in enumerate(self.sample_prompts)]
+            out.write_json("samples/prompts.json", rows)
             _warn_of_truncation(counts)
             vae, prompts = encoded.vae, self.sample_prompts
             sampler = build.sampler(config, self.model_folder, transformer, vae, prompts, encoded.prompts, device, dtype)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qzo_diffusion import build
+from qzo_diffusion import build, report_run
 from qzo_diffusion.config import RunConfig
+from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.core.scales import ScaleSet
@@ -96,6 +97,8 @@ class Job:
             self.checkpoint(steps_done)
         if _due(self.extras.every, steps_done):
             self.show(steps_done)
+        if _due(self.config.train.validate_every, steps_done) or _due(self.extras.every, steps_done):
+            self.report()
 
     def validate(self, step: int) -> None:
         if not self.extras.held_out or step in self.validation:
@@ -130,6 +133,13 @@ class Job:
         if self.journal is not None:
             self.journal.sync()
         self.out.save_scales("final", tuned_scales(self.parts.numbers), self.metadata | {"qzo.steps": str(step)})
+
+    def report(self) -> None:
+        """The page as the run is now. No run is stopped for it."""
+        try:
+            report_run.write(self.out.path)
+        except (OSError, ValueError, UserError) as error:
+            self.tracker.say(f"warning: no report: {error}")
 
     def results(self, outcome: Outcome) -> dict[str, Any]:
         """The figures for `--json`."""

@@ -177,6 +177,7 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequ
             else:
                 job.validate(0)
                 job.show(0)
+                job.report()
             try:
                 outcome = _train(plan, job.parts, ranks, first_step, bad_steps, on_step=job.on_step, after_step=job.after_step)
                 check_ranks(ranks, job.parts.numbers)
@@ -189,6 +190,7 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequ
             job.validate(outcome.steps_done)
             job.show(outcome.steps_done)
             job.finish(outcome.steps_done)
+        job.report()
         results = job.results(outcome)
     finally:
         job.close()

@@ -104,6 +104,15 @@ def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Ima
     return labelled
 
 
+def cells(column: Image.Image, rows: int) -> list[Image.Image]:
+    """The images of a grid of one column, as large as the grid shows them. Raises ValueError for another number of rows."""
+    height, rest = divmod(column.height - LABEL_HEIGHT, rows)
+    if rest or height < 1:
+        raise ValueError(f"{column.height - LABEL_HEIGHT} pixels of pictures are not {rows} rows")
+    tops = range(LABEL_HEIGHT, column.height, height)
+    return [column.crop((0, top, column.width, top + height)) for top in tops]
+
+
 def join_columns(columns: Sequence[Image.Image]) -> Image.Image:
     """Grids of one column each, side by side."""
     joined = Image.new("RGB", (sum(column.width for column in columns), max(column.height for column in columns)), "white")

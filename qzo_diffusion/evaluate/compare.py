@@ -1,0 +1,71 @@
+"""Several runs in one table: the figures of their evaluations side by side, as text for a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The figures to compare, a row for each run by name."""
+    found = []
+    for name, one in evaluations.items():
+        similarity, clip, loss = one["style"]["similarity"], one["clip_score"], one["validation_loss"] or {}
+        found.append(
+            {
+                "run": name,
+                "step": one["step"],
+                "scorer": one["scorer"]["name"],
+                "style": similarity["mean"],
+                "style_delta": similarity["delta"],
+                "style_ci95": similarity["delta_ci95"],
+                "clip": clip["mean"],
+                "clip_delta": clip["delta"],
+                "clip_ci95": clip["delta_ci95"],
+                "kid": one["style"]["kid"]["value"],
+                "held_out_loss": loss.get("tuned"),
+                "held_out_delta": loss.get("delta"),
+                "diversity": one["style"]["diversity"]["tuned"],
+            }
+        )
+    return found
+
+
+def warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why some figures of these runs must not be compared."""
+    found = []
+    if len({one["scorer"]["name"] for one in evaluations.values()}) > 1:
+        found.append("these runs were scored by different scorers: their scores can't be compared; use --scorer for all")
+    if len({tuple(row["prompt"] for row in one["prompts"]) for one in evaluations.values()}) > 1:
+        found.append("these runs were scored on different prompts")
+    if len({tuple(one["sampling"].items()) for one in evaluations.values()}) > 1:
+        found.append("these runs were sampled with other seeds, steps or guidance")
+    return found
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """Columns aligned for a terminal."""
+    header = ["run", "step", "style", "change (95 %)", "CLIP", "change (95 %)", "KID", "held-out loss", "diversity"]
+    lines = [header]
+    for row in found:
+        lines.append(
+            [
+                row["run"],
+                str(row["step"]),
+                _number(row["style"]),
+                _change(row["style_delta"], row["style_ci95"]),
+                _number(row["clip"]),
+                _change(row["clip_delta"], row["clip_ci95"]),
+                _number(row["kid"]),
+                _number(row["held_out_loss"]),
+                _number(row["diversity"]),
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _change(delta: float, interval: Sequence[float] | None) -> str:
+    return f"{delta:+.4f}" + (f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else "")

@@ -1,0 +1,171 @@
+"""Does the estimate carry signal? What no loss curve can tell: a run that only diffuses has one too.
+
+* Two seeds: the slope d along one direction, measured on two batches that share nothing. What both see is the gradient, what they
+  do not is noise of the data:  signal = mean(d1·d2), noise = mean((d1 - d2)²) / 2, agreement = signal / (signal + noise).
+* Cosine with the exact gradient of the same batch, where a backward pass is affordable, beside what directions leave on average.
+* Clipping, and how far each group of layers has moved.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qzo_diffusion.core.dense import Dense
+from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.noise import directions_of_step
+from qzo_diffusion.core.optimizer import Update, gradient_of
+from qzo_diffusion.core.oracle import DifferentiableHandle, alignment, exact_gradient
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate
+from qzo_diffusion.evaluate import intervals
+
+DIRECTIONS = 24
+REPEATS = 4  # estimates that are compared with the exact gradient
+
+
+def two_seeds(
+    objective: Objective[Batch],
+    first: Sequence[Batch],
+    second: Sequence[Batch],
+    numbers: Parametrization,
+    *,
+    eps: float,
+    seed: int,
+    count: int,
+) -> dict[str, Any]:
+    """Slopes along the same directions on two independent batches (in micro-batches), and how far they agree."""
+    slopes = []
+    for batch in (first, second):
+        found: list[float] = []
+        for index in tqdm(range(count), desc="slopes of two seeds", leave=False):
+            direction = directions_of_step(seed, index, 1, "rademacher")
+            found += estimate(objective, batch, numbers, direction, eps=eps).directional_derivative
+        slopes.append(np.array(found))
+    return agreement(*slopes)
+
+
+def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, Any]:
+    """Signal, noise and their share from slopes [directions] of two seeds; intervals over the directions."""
+    both, apart = first * second, (first - second) ** 2 / 2
+
+    def share(counts: intervals.Values) -> intervals.Values:
+        signal, noise = counts @ both, counts @ apart
+        return signal / np.maximum(signal + noise, np.finfo(float).tiny)
+
+    once = np.ones((1, len(first)))
+    noise = float(apart.mean())
+    return {
+        "directions": len(first),
+        "slope_rms": float(np.sqrt((first**2 + second**2).mean() / 2)),
+        "signal_to_noise": float(both.mean()) / noise if noise else None,
+        "agreement": float(share(once)[0]),
+        "agreement_ci95": intervals.of_statistic(len(first), share),
+    }
+
+
+def as_the_run_does(
+    objective: Objective[Batch],
+    micro_batches: Sequence[Batch],
+    numbers: Parametrization,
+    *,
+    eps: float,
+    per_example: bool,
+    num_directions: int,
+    regions: int,
+    normalize: bool,
+    seed: int,
+) -> list[Estimate]:
+    """Some estimates of one batch, each along directions of its own, made as a step of the run makes them."""
+    count = sum(map(len, micro_batches)) if per_example else num_directions  # type: ignore[arg-type]
+    found = []
+    for repeat in range(REPEATS):
+        directions = directions_of_step(seed, DIRECTIONS + repeat, count, "rademacher", regions)
+        probed = estimate(objective, micro_batches, numbers, directions, eps=eps, per_example=per_example, normalize=normalize)
+        found.append(probed)
+    return found
+
+
+def exact_cosine(
+    objective: Objective[Batch],
+    micro_batches: Sequence[Batch],
+    numbers: Dense | Grouped,
+    handles: Iterable[DifferentiableHandle],
+    estimates: Sequence[Estimate],
+) -> dict[str, Any]:
+    """Mean cosine of estimates of a batch with its exact gradient.
+
+    Args:
+        micro_batches: the same batch, with one loss per example.
+    """
+    exact = exact_gradient(objective, micro_batches, numbers, handles)
+    compared = [alignment(numbers, one, exact) for one in estimates]
+    return {
+        "cosine": float(np.mean([one.cosine for one in compared])),
+        "expected": compared[0].expected_cosine,
+        "gradient_norm": compared[0].exact_norm,
+        "numbers": sum(tensor.numel() for tensor in exact.values()),
+        "derivatives": len(estimates[0].projected_grad),
+    }
+
+
+def step_sizes(numbers: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
+    """How far one plain step of this rate moves the trained numbers of each group: root mean square, the largest group first."""
+    update, squares = Update(probed.directions, probed.projected_grad, lr), dict[str, list[Tensor]]()
+    for name in numbers.numbers():
+        step = gradient_of(numbers, update, name).double() * lr
+        squares.setdefault(_group(name), []).append(step.square().flatten())
+    rows = [{"group": group, "rms": float(torch.cat(parts).mean().sqrt())} for group, parts in squares.items()]
+    return sorted(rows, key=lambda row: -float(row["rms"]))
+
+
+def _group(name: str) -> str:
+    """The name of a layer in its block, or of an axis: what blocks have in common."""
+    return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """How far each group of layers has moved: root mean square and largest |log(tuned / base)|, the farthest group first.
+
+    A group holds the layers of one name in all blocks. Scales that are zero before or after have no logarithm and are left out.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in base:
+        groups.setdefault(_group(name), []).append(name)
+    rows = []
+    for group, names in groups.items():
+        pairs = [(base[name].double().flatten(), tuned[name].double().flatten().to(base[name].device)) for name in names]
+        steps = np.concatenate([(t / b)[(b > 0) & (t > 0)].log().abs().cpu().numpy() for b, t in pairs])
+        if len(steps):
+            rms = float(np.sqrt((steps**2).mean()))
+            rows.append({"group": group, "layers": len(names), "scales": len(steps), "rms": rms, "max": float(steps.max())})
+    return sorted(rows, key=lambda row: -row["rms"])
+
+
+def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What metrics.jsonl tells of the estimate: the shares of clipped probes and of skipped steps."""
+    steps = [line for line in lines if "projected_grad" in line]
+    return {
+        "steps": len(steps),
+        "clipped": float(np.mean([float(line["clipped"]) for line in steps])) if steps else None,
+        "skipped": sum(bool(line["skipped"]) for line in steps) / len(steps) if steps else None,
+    }
+
+
+def sentence(found: Mapping[str, Any], clipped: float | None = None) -> str:
+    """One plain sentence for a person."""
+    low, high = found["agreement_ci95"] or (None, None)
+    facts = f"two independent batches agree on {found['agreement']:.0%} of the slope along a random direction"
+    if low is not None:
+        facts += f" (95 % interval {low:.0%} to {high:.0%})"
+    if low is not None and low > 0:
+        text = f"The estimate carries signal: {facts}."
+    else:
+        text = f"The estimate does not carry signal: {facts}; raise data.batch_size or qzo.eps, or lower train.lr."
+    if clipped is not None and clipped > 0.2:
+        text += f" {clipped:.0%} of the slopes were clipped, which bends the estimate: raise qzo.clip_threshold."
+    return text

@@ -1,0 +1,167 @@
+"""Did the style come? Measured in a scorer's image features, of unit length.
+
+similarity  mean cos(picture, centroid of the style's images)
+KID         unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, arXiv 1801.01401), features scaled to length √D
+CMMD        1000 · MMD² with the kernel exp(-|x - y|² / 2·10²), with the diagonal (Jayasumana et al. 2024, arXiv 2401.09603)
+control     how far the style's held-out images are above images of other styles: what the similarity can tell at all here
+nearest     cos to the closest training image, beside the same for held-out images: higher than those is copying
+diversity   1 - mean cos between different pictures of a set: near zero when all have become one picture
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qzo_diffusion.evaluate import intervals
+
+Values = NDArray[np.float64]
+CMMD_WIDTH = 10.0
+
+
+def similarity(pictures: Tensor, style: Tensor) -> list[float]:
+    """cos of each picture with the centroid of the style's images; features [N, D] and [M, D] of unit length."""
+    centroid = F.normalize(style.double().mean(0), dim=0)
+    found: list[float] = (pictures.double() @ centroid).tolist()
+    return found
+
+
+def polynomial_kernel(a: Tensor, b: Tensor) -> Values:
+    """KID's kernel on features of length √D, which is what unit features are brought to: their dot product over D is a cosine."""
+    kernel: Values = ((a.double() @ b.double().T + 1) ** 3).numpy()
+    return kernel
+
+
+def gaussian_kernel(a: Tensor, b: Tensor) -> Values:
+    """CMMD's kernel on unit features."""
+    kernel: Values = torch.exp(-(torch.cdist(a.double(), b.double()) ** 2) / (2 * CMMD_WIDTH**2)).numpy()
+    return kernel
+
+
+def kid(pictures: Tensor, style: Tensor) -> float | None:
+    """Unbiased, so it can be below zero; None for fewer than two pictures on a side."""
+    if min(len(pictures), len(style)) < 2:
+        return None
+    ones = np.ones((1, len(pictures))), np.ones((1, len(style)))
+    return float(_Mmd(pictures, style).of(*ones)[0])
+
+
+def cmmd(pictures: Tensor, style: Tensor) -> float:
+    """1000 times the biased estimate, as its authors report it."""
+    inner = gaussian_kernel(pictures, pictures).mean() + gaussian_kernel(style, style).mean()
+    return float(1000 * (inner - 2 * gaussian_kernel(pictures, style).mean()))
+
+
+class _Mmd:
+    """Unbiased MMD² with KID's kernel, for resamples given as counts [R, N] of each picture.
+
+    A picture drawn twice is not compared with itself: its kernel value of a pair that no sample of different pictures has
+    would raise every resample above the estimate.
+    """
+
+    def __init__(self, pictures: Tensor, style: Tensor) -> None:
+        self._own, self._style = polynomial_kernel(pictures, pictures), polynomial_kernel(style, style)
+        self._cross = polynomial_kernel(pictures, style)
+
+    def of(self, pictures: Values, style: Values) -> Values:
+        cross = np.einsum("ri,ij,rj->r", pictures, self._cross, style, optimize=True)
+        return (
+            _between_different(self._own, pictures)
+            + _between_different(self._style, style)
+            - 2 * cross / (pictures.sum(1) * style.sum(1))
+        )
+
+
+def _between_different(kernel: Values, counts: Values) -> Values:
+    """The mean of a kernel over pairs of different items, each counted as often as it was drawn."""
+    off = kernel - np.diag(np.diag(kernel))
+    pairs = counts.sum(1) ** 2 - (counts**2).sum(1)
+    return np.einsum("ri,ij,rj->r", counts, off, counts, optimize=True) / np.maximum(pairs, 1)
+
+
+def distances(tuned: Tensor, style: Tensor, base: Tensor | None = None) -> dict[str, object]:
+    """KID and CMMD to the style's images, of the tuned pictures and of the base's pictures of the same prompts and seeds."""
+    result: dict[str, object] = {"kid": _kid_summary(tuned, style, base)}
+    result["cmmd"] = {"value": cmmd(tuned, style)}
+    if base is not None:
+        result["cmmd"] |= {"base": cmmd(base, style), "delta": cmmd(tuned, style) - cmmd(base, style)}  # type: ignore[operator]
+    return result
+
+
+def _kid_summary(tuned: Tensor, style: Tensor, base: Tensor | None) -> dict[str, object]:
+    found: dict[str, object] = {"value": kid(tuned, style), "ci95": None}
+    if base is not None:
+        found |= {"base": kid(base, style), "delta": None, "delta_ci95": None}
+    if min(len(tuned), len(style)) < 2:
+        return found
+    pictures, images = intervals.counts(len(tuned)), intervals.counts(len(style), seed=intervals.SEED + 1)
+    of_tuned = _Mmd(tuned, style).of(pictures, images)
+    found["ci95"] = intervals.interval(of_tuned)
+    if base is not None:
+        found["delta"] = kid(tuned, style) - kid(base, style)  # type: ignore[operator]
+        found["delta_ci95"] = intervals.interval(of_tuned - _Mmd(base, style).of(pictures, images))
+    return found
+
+
+def control_gap(held_out: Tensor, others: Tensor, style: Tensor, against: str) -> dict[str, object] | None:
+    """Similarity of the style's own held-out images above that of other images; None without either."""
+    if not len(held_out) or not len(others):
+        return None
+    own, other = similarity(held_out, style), similarity(others, style)
+    gap = float(np.mean(own) - np.mean(other))
+    return {
+        "held_out": float(np.mean(own)),
+        "others": float(np.mean(other)),
+        "gap": gap,
+        "against": against,
+        "ci95": intervals.of_difference(own, other),
+        "n": [len(own), len(other)],
+    }
+
+
+def nearest(pictures: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor) -> dict[str, object]:
+    """The closest training image of each picture. `copies`: pictures closer to one than every held-out image is."""
+    closest, which = (pictures.double() @ style.double().T).max(1)
+    most = int(closest.argmax())
+    result: dict[str, object] = {
+        "mean": float(closest.mean()),
+        "max": float(closest[most]),
+        "closest": {"picture": most, "image": names[int(which[most])]},
+    }
+    if len(held_out):
+        of_held_out = (held_out.double() @ style.double().T).max(1).values
+        result |= {"held_out_mean": float(of_held_out.mean()), "held_out_max": float(of_held_out.max())}
+        result["copies"] = int((closest > of_held_out.max()).sum())
+    return result
+
+
+def diversity(pictures: Tensor) -> float | None:
+    """None for one picture."""
+    if len(pictures) < 2:
+        return None
+    cosine = (pictures.double() @ pictures.double().T).numpy()
+    return float(1 - _between_different(cosine, np.ones((1, len(pictures))))[0])
+
+
+def score(tuned: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor, base: Tensor | None = None) -> dict[str, object]:
+    """All figures of style.
+
+    Args:
+        tuned, base: features of pictures of the same prompts and seeds, [N, D] of unit length.
+        style: of the images trained on, called `names`; held_out: of images in the style that were not.
+    """
+    found = similarity(tuned, style)
+    result: dict[str, object] = {"similarity": intervals.summary(found)}
+    if base is not None:
+        result["similarity"] |= intervals.paired(found, similarity(base, style))  # type: ignore[operator]
+        result["control"] = control_gap(held_out, base, style, "pictures of the base model")
+    result |= distances(tuned, style, base)
+    result["nearest"] = nearest(tuned, style, names, held_out)
+    result["diversity"] = {"tuned": diversity(tuned), "style": diversity(style)} | (
+        {} if base is None else {"base": diversity(base)}
+    )
+    result["n_style"], result["n_held_out"] = len(style), len(held_out)
+    return result

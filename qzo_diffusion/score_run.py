@@ -1,0 +1,130 @@
+"""What `qzo-diffuse evaluate --images` does: score any folder of pictures against prompts, and against a style's images."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qzo_diffusion import build, resources
+from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.diffusion.captions import visible_files
+from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
+from qzo_diffusion.diffusion.prompts import read_prompts
+from qzo_diffusion.evaluate import clip_score, style
+from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, load_scorer
+from qzo_diffusion.train.run_folder import RunFolder
+
+TABLE = "prompts.json"  # what `sample` writes beside its pictures: which was made from which prompt
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """`prompts` may be left out where the folder says itself which prompt made which picture."""
+
+    images: Path
+    prompts: str | None = None
+    style_dir: Path | None = None
+    scorer: str | None = None
+    output: Path | None = None
+    batch_size: int = 16
+
+
+def run(request: ScoreRequest) -> dict[str, Any]:
+    """Raises DataError: no pictures, other numbers of pictures and prompts, or none of them can be read."""
+    pairs = _pairs(request)
+    pictures, unusable = _opened([path for path, _ in pairs], request.images)
+    prompts = [prompt for path, prompt in pairs if path in pictures]
+    contents = [clip_score.content_of(prompt) or prompt for prompt in prompts]
+    name = request.scorer or DEFAULT_SCORER
+    scorer = load_scorer(name, build.choose_device("auto"), resources.embedded_scorer(), request.batch_size)
+    features = scorer.image_features(list(pictures.values()))
+    results: dict[str, Any] = {"scorer": {"name": scorer.name, "note": scorer.note}}
+    results["clip_score"] = clip_score.score(scorer, features, contents)
+    cosine = clip_score.cosines(features, scorer.text_features(contents))
+    results["images"] = [
+        {"file": path.name, "prompt": prompt, "content": content, "clip": value}
+        for path, prompt, content, value in zip(pictures, prompts, contents, cosine, strict=True)
+    ]
+    results["unusable"] = unusable
+    if request.style_dir is not None:
+        paths = _images_in(request.style_dir)
+        own, bad = _opened(paths, request.style_dir)
+        names = [path.relative_to(request.style_dir).as_posix() for path in own]
+        trained = scorer.image_features(list(own.values()))
+        results["style"] = style.score(features, trained, names, trained[:0])
+        results["unusable"] += bad
+    if len(pictures) == 1:
+        _warn("one picture has no interval; its score says little")
+    if request.output is not None:
+        RunFolder(request.output.parent).write_json(request.output.name, results)
+    return results
+
+
+def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
+    table = request.images / TABLE
+    if request.prompts is None:
+        if not table.is_file():
+            raise DataError(
+                f"no --prompts, and no {TABLE} in {request.images}",
+                "a prompt for each picture",
+                "pass --prompts FILE with one prompt a line, in the order of the pictures' names",
+            )
+        return _from_table(request.images, table)
+    paths = [request.images / file for file, _ in _rows(table)] if table.is_file() else _images_in(request.images)
+    prompts = read_prompts(resources.find_file(request.prompts, "prompts"))
+    if len(prompts) != len(paths):
+        raise DataError(
+            f"{len(paths)} pictures in {request.images} and {len(prompts)} prompts in {request.prompts}",
+            "one prompt for each picture, in the order of the pictures' names",
+            "take out the pictures or lines that belong to nothing",
+        )
+    return list(zip(paths, prompts, strict=True))
+
+
+def _from_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
+    pairs = [(folder / file, prompt) for file, prompt in _rows(table)]
+    if not pairs:
+        raise DataError(f"{table} names no picture", "at least one", "pass --prompts FILE")
+    return pairs
+
+
+def _rows(table: Path) -> list[tuple[str, str]]:
+    """File names and prompts; a name must lie in the folder itself."""
+    try:
+        rows = [(str(row["file"]), str(row["prompt"])) for row in json.loads(table.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{table} can't be used: {error}", "a list of {file, prompt}", "pass --prompts FILE") from None
+    for file, _ in rows:
+        if Path(file).name != file:
+            raise DataError(f"{table} names {file!r}", "files in the same folder", "correct or remove it")
+    return rows
+
+
+def _images_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}", "a folder of pictures", "pass the path of one")
+    paths = sorted(path for path in visible_files(folder) if is_image_name(path))
+    if not paths:
+        raise DataError(f"no picture in {folder}", "at least one", "pass another folder")
+    return paths
+
+
+def _opened(paths: list[Path], folder: Path) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
+    """The pictures that can be read, and the others with reasons, which are told and counted."""
+    opened, unusable = {}, []
+    for path in paths:
+        try:
+            opened[path] = open_image(path).image
+        except BadImage as error:
+            unusable.append({"file": path.name, "reason": error.reason})
+            _warn(f"{path.name} is left out: {error.reason}")
+    if not opened:
+        raise DataError(f"none of the {len(paths)} pictures in {folder} can be read", "at least one", "replace the files")
+    return opened, unusable
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
