@@ -1,0 +1,87 @@
+"""Settings of `qzo-diffuse llm`; those that every run has are in `config`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qzo_diffusion.config import Count, Positive, RunConfig, Section, set_dotted
+
+Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
+
+# What suits a method where nothing is said. QZO's rates were found on SmolLM2 and SST-2 (docs/decisions.md), MeZO's and QLoRA's are
+# those of their papers; first-order on the scales takes the rate that the convergence benchmark found for styles.
+DEFAULTS: dict[Method, dict[str, Any]] = {
+    "qzo": {"train.lr": 1e-3, "qzo.parametrization": "separable", "qzo.per_example": True},
+    "mezo": {
+        "train.lr": 1e-6,
+        "train.schedule": "constant",
+        "qzo.parametrization": "dense",
+        "qzo.units": "absolute",
+        "qzo.eps": 1e-3,
+        "qzo.directions": "gaussian",
+    },
+    "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
+    "fo-scales": {"train.lr": 1e-3, "qzo.parametrization": "dense"},
+}
+FOR_ALL: dict[str, Any] = {"quant.skip": ["lm_head"]}
+FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
+
+
+class LlmDataConfig(Section):
+    dir: str | None = None  # folder of the task's files
+    train_file: str | None = None  # None: the task's own names. The same file for both: what is drawn is disjoint
+    test_file: str | None = None
+    batch_size: Count = 16
+    train_examples: Count | None = 1000  # drawn from the training file; None: all of it
+    validation_examples: Annotated[int, Field(ge=0)] = 200  # drawn from what is left of it
+    test_examples: Annotated[int, Field(ge=0)] | None = 1000  # drawn from the test file; 0: none, None: all of it
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # the same examples for every seed of a run
+    max_tokens: Annotated[int, Field(ge=16)] | None = None  # longer prompts lose their beginning; None: they are an error
+
+
+class LoraConfig(Section):
+    rank: Count = 8
+    alpha: Positive = 16.0
+
+
+class LlmConfig(RunConfig):
+    """Of a run on a language model."""
+
+    task: str = "sst2"
+    method: Method = "qzo"
+    objective: Literal["loss", "accuracy", "f1"] = "loss"
+    data: LlmDataConfig = LlmDataConfig()
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, settings: Any) -> Any:
+        """What suits the method, where the settings say nothing."""
+        if not isinstance(settings, dict):
+            return settings
+        filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+        suited: dict[str, Any] = next((values for name, values in DEFAULTS.items() if name == settings.get("method", "qzo")), {})
+        for key, value in (FOR_ALL | suited).items():
+            section, _, name = key.partition(".")
+            if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
+                set_dotted(filled, key, value)
+        chosen = filled.get("qzo")
+        if (
+            isinstance(chosen, dict)
+            and "per_example" not in (settings.get("qzo") or {})
+            and chosen.get("parametrization") == "dense"
+        ):
+            chosen.pop("per_example", None)  # a direction for every example suits numbers that are factors, and only those
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LlmConfig":
+        if self.method in FIRST_ORDER and self.objective != "loss":
+            raise ValueError(f"objective: loss for method {self.method}; accuracy and f1 have no gradient")
+        if self.method == "mezo" and (self.qzo.units != "absolute" or self.qzo.parametrization != "dense"):
+            raise ValueError("qzo.units: absolute and qzo.parametrization: dense for method mezo, whose weights have no scales")
+        if self.method == "qlora" and self.quant.backend != "bnb":
+            raise ValueError("quant.backend: bnb for method qlora")
+        if self.qzo.regions > 1:
+            raise ValueError("qzo.regions: 1 for language models; an example's answer has one loss")
+        return self
