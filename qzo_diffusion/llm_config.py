@@ -4,14 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config import Count, Positive, RunConfig, Section, set_dotted
+from qzo_diffusion.config import Count, Positive, RunConfig, Section, estimate_settings, set_dotted
 
 Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
 
 # What suits a method where nothing is said. QZO's rates were found on SmolLM2 and SST-2 (docs/decisions.md), MeZO's and QLoRA's are
 # those of their papers; first-order on the scales takes the rate that the convergence benchmark found for styles.
 DEFAULTS: dict[Method, dict[str, Any]] = {
-    "qzo": {"train.lr": 1e-3, "qzo.parametrization": "separable", "qzo.per_example": True},
+    "qzo": {},
     "mezo": {
         "train.lr": 1e-6,
         "train.schedule": "constant",
@@ -23,7 +23,8 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
     "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
     "fo-scales": {"train.lr": 1e-3, "qzo.parametrization": "dense"},
 }
-FOR_ALL: dict[str, Any] = {"quant.skip": ["lm_head"]}
+FOR_ALL: dict[str, Any] = {"quant.skip": ["lm_head"], "qzo.regions": 1}
+NORMALIZED_LR, PLAIN_LR = 0.01, 1e-3  # of qzo, with qzo.normalize and without
 FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
 
 
@@ -60,18 +61,14 @@ class LlmConfig(RunConfig):
         if not isinstance(settings, dict):
             return settings
         filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-        suited: dict[str, Any] = next((values for name, values in DEFAULTS.items() if name == settings.get("method", "qzo")), {})
+        method, qzo = settings.get("method", "qzo"), settings.get("qzo", {})
+        suited = dict(next((values for name, values in DEFAULTS.items() if name == method), {}))
+        if method == "qzo" and isinstance(qzo, dict):
+            suited["train.lr"] = NORMALIZED_LR if (estimate_settings(qzo) | qzo)["normalize"] else PLAIN_LR
         for key, value in (FOR_ALL | suited).items():
             section, _, name = key.partition(".")
             if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
                 set_dotted(filled, key, value)
-        chosen = filled.get("qzo")
-        if (
-            isinstance(chosen, dict)
-            and "per_example" not in (settings.get("qzo") or {})
-            and chosen.get("parametrization") == "dense"
-        ):
-            chosen.pop("per_example", None)  # a direction for every example suits numbers that are factors, and only those
         return filled
 
     @model_validator(mode="after")

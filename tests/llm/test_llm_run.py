@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config import make_config
+from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.training_job import Job
 from tests.conftest import failing, metrics
 from tests.tiny_llama import save_tiny_llama, write_sentences
@@ -181,3 +183,22 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
     assert main(arguments("--method", "qlora", "--max-steps", 1)) == 0
     code = main(["llm", "evaluate", "--run", str(tmp_path / "run"), "--method", "qzo"])
     assert "by qlora" in failing(capsys, code)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"lr": 0.01, "parametrization": "separable", "per_example": True, "normalize": True, "schedule": "cosine"}),
+        ({"qzo": {"normalize": False}}, {"lr": 1e-3, "parametrization": "separable", "per_example": True}),
+        ({"qzo": {"parametrization": "dense"}}, {"lr": 1e-3, "per_example": False, "normalize": False}),
+        ({"method": "mezo"}, {"lr": 1e-6, "eps": 1e-3, "units": "absolute", "directions": "gaussian", "schedule": "constant"}),
+        ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),
+        ({"method": "qlora"}, {"lr": 2e-4}),
+    ],
+)
+def test_what_is_not_given_suits_the_method(settings, expected):
+    config = make_config(settings, LlmConfig)
+    found = {**config.train.model_dump(), **config.qzo.model_dump(), "skip": config.quant.skip}
+    assert {key: found[key] for key in expected} == expected
+    assert (found["regions"], found["skip"]) == (1, ["lm_head"])
+    assert make_config(config.model_dump(), LlmConfig) == config
