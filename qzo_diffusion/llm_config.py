@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config import Count, Positive, RunConfig, Section, estimate_settings, set_dotted
+from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, estimate_settings, set_dotted
 
 Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
 
@@ -23,7 +23,7 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
     "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
     "fo-scales": {"train.lr": 1e-3, "qzo.parametrization": "dense"},
 }
-FOR_ALL: dict[str, Any] = {"quant.skip": ["lm_head"], "qzo.regions": 1}
+FOR_ALL: dict[str, Any] = {"qzo.regions": 1}
 NORMALIZED_LR, PLAIN_LR = 0.01, 1e-3  # of qzo, with qzo.normalize and without
 FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
 
@@ -40,6 +40,13 @@ class LlmDataConfig(Section):
     max_tokens: Annotated[int, Field(ge=16)] | None = None  # longer prompts lose their beginning; None: they are an error
 
 
+class LlmQuantConfig(QuantConfig):
+    """A folder that is quantized already, in the formats of bitsandbytes, GPTQ or AQLM, stays as it is."""
+
+    type: Literal["nf4", "fp4", "int8"] = "nf4"  # type: ignore[assignment]
+    skip: list[str] = Field(default_factory=lambda: ["lm_head"])  # tied to the embedding in small models
+
+
 class LoraConfig(Section):
     rank: Count = 8
     alpha: Positive = 16.0
@@ -52,6 +59,7 @@ class LlmConfig(RunConfig):
     method: Method = "qzo"
     objective: Literal["loss", "accuracy", "f1"] = "loss"
     data: LlmDataConfig = LlmDataConfig()
+    quant: LlmQuantConfig = LlmQuantConfig()
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="before")
@@ -77,8 +85,8 @@ class LlmConfig(RunConfig):
             raise ValueError(f"objective: loss for method {self.method}; accuracy and f1 have no gradient")
         if self.method == "mezo" and (self.qzo.units != "absolute" or self.qzo.parametrization != "dense"):
             raise ValueError("qzo.units: absolute and qzo.parametrization: dense for method mezo, whose weights have no scales")
-        if self.method == "qlora" and self.quant.backend != "bnb":
-            raise ValueError("quant.backend: bnb for method qlora")
+        if self.method == "qlora" and (self.quant.backend != "bnb" or self.quant.type == "int8"):
+            raise ValueError("quant.backend: bnb and quant.type: nf4 or fp4 for method qlora")
         if self.qzo.regions > 1:
             raise ValueError("qzo.regions: 1 for language models; an example's answer has one loss")
         return self

@@ -45,14 +45,15 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         lm.model.to(device)
         weights = rivals.mezo_numbers(lm.model, config.quant.skip, config.quant.blocksize)
         return Base(lm, weights.scales, weights, build.optimizer(config), "unquantized", _hash(weights.scales))
-    quantize_(
-        lm.model,
-        quant_type=config.quant.type,
-        blocksize=config.quant.blocksize,
-        skip=config.quant.skip,
-        backend=config.quant.backend,
-        device=device,
-    )
+    if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
+        quantize_(
+            lm.model,
+            quant_type=config.quant.type,
+            blocksize=config.quant.blocksize,
+            skip=config.quant.skip,
+            backend=config.quant.backend,
+            device=device,
+        )
     lm.model.to(device)
     codes = codes_fingerprint(lm.model)
     if config.method == "qlora":

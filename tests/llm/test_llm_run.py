@@ -11,6 +11,7 @@ from qzo_diffusion.config import make_config
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.training_job import Job
 from tests.conftest import failing, metrics
+from tests.quant.stored_formats import convert_folder
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
 METHODS = ["qzo", "mezo", "qlora", "fo-scales"]
@@ -118,6 +119,26 @@ def test_generated_text_is_tuned_by_its_f1(tmp_path, model, capsys):
     small = ["--max-steps", "2", "data.batch_size=3", "data.validation_examples=2", "data.train_examples=6"]
     assert main([*base, *small, "--output-dir", str(tmp_path / "run")]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["f1"]["end"] <= 1
+
+
+@pytest.mark.parametrize("more", [["quant.type=int8"], ["quant.backend=reference", "quant.type=fp4"], ["compute.dtype=bfloat16"]])
+@pytest.mark.parametrize("method", ["qzo", "fo-scales"])
+def test_other_quantizers_and_dtypes_run(arguments, tmp_path, method, more):
+    assert main(arguments("--method", method, "--max-steps", 2, *more)) == 0
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["gptq", "aqlm"])
+@pytest.mark.parametrize("method", ["qzo", "fo-scales"])
+def test_a_folder_that_is_quantized_stays_in_its_format(arguments, tmp_path, model, kind, method):
+    convert_folder(model, tmp_path / "stored", kind)
+    assert main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3)) == 0
+    tuned = load_file(tmp_path / "run" / "final" / "scales.safetensors")
+    names = {
+        name.removesuffix(".scales") for name in load_file(tmp_path / "stored" / "model.safetensors") if name.endswith(".scales")
+    }
+    assert tuned.keys() == names
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
 def test_a_dry_run_shows_what_the_model_will_read(arguments, tmp_path, capsys):
