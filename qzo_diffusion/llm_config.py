@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, estimate_settings, set_dotted
+from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, estimate_settings, set_dotted, suited_lr
 
 Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
 
@@ -23,8 +23,8 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
     "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
     "fo-scales": {"train.lr": 1e-3, "qzo.parametrization": "dense"},
 }
-FOR_ALL: dict[str, Any] = {"qzo.regions": 1}
-NORMALIZED_LR, PLAIN_LR = 0.01, 1e-3  # of qzo, with qzo.normalize and without
+PICTURES_OVER_TEXTS = 5  # QZO's normalised rate for styles, over that for language models
+PLAIN_LR = 1e-3  # of QZO's steps that are not normalised
 FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
 
 
@@ -69,11 +69,13 @@ class LlmConfig(RunConfig):
         if not isinstance(settings, dict):
             return settings
         filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
-        method, qzo = settings.get("method", "qzo"), settings.get("qzo", {})
-        suited = dict(next((values for name, values in DEFAULTS.items() if name == method), {}))
-        if method == "qzo" and isinstance(qzo, dict):
-            suited["train.lr"] = NORMALIZED_LR if (estimate_settings(qzo) | qzo)["normalize"] else PLAIN_LR
-        for key, value in (FOR_ALL | suited).items():
+        method, qzo, train = (settings.get(name, {}) for name in ("method", "qzo", "train"))
+        suited = dict(next((values for name, values in DEFAULTS.items() if name == (method or "qzo")), {}))
+        if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
+            steps = train.get("max_steps", 1000)
+            normalized = (estimate_settings(qzo) | qzo)["normalize"] and isinstance(steps, int)
+            suited["train.lr"] = suited_lr(steps) / PICTURES_OVER_TEXTS if normalized else PLAIN_LR
+        for key, value in suited.items():
             section, _, name = key.partition(".")
             if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
                 set_dotted(filled, key, value)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo_diffusion.core.dense import DenseAbsolute
+from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, torch_generator
 from qzo_diffusion.core.parametrization import Parametrization

@@ -194,6 +194,12 @@ def test_a_run_is_not_continued_with_other_examples(arguments, tmp_path, capsys)
     assert "other split" in error
 
 
+def test_a_journal_of_a_language_model_is_not_replayed_over_a_diffusion_model(arguments, tmp_path, capsys):
+    assert main(arguments("--max-steps", 1)) == 0
+    journal = str(tmp_path / "run" / "journal.qzo")
+    assert "a journal of a language model" in failing(capsys, main(["replay", "--journal", journal, "--output-dir", "x"]))
+
+
 def test_a_folder_without_weights_is_told(tmp_path, data, capsys):
     (tmp_path / "config.json").write_text("{}")
     code = main(["llm", "evaluate", "--model", str(tmp_path), "--data-dir", str(data)])
@@ -209,8 +215,12 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"lr": 0.01, "parametrization": "separable", "per_example": True, "normalize": True, "schedule": "cosine"}),
+        (
+            {"train": {"max_steps": 500}},
+            {"lr": 0.01, "parametrization": "separable", "per_example": True, "normalize": True, "schedule": "cosine"},
+        ),
         ({"qzo": {"normalize": False}}, {"lr": 1e-3, "parametrization": "separable", "per_example": True}),
+        ({"train": {"max_steps": 2000}}, {"lr": 0.005}),
         ({"qzo": {"parametrization": "dense"}}, {"lr": 1e-3, "per_example": False, "normalize": False}),
         ({"method": "mezo"}, {"lr": 1e-6, "eps": 1e-3, "units": "absolute", "directions": "gaussian", "schedule": "constant"}),
         ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),
