@@ -97,12 +97,30 @@ def _choose_automatically() -> tuple[Path, str]:
     return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
 
 
-def _cached_snapshot(name: str) -> Path | None:
+def choose_lm(name: str) -> tuple[Path, str]:
+    """The folder of a language model that a `--model` means, and a sentence that says which.
+
+    Raises:
+        ModelError: it isn't here; the message says how to get it.
+    """
+    if Path(name).is_dir():
+        return Path(name), f"model: the folder {name}"
+    cached = None if name == "auto" else _cached_snapshot(name, "config.json")
+    if cached is None:
+        raise ModelError(
+            "no language model is named" if name == "auto" else f"{name!r} is neither a folder nor a model in the local cache",
+            "a transformers folder, or a Hub id that was downloaded",
+            "pass --model FOLDER; for a model of the Hub: hf download ID --local-dir FOLDER",
+        )
+    return cached, f"model: {name} from the local cache"
+
+
+def _cached_snapshot(name: str, file: str = "model_index.json") -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        index = try_to_load_from_cache(name, "model_index.json")
+        index = try_to_load_from_cache(name, file)
     except HFValidationError:
         return None
     return Path(index).parent if isinstance(index, str) else None
@@ -229,6 +247,22 @@ def probing(config: RunConfig) -> Probing:
         normalize=config.qzo.normalize,
         together=config.train.micro_batch_size != 1,  # a single example in flight: +eps and -eps one after the other
     )
+
+
+def micro_batch_size(config: RunConfig, whole: int) -> int:
+    """How many of `whole` examples go into one forward. An example is two of them where +eps and -eps run together."""
+    wanted, together = config.train.micro_batch_size, config.qzo.parametrization != "dense"
+    return whole if wanted is None else max(1, wanted // 2 if together else wanted)
+
+
+def check_share(batch_size: int, processes: int) -> None:
+    """Raises ConfigError when some process would have no example of a batch."""
+    if batch_size < processes:
+        raise ConfigError(
+            f"data.batch_size={batch_size} on {processes} processes",
+            "at least one example a process",
+            f"use data.batch_size={processes} or more, or fewer processes",
+        )
 
 
 def optimizer(config: RunConfig) -> Optimizer:

@@ -16,6 +16,19 @@ DONE, MENDABLE, INTERRUPTED = 0, 2, 130
 Flags = dict[str, tuple[str, str]]
 """Flags that are settings by another name: flag -> (key, help)."""
 
+LLM_FLAGS: Flags = {
+    "--task": ("task", "a task that comes along (sst2, rte, cb, boolq, squad, sst2_review) or a task file"),
+    "--model": ("model", "a transformers folder, or a Hub id in the local cache"),
+    "--data-dir": ("data.dir", "folder of the task's data files"),
+    "--method": ("method", "qzo, mezo, qlora or fo-scales"),
+}
+
+LLM_TRAIN_FLAGS: Flags = LLM_FLAGS | {
+    "--max-steps": ("train.max_steps", "number of steps"),
+    "--objective": ("objective", "loss, accuracy or f1"),
+    "--seed": ("train.seed", "seed of directions and order"),
+}
+
 TRAIN_FLAGS: Flags = {
     "--style-dir": ("data.style_dir", "folder of images in the style; captions beside them"),
     "--model": ("model", "auto, tiny, a Hub id in the local cache, or a pipeline folder"),
@@ -69,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_sample(verbs)
     _add_evaluate_and_report(verbs)
+    _add_llm(verbs)
     _add_replay_and_mix(verbs)
     validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
     validate.add_argument("--config", type=Path, required=True)
@@ -81,18 +95,39 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_train(verbs: Any) -> None:
     train = verbs.add_parser("train", help="tune a model's quantization scales on a folder of images")
-    for flag, (key, text) in TRAIN_FLAGS.items():
-        train.add_argument(flag, metavar=flag.removeprefix("--").upper().replace("-", "_"), help=f"{text} ({key})")
-    train.add_argument("--output-dir", type=Path, help="folder of the run; default outputs/<date>-<name>")
-    train.add_argument("--config", help="YAML file of settings; flags win over it")
     train.add_argument("--preset", help="a shipped config by name, for example paper")
     train.add_argument("--strict", action="store_true", help="stop at the first image that can't be used (data.strict)")
-    train.add_argument("--resume", metavar="latest|PATH", help="go on with a run; latest: --output-dir, or the newest in outputs/")
-    train.add_argument("--force", action="store_true", help="resume although settings or images changed")
-    train.add_argument("--dry-run", action="store_true", help="print settings, data and plan, and do nothing")
-    train.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
-    train.add_argument("settings", nargs="*", metavar="section.key=value", help="any setting, for example train.lr=1e-3")
+    _add_training_arguments(train, TRAIN_FLAGS)
     train.set_defaults(verb=_train)
+
+
+def _add_training_arguments(train: argparse.ArgumentParser, flags: Flags) -> None:
+    """What every training has, whatever it trains."""
+    _add_settings(train, flags)
+    train.add_argument("--output-dir", type=Path, help="folder of the run; default outputs/<date>-<name>")
+    train.add_argument("--resume", metavar="latest|PATH", help="go on with a run; latest: --output-dir, or the newest in outputs/")
+    train.add_argument("--force", action="store_true", help="resume although settings or data changed")
+    train.add_argument("--dry-run", action="store_true", help="print settings, data and plan, and do nothing")
+
+
+def _add_settings(verb: argparse.ArgumentParser, flags: Flags) -> None:
+    for flag, (key, text) in flags.items():
+        verb.add_argument(flag, metavar=flag.removeprefix("--").upper().replace("-", "_"), help=f"{text} ({key})")
+    verb.add_argument("--config", help="YAML file of settings; flags win over it")
+    verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    verb.add_argument("settings", nargs="*", metavar="section.key=value", help="any setting, for example train.lr=1e-3")
+
+
+def _add_llm(verbs: Any) -> None:
+    llm = verbs.add_parser("llm", help="tune a language model on a task, or evaluate it")
+    inner = llm.add_subparsers(required=True, metavar="train|evaluate")
+    train = inner.add_parser("train", help="tune a language model on a task")
+    _add_training_arguments(train, LLM_TRAIN_FLAGS)
+    train.set_defaults(verb=_llm_train)
+    evaluate = inner.add_parser("evaluate", help="accuracy or F1 on the task's test examples")
+    evaluate.add_argument("--run", type=Path, help="a run folder or one of its checkpoints; default: the model as it is")
+    _add_settings(evaluate, LLM_FLAGS)
+    evaluate.set_defaults(verb=_llm_evaluate)
 
 
 def _add_sample(verbs: Any) -> None:
@@ -144,6 +179,27 @@ def _train(options: argparse.Namespace) -> int:
     from qzo_diffusion.config import Config
 
     return _run_training(options, TRAIN_FLAGS, Config, style_run.make_plan)
+
+
+def _llm_train(options: argparse.Namespace) -> int:
+    from qzo_diffusion import llm_run
+    from qzo_diffusion.llm_config import LlmConfig
+
+    return _run_training(options, LLM_TRAIN_FLAGS, LlmConfig, llm_run.make_plan)
+
+
+def _llm_evaluate(options: argparse.Namespace) -> int:
+    from qzo_diffusion import llm_run
+    from qzo_diffusion.llm_config import LlmConfig
+
+    run = None
+    if options.run is not None:
+        run = options.run.parent.parent if options.run.parent.name == "checkpoints" else options.run
+    results = llm_run.evaluate(resolve_settings(options, run, LLM_FLAGS, LlmConfig), options.run)
+    metric = results["metric"]
+    line = f"{metric} {results[metric]:.4f} ± {results['ci95']:.4f} on {results['test_examples']} examples of {results['task']}"
+    _tell(results, options.json, line)
+    return DONE
 
 
 def _run_training(options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]) -> int:
@@ -253,16 +309,17 @@ def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: F
     from qzo_diffusion import config, resources
     from qzo_diffusion.core.errors import ConfigError
 
-    if bool(options.preset) + bool(options.config) + (resumed is not None) > 1:
-        raise ConfigError("more than one of --preset, --config and --resume", "one of them", "leave the others out")
+    preset = getattr(options, "preset", None)
+    if bool(preset) + bool(options.config) + (resumed is not None) > 1:
+        raise ConfigError("more than one of --preset, --config, --resume and --run", "one of them", "leave the others out")
     settings: dict[str, Any] = {}
     if resumed is not None:
         settings = config.read_yaml(resumed / "config.yaml")
-    elif options.preset:
-        name = f"{options.preset}.yaml"
+    elif preset:
+        name = f"{preset}.yaml"
         if not (resources.shipped("configs") / name).is_file():
             known = sorted(file.stem for file in resources.shipped("configs").glob("*.yaml"))
-            raise ConfigError(f"no preset {options.preset!r}", f"one of {', '.join(known)}", "choose one of them")
+            raise ConfigError(f"no preset {preset!r}", f"one of {', '.join(known)}", "choose one of them")
         settings = config.read_yaml(resources.shipped("configs") / name)
     elif options.config:
         settings = config.read_yaml(resources.find_file(options.config, "configs"))

@@ -40,6 +40,10 @@ def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: 
 def config_of(journal: Journal, model: str | None) -> Config:
     """The settings that a journal's header names; everything else is as by default and does not matter for a replay."""
     header = journal.header
+    if header.get("kind") == "llm":
+        raise JournalError(
+            "a journal of a language model", "one of a style run", "rebuild its scales with `qzo-diffuse llm train --resume RUN`"
+        )
     try:
         return make_config(
             {

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from qzo_diffusion import build
 from qzo_diffusion.config import Config
-from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
@@ -70,12 +69,7 @@ class TrainingBatches:
     """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise and noise levels."""
 
     def __init__(self, config: Config, samples: Sequence[Sample], encoded: Encoded, device: torch.device, ranks: Ranks) -> None:
-        if config.data.batch_size < ranks.world:
-            raise ConfigError(
-                f"data.batch_size={config.data.batch_size} on {ranks.world} processes",
-                "at least one example a process",
-                f"use data.batch_size={ranks.world} or more, or fewer processes",
-            )
+        build.check_share(config.data.batch_size, ranks.world)
         items = [(index, (sample.width, sample.height)) for index, sample in enumerate(samples)]
         seed = config.train.seed
         self._plan = BatchPlan(items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats)
@@ -99,17 +93,12 @@ class TrainingBatches:
         whole = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions)
         mine = whole.part(share).to(self._device)
         return StepBatch(
-            mine.split(self._micro_batch_size(len(mine))),
+            mine.split(build.micro_batch_size(self._config, len(mine))),
             float(sigma.mean()),
             first_example=share.start,
             examples=len(chosen),
             regions=regions,
         )
-
-    def _micro_batch_size(self, whole: int) -> int:
-        """An example is two in a forward where +eps and -eps run together."""
-        wanted, together = self._config.train.micro_batch_size, self._config.qzo.parametrization != "dense"
-        return whole if wanted is None else max(1, wanted // 2 if together else wanted)
 
 
 def validation_batches(

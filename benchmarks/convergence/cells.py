@@ -12,10 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.convergence.methods import FAMILIES, Cell, Method, Phase
@@ -26,9 +24,9 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
-from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.train.first_order import ExactAdam
 from qzo_diffusion.train.loop import Probing, StepRecord, train
 from qzo_diffusion.train.run_folder import write_whole
 
@@ -53,32 +51,6 @@ class Progress:
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     cpu_seconds: float = 0.0
-
-
-class ExactAdam:
-    """Adam on a gradient that is known; betas as in `core.optimizer.Adam`."""
-
-    def __init__(self, beta1: float = 0.9, beta2: float = 0.99, tiny: float = 1e-8) -> None:
-        self.beta1, self.beta2, self.tiny = beta1, beta2, tiny
-        self._count = 0
-        self._moments: dict[str, Tensor] = {}
-
-    def step_(self, numbers: Parametrization, gradient: dict[str, Tensor], lr: float) -> None:
-        self._count += 1
-        bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
-        for name, slope in gradient.items():
-            first = self._moments.setdefault(f"first.{name}", torch.zeros_like(slope))
-            second = self._moments.setdefault(f"second.{name}", torch.zeros_like(slope))
-            first.mul_(self.beta1).add_(slope * (1 - self.beta1))
-            second.mul_(self.beta2).add_(slope * slope * (1 - self.beta2))
-            numbers.add_(name, first / (torch.sqrt(second / bias2) + self.tiny) * (-lr / bias1))
-
-    def state(self) -> dict[str, Tensor]:
-        return self._moments | {"count": torch.tensor(self._count)}
-
-    def load_state_(self, state: dict[str, Tensor]) -> None:
-        self._count = int(state["count"])
-        self._moments = {name: tensor.clone() for name, tensor in state.items() if name != "count"}
 
 
 class CellRun:

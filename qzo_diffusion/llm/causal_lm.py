@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
 
 WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
 OUTPUT_HEAD = "lm_head"
@@ -139,7 +140,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.mo
 
 
 def load_causal_lm(folder: Path, dtype: torch.dtype) -> CausalLm:
-    """The model of a local folder on the CPU, with its weights as they are; quantize it with `quant.load.quantize_`.
+    """The model of a local folder on the CPU, with its weights as they are: quantized where the folder is.
 
     Raises:
         ModelError: files are missing or damaged, or the model is no causal LM.
@@ -149,9 +150,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> CausalLm:
     check_model_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
-        )
+        if stored_method(folder) in READ_HERE:
+            model = load_stored(folder, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{folder} can't be loaded: {reason}", "a causal language model", "download it again") from error

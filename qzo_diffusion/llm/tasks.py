@@ -96,6 +96,8 @@ def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) ->
     Raises:
         DataError: a continuation that is no token, or, without `max_tokens`, texts longer than the model reads (counted).
     """
+    if not examples:
+        return []
     split = [_split(lm, example) for example in examples]
     single = all(len(tail) == 1 for _, tails in split for tail in tails) and len(split[0][1]) > 1
     limit = min(lm.context, max_tokens or lm.context)

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
-from qzo_diffusion.quant import base, bnb, reference
+from qzo_diffusion.quant import aqlm, base, bnb, gptq, int8, reference
 from qzo_diffusion.quant.base import QuantType
 
 Backend = Literal["bnb", "reference"]
+
+
+# gptqmodel's and AQLM's own: some repack codes or keep copies of the scales in their first forward.
+FOREIGN = ("TorchLinear", "TorchAtenLinear", "TorchFusedLinear", "TorchCpuAvx512Linear", "QuantizedLinear", "HQQLinear")
 
 
 class CodedHandle(ScaleHandle, Protocol):
@@ -26,14 +30,19 @@ class CodedHandle(ScaleHandle, Protocol):
 def quantize_(
     model: nn.Module,
     *,
-    quant_type: QuantType = "nf4",
+    quant_type: QuantType | Literal["int8"] = "nf4",
     blocksize: int = 64,
     skip: Sequence[str] = (),
     backend: Backend = "bnb",
     device: torch.device | str = "cpu",
 ) -> int:
-    """Quantize every linear outside `skip` in place, layer by layer, without a GPU. Returns the number of layers."""
+    """Quantize every linear outside `skip` in place, layer by layer, without a GPU. Returns the number of layers.
+
+    "int8" is LLM.int8 with a scale per output; it has no block size and no other back-end.
+    """
     target = torch.device(device)
+    if quant_type == "int8":
+        return base.replace_linears_(model, lambda linear: int8.quantize_linear(linear, target), skip, blocksize=1)
 
     def make_layer(linear: nn.Linear) -> nn.Module:
         if backend == "reference":
@@ -57,7 +66,18 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
         elif kind == "ReferenceLinear4bit":
             yield reference.ReferenceHandle(name, module)
         elif kind == "Linear8bitLt":
-            raise ModelError(f"{name} is an 8-bit layer", "4-bit layers", "load the model with 4-bit quantization")
+            int8.prepare_(module, name)
+            yield int8.Int8Handle(name, module)
+        elif kind == "GptqLinear":
+            yield gptq.GptqHandle(name, module)
+        elif kind == "AqlmLinear":
+            yield aqlm.AqlmHandle(name, module)
+        elif kind in FOREIGN:
+            raise ModelError(
+                f"{name} is a layer {kind} of another program, which may not see changed scales",
+                "layers that this program reads itself",
+                "give the model's folder to `qzo-diffuse llm`, or load it with 4-bit quantization of bitsandbytes",
+            )
 
 
 def find_scales(model: nn.Module) -> ScaleSet:

@@ -345,7 +345,7 @@ def test_the_task_of_the_convergence_benchmark(tmp_path):
     task = TextTask(write_sentences(tmp_path / "data"), torch.float32, save_tiny_llama(tmp_path / "model"))
     assert sum(map(len, task.held_out)) == 12
     assert len(list(task.handles())) == len(task.scales) == 14
-    assert len(task.batches(0, 16)(0).micro_batches[0]) == 16
+    assert len(task.batches(0, 16, 1, "uniform")(0).micro_batches[0]) == 16
     assert math.isfinite(mean_loss(task.objective, task.held_out))
     assert task.accuracy() in {n / 12 for n in range(13)}
 

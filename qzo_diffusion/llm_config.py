@@ -1,0 +1,94 @@
+"""Settings of `qzo-diffuse llm`; those that every run has are in `config`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, estimate_settings, set_dotted, suited_lr
+
+Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
+
+# What suits a method where nothing is said. QZO's rates were found on SmolLM2 and SST-2 (docs/decisions.md), MeZO's and QLoRA's are
+# those of their papers; first-order on the scales takes the rate that the convergence benchmark found for styles.
+DEFAULTS: dict[Method, dict[str, Any]] = {
+    "qzo": {},
+    "mezo": {
+        "train.lr": 1e-6,
+        "train.schedule": "constant",
+        "qzo.parametrization": "dense",
+        "qzo.units": "absolute",
+        "qzo.eps": 1e-3,
+        "qzo.directions": "gaussian",
+    },
+    "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
+    "fo-scales": {"train.lr": 1e-3, "qzo.parametrization": "dense"},
+}
+PICTURES_OVER_TEXTS = 5  # QZO's normalised rate for styles, over that for language models
+PLAIN_LR = 1e-3  # of QZO's steps that are not normalised
+FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
+
+
+class LlmDataConfig(Section):
+    dir: str | None = None  # folder of the task's files
+    train_file: str | None = None  # None: the task's own names. The same file for both: what is drawn is disjoint
+    test_file: str | None = None
+    batch_size: Count = 16
+    train_examples: Count | None = 1000  # drawn from the training file; None: all of it
+    validation_examples: Annotated[int, Field(ge=0)] = 200  # drawn from what is left of it
+    test_examples: Annotated[int, Field(ge=0)] | None = 1000  # drawn from the test file; 0: none, None: all of it
+    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # the same examples for every seed of a run
+    max_tokens: Annotated[int, Field(ge=16)] | None = None  # longer prompts lose their beginning; None: they are an error
+
+
+class LlmQuantConfig(QuantConfig):
+    """A folder that is quantized already, in the formats of bitsandbytes, GPTQ or AQLM, stays as it is."""
+
+    type: Literal["nf4", "fp4", "int8"] = "nf4"  # type: ignore[assignment]
+    skip: list[str] = Field(default_factory=lambda: ["lm_head"])  # tied to the embedding in small models
+
+
+class LoraConfig(Section):
+    rank: Count = 8
+    alpha: Positive = 16.0
+
+
+class LlmConfig(RunConfig):
+    """Of a run on a language model."""
+
+    task: str = "sst2"
+    method: Method = "qzo"
+    objective: Literal["loss", "accuracy", "f1"] = "loss"
+    data: LlmDataConfig = LlmDataConfig()
+    quant: LlmQuantConfig = LlmQuantConfig()
+    lora: LoraConfig = LoraConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, settings: Any) -> Any:
+        """What suits the method, where the settings say nothing."""
+        if not isinstance(settings, dict):
+            return settings
+        filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+        method, qzo, train = (settings.get(name, {}) for name in ("method", "qzo", "train"))
+        suited = dict(next((values for name, values in DEFAULTS.items() if name == (method or "qzo")), {}))
+        if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
+            steps = train.get("max_steps", 1000)
+            normalized = (estimate_settings(qzo) | qzo)["normalize"] and isinstance(steps, int)
+            suited["train.lr"] = suited_lr(steps) / PICTURES_OVER_TEXTS if normalized else PLAIN_LR
+        for key, value in suited.items():
+            section, _, name = key.partition(".")
+            if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
+                set_dotted(filled, key, value)
+        return filled
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LlmConfig":
+        if self.method in FIRST_ORDER and self.objective != "loss":
+            raise ValueError(f"objective: loss for method {self.method}; accuracy and f1 have no gradient")
+        if self.method == "mezo" and (self.qzo.units != "absolute" or self.qzo.parametrization != "dense"):
+            raise ValueError("qzo.units: absolute and qzo.parametrization: dense for method mezo, whose weights have no scales")
+        if self.method == "qlora" and (self.quant.backend != "bnb" or self.quant.type == "int8"):
+            raise ValueError("quant.backend: bnb and quant.type: nf4 or fp4 for method qlora")
+        if self.qzo.regions > 1:
+            raise ValueError("qzo.regions: 1 for language models; an example's answer has one loss")
+        return self

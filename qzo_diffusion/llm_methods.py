@@ -1,0 +1,89 @@
+"""What each method of `qzo-diffuse llm` trains, and how: one base model, four sets of numbers, one loop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qzo_diffusion import build
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.oracle import exact_gradient
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.llm import rivals
+from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
+from qzo_diffusion.llm_config import LlmConfig
+from qzo_diffusion.quant.base import fingerprint
+from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
+from qzo_diffusion.train.first_order import ExactAdam, first_order_step
+from qzo_diffusion.train.loop import TakeStep
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model with the numbers that a method trains, as they are before a run.
+
+    codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order step.
+    """
+
+    lm: CausalLm
+    scales: ScaleSet
+    numbers: Parametrization
+    optimizer: Any
+    codes: str
+    initial: str
+    take_step: TakeStep | None = None
+
+
+def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
+    """Raises ModelError for a model that can't be loaded or quantized."""
+    lm = load_causal_lm(folder, dtype)
+    if config.method == "mezo":
+        lm.model.to(device)
+        weights = rivals.mezo_numbers(lm.model, config.quant.skip, config.quant.blocksize)
+        return Base(lm, weights.scales, weights, build.optimizer(config), "unquantized", _hash(weights.scales))
+    if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
+        quantize_(
+            lm.model,
+            quant_type=config.quant.type,
+            blocksize=config.quant.blocksize,
+            skip=config.quant.skip,
+            backend=config.quant.backend,
+            device=device,
+        )
+    lm.model.to(device)
+    codes = codes_fingerprint(lm.model)
+    if config.method == "qlora":
+        layers = [handle.name for handle in handles_of(lm.model)]
+        adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        step = first_order_step(rivals.lora_gradient(lm.model))
+        return Base(lm, adapters.scales, adapters, ExactAdam(), codes, _hash(adapters.scales), step)
+    scales, numbers = build.scales_and_numbers(config, lm.model)
+    if config.method == "fo-scales":
+
+        def gradient(objective: Any, micro_batches: Any, trained: Any) -> dict[str, Tensor]:
+            return exact_gradient(objective, micro_batches, trained, handles_of(lm.model))
+
+        return Base(lm, scales, numbers, ExactAdam(), codes, _hash(scales), first_order_step(gradient))
+    return Base(lm, scales, numbers, build.optimizer(config), codes, _hash(scales))
+
+
+def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], run: Path) -> None:
+    """Make the model the one that a run left behind. Raises ModelError when the run was over another base or by another method."""
+    live = base.scales.tensors()
+    fits = facts.get("qzo.codes") == base.codes and tuned.keys() == live.keys()
+    if not fits or any(tensor.shape != tuned[name].shape for name, tensor in live.items()):
+        raise ModelError(
+            f"{run} was tuned on {facts.get('qzo.model', 'an unknown model')} by {facts.get('qzo.method', 'an unknown method')}",
+            "a run of the same model, quantization and method",
+            "leave --model and the settings to the run",
+        )
+    for name, tensor in live.items():
+        tensor.copy_(tuned[name])
+
+
+def _hash(scales: ScaleSet) -> str:
+    return fingerprint(scales.tensors().items())

@@ -1,0 +1,63 @@
+"""How well a language model does its task while it is tuned: the metric on held-out examples before and after."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qzo_diffusion.llm.causal_lm import CausalLm
+from qzo_diffusion.llm.objectives import mean_metric
+from qzo_diffusion.llm.task_file import TaskSpec
+from qzo_diffusion.llm.tasks import Batch
+from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.tracking import Tracker
+
+FILE = "evaluation.json"
+
+
+def half_width(value: float, count: int) -> float:
+    """Of the 95 % confidence interval of a share of `count` examples (normal approximation; for F1 an upper bound of it)."""
+    return 1.96 * math.sqrt(max(0.0, value * (1 - value)) / count)
+
+
+@dataclass
+class Scores:
+    """`training_job.Extras` of a language-model run; evaluation.json holds what was measured, also for a run that goes on."""
+
+    out: RunFolder
+    lm: CausalLm
+    spec: TaskSpec
+    test: Sequence[Batch]
+    tracker: Tracker
+    held_out: Sequence[Batch]
+    every: int = 0
+
+    def show(self, step: int) -> None:
+        found = self.measured()
+        if not self.test or str(step) in found:
+            return
+        value = mean_metric(self.lm, self.test, self.spec)
+        self.tracker.say(f"step {step}: {self.spec.metric} {value:.4f} on {self._count} test examples")
+        self.out.write_json(FILE, self._facts() | {"by_step": found | {str(step): value}})
+
+    def measured(self) -> dict[str, float]:
+        """Step -> metric."""
+        path = self.out.path / FILE
+        found: dict[str, float] = json.loads(path.read_text())["by_step"] if path.exists() else {}
+        return found
+
+    def results(self) -> dict[str, Any]:
+        found = self.measured()
+        steps = sorted(map(int, found))
+        if not steps:
+            return {"task": self.spec.name, self.spec.metric: None}
+        start, end = found[str(steps[0])], found[str(steps[-1])]
+        return self._facts() | {self.spec.metric: {"start": start, "end": end}, "ci95": half_width(end, self._count)}
+
+    @property
+    def _count(self) -> int:
+        return sum(map(len, self.test))
+
+    def _facts(self) -> dict[str, Any]:
+        return {"task": self.spec.name, "metric": self.spec.metric, "test_examples": self._count}

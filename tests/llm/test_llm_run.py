@@ -1,0 +1,235 @@
+"""Whole runs of `qzo-diffuse llm` on a tiny Llama: every method, resumed bit for bit, and what a person does wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qzo_diffusion.cli import main
+from qzo_diffusion.config import make_config
+from qzo_diffusion.llm_config import LlmConfig
+from qzo_diffusion.training_job import Job
+from tests.conftest import failing, metrics
+from tests.quant.stored_formats import convert_folder
+from tests.tiny_llama import save_tiny_llama, write_sentences
+
+METHODS = ["qzo", "mezo", "qlora", "fo-scales"]
+STEPS = 6
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_sentences(tmp_path_factory.mktemp("sentences"))
+
+
+@pytest.fixture
+def arguments(tmp_path, model, data):
+    """The command line of a short run into `tmp_path/<name>`."""
+
+    def build(*more, name="run"):
+        base = ["llm", "train", "--task", "sst2", "--model", model, "--data-dir", data, "--max-steps", STEPS]
+        small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "train.validate_every=2"]
+        return [str(part) for part in [*base, "--output-dir", tmp_path / name, *small, "train.checkpoint_every=2", *more]]
+
+    return build
+
+
+def stop_after(monkeypatch, step):
+    """As a kill would: nothing of what comes after that step is done."""
+    original = Job.on_step
+
+    def on_step(self, record):
+        original(self, record)
+        if record.step + 1 == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "on_step", on_step)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_a_whole_run(arguments, tmp_path, capsys, method):
+    assert main(arguments("--method", method, "--json")) == 0
+    results = json.loads(capsys.readouterr().out)
+    run = tmp_path / "run"
+    assert results["steps"] == STEPS
+    assert results["accuracy"].keys() == {"start", "end"}
+    assert {"config.yaml", "environment.json", "dataset.json", "metrics.jsonl", "evaluation.json", "final", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert (run / "journal.qzo").exists() == (method in ("qzo", "mezo"))
+    assert len(json.loads((run / "dataset.json").read_text())) == 16 + 8 + 12
+    lines = metrics(run)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(run / "final" / "scales.safetensors").values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch, method):
+    more = ["--method", method] + (["train.optimizer=adam"] if method == "qzo" else [])
+    assert main(arguments(*more, name="whole")) == 0
+    with monkeypatch.context() as patched:
+        stop_after(patched, 5)
+        assert main(arguments(*more, name="killed")) == 130
+    assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
+    whole, killed = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    read = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "killed")]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(arguments, tmp_path, capsys, method):
+    """Twelve sentences that are told apart by one word: a few steps at a high rate suffice for each method."""
+    rate = {"qzo": 0.1, "mezo": 1e-3, "qlora": 1e-2, "fo-scales": 3e-2}[method]
+    assert main(arguments("--method", method, f"train.lr={rate}", "--max-steps", 60, "train.validate_every=0", "--json")) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["validation_loss"]["end"] < results["validation_loss"]["start"]
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["accuracy"] == results["accuracy"]["end"]
+    assert found["method"] == method
+    assert main(["llm", "evaluate", "--config", str(tmp_path / "run" / "config.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == results["accuracy"]["start"]
+
+
+def test_the_base_is_evaluated_by_name(model, data, capsys):
+    assert main(["llm", "evaluate", "--task", "sst2", "--model", str(model), "--data-dir", str(data)]) == 0
+    assert "on 12 examples of sst2" in capsys.readouterr().err
+
+
+def test_accuracy_itself_can_be_the_objective(arguments, tmp_path):
+    assert main(arguments("--objective", "accuracy")) == 0
+    losses = {loss for line in metrics(tmp_path / "run") if "loss" in line for loss in line["loss_plus"]}
+    assert losses <= {0.0, 1.0}  # one answer an example, right or wrong
+
+
+def test_generated_text_is_tuned_by_its_f1(tmp_path, model, capsys):
+    facts = [{"title": "t", "context": f"film {n}", "question": "which", "answers": [" red", "green film"]} for n in range(12)]
+    for name in ("train.json", "dev.json"):
+        (tmp_path / name).write_text(json.dumps(facts))
+    base = ["llm", "train", "--task", "squad", "--model", str(model), "--data-dir", str(tmp_path), "--objective", "f1", "--json"]
+    small = ["--max-steps", "2", "data.batch_size=3", "data.validation_examples=2", "data.train_examples=6"]
+    assert main([*base, *small, "--output-dir", str(tmp_path / "run")]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["f1"]["end"] <= 1
+
+
+@pytest.mark.parametrize("more", [["quant.type=int8"], ["quant.backend=reference", "quant.type=fp4"], ["compute.dtype=bfloat16"]])
+@pytest.mark.parametrize("method", ["qzo", "fo-scales"])
+def test_other_quantizers_and_dtypes_run(arguments, tmp_path, method, more):
+    assert main(arguments("--method", method, "--max-steps", 2, *more)) == 0
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("kind", ["gptq", "aqlm"])
+@pytest.mark.parametrize("method", ["qzo", "fo-scales"])
+def test_a_folder_that_is_quantized_stays_in_its_format(arguments, tmp_path, model, kind, method):
+    convert_folder(model, tmp_path / "stored", kind)
+    assert main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3)) == 0
+    tuned = load_file(tmp_path / "run" / "final" / "scales.safetensors")
+    names = {
+        name.removesuffix(".scales") for name in load_file(tmp_path / "stored" / "model.safetensors") if name.endswith(".scales")
+    }
+    assert tuned.keys() == names
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+
+
+def test_a_dry_run_shows_what_the_model_will_read(arguments, tmp_path, capsys):
+    assert main(arguments("--dry-run")) == 0
+    shown = capsys.readouterr().out
+    assert "16 to train on, 8 held out, 12 to test on" in shown
+    assert "It was" in shown
+    assert "parametrization: separable" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_micro_batches_change_nothing_but_rounding(arguments, tmp_path):
+    assert main(arguments(name="one")) == 0
+    assert main(arguments("train.micro_batch_size=2", name="two")) == 0
+    one, two = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=0)
+
+
+def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
+    files = ["data.train_file=train.tsv", "data.test_file=train.tsv", "data.test_examples=4", "data.train_examples=12"]
+    assert main(arguments(*files)) == 0
+    rows = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert len({row["file"] for row in rows}) == len(rows) == 24
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        (["--task", "nonsense"], "no task 'nonsense'"),
+        (["--model", "/nowhere"], "neither a folder nor a model"),
+        (["--data-dir", "/nowhere"], "no folder /nowhere"),
+        (["data.train_file=other.tsv"], "other.tsv"),
+        (["data.train_examples=24"], "no example is left for validation"),
+        (["--objective", "f1"], "objective f1 for the task sst2"),
+        (["--method", "qlora", "--objective", "accuracy"], "have no gradient"),
+        (["--method", "mezo", "qzo.units=relative"], "whose weights have no scales"),
+        (["--method", "speed"], "method"),
+        (["data.max_tokens=3"], "data.max_tokens"),
+        (["qzo.layers=[nothing]"], "no such layer"),
+        (["data.style_dir=x"], "unknown setting"),
+        (["quant.blocksize=4096"], "no linear layer"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_told(arguments, tmp_path, capsys, more, wrong):
+    assert wrong in failing(capsys, main(arguments(*more)))
+
+
+def test_a_run_is_not_continued_with_other_examples(arguments, tmp_path, capsys):
+    assert main(arguments("--max-steps", 1)) == 0
+    error = failing(capsys, main(arguments("--resume", tmp_path / "run", "data.split_seed=1")))
+    assert "data.split_seed: 0 -> 1" in error
+    assert "other split" in error
+
+
+def test_a_journal_of_a_language_model_is_not_replayed_over_a_diffusion_model(arguments, tmp_path, capsys):
+    assert main(arguments("--max-steps", 1)) == 0
+    journal = str(tmp_path / "run" / "journal.qzo")
+    assert "a journal of a language model" in failing(capsys, main(["replay", "--journal", journal, "--output-dir", "x"]))
+
+
+def test_a_folder_without_weights_is_told(tmp_path, data, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    code = main(["llm", "evaluate", "--model", str(tmp_path), "--data-dir", str(data)])
+    assert "without weights and a tokenizer" in failing(capsys, code)
+
+
+def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
+    assert main(arguments("--method", "qlora", "--max-steps", 1)) == 0
+    code = main(["llm", "evaluate", "--run", str(tmp_path / "run"), "--method", "qzo"])
+    assert "by qlora" in failing(capsys, code)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"train": {"max_steps": 500}},
+            {"lr": 0.01, "parametrization": "separable", "per_example": True, "normalize": True, "schedule": "cosine"},
+        ),
+        ({"qzo": {"normalize": False}}, {"lr": 1e-3, "parametrization": "separable", "per_example": True}),
+        ({"train": {"max_steps": 2000}}, {"lr": 0.005}),
+        ({"qzo": {"parametrization": "dense"}}, {"lr": 1e-3, "per_example": False, "normalize": False}),
+        ({"method": "mezo"}, {"lr": 1e-6, "eps": 1e-3, "units": "absolute", "directions": "gaussian", "schedule": "constant"}),
+        ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),
+        ({"method": "qlora"}, {"lr": 2e-4}),
+    ],
+)
+def test_what_is_not_given_suits_the_method(settings, expected):
+    config = make_config(settings, LlmConfig)
+    found = {**config.train.model_dump(), **config.qzo.model_dump(), "skip": config.quant.skip}
+    assert {key: found[key] for key in expected} == expected
+    assert (found["regions"], found["skip"]) == (1, ["lm_head"])
+    assert make_config(config.model_dump(), LlmConfig) == config
