@@ -25,8 +25,11 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
+from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
+from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
+from qzo_diffusion.quant.load import codes_fingerprint, find_scales
+from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.train.loop import Probing
 
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
@@ -50,7 +53,7 @@ def find_place(config: Config) -> Place:
         ConfigError: there is no such device.
     """
     folder, _ = choose_model(config.model)
-    sd3.check_model_folder(folder)
+    check_model(config, folder)
     device = choose_device(config.compute.device)
     return Place(folder, device, choose_dtype(config.compute.dtype, device))
 
@@ -59,6 +62,19 @@ def load_base(config: Config, place: Place) -> tuple[nn.Module, ScaleSet, Parame
     """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are before a run."""
     transformer = quantized_transformer(config, place.folder, place.device, place.dtype)
     return transformer, *scales_and_numbers(config, transformer)
+
+
+def check_model(config: Config, folder: Path) -> None:
+    """Refuse a pipeline that lacks a part, before anything is loaded. Raises ModelError."""
+    elsewhere = transformer_place(config, folder) != folder / "transformer"
+    sd3.check_model_folder(folder, without=("transformer",) if elsewhere else ())
+
+
+def transformer_place(config: Config, folder: Path) -> Path:
+    """Where the transformer's weights are: in the pipeline, or what `transformer` or a single file as `model` names."""
+    if config.transformer is not None:
+        return Path(config.transformer)
+    return Path(config.model) if Path(config.model).is_file() else folder / "transformer"
 
 
 def choose_model(name: str) -> tuple[Path, str]:
@@ -73,6 +89,8 @@ def choose_model(name: str) -> tuple[Path, str]:
         return resources.tiny_model(), "model: tiny, the embedded model"
     if Path(name).is_dir():
         return Path(name), f"model: the folder {name}"
+    if Path(name).is_file():
+        return Path(name).resolve().parent, f"model: the single file {name}, with the other parts from its folder"
     cached = _cached_snapshot(name)
     if cached is None:
         raise ModelError(
@@ -181,26 +199,25 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
 
 
 def tensor_cache(config: Config) -> TensorCache:
-    folder = config.data.cache_dir
-    return TensorCache(Path(folder) if folder else Path.home() / ".cache" / "qzo_diffusion" / "tensors")
+    return TensorCache(cache_folder(config) / "tensors")
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.data.cache_dir) if config.data.cache_dir else Path.home() / ".cache" / "qzo_diffusion"
 
 
 def quantized_transformer(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The 4-bit transformer, ready for tuning and sampling."""
-    try:
-        transformer = sd3.load_transformer(folder, dtype)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder}/transformer can't be loaded: {reason}", "a whole model", "download it again") from error
-    quantize_(
-        transformer,
-        quant_type=config.quant.type,
-        blocksize=config.quant.blocksize,
-        skip=config.quant.skip,
-        backend=config.quant.backend,
-        device=device,
-    )
-    return transformer.to(device)
+    """The 4-bit transformer, ready for tuning and sampling. Raises ModelError."""
+    found = find_transformer(transformer_place(config, folder))
+    source = Source(found.entries, lambda: empty_transformer(found.config))
+    quant = config.quant
+    how = Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend)
+    return load_quantized(source, how, dtype=dtype, device=device, cache=copies_folder(config))
+
+
+def copies_folder(config: Config) -> Path:
+    """Where 4-bit copies of large models are kept for the next start."""
+    return cache_folder(config) / "quantized"
 
 
 def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:

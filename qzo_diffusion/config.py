@@ -161,6 +161,7 @@ class RunConfig(Section):
 class Config(RunConfig):
     """Of a style run."""
 
+    transformer: str | None = None  # another one than the model's own: a folder, or a single file in the original layout
     data: DataConfig = DataConfig()
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()

@@ -99,7 +99,7 @@ def make_plan(config: Config) -> StylePlan:
         raise ConfigError("no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir")
     folder, why = build.choose_model(config.model)
     say(why)
-    sd3.check_model_folder(folder)
+    build.check_model(config, folder)
     device = build.choose_device(config.compute.device)
     resolution = config.data.resolution or sd3.native_resolution(folder)
     images = resources.find_file(config.data.style_dir, "demo_images")

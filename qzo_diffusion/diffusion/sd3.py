@@ -24,6 +24,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PIPELINE_T5_TOKENS = 256
 # Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss. Keys and values do not.
 POINTWISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
+SAMPLE_SIZE = 128  # of latents, all models of the SD3 family
 HASHED_IN_FULL = 256 * 2**20  # bytes; larger files are told apart by size, time and their first part
 
 
@@ -37,8 +38,11 @@ class EncodedPrompt:
     truncated: bool
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, without: Sequence[str] = ()) -> None:
     """Refuse a folder that is not a whole SD3 pipeline in safetensors, before anything is loaded.
+
+    Args:
+        without: parts that come from elsewhere.
 
     Raises:
         ModelError: names the part that is missing or holds pickles only.
@@ -53,10 +57,12 @@ def check_model_folder(folder: Path) -> None:
     except (ValueError, AttributeError, IndexError) as error:
         raise ModelError(f"{index_file} is damaged: {error}", expected, "download the model again") from None
     for part in ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        if part in without:
+            continue
         if part not in parts or not (folder / part).is_dir():
             raise ModelError(f"{folder} lacks the part {part}/", expected, "download the model again, with all its parts")
     for part in WEIGHT_PARTS:
-        if part in parts and not any((folder / part).glob("*.safetensors")):
+        if part not in without and part in parts and not any((folder / part).glob("*.safetensors")):
             pickles = [file.name for file in (folder / part).glob("*") if file.suffix in PICKLES]
             got = f"{part}/ holds pickles only ({pickles[0]})" if pickles else f"{part}/ holds no weights"
             raise ModelError(got, f"{part}/*.safetensors", "get the safetensors version; pickles can run code and are not read")
@@ -142,15 +148,6 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.floa
     return vae.to(device).eval()
 
 
-def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
-    """The unquantized transformer on the CPU, in eval mode."""
-    from diffusers import SD3Transformer2DModel
-
-    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
-    return transformer.eval().requires_grad_(False)
-
-
 def load_scheduler(folder: Path) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -176,9 +173,10 @@ def drop_encoder_(vae: Any) -> None:
 
 def native_resolution(folder: Path) -> int:
     """The side in pixels that the model was trained at: the transformer's sample size times the VAE's reduction."""
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    config = folder / "transformer" / "config.json"
+    transformer = json.loads(config.read_text()) if config.is_file() else {}  # a single file says nothing of it
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(transformer["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(transformer.get("sample_size", SAMPLE_SIZE)) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:

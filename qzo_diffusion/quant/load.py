@@ -1,7 +1,7 @@
 """Turn the linears of any diffusers or transformers model into 4-bit layers, and find the scales of one that already has them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
 from qzo_diffusion.quant import base, bnb, reference
-from qzo_diffusion.quant.base import QuantType
-
-Backend = Literal["bnb", "reference"]
+from qzo_diffusion.quant.base import Backend, QuantType
 
 
 class CodedHandle(ScaleHandle, Protocol):
