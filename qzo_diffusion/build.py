@@ -33,6 +33,7 @@ from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.train.loop import Probing
 
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
+DELTA_FORMAT = "delta/1"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
 

@@ -13,7 +13,7 @@ from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.diffusion.sd3 import PromptEncoder
-from qzo_diffusion.mix_run import check_codes
+from qzo_diffusion.mix_run import as_scales, check_codes
 from qzo_diffusion.quant.load import codes_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
@@ -47,7 +47,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     transformer, scales, _ = build.load_base(config, place)
     if tuned is not None:
         check_codes(tuned[1], codes_fingerprint(transformer), request.run or Path())
-        blend_(scales, [(tuned[0], request.strength)])
+        blend_(scales, [(as_scales(scales, *tuned), request.strength)])
     sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()
     files = [f"{index:03d}.png" for index in range(len(images))]

@@ -32,6 +32,7 @@ BELOW = {
     "sample_run": {"build", "mix_run"} | UNDER_BUILD,
     "mix_run": {"build"} | UNDER_BUILD,
     "replay_run": {"build"} | UNDER_BUILD,
+    "export_run": {"build", "mix_run"} | UNDER_BUILD,
     "doctor": {"build", "config", "resources", "quant", "core", ""},
     "api": {"quant", "train", "core", ""},
     "cli": {
@@ -44,6 +45,7 @@ BELOW = {
         "sample_run",
         "replay_run",
         "mix_run",
+        "export_run",
         "train.run_folder",
         "core.errors",
         "",
