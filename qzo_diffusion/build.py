@@ -22,17 +22,20 @@ from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, ma
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion import sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
+from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales
 from qzo_diffusion.quant.stream import Quantization
+from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.loop import Probing
 
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
+LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
 DELTA_FORMAT = "delta/1"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
@@ -197,6 +200,42 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
     names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]]
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     return names[dtype]
+
+
+def prompt_encoder(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> sd3.PromptEncoder:
+    """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new prompts."""
+    mode = t5_mode(config, folder)
+
+    def load(part: str) -> nn.Module:
+        if part != text_encoders.T5 or mode != "nf4":
+            return text_encoders.load_text_encoder(folder, part, dtype=dtype, device=device)
+        source = Source(read_entries(folder / part), lambda: text_encoders.empty_text_encoder(folder, part))
+        return text_encoders.ready(load_quantized(source, Quantization(), dtype=dtype, device=device, cache=copies_folder(config)))
+
+    return sd3.PromptEncoder(
+        folder, tensor_cache(config), device=device, dtype=dtype, t5_tokens=config.text.t5_tokens, t5=mode, load=load
+    )
+
+
+def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
+    if config.text.t5 != "auto":
+        return config.text.t5
+    if not text_encoders.has_part(folder, text_encoders.T5):
+        return "none"
+    size = sum(entry.nbytes for entry in read_entries(folder / text_encoders.T5).values())
+    return "nf4" if size > LARGE_T5 else "full"
+
+
+def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
+    compute = config.compute
+    return sd3.load_vae(folder, choose_device(compute.vae_device) if compute.vae_device else device, tile=compute.vae_tile)
+
+
+def tiles(config: Config, samples: Sequence[Sample]) -> str:
+    """How images are cut for the VAE, where any is: it changes latents a little, so it belongs to their cache key."""
+    tile = config.compute.vae_tile
+    cut = tile is not None and any(max(sample.width, sample.height) > tile for sample in samples)
+    return f"/{tile}" if cut else ""
 
 
 def tensor_cache(config: Config) -> TensorCache:

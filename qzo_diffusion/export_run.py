@@ -37,7 +37,7 @@ JOURNAL = "journal.qzo"
 
 USE: dict[Format, str] = {
     "nf4": "A diffusers transformer in bitsandbytes' 4-bit layout, the size of the 4-bit base:\n\n"
-    '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", torch_dtype=torch.bfloat16)\n```\n\n'
+    '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", dtype=torch.bfloat16)\n```\n\n'
     "Give it to `StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer)`.",
     "bf16": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers transformer in bfloat16. `{ORIGINAL_FILE}` holds the\n"
     "same numbers in the layout that Stability AI publishes, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",

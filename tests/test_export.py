@@ -67,7 +67,7 @@ def test_nf4_loads_in_plain_diffusers_with_the_codes_of_the_base(export, finishe
 
     folder = export(kind)
     without_gpu_check(monkeypatch)
-    loaded = SD3Transformer2DModel.from_pretrained(folder, torch_dtype=torch.float32, device_map="cpu")
+    loaded = SD3Transformer2DModel.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
     tuned, codes = tuned_model(finished)
     assert len(codes) == sum(type(module).__name__ == "Linear4bit" for module in loaded.modules())
     for name, packed in codes.items():
@@ -89,8 +89,8 @@ def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path
     shutil.copytree(folder, tmp_path / "only_config", ignore=shutil.ignore_patterns("*.safetensors"))
     single = str(folder / "original_layout.safetensors")
     models = [
-        SD3Transformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16),
-        SD3Transformer2DModel.from_single_file(single, config=str(tmp_path / "only_config"), torch_dtype=torch.bfloat16),
+        SD3Transformer2DModel.from_pretrained(folder, dtype=torch.bfloat16),
+        SD3Transformer2DModel.from_single_file(single, config=str(tmp_path / "only_config"), dtype=torch.bfloat16),
     ]
     expected = {f"{handle.name}.weight": handle.dequantized().bfloat16() for handle in handles_of(tuned)}
     expected |= {n: t.bfloat16() for n, t in tuned.state_dict().items() if t.is_floating_point() and ".weight." not in n}

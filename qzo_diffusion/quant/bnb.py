@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.base import QuantType
+from qzo_diffusion.quant.weights import apart
 
 T = TypeVar("T")
 QUANTIZED_AT_ONCE = 2**20  # weights
@@ -74,8 +75,8 @@ def _quantized_in_parts(weight: Tensor, quant_type: QuantType, blocksize: int) -
     if at_once >= rows:
         packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=blocksize, quant_type=quant_type)
         return packed, state.absmax
-    packed = torch.empty(weight.numel() // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(weight.numel() // blocksize)
+    packed = apart((weight.numel() // 2, 1), torch.uint8)
+    absmax = apart((weight.numel() // blocksize,), torch.float32)
     for start in range(0, rows, at_once):
         part = weight[start : start + at_once].contiguous()
         codes, state = functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)

@@ -8,6 +8,7 @@ a file is written from functions that make one tensor after the other.
 import contextlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ DTYPES = {
 }
 # fmt: on
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+OWN_PAGES = 2**20  # bytes, from which a tensor gets pages of its own
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 
 
@@ -59,12 +61,26 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor on the CPU. Raises ModelError when the file ends before it."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = apart(self.shape, self.dtype)
         target = tensor.reshape(-1).view(torch.uint8).numpy().data if self.nbytes else memoryview(b"")
         for span in self.spans:
             _read_into(target[: span.size], span)
             target = target[span.size :]
         return tensor
+
+
+def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialized memory in pages of its own on the CPU, given back when the tensor goes.
+
+    Weights that stay and weights that pass, mixed in the allocator's heap, leave holes: SD3.5 Large was 2.2 GB larger for it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < OWN_PAGES:
+        return torch.empty(tuple(shape), dtype=dtype)
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: reading 4.8 GB takes as long as the reading alone
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 def joined(parts: Sequence[Entry]) -> Entry:
