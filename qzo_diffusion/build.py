@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, ma
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion import sd3, text_encoders
+from qzo_diffusion.diffusion import memory, sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import Sample
@@ -35,6 +36,7 @@ from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.loop import Probing
 
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
+DOWNLOAD = 30e9  # bytes of the large model with all its parts
 LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
 DELTA_FORMAT = "delta/1"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
@@ -97,26 +99,57 @@ def choose_model(name: str) -> tuple[Path, str]:
         return Path(name).resolve().parent, f"model: the single file {name}, with the other parts from its folder"
     cached = _cached_snapshot(name)
     if cached is None:
-        raise ModelError(
-            f"{name!r} is neither a folder nor a model in the local cache",
-            "tiny, a pipeline folder, or a Hub id that was downloaded",
-            f"download it: hf download {name} --include '*.json' '*.txt' '*.model' '*.safetensors'",
-        )
+        raise _not_here(name)
     return cached, f"model: {name} from the local cache"
 
 
+def _not_here(name: str) -> ModelError:
+    """Nothing is ever downloaded here; says how to, and what else is missing on this machine for it."""
+    from huggingface_hub import constants, get_token
+
+    place = Path(constants.HF_HUB_CACHE)
+    got = [f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"]
+    steps = []
+    gated = name.startswith("stabilityai/stable-diffusion-3")
+    if gated:
+        steps.append(f"accept the licence at https://huggingface.co/{name}")
+        if get_token() is None:
+            got.append("it is gated and no access token is stored here")
+            steps.append("`hf auth login`")
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+    if gated and free < DOWNLOAD:
+        got.append(f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB are needed")
+        steps.append("free some space, or set HF_HOME to a larger disk")
+    steps.append(f"`hf download {name} --include '*.json' '*.txt' '*.model' '*/*.safetensors'`")
+    steps.append("without network: copy the model's folder from another machine and give --model PATH; or --model tiny")
+    return ModelError("; ".join(got), "tiny, a pipeline folder, or a Hub id that was downloaded", "\n  ".join(["", *steps]))
+
+
 def _choose_automatically() -> tuple[Path, str]:
+    """The large model where its weights are here and fit, at the least; else the embedded one, or an error where there is a GPU."""
     cached = _cached_snapshot(BIG_MODEL)
-    if cached is not None:
-        return cached, f"model: {BIG_MODEL}, found in the local cache"
-    if torch.cuda.is_available():
-        raise ModelError(
-            f"a GPU, but no weights of {BIG_MODEL} in the local cache",
-            "downloaded weights, or a model by name",
-            f"accept the licence at huggingface.co/{BIG_MODEL}, then `hf auth login` and `hf download {BIG_MODEL}`; "
-            "or add --model tiny for the embedded model",
-        )
-    return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
+    if cached is None:
+        if torch.cuda.is_available():
+            raise ModelError(
+                f"a GPU, but no weights of {BIG_MODEL} in the local cache",
+                "downloaded weights, or a model by name",
+                f"accept the licence at https://huggingface.co/{BIG_MODEL}, then `hf auth login` and `hf download {BIG_MODEL}`; "
+                "or add --model tiny for the embedded model",
+            )
+        return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
+    device = choose_device("auto")
+    needed, free = least_memory(cached, device), memory.available_bytes(device)
+    if free is not None and needed > free:
+        why = f"{BIG_MODEL} is here but needs {needed / 1e9:.1f} GB of memory at the least; {free / 1e9:.1f} GB are free"
+        return resources.tiny_model(), f"model: tiny, the embedded model ({why})"
+    return cached, f"model: {BIG_MODEL}, found in the local cache"
+
+
+def least_memory(folder: Path, device: torch.device) -> float:
+    """Bytes that any run of a model needs. Raises ModelError when its transformer is not whole."""
+    found, dtype, quant = find_transformer(folder / "transformer"), choose_dtype("auto", device), Config().quant
+    size = memory.ModelSize.of(empty_transformer(found.config), quant.skip, quant.blocksize, dtype)
+    return memory.least_bytes(size, found.entries, dtype, device.type)
 
 
 def _cached_snapshot(name: str) -> Path | None:
