@@ -283,11 +283,124 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
 
 
 def export(folder: Path) -> dict[str, Any]:
-    raise NotImplementedError
+    """Tune every scale a little, export, and load with plain diffusers in place of the tuned model."""
+    from diffusers import SD3Transformer2DModel
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
+    from qzo_diffusion.core.noise import Direction
+    from qzo_diffusion.core.parametrize import parametrize
+    from qzo_diffusion.diffusion.flow_matching import velocity_loss
+    from qzo_diffusion.quant.load import find_scales
+    from qzo_diffusion.quant.stored import pending_tensors
+    from qzo_diffusion.quant.weights import compare_tensors, read_entries, write_tensors
+
+    (stored,) = (folder / "copies").rglob("*.safetensors")
+    base = read_entries(stored)
+    need_disk(folder, 1.05e-9 * stored.stat().st_size)
+    model: Any = load_model(folder, folder / "copies")
+    parametrize(find_scales(model), "dense").move_([Direction(0, 0)], [1e-2])
+    batch = batch_of(model, 256)
+    with torch.no_grad():
+        wanted = velocity_loss(model, batch, torch.bfloat16)
+    target = folder / "nf4"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    tensors = pending_tensors(model)
+    skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantization |= {"bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": skipped}
+    config = json.loads((folder / "transformer" / "config.json").read_text()) | {"quantization_config": quantization}
+    (target / "config.json").write_text(json.dumps(config))
+    file = target / "diffusion_pytorch_model.safetensors"
+    write_tensors(file, tensors, {})
+    compare_tensors(file, tensors)
+    peak = status("VmHWM")
+    del model, tensors
+    gc.collect()
+
+    # Diffusers refuses a machine without a GPU, although bitsandbytes runs there.
+    BnB4BitDiffusersQuantizer.validate_environment = lambda self, *args, **options: None
+    loaded = SD3Transformer2DModel.from_pretrained(target, dtype=torch.bfloat16, device_map="cpu")
+    equal = True
+    for name, module in loaded.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+            equal &= torch.equal(module.weight.data.view(-1), base[f"{name}.weight"].read().view(-1))
+    with torch.no_grad():
+        got = velocity_loss(loaded, batch, torch.bfloat16)
+    shutil.rmtree(target)
+    return {
+        "export_codes_equal": equal,
+        "export_forward_equal": torch.equal(wanted, got),
+        "export_peak_rss_gb": round(peak, 3),
+        "losses": [float(wanted), float(got)],
+    }
 
 
-def encoders(folder: Path) -> dict[str, Any]:
-    raise NotImplementedError
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+CLIP = {
+    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+}
+
+
+class Ids:
+    """In place of a tokenizer, whose words don't matter here."""
+
+    model_max_length = CLIP_TOKENS
+
+    def __call__(self, prompt: str, max_length: int, **options: Any) -> Any:
+        from types import SimpleNamespace
+
+        return SimpleNamespace(input_ids=torch.arange(1, max_length + 1).unsqueeze(0))
+
+
+def encoders(folder: Path, layers: int) -> dict[str, Any]:
+    """All four parts at full size, written and then loaded as a run does, one after the other."""
+    from diffusers import AutoencoderKL
+
+    from qzo_diffusion.diffusion import sd3, text_encoders
+    from qzo_diffusion.quant.stream import Quantization
+
+    t5 = T5_XXL | {"feed_forward_proj": "gated-gelu", "num_layers": min(24, layers)}
+    parts = {name: shape | {"projection_dim": shape["hidden_size"]} for name, shape in CLIP.items()} | {"text_encoder_3": t5}
+    place = folder / "encoders"
+    need_disk(folder, 0.5 + 1.7 + 0.4 * t5["num_layers"])  # type: ignore[operator]
+    for part, config in parts.items():
+        if not (place / part / "config.json").is_file():
+            (place / part).mkdir(parents=True, exist_ok=True)
+            (place / part / "config.json").write_text(json.dumps(config))
+            write_synthetic(text_encoders.empty_text_encoder(place, part), place / part, "model")
+    if not (place / "vae").is_dir():
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        latents = {
+            "latent_channels": 16,
+            "layers_per_block": 2,
+            "sample_size": 1024,
+            "shift_factor": 0.0609,
+            "scaling_factor": 1.5305,
+        }
+        post = {"use_quant_conv": False, "use_post_quant_conv": False}
+        AutoencoderKL(block_out_channels=(128, 256, 512, 512), **blocks, **latents, **post).save_pretrained(place / "vae")
+    gc.collect()
+    reset_peak()
+    figures: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    for part in parts:
+        how = Quantization() if part == "text_encoder_3" else None
+        encoder = text_encoders.load_text_encoder(place, part, quantization=how, **options)
+        if part == "text_encoder_3":
+            text_encoders.t5_states(encoder, Ids(), ["a prompt"], T5_TOKENS)
+        else:
+            text_encoders.clip_states(encoder, Ids(), ["a prompt"])
+        del encoder
+        gc.collect()
+        figures[f"{part}_peak_rss_gb"] = round(status("VmHWM"), 3)
+    vae = sd3.load_vae(place, torch.device("cpu"), tile=512)
+    latents = sd3.image_encoder(vae)(torch.zeros(1, 3, 512, 512))
+    with torch.no_grad():
+        vae.decode(latents)
+    return figures | {"encoders_peak_rss_gb": round(status("VmHWM"), 3)}
 
 
 def main() -> None:
@@ -335,9 +448,9 @@ TOP = {
 def run_stage(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     if stage == "steps":
         return steps(args.folder, args.steps)
-    if stage in ("shards", "load"):
-        return {"shards": shards, "load": load}[stage](args.folder, args.layers)
-    return {"restart": restart, "export": export, "encoders": encoders}[stage](args.folder)
+    if stage in ("shards", "load", "encoders"):
+        return {"shards": shards, "load": load, "encoders": encoders}[stage](args.folder, args.layers)
+    return {"restart": restart, "export": export}[stage](args.folder)
 
 
 if __name__ == "__main__":

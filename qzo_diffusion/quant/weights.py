@@ -27,7 +27,8 @@ DTYPES = {
 }
 # fmt: on
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-OWN_PAGES = 2**20  # bytes, from which a tensor gets pages of its own
+OWN_PAGES = 2**12  # bytes, from which a tensor gets pages of its own
+HUGE = 2**23  # bytes, from which they are large pages
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the format
 
 
@@ -78,7 +79,7 @@ def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size < OWN_PAGES:
         return torch.empty(tuple(shape), dtype=dtype)
     pages = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: reading 4.8 GB takes as long as the reading alone
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
