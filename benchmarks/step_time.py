@@ -35,7 +35,7 @@ from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
-from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS, load_transformer
+from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
@@ -90,11 +90,11 @@ def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup
 
 
 def build_model(name: str, dtype: torch.dtype) -> nn.Module:
-    if name == "tiny":
-        model = load_transformer(resources.tiny_model(), dtype)
-    else:
-        from diffusers import SD3Transformer2DModel
+    from diffusers import SD3Transformer2DModel
 
+    if name == "tiny":
+        model = SD3Transformer2DModel.from_pretrained(resources.tiny_model(), subfolder="transformer", dtype=dtype)
+    else:
         model = SD3Transformer2DModel(
             sample_size=32,
             patch_size=2,
@@ -108,8 +108,8 @@ def build_model(name: str, dtype: torch.dtype) -> nn.Module:
             pooled_projection_dim=512,
             pos_embed_max_size=48,
             qk_norm="rms_norm",
-        )
-        model = model.to(dtype).eval().requires_grad_(False)
+        ).to(dtype)
+    model = model.eval().requires_grad_(False)
     quantize_(model, skip=QuantConfig().skip)
     return model
 

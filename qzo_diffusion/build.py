@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,14 +23,22 @@ from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, ma
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion import memory, sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
+from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
+from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
+from qzo_diffusion.quant.load import codes_fingerprint, find_scales
+from qzo_diffusion.quant.stream import Quantization
+from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.loop import Probing
 
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
+DOWNLOAD = 30e9  # bytes of the large model with all its parts
+LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
+DELTA_FORMAT = "delta/1"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
 
@@ -50,7 +59,7 @@ def find_place(config: Config) -> Place:
         ConfigError: there is no such device.
     """
     folder, _ = choose_model(config.model)
-    sd3.check_model_folder(folder)
+    check_model(config, folder)
     device = choose_device(config.compute.device)
     return Place(folder, device, choose_dtype(config.compute.dtype, device))
 
@@ -59,6 +68,19 @@ def load_base(config: Config, place: Place) -> tuple[nn.Module, ScaleSet, Parame
     """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are before a run."""
     transformer = quantized_transformer(config, place.folder, place.device, place.dtype)
     return transformer, *scales_and_numbers(config, transformer)
+
+
+def check_model(config: Config, folder: Path) -> None:
+    """Refuse a pipeline that lacks a part, before anything is loaded. Raises ModelError."""
+    elsewhere = transformer_place(config, folder) != folder / "transformer"
+    sd3.check_model_folder(folder, without=("transformer",) if elsewhere else ())
+
+
+def transformer_place(config: Config, folder: Path) -> Path:
+    """Where the transformer's weights are: in the pipeline, or what `transformer` or a single file as `model` names."""
+    if config.transformer is not None:
+        return Path(config.transformer)
+    return Path(config.model) if Path(config.model).is_file() else folder / "transformer"
 
 
 def choose_model(name: str) -> tuple[Path, str]:
@@ -73,28 +95,61 @@ def choose_model(name: str) -> tuple[Path, str]:
         return resources.tiny_model(), "model: tiny, the embedded model"
     if Path(name).is_dir():
         return Path(name), f"model: the folder {name}"
+    if Path(name).is_file():
+        return Path(name).resolve().parent, f"model: the single file {name}, with the other parts from its folder"
     cached = _cached_snapshot(name)
     if cached is None:
-        raise ModelError(
-            f"{name!r} is neither a folder nor a model in the local cache",
-            "tiny, a pipeline folder, or a Hub id that was downloaded",
-            f"download it: hf download {name} --include '*.json' '*.txt' '*.model' '*.safetensors'",
-        )
+        raise _not_here(name)
     return cached, f"model: {name} from the local cache"
 
 
+def _not_here(name: str) -> ModelError:
+    """Nothing is ever downloaded here; says how to, and what else is missing on this machine for it."""
+    from huggingface_hub import constants, get_token
+
+    place = Path(constants.HF_HUB_CACHE)
+    got = [f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"]
+    steps = []
+    gated = name.startswith("stabilityai/stable-diffusion-3")
+    if gated:
+        steps.append(f"accept the licence at https://huggingface.co/{name}")
+        if get_token() is None:
+            got.append("it is gated and no access token is stored here")
+            steps.append("`hf auth login`")
+    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+    if gated and free < DOWNLOAD:
+        got.append(f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB are needed")
+        steps.append("free some space, or set HF_HOME to a larger disk")
+    steps.append(f"`hf download {name} --include '*.json' '*.txt' '*.model' '*/*.safetensors'`")
+    steps.append("without network: copy the model's folder from another machine and give --model PATH; or --model tiny")
+    return ModelError("; ".join(got), "tiny, a pipeline folder, or a Hub id that was downloaded", "\n  ".join(["", *steps]))
+
+
 def _choose_automatically() -> tuple[Path, str]:
+    """The large model where its weights are here and fit, at the least; else the embedded one, or an error where there is a GPU."""
     cached = _cached_snapshot(BIG_MODEL)
-    if cached is not None:
-        return cached, f"model: {BIG_MODEL}, found in the local cache"
-    if torch.cuda.is_available():
-        raise ModelError(
-            f"a GPU, but no weights of {BIG_MODEL} in the local cache",
-            "downloaded weights, or a model by name",
-            f"accept the licence at huggingface.co/{BIG_MODEL}, then `hf auth login` and `hf download {BIG_MODEL}`; "
-            "or add --model tiny for the embedded model",
-        )
-    return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
+    if cached is None:
+        if torch.cuda.is_available():
+            raise ModelError(
+                f"a GPU, but no weights of {BIG_MODEL} in the local cache",
+                "downloaded weights, or a model by name",
+                f"accept the licence at https://huggingface.co/{BIG_MODEL}, then `hf auth login` and `hf download {BIG_MODEL}`; "
+                "or add --model tiny for the embedded model",
+            )
+        return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
+    device = choose_device("auto")
+    needed, free = least_memory(cached, device), memory.available_bytes(device)
+    if free is not None and needed > free:
+        why = f"{BIG_MODEL} is here but needs {needed / 1e9:.1f} GB of memory at the least; {free / 1e9:.1f} GB are free"
+        return resources.tiny_model(), f"model: tiny, the embedded model ({why})"
+    return cached, f"model: {BIG_MODEL}, found in the local cache"
+
+
+def least_memory(folder: Path, device: torch.device) -> float:
+    """Bytes that any run of a model needs. Raises ModelError when its transformer is not whole."""
+    found, dtype, quant = find_transformer(folder / "transformer"), choose_dtype("auto", device), Config().quant
+    size = memory.ModelSize.of(empty_transformer(found.config), quant.skip, quant.blocksize, dtype)
+    return memory.least_bytes(size, found.entries, dtype, device.type)
 
 
 def choose_lm(name: str) -> tuple[Path, str]:
@@ -198,27 +253,62 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
     return names[dtype]
 
 
+def prompt_encoder(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> sd3.PromptEncoder:
+    """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new prompts."""
+    mode = t5_mode(config, folder)
+
+    def load(part: str) -> nn.Module:
+        if part != text_encoders.T5 or mode != "nf4":
+            return text_encoders.load_text_encoder(folder, part, dtype=dtype, device=device)
+        source = Source(read_entries(folder / part), lambda: text_encoders.empty_text_encoder(folder, part))
+        return text_encoders.ready(load_quantized(source, Quantization(), dtype=dtype, device=device, cache=copies_folder(config)))
+
+    return sd3.PromptEncoder(
+        folder, tensor_cache(config), device=device, dtype=dtype, t5_tokens=config.text.t5_tokens, t5=mode, load=load
+    )
+
+
+def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
+    if config.text.t5 != "auto":
+        return config.text.t5
+    if not text_encoders.has_part(folder, text_encoders.T5):
+        return "none"
+    size = sum(entry.nbytes for entry in read_entries(folder / text_encoders.T5).values())
+    return "nf4" if size > LARGE_T5 else "full"
+
+
+def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
+    compute = config.compute
+    return sd3.load_vae(folder, choose_device(compute.vae_device) if compute.vae_device else device, tile=compute.vae_tile)
+
+
+def tiles(config: Config, samples: Sequence[Sample]) -> str:
+    """How images are cut for the VAE, where any is: it changes latents a little, so it belongs to their cache key."""
+    tile = config.compute.vae_tile
+    cut = tile is not None and any(max(sample.width, sample.height) > tile for sample in samples)
+    return f"/{tile}" if cut else ""
+
+
 def tensor_cache(config: Config) -> TensorCache:
-    folder = config.data.cache_dir
-    return TensorCache(Path(folder) if folder else Path.home() / ".cache" / "qzo_diffusion" / "tensors")
+    return TensorCache(cache_folder(config) / "tensors")
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.data.cache_dir) if config.data.cache_dir else Path.home() / ".cache" / "qzo_diffusion"
 
 
 def quantized_transformer(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The 4-bit transformer, ready for tuning and sampling."""
-    try:
-        transformer = sd3.load_transformer(folder, dtype)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder}/transformer can't be loaded: {reason}", "a whole model", "download it again") from error
-    quantize_(
-        transformer,
-        quant_type=config.quant.type,
-        blocksize=config.quant.blocksize,
-        skip=config.quant.skip,
-        backend=config.quant.backend,
-        device=device,
-    )
-    return transformer.to(device)
+    """The 4-bit transformer, ready for tuning and sampling. Raises ModelError."""
+    found = find_transformer(transformer_place(config, folder))
+    source = Source(found.entries, lambda: empty_transformer(found.config))
+    quant = config.quant
+    how = Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend)
+    return load_quantized(source, how, dtype=dtype, device=device, cache=copies_folder(config))
+
+
+def copies_folder(config: Config) -> Path:
+    """Where 4-bit copies of large models are kept for the next start."""
+    return cache_folder(config) / "quantized"
 
 
 def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:

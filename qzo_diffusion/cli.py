@@ -84,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate_and_report(verbs)
     _add_llm(verbs)
     _add_replay_and_mix(verbs)
+    _add_export(verbs)
     validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
     validate.add_argument("--config", type=Path, required=True)
     validate.set_defaults(verb=_validate)
@@ -172,6 +173,16 @@ def _add_replay_and_mix(verbs: Any) -> None:
         verb.add_argument("--output-dir", type=Path, required=True)
         verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
         verb.set_defaults(verb=function)
+
+
+def _add_export(verbs: Any) -> None:
+    export = verbs.add_parser("export", help="write a run's tuned model in a form that other programs load")
+    export.add_argument("--run", type=Path, required=True, help="a run folder, one of its checkpoints, or a mix")
+    formats = ("nf4", "bf16", "delta", "journal", "native")
+    export.add_argument("--format", choices=formats, required=True, help="nf4: diffusers, 4 bit; bf16: diffusers and ComfyUI")
+    export.add_argument("--output-dir", type=Path, required=True)
+    export.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    export.set_defaults(verb=_export)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -275,6 +286,13 @@ def _mix(options: argparse.Namespace) -> int:
     from qzo_diffusion import mix_run
 
     _tell(mix_run.run(options.run, options.output_dir), options.json, f"done: {options.output_dir}")
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from qzo_diffusion import export_run
+
+    _tell(export_run.run(options.run, options.format, options.output_dir), options.json, f"done: {options.output_dir}")
     return DONE
 
 

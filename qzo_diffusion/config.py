@@ -116,6 +116,8 @@ class QuantConfig(Section):
 class ComputeConfig(Section):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    vae_device: str | None = None  # None: the same; cpu spares the memory of a small card
+    vae_tile: Annotated[int, Field(ge=64, multiple_of=8)] | None = 512  # pixels; larger images go through the VAE in such squares
     rank_timeout: Positive = 1800.0  # seconds that a process waits for the others; the first one also samples and validates
 
 
@@ -130,6 +132,8 @@ class SampleConfig(Section):
 
 
 class TextConfig(Section):
+    # T5 is larger than the 4-bit transformer. auto: in NF4 where its files are beyond 2 GB; none: zeros in its place
+    t5: Literal["auto", "nf4", "full", "none"] = "auto"
     t5_tokens: Count | None = None  # None: the tokenizer's own limit, at most 256 as in the SD3 pipeline
 
 
@@ -161,6 +165,7 @@ class RunConfig(Section):
 class Config(RunConfig):
     """Of a style run."""
 
+    transformer: str | None = None  # another one than the model's own: a folder, or a single file in the original layout
     data: DataConfig = DataConfig()
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()

@@ -44,7 +44,9 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     import torch
 
     from qzo_diffusion import build
+    from qzo_diffusion.config import Config
     from qzo_diffusion.core.errors import ModelError
+    from qzo_diffusion.planning import memory_plan
 
     device = build.choose_device("auto")
     facts: dict[str, Any] = {
@@ -56,7 +58,11 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     if device.type == "cuda":
         facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
     try:
-        facts["model"] = build.choose_model("auto")[1]
+        folder, facts["model"] = build.choose_model("auto")
+        plan = memory_plan(Config(), build.Place(folder, device, build.choose_dtype("auto", device)))
+        facts["memory_plan"] = plan.facts()
+        if not plan.fits:
+            problems.append(f"a run with default settings does not fit:\n{plan.describe()}")
     except ModelError as error:
         problems.append(str(error))
     return facts
@@ -71,6 +77,9 @@ def as_text(facts: dict[str, Any]) -> str:
     for key, value in facts.items():
         if key == "packages":
             lines += [f"{name:16} {version}" for name, version in value.items()]
+        elif key == "memory_plan":
+            for phase, parts in value["phases_gb"].items():
+                lines.append(f"memory, {phase:8} {sum(parts.values()):.2f} GB")
         elif key != "problems":
             lines.append(f"{key:16} {value}")
     lines += [f"problem: {problem}" for problem in facts["problems"]] or ["everything that a run needs is here"]

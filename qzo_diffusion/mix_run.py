@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from qzo_diffusion import build
 from qzo_diffusion.config import Config, load_config
 from qzo_diffusion.core.blend import blend_
+from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.load import codes_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
@@ -31,11 +35,16 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     codes = codes_fingerprint(transformer)
     for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
         check_codes(facts, codes, path)
-    blend_(scales, [(tensors, weight) for (tensors, _), weight in tuned])
+    blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
     out = RunFolder.create(output_dir)
     out.save_scales("final", scales.tensors(), build.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
     out.write_text("config.yaml", config.to_yaml())
     return {"run": str(output_dir), "runs": len(parts)}
+
+
+def as_scales(scales: ScaleSet, tensors: dict[str, Tensor], facts: dict[str, str]) -> dict[str, Tensor]:
+    """What `load_scales` found, as whole scales; of an exported delta these are its changes of `scales`, which hold the base."""
+    return expanded(scales, tensors) if facts.get("qzo.format") == build.DELTA_FORMAT else tensors
 
 
 def check_codes(facts: dict[str, str], codes: str, path: Path) -> None:

@@ -4,16 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from qzo_diffusion import build, resources
 from qzo_diffusion.config import Config, load_config
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import grid
-from qzo_diffusion.diffusion.sd3 import PromptEncoder
-from qzo_diffusion.mix_run import check_codes
+from qzo_diffusion.mix_run import as_scales, check_codes
 from qzo_diffusion.quant.load import codes_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
@@ -39,15 +36,13 @@ def run(request: SampleRequest) -> dict[str, Any]:
     tuned = load_scales(request.run) if request.run else None
     out = RunFolder.create(request.output_dir)
 
-    encoder = PromptEncoder(folder, build.tensor_cache(config), device=device, dtype=dtype, t5_tokens=config.text.t5_tokens)
-    encoded = encoder.encode(tqdm([*prompts, config.sample.negative_prompt], desc="encode prompts", leave=False))
-    encoder.close()
-    vae = sd3.load_vae(folder, device)
+    encoded = build.prompt_encoder(config, folder, device, dtype).encode([*prompts, config.sample.negative_prompt])
+    vae = build.load_vae(config, folder, device)
     sd3.drop_encoder_(vae)
     transformer, scales, _ = build.load_base(config, place)
     if tuned is not None:
         check_codes(tuned[1], codes_fingerprint(transformer), request.run or Path())
-        blend_(scales, [(tuned[0], request.strength)])
+        blend_(scales, [(as_scales(scales, *tuned), request.strength)])
     sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()
     files = [f"{index:03d}.png" for index in range(len(images))]

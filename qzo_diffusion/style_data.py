@@ -15,7 +15,7 @@ from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt, PromptEncoder, stack_prompts
+from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
@@ -38,14 +38,12 @@ def encode(
 ) -> Encoded:
     """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder freed before the next."""
     cache = build.tensor_cache(config)
-    encoder = PromptEncoder(folder, cache, device=device, dtype=dtype, t5_tokens=config.text.t5_tokens)
     texts = [sample.caption for sample in style.samples] + list(sample_prompts) + ["", config.sample.negative_prompt]
     unique = list(dict.fromkeys(texts))
-    prompts = encoder.encode(tqdm(unique, desc="encode prompts", leave=False))
-    encoder.close()
+    prompts = build.prompt_encoder(config, folder, device, dtype).encode(unique)
 
-    vae = sd3.load_vae(folder, device)
-    identity = sd3.fingerprint_of_files(folder, ("vae",))
+    vae = build.load_vae(config, folder, device)
+    identity = sd3.fingerprint_of_files(folder, ("vae",)) + build.tiles(config, style.samples)
     count = len(style.samples) * (2 if config.data.flip else 1)
     with tqdm(total=count, desc="encode images", leave=False) as bar:
 

@@ -11,8 +11,10 @@ from qzo_diffusion.config import Config
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
+from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
+from qzo_diffusion.planning import memory_plan
 from qzo_diffusion.style_pictures import Pictures
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
@@ -48,8 +50,14 @@ class StylePlan:
             summary(self.style),
             f"prompts   {len(self.sample_prompts)} to sample",
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
+            self.memory().describe(),
         ]
         return "\n".join(lines)
+
+    def memory(self) -> MemoryPlan:
+        place = build.Place(self.model_folder, self.device, self.dtype)
+        captions = {sample.caption for sample in self.style.samples}
+        return memory_plan(self.config, place, images=len(self.style.samples), prompts=len(captions) + len(self.sample_prompts))
 
     def data(self) -> list[dict[str, Any]]:
         return dataset_table(self.style)
@@ -101,7 +109,7 @@ def make_plan(config: Config) -> StylePlan:
         raise ConfigError("no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir")
     folder, why = build.choose_model(config.model)
     say(why)
-    sd3.check_model_folder(folder)
+    build.check_model(config, folder)
     device = build.choose_device(config.compute.device)
     resolution = config.data.resolution or sd3.native_resolution(folder)
     images = resources.find_file(config.data.style_dir, "demo_images")

@@ -7,16 +7,28 @@ bringing them back in mid-run is where other trainers run out of memory.
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion import text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.text_encoders import (
+    CLIP_G,
+    CLIP_L,
+    T5,
+    clip_states,
+    load_text_encoder,
+    load_tokenizer,
+    put_together,
+    t5_states,
+)
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 WEIGHT_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -24,6 +36,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PIPELINE_T5_TOKENS = 256
 # Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss. Keys and values do not.
 POINTWISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
+SAMPLE_SIZE = 128  # of latents, all models of the SD3 family
 HASHED_IN_FULL = 256 * 2**20  # bytes; larger files are told apart by size, time and their first part
 
 
@@ -37,8 +50,11 @@ class EncodedPrompt:
     truncated: bool
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, without: Sequence[str] = ()) -> None:
     """Refuse a folder that is not a whole SD3 pipeline in safetensors, before anything is loaded.
+
+    Args:
+        without: parts that come from elsewhere.
 
     Raises:
         ModelError: names the part that is missing or holds pickles only.
@@ -53,10 +69,12 @@ def check_model_folder(folder: Path) -> None:
     except (ValueError, AttributeError, IndexError) as error:
         raise ModelError(f"{index_file} is damaged: {error}", expected, "download the model again") from None
     for part in ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        if part in without:
+            continue
         if part not in parts or not (folder / part).is_dir():
             raise ModelError(f"{folder} lacks the part {part}/", expected, "download the model again, with all its parts")
     for part in WEIGHT_PARTS:
-        if part in parts and not any((folder / part).glob("*.safetensors")):
+        if part not in without and part in parts and not any((folder / part).glob("*.safetensors")):
             pickles = [file.name for file in (folder / part).glob("*") if file.suffix in PICKLES]
             got = f"{part}/ holds pickles only ({pickles[0]})" if pickles else f"{part}/ holds no weights"
             raise ModelError(got, f"{part}/*.safetensors", "get the safetensors version; pickles can run code and are not read")
@@ -76,79 +94,103 @@ def fingerprint_of_files(folder: Path, parts: Iterable[str]) -> str:
 
 
 class PromptEncoder:
-    """Encodes each prompt once; results are cached on disk. The encoders are loaded on the first miss and freed by `close`."""
+    """Encodes each prompt once; results are cached on disk. Encoders are loaded for missing prompts, one after the other.
+
+    Args:
+        t5_tokens: None is the tokenizer's own limit, at most the pipeline's 256.
+        t5: how T5 is loaded, for the cache key; "none" leaves it out, and the prompt has zeros in its place.
+        load: makes the encoder of a part; by default as it is on disk.
+    """
 
     def __init__(
-        self, folder: Path, cache: TensorCache, *, device: torch.device, dtype: torch.dtype, t5_tokens: int | None = None
+        self,
+        folder: Path,
+        cache: TensorCache,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        t5_tokens: int | None = None,
+        t5: str = "full",
+        load: Callable[[str], Any] | None = None,
     ) -> None:
-        self._folder, self._cache, self._device, self._dtype = folder, cache, device, dtype
-        self._t5_tokens = t5_tokens
+        self._folder, self._cache, self._dtype, self._t5_tokens = folder, cache, dtype, t5_tokens
+        self._t5 = t5 if text_encoders.has_part(folder, T5) else "none"
+        self._load = load or (lambda part: load_text_encoder(folder, part, dtype=dtype, device=device))
         self._identity = fingerprint_of_files(folder, TEXT_PARTS)
-        self._pipeline: Any = None
 
     def encode(self, prompts: Iterable[str]) -> dict[str, EncodedPrompt]:
-        return {prompt: self._encode_one(prompt) for prompt in dict.fromkeys(prompts)}
-
-    def close(self) -> None:
-        self._pipeline = None
-        gc.collect()
+        wanted = list(dict.fromkeys(prompts))
+        found = {prompt: self._cache.get(self._key(prompt)) for prompt in wanted}
+        missing = [prompt for prompt in wanted if found[prompt] is None]
+        if missing:
+            for prompt, tensors in zip(missing, self._run_encoders(missing), strict=True):
+                self._cache.put(self._key(prompt), tensors)
+                found[prompt] = tensors
+        return {prompt: _encoded(tensors) for prompt, tensors in found.items() if tensors is not None}
 
     def _key(self, prompt: str) -> dict[str, str | int | float | bool]:
         length = self._t5_tokens or 0
-        return {"prompt": prompt, "encoders": self._identity, "t5_tokens": length, "dtype": str(self._dtype), "format": 1}
+        key: dict[str, str | int | float | bool]
+        key = {"prompt": prompt, "encoders": self._identity, "t5_tokens": length, "dtype": str(self._dtype), "format": 1}
+        return key if self._t5 == "full" else key | {"t5": self._t5}
 
-    def _encode_one(self, prompt: str) -> EncodedPrompt:
-        stored = self._cache.get(self._key(prompt))
-        if stored is None:
-            stored = self._run_encoders(prompt)
-            self._cache.put(self._key(prompt), stored)
-        tokens, limit = (int(value) for value in stored["tokens"])
-        return EncodedPrompt(stored["embeds"], stored["pooled"], tokens, tokens > limit)
+    def _run_encoders(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Each encoder over all prompts in turn."""
+        with tqdm(total=3 * len(prompts), desc="encode prompts", leave=False) as bar:
+            clips = []
+            for part in (CLIP_L, CLIP_G):
+                clips.append(self._with(part, lambda encoder, tokenizer: clip_states(encoder, tokenizer, prompts)))
+                bar.update(len(prompts))
+            if self._t5 == "none":
+                length = self._t5_tokens or PIPELINE_T5_TOKENS
+                zeros = torch.zeros(length, text_encoders.t5_width(self._folder), dtype=self._dtype)
+                t5, t5_tokenizer = [zeros] * len(prompts), None
+            else:
+                t5_tokenizer = load_tokenizer(self._folder, T5)
+                length = self._t5_tokens or min(PIPELINE_T5_TOKENS, t5_tokenizer.model_max_length)
+                t5 = self._with(T5, lambda encoder, tokenizer: t5_states(encoder, tokenizer, prompts, length))
+            bar.update(len(prompts))
+        clip_tokenizer = load_tokenizer(self._folder, CLIP_L)
+        limits = [(clip_tokenizer, clip_tokenizer.model_max_length)] + ([(t5_tokenizer, length)] if t5_tokenizer else [])
+        return [
+            {
+                "embeds": put_together(clip_l[0], clip_g[0], t5_state),
+                "pooled": torch.cat([clip_l[1], clip_g[1]]),
+                "tokens": torch.tensor(_longest(prompt, limits)),
+            }
+            for prompt, clip_l, clip_g, t5_state in zip(prompts, *clips, t5, strict=True)
+        ]
 
-    @torch.no_grad()
-    def _run_encoders(self, prompt: str) -> dict[str, Tensor]:
-        pipeline = self._loaded()
-        length = self._t5_tokens or min(PIPELINE_T5_TOKENS, pipeline.tokenizer_3.model_max_length)
-        embeds, _, pooled, _ = pipeline.encode_prompt(
-            prompt, None, None, device=self._device, do_classifier_free_guidance=False, max_sequence_length=length
-        )
-        tokenizers = ((pipeline.tokenizer, pipeline.tokenizer.model_max_length), (pipeline.tokenizer_3, length))
-        counts = [(len(t(prompt, verbose=False).input_ids), limit) for t, limit in tokenizers]
-        tokens, limit = max(counts, key=lambda pair: pair[0] / pair[1])
-        return {"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu(), "tokens": torch.tensor([tokens, limit])}
-
-    def _loaded(self) -> Any:
-        if self._pipeline is None:
-            from diffusers import StableDiffusion3Pipeline
-            from diffusers.utils import logging
-
-            logging.get_logger("diffusers.pipelines.stable_diffusion_3").setLevel(logging.ERROR)  # truncation: we count
-            self._pipeline = _quietly(
-                StableDiffusion3Pipeline.from_pretrained,
-                self._folder,
-                transformer=None,
-                vae=None,
-                dtype=self._dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            ).to(self._device)
-        return self._pipeline
+    def _with(self, part: str, work: Callable[[Any, Any], Any]) -> Any:
+        tokenizer, encoder = load_tokenizer(self._folder, part), self._load(part)
+        try:
+            return work(encoder, tokenizer)
+        finally:
+            del encoder
+            gc.collect()
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+def _longest(prompt: str, limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
+    """(tokens, limit) of the tokenizer that is nearest to its limit, or furthest beyond."""
+    counts = [(len(tokenizer(prompt, verbose=False).input_ids), limit) for tokenizer, limit in limits]
+    return max(counts, key=lambda pair: pair[0] / pair[1])
+
+
+def _encoded(tensors: Mapping[str, Tensor]) -> EncodedPrompt:
+    tokens, limit = (int(value) for value in tensors["tokens"])
+    return EncodedPrompt(tensors["embeds"], tensors["pooled"], tokens, tokens > limit)
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None) -> Any:
+    """The VAE; images larger than `tile` pixels are encoded and decoded in overlapping squares of that size."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True, local_files_only=True)
+    if tile is not None:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = tile
+        vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)
     return vae.to(device).eval()
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> Any:
-    """The unquantized transformer on the CPU, in eval mode."""
-    from diffusers import SD3Transformer2DModel
-
-    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
-    transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", **options)
-    return transformer.eval().requires_grad_(False)
 
 
 def load_scheduler(folder: Path) -> Any:
@@ -176,26 +218,12 @@ def drop_encoder_(vae: Any) -> None:
 
 def native_resolution(folder: Path) -> int:
     """The side in pixels that the model was trained at: the transformer's sample size times the VAE's reduction."""
-    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    config = folder / "transformer" / "config.json"
+    transformer = json.loads(config.read_text()) if config.is_file() else {}  # a single file says nothing of it
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(transformer["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(transformer.get("sample_size", SAMPLE_SIZE)) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
     """-> prompt_embeds [B, T, D], pooled [B, P]."""
     return torch.stack([one.embeds for one in encoded]), torch.stack([one.pooled for one in encoded])
-
-
-def _quietly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Without the libraries' own progress bars over six small parts."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    for logging in loggers:
-        logging.disable_progress_bar()
-    try:
-        return function(*args, **options)
-    finally:
-        for logging in loggers:
-            logging.enable_progress_bar()

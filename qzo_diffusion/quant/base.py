@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 
 QuantType = Literal["nf4", "fp4"]
+Backend = Literal["bnb", "reference"]
 MakeLayer = Callable[[nn.Linear], nn.Module]
 
 
@@ -45,12 +46,16 @@ def replace_linears_(model: nn.Module, make_layer: MakeLayer, skip: Sequence[str
         parent = model.get_submodule(parent_name)
         setattr(parent, child, make_layer(parent.get_submodule(child)))  # type: ignore[arg-type]
     if not chosen:
-        raise ModelError(
-            f"no linear layer whose width is a multiple of {blocksize} outside {list(skip)}",
-            "at least one layer to quantize",
-            "choose a smaller quant.blocksize or a shorter quant.skip",
-        )
+        raise nothing_to_quantize(skip, blocksize)
     return len(chosen)
+
+
+def nothing_to_quantize(skip: Sequence[str], blocksize: int) -> ModelError:
+    return ModelError(
+        f"no linear layer whose width is a multiple of {blocksize} outside {list(skip)}",
+        "at least one layer to quantize",
+        "choose a smaller quant.blocksize or a shorter quant.skip",
+    )
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:

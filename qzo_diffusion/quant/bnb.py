@@ -10,14 +10,21 @@ Traps that this file disarms, each held by a test:
   the weight.
 """
 
+from collections.abc import Container, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.base import QuantType
+from qzo_diffusion.quant.weights import apart
+
+T = TypeVar("T")
+QUANTIZED_AT_ONCE = 2**17  # weights; small, so that what passes leaves small holes among what stays
+_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 def _bitsandbytes() -> Any:
@@ -30,28 +37,129 @@ def quantize_linear(
     linear: nn.Linear, quant_type: QuantType, blocksize: int, device: torch.device, double_quant: bool = False
 ) -> nn.Module:
     """A `Linear4bit` with the weights of `linear`, quantized on `device`, ready for tuning."""
-    bnb = _bitsandbytes()
-    weight, bias = linear.weight.detach(), linear.bias
-    layer = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=False,
-        compute_dtype=weight.dtype,
-        compress_statistics=double_quant,
-        quant_type=quant_type,
-        device="meta",
-    )
-    layer.weight = bnb.nn.Params4bit(
-        weight.contiguous(),
-        requires_grad=False,
+    bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+    return quantized_layer(linear.weight.detach().to(device), bias, quant_type, blocksize, double_quant)
+
+
+def quantized_layer(
+    weight: Tensor, bias: nn.Parameter | None, quant_type: QuantType, blocksize: int, double_quant: bool = False
+) -> nn.Module:
+    """A `Linear4bit` for weight [N, K], on its device; products are in its dtype."""
+    functional = _bitsandbytes().functional
+    packed, absmax = _quantized_in_parts(weight, quant_type, blocksize)
+    offset, nested = None, None
+    if double_quant:
+        offset = absmax.mean()
+        absmax, nested = functional.quantize_blockwise(absmax - offset, blocksize=256)
+    state = functional.QuantState(
+        absmax=absmax,
+        shape=weight.shape,
+        code=functional.get_4bit_type(quant_type, device=weight.device),
         blocksize=blocksize,
-        compress_statistics=double_quant,
         quant_type=quant_type,
+        dtype=weight.dtype,
+        offset=offset,
+        state2=nested,
+    )
+    return _layer(packed, state, bias, "linear")
+
+
+def _quantized_in_parts(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Packed codes uint8 [N·K / 2, 1] and absmax fp32 [N·K / blocksize], the same bits as in one call.
+
+    On the CPU bitsandbytes makes six tensors of the weight's size in fp32 on the way, 800 MB for the largest layer of SD3.5 Large.
+    """
+    functional = _bitsandbytes().functional
+    rows, columns = weight.shape
+    at_once = max(1, QUANTIZED_AT_ONCE // columns) if weight.device.type == "cpu" and columns % blocksize == 0 else rows
+    if at_once >= rows:
+        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=blocksize, quant_type=quant_type)
+        return packed, state.absmax
+    packed = apart((weight.numel() // 2, 1), torch.uint8)
+    absmax = apart((weight.numel() // blocksize,), torch.float32)
+    for start in range(0, rows, at_once):
+        part = weight[start : start + at_once].contiguous()
+        codes, state = functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
+        first = start * columns
+        packed[first // 2 : first // 2 + len(codes)] = codes
+        absmax[first // blocksize : first // blocksize + len(state.absmax)] = state.absmax
+    return packed, absmax
+
+
+def _layer(packed: Tensor, state: Any, bias: nn.Parameter | None, name: str) -> nn.Module:
+    bnb = _bitsandbytes()
+    outputs, inputs = state.shape
+    options = {"compute_dtype": state.dtype, "compress_statistics": state.nested, "quant_type": state.quant_type}
+    layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, device="meta", **options)
+    layer.weight = bnb.nn.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
         module=layer,
-    ).to(device)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().to(device), requires_grad=False)
-    prepare_(layer, "linear")
+        bnb_quantized=True,
+    )
+    layer.quant_state = state
+    layer.bias = bias
+    prepare_(layer, name)
     return layer
+
+
+def stored_state(layer: str, names: Mapping[str, T]) -> dict[str, T]:
+    """What a file holds of a layer that is 4-bit on disk, by bitsandbytes' own names; empty when it is not."""
+    prefix = f"{layer}.weight"
+    if f"{prefix}.absmax" not in names:
+        return {}
+    parts = (*_PARTS, *(f".quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")))
+    return {part: names[prefix + part] for part in ("", *parts) if prefix + part in names}
+
+
+def belongs_to_a_weight(name: str, names: Container[str]) -> bool:
+    """Whether it is a scale, a codebook or a description beside the codes of a 4-bit layer."""
+    weight, found, _ = name.rpartition(".weight.")
+    return bool(found) and f"{weight}.weight.absmax" in names
+
+
+def layer_from_state(
+    name: str, state: dict[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A `Linear4bit` from what `stored_state` names, with the same codes. Nested scales are un-nested.
+
+    Raises:
+        ModelError: parts are missing or don't fit together.
+    """
+    functional = _bitsandbytes().functional
+    try:
+        facts = {part.removeprefix("."): tensor.to(device) for part, tensor in state.items() if part}
+        quant_state = functional.QuantState.from_dict(facts, device)
+        quant_state.dtype = dtype
+        outputs, inputs = quant_state.shape
+        codes = state[""].to(device)
+        whole = codes.dtype == torch.uint8 and codes.numel() * 2 == outputs * inputs
+        if not whole or quant_state.absmax.numel() * quant_state.blocksize != outputs * inputs:
+            raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(quant_state.absmax.shape)} for {outputs}x{inputs}")
+    except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        got = f"{name} is not a whole 4-bit layer: {error}"
+        raise ModelError(
+            got, "codes, scales and their description, as bitsandbytes saves them", "download the model again"
+        ) from None
+    return _layer(codes.view(-1, 1), quant_state, bias, name)
+
+
+def parts_of(layer: Any) -> tuple[Tensor, Tensor, tuple[int, ...], QuantType, int]:
+    """Packed codes, scales, shape [N, K], type and block size."""
+    state = layer.weight.quant_state
+    return layer.weight.data, state.absmax, tuple(state.shape), state.quant_type, state.blocksize
+
+
+def state_to_store(layer: Any, scales: Tensor | None = None) -> dict[str, Tensor]:
+    """The inverse of `stored_state`: what goes to disk of a `Linear4bit`, with other scales where they are given."""
+    state = copy(layer.weight.quant_state)
+    if scales is not None:
+        state.absmax = scales
+    return {"": layer.weight.data} | {f".{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
 
 
 def prepare_(module: Any, name: str) -> None:

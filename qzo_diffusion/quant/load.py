@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
 from qzo_diffusion.quant import aqlm, base, bnb, gptq, int8, reference
-from qzo_diffusion.quant.base import QuantType
-
-Backend = Literal["bnb", "reference"]
-
+from qzo_diffusion.quant.base import Backend, QuantType
 
 # gptqmodel's and AQLM's own: some repack codes or keep copies of the scales in their first forward.
 FOREIGN = ("TorchLinear", "TorchAtenLinear", "TorchFusedLinear", "TorchCpuAvx512Linear", "QuantizedLinear", "HQQLinear")

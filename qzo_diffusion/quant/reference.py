@@ -69,6 +69,14 @@ class ReferenceLinear4bit(nn.Module):
         codes, absmax = quantize_blockwise(linear.weight, quant_type, blocksize)
         return cls(codes, absmax, linear.bias, quant_type, blocksize)
 
+    @classmethod
+    def from_packed(
+        cls, packed: Tensor, absmax: Tensor, shape: tuple[int, ...], quant_type: QuantType, blocksize: int, bias: Tensor | None
+    ) -> "ReferenceLinear4bit":
+        """From bitsandbytes' layout: two codes a byte, the first in the high half."""
+        flat = packed.reshape(-1)
+        return cls(torch.stack([flat >> 4, flat & 15], 1).view(shape), absmax, bias, quant_type, blocksize)
+
     def forward(self, x: Tensor) -> Tensor:
         weight = dequantize_blockwise(self.codes, self.absmax, self.quant_type, self.blocksize)
         return F.linear(x, weight.to(x.dtype), self.bias)

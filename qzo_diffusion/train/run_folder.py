@@ -48,12 +48,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path) -> "RunFolder":
         """Raises OutputError when the folder holds something already, or can't be written."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(
-                f"{path} exists and is not an empty folder",
-                "a new output folder; a run is never overwritten",
-                f"choose another --output-dir, or go on with that run: --resume {path}",
-            )
+        check_new(path, f"choose another --output-dir, or go on with that run: --resume {path}")
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -69,6 +64,12 @@ class RunFolder:
     def save_scales(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
         """`<name>/scales.safetensors` in a complete folder."""
         return write_folder(self.path / name, lambda folder: save_tensors(folder / SCALES, tensors, metadata))
+
+
+def check_new(path: Path, remedy: str = "choose another --output-dir") -> None:
+    """Raises OutputError when there is something at `path` already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} exists and is not an empty folder", "a new output folder; a run is never overwritten", remedy)
 
 
 def write_whole(path: Path, data: bytes) -> None:

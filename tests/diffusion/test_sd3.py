@@ -66,9 +66,8 @@ def test_prompts_are_encoded_once_and_then_read_from_the_cache(tmp_path, monkeyp
     cache = TensorCache(tmp_path)
     first = sd3.PromptEncoder(tiny_model(), cache, device=CPU, dtype=torch.float32)
     encoded = first.encode(["red apple", "", "red apple"])
-    first.close()
     second = sd3.PromptEncoder(tiny_model(), cache, device=CPU, dtype=torch.float32)
-    monkeypatch.setattr(second, "_loaded", lambda: pytest.fail("the encoders were loaded again"))
+    monkeypatch.setattr(second, "_load", lambda part: pytest.fail("an encoder was loaded again"))
     again = second.encode(["red apple", ""])
     for prompt in ("red apple", ""):
         assert torch.equal(encoded[prompt].embeds, again[prompt].embeds)

@@ -1,0 +1,172 @@
+"""Does a GPU do what the CPU does? `python -m benchmarks.gpu_check`, under ten minutes, without a download.
+
+On a machine without one everything that needs none is run on the CPU and the rest is null.
+
+    equal      z, the shown scales and an update, bit for bit those of the CPU
+    forward    the embedded model in fp32 and bf16 against the CPU in fp32
+    step       a dense step over two plain forwards
+    memory     peak at 512 and 1024 px, batch 1, of Stable Diffusion 3.5 Large with random weights (--layers for less)
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.record import write_results
+from benchmarks.sd35_full_size import batch_of, config_of, reset_peak, status
+from qzo_diffusion import build
+from qzo_diffusion.config import QuantConfig
+from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.optimizer import Sgd
+from qzo_diffusion.core.parametrization import tuned_scales
+from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.diffusion.flow_matching import velocity_loss
+from qzo_diffusion.diffusion.transformer import empty_transformer
+from qzo_diffusion.quant.base import linears_to_quantize
+from qzo_diffusion.quant.bnb import quantized_layer
+from qzo_diffusion.quant.load import find_scales
+from qzo_diffusion.resources import tiny_model
+from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
+
+CPU = torch.device("cpu")
+
+
+def tiny(device: torch.device, dtype: torch.dtype) -> Any:
+    config = build.Config(model="tiny")
+    return build.quantized_transformer(config, tiny_model(), device, dtype)
+
+
+def equal(device: torch.device) -> dict[str, bool]:
+    """Every level of numbers, moved by the same directions on both devices."""
+    found = {}
+    for level in ("dense", "row", "column", "layer"):
+        results = []
+        for place in (CPU, device):
+            numbers = parametrize(find_scales(tiny(place, torch.float32)), level)  # type: ignore[arg-type]
+            direction = Direction(7, 3)
+            z = {name: numbers.z(direction, name).cpu() for name in numbers.numbers()}
+            numbers.move_([direction], [0.01])
+            moved = {name: number.cpu().clone() for name, number in numbers.state().items()}
+            results.append((z, moved, {name: scale.cpu() for name, scale in tuned_scales(numbers).items()}))
+        for what, one, other in zip(("z", "numbers", "scales"), *results, strict=True):
+            found[f"{level}_{what}"] = all(torch.equal(one[name], other[name]) for name in one)
+    return found
+
+
+def forward(device: torch.device) -> dict[str, float]:
+    """Relative distance of the prediction to that of the CPU in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    reference = tiny(CPU, torch.float32)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 32, reference.config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, reference.config.pooled_projection_dim, generator=generator),
+    }
+    timestep, figures = torch.tensor([100.0, 800.0]), {}
+    with torch.no_grad():
+        wanted = reference(**inputs, timestep=timestep).sample
+        for dtype in (torch.float32, torch.bfloat16):
+            model = tiny(device, dtype)
+            moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+            got = model(**moved, timestep=timestep.to(device)).sample.float().cpu()
+            figures[str(dtype).removeprefix("torch.")] = float((got - wanted).norm() / wanted.norm())
+    return figures
+
+
+def random_model(layers: int, device: torch.device) -> Any:
+    """The real architecture with random weights, quantized layer by layer on the device; nothing is read."""
+    model: Any = empty_transformer(config_of(layers))
+    generator = torch.Generator(device).manual_seed(0)
+    for name, linear in list(linears_to_quantize(model, QuantConfig().skip, 64)):
+        weight = torch.randn(linear.weight.shape, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized_layer(weight, linear.bias, "nf4", 64))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            parent, _, child = name.rpartition(".")
+            real = torch.zeros(tensor.shape, device=device, dtype=torch.bfloat16)
+            module = model.get_submodule(parent)
+            if child in module._buffers:
+                module._buffers[child] = real
+            else:
+                module._parameters[child] = torch.nn.Parameter(real, requires_grad=False)
+    return model.eval().requires_grad_(False)
+
+
+def peak_gb(device: torch.device, work: Callable[[], object]) -> float:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 1e9
+    reset_peak()
+    work()
+    return status("VmHWM")
+
+
+def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds: int) -> dict[str, Any]:
+    model = random_model(layers, device)
+    numbers, counted = parametrize(find_scales(model), "dense"), iter(range(10**9))
+    figures: dict[str, Any] = {"layers": layers}
+
+    def objective(one: Any) -> torch.Tensor:
+        return velocity_loss(model, one, torch.bfloat16)
+
+    for side in sides:
+        batch = batch_of(model, side).to(device)
+
+        @torch.no_grad()
+        def two_forwards(batch: Any = batch) -> None:
+            objective(batch).sum().item()
+            objective(batch).sum().item()
+
+        def step(batch: Any = batch) -> None:
+            train_step_(objective, StepBatch([batch]), numbers, Sgd(), Probing(0, 1e-2), 1e-9, next(counted))
+
+        two_forwards()
+        inference, training = peak_gb(device, two_forwards), peak_gb(device, step)
+        ratios, seconds = [], []
+        for _ in range(rounds):
+            times = []
+            for work in (step, two_forwards):
+                started = time.perf_counter()
+                work()
+                times.append(time.perf_counter() - started)
+            ratios.append(times[0] / times[1])
+            seconds.append(times[0])
+        figures[f"{side}px"] = {
+            "step_over_two_forwards": round(statistics.median(ratios), 4),
+            "step_seconds": round(statistics.median(seconds), 3),
+            "inference_peak_gb": round(inference, 3),
+            "step_peak_gb": round(training, 3),
+        }
+        print(side, figures[f"{side}px"], file=sys.stderr)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="of the 38; by default all on a GPU and 1 on a CPU")
+    parser.add_argument("--sides", type=int, nargs="+", help="pixels; by default 512 1024 on a GPU and 256 on a CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    layers, sides = args.layers or (38 if gpu else 1), args.sides or ([512, 1024] if gpu else [256])
+    figures: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "equal": equal(device),
+        "forward": forward(device),
+        "large": step_and_memory(device, layers, sides, args.rounds),
+    }
+    print(write_results("gpu_check", figures))
+
+
+if __name__ == "__main__":
+    main()

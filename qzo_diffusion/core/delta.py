@@ -1,0 +1,107 @@
+"""What tuning changed, small: factors of whole layers, rows or block columns wherever they give the scales back exactly.
+
+    s[o, g] = s0[o, g] · row[o] · column[g]   (+ a few units in the last place)
+
+Scales that were tuned as groups fit with one factor a group, bit for bit. Rows and columns together round twice, so a byte a scale
+says by how many units in the last place the product is off. Scales that were tuned one by one are stored as they are.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.scales import ScaleSet
+
+ROW, COLUMN, ULPS, WHOLE = ":row", ":column", ":ulps", ":scales"
+
+
+def shrunk(scales: ScaleSet, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The changes from the live scales, which must hold the base, to `tuned`; layers that did not change are left out."""
+    stored: dict[str, Tensor] = {}
+    for name in scales:
+        base, wanted = scales[name], tuned[name].to(scales[name].device)
+        if not torch.equal(base, wanted):
+            stored |= {name + part: tensor for part, tensor in _changes(base, wanted, scales.rows(name)).items()}
+    return stored
+
+
+def expanded(scales: ScaleSet, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tuned scales of every layer, from the live scales (the base) and what `shrunk` gave.
+
+    Raises:
+        ModelError: changes of another model.
+    """
+    names = {name.rpartition(":")[0] for name in stored}
+    unknown = sorted(names - set(scales))
+    if unknown:
+        raise _of_another_model(unknown[0])
+    tuned: dict[str, Tensor] = {}
+    for name in scales:
+        parts = {part: stored[name + part].to(scales[name].device) for part in (ROW, COLUMN, ULPS, WHOLE) if name + part in stored}
+        try:
+            tuned[name] = _applied(scales[name], parts, scales.rows(name)) if parts else scales[name].clone()
+        except RuntimeError:
+            raise _of_another_model(name) from None
+    return tuned
+
+
+def _applied(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> Tensor:
+    if WHOLE in parts:
+        return parts[WHOLE].view_as(base).clone()
+    grid = base.view(rows, -1)
+    for part in (ROW, COLUMN):
+        if part in parts:
+            grid = grid * parts[part]
+    if ULPS in parts:
+        grid = (grid.contiguous().view(torch.int32) + parts[ULPS]).view(torch.float32)
+    return grid.reshape(base.shape)
+
+
+def _changes(base: Tensor, wanted: Tensor, rows: int) -> dict[str, Tensor]:
+    if base.dtype != torch.float32 or base.numel() % rows:
+        return {WHOLE: wanted}
+    both: dict[str, Tensor] | None = None
+    for parts in _candidates(base.view(rows, -1), wanted.view(rows, -1)):
+        if torch.equal(_applied(base, parts, rows), wanted):
+            return parts
+        both = parts if parts.keys() == {ROW, COLUMN} else both
+    assert both is not None
+    off = wanted.view(torch.int32).long() - _applied(base, both, rows).view(torch.int32)
+    if off.abs().amax() > 127:
+        return {WHOLE: wanted}
+    return both | {ULPS: off.to(torch.int8).view(rows, -1)}
+
+
+def _candidates(base: Tensor, wanted: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Factors in the shapes [1, 1], [N, 1], [1, G], and both of the last."""
+    ratio = torch.where(base > 0, wanted.double() / base.double(), 1.0)
+    for dims, part in (((0, 1), ROW), ((1,), ROW), ((0,), COLUMN)):
+        yield {part: _exact(ratio, base, wanted, dims)}
+    row = _mean(ratio, base, (1,))
+    yield {ROW: row, COLUMN: _mean(ratio / row.double(), base, (0,))}
+
+
+def _exact(ratio: Tensor, base: Tensor, wanted: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The factor of each group that gives back most of its scales: the mean change or a neighbour of it."""
+    best = mean = _mean(ratio, base, dims)
+    misses = (base * best != wanted).sum(dims, keepdim=True)
+    for towards in (2.0, 0.0):
+        other = torch.nextafter(mean, torch.full_like(mean, towards))
+        missed = (base * other != wanted).sum(dims, keepdim=True)
+        best, misses = torch.where(missed < misses, other, best), torch.minimum(missed, misses)
+    return best
+
+
+def _mean(ratio: Tensor, base: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Over the scales that are not zero; groups of zeros keep 1."""
+    weight = (base > 0).double()
+    total = weight.sum(dims, keepdim=True)
+    return torch.where(total > 0, (ratio * weight).sum(dims, keepdim=True) / total.clamp(min=1), 1.0).float()
+
+
+def _of_another_model(name: str) -> ModelError:
+    return ModelError(
+        f"changes that do not fit this model, for example at {name}", "changes of its layers", "give the base of the run"
+    )

@@ -1,0 +1,107 @@
+"""The three text encoders of SD3, each loaded alone and freed before the next: T5-XXL is larger than the transformer in 4 bits.
+
+What a prompt becomes is exactly what diffusers' pipeline makes of it: 77 tokens of CLIP-L and OpenCLIP-G side by side (the last but
+one hidden state), padded with zeros to T5's width, then T5's tokens below; zeros where there is no T5.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion.transformer import read_config
+from qzo_diffusion.quant.stream import Quantization, fill_
+from qzo_diffusion.quant.weights import read_entries
+
+CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
+T5_WIDTH = 4096
+
+
+def has_part(folder: Path, part: str) -> bool:
+    return (folder / part / "config.json").is_file()
+
+
+def empty_text_encoder(folder: Path, part: str) -> nn.Module:
+    """The encoder without memory for its weights. Raises ModelError."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    settings = {name: value for name, value in read_config(folder / part / "config.json").items() if name != "quantization_config"}
+    try:
+        # Buffers stay real: transformers computes some when it builds a model, and files lack them.
+        with init_empty_weights(include_buffers=False):
+            if part == T5:
+                return transformers.T5EncoderModel(transformers.T5Config(**settings)).eval()
+            return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**settings)).eval()
+    except (TypeError, ValueError, KeyError) as error:
+        got = f"{folder / part / 'config.json'} is refused by transformers: {error}"
+        raise ModelError(got, "the text encoder of a Stable Diffusion 3 model", "download the model again") from None
+
+
+def load_text_encoder(
+    folder: Path, part: str, *, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+) -> nn.Module:
+    """One encoder on `device`, streamed from disk. Raises ModelError."""
+    encoder = empty_text_encoder(folder, part)
+    fill_(encoder, read_entries(folder / part), quantization, dtype=dtype, device=device)
+    return ready(encoder)
+
+
+def ready(encoder: nn.Module) -> nn.Module:
+    """T5 casts what it gives to `wo` to that layer's dtype unless it is int8: packed codes are shown as int8, the same bytes."""
+    for name, module in encoder.named_modules():
+        if name.endswith(".wo") and type(module).__name__ == "Linear4bit":
+            module.weight.data = module.weight.data.view(torch.int8)
+    return encoder
+
+
+def load_tokenizer(folder: Path, part: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder / part.replace("text_encoder", "tokenizer"), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"the tokenizer of {part} can't be loaded: {reason}", "a whole model", "download it again") from None
+
+
+@torch.no_grad()
+def clip_states(encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """For each prompt the last but one hidden state [77, D] and the pooled projection [D], on the CPU."""
+    states = []
+    for prompt in prompts:
+        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids
+        output = encoder(ids.to(encoder.device), output_hidden_states=True)
+        states.append((output.hidden_states[-2][0].cpu(), output[0][0].cpu()))
+    return states
+
+
+@torch.no_grad()
+def t5_states(encoder: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> list[Tensor]:
+    """[length, D] for each prompt, on the CPU."""
+    states = []
+    for prompt in prompts:
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "add_special_tokens": True}
+        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids
+        states.append(encoder(ids.to(encoder.device))[0][0].cpu())
+    return states
+
+
+def put_together(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
+    """[77, 768], [77, 1280], [T, 4096] -> prompt_embeds [77 + T, 4096]."""
+    clip = torch.cat([clip_l, clip_g], dim=-1)
+    return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5])
+
+
+def t5_width(folder: Path) -> int:
+    """What the transformer expects of prompts, also where there is no T5."""
+    for place, name in ((folder / T5, "d_model"), (folder / "transformer", "joint_attention_dim")):
+        if (place / "config.json").is_file():
+            return int(json.loads((place / "config.json").read_text(encoding="utf-8"))[name])
+    return T5_WIDTH

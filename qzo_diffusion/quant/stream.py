@@ -1,0 +1,200 @@
+"""A model that is only a shape, filled tensor by tensor from disk, its linears quantized as they arrive.
+
+At no moment does more exist than what has been quantized so far and one tensor as it was on disk: loading takes the memory of the
+4-bit model. Diffusers and transformers models go the same way. Layers that are 4-bit on disk already (bitsandbytes' layout) are
+taken over as they are, with nested scales un-nested.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.quant import base, bnb, reference
+from qzo_diffusion.quant.base import Backend, QuantType
+from qzo_diffusion.quant.weights import Entry
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How linears are quantized; layers that are 4-bit on disk keep their own type and block size."""
+
+    quant_type: QuantType = "nf4"
+    blocksize: int = 64
+    skip: Sequence[str] = ()
+    backend: Backend = "bnb"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What came of it: layers quantized on arrival, layers that were 4-bit on disk, and names that the model has no place for."""
+
+    quantized: int
+    taken_over: int
+    unused: list[str] = field(default_factory=list)
+
+
+def fill_(
+    model: nn.Module,
+    entries: Mapping[str, Entry],
+    quantization: Quantization | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> Filled:
+    """Read `entries` into `model`, in the order in which they lie on disk.
+
+    Args:
+        model: parameters on the meta device, names as in `entries`; weights that it ties (`all_tied_weights_keys` of transformers)
+            may be absent.
+        quantization: None leaves everything as it is, apart from layers that are 4-bit on disk.
+        dtype: of everything that is not quantized, and of products.
+        progress: called with the bytes of each tensor that was read.
+
+    Raises:
+        ModelError: a tensor is missing or of another shape, a file is damaged, or nothing could be quantized.
+    """
+    filler = _Filler(model, _named_as_in(model, entries), quantization, dtype, device)
+    for name in sorted(filler.entries, key=lambda name: _place(filler.entries[name])):
+        if not bnb.belongs_to_a_weight(name, filler.entries):
+            filler.arrive(name)
+        progress(filler.entries[name].nbytes)
+    filler.finish()
+    return Filled(filler.quantized, filler.taken_over, sorted(filler.unused))
+
+
+class _Filler:
+    def __init__(
+        self, model: nn.Module, entries: Mapping[str, Entry], how: Quantization | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model, self.entries, self._how, self._dtype, self._device = model, entries, how, dtype, device
+        self._to_quantize = {name for name, _ in base.linears_to_quantize(model, how.skip, how.blocksize)} if how else set()
+        self._slots = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+        self._tied: dict[str, list[str]] = {}
+        for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if target not in entries:
+                self._tied.setdefault(source, []).append(target)
+        self.quantized = self.taken_over = 0
+        self.unused: list[str] = []
+
+    def arrive(self, name: str) -> None:
+        targets = [target for target in (name, *self._tied.get(name, ())) if target in self._slots]
+        if not targets:
+            self.unused.append(name)
+            return
+        layer = name.removesuffix(".weight")
+        state = bnb.stored_state(layer, self.entries) if name.endswith(".weight") else {}
+        if state:
+            self._take_over(layer, {key: entry.read() for key, entry in state.items()})
+            return
+        self._check_shape(name, targets[0])
+        whole = self.entries[name].read()
+        kept: nn.Parameter | None = None
+        for target in targets:
+            if target.removesuffix(".weight") in self._to_quantize and target.endswith(".weight"):
+                self._quantize(target.removesuffix(".weight"), whole)
+            else:
+                kept = self._keep(target, whole, kept)
+
+    def _check_shape(self, name: str, target: str) -> None:
+        there, wanted = self.entries[name].shape, tuple(_get(self.model, target).shape)
+        if there != wanted:
+            raise ModelError(
+                f"{name} has the shape {there}", f"{wanted}, as the model's config says", "give weights and config of one model"
+            )
+
+    def _quantize(self, layer: str, weight: Tensor) -> None:
+        assert self._how is not None
+        linear = self.model.get_submodule(layer)
+        how, weight = self._how, weight.to(self._device, self._dtype)
+        made: nn.Module
+        if how.backend == "reference":
+            codes, absmax = reference.quantize_blockwise(weight, how.quant_type, how.blocksize)
+            made = reference.ReferenceLinear4bit(codes, absmax, linear.bias, how.quant_type, how.blocksize)  # type: ignore[arg-type]
+        else:
+            made = bnb.quantized_layer(weight, linear.bias, how.quant_type, how.blocksize)  # type: ignore[arg-type]
+        _replace(self.model, layer, made)
+        self.quantized += 1
+
+    def _take_over(self, layer: str, state: dict[str, Tensor]) -> None:
+        linear: Any = self.model.get_submodule(layer)
+        made = bnb.layer_from_state(layer, state, linear.bias, self._dtype, self._device)
+        if (made.out_features, made.in_features) != (linear.out_features, linear.in_features):
+            got = f"{layer} has {made.in_features} inputs and {made.out_features} outputs"
+            raise ModelError(got, f"{linear.in_features} and {linear.out_features}", "give weights and config of one model")
+        if self._how and self._how.backend == "reference":
+            made = reference.ReferenceLinear4bit.from_packed(*bnb.parts_of(made), linear.bias)
+        _replace(self.model, layer, made)
+        self.taken_over += 1
+
+    def _keep(self, target: str, tensor: Tensor, shared: nn.Parameter | None) -> nn.Parameter | None:
+        """Into its place in the model; tied weights are one parameter."""
+        parent, _, child = target.rpartition(".")
+        module = self.model.get_submodule(parent)
+        if child in module._buffers:
+            module._buffers[child] = self._cast(tensor)
+            return shared
+        kept = nn.Parameter(self._cast(tensor), requires_grad=False) if shared is None else shared
+        module._parameters[child] = kept
+        return kept
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+    def finish(self) -> None:
+        """Raises ModelError when something is missing, or nothing was quantized."""
+        left = [name for name, tensor in _tensors(self.model) if tensor.is_meta]
+        if left:
+            got = f"{len(left)} tensors of the model are not in its files, for example {left[0]}"
+            raise ModelError(got, "weights of the model that its config describes", "download the model again, with all its parts")
+        for buffer_name, buffer in list(self.model.named_buffers()):
+            parent, _, child = buffer_name.rpartition(".")
+            self.model.get_submodule(parent)._buffers[child] = buffer.to(self._device)
+        if self._how is not None and not self.quantized + self.taken_over:
+            raise base.nothing_to_quantize(self._how.skip, self._how.blocksize)
+        self.model.eval().requires_grad_(False)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    parent, _, child = name.rpartition(".")
+    return getattr(model.get_submodule(parent), child)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _place(entry: Entry) -> tuple[str, int]:
+    return str(entry.spans[0].file), entry.spans[0].start
+
+
+def _named_as_in(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
+    """By the model's own names: transformers renames layers between versions, and adds or drops a prefix for heads."""
+    slots: dict[str, Any] = dict(_tensors(model))
+    slots |= dict.fromkeys(getattr(model, "all_tied_weights_keys", None) or (), True)
+    if not hasattr(model, "base_model_prefix") or all(_weight_of(name, entries) in slots for name in entries):
+        return entries
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+
+    def renamed(name: str) -> str:
+        weight = _weight_of(name, entries)
+        return rename_source_key(weight, renamings, [], model.base_model_prefix, slots)[0] + name.removeprefix(weight)
+
+    return {renamed(name): entry for name, entry in entries.items()}
+
+
+def _weight_of(name: str, entries: Mapping[str, Entry]) -> str:
+    """The weight that a scale, a codebook or a description of a 4-bit layer belongs to; other names are their own."""
+    return f"{name.rpartition('.weight.')[0]}.weight" if bnb.belongs_to_a_weight(name, entries) else name

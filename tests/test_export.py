@@ -1,0 +1,214 @@
+"""Exports, as other programs read them: plain diffusers and bitsandbytes, never our own loader."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from qzo_diffusion import build, export_run
+from qzo_diffusion.cli import main
+from qzo_diffusion.config import load_config
+from qzo_diffusion.core.blend import blend_
+from qzo_diffusion.quant.load import handles_of
+from qzo_diffusion.train.run_folder import load_scales
+from tests.conftest import FAST, failing
+from tests.small_models import sd3_inputs
+
+SPEC_KEYS = ("sai_model_spec", "architecture", "implementation", "title", "date", "resolution", "license")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A short run of dense numbers on the embedded model, which every format is made from."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("finished")
+    (root / "imgs").mkdir()
+    for index in range(4):
+        Image.new("RGB", (64, 64), (60 * index, 0, 255 - 60 * index)).save(root / "imgs" / f"{index}.png")
+    (root / "prompts.txt").write_text("red apple\n")
+    command = ["train", "--model", "tiny", "--style-dir", str(root / "imgs"), "--caption", "a square", "--max-steps", "2"]
+    command += ["--sample-prompts", str(root / "prompts.txt"), "--output-dir", str(root / "run"), f"data.cache_dir={cache}", *FAST]
+    assert main([*command, "qzo.parametrization=dense", "train.lr=0.05"]) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def export(finished, tmp_path):
+    def call(kind, *more, run=finished, name="out"):
+        assert main(["export", "--run", str(run), "--format", kind, "--output-dir", str(tmp_path / name), *more]) == 0
+        return tmp_path / name
+
+    return call
+
+
+def tuned_model(run):
+    """The base, then the same with the run's scales."""
+    config = load_config(run / "config.yaml")
+    base, scales, _ = build.load_base(config, build.find_place(config))
+    codes = {handle.name: handle.codes.clone() for handle in handles_of(base)}
+    blend_(scales, [(load_scales(run)[0], 1.0)])
+    return base, codes
+
+
+def without_gpu_check(monkeypatch):
+    """Diffusers refuses 4-bit models on a machine without a GPU, although bitsandbytes runs there."""
+    from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+
+    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **options: None)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "native"])
+def test_nf4_loads_in_plain_diffusers_with_the_codes_of_the_base(export, finished, monkeypatch, kind):
+    from diffusers import SD3Transformer2DModel
+
+    folder = export(kind)
+    without_gpu_check(monkeypatch)
+    loaded = SD3Transformer2DModel.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    tuned, codes = tuned_model(finished)
+    assert len(codes) == sum(type(module).__name__ == "Linear4bit" for module in loaded.modules())
+    for name, packed in codes.items():
+        assert torch.equal(loaded.get_submodule(name).weight.data.view(-1), packed.view(-1)), name
+        loaded.get_submodule(name).support_avx512bf16_for_cpu = False  # or it rounds its scales to bfloat16
+    x = sd3_inputs(tuned)
+    with torch.no_grad():
+        assert torch.equal(loaded(**x).sample, tuned(**x).sample)
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["bnb_4bit_use_double_quant"] is False
+    assert "proj_out" in settings["llm_int8_skip_modules"]
+
+
+def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    folder = export("bf16")
+    tuned, _ = tuned_model(finished)
+    shutil.copytree(folder, tmp_path / "only_config", ignore=shutil.ignore_patterns("*.safetensors"))
+    single = str(folder / "original_layout.safetensors")
+    models = [
+        SD3Transformer2DModel.from_pretrained(folder, dtype=torch.bfloat16),
+        SD3Transformer2DModel.from_single_file(single, config=str(tmp_path / "only_config"), dtype=torch.bfloat16),
+    ]
+    expected = {f"{handle.name}.weight": handle.dequantized().bfloat16() for handle in handles_of(tuned)}
+    expected |= {n: t.bfloat16() for n, t in tuned.state_dict().items() if t.is_floating_point() and ".weight." not in n}
+    for model in models:
+        state = model.state_dict()
+        assert state.keys() == expected.keys()
+        assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+    x = sd3_inputs(tuned)
+    with torch.no_grad():
+        wanted, got = tuned(**x).sample, models[1].float()(**x).sample
+    # Each weight is off by up to 2^-9 of itself; their errors add up like noise, over 4 blocks not beyond some percent.
+    assert (got - wanted).norm() / wanted.norm() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+def test_files_say_what_they_are(export, kind):
+    folder = export(kind)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            facts = handle.metadata()
+        assert {f"modelspec.{key}" for key in SPEC_KEYS} <= facts.keys()
+        assert facts["qzo.codes"]
+        assert facts["qzo.model"] == "tiny"
+        assert facts["qzo.steps"] == "2"
+    text = (folder / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["base_model"] == "tiny"
+    assert head["license"] == "apache-2.0"
+    for word in ("## Use", "## Scores", "## Settings", "samples.png", "dense"):
+        assert word in text
+    assert (folder / "samples.png").is_file()
+
+
+def sampled(tmp_path, run, name, *more):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("banana\n")
+    command = ["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir", str(tmp_path / name), *more]
+    assert main(command) == 0
+    return (tmp_path / name / "samples" / "000.png").read_bytes()
+
+
+def test_a_delta_samples_like_its_run(export, finished, tmp_path):
+    pictures = [sampled(tmp_path, run, name, "--strength", "0.5") for name, run in (("a", finished), ("b", export("delta")))]
+    assert pictures[0] == pictures[1]
+
+
+def test_a_delta_can_be_exported_and_mixed_again(export, tmp_path):
+    delta = export("delta")
+    again = export("delta", run=delta, name="again")
+    first, second = load_scales(delta)[0], load_scales(again)[0]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert main(["mix", "--run", f"{delta}=1", "--output-dir", str(tmp_path / "mix")]) == 0
+
+
+def test_a_journal_is_replayed_to_the_same_scales(export, finished, tmp_path):
+    folder = export("journal")
+    assert main(["replay", "--journal", str(folder / "journal.qzo"), "--output-dir", str(tmp_path / "replayed")]) == 0
+    tuned, replayed = load_scales(finished)[0], load_scales(tmp_path / "replayed")[0]
+    assert all(torch.equal(tuned[name], replayed[name]) for name in tuned)
+
+
+def test_json_says_what_was_written(export, capsys):
+    folder = export("delta", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format"] == "delta"
+    assert facts["files"] == sorted(path.name for path in folder.iterdir())
+
+
+def arguments(finished, tmp_path, kind="nf4"):
+    return ["export", "--run", str(finished), "--format", kind, "--output-dir", str(tmp_path / "out")]
+
+
+def test_nothing_is_overwritten(finished, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("mine")
+    assert "not an empty folder" in failing(capsys, main(arguments(finished, tmp_path)))
+    assert (tmp_path / "out" / "file").read_text() == "mine"
+
+
+def test_too_little_room_is_told_before_anything_is_written(finished, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(export_run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "GB free for an export" in failing(capsys, main(arguments(finished, tmp_path)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16", "delta"])
+def test_what_does_not_read_back_is_no_export(finished, tmp_path, capsys, monkeypatch, kind):
+    plain = export_run.write_tensors
+
+    def flipped(file, *args):
+        plain(file, *args)
+        data = bytearray(file.read_bytes())
+        data[-9] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(export_run, "write_tensors", flipped)
+    failing(capsys, main(arguments(finished, tmp_path, kind)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(export, finished, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_run, "compare_tensors", interrupted)
+        assert main(arguments(finished, tmp_path, "delta")) == 130
+    assert not (tmp_path / "out").exists()
+    assert (export("delta") / "COMPLETE").is_file()
+
+
+def test_formats_that_do_not_fit_the_run_are_refused(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "fp4")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["quant"]["type"] = "fp4"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "a run in fp4" in failing(capsys, main(arguments(run, tmp_path)))
+    (run / "config.yaml").unlink()
+    assert "no config.yaml" in failing(capsys, main(arguments(run, tmp_path)))

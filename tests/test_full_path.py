@@ -1,0 +1,86 @@
+"""A pipeline of half a billion parameters on real photographs, as a user runs it: train, samples, resume, memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qzo_diffusion import resources
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth512"
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from qzo_diffusion import style_run
+from qzo_diffusion.cli import parse, resolve_settings, run_to_resume
+options = parse(sys.argv[1:])
+plan = style_run.make_plan(resolve_settings(options, run_to_resume(options) if options.resume else None))
+planned = plan.memory()
+results = style_run.resume(plan, options.output_dir) if options.resume else style_run.run(plan, options.output_dir)
+peak = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+print(json.dumps({"planned": planned.peak, "measured": peak, "steps": results["steps"], "plan": planned.describe()}))
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    """The embedded model with a random transformer of 0.5 B parameters and a VAE of the real widths in place of its own."""
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+
+    folder = shutil.copytree(resources.tiny_model(), tmp_path / "model", ignore=shutil.ignore_patterns("transformer", "vae"))
+    tiny = json.loads((resources.tiny_model() / "transformer" / "config.json").read_text())
+    shape = {
+        "num_layers": 8,
+        "num_attention_heads": 22,
+        "caption_projection_dim": 1408,
+        "pos_embed_max_size": 96,
+        "sample_size": 64,
+    }
+    model = SD3Transformer2DModel.from_config(tiny | shape | {"sample_size": 64}).to(torch.bfloat16)
+    assert 0.45e9 < sum(parameter.numel() for parameter in model.parameters()) < 0.6e9
+    model.save_pretrained(folder / "transformer", max_shard_size="500MB")
+    vae = json.loads((resources.tiny_model() / "vae" / "config.json").read_text()) | {"block_out_channels": [128, 256, 512, 512]}
+    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32}
+    AutoencoderKL.from_config(vae).save_pretrained(folder / "vae")
+    return folder
+
+
+def run(*arguments):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    command = [sys.executable, "-c", SCRIPT, "train", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment, timeout=3000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs shared/data/dreambooth512 beside the clone")
+def test_twenty_photographs_through_half_a_billion_parameters(pipeline, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index, file in enumerate(sorted(PHOTOS.rglob("*.jpg"))[:20]):
+        shutil.copyfile(file, photos / f"{index:02d}.jpg")
+    assert len(list(photos.iterdir())) == 20
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a photograph\n")
+    arguments = ["--model", pipeline, "--style-dir", photos, "--caption", "a photograph", "--sample-prompts", prompts]
+    arguments += ["--output-dir", tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}", "compute.dtype=bfloat16"]
+    arguments += ["data.resolution=512", "data.batch_size=4", "train.micro_batch_size=2", "sample.steps=2", "sample.guidance=1.0"]
+    arguments += ["sample.every=0", "train.validate_every=0", "train.checkpoint_every=1"]
+    first = run(*arguments, "--max-steps", 2)
+    print(first["plan"])
+    assert first["steps"] == 2
+    assert 0.9 < first["planned"] / first["measured"] < 1.1, first
+    whole = (tmp_path / "run" / "samples" / "grid.png").read_bytes()
+    assert whole
+    # Killed before its end was written: the end is written, and nothing is done twice.
+    shutil.rmtree(tmp_path / "run" / "final")
+    again = run("--resume", tmp_path / "run", "--output-dir", tmp_path / "run")
+    assert again["steps"] == 2
+    assert (tmp_path / "run" / "final" / "COMPLETE").is_file()
