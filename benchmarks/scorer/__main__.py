@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with emoji64.npz and meta.json")
     parser.add_argument("--work", type=Path, required=True, help="where the checkpoint lives between calls")
     parser.add_argument("--stage", choices=STAGES, nargs="+", default=STAGES, help="only these stages")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=EXPORT_FOLDER, help="where the scorer is written")
     args = parser.parse_args()
