@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     from qzo_diffusion import build
     from qzo_diffusion.config import make_config
     from qzo_diffusion.core.journal import JournalWriter
-    from qzo_diffusion.diffusion.flow_matching import velocity_loss
+    from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
     from qzo_diffusion.train.checkpoint import entry_of
     from qzo_diffusion.train.loop import StepBatch, train_step_
 
@@ -248,6 +249,8 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
         # What this file proves is memory and time, so no step moves a scale further than rounding.
         config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}})
         _, numbers = build.scales_and_numbers(config, model)
+        regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
+        mine = replace(batch, regions=regions)
         optimizer, probing = build.optimizer(config), build.probing(config)
         times: list[float] = []
         ratios: list[float] = []
@@ -256,7 +259,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
             reset_peak()
             for step in range(count):
                 started = time.perf_counter()
-                record = train_step_(objective, StepBatch([batch]), numbers, optimizer, probing, 1e-9, step)
+                record = train_step_(objective, StepBatch([mine], regions=regions), numbers, optimizer, probing, 1e-9, step)
                 journal.append(entry_of(record, 0))
                 times.append(time.perf_counter() - started)
                 if step == 0:
