@@ -290,9 +290,13 @@ def _mix(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from qzo_diffusion import export_run
+    from qzo_diffusion import export_run, llm_export
 
-    _tell(export_run.run(options.run, options.format, options.output_dir), options.json, f"done: {options.output_dir}")
+    if llm_export.is_language_run(options.run):
+        results = llm_export.run(options.run, options.format, options.output_dir)
+        _tell(results, options.json, f"done: {options.output_dir}\nto score it: {results['lm_eval']}")
+    else:
+        _tell(export_run.run(options.run, options.format, options.output_dir), options.json, f"done: {options.output_dir}")
     return DONE
 
 

@@ -1,0 +1,90 @@
+"""The comparison on language models: cells whose settings hold, arithmetic by hand, and one that is stopped and goes on."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from benchmarks import llm_compare
+from benchmarks.llm_compare import METHODS, TASKS, Cell, Places, arguments_of, cells, report, run_cell
+from qzo_diffusion.cli import LLM_TRAIN_FLAGS, parse, resolve_settings
+from qzo_diffusion.llm_config import LlmConfig
+from tests.tiny_llama import save_tiny_llama, write_sentences
+
+
+@pytest.fixture
+def places(tmp_path):
+    return Places(tmp_path / "results", tmp_path / "cache", tmp_path / "data", tmp_path / "model", steps=3)
+
+
+def test_the_settings_of_every_cell_are_valid(places):
+    for cell in cells("*"):
+        if METHODS[cell.method].trained:
+            config = resolve_settings(parse(["llm", "train", *arguments_of(cell, places)]), None, LLM_TRAIN_FLAGS, LlmConfig)
+            assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (cell.seed, 3, 16)
+    paper = resolve_settings(
+        parse(["llm", "train", *arguments_of(Cell("sst2", "paper", 0), places)]), None, LLM_TRAIN_FLAGS, LlmConfig
+    )
+    assert (paper.qzo.parametrization, paper.qzo.units, paper.qzo.directions) == ("dense", "absolute", "gaussian")
+    assert (paper.qzo.eps, paper.qzo.clip_threshold, paper.train.lr, paper.train.schedule) == (1e-3, 100, 1e-7, "constant")
+
+
+def test_seeds_and_patterns():
+    assert [cell.name for cell in cells("sst2/default_*,rte/default_*")] == [
+        "sst2/default_0",
+        "sst2/default_1",
+        "sst2/default_2",
+        "rte/default_0",
+    ]
+    assert {cell.task for cell in cells("*")} == set(TASKS)
+
+
+def written(places, method, seed, value, end, steps=3):
+    cell = Cell("sst2", method, seed)
+    path = places.result(cell)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"task": "sst2", "method": method, "seed": seed, "ended": "budget", "metric": "accuracy", "value": value}
+    path.write_text(
+        json.dumps(
+            facts | {"validation_loss": {"start": 1.5, "end": end}, "steps": steps, "forwards": 96, "processor_seconds": 5.0}
+        )
+    )
+
+
+def test_a_report_by_hand(places, tmp_path):
+    written(places, "default", 0, 0.7, 0.7)
+    written(places, "default", 1, 0.8, 0.5)
+    written(places, "fo_scales", 0, 0.9, 0.3)
+    document = tmp_path / "llm.md"
+    document.write_text(f"before\n{llm_compare.TABLE[0]}\nold\n{llm_compare.TABLE[1]}\nafter\n")
+    found = json.loads(report(places, document).read_text())
+    assert found["gain_share"]["sst2"] == pytest.approx((1.5 - 0.6) / (1.5 - 0.3))
+    default = found["tasks"]["sst2"]["default"]
+    assert (default["accuracy"], default["accuracy_std"], default["runs"]) == (0.75, pytest.approx(0.0707, abs=1e-4), 2)
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| sst2 | default | accuracy | 0.750 ± 0.071 | 2 |" in text
+
+
+@pytest.mark.slow
+def test_a_cell_that_was_stopped_goes_on(places):
+    save_tiny_llama(places.model)
+    write_sentences(places.data / "sst2", train=1250, test=20)
+    stop = threading.Event()
+    stop.set()
+    cell = Cell("sst2", "default", 0)
+    assert run_cell(cell, places, stop) is None
+    assert not places.result(cell).exists()
+    result = run_cell(cell, places, threading.Event())
+    assert result is not None
+    assert (result["steps"], result["forwards"], result["ended"]) == (3, 96, "budget")
+    assert 0 <= result["value"] <= 1
+    assert json.loads(places.result(cell).read_text()) == result
+
+
+def test_the_document_has_a_place_for_the_table():
+    text = (Path(llm_compare.__file__).parents[1] / "docs" / "llm.md").read_text()
+    assert text.index(llm_compare.TABLE[0]) < text.index(llm_compare.TABLE[1])
