@@ -197,7 +197,7 @@ def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(train, tmp_pa
         return torch.full((4,), float("nan"))
 
     monkeypatch.setattr(style_run, "velocity_loss", spoiled)
-    error = failing(capsys, train("--max-steps", 50))
+    error = failing(capsys, train("--max-steps", 50, "qzo.regions=1"))
     assert "10 steps in a row" in error
     run = tmp_path / "run"
     assert sum(line["skipped"] for line in metrics(run) if "skipped" in line) == 10

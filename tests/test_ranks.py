@@ -17,7 +17,8 @@ from tests.conftest import failing, metrics
 from tests.ranks import free_port, kill_all, start, start_ranks
 
 STEPS = 4
-SETTINGS = ["--max-steps", STEPS, "qzo.parametrization=row", "train.optimizer=momentum", "train.checkpoint_every=2"]
+SETTINGS = ["--max-steps", STEPS, "train.optimizer=momentum", "train.checkpoint_every=2"]
+SETTINGS += ["qzo.parametrization=row", "qzo.per_example=false"]  # one shared direction: its scalar is a sum over ranks
 HOOKED = "import sys; from tests import test_ranks; test_ranks.main_with_accident(sys.argv[1:])"
 
 
