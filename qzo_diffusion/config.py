@@ -62,10 +62,16 @@ class TrainConfig(Section):
 
 
 def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What suits the given settings of section `qzo` where it was not given."""
+    """The given settings of section `qzo`, with what suits them where nothing was given."""
     shared = given.get("parametrization") == "dense" or given.get("num_directions", 1) != 1
     each = given.get("per_example", not shared)
-    return {"per_example": each, "normalize": each}
+    return {"per_example": each, "normalize": each, **given}
+
+
+def rate_for(qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 1, plain: float = PLAIN_LR) -> float:
+    """The rate that suits how the given settings scale the estimate: `suited_lr` over `divisor`, or `plain` without normalising."""
+    steps = train.get("max_steps", 1000)
+    return suited_lr(steps) / divisor if estimate_settings(qzo)["normalize"] and isinstance(steps, int) else plain
 
 
 class QzoConfig(Section):
@@ -85,7 +91,7 @@ class QzoConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _follow(cls, given: Any) -> Any:
-        return estimate_settings(given) | given if isinstance(given, dict) else given
+        return estimate_settings(given) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _absolute_needs_dense(self) -> "QzoConfig":
@@ -153,10 +159,7 @@ class RunConfig(Section):
         qzo, train = (given.get(section, {}) for section in ("qzo", "train")) if isinstance(given, dict) else (None, None)
         if not isinstance(qzo, dict) or not isinstance(train, dict):
             return given
-        steps = train.get("max_steps", 1000)
-        normalized = {**estimate_settings(qzo), **qzo}["normalize"]
-        lr = suited_lr(steps) if normalized and isinstance(steps, int) else PLAIN_LR
-        return given | {"train": {"lr": lr} | train}
+        return given | {"train": {"lr": rate_for(qzo, train)} | train}
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -178,7 +181,7 @@ class Config(RunConfig):
         qzo = given.get("qzo", {}) if isinstance(given, dict) else None
         if not isinstance(qzo, dict):
             return given
-        each = {**estimate_settings(qzo), **qzo}["per_example"]
+        each = estimate_settings(qzo)["per_example"]
         return given | {"qzo": {"regions": 16 if each else 1} | qzo}
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, estimate_settings, set_dotted, suited_lr
+from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, rate_for, set_dotted
 
 Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
 
@@ -72,9 +72,7 @@ class LlmConfig(RunConfig):
         method, qzo, train = (settings.get(name, {}) for name in ("method", "qzo", "train"))
         suited = dict(next((values for name, values in DEFAULTS.items() if name == (method or "qzo")), {}))
         if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
-            steps = train.get("max_steps", 1000)
-            normalized = (estimate_settings(qzo) | qzo)["normalize"] and isinstance(steps, int)
-            suited["train.lr"] = suited_lr(steps) / PICTURES_OVER_TEXTS if normalized else PLAIN_LR
+            suited["train.lr"] = rate_for(qzo, train, PICTURES_OVER_TEXTS, PLAIN_LR)
         for key, value in suited.items():
             section, _, name = key.partition(".")
             if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
