@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from benchmarks.convergence.report import put_between_markers
 from benchmarks.record import write_results
+from benchmarks.sd35_full_size import LARGE
 from qzo_diffusion.build import matching
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
+from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 
 DOCUMENT = Path(__file__).parents[1] / "docs/cost.md"
@@ -35,26 +36,6 @@ class Card:
 
 
 CARDS = [Card("RTX 3060, 12 GB", 51e12, 360e9), Card("RTX 4070, 12 GB", 58e12, 504e9), Card("RTX 4090, 24 GB", 165e12, 1008e9)]
-
-
-def large() -> nn.Module:
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("meta"):
-        return SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=38,
-            attention_head_dim=64,
-            num_attention_heads=38,
-            joint_attention_dim=4096,
-            caption_projection_dim=2432,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=192,
-            qk_norm="rms_norm",
-        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +75,7 @@ def tokens_of(name: str, image: int) -> int:
 
 def costs(side: int, batch: int, card: Card) -> dict[str, float]:
     """Milliseconds of each kind of work in one step of `batch` examples, +eps and -eps together, at `side` pixels."""
-    linears, shapes = count(large())
+    linears, shapes = count(empty_transformer(LARGE))
     image = (side // 16) ** 2
     examples = 2 * batch
     products = sum(2 * n * k * tokens_of(name, image) for name, (n, k) in shapes.items()) * examples

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from benchmarks.record import write_results
-from benchmarks.sd35_full_size import batch_of, config_of, reset_peak, status
+from benchmarks.resident import reset_peak
+from benchmarks.sd35_full_size import batch_of, config_of, status
 from qzo_diffusion import build
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.core.noise import Direction

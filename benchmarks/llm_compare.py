@@ -244,7 +244,7 @@ def memory(name: str, places: Places) -> dict[str, float]:
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    from benchmarks.step_time import _status, peak_of
+    from benchmarks.resident import peak_of, resident
     from qzo_diffusion import build, llm_run
     from qzo_diffusion.config import make_config, parse_override, set_dotted
     from qzo_diffusion.core.spsa import mean_loss
@@ -255,7 +255,7 @@ def memory(name: str, places: Places) -> dict[str, float]:
     from qzo_diffusion.llm_methods import load_base
     from qzo_diffusion.train.loop import train
 
-    imports = _status("VmRSS")
+    imports = resident("VmRSS")
     method = METHODS["zero_shot" if name == "adamw" else name]
     settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": method.method}
     for text in [*TASKS["sst2"]["settings"], *method.settings, f"data.dir={places.data / 'sst2'}"]:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.record import write_results
+from benchmarks.resident import reset_peak, resident
 
 STAGES = ("shards", "load", "restart", "steps", "export", "encoders")
 DEFAULT_FOLDER = Path.home() / ".cache" / "qzo_diffusion" / "sd35_full_size"
@@ -59,15 +60,7 @@ T5_TOKENS, CLIP_TOKENS = 256, 77
 
 def status(field: str) -> float:
     """GB of a field of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise KeyError(field)
-
-
-def reset_peak() -> None:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+    return resident(field) / 1e9
 
 
 def need_disk(folder: Path, gigabytes: float) -> None:

@@ -8,7 +8,6 @@ Memory is the peak of the resident set (reset through /proc/self/clear_refs) abo
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -25,6 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import write_results
+from benchmarks.resident import peak_of, resident
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
 from qzo_diffusion.build import matching
@@ -122,21 +122,6 @@ def random_batch(model: Any, side: int, tokens: int, count: int) -> Batch:
     return Batch(latents, noise, torch.rand(count, generator=generator), embeds, pooled)
 
 
-def peak_of(work: Callable[[], object]) -> int:
-    """Peak resident bytes while `work` runs."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    work()
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
 def seconds_of(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
@@ -144,7 +129,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
-    imports = _status("VmRSS")
+    imports = resident("VmRSS")
     setup = set_up(case, getattr(torch, dtype_name))
     objective, batch = setup.objective, setup.batch
     whole = replace(batch, regions=1) if setup.regions > 1 else batch
