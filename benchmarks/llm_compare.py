@@ -77,6 +77,10 @@ def _clipped(threshold: str) -> Method:
     return Method("qzo", (*PAPER, f"qzo.clip_threshold={threshold}"), tasks=("sst2",))
 
 
+def _quzo(*settings: str) -> Method:
+    return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",))
+
+
 METHODS: dict[str, Method] = {
     "zero_shot": Method("mezo", (), trained=False),  # unquantized, which for this model is dequantized Q4_1
     "zero_shot_quantized": Method("qzo", (), trained=False),
@@ -86,6 +90,14 @@ METHODS: dict[str, Method] = {
     "mezo": Method("mezo", ("qzo.directions=rademacher", *BFLOAT16)),
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
+    "quzo_int8": _quzo(),
+    "quzo_int8_plain": _quzo("train.optimizer=sgd"),
+    "quzo_w8a8": _quzo("quant.activations=int8"),
+    "quzo_int4": _quzo("quant.type=int4"),
+    "quzo_int4_plain": _quzo("quant.type=int4", "train.optimizer=sgd"),
+    "quzo_fp8": _quzo("quant.type=fp8"),
+    "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",)),
+    "qzo_int8": Method("qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",)),  # the same codes, fixed
     "paper_clip_50": _clipped("50"),
     "paper_clip_150": _clipped("150"),
     "paper_clip_off": _clipped("null"),
@@ -263,7 +275,7 @@ def memory(name: str, places: Places) -> dict[str, float]:
     plan = llm_run.make_plan(make_config(settings, LlmConfig))
     base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
     # As many sentences in flight as in an inference forward: +eps and -eps of half the batch at a time.
-    size = BATCH // 2 if plan.config.qzo.parametrization != "dense" else BATCH
+    size = BATCH // 2 if plan.config.qzo.has_gains else BATCH
     encoded = encode(base.lm, plan.splits.train, plan.config.data.max_tokens)
     whole = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0)
     batches = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0, micro_batch_size=size)

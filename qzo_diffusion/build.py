@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qzo_diffusion import __version__, resources
 from qzo_diffusion.config import Config, RunConfig
 from qzo_diffusion.core.errors import ConfigError, JournalError, ModelError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion import memory, sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
@@ -30,10 +32,11 @@ from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.quant.load import codes_fingerprint, find_scales
+from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
-from qzo_diffusion.train.loop import Probing
+from qzo_diffusion.train.first_order import ExactAdam, first_order_step
+from qzo_diffusion.train.loop import Probing, TakeStep
 
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
@@ -302,7 +305,7 @@ def quantized_transformer(config: Config, folder: Path, device: torch.device, dt
     found = find_transformer(transformer_place(config, folder))
     source = Source(found.entries, lambda: empty_transformer(found.config))
     quant = config.quant
-    how = Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend)
+    how = Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend, quant.activations)
     return load_quantized(source, how, dtype=dtype, device=device, cache=copies_folder(config))
 
 
@@ -313,11 +316,14 @@ def copies_folder(config: Config) -> Path:
 
 def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
     """Raises ConfigError when `qzo.layers` matches no layer."""
-    scales, parts = find_scales(transformer), config.qzo.layers
+    of_codes, parts = config.qzo.parametrization == "codes", config.qzo.layers
+    scales, grids = find_codes(transformer) if of_codes else (find_scales(transformer), {})
     trained = None if parts is None else matching(scales, parts)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
         raise ConfigError(f"qzo.layers = {parts}: no such layer", f"parts of names like {next(iter(scales))}", "correct qzo.layers")
+    if config.qzo.parametrization == "codes":
+        return scales, Codes(scales, grids, trained, config.qzo.probe)
     return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units, trained, pointwise)
 
 
@@ -341,8 +347,8 @@ def probing(config: RunConfig) -> Probing:
 
 def micro_batch_size(config: RunConfig, whole: int) -> int:
     """How many of `whole` examples go into one forward. An example is two of them where +eps and -eps run together."""
-    wanted, together = config.train.micro_batch_size, config.qzo.parametrization != "dense"
-    return whole if wanted is None else max(1, wanted // 2 if together else wanted)
+    wanted = config.train.micro_batch_size
+    return whole if wanted is None else max(1, wanted // 2 if config.qzo.has_gains else wanted)
 
 
 def check_share(batch_size: int, processes: int) -> None:
@@ -356,7 +362,19 @@ def check_share(batch_size: int, processes: int) -> None:
 
 
 def optimizer(config: RunConfig) -> Optimizer:
-    return make_optimizer(config.train.optimizer)
+    train = config.train
+    if train.optimizer == "feedback":
+        return ErrorFeedback(train.feedback_decay, train.feedback_steps)
+    return make_optimizer(train.optimizer)
+
+
+def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:
+    """Adam along the exact gradient of the trained scales: what zeroth order is compared with."""
+
+    def gradient(objective: Any, micro_batches: Any, numbers: Any) -> dict[str, Tensor]:
+        return exact_gradient(objective, micro_batches, numbers, handles_of(model))
+
+    return ExactAdam(), first_order_step(gradient)
 
 
 def schedule(config: RunConfig) -> Schedule:
@@ -369,8 +387,8 @@ def config_hash(config: RunConfig) -> str:
 
 
 def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
-    """Hashes of the codes and of the scales as they are now."""
-    return codes_fingerprint(model), fingerprint(scales.tensors().items())
+    """Hashes of what stays and of what is trained, as they are now: codes and scales, or scales and codes."""
+    return frozen_fingerprint(model, scales), fingerprint(scales.tensors().items())
 
 
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ LLM_FLAGS: Flags = {
     "--task": ("task", "a task that comes along (sst2, rte, cb, boolq, squad, sst2_review) or a task file"),
     "--model": ("model", "a transformers folder, or a Hub id in the local cache"),
     "--data-dir": ("data.dir", "folder of the task's data files"),
-    "--method": ("method", "qzo, mezo, qlora or fo-scales"),
+    "--method": ("method", "qzo, mezo, quzo, quzo-lora, qlora or fo-scales"),
 }
 
 LLM_TRAIN_FLAGS: Flags = LLM_FLAGS | {
@@ -35,6 +35,7 @@ TRAIN_FLAGS: Flags = {
     "--caption": ("data.caption", "caption of images that have none; may hold [trigger]"),
     "--trigger": ("data.trigger", "word that replaces [trigger] in captions and prompts"),
     "--max-steps": ("train.max_steps", "number of steps"),
+    "--method": ("method", "qzo, quzo (integer codes) or fo-scales (by gradients)"),
     "--seed": ("train.seed", "seed of directions, noise and order"),
     "--sample-prompts": ("sample.prompts", "file with one prompt a line"),
     "--sample-every": ("sample.every", "steps between sample grids; 0: only first and last"),

@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,6 +19,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+GRID_TYPES = ("int8", "int4", "fp8")
+SHARED = ("dense", "codes")  # numbers that have one direction for all examples
 PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
 
 
@@ -53,7 +55,9 @@ class TrainConfig(Section):
     lr: Positive = suited_lr(1000)  # not given, it follows from max_steps; how far a step moves where qzo.normalize is on
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
+    feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    feedback_steps: Count = 20  # what rounding left is computed again from so many steps
     micro_batch_size: Count | None = None  # examples in one forward, +eps and -eps counted; None: the whole batch
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
@@ -63,7 +67,7 @@ class TrainConfig(Section):
 
 def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings of section `qzo`, with what suits them where nothing was given."""
-    shared = given.get("parametrization") == "dense" or given.get("num_directions", 1) != 1
+    shared = given.get("parametrization") in SHARED or given.get("num_directions", 1) != 1
     each = given.get("per_example", not shared)
     return {"per_example": each, "normalize": each, **given}
 
@@ -77,7 +81,7 @@ def rate_for(qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 
 class QzoConfig(Section):
     """What is not given follows from what is: dense numbers and steps of several shared directions have none of each example."""
 
-    parametrization: Literal["dense", "row", "layer", "column", "separable"] = "separable"
+    parametrization: Literal["dense", "row", "layer", "column", "separable", "codes"] = "separable"  # codes: of method quzo
     layers: list[str] | None = None  # parts of layer names, such as ff.net; None: every quantized layer is trained
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
@@ -86,6 +90,7 @@ class QzoConfig(Section):
     regions: Annotated[int, Field(ge=1, le=1024)] = 1  # of an example's picture, with directions of their own in pointwise layers
     normalize: bool = True  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
     directions: Literal["rademacher", "gaussian"] = "rademacher"
+    probe: Literal["codes", "float"] = "codes"  # of integer codes: rounded to the grid, or as they are
     clip_threshold: Positive | None = None  # DDC; None: no clipping
 
     @model_validator(mode="before")
@@ -93,12 +98,19 @@ class QzoConfig(Section):
     def _follow(cls, given: Any) -> Any:
         return estimate_settings(given) if isinstance(given, dict) else given
 
+    @property
+    def has_gains(self) -> bool:
+        """Whether numbers are factors of inputs and outputs, which examples can have of their own."""
+        return self.parametrization not in SHARED
+
     @model_validator(mode="after")
     def _absolute_needs_dense(self) -> "QzoConfig":
         if self.units == "absolute" and self.parametrization != "dense":
             raise ValueError("units: absolute needs parametrization: dense")
-        if self.per_example and (self.parametrization == "dense" or self.num_directions != 1):
-            raise ValueError("per_example: true needs a parametrization other than dense, and num_directions: 1")
+        if self.per_example and not self.has_gains:
+            raise ValueError("per_example: true needs a parametrization other than dense or codes, and num_directions: 1")
+        if self.per_example and self.num_directions != 1:
+            raise ValueError("per_example: true needs num_directions: 1")
         if self.regions > 1 and not self.per_example:
             raise ValueError("regions above 1 need per_example: true")
         if self.normalize and not self.per_example and self.num_directions == 1:
@@ -112,11 +124,23 @@ class SigmaConfig(Section):
 
 
 class QuantConfig(Section):
-    type: Literal["nf4", "fp4"] = "nf4"
+    type: Literal["nf4", "fp4", "int8", "int4", "fp8"] = "nf4"
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    backend: Literal["bnb", "reference"] = "bnb"
+    backend: Literal["bnb", "reference", "intgrid"] = "bnb"
+    activations: Literal["float", "int8"] = "float"  # int8: inputs are rounded with a scale for each token; intgrid only
+    _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
     # Input, output and embedding layers of an SD3 transformer: 0.5 % of the weights, and the ones that hurt when quantized.
     skip: list[str] = Field(default_factory=lambda: ["pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out"])
+
+    @model_validator(mode="after")
+    def _of_one_backend(self) -> "QuantConfig":
+        if self.backend == "intgrid" and self.type not in GRID_TYPES:
+            raise ValueError(f"type: {', '.join(GRID_TYPES)} with backend: intgrid")
+        if self.backend != "intgrid" and self.type not in self._types_elsewhere:
+            raise ValueError(f"type: {', '.join(self._types_elsewhere)} with backend: {self.backend}")
+        if self.activations != "float" and self.backend != "intgrid":
+            raise ValueError("activations: float, or backend: intgrid")
+        return self
 
 
 class ComputeConfig(Section):
@@ -161,23 +185,89 @@ class RunConfig(Section):
             return given
         return given | {"train": {"lr": rate_for(qzo, train)} | train}
 
+    @model_validator(mode="after")
+    def _codes_are_on_a_grid(self) -> "RunConfig":
+        codes = self.qzo.parametrization == "codes"
+        if codes and self.quant.backend != "intgrid":
+            raise ValueError("qzo.parametrization: codes needs quant.backend: intgrid")
+        if codes and self.train.optimizer not in ("sgd", "feedback"):
+            raise ValueError("train.optimizer: sgd or feedback for codes, which move in whole steps")
+        if self.train.optimizer == "feedback" and not codes:
+            raise ValueError("train.optimizer: feedback is for qzo.parametrization: codes")
+        if self.qzo.probe == "float" and (not codes or self.quant.type == "fp8"):
+            raise ValueError("qzo.probe: codes, or int8 or int4 codes that are trained")
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+StyleMethod = Literal["qzo", "quzo", "fo-scales"]
+
+# What suits training of codes where nothing is said, in pictures and texts alike (docs/decisions.md).
+QUZO: dict[str, Any] = {
+    "qzo.parametrization": "codes",
+    "quant.backend": "intgrid",
+    "quant.type": "int8",
+    "train.optimizer": "feedback",
+    "train.lr": 0.1,  # codes that a typical step moves each number
+}
+# A code is 3 % of a typical weight in int8, 40 % in int4 and 6 to 12 % in fp8; rounded probes of int4 would drown everything.
+QUZO_PROBES: dict[str, dict[str, Any]] = {
+    "int8": {"qzo.eps": 1.0},
+    "int4": {"qzo.eps": 0.1, "qzo.probe": "float"},
+    "fp8": {"qzo.eps": 0.25},
+}
+
+
+def suited_to_quzo(quant: Any) -> dict[str, Any]:
+    """What suits codes of the given section `quant`."""
+    kind = quant.get("type", "int8") if isinstance(quant, dict) else "int8"
+    return QUZO | QUZO_PROBES.get(str(kind), {})
+
+
+# First-order on the scales: the rate that the convergence benchmark found for styles.
+FIRST_ORDER_SCALES: dict[str, Any] = {"train.lr": 1e-3, "qzo.parametrization": "dense"}
+
+
+def filled_in(settings: Mapping[str, Any], suited: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with those of the dotted `suited` ones that they do not give; sections that are no mapping stay as they are."""
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for key, value in suited.items():
+        section, _, name = key.partition(".")
+        if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
+            set_dotted(filled, key, value)
+    return filled
+
+
+def check_method(method: str, config: RunConfig) -> None:
+    """Raises ValueError when integer codes are trained by another method than quzo, or quzo trains something else."""
+    if (method == "quzo") != (config.qzo.parametrization == "codes"):
+        raise ValueError("qzo.parametrization: codes with method: quzo, and another one with any other method")
 
 
 class Config(RunConfig):
     """Of a style run."""
 
+    method: StyleMethod = "qzo"
     transformer: str | None = None  # another one than the model's own: a folder, or a single file in the original layout
     data: DataConfig = DataConfig()
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
 
+    @model_validator(mode="after")
+    def _by_one_method(self) -> "Config":
+        check_method(self.method, self)
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _divide_pictures(cls, given: Any) -> Any:
         """Into 16 regions, where examples have directions of their own."""
+        if isinstance(given, dict):
+            suited = {"quzo": suited_to_quzo(given.get("quant", {})), "fo-scales": FIRST_ORDER_SCALES}
+            given = filled_in(given, suited.get(str(given.get("method")), {}))
         qzo = given.get("qzo", {}) if isinstance(given, dict) else None
         if not isinstance(qzo, dict):
             return given

@@ -98,7 +98,11 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
         "sampling": {"seed": config.sample.seed, "steps": plan.config.sample.steps, "guidance": plan.config.sample.guidance},
         **_scores(scorer, plan, pictures, contents),
         "validation_loss": _held_out_loss(plan.style.validation, work.held_out, losses),
-        "signal": {**signals, **signal.of_metrics(metrics), "moved": signal.moved(start, tuned)},
+        "signal": {
+            **signals,
+            **signal.of_metrics(metrics),
+            "moved": signal.moved(start, tuned) if config.qzo.parametrization != "codes" else [],
+        },
         "steps": _scores_of_steps(scorer, folder, plan),
         "unusable": [{"file": file, "reason": reason} for file, reason in plan.style.bad],
     }

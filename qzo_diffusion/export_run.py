@@ -26,7 +26,7 @@ from qzo_diffusion.diffusion.model_card import card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.mix_run import as_scales, check_codes
-from qzo_diffusion.quant.load import codes_fingerprint
+from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.train.run_folder import SCALES, check_new, load_scales, write_folder
@@ -79,7 +79,7 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
     tensors, facts = load_scales(run_folder)
     place = build.find_place(config)
     transformer, scales, _ = build.load_base(config, place)
-    check_codes(facts, codes_fingerprint(transformer), run_folder)
+    check_codes(facts, frozen_fingerprint(transformer, scales), run_folder)
     tuned = as_scales(scales, tensors, facts)
     export = _Export(run_folder, config, kind, facts)
     if kind == "delta":

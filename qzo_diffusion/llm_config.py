@@ -1,12 +1,23 @@
 """Settings of `qzo-diffuse llm`; those that every run has are in `config`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config import Count, Positive, QuantConfig, RunConfig, Section, rate_for, set_dotted
+from qzo_diffusion.config import (
+    FIRST_ORDER_SCALES,
+    Count,
+    Positive,
+    QuantConfig,
+    RunConfig,
+    Section,
+    check_method,
+    filled_in,
+    rate_for,
+    suited_to_quzo,
+)
 
-Method = Literal["qzo", "mezo", "qlora", "fo-scales"]
+Method = Literal["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]
 
 # What suits a method where nothing is said. QZO's rates were found on SmolLM2 and SST-2 (docs/decisions.md), MeZO's and QLoRA's are
 # those of their papers; first-order on the scales takes the rate that the convergence benchmark found for styles.
@@ -20,8 +31,19 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
         "qzo.eps": 1e-3,
         "qzo.directions": "gaussian",
     },
+    "quzo": {},
+    # QuZO's second mode: adapters beside a base on an integer grid, by forwards alone; radius and rate of MeZO's LoRA runs.
+    "quzo-lora": {
+        "train.lr": 1e-4,
+        "train.schedule": "constant",
+        "quant.backend": "intgrid",
+        "quant.type": "int8",
+        "qzo.parametrization": "dense",
+        "qzo.units": "absolute",
+        "qzo.eps": 1e-2,
+    },
     "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
-    "fo-scales": {"train.lr": 1e-3, "qzo.parametrization": "dense"},
+    "fo-scales": FIRST_ORDER_SCALES,
 }
 PICTURES_OVER_TEXTS = 5  # QZO's normalised rate for styles, over that for language models
 PLAIN_LR = 1e-3  # of QZO's steps that are not normalised
@@ -43,7 +65,7 @@ class LlmDataConfig(Section):
 class LlmQuantConfig(QuantConfig):
     """A folder that is quantized already, in the formats of bitsandbytes, GPTQ or AQLM, stays as it is."""
 
-    type: Literal["nf4", "fp4", "int8"] = "nf4"  # type: ignore[assignment]
+    _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4", "int8")
     skip: list[str] = Field(default_factory=lambda: ["lm_head"])  # tied to the embedding in small models
 
 
@@ -68,23 +90,21 @@ class LlmConfig(RunConfig):
         """What suits the method, where the settings say nothing."""
         if not isinstance(settings, dict):
             return settings
-        filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
         method, qzo, train = (settings.get(name, {}) for name in ("method", "qzo", "train"))
         suited = dict(next((values for name, values in DEFAULTS.items() if name == (method or "qzo")), {}))
         if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
             suited["train.lr"] = rate_for(qzo, train, PICTURES_OVER_TEXTS, PLAIN_LR)
-        for key, value in suited.items():
-            section, _, name = key.partition(".")
-            if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
-                set_dotted(filled, key, value)
-        return filled
+        if method == "quzo":
+            suited = suited_to_quzo(settings.get("quant", {}))
+        return filled_in(settings, suited)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LlmConfig":
         if self.method in FIRST_ORDER and self.objective != "loss":
             raise ValueError(f"objective: loss for method {self.method}; accuracy and f1 have no gradient")
-        if self.method == "mezo" and (self.qzo.units != "absolute" or self.qzo.parametrization != "dense"):
-            raise ValueError("qzo.units: absolute and qzo.parametrization: dense for method mezo, whose weights have no scales")
+        check_method(self.method, self)
+        if self.method in ("mezo", "quzo-lora") and (self.qzo.units != "absolute" or self.qzo.parametrization != "dense"):
+            raise ValueError(f"qzo.units: absolute and qzo.parametrization: dense for method {self.method}, which trains no scales")
         if self.method == "qlora" and (self.quant.backend != "bnb" or self.quant.type == "int8"):
             raise ValueError("quant.backend: bnb and quant.type: nf4 or fp4 for method qlora")
         if self.qzo.regions > 1:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from qzo_diffusion import build
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import rivals
@@ -52,23 +51,23 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
             blocksize=config.quant.blocksize,
             skip=config.quant.skip,
             backend=config.quant.backend,
+            activations=config.quant.activations,
             device=device,
         )
     lm.model.to(device)
     codes = codes_fingerprint(lm.model)
-    if config.method == "qlora":
+    if config.method in ("qlora", "quzo-lora"):
         layers = [handle.name for handle in handles_of(lm.model)]
         adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        if config.method == "quzo-lora":
+            return Base(lm, adapters.scales, adapters, build.optimizer(config), codes, _hash(adapters.scales))
         step = first_order_step(rivals.lora_gradient(lm.model))
         return Base(lm, adapters.scales, adapters, ExactAdam(), codes, _hash(adapters.scales), step)
     scales, numbers = build.scales_and_numbers(config, lm.model)
     if config.method == "fo-scales":
-
-        def gradient(objective: Any, micro_batches: Any, trained: Any) -> dict[str, Tensor]:
-            return exact_gradient(objective, micro_batches, trained, handles_of(lm.model))
-
-        return Base(lm, scales, numbers, ExactAdam(), codes, _hash(scales), first_order_step(gradient))
-    return Base(lm, scales, numbers, build.optimizer(config), codes, _hash(scales))
+        optimizer, step = build.first_order(lm.model)
+        return Base(lm, scales, numbers, optimizer, codes, _hash(scales), step)
+    return Base(lm, scales, numbers, build.optimizer(config), *build.fingerprints(lm.model, scales))
 
 
 def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], run: Path) -> None:

@@ -83,9 +83,11 @@ def _fill(
 def _key(source: Source, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that the quantized numbers depend on."""
     files = sorted({span.file for entry in source.entries.values() for span in entry.spans})
+    settings = asdict(quantization) | {"skip": sorted(quantization.skip), "dtype": str(dtype)}
+    del settings["activations"]  # of layers that are not stored
     return {
         "format": FORMAT,
-        "settings": asdict(quantization) | {"skip": sorted(quantization.skip), "dtype": str(dtype)},
+        "settings": settings,
         "files": [
             {
                 "name": file.name,

@@ -11,7 +11,7 @@ from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.quant.load import codes_fingerprint
+from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
 
@@ -32,7 +32,7 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     config: Config = load_config(chosen[0][0] / "config.yaml")
     tuned = [(load_scales(path), weight) for path, weight in chosen]
     transformer, scales, _ = build.load_base(config, build.find_place(config))
-    codes = codes_fingerprint(transformer)
+    codes = frozen_fingerprint(transformer, scales)
     for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
         check_codes(facts, codes, path)
     blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import build
-from qzo_diffusion.config import Config, make_config
+from qzo_diffusion.config import Config, TrainConfig, make_config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.parametrization import tuned_scales
@@ -45,10 +45,13 @@ def config_of(journal: Journal, model: str | None) -> Config:
             "a journal of a language model", "one of a style run", "rebuild its scales with `qzo-diffuse llm train --resume RUN`"
         )
     try:
+        decay, steps = header.get("feedback") or (TrainConfig().feedback_decay, TrainConfig().feedback_steps)
+        feedback = {"feedback_decay": decay, "feedback_steps": steps}
         return make_config(
             {
                 "model": model or header["model"],
-                "train": {"seed": header["seed"], "optimizer": header["optimizer"]},
+                "method": "quzo" if header["parametrization"] == "codes" else "qzo",
+                "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
                 "qzo": {key: header[key] for key in _NUMBERS},
                 "quant": header["quant"],
                 "compute": {"dtype": header["dtype"]},

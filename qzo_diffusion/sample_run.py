@@ -11,7 +11,7 @@ from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.mix_run import as_scales, check_codes
-from qzo_diffusion.quant.load import codes_fingerprint
+from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
 
@@ -41,7 +41,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     sd3.drop_encoder_(vae)
     transformer, scales, _ = build.load_base(config, place)
     if tuned is not None:
-        check_codes(tuned[1], codes_fingerprint(transformer), request.run or Path())
+        check_codes(tuned[1], frozen_fingerprint(transformer, scales), request.run or Path())
         blend_(scales, [(as_scales(scales, *tuned), request.strength)])
     sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()

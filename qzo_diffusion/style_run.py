@@ -36,7 +36,10 @@ class StylePlan:
 
     thing = "image"
     facts = ("sha256", "caption", "bucket", "split", "repeats")
-    has_journal = True
+
+    @property
+    def has_journal(self) -> bool:
+        return self.config.method != "fo-scales"
 
     @property
     def name(self) -> str:
@@ -72,12 +75,15 @@ class StylePlan:
     def load(self, ranks: Ranks) -> Parts:
         """Encode the data, free the encoders, load and quantize the transformer."""
         config, device, dtype = self.config, self.device, self.dtype
+        if ranks.world > 1 and not self.has_journal:
+            raise ConfigError(f"method {config.method} on {ranks.world} processes", "one process", "start it without torchrun")
         if not ranks.first:
             ranks.wait()  # until the first rank has encoded everything; then all of it is in the cache
         encoded = style_data.encode(config, self.model_folder, self.style, self.sample_prompts, device, dtype)
         if ranks.first:
             ranks.wait()
         transformer, scales, numbers = build.load_base(config, build.Place(self.model_folder, device, dtype))
+        optimizer, take_step = (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
 
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
             counts = style_data.token_counts(self.style, encoded.prompts)
@@ -95,11 +101,12 @@ class StylePlan:
         return Parts(
             scales=scales,
             numbers=numbers,
-            optimizer=build.optimizer(config),
+            optimizer=optimizer,
             objective=lambda batch: velocity_loss(transformer, batch, dtype),
             batches=style_data.TrainingBatches(config, self.style.train, encoded, device, ranks),
             header=journal_header(config, config.data.batch_size, *build.fingerprints(transformer, scales)),
             extras=pictures,
+            take_step=take_step,
         )
 
 

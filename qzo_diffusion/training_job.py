@@ -202,6 +202,7 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "regions": config.qzo.regions,
         "examples": batch_size if config.qzo.per_example else None,
         "optimizer": config.train.optimizer,
+        "feedback": [config.train.feedback_decay, config.train.feedback_steps] if config.train.optimizer == "feedback" else None,
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,
     }

@@ -12,6 +12,7 @@ BACKENDS = [
     for quant_type in ("nf4", "fp4")
     for blocksize in (32, 64, 128)
 ]
+GRID_BACKENDS = [("intgrid", "int8", 128), ("intgrid", "int4", 32), ("intgrid", "fp8", 128)]
 
 
 def network(

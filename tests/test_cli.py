@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.train.run_folder import load_scales
@@ -88,6 +89,28 @@ def test_backends_see_the_same_losses(train, tmp_path):
     assert train("--max-steps", 1, "quant.backend=reference", name="a") == train("--max-steps", 1, name="b") == 0
     first, second = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
     assert first["loss_plus"] == pytest.approx(second["loss_plus"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["quzo", "fo-scales"])
+def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(train, tmp_path, prompts, capsys, method):
+    assert train("--method", method, "--max-steps", 3, "train.validate_every=1") == 0
+    run = tmp_path / "run"
+    assert (run / "journal.qzo").exists() == (method == "quzo")
+    tuned = load_file(run / "final" / "scales.safetensors")
+    assert {tensor.dtype for tensor in tuned.values()} == {torch.int8 if method == "quzo" else torch.float32}
+    sample = ["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir"]
+    assert main([*sample, str(tmp_path / "tuned")]) == 0
+    last = max((run / "samples").glob("step_*.png"))
+    first = Image.open(tmp_path / "tuned" / "samples" / "000.png")
+    assert first.tobytes() == Image.open(last).crop((0, 0, *first.size)).tobytes()
+    assert main(["export", "--run", str(run), "--format", "bf16", "--output-dir", str(tmp_path / "exported")]) == 0
+    if method == "quzo":
+        capsys.readouterr()
+        assert "integer codes" in failing(capsys, main([*sample, str(tmp_path / "half"), "--strength", "0.5"]))
+        again = tmp_path / "again"
+        assert main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(again)]) == 0
+        replayed = load_file(again / "final" / "scales.safetensors")
+        assert all(torch.equal(tensor, replayed[name]) for name, tensor in tuned.items())
 
 
 def test_dry_run_prints_settings_and_data_and_writes_nothing(train, tmp_path, capsys):

@@ -25,6 +25,8 @@ def blend_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor], float]]
         _check_fits(scales, tensors)
     for name in scales:
         live = scales[name]
+        if not live.is_floating_point() and [weight for _, weight in tuned if weight != 0] not in ([], [1]):
+            raise ModelError("integer codes, which have no steps in between", "one run, at strength 1", "leave --strength out")
         parts = [(tensors[name].to(live.device), weight) for tensors, weight in tuned if weight != 0]
         if len(parts) == 1 and parts[0][1] == 1:
             live.copy_(parts[0][0])

@@ -68,18 +68,19 @@ class ScaleSet:
 
     Args:
         handles: one per quantized layer.
+        dtypes: fp64 is for tests of theory, and integers are codes in the place of scales (`core.quzo`).
 
     Raises:
-        ModelError: no handle, or a scale tensor that is not fp32 (or fp64, for tests of theory).
+        ModelError: no handle, or a tensor of another dtype.
     """
 
-    def __init__(self, handles: Iterable[ScaleHandle]) -> None:
+    def __init__(self, handles: Iterable[ScaleHandle], dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> None:
         self._handles = {handle.name: handle for handle in handles}
         if not self._handles:
             raise ModelError("a model without quantized layers", "at least one 4-bit linear", "quantize the model first")
         self._live = {name: handle.scales for name, handle in self._handles.items()}
         for name, live in self._live.items():
-            if live.dtype not in (torch.float32, torch.float64):
+            if live.dtype not in dtypes:
                 raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
         self._numel = sum(live.numel() for live in self._live.values())
         self._chunks = list(_chunks({name: live.numel() for name, live in self._live.items()}))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 
 QuantType = Literal["nf4", "fp4"]
-Backend = Literal["bnb", "reference"]
+Backend = Literal["bnb", "reference", "intgrid"]
 MakeLayer = Callable[[nn.Linear], nn.Module]
 
 

@@ -1,18 +1,21 @@
 """Turn the linears of any diffusers or transformers model into 4-bit layers, and find the scales of one that already has them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
-from qzo_diffusion.quant import aqlm, base, bnb, gptq, int8, reference
+from qzo_diffusion.quant import aqlm, base, bnb, gptq, int8, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 
 # gptqmodel's and AQLM's own: some repack codes or keep copies of the scales in their first forward.
 FOREIGN = ("TorchLinear", "TorchAtenLinear", "TorchFusedLinear", "TorchCpuAvx512Linear", "QuantizedLinear", "HQQLinear")
+
+
+AnyType = QuantType | intgrid.GridType
 
 
 class CodedHandle(ScaleHandle, Protocol):
@@ -27,24 +30,34 @@ class CodedHandle(ScaleHandle, Protocol):
 def quantize_(
     model: nn.Module,
     *,
-    quant_type: QuantType | Literal["int8"] = "nf4",
+    quant_type: AnyType = "nf4",
     blocksize: int = 64,
     skip: Sequence[str] = (),
     backend: Backend = "bnb",
+    activations: intgrid.Activations = "float",
     device: torch.device | str = "cpu",
 ) -> int:
     """Quantize every linear outside `skip` in place, layer by layer, without a GPU. Returns the number of layers.
 
-    "int8" is LLM.int8 with a scale per output; it has no block size and no other back-end.
+    "int8" of the back-end bnb is LLM.int8 with a scale per output. int8 and fp8 have no block size.
     """
     target = torch.device(device)
+    if backend == "intgrid":
+        grid_type: Any = quant_type
+
+        def make_grid_layer(linear: nn.Linear) -> nn.Module:
+            return intgrid.quantize_linear(linear.to(target), grid_type, blocksize, activations)
+
+        return base.replace_linears_(model, make_grid_layer, skip, intgrid.columns_of_block(grid_type, blocksize))
     if quant_type == "int8":
         return base.replace_linears_(model, lambda linear: int8.quantize_linear(linear, target), skip, blocksize=1)
 
+    four_bit: Any = quant_type
+
     def make_layer(linear: nn.Linear) -> nn.Module:
         if backend == "reference":
-            return reference.ReferenceLinear4bit.from_linear(linear, quant_type, blocksize).to(target)
-        return bnb.quantize_linear(linear, quant_type, blocksize, target)
+            return reference.ReferenceLinear4bit.from_linear(linear, four_bit, blocksize).to(target)
+        return bnb.quantize_linear(linear, four_bit, blocksize, target)
 
     return base.replace_linears_(model, make_layer, skip, blocksize)
 
@@ -65,6 +78,8 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
         elif kind == "Linear8bitLt":
             int8.prepare_(module, name)
             yield int8.Int8Handle(name, module)
+        elif kind == "IntGridLinear":
+            yield intgrid.IntGridHandle(name, module)
         elif kind == "GptqLinear":
             yield gptq.GptqHandle(name, module)
         elif kind == "AqlmLinear":
@@ -80,6 +95,25 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
 def find_scales(model: nn.Module) -> ScaleSet:
     """The scales of all quantized layers of `model`."""
     return ScaleSet(handles_of(model))
+
+
+def find_codes(model: nn.Module) -> tuple[ScaleSet, dict[str, intgrid.Int8Grid]]:
+    """The codes of all layers on a grid, in the place of scales, and how each layer stores them.
+
+    Raises:
+        ModelError: other quantized layers; their codes are entries of a codebook and have no neighbours to move to.
+    """
+    handles = list(intgrid.codes_handles(model))
+    if not handles:
+        raise ModelError("a model without layers on an integer grid", "quant.backend=intgrid", "set it, or train the scales")
+    return ScaleSet(handles, dtypes=(torch.int8, torch.uint8)), {handle.name: handle.grid for handle in handles}
+
+
+def frozen_fingerprint(model: nn.Module, trained: ScaleSet) -> str:
+    """Identifies what is not trained: the codes, or the scales where the codes are trained."""
+    if all(tensor.is_floating_point() for tensor in trained.tensors().values()):
+        return codes_fingerprint(model)
+    return base.fingerprint((handle.name, handle.scales) for handle in handles_of(model))
 
 
 def codes_fingerprint(model: nn.Module) -> str:

@@ -24,7 +24,9 @@ def pending_tensors(model: nn.Module, scales: Mapping[str, Tensor] | None = None
     tensors: dict[str, Pending] = {}
     for handle in handles_of(model):
         if not isinstance(handle, bnb.BnbHandle):
-            raise ModelError(f"{handle.name} is a layer of the reference back-end", "bitsandbytes layers", "use quant.backend=bnb")
+            raise ModelError(
+                f"{handle.name} is no layer of bitsandbytes", "layers in its layout", "use quant.backend=bnb, or export as bf16"
+            )
         state = bnb.state_to_store(handle.module, None if scales is None else scales[handle.name])
         tensors |= {f"{handle.name}.weight{part}": Pending.of(tensor) for part, tensor in state.items()}
     return tensors | _not_quantized(model, None)
@@ -40,7 +42,7 @@ def pending_dequantized(model: nn.Module, dtype: torch.dtype) -> dict[str, Pendi
 
 def _not_quantized(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Pending]:
     quantized = {id(handle.module.weight) for handle in handles_of(model) if isinstance(handle, bnb.BnbHandle)}
-    inside = {f"{handle.name}.{part}" for handle in handles_of(model) for part in ("codes", "absmax")}
+    inside = {f"{handle.name}.{part}" for handle in handles_of(model) for part in ("codes", "absmax", "scales")}
     named: list[tuple[str, Tensor]] = [(name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in quantized]
     named += [(name, tensor) for name, tensor in model.named_buffers() if name not in inside and _is_persistent(model, name)]
     return {name: _cast(tensor.detach(), dtype) for name, tensor in named}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant import base, bnb, reference
+from qzo_diffusion.quant import base, bnb, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 from qzo_diffusion.quant.weights import Entry
 
@@ -22,10 +22,16 @@ from qzo_diffusion.quant.weights import Entry
 class Quantization:
     """How linears are quantized; layers that are 4-bit on disk keep their own type and block size."""
 
-    quant_type: QuantType = "nf4"
+    quant_type: QuantType | intgrid.GridType = "nf4"
     blocksize: int = 64
     skip: Sequence[str] = ()
     backend: Backend = "bnb"
+    activations: intgrid.Activations = "float"
+
+    @property
+    def columns(self) -> int:
+        """What the inputs of a layer must be a multiple of."""
+        return intgrid.columns_of_block(self.quant_type, self.blocksize) if self.backend == "intgrid" else self.blocksize  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class _Filler:
         self, model: nn.Module, entries: Mapping[str, Entry], how: Quantization | None, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.model, self.entries, self._how, self._dtype, self._device = model, entries, how, dtype, device
-        self._to_quantize = {name for name, _ in base.linears_to_quantize(model, how.skip, how.blocksize)} if how else set()
+        self._to_quantize = {name for name, _ in base.linears_to_quantize(model, how.skip, how.columns)} if how else set()
         self._slots = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
         self._tied: dict[str, list[str]] = {}
         for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -112,11 +118,15 @@ class _Filler:
         linear = self.model.get_submodule(layer)
         how, weight = self._how, weight.to(self._device, self._dtype)
         made: nn.Module
-        if how.backend == "reference":
-            codes, absmax = reference.quantize_blockwise(weight, how.quant_type, how.blocksize)
-            made = reference.ReferenceLinear4bit(codes, absmax, linear.bias, how.quant_type, how.blocksize)  # type: ignore[arg-type]
+        kind: Any = how.quant_type
+        bias: Any = linear.bias
+        if how.backend == "intgrid":
+            made = intgrid.IntGridLinear(*intgrid.quantize(weight, kind, how.blocksize), bias, kind, how.activations)
+        elif how.backend == "reference":
+            codes, absmax = reference.quantize_blockwise(weight, kind, how.blocksize)
+            made = reference.ReferenceLinear4bit(codes, absmax, bias, kind, how.blocksize)
         else:
-            made = bnb.quantized_layer(weight, linear.bias, how.quant_type, how.blocksize)  # type: ignore[arg-type]
+            made = bnb.quantized_layer(weight, bias, kind, how.blocksize)
         _replace(self.model, layer, made)
         self.quantized += 1
 
@@ -155,7 +165,7 @@ class _Filler:
             parent, _, child = buffer_name.rpartition(".")
             self.model.get_submodule(parent)._buffers[child] = buffer.to(self._device)
         if self._how is not None and not self.quantized + self.taken_over:
-            raise base.nothing_to_quantize(self._how.skip, self._how.blocksize)
+            raise base.nothing_to_quantize(self._how.skip, self._how.columns)
         self.model.eval().requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ from tests.conftest import failing, metrics
 from tests.quant.stored_formats import convert_folder
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
-METHODS = ["qzo", "mezo", "qlora", "fo-scales"]
+METHODS = ["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]
 STEPS = 6
 
 
@@ -67,11 +67,12 @@ def test_every_method_leaves_a_whole_run(arguments, tmp_path, capsys, method):
     assert {"config.yaml", "environment.json", "dataset.json", "metrics.jsonl", "evaluation.json", "final", "checkpoints"} <= {
         path.name for path in run.iterdir()
     }
-    assert (run / "journal.qzo").exists() == (method in ("qzo", "mezo"))
+    assert (run / "journal.qzo").exists() == (method not in ("qlora", "fo-scales"))
     assert len(json.loads((run / "dataset.json").read_text())) == 16 + 8 + 12
     lines = metrics(run)
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(run / "final" / "scales.safetensors").values())
+    stored = torch.int8 if method == "quzo" else torch.float32
+    assert all(tensor.dtype == stored for tensor in load_file(run / "final" / "scales.safetensors").values())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,7 +94,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypa
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(arguments, tmp_path, capsys, method):
     """Twelve sentences that are told apart by one word: a few steps at a high rate suffice for each method."""
-    rate = {"qzo": 0.1, "mezo": 1e-3, "qlora": 1e-2, "fo-scales": 3e-2}[method]
+    rate = {"qzo": 0.1, "mezo": 1e-3, "quzo": 3.0, "quzo-lora": 1e-2, "qlora": 1e-2, "fo-scales": 3e-2}[method]
     assert main(arguments("--method", method, f"train.lr={rate}", "--max-steps", 60, "train.validate_every=0", "--json")) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["validation_loss"]["end"] < results["validation_loss"]["start"]
@@ -130,6 +131,12 @@ def test_generated_text_is_tuned_by_its_f1(tmp_path, model, capsys):
 @pytest.mark.parametrize("method", ["qzo", "fo-scales"])
 def test_other_quantizers_and_dtypes_run(arguments, tmp_path, method, more):
     assert main(arguments("--method", method, "--max-steps", 2, *more)) == 0
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("more", [["quant.type=int4"], ["quant.type=fp8", "train.optimizer=sgd"], ["quant.activations=int8"]])
+def test_other_grids_and_rounded_inputs_run(arguments, tmp_path, more):
+    assert main(arguments("--method", "quzo", "--max-steps", 3, *more)) == 0
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
@@ -219,7 +226,14 @@ def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
         (["data.train_examples=24"], "no example is left for validation"),
         (["--objective", "f1"], "objective f1 for the task sst2"),
         (["--method", "qlora", "--objective", "accuracy"], "have no gradient"),
-        (["--method", "mezo", "qzo.units=relative"], "whose weights have no scales"),
+        (["--method", "mezo", "qzo.units=relative"], "which trains no scales"),
+        (["--method", "quzo", "quant.type=nf4"], "with backend: intgrid"),
+        (["--method", "quzo", "qzo.parametrization=row"], "codes with method: quzo"),
+        (["--method", "quzo", "train.optimizer=adam"], "move in whole steps"),
+        (["--method", "quzo", "quant.type=fp8", "qzo.probe=float"], "int8 or int4 codes"),
+        (["qzo.parametrization=codes"], "needs quant.backend: intgrid"),
+        (["train.optimizer=feedback"], "is for qzo.parametrization: codes"),
+        (["quant.activations=int8"], "activations: float"),
         (["--method", "speed"], "method"),
         (["data.max_tokens=3"], "data.max_tokens"),
         (["qzo.layers=[nothing]"], "no such layer"),
@@ -269,6 +283,7 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
         ({"method": "mezo"}, {"lr": 1e-6, "eps": 1e-3, "units": "absolute", "directions": "gaussian", "schedule": "constant"}),
         ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),
         ({"method": "qlora"}, {"lr": 2e-4}),
+        ({"method": "quzo"}, {"parametrization": "codes", "per_example": False, "normalize": False, "optimizer": "feedback"}),
     ],
 )
 def test_what_is_not_given_suits_the_method(settings, expected):

@@ -1,0 +1,263 @@
+"""QuZO: integer codes are trained themselves, with no copy of a weight in floating point (arXiv 2502.12346).
+
+With c the codes, u a random direction, and Q(x) = floor(x) + Bernoulli(x - floor(x)), so that E[Q(x)] = x:
+
+    p = Q1(ε u);   μ = (L(clamp(c + p)) - L(clamp(c - p))) / 2ε;   c <- c - Σ Q(η μ / n · Q2(u))        over n directions
+
+Q1 and Q2 round the same u with independent randomness, so E[p Q2(u)ᵀ] / ε = I; one rounding used twice would be biased. Everything
+is in units of a code. A number whose step would leave the range of its codes stays where it is. Var(p / ε) grows as 1 / ε below a
+code, so a probe may also show c ± ε u in floating point, a layer at a time ("float").
+
+Most updates are far below one code: rounded at random they are a random walk, rounded to nearest they are lost. Error feedback
+(arXiv 2602.03120) carries what rounding left, e, to the next step:
+
+    v = -η ĝ + γ e;   c <- c + round(v);   e = v - round(v)
+
+and e is not stored but computed again from the seeds and scalars of the last steps; γ has forgotten what came before them. There
+ĝ is divided by the running spread of μ, so that η is what a typical step moves, in codes, whatever the loss and the format.
+
+All noise is drawn in blocks of 2^18 numbers, each with a key of its own: beyond the codes a step needs a few MB.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from qzo_diffusion.core.noise import Direction, packed_bits
+from qzo_diffusion.core.optimizer import Update
+from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_
+from qzo_diffusion.core.scales import Gains, ScaleSet, View
+
+BLOCK = 2**18  # codes at a time; even, since two may share a byte
+Probe = Literal["codes", "float"]
+
+
+class Grid(Protocol):
+    """How codes are stored. Their order is that of the weights they stand for."""
+
+    low: int
+    high: int
+    per_byte: int
+
+    def codes(self, stored: Tensor) -> Tensor:
+        """Any slice of the stored bytes -> fp32 codes, `per_byte` for each byte; flat."""
+        ...
+
+    def stored(self, codes: Tensor) -> Tensor:
+        """The inverse; codes are whole numbers within the range."""
+        ...
+
+
+class Move(NamedTuple):
+    """codes += Σ amounts[i] · Q2(u_i), before it is rounded."""
+
+    directions: tuple[Direction, ...]
+    amounts: tuple[float, ...]
+
+
+def stochastic_round(x: Tensor, *key: int | str) -> Tensor:
+    """Q(x) for flat fp32 x: one of the two neighbouring whole numbers, x on average. Chances are exact to 2^-31.
+
+    The magnitude is rounded and its sign given back, so that a small negative x keeps its precision.
+    """
+    magnitude = x.abs()
+    whole = magnitude.floor()
+    raw = torch.from_numpy(packed_bits(32 * x.numel(), *key)[: 4 * x.numel()].view("<i4")).to(x.device)
+    chance = raw.bitwise_and_(2**31 - 1).to(x.dtype).mul_(2.0**-31)
+    return whole.add_(chance < magnitude.sub_(whole)).copysign_(x)
+
+
+class Codes:
+    """Every code of every layer is a trained number.
+
+    Args:
+        scales: the live codes in the place of scales, as they are stored.
+        grids: how each layer stores them.
+        trained: names of the layers that take part; None is all.
+        probe: whether a forward sees rounded codes or c ± ε u itself.
+    """
+
+    has_gains = False
+
+    def __init__(
+        self, scales: ScaleSet, grids: Mapping[str, Grid], trained: Sequence[str] | None = None, probe: Probe = "codes"
+    ) -> None:
+        self.scales, self._grids, self._probe = scales, grids, probe
+        self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
+
+    def numbers(self) -> dict[str, Tensor]:
+        return self._trained
+
+    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+        if direction is None:
+            return None
+
+        def shown(names: Sequence[str]) -> dict[str, Tensor]:
+            return {name: self._probed(name, direction, radius) for name in names if name in self._trained}
+
+        return shown
+
+    def _probed(self, name: str, direction: Direction, radius: float) -> Tensor:
+        """The layer's codes at ±ε: as they are stored, or fp32 [N, K]."""
+        grid, live = self._grids[name], self._trained[name]
+        if self._probe == "float":
+            shown = torch.empty(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
+        else:
+            shown = torch.empty_like(live)
+        for index, part in self._blocks(name):
+            codes = grid.codes(live.view(-1)[part])
+            u = _direction(direction, name, index, codes)
+            if self._probe == "float":
+                shown.view(-1)[part.start * grid.per_byte : part.stop * grid.per_byte] = codes.add_(u.mul_(radius))
+                continue
+            p = stochastic_round(u.mul_(abs(radius)), *_key(direction, name, index), "probe")
+            codes = codes.add_(p) if radius > 0 else codes.sub_(p)
+            shown.view(-1)[part] = grid.stored(codes.clamp_(grid.low, grid.high))
+        return shown
+
+    def _blocks(self, name: str) -> Iterator[tuple[int, slice]]:
+        """Number and place of each block in the stored bytes, flat."""
+        total, size = self._trained[name].numel(), BLOCK // self._grids[name].per_byte
+        return ((index, slice(start, min(start + size, total))) for index, start in enumerate(range(0, total, size)))
+
+    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
+        raise ValueError("codes have no factor of outputs; train scales to give every example its own direction")
+
+    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
+        """Σ amounts[i] · Q2(u_i), fp32 [N, K]: what an update would be before it is rounded."""
+        grid, live = self._grids[name], self._trained[name]
+        total = torch.zeros(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
+        for index, part in self._blocks(name):
+            place = total.view(-1)[part.start * grid.per_byte : part.stop * grid.per_byte]
+            for direction, amount in zip(directions, amounts, strict=True):
+                place.add_(_rounded_direction(direction, name, index, place).mul_(amount))
+        return total
+
+    def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
+        """codes += Σ Q(amounts[i] · Q2(u_i))."""
+        for name in self._trained:
+            for index, part in self._blocks(name):
+                change: Tensor | None = None
+                for direction, amount in zip(directions, amounts, strict=True):
+                    u = _rounded_direction(direction, name, index, self._trained[name], self._size(name, part))
+                    one = stochastic_round(u.mul_(amount), *_key(direction, name, index), "move")
+                    change = one if change is None else change.add_(one)
+                if change is not None:
+                    self._add_(name, part, change)
+
+    def move_with_feedback_(self, past: Sequence[Move], now: Move, decay: float) -> None:
+        """codes += round(v) for v = Σ amounts[i] · Q2(u_i) + decay · e; e is what rounding left of the `past` moves, oldest first.
+
+        What a gated number could not take counts as taken: e depends on seeds and scalars alone.
+        """
+        for name in self._trained:
+            for index, part in self._blocks(name):
+                left: Tensor | None = None
+                for move in (*past, now):
+                    wanted = self._wanted(name, index, part, move)
+                    if left is not None:
+                        wanted.add_(left.mul_(decay))
+                    taken = wanted.round()
+                    left = wanted.sub_(taken)
+                self._add_(name, part, taken)
+
+    def _wanted(self, name: str, index: int, part: slice, move: Move) -> Tensor:
+        total: Tensor | None = None
+        for direction, amount in zip(move.directions, move.amounts, strict=True):
+            one = _rounded_direction(direction, name, index, self._trained[name], self._size(name, part)).mul_(amount)
+            total = one if total is None else total.add_(one)
+        assert total is not None
+        return total
+
+    def _size(self, name: str, part: slice) -> int:
+        return int(part.stop - part.start) * self._grids[name].per_byte
+
+    def _add_(self, name: str, part: slice, change: Tensor) -> None:
+        """Whole numbers, gated at the range's edge."""
+        grid, place = self._grids[name], self._trained[name].view(-1)[part]
+        codes = grid.codes(place)
+        moved = change.add_(codes)
+        place.copy_(grid.stored(torch.where((moved >= grid.low) & (moved <= grid.high), moved, codes)))
+
+    def add_(self, name: str, delta: Tensor) -> None:
+        raise ValueError("codes move in whole steps; use optimizer sgd or feedback")
+
+    def merge_(self) -> None:
+        """Nothing to do: the numbers are what the forward reads."""
+
+    def state(self) -> dict[str, Tensor]:
+        return self._trained
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        copy_by_name_(self.state(), state)
+
+
+class ErrorFeedback:
+    """Normalised SGD on codes that carries what rounding left; see above.
+
+    Args:
+        decay: γ.
+        steps: how many past steps e is computed from. What came before has less than γ^steps of its weight.
+        spread_decay: of the running mean of μ².
+    """
+
+    def __init__(self, decay: float = 0.9, steps: int = 20, spread_decay: float = 0.95) -> None:
+        self.decay, self.steps, self.spread_decay = decay, steps, spread_decay
+        self._past: list[Move] = []
+        self._count, self._square = 0, 0.0
+
+    def step_(self, parametrization: Parametrization, update: Update) -> None:
+        if not isinstance(parametrization, Codes):
+            raise ValueError("optimizer feedback is for integer codes; scales need none")
+        unit = self._spread(update.projected_grad) * len(update.projected_grad)
+        now = Move(update.directions, tuple(-update.lr * g / unit for g in update.projected_grad))
+        parametrization.move_with_feedback_(self._past, now, self.decay)
+        self._past = [*self._past, now][-self.steps :]
+
+    def _spread(self, projected_grad: Sequence[float]) -> float:
+        """√(running mean of μ²), this step's included; 1 while all were 0."""
+        square = math.fsum(g * g for g in projected_grad) / len(projected_grad)
+        self._count += 1
+        self._square = self.spread_decay * self._square + (1 - self.spread_decay) * square
+        return math.sqrt(self._square / (1 - self.spread_decay**self._count)) or 1.0
+
+    def state(self) -> dict[str, Tensor]:
+        """Seeds and scalars alone: int64 [steps, n, 4], float64 [steps, n] and [2]."""
+        if not self._past:
+            return {}
+        facts = [[(d.seed, d.step, d.index, int(d.distribution == "gaussian")) for d in move.directions] for move in self._past]
+        amounts = torch.tensor([move.amounts for move in self._past], dtype=torch.float64)
+        spread = torch.tensor([self._count, self._square], dtype=torch.float64)
+        return {"directions": torch.tensor(facts), "amounts": amounts, "spread": spread}
+
+    def load_state_(self, state: dict[str, Tensor]) -> None:
+        self._past, self._count, self._square = [], 0, 0.0
+        if state:
+            count, self._square = state["spread"].tolist()
+            self._count = int(count)
+            for facts, amounts in zip(state["directions"].tolist(), state["amounts"].tolist(), strict=True):
+                directions = (Direction(s, t, i, "gaussian" if gaussian else "rademacher") for s, t, i, gaussian in facts)
+                self._past.append(Move(tuple(directions), tuple(amounts)))
+
+
+def _key(direction: Direction, name: str, index: int) -> tuple[int | str, ...]:
+    return direction.seed, direction.step, direction.index, _block_name(name, index)
+
+
+def _block_name(name: str, index: int) -> str:
+    return f"{name}[{index}]"
+
+
+def _direction(direction: Direction, name: str, index: int, like: Tensor) -> Tensor:
+    """u of one block."""
+    return direction.z(_block_name(name, index), like)
+
+
+def _rounded_direction(direction: Direction, name: str, index: int, like: Tensor, numel: int | None = None) -> Tensor:
+    """Q2(u) of one block, fp32; signs are whole as they are."""
+    flat = like.new_empty(like.numel() if numel is None else numel, dtype=torch.float32)
+    u = _direction(direction, name, index, flat)
+    return u if direction.distribution == "rademacher" else stochastic_round(u, *_key(direction, name, index), "direction")
