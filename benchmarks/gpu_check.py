@@ -4,7 +4,7 @@ On a machine without one everything that needs none is run on the CPU and the re
 
     equal      z, the shown scales and an update, bit for bit those of the CPU
     forward    the embedded model in fp32 and bf16 against the CPU in fp32
-    step       a dense step over two plain forwards
+    step       a dense step and one of the default over two plain forwards
     memory     peak at 512 and 1024 px, batch 1, of Stable Diffusion 3.5 Large with random weights (--layers for less)
 """
 
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,18 +23,17 @@ from benchmarks.record import write_results
 from benchmarks.resident import reset_peak
 from benchmarks.sd35_full_size import batch_of, config_of, status
 from qzo_diffusion import build
-from qzo_diffusion.config import QuantConfig
+from qzo_diffusion.config import QuantConfig, make_config
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.diffusion.flow_matching import velocity_loss
+from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.bnb import quantized_layer
 from qzo_diffusion.quant.load import find_scales
 from qzo_diffusion.resources import tiny_model
-from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
+from qzo_diffusion.train.loop import StepBatch, train_step_
 
 CPU = torch.device("cpu")
 
@@ -44,20 +44,32 @@ def tiny(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def equal(device: torch.device) -> dict[str, bool]:
-    """Every level of numbers, moved by the same directions on both devices."""
+    """Every level of numbers, moved by the same directions on both devices; integer codes too."""
     found = {}
+    found["codes"] = _equal_codes(device)
     for level in ("dense", "row", "column", "layer"):
         results = []
         for place in (CPU, device):
             numbers = parametrize(find_scales(tiny(place, torch.float32)), level)  # type: ignore[arg-type]
             direction = Direction(7, 3)
-            z = {name: numbers.z(direction, name).cpu() for name in numbers.numbers()}
+            z = {name: numbers.combined(name, [direction], [1.0]).cpu() for name in numbers.numbers()}
             numbers.move_([direction], [0.01])
             moved = {name: number.cpu().clone() for name, number in numbers.state().items()}
             results.append((z, moved, {name: scale.cpu() for name, scale in tuned_scales(numbers).items()}))
         for what, one, other in zip(("z", "numbers", "scales"), *results, strict=True):
             found[f"{level}_{what}"] = all(torch.equal(one[name], other[name]) for name in one)
     return found
+
+
+def _equal_codes(device: torch.device) -> bool:
+    moved = []
+    for place in (CPU, device):
+        config = make_config({"model": "tiny", "method": "quzo"})
+        model = build.quantized_transformer(config, tiny_model(), place, torch.float32)
+        scales, numbers = build.scales_and_numbers(config, model)
+        numbers.move_([Direction(7, 3)], [0.3])
+        moved.append({name: tensor.cpu() for name, tensor in scales.tensors().items()})
+    return all(torch.equal(tensor, moved[1][name]) for name, tensor in moved[0].items())
 
 
 def forward(device: torch.device) -> dict[str, float]:
@@ -112,8 +124,8 @@ def peak_gb(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds: int) -> dict[str, Any]:
+    """Of a dense step and of the default's, where one example is in flight at a time."""
     model = random_model(layers, device)
-    numbers, counted = parametrize(find_scales(model), "dense"), iter(range(10**9))
     figures: dict[str, Any] = {"layers": layers}
 
     def objective(one: Any) -> torch.Tensor:
@@ -127,28 +139,37 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
             objective(batch).sum().item()
             objective(batch).sum().item()
 
-        def step(batch: Any = batch) -> None:
-            train_step_(objective, StepBatch([batch]), numbers, Sgd(), Probing(0, 1e-2), 1e-9, next(counted))
-
         two_forwards()
-        inference, training = peak_gb(device, two_forwards), peak_gb(device, step)
-        ratios, seconds = [], []
-        for _ in range(rounds):
-            times = []
-            for work in (step, two_forwards):
-                started = time.perf_counter()
-                work()
-                times.append(time.perf_counter() - started)
-            ratios.append(times[0] / times[1])
-            seconds.append(times[0])
-        figures[f"{side}px"] = {
-            "step_over_two_forwards": round(statistics.median(ratios), 4),
-            "step_seconds": round(statistics.median(seconds), 3),
-            "inference_peak_gb": round(inference, 3),
-            "step_peak_gb": round(training, 3),
-        }
+        inference = peak_gb(device, two_forwards)
+        figures[f"{side}px"] = {"inference_peak_gb": round(inference, 3)}
+        for name, settings in {"dense": {"qzo": {"parametrization": "dense"}}, "default": {}}.items():
+            step = step_of(model, objective, batch, make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}}))
+            training = peak_gb(device, step)
+            ratios, seconds = [], []
+            for _ in range(rounds):
+                times = []
+                for work in (step, two_forwards):
+                    started = time.perf_counter()
+                    work()
+                    times.append(time.perf_counter() - started)
+                ratios.append(times[0] / times[1])
+                seconds.append(times[0])
+            figures[f"{side}px"][name] = {
+                "step_over_two_forwards": round(statistics.median(ratios), 4),
+                "step_seconds": round(statistics.median(seconds), 3),
+                "step_peak_gb": round(training, 3),
+            }
         print(side, figures[f"{side}px"], file=sys.stderr)
     return figures
+
+
+def step_of(model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config) -> Callable[[], object]:
+    """A whole step of a run with this config; a further one at every call."""
+    _, numbers = build.scales_and_numbers(config, model)
+    regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
+    whole = StepBatch([replace(batch, regions=regions)], regions=regions)
+    optimizer, probing, counted = build.optimizer(config), build.probing(config), iter(range(10**9))
+    return lambda: train_step_(objective, whole, numbers, optimizer, probing, 1e-9, next(counted))
 
 
 def main() -> None:

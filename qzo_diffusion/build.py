@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion import __version__, resources
-from qzo_diffusion.config import Config, RunConfig
+from qzo_diffusion.config import Config, QuantConfig, RunConfig
 from qzo_diffusion.core.errors import ConfigError, JournalError, ModelError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
@@ -151,7 +151,7 @@ def _choose_automatically() -> tuple[Path, str]:
 def least_memory(folder: Path, device: torch.device) -> float:
     """Bytes that any run of a model needs. Raises ModelError when its transformer is not whole."""
     found, dtype, quant = find_transformer(folder / "transformer"), choose_dtype("auto", device), Config().quant
-    size = memory.ModelSize.of(empty_transformer(found.config), quant.skip, quant.blocksize, dtype)
+    size = memory.ModelSize.of(empty_transformer(found.config), quantization(quant), dtype)
     return memory.least_bytes(size, found.entries, dtype, device.type)
 
 
@@ -304,9 +304,11 @@ def quantized_transformer(config: Config, folder: Path, device: torch.device, dt
     """The 4-bit transformer, ready for tuning and sampling. Raises ModelError."""
     found = find_transformer(transformer_place(config, folder))
     source = Source(found.entries, lambda: empty_transformer(found.config))
-    quant = config.quant
-    how = Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend, quant.activations)
-    return load_quantized(source, how, dtype=dtype, device=device, cache=copies_folder(config))
+    return load_quantized(source, quantization(config.quant), dtype=dtype, device=device, cache=copies_folder(config))
+
+
+def quantization(quant: QuantConfig) -> Quantization:
+    return Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend, quant.activations)
 
 
 def copies_folder(config: Config) -> Path:

@@ -111,7 +111,7 @@ class LlmPlan:
                 micro_batch_size=build.micro_batch_size(config, config.data.batch_size),
                 share=ranks.share,
             ),
-            header=journal_header(config, config.data.batch_size, base.codes, base.initial) | {"kind": "llm"},
+            header=journal_header(config, config.data.batch_size, base.codes, base.initial) | _facts(config),
             extras=scores,
             take_step=base.take_step,
         )
@@ -119,6 +119,12 @@ class LlmPlan:
     def _counted(self, split: str, encoded: list[Encoded]) -> list[dict[str, Any]]:
         rows = _table(split, getattr(self.splits, split))
         return [row | {"tokens": one.length, "cut": one.cut} for row, one in zip(rows, encoded, strict=True)]
+
+
+def _facts(config: LlmConfig) -> dict[str, Any]:
+    """What a journal of a language model says beyond one of a style run."""
+    lora, data = config.lora.model_dump(), config.data.model_dump()
+    return {"kind": "llm", "method": config.method, "task": config.task, "lora": lora, "data": data}
 
 
 def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from qzo_diffusion.diffusion import memory, sd3
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
 from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, empty_text_encoder
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer, read_config
+from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
 
 # In the order in which they are tried: first what costs nothing but time, last what changes the result.
@@ -62,7 +63,7 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     found = find_transformer(build.transformer_place(config, folder))
     transformer = found.config
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    size = ModelSize.of(empty_transformer(transformer), config.quant.skip, config.quant.blocksize, dtype, width)
+    size = ModelSize.of(empty_transformer(transformer), build.quantization(config.quant), dtype, width)
     vae_config, vae = read_config(folder / "vae" / "config.json"), memory.stored_bytes(read_entries(folder / "vae"), torch.float32)
     side = config.data.resolution or sd3.native_resolution(folder)
     reduction = 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -92,7 +93,7 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
             resident
             | {
                 "forward": memory.forward_bytes(size, image_tokens, text_tokens, batch, dtype),
-                "shown scales": memory.shown_bytes(size),
+                "shown scales": memory.shown_bytes(size, config.qzo.parametrization),
                 "trained numbers": memory.trained_bytes(size, config.qzo.parametrization, config.train.optimizer),
             },
         ),
@@ -117,7 +118,7 @@ def _largest_encoder(config: Config, place: build.Place) -> dict[str, float]:
         entries = read_entries(place.folder / part)
         reading = memory.reading_bytes(entries, place.dtype, place.device.type, 0)
         if part == T5 and mode == "nf4":
-            weights = ModelSize.of(empty_text_encoder(place.folder, part), (), 64, place.dtype).weights
+            weights = ModelSize.of(empty_text_encoder(place.folder, part), Quantization(), place.dtype).weights
         else:
             weights = memory.stored_bytes(entries, place.dtype)
         sizes[part] = weights + reading

@@ -2,16 +2,21 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qzo_diffusion import build
-from qzo_diffusion.config import Config, TrainConfig, make_config
+from qzo_diffusion.config import Config, RunConfig, TrainConfig, make_config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
-from qzo_diffusion.core.parametrization import tuned_scales
+from qzo_diffusion.core.optimizer import Optimizer
+from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
+from qzo_diffusion.llm_config import LlmConfig
+from qzo_diffusion.llm_methods import load_base as load_language_base
 from qzo_diffusion.train.run_folder import RunFolder
 
 _NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")  # what settles the trained numbers
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: Path) -> dict[str, Any]:
@@ -23,39 +28,72 @@ def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: 
     journal = read_journal(journal_file)
     if to_step is not None and not 0 <= to_step <= journal.steps_done:
         raise JournalError(f"--to-step {to_step}", f"0 to {journal.steps_done}, where the journal ends", "choose an earlier step")
-    config = config_of(journal, model)
-    transformer, scales, numbers = build.load_base(config, build.find_place(config))
-    codes, initial = build.fingerprints(transformer, scales)
+    config: RunConfig
+    if journal.header.get("kind") == "llm":
+        config = language_config_of(journal, model)
+        numbers, optimizer, (codes, initial), facts = _language_base(config)
+    else:
+        config = config_of(journal, model)
+        numbers, optimizer, (codes, initial), facts = _style_base(config)
     build.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
     out = RunFolder.create(output_dir)
     started = time.perf_counter()
-    steps = replay_(journal, numbers, build.optimizer(config), to_step=to_step)
+    steps = replay_(journal, numbers, optimizer, to_step=to_step)
     seconds = time.perf_counter() - started
-    metadata = build.scales_metadata(config, codes) | {"qzo.steps": str(steps)}
+    metadata = build.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
     out.save_scales("final", tuned_scales(numbers), metadata)
     out.write_text("config.yaml", config.to_yaml())
     return {"run": str(output_dir), "steps": steps, "seconds": seconds, "torn_bytes": journal.torn_bytes}
 
 
+_Base = tuple[Parametrization, Optimizer, tuple[str, str], dict[str, str]]
+"""Numbers, optimizer, hashes of what stays and of what is trained, and what else tuned scales say of themselves."""
+
+
+def _style_base(config: Config) -> _Base:
+    transformer, scales, numbers = build.load_base(config, build.find_place(config))
+    return numbers, build.optimizer(config), build.fingerprints(transformer, scales), {}
+
+
+def _language_base(config: LlmConfig) -> _Base:
+    device = build.choose_device(config.compute.device)
+    folder, _ = build.choose_lm(config.model)
+    base = load_language_base(config, folder, device, build.choose_dtype(config.compute.dtype, device))
+    facts = {"qzo.method": config.method, "qzo.task": config.task}
+    return base.numbers, base.optimizer, (base.codes, base.initial), facts
+
+
 def config_of(journal: Journal, model: str | None) -> Config:
     """The settings that a journal's header names; everything else is as by default and does not matter for a replay."""
+    method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
+    return _config(journal, Config, {"method": method}, model)
+
+
+def language_config_of(journal: Journal, model: str | None) -> LlmConfig:
+    """As `config_of`, of a run on a language model; its task is kept, so that `llm evaluate` finds it."""
+    try:
+        own = {name: journal.header[name] for name in ("method", "task", "lora", "data")}
+    except KeyError as error:
+        raise _without(error) from None
+    return _config(journal, LlmConfig, own, model)
+
+
+def _config(journal: Journal, kind: type[AnyConfig], own: dict[str, Any], model: str | None) -> AnyConfig:
     header = journal.header
-    if header.get("kind") == "llm":
-        raise JournalError(
-            "a journal of a language model", "one of a style run", "rebuild its scales with `qzo-diffuse llm train --resume RUN`"
-        )
     try:
         decay, steps = header.get("feedback") or (TrainConfig().feedback_decay, TrainConfig().feedback_steps)
         feedback = {"feedback_decay": decay, "feedback_steps": steps}
-        return make_config(
-            {
-                "model": model or header["model"],
-                "method": "quzo" if header["parametrization"] == "codes" else "qzo",
-                "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
-                "qzo": {key: header[key] for key in _NUMBERS},
-                "quant": header["quant"],
-                "compute": {"dtype": header["dtype"]},
-            }
-        )
+        settings = {
+            "model": model or header["model"],
+            "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
+            "qzo": {key: header[key] for key in _NUMBERS},
+            "quant": header["quant"],
+            "compute": {"dtype": header["dtype"]},
+        }
     except KeyError as error:
-        raise JournalError(f"a journal without {error} in its header", "a journal of a run", "give journal.qzo of a run") from None
+        raise _without(error) from None
+    return make_config(settings | own, kind)
+
+
+def _without(error: KeyError) -> JournalError:
+    return JournalError(f"a journal without {error} in its header", "a journal of a run", "give journal.qzo of a run")

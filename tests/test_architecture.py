@@ -40,7 +40,7 @@ BELOW = {
     "mix_run": {"build"} | UNDER_BUILD,
     "score_run": {"build"} | UNDER_BUILD,
     "evaluate_run": {"build", "style_data", "style_run", "training_run", "report_run", "mix_run"} | UNDER_BUILD,
-    "replay_run": {"build"} | UNDER_BUILD,
+    "replay_run": {"build", "llm_config", "llm_methods"} | UNDER_BUILD,
     "export_run": {"build", "mix_run"} | UNDER_BUILD,
     "doctor": {"build", "planning", "config", "resources", "quant", "core", ""},
     "api": {"quant", "train", "core", ""},

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +206,32 @@ def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(export, f
         assert main(arguments(finished, tmp_path, "delta")) == 130
     assert not (tmp_path / "out").exists()
     assert (export("delta") / "COMPLETE").is_file()
+
+
+KILLED = """
+import os, sys
+from qzo_diffusion import export_run
+from qzo_diffusion.cli import main
+plain, left = export_run.write_tensors, int(sys.argv[1])
+def write(file, tensors, metadata, progress):
+    count = iter(range(10**6))
+    def step(nbytes):
+        if next(count) == left:
+            os.kill(os.getpid(), 9)
+    plain(file, tensors, metadata, step)
+export_run.write_tensors = write
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [0, 40])
+def test_an_export_that_is_killed_leaves_nothing_that_is_used(export, finished, tmp_path, left):
+    command = [sys.executable, "-c", KILLED, left, *arguments(finished, tmp_path, "nf4")]
+    done = subprocess.run([*map(str, command)], cwd=Path(__file__).parents[1], capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "out").exists()
+    assert (export("nf4") / "COMPLETE").is_file()
 
 
 def test_formats_that_do_not_fit_the_run_are_refused(finished, tmp_path, capsys):

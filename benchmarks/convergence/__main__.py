@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
 from benchmarks.convergence.folder import compare
 from benchmarks.convergence.methods import BUDGET, DATA, UNSEEN, Cell, open_cells
+from benchmarks.convergence.pictures import draw_all
 from benchmarks.convergence.report import write_report
 from benchmarks.convergence.tasks import Task, open_task
 from benchmarks.record import RESULTS
@@ -68,14 +69,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the figures; finished runs are kept beside it, in FILE.cells/")
     verbs = parser.add_subparsers(dest="verb")
     runs, reports = verbs.add_parser("run", help="run cells"), verbs.add_parser("report", help="write table, plot and JSON")
-    for verb in (runs, reports):
+    pictures = verbs.add_parser("pictures", help="draw what the default's best run on each style looks like")
+    for verb in (runs, reports, pictures):
         verb.add_argument("--results", type=Path, default=RESULTS, help="the folder with cells/ and convergence.json")
-    runs.add_argument(
-        "--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json; for sst2 of the .tsv files"
-    )
+    for verb in (runs, pictures):
+        verb.add_argument(
+            "--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json; for sst2 of the .tsv files"
+        )
+        verb.add_argument("--cache", type=Path, default=CACHE, help="for checkpoints")
+    pictures.add_argument("--output", type=Path, default=Path("docs/images"), dest="folder")
     runs.add_argument("--cells", default="*", metavar="PATTERN", help="DATA/METHOD_SEED with wildcards, several parted by commas")
     runs.add_argument("--minutes", type=float, help="stop after this time, with the cell in hand checkpointed")
-    runs.add_argument("--cache", type=Path, default=CACHE, help="for checkpoints")
     arguments = parser.parse_args()
     if arguments.verb is None:
         if arguments.style_dir is None or arguments.output is None:
@@ -85,6 +89,9 @@ def main() -> None:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     elif arguments.verb == "report":
         write_report(arguments.results)
+    elif arguments.verb == "pictures":
+        for path in draw_all(arguments.data, arguments.results, arguments.cache, arguments.folder):
+            say(str(path))
     else:
         folders = Folders(arguments.results / "cells", arguments.cache)
         sys.exit(0 if run(arguments.data, folders, arguments.cells, arguments.minutes) else 75)

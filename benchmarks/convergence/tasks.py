@@ -25,6 +25,8 @@ from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.captions import METADATA_NAME
 from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
+from qzo_diffusion.diffusion.images import open_image
+from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.quant.load import handles_of
@@ -178,6 +180,17 @@ class StyleTask:
 
     def handles(self) -> Iterable[DifferentiableHandle]:
         return handles_of(self._transformer)
+
+    def sampler(self, captions: Sequence[str]) -> Sampler:
+        plan, vae = self._plan, self._encoded.vae
+        prompts = self._encoded.prompts
+        return build.sampler(plan.config, plan.model_folder, self._transformer, vae, captions, prompts, plan.device, plan.dtype)
+
+    def shown(self, count: int) -> tuple[list[str], list[Image.Image]]:
+        """Captions of held-out drawings, evenly from their list, and the drawings."""
+        samples = self._plan.style.validation
+        chosen = [samples[index * len(samples) // count] for index in range(count)]
+        return [sample.caption for sample in chosen], [open_image(sample.path).image for sample in chosen]
 
     def _held_out(self, samples: Sequence[Sample], size: int = 32) -> list[Batch]:
         """Every held-out image once, at one noise level of its own: 128 forwards an evaluation instead of 512."""

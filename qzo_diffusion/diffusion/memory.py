@@ -4,7 +4,7 @@ Weights are counted; what a forward holds is a formula over tokens and widths. I
 the whole against the measured peak.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qzo_diffusion.core.quzo import BLOCK
 from qzo_diffusion.core.scales import SHOWN_AT_ONCE
 from qzo_diffusion.quant.base import linears_to_quantize
+from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import Entry
 
 LIBRARIES = {"cpu": 0.87e9, "cuda": 0.6e9}  # bytes of a process that has imported everything; of a CUDA context
@@ -36,18 +38,21 @@ class ModelSize:
     width: int
 
     @classmethod
-    def of(cls, model: nn.Module, skip: Sequence[str], blocksize: int, dtype: torch.dtype, width: int = 0) -> "ModelSize":
+    def of(cls, model: nn.Module, how: Quantization, dtype: torch.dtype, width: int = 0) -> "ModelSize":
         """Of a model on the meta device that will be quantized."""
-        chosen = dict(linears_to_quantize(model, skip, blocksize))
+        chosen = dict(linears_to_quantize(model, how.skip, how.columns))
+        of_rows, blocksize = how.quant_type in ("int8", "fp8"), how.blocksize  # a byte a weight and a scale an output
         quantized = {id(linear.weight) for linear in chosen.values()}
         plain = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantized]
         numel = sum(linear.weight.numel() for linear in chosen.values())
-        weights = numel / 2 + 4 * numel / blocksize + sum(tensor.numel() for tensor in plain) * dtype.itemsize
+        rows = sum(linear.out_features for linear in chosen.values())
+        scales = rows if of_rows else numel // blocksize
+        weights = numel / (1 if of_rows else 2) + 4 * scales + sum(tensor.numel() for tensor in plain) * dtype.itemsize
         return cls(
             weights,
-            numel // blocksize,
+            scales,
             max((linear.weight.numel() for linear in chosen.values()), default=0),
-            sum(linear.out_features for linear in chosen.values()),
+            rows,
             sum(linear.in_features // blocksize for linear in chosen.values()),
             width,
         )
@@ -106,14 +111,18 @@ def forward_bytes(size: ModelSize, image_tokens: int, text_tokens: int, batch: i
     return hidden + size.largest * dtype.itemsize
 
 
-def shown_bytes(size: ModelSize) -> float:
-    """What a step shows beside a forward: the changed scales of some layers, and the factors that they are made with."""
+def shown_bytes(size: ModelSize, parametrization: str) -> float:
+    """What a step shows beside a forward: the changed scales or codes of some layers, and what they are made with."""
+    if parametrization == "codes":
+        return max(size.largest, SHOWN_AT_ONCE) + 6 * 4.0 * BLOCK
     return 3 * 4.0 * min(size.scales, SHOWN_AT_ONCE)
 
 
 def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:
     """Trained numbers and their optimizer's state. Dense numbers are the scales themselves."""
     own = {"layer": 0, "row": size.rows, "column": size.block_columns, "separable": size.rows + size.block_columns, "dense": 0}
+    if parametrization == "codes":
+        return 0.0
     count = size.scales if parametrization == "dense" else own[parametrization]
     return 4.0 * (own[parametrization] + STATE[optimizer] * count)
 

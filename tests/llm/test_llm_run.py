@@ -252,10 +252,24 @@ def test_a_run_is_not_continued_with_other_examples(arguments, tmp_path, capsys)
     assert "other split" in error
 
 
-def test_a_journal_of_a_language_model_is_not_replayed_over_a_diffusion_model(arguments, tmp_path, capsys):
-    assert main(arguments("--max-steps", 1)) == 0
+@pytest.mark.parametrize("method", ["qzo", "mezo", "quzo", "quzo-lora"])
+def test_a_journal_alone_rebuilds_the_run(arguments, tmp_path, capsys, method):
+    assert main(arguments("--method", method, "--json")) == 0
+    trained = json.loads(capsys.readouterr().out)
     journal = str(tmp_path / "run" / "journal.qzo")
-    assert "a journal of a language model" in failing(capsys, main(["replay", "--journal", journal, "--output-dir", "x"]))
+    assert main(["replay", "--journal", journal, "--output-dir", str(tmp_path / "again")]) == 0
+    whole, again = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "again"))
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == trained["accuracy"]["end"]
+
+
+def test_a_journal_is_not_replayed_over_another_model(arguments, tmp_path, capsys):
+    assert main(arguments("--max-steps", 1)) == 0
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    journal = ["replay", "--journal", str(tmp_path / "run" / "journal.qzo"), "--model", str(other)]
+    assert "a journal with codes" in failing(capsys, main([*journal, "--output-dir", str(tmp_path / "again")]))
 
 
 def test_a_folder_without_weights_is_told(tmp_path, data, capsys):

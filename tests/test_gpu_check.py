@@ -1,0 +1,18 @@
+"""The check for GPUs at least runs, and finds a CPU equal to itself."""
+
+import torch
+
+from benchmarks import gpu_check
+
+
+def test_a_cpu_equals_itself():
+    found = gpu_check.equal(torch.device("cpu"))
+    assert len(found) == 4 * 3 + 1
+    assert all(found.values()), found
+
+
+def test_steps_over_the_real_architecture_are_measured():
+    found = gpu_check.step_and_memory(torch.device("cpu"), 1, [64], rounds=1)["64px"]
+    for name in ("dense", "default"):
+        assert found[name]["step_over_two_forwards"] > 0.5
+        assert found[name]["step_peak_gb"] > 0.1
