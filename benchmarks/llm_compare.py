@@ -191,12 +191,20 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         "steps": steps,
         "forwards": steps * BATCH * (1 if method.first_order else 2),
         "processor_seconds": round(spent, 1),
+        "curve": _curve(folder, BATCH * (1 if method.first_order else 2)) if method.trained else [],
         "settings": [one for one in arguments_of(cell, places) if "=" in one],
         "provenance": provenance() | {"command": f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'"},
     }
     places.result(cell).parent.mkdir(parents=True, exist_ok=True)
     places.result(cell).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _curve(folder: Path, forwards_of_step: int) -> list[tuple[int, float]]:
+    """(example-forwards, held-out loss); of first order, examples that went forwards and backwards."""
+    metrics = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return [(line["step"] * forwards_of_step, round(line["validation_loss"], 4)) for line in lines if "validation_loss" in line]
 
 
 def _diverged(folder: Path) -> bool:
@@ -306,7 +314,29 @@ def memory(name: str, places: Places) -> dict[str, float]:
     return {"inference_mb": round(at_rest / 1e6), "step_mb": round(step / 1e6), "memory_over_inference": round(step / at_rest, 4)}
 
 
+def plot(results: list[dict[str, Any]], picture: Path) -> None:
+    """Held-out loss of SST-2 against forwards, a line for every run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panel = figure.subplots()
+    colours = {name: f"C{index}" for index, name in enumerate(METHODS)}
+    for result in results:
+        if result["task"] == "sst2" and result.get("curve"):
+            spent, losses = zip(*result["curve"], strict=True)
+            line = "--" if METHODS[result["method"]].first_order else "-"
+            label = result["method"] if result["seed"] == 0 else None
+            panel.plot(spent, losses, line, color=colours[result["method"]], label=label, linewidth=1.3)
+    panel.set_xlabel("example-forwards (dashed: examples forwards and backwards)")
+    panel.set_ylabel("held-out loss, SST-2")
+    if panel.lines:
+        panel.legend(fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
 def report(places: Places, document: Path) -> Path:
+    picture = document.parent / "images" / "llm.png"
     found = [json.loads(path.read_text()) for path in sorted((places.results / "cells" / "llm").glob("*/*.json"))]
     peaks = places.results / "llm_memory.json"
     memories: dict[str, Any] = json.loads(peaks.read_text())["methods"] if peaks.exists() else {}
@@ -326,6 +356,7 @@ def report(places: Places, document: Path) -> Path:
     text = document.read_text(encoding="utf-8")
     head, _, rest = text.partition(TABLE[0])
     document.write_text(head + "\n".join([TABLE[0], "", *lines, "", TABLE[1]]) + rest.partition(TABLE[1])[2], encoding="utf-8")
+    plot(found, picture)
     shares = {task: share for task, of in figures.items() if (share := _gain_share(of)) is not None}
     return write_results("llm_compare", {"tasks": figures, "gain_share": shares, "memory": memories}, places.results)
 
