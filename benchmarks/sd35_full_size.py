@@ -11,10 +11,8 @@ that was stopped goes on (`--stages`):
     export     nf4: packed codes equal to the base's, and a forward equal to the tuned model's
     encoders   T5-XXL in NF4, CLIP-G, CLIP-L and the VAE at full size, one after the other, at 512 px
 
-Memory is VmHWM in units of 1e9 bytes, imports included; it is reset through /proc/self/clear_refs before the steps. Stages run
-with MALLOC_MMAP_THRESHOLD_ of 1 MB, unless it is set: glibc raises its own threshold to 32 MB and then keeps the holes that freed
-weights of a layer leave in the heap, which makes memory a matter of chance within 100 MB. `--layers N` is the same in small. About
-30 GB of disk are needed and checked for; `--clean` removes them at the end.
+Memory is VmHWM in units of 1e9 bytes, imports included; it is reset through /proc/self/clear_refs before the steps. `--layers N`
+is the same in small. About 30 GB of disk are needed and checked for; `--clean` removes them at the end.
 """
 
 import argparse
@@ -57,7 +55,6 @@ LARGE = {
     "qk_norm": "rms_norm",
 }
 SHARD = 4e9  # bytes
-ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 T5_TOKENS, CLIP_TOKENS = 256, 77
 
 
@@ -422,7 +419,7 @@ def main() -> None:
         # A process each: the peak of one must not hide that of another.
         command = [sys.executable, "-m", "benchmarks.sd35_full_size", "--in-process", "--stages", stage]
         command += ["--folder", str(args.folder), "--layers", str(args.layers), "--steps", str(args.steps)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=ALLOCATION | os.environ).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
         figures |= {"layers": args.layers, stage: json.loads(output.strip().splitlines()[-1])}
         args.folder.mkdir(parents=True, exist_ok=True)
         figures_file.write_text(json.dumps(figures, indent=1))

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qzo_diffusion.core.gains import Gains
 from qzo_diffusion.core.noise import Direction, SignCache, choose
 from qzo_diffusion.core.parametrization import copy_by_name_
-from qzo_diffusion.core.scales import Gains, ScaleSet, View
+from qzo_diffusion.core.scales import ScaleSet, View
 
 
 class Dense:

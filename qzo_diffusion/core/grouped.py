@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qzo_diffusion.core.gains import Gains, LayerGain
 from qzo_diffusion.core.noise import Direction, PackedBits, SignCache, choose, signed_sum
 from qzo_diffusion.core.parametrization import copy_by_name_
-from qzo_diffusion.core.scales import Gains, LayerGain, ScaleSet, View
+from qzo_diffusion.core.scales import ScaleSet, View
 
 Axis = Literal["layer", "row", "column"]
 

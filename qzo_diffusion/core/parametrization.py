@@ -17,8 +17,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qzo_diffusion.core.gains import Gains
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.scales import Gains, ScaleSet, View
+from qzo_diffusion.core.scales import ScaleSet, View
 
 
 class Parametrization(Protocol):

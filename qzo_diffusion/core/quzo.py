@@ -26,10 +26,11 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qzo_diffusion.core.gains import Gains
 from qzo_diffusion.core.noise import Direction, packed_bits
 from qzo_diffusion.core.optimizer import Update
 from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_
-from qzo_diffusion.core.scales import Gains, ScaleSet, View
+from qzo_diffusion.core.scales import ScaleSet, View
 
 BLOCK = 2**18  # codes at a time; even, since two may share a byte
 Probe = Literal["codes", "float"]

@@ -5,18 +5,18 @@ displaced when a forward raises. Here layers are handed temporary tensors, a few
 ones back when others are shown or the lens is closed: the live scales themselves are never touched.
 
 Numbers that belong to whole rows or to whole blocks of columns need no temporary scales at all, because they are factors of a
-layer's outputs and inputs; those can also differ from example to example (`Gains`).
+layer's outputs and inputs; those can also differ from example to example (`core.gains`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.gains import Factors, Gains, no_bias
 
 SHOWN_AT_ONCE = 2**20
 """Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5 Large). Fewer, larger
@@ -25,23 +25,6 @@ emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
 
 View = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Names of layers -> the scales that their forwards shall see; a layer that is left out sees its live ones."""
-
-
-@dataclass(frozen=True)
-class LayerGain:
-    """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, fp32.
-
-    One row for each group of neighbouring examples, so the number of rows divides the batch: one row for all, two for a batch of
-    +ε and then -ε, or one per example. More rows than examples give each example several, one for each of equally long runs of
-    its tokens. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns.
-    """
-
-    output: Tensor | None = None
-    input: Tensor | None = None
-
-
-Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
-"""Names of layers -> their factors; a layer that is left out has none."""
 
 
 class ScaleHandle(Protocol):
@@ -144,7 +127,7 @@ class _Lens:
         self._handles, self._live, self._chunks, self._view, self._gains = handles, live, chunks, view, gains
         self._chunk: int | None = None
         self._displaced: Sequence[str] = ()
-        self._factors: dict[str, _Factors] = {}
+        self._factors: dict[str, Factors] = {}
         self._biases: dict[str, nn.Parameter] = {}  # of layers that run without theirs
         self._hooks: list[Any] = []
 
@@ -196,8 +179,8 @@ class _Lens:
                 bias = self._handles[name].module.bias
                 if gain.output is not None and isinstance(bias, nn.Parameter):
                     self._biases[name] = bias  # before it is gone: an interrupt in between must still be undone
-                    self._handles[name].module.register_parameter("bias", None)
-            self._factors = {name: _Factors(name, gain, self._biases.get(name)) for name, gain in gains.items()}
+                    self._handles[name].module.register_parameter("bias", no_bias(bias))
+            self._factors = {name: Factors(name, gain, self._biases.get(name)) for name, gain in gains.items()}
         if self._view is not None:
             shown = self._view(names)
             self._displaced = names  # before the first is shown: an interrupt in between must still be undone
@@ -211,47 +194,6 @@ class _Lens:
         for name, bias in self._biases.items():
             self._handles[name].module.register_parameter("bias", bias)
         self._displaced, self._factors, self._biases, self._chunk = (), {}, {}, None
-
-
-class _Factors:
-    """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is added after the product."""
-
-    def __init__(self, name: str, gain: LayerGain, bias: Tensor | None) -> None:
-        self._name, self._input, self._output = name, gain.input, gain.output
-        self._bias = None if bias is None or gain.output is None else bias.detach().to(gain.output.dtype)
-        self.scales_inputs = gain.input is not None
-
-    def of_input(self, x: Tensor) -> Tensor:
-        """A new tensor: several layers may read the same x."""
-        assert self._input is not None
-        groups, blocks = self._input.shape
-        self._check(x, groups)
-        by_block = x.reshape(groups, -1, blocks, x.shape[-1] // blocks) * self._input.view(groups, 1, blocks, 1)
-        return by_block.to(x.dtype).view(x.shape)
-
-    def of_output_(self, output: Tensor) -> None:
-        """In place: the layer has just made it, and a second tensor of its size would cost more than the product."""
-        if self._output is None:
-            return
-        groups = self._output.shape[0]
-        self._check(output, groups)
-        y, factor = output.view(groups, -1, output.shape[-1]), self._output.unsqueeze(1)
-        wide = y.to(factor.dtype)  # in fp32: bf16 would round a factor of 1.01 to 1.0078. The same tensor where y is fp32
-        if self._bias is None:
-            wide.mul_(factor)
-        else:
-            torch.addcmul(self._bias, wide, factor, out=wide)
-        if wide is not y:
-            y.copy_(wide)
-
-    def _check(self, tensor: Tensor, groups: int) -> None:
-        examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
-        if examples % groups and (groups % examples or tokens % (groups // examples)):
-            raise ModelError(
-                f"{self._name} runs on a first dimension of {examples}, of {tokens} tokens each, where {groups} groups are probed",
-                "groups of whole examples, or of equally long runs of an example's tokens",
-                "use parametrization dense, or a model that keeps examples apart in its first dimension; or qzo.regions=1",
-            )
 
 
 def _chunks(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.gains import Factors, LayerGain
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.scales import LayerGain, _Factors
 from qzo_diffusion.core.spsa import estimate
 from tests.quantized import assert_same, inputs, scaled_network, snapshot, squared_output
 
@@ -118,7 +118,7 @@ def test_dense_numbers_have_no_factor_of_outputs():
 def gained(product, bias, gain, dtype=torch.float32):
     """What a quantized layer gives for `product + bias` under a gain."""
     output = product.to(dtype, copy=True)
-    _Factors("layer", LayerGain(output=gain), bias).of_output_(output)
+    Factors("layer", LayerGain(output=gain), bias).of_output_(output)
     return output
 
 
