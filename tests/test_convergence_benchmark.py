@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks.convergence import cells, folder, methods, report
+from benchmarks.convergence import cells, folder, methods, pictures, report
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
 from benchmarks.convergence.methods import FAMILIES, Cell, Phase, next_exponents, open_cells, rate_of, settled_exponent
 from benchmarks.convergence.tasks import STYLE_WORDS, choose, open_style, stratified_sigmas, write_images
@@ -322,7 +323,7 @@ def test_noise_levels_cover_all_slices():
     assert torch.equal(sigmas, stratified_sigmas(4, 0))
 
 
-def test_a_style_on_the_embedded_model(drawings, tmp_path):
+def test_a_style_on_the_embedded_model(drawings, tmp_path, monkeypatch):
     task = open_style("openmoji", drawings, tmp_path, train=3, held_out=5)
     assert sum(map(len, task.held_out)) == 5
     batches = [task.batches(seed, 2, 4, "uniform")(0).micro_batches[0] for seed in (0, 0, 1)]
@@ -330,6 +331,25 @@ def test_a_style_on_the_embedded_model(drawings, tmp_path):
     assert not torch.equal(batches[0].noise, batches[2].noise)
     result = run_cell(small("row_cosine", -2, steps=2), task, folders(tmp_path))
     assert [spent for spent, _ in result["curve"]] == [0, 4, 8]
+    before = {name: live.clone() for name, live in task.scales.tensors().items()}
+    monkeypatch.setattr(pictures, "COUNT", 2)
+    pictures.draw(task, small("default", -1, steps=2), tmp_path / "none", tmp_path / "styles.png")
+    shown = Image.open(tmp_path / "styles.png")
+    base, tuned, drawing = (shown.crop((128 * column, 16, 128 * column + 128, 144)).tobytes() for column in range(3))
+    assert len({base, tuned, drawing}) == 3
+    assert all(torch.equal(live, before[name]) for name, live in task.scales.tensors().items())
+
+
+def test_the_best_finished_run_of_a_style_is_drawn(tmp_path):
+    for seed, loss in ((0, 1.2), (1, 1.1)):
+        cell = Cell("openmoji", FAMILIES["default"].at(methods.DEFAULT_EXPONENT), seed)
+        path = tmp_path / f"{cell.name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"cell": cell.name, "settings": cell.method.settings(), "final_loss": loss}))
+    best = pictures.best_cell("openmoji", tmp_path)
+    assert best is not None
+    assert best.seed == 1
+    assert pictures.best_cell("fluent3d", tmp_path) is None
 
 
 def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -66,6 +66,8 @@ def stochastic_round(x: Tensor, *key: int | str) -> Tensor:
     """
     magnitude = x.abs()
     whole = magnitude.floor()
+    if torch.equal(magnitude, whole):  # as every probe of signs with a whole ε: nothing to draw
+        return whole.copysign_(x)
     raw = torch.from_numpy(packed_bits(32 * x.numel(), *key)[: 4 * x.numel()].view("<i4")).to(x.device)
     chance = raw.bitwise_and_(2**31 - 1).to(x.dtype).mul_(2.0**-31)
     return whole.add_(chance < magnitude.sub_(whole)).copysign_(x)
@@ -154,16 +156,18 @@ class Codes:
 
         What a gated number could not take counts as taken: e depends on seeds and scalars alone.
         """
+        signs = all(direction.distribution == "rademacher" for move in past for direction in move.directions)
         for name in self._trained:
             for index, part in self._blocks(name):
-                left: Tensor | None = None
-                for move in (*past, now):
-                    wanted = self._wanted(name, index, part, move)
-                    if left is not None:
-                        wanted.add_(left.mul_(decay))
-                    taken = wanted.round()
-                    left = wanted.sub_(taken)
-                self._add_(name, part, taken)
+                left, bound = self._nothing(name, part), 0.0
+                for move in past:
+                    left.mul_(decay).add_(self._wanted(name, index, part, move))
+                    bound = decay * bound + sum(map(abs, move.amounts))
+                    if signs and bound < 0.5:  # all of it is below one half
+                        continue
+                    left.sub_(left.round())
+                    bound = 0.5
+                self._add_(name, part, left.mul_(decay).add_(self._wanted(name, index, part, now)).round_())
 
     def _wanted(self, name: str, index: int, part: slice, move: Move) -> Tensor:
         total: Tensor | None = None
@@ -172,6 +176,9 @@ class Codes:
             total = one if total is None else total.add_(one)
         assert total is not None
         return total
+
+    def _nothing(self, name: str, part: slice) -> Tensor:
+        return torch.zeros(self._size(name, part), device=self._trained[name].device)
 
     def _size(self, name: str, part: slice) -> int:
         return int(part.stop - part.start) * self._grids[name].per_byte
