@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qzo_diffusion import resources
+from qzo_diffusion.cli import main
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth512"
 
@@ -82,3 +83,18 @@ def test_twenty_photographs_through_half_a_billion_parameters(pipeline, tmp_path
     again = run("--resume", tmp_path / "run", "--output-dir", tmp_path / "run")
     assert again["measured"] > 0
     assert (tmp_path / "run" / "final" / "COMPLETE").is_file()
+    assert_both_layouts_hold_the_same_weights(tmp_path)
+
+
+def assert_both_layouts_hold_the_same_weights(place):
+    """The bf16 export of the run, as diffusers reads its own layout and the single file in the original one."""
+    from diffusers import SD3Transformer2DModel
+
+    out = place / "exported"
+    assert main(["export", "--run", str(place / "run"), "--format", "bf16", "--output-dir", str(out)]) == 0
+    shutil.copytree(out, place / "only_config", ignore=shutil.ignore_patterns("*.safetensors"))
+    own = SD3Transformer2DModel.from_pretrained(out, dtype=torch.bfloat16).state_dict()
+    single = str(out / "original_layout.safetensors")
+    other = SD3Transformer2DModel.from_single_file(single, config=str(place / "only_config"), dtype=torch.bfloat16).state_dict()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())
