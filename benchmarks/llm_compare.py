@@ -78,7 +78,7 @@ def _clipped(threshold: str) -> Method:
 
 
 def _quzo(*settings: str) -> Method:
-    """A fifth of the others' steps: drawing noise for every weight makes a step three times as long, and the limit is one of time."""
+    """A fifth of the others' steps: drawing noise for every weight makes a step three times as long."""
     return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",), share_of_steps=0.2)
 
 
