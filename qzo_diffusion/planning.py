@@ -97,16 +97,20 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
                 "trained numbers": memory.trained_bytes(size, config.qzo.parametrization, config.train.optimizer),
             },
         ),
-        Phase("sample", resident | _sampling(size, image_tokens, text_tokens, drawn, place, vae_work("decode"))),
+        Phase("sample", resident | _sampling(size, image_tokens, text_tokens, (drawn, batch), place, vae_work("decode"))),
     ]
 
 
 def _sampling(
-    size: ModelSize, image_tokens: int, text_tokens: int, count: int, place: build.Place, decoding: dict[str, float]
+    size: ModelSize, image_tokens: int, text_tokens: int, counts: tuple[int, int], place: build.Place, decoding: dict[str, float]
 ) -> dict[str, float]:
-    """Denoising and decoding come one after the other."""
+    """Denoising and decoding come one after the other; a CPU's allocator keeps what forwards of samples and of training had."""
+    drawn, trained = counts
+    count = max(drawn, trained) if place.device.type == "cpu" else drawn
     forward = memory.forward_bytes(size, image_tokens, text_tokens, count, place.dtype)
     decode = sum(value for name, value in decoding.items() if name != "VAE")
+    if place.device.type == "cpu":
+        return {"forward": forward, "decode": decode}
     return {"forward": forward} if forward >= decode else {"decode": decode}
 
 
