@@ -77,9 +77,9 @@ def _clipped(threshold: str) -> Method:
     return Method("qzo", (*PAPER, f"qzo.clip_threshold={threshold}"), tasks=("sst2",))
 
 
-def _quzo(*settings: str) -> Method:
-    """A fifth of the others' steps: drawing noise for every weight makes a step three times as long."""
-    return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",), share_of_steps=0.2)
+def _quzo(*settings: str, share: float = 0.1) -> Method:
+    """Fewer steps than the others: noise for every weight, drawn again for twenty past steps, makes one three times as long."""
+    return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",), share_of_steps=share)
 
 
 METHODS: dict[str, Method] = {
@@ -91,14 +91,16 @@ METHODS: dict[str, Method] = {
     "mezo": Method("mezo", ("qzo.directions=rademacher", *BFLOAT16)),
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
-    "quzo_int8": _quzo(),
-    "quzo_int8_plain": _quzo("train.optimizer=sgd"),
+    "quzo_int8": _quzo(share=0.2),
+    "quzo_int8_plain": _quzo("train.optimizer=sgd", "train.lr=0.8"),  # of the slope itself: about 0.05 codes a step
     "quzo_w8a8": _quzo("quant.activations=int8"),
     "quzo_int4": _quzo("quant.type=int4"),
-    "quzo_int4_plain": _quzo("quant.type=int4", "train.optimizer=sgd"),
+    "quzo_int4_plain": _quzo("quant.type=int4", "train.optimizer=sgd", "train.lr=0.02"),  # about 0.01 codes a step
     "quzo_fp8": _quzo("quant.type=fp8"),
-    "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",)),
-    "qzo_int8": Method("qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",)),  # the same codes, fixed
+    "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.2),
+    "qzo_int8": Method(
+        "qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",), share_of_steps=0.2
+    ),  # the same codes, fixed
     "paper_clip_50": _clipped("50"),
     "paper_clip_150": _clipped("150"),
     "paper_clip_off": _clipped("null"),

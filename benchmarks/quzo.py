@@ -111,7 +111,7 @@ def measure(places: Places) -> dict[str, Any]:
     return found
 
 
-def spread(places: Places, batches_of: int = 12) -> dict[str, Any]:
+def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope along independent directions."""
     from benchmarks.llm_compare import METHODS
     from qzo_diffusion import llm_run
@@ -146,7 +146,7 @@ def spread(places: Places, batches_of: int = 12) -> dict[str, Any]:
                 estimate(
                     lambda one: task_loss(base.lm, one), batch, numbers, [Direction(1, index)], eps=eps
                 ).directional_derivative[0]
-                for index in range(batches_of)
+                for index in range(directions)
             ]
             rows[f"{probe}, eps {eps}"] = {
                 "variance_of_probe": round(float((shift / eps).square().mean()), 3),

@@ -1,6 +1,6 @@
 """What each method of `qzo-diffuse llm` trains, and how: one base model, four sets of numbers, one loop."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import rivals
 from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
 from qzo_diffusion.llm_config import LlmConfig
-from qzo_diffusion.quant.base import fingerprint
+from qzo_diffusion.quant.base import fingerprint, linears_to_quantize
 from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
 from qzo_diffusion.train.first_order import ExactAdam, first_order_step
 from qzo_diffusion.train.loop import TakeStep
@@ -44,23 +44,13 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         lm.model.to(device)
         weights = rivals.mezo_numbers(lm.model, config.quant.skip, config.quant.blocksize)
         return Base(lm, weights.scales, weights, build.optimizer(config), "unquantized", _hash(weights.scales))
-    if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
-        quantize_(
-            lm.model,
-            quant_type=config.quant.type,
-            blocksize=config.quant.blocksize,
-            skip=config.quant.skip,
-            backend=config.quant.backend,
-            activations=config.quant.activations,
-            device=device,
-        )
-    lm.model.to(device)
+    if config.method == "quzo-lora":
+        return _adapters_by_forwards(config, lm, device)
+    _quantize_(config, lm, device)
     codes = codes_fingerprint(lm.model)
-    if config.method in ("qlora", "quzo-lora"):
+    if config.method == "qlora":
         layers = [handle.name for handle in handles_of(lm.model)]
         adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
-        if config.method == "quzo-lora":
-            return Base(lm, adapters.scales, adapters, build.optimizer(config), codes, _hash(adapters.scales))
         step = first_order_step(rivals.lora_gradient(lm.model))
         return Base(lm, adapters.scales, adapters, ExactAdam(), codes, _hash(adapters.scales), step)
     scales, numbers = build.scales_and_numbers(config, lm.model)
@@ -68,6 +58,30 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         optimizer, step = build.first_order(lm.model)
         return Base(lm, scales, numbers, optimizer, codes, _hash(scales), step)
     return Base(lm, scales, numbers, build.optimizer(config), *build.fingerprints(lm.model, scales))
+
+
+def _quantize_(config: LlmConfig, lm: CausalLm, device: torch.device, also_skipped: Sequence[str] = ()) -> None:
+    if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
+        quantize_(
+            lm.model,
+            quant_type=config.quant.type,
+            blocksize=config.quant.blocksize,
+            skip=[*config.quant.skip, *also_skipped],
+            backend=config.quant.backend,
+            activations=config.quant.activations,
+            device=device,
+        )
+    lm.model.to(device)
+
+
+def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device) -> Base:
+    """QuZO's second mode. peft knows plain layers only, so adapters come first and what lies under them is quantized then."""
+    if any(True for _ in handles_of(lm.model)):
+        raise ModelError("a folder that is quantized already", "an unquantized one for quzo-lora", "give the model it was made of")
+    layers = [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)]
+    adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+    _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
+    return Base(lm, adapters.scales, adapters, build.optimizer(config), codes_fingerprint(lm.model), _hash(adapters.scales))
 
 
 def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], run: Path) -> None:

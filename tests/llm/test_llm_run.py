@@ -228,7 +228,7 @@ def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
         (["--method", "qlora", "--objective", "accuracy"], "have no gradient"),
         (["--method", "mezo", "qzo.units=relative"], "which trains no scales"),
         (["--method", "quzo", "quant.type=nf4"], "with backend: intgrid"),
-        (["--method", "quzo", "qzo.parametrization=row"], "codes with method: quzo"),
+        (["--method", "quzo", "qzo.parametrization=row", "train.optimizer=sgd"], "codes with method: quzo"),
         (["--method", "quzo", "train.optimizer=adam"], "move in whole steps"),
         (["--method", "quzo", "quant.type=fp8", "qzo.probe=float"], "int8 or int4 codes"),
         (["qzo.parametrization=codes"], "needs quant.backend: intgrid"),
