@@ -91,7 +91,8 @@ METHODS: dict[str, Method] = {
     "mezo": Method("mezo", ("qzo.directions=rademacher", *BFLOAT16)),
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
-    "quzo_int8": _quzo(share=0.2),
+    "quzo_int8": _quzo(),
+    "quzo_int8_cosine": _quzo("train.schedule=cosine", share=0.2),
     "quzo_int8_plain": _quzo("train.optimizer=sgd", "train.lr=0.8"),  # of the slope itself: about 0.05 codes a step
     "quzo_w8a8": _quzo("quant.activations=int8"),
     "quzo_int4": _quzo("quant.type=int4"),

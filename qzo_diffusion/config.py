@@ -211,11 +211,12 @@ QUZO: dict[str, Any] = {
     "quant.type": "int8",
     "train.optimizer": "feedback",
     "train.lr": 0.3,  # codes that a typical step moves each number
+    "train.schedule": "constant",  # at half that rate nothing reaches a code any more
 }
 # A code is 3 % of a typical weight in int8, 40 % in int4 and 6 to 12 % in fp8; rounded probes of int4 would drown everything.
 QUZO_PROBES: dict[str, dict[str, Any]] = {
     "int8": {"qzo.eps": 1.0},
-    "int4": {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.1},
+    "int4": {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.08},
     "fp8": {"qzo.eps": 0.25, "train.lr": 0.2},
 }
 
