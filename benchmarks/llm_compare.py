@@ -92,6 +92,7 @@ METHODS: dict[str, Method] = {
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
     "quzo_int8": _quzo(),
+    "quzo_int8_slow": _quzo("train.feedback_decay=0.95", "train.feedback_steps=40", "train.lr=0.2", "train.schedule=linear"),
     "quzo_int8_cosine": _quzo("train.schedule=cosine", share=0.2),
     "quzo_int8_plain": _quzo("train.optimizer=sgd", "train.lr=0.8"),  # of the slope itself: about 0.05 codes a step
     "quzo_w8a8": _quzo("quant.activations=int8"),
