@@ -41,6 +41,7 @@ from qzo_diffusion.train.loop import Probing, TakeStep
 JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
+DEFAULT_CACHE = Path.home() / ".cache" / "qzo_diffusion"
 DELTA_FORMAT = "delta/1"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
@@ -297,7 +298,7 @@ def tensor_cache(config: Config) -> TensorCache:
 
 
 def cache_folder(config: Config) -> Path:
-    return Path(config.data.cache_dir) if config.data.cache_dir else Path.home() / ".cache" / "qzo_diffusion"
+    return Path(config.data.cache_dir) if config.data.cache_dir else DEFAULT_CACHE
 
 
 def quantized_transformer(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:

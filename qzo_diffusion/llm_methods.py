@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qzo_diffusion import build
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import rivals
-from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
+from qzo_diffusion.llm.causal_lm import CausalLm, empty_causal_lm, load_causal_lm
+from qzo_diffusion.llm.stored import stored_method
 from qzo_diffusion.llm_config import LlmConfig
+from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint, linears_to_quantize
 from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
+from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.first_order import ExactAdam, first_order_step
 from qzo_diffusion.train.loop import TakeStep
 
@@ -39,7 +42,7 @@ class Base:
 
 def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
     """Raises ModelError for a model that can't be loaded or quantized."""
-    lm = load_causal_lm(folder, dtype)
+    lm = _load(config, folder, device, dtype)
     if config.method == "mezo":
         lm.model.to(device)
         weights = rivals.mezo_numbers(lm.model, config.quant.skip, config.quant.blocksize)
@@ -58,6 +61,20 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         optimizer, step = build.first_order(lm.model)
         return Base(lm, scales, numbers, optimizer, codes, _hash(scales), step)
     return Base(lm, scales, numbers, build.optimizer(config), *build.fingerprints(lm.model, scales))
+
+
+def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:
+    """Quantized while it is read, in the memory of the quantized model, where the method wants that and the folder is not yet."""
+    plain = stored_method(folder) is None and config.method not in ("mezo", "quzo-lora")
+    if not plain or (config.quant.backend == "bnb" and config.quant.type == "int8"):
+        return load_causal_lm(folder, dtype)
+    how, cache = build.quantization(config.quant), build.DEFAULT_CACHE / "quantized"
+
+    def read(place: Path) -> nn.Module:
+        source = Source(read_entries(place), lambda: empty_causal_lm(place, dtype))
+        return load_quantized(source, how, dtype=dtype, device=device, cache=cache)
+
+    return load_causal_lm(folder, dtype, read)
 
 
 def _quantize_(config: LlmConfig, lm: CausalLm, device: torch.device, also_skipped: Sequence[str] = ()) -> None:

@@ -5,7 +5,7 @@ large (49,152 for SmolLM2, 128,256 for Llama 3), so logits are made only at the 
 tokens that a loss asks for. Both are fp32 whatever the model computes in: a bfloat16 logit of 20 moves in steps of 0.125.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,24 @@ def check_model_folder(folder: Path) -> None:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype) -> CausalLm:
+def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that a folder's config describes, its weights on the meta device; nothing is read but JSON."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):  # transformers computes some buffers when it builds
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any] | None = None) -> CausalLm:
     """The model of a local folder on the CPU, with its weights as they are: quantized where the folder is.
+
+    Args:
+        read: makes the model of the folder in another way.
 
     Raises:
         ModelError: files are missing or damaged, or the model is no causal LM.
@@ -150,7 +166,9 @@ def load_causal_lm(folder: Path, dtype: torch.dtype) -> CausalLm:
     check_model_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if stored_method(folder) in READ_HERE:
+        if read is not None:
+            model = read(folder)
+        elif stored_method(folder) in READ_HERE:
             model = load_stored(folder, dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(

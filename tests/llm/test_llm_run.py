@@ -12,7 +12,7 @@ from qzo_diffusion.config import load_config, make_config
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import apply_, load_base
-from qzo_diffusion.quant.load import find_scales
+from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.run_folder import load_scales
 from qzo_diffusion.training_job import Job
 from tests.conftest import failing, metrics
@@ -104,6 +104,23 @@ def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(arguments, t
     assert found["method"] == method
     assert main(["llm", "evaluate", "--config", str(tmp_path / "run" / "config.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == results["accuracy"]["start"]
+
+
+def test_a_model_is_quantized_while_it_is_read(model, monkeypatch):
+    """And is the one that is read whole and quantized then; the whole one never exists."""
+    config = make_config({"model": str(model)}, LlmConfig)
+    whole = load_causal_lm(model, torch.float32)
+    quantize_(whole.model, skip=config.quant.skip)
+
+    def refused(*args, **options):
+        raise AssertionError("the unquantized model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refused)
+    base = load_base(config, model, torch.device("cpu"), torch.float32)
+    ids = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(base.lm.model(input_ids=ids).logits, whole.model(input_ids=ids).logits)
+    assert base.lm.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
 
 
 def test_the_base_is_evaluated_by_name(model, data, capsys):
