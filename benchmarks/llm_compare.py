@@ -97,9 +97,9 @@ METHODS: dict[str, Method] = {
     "quzo_int8_plain": _quzo("train.optimizer=sgd", "train.lr=0.8"),  # of the slope itself: about 0.05 codes a step
     "quzo_w8a8": _quzo("quant.activations=int8"),
     "quzo_int4": _quzo("quant.type=int4"),
-    "quzo_int4_plain": _quzo("quant.type=int4", "train.optimizer=sgd", "train.lr=0.02"),  # about 0.01 codes a step
-    "quzo_fp8": _quzo("quant.type=fp8"),
-    "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.2),
+    "quzo_int4_plain": _quzo("quant.type=int4", "train.optimizer=sgd", "train.lr=0.02", share=0.05),  # about 0.01 codes a step
+    "quzo_fp8": _quzo("quant.type=fp8", share=0.05),
+    "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.1),
     "qzo_int8": Method(
         "qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",), share_of_steps=0.2
     ),  # the same codes, fixed
