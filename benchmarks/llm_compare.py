@@ -82,6 +82,10 @@ def _quzo(*settings: str, share: float = 0.1) -> Method:
     return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",), share_of_steps=share)
 
 
+# Before the default was found: less of what rounding left, and a higher rate that stays.
+SHORT_FEEDBACK = ("train.feedback_decay=0.9", "train.feedback_steps=20", "train.schedule=constant")
+
+
 METHODS: dict[str, Method] = {
     "zero_shot": Method("mezo", (), trained=False),  # unquantized, which for this model is dequantized Q4_1
     "zero_shot_quantized": Method("qzo", (), trained=False),
@@ -91,14 +95,18 @@ METHODS: dict[str, Method] = {
     "mezo": Method("mezo", ("qzo.directions=rademacher", *BFLOAT16)),
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
-    "quzo_int8": _quzo(),
+    "quzo_int8": _quzo(*SHORT_FEEDBACK, "train.lr=0.3"),
     "quzo_int8_slow": _quzo("train.feedback_decay=0.95", "train.feedback_steps=40", "train.lr=0.2", "train.schedule=linear"),
-    "quzo_int8_cosine": _quzo("train.schedule=cosine", share=0.2),
-    "quzo_int8_plain": _quzo("train.optimizer=sgd", "train.lr=0.8"),  # of the slope itself: about 0.05 codes a step
+    "quzo_int8_cosine": _quzo(*SHORT_FEEDBACK[:2], "train.lr=0.3", "train.schedule=cosine", share=0.2),
+    "quzo_int8_plain": _quzo(
+        "train.optimizer=sgd", "train.lr=0.8", "train.schedule=constant"
+    ),  # of the slope itself: about 0.05 codes a step
     "quzo_w8a8": _quzo("quant.activations=int8"),
-    "quzo_int4": _quzo("quant.type=int4"),
-    "quzo_int4_plain": _quzo("quant.type=int4", "train.optimizer=sgd", "train.lr=0.02", share=0.05),  # about 0.01 codes a step
-    "quzo_fp8": _quzo("quant.type=fp8", share=0.05),
+    "quzo_int4": _quzo("quant.type=int4", *SHORT_FEEDBACK, "train.lr=0.08"),
+    "quzo_int4_plain": _quzo(
+        "quant.type=int4", "train.optimizer=sgd", "train.lr=0.02", "train.schedule=constant", share=0.05
+    ),  # about 0.01 codes a step
+    "quzo_fp8": _quzo("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.05),
     "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.1),
     "qzo_int8": Method(
         "qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",), share_of_steps=0.2

@@ -56,8 +56,8 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
-    feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    feedback_steps: Count = 20  # what rounding left is computed again from so many steps
+    feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    feedback_steps: Count = 40  # what rounding left is computed again from so many steps
     micro_batch_size: Count | None = None  # examples in one forward, +eps and -eps counted; None: the whole batch
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
@@ -210,14 +210,14 @@ QUZO: dict[str, Any] = {
     "quant.backend": "intgrid",
     "quant.type": "int8",
     "train.optimizer": "feedback",
-    "train.lr": 0.3,  # codes that a typical step moves each number
-    "train.schedule": "constant",  # at half that rate nothing reaches a code any more
+    "train.lr": 0.2,  # codes that a typical step moves each number
+    "train.schedule": "linear",  # a constant rate ends in noise; under a cosine nothing reaches a code any more half way
 }
 # A code is 3 % of a typical weight in int8, 40 % in int4 and 6 to 12 % in fp8; rounded probes of int4 would drown everything.
 QUZO_PROBES: dict[str, dict[str, Any]] = {
     "int8": {"qzo.eps": 1.0},
-    "int4": {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.08},
-    "fp8": {"qzo.eps": 0.25, "train.lr": 0.2},
+    "int4": {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.05},
+    "fp8": {"qzo.eps": 0.25, "train.lr": 0.15},
 }
 
 

@@ -212,7 +212,7 @@ class ErrorFeedback:
         spread_decay: of the running mean of μ².
     """
 
-    def __init__(self, decay: float = 0.9, steps: int = 20, spread_decay: float = 0.95) -> None:
+    def __init__(self, decay: float = 0.95, steps: int = 40, spread_decay: float = 0.95) -> None:
         self.decay, self.steps, self.spread_decay = decay, steps, spread_decay
         self._past: list[Move] = []
         self._count, self._square = 0, 0.0
