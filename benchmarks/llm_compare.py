@@ -106,7 +106,7 @@ METHODS: dict[str, Method] = {
     "quzo_int4_plain": _quzo(
         "quant.type=int4", "train.optimizer=sgd", "train.lr=0.02", "train.schedule=constant", share=0.05
     ),  # about 0.01 codes a step
-    "quzo_fp8": _quzo("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.05),
+    "quzo_fp8": _quzo("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.015),
     "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.1),
     "qzo_int8": Method(
         "qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",), share_of_steps=0.2

@@ -25,7 +25,7 @@ from benchmarks.smollm2 import smollm2
 
 TABLE = ("<!-- table: python -m benchmarks.quzo report -->", "<!-- end of table -->")
 FORMATS = {  # cells of llm_compare by the name of their row
-    "int8, feedback of 40 steps (default)": "quzo_int8_slow",
+    "int8, feedback of 40 steps (the default)": "quzo_int8_slow",
     "int8, feedback of 20 steps": "quzo_int8",
     "int8, rounding alone": "quzo_int8_plain",
     "int8 W8A8, feedback": "quzo_w8a8",

@@ -113,8 +113,9 @@ class IntGridLinear(nn.Module):
 
     def whole_numbers(self) -> Tensor:
         """What the codes stand for, [N, K], before they are scaled; also of codes that are not whole."""
-        codes = self.codes if self.codes.is_floating_point() else self.grid.codes(self.codes)
-        return codes if self.kind != "fp8" else self.grid.values(codes)
+        if self.kind == "fp8":
+            return self.codes.view(torch.float8_e4m3fn).to(torch.float32)
+        return self.codes if self.codes.is_floating_point() else self.grid.codes(self.codes)
 
     def dequantized(self) -> Tensor:
         """The weight [N, K], fp32."""
