@@ -16,8 +16,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "numpy")
 
 def provenance() -> dict[str, Any]:
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    # Folders of one machine are of no use on another, and what they hold is described in the documentation.
+    arguments = ["FOLDER" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     return {
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module_name(), *arguments]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": {
             "processor": _processor(),

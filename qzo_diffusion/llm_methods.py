@@ -50,17 +50,17 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     if config.method == "quzo-lora":
         return _adapters_by_forwards(config, lm, device)
     _quantize_(config, lm, device)
-    codes = codes_fingerprint(lm.model)
     if config.method == "qlora":
         layers = [handle.name for handle in handles_of(lm.model)]
         adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
         step = first_order_step(rivals.lora_gradient(lm.model))
-        return Base(lm, adapters.scales, adapters, ExactAdam(), codes, _hash(adapters.scales), step)
+        return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
     scales, numbers = build.scales_and_numbers(config, lm.model)
+    codes, initial = build.fingerprints(lm.model, scales)
     if config.method == "fo-scales":
         optimizer, step = build.first_order(lm.model)
-        return Base(lm, scales, numbers, optimizer, codes, _hash(scales), step)
-    return Base(lm, scales, numbers, build.optimizer(config), *build.fingerprints(lm.model, scales))
+        return Base(lm, scales, numbers, optimizer, codes, initial, step)
+    return Base(lm, scales, numbers, build.optimizer(config), codes, initial)
 
 
 def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:

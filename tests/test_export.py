@@ -209,17 +209,11 @@ def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(export, f
 
 
 KILLED = """
-import os, sys
+import sys
 from qzo_diffusion import export_run
 from qzo_diffusion.cli import main
-plain, left = export_run.write_tensors, int(sys.argv[1])
-def write(file, tensors, metadata, progress):
-    count = iter(range(10**6))
-    def step(nbytes):
-        if next(count) == left:
-            os.kill(os.getpid(), 9)
-    plain(file, tensors, metadata, step)
-export_run.write_tensors = write
+from tests.killed_writing import kill_while_writing
+kill_while_writing(export_run, int(sys.argv[1]))
 main(sys.argv[2:])
 """
 

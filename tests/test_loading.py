@@ -135,19 +135,13 @@ def test_small_models_leave_no_copy(folder, tmp_path):
 
 
 KILLED = """
-import os, sys, torch
+import sys, torch
 from pathlib import Path
 from qzo_diffusion import loading
+from tests.killed_writing import kill_while_writing
 from tests.test_loading import SKIP, source_of
 from qzo_diffusion.quant.stream import Quantization
-plain, left = loading.write_tensors, int(sys.argv[3])
-def write(file, tensors, metadata, progress):
-    count = iter(range(10**6))
-    def step(nbytes):
-        if next(count) == left:
-            os.kill(os.getpid(), 9)
-    plain(file, tensors, metadata, step)
-loading.write_tensors = write
+kill_while_writing(loading, int(sys.argv[3]))
 loading.load_quantized(source_of(Path(sys.argv[1])), Quantization(skip=SKIP), dtype=torch.float32,
                        device=torch.device("cpu"), cache=Path(sys.argv[2]), smallest_cached=0)
 """

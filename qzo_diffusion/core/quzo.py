@@ -132,11 +132,10 @@ class Codes:
     def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
         """Σ amounts[i] · Q2(u_i), fp32 [N, K]: what an update would be before it is rounded."""
         grid, live = self._grids[name], self._trained[name]
-        total = torch.zeros(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
+        total = torch.empty(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
         for index, part in self._blocks(name):
             place = total.view(-1)[part.start * grid.per_byte : part.stop * grid.per_byte]
-            for direction, amount in zip(directions, amounts, strict=True):
-                place.add_(_rounded_direction(direction, name, index, place).mul_(amount))
+            place.copy_(self._wanted(name, index, part, Move(tuple(directions), tuple(amounts))))
         return total
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
