@@ -325,7 +325,7 @@ def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[Scale
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
         raise ConfigError(f"qzo.layers = {parts}: no such layer", f"parts of names like {next(iter(scales))}", "correct qzo.layers")
-    if config.qzo.parametrization == "codes":
+    if of_codes:
         return scales, Codes(scales, grids, trained, config.qzo.probe)
     return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units, trained, pointwise)
 

@@ -2,10 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qzo_diffusion import build
-from qzo_diffusion.config import Config, RunConfig, TrainConfig, make_config
+from qzo_diffusion.config import AnyConfig, Config, RunConfig, TrainConfig, make_config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.optimizer import Optimizer
@@ -15,8 +15,6 @@ from qzo_diffusion.llm_methods import load_base as load_language_base
 from qzo_diffusion.train.run_folder import RunFolder
 
 _NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")  # what settles the trained numbers
-
-AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: Path) -> dict[str, Any]:
