@@ -319,15 +319,15 @@ def copies_folder(config: Config) -> Path:
 
 def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
     """Raises ConfigError when `qzo.layers` matches no layer."""
-    of_codes, parts = config.qzo.parametrization == "codes", config.qzo.layers
-    scales, grids = find_codes(transformer) if of_codes else (find_scales(transformer), {})
+    level, parts = config.qzo.parametrization, config.qzo.layers
+    scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer), {})
     trained = None if parts is None else matching(scales, parts)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
         raise ConfigError(f"qzo.layers = {parts}: no such layer", f"parts of names like {next(iter(scales))}", "correct qzo.layers")
-    if of_codes:
+    if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
-    return scales, parametrize(scales, config.qzo.parametrization, config.qzo.units, trained, pointwise)
+    return scales, parametrize(scales, level, config.qzo.units, trained, pointwise)
 
 
 def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
