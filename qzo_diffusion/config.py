@@ -74,8 +74,13 @@ def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def rate_for(qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 1, plain: float = PLAIN_LR) -> float:
     """The rate that suits how the given settings scale the estimate: `suited_lr` over `divisor`, or `plain` without normalising."""
-    steps = train.get("max_steps", 1000)
-    return suited_lr(steps) / divisor if estimate_settings(qzo)["normalize"] and isinstance(steps, int) else plain
+    if not estimate_settings(qzo)["normalize"]:
+        return plain
+    try:
+        steps = int(train.get("max_steps", 1000))  # a flag's value is text until the settings are checked
+    except (TypeError, ValueError):
+        return plain  # and what is no number at all is refused then
+    return suited_lr(steps) / divisor
 
 
 class QzoConfig(Section):

@@ -115,6 +115,11 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(train,
         assert all(torch.equal(tensor, replayed[name]) for name, tensor in tuned.items())
 
 
+def test_the_number_of_steps_sets_the_rate(train, capsys):
+    assert train("--max-steps", 500, "--dry-run") == 0
+    assert "lr: 0.05\n" in capsys.readouterr().out
+
+
 def test_dry_run_prints_settings_and_data_and_writes_nothing(train, tmp_path, capsys):
     assert train("--dry-run") == 0
     out = capsys.readouterr().out

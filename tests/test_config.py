@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from qzo_diffusion.config import Config, known_keys, load_config, make_config, parse_override, read_yaml, set_dotted, suited_lr
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.resources import shipped
 
 SHIPPED = sorted(shipped("configs").glob("*.yaml"))
@@ -158,3 +159,11 @@ def test_the_rate_falls_with_the_root_of_the_steps():
     rates = [make_config({"train": {"max_steps": steps}}).train.lr for steps in (0, 1, 100, 500, 2000, 20_000)]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025, 0.05 / 40**0.5])
     assert make_config({"train": {"max_steps": 500, "lr": 0.2}}).train.lr == 0.2
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(Config, 0.05), (LlmConfig, 0.01)])
+def test_the_rate_follows_from_steps_that_were_said_by_a_flag(kind, rate):
+    """A flag's value is text until the settings are checked."""
+    assert make_config({"train": {"max_steps": "500"}}, kind).train.lr == pytest.approx(rate)
+    with pytest.raises(ConfigError, match=r"train\.max_steps"):
+        make_config({"train": {"max_steps": "many"}}, kind)
