@@ -3,7 +3,7 @@
 With s' = s · r[o] · q[g] a layer gives y = r ∘ ((x ∘ expand(q)) Wᵀ), on any back-end and with other factors for every example.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,23 @@ Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
 """Names of layers -> their factors; a layer that is left out has none."""
 
 
+AT_ONCE = 2**18
+"""So many numbers of 16 bits are multiplied at once on a CPU, where torch copies them to fp32 first: 1 MB, which a cache holds."""
+
+
+def _places(tensor: Tensor, factor: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Groups and tokens of `tensor`, [groups, tokens, ...], part by part; all at once where nothing has to be copied."""
+    groups, tokens = tensor.shape[:2]
+    of_token = tensor[0, 0].numel()
+    if tensor.dtype == factor.dtype or tensor.device.type != "cpu":
+        groups_at_once, tokens_at_once = groups, tokens
+    else:
+        groups_at_once, tokens_at_once = max(1, AT_ONCE // (tokens * of_token)), max(1, AT_ONCE // of_token)
+    for group in range(0, groups, groups_at_once):
+        for token in range(0, tokens, tokens_at_once):
+            yield slice(group, group + groups_at_once), slice(token, token + tokens_at_once)
+
+
 class Factors:
     """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is added after the product."""
 
@@ -42,8 +59,11 @@ class Factors:
         assert self._input is not None
         groups, blocks = self._input.shape
         self._check(x, groups)
-        by_block = x.reshape(groups, -1, blocks, x.shape[-1] // blocks) * self._input.view(groups, 1, blocks, 1)
-        return by_block.to(x.dtype).view(x.shape)
+        by_block, factor = x.reshape(groups, -1, blocks, x.shape[-1] // blocks), self._input.view(groups, 1, blocks, 1)
+        scaled = torch.empty_like(by_block)
+        for place in _places(by_block, factor):
+            torch.mul(by_block[place], factor[place[0]], out=scaled[place])
+        return scaled.view(x.shape)
 
     def of_output_(self, output: Tensor) -> None:
         """In place: the layer has just made it, and a second tensor of its size would cost more than the product."""
@@ -52,13 +72,12 @@ class Factors:
         groups = self._output.shape[0]
         self._check(output, groups)
         y, factor = output.view(groups, -1, output.shape[-1]), self._output.unsqueeze(1)
-        wide = y.to(factor.dtype)  # in fp32: bf16 would round a factor of 1.01 to 1.0078. The same tensor where y is fp32
-        if self._bias is None:
-            wide.mul_(factor)
-        else:
-            torch.addcmul(self._bias, wide, factor, out=wide)
-        if wide is not y:
-            y.copy_(wide)
+        for place in _places(y, factor):  # torch computes in fp32: bf16 would round a factor of 1.01 to 1.0078
+            part = y[place]
+            if self._bias is None:
+                torch.mul(part, factor[place[0]], out=part)
+            else:
+                torch.addcmul(self._bias, part, factor[place[0]], out=part)
 
     def _check(self, tensor: Tensor, groups: int) -> None:
         examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1

@@ -81,8 +81,8 @@ def signed_sum(packed: PackedBits, amounts: Sequence[float], like: Tensor) -> Te
     unit = 2.0 ** (math.frexp(largest)[1] - _SUM_BITS)
     whole = torch.tensor([round(amount / unit) for amount in amounts], dtype=torch.float64, device=like.device)
     total = torch.zeros(like.numel(), dtype=torch.float64, device=like.device)
-    for first in range(0, like.numel(), 2**15):  # some at a time, 8 MB: the signs of all would fit into no cache
-        place = slice(first, min(first + 2**15, like.numel()))
+    for first in range(0, like.numel(), 2**13):  # some at a time, 2 MB: the signs of all would fit into no cache
+        place = slice(first, min(first + 2**13, like.numel()))
         for part in (slice(start, start + 32) for start in range(0, len(amounts), 32)):
             total[place] += whole[part] @ choose(packed[part], [(1.0, -1.0)], total, place.start, place.stop)[0]
     return total * unit
@@ -140,9 +140,10 @@ def directions_of_step(seed: int, step: int, count: int, distribution: Distribut
 
 
 class SignCache:
-    """Packed bits of the directions asked for last: a step needs them at +ε, at -ε and in the update, and drawing costs the most.
+    """Packed bits of a step's directions, which are needed at +ε, at -ε and in the update: drawing costs the most.
 
-    A bit a number, so 1/32 of the trained numbers for each direction kept; the oldest directions go when `limit` bytes are passed.
+    A bit a number, so 1/32 of the trained numbers for each direction kept. All go when another step's are asked for, the oldest
+    when `limit` bytes are passed.
     """
 
     def __init__(self, limit: int = 2**25) -> None:
@@ -150,6 +151,9 @@ class SignCache:
         self._known: dict[Direction, dict[str, PackedBits]] = {}
 
     def packed(self, direction: Direction, name: str, numel: int, each: bool = False) -> PackedBits:
+        newest = next(reversed(self._known), direction)
+        if (newest.seed, newest.step) != (direction.seed, direction.step):
+            self._known, self._bytes = {}, 0
         of_direction = self._known.setdefault(direction, {})
         found = of_direction.get(name)
         if found is None:

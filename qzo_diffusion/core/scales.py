@@ -22,6 +22,13 @@ SHOWN_AT_ONCE = 2**20
 """Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5 Large). Fewer, larger
 operations: between two layers of a forward each Python call costs several times what it costs in a row, since the products have
 emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
+FEW = 2**16  # are shown at once whatever they are of
+
+
+def shown_at_once(numel: int) -> int:
+    """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so that it stays small beside them."""
+    return min(SHOWN_AT_ONCE, max(FEW, numel // 8))
+
 
 View = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Names of layers -> the scales that their forwards shall see; a layer that is left out sees its live ones."""
@@ -87,7 +94,7 @@ class ScaleSet:
         return int(self._handles[name].module.out_features)  # type: ignore[arg-type]
 
     def chunks(self) -> list[list[str]]:
-        """The layers in order, neighbours together up to `SHOWN_AT_ONCE` scales."""
+        """The layers in order, neighbours together up to `shown_at_once` scales."""
         return self._chunks
 
     def numel(self) -> int:
@@ -198,9 +205,9 @@ class _Lens:
 
 def _chunks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
     chunk: list[str] = []
-    filled = 0
+    filled, most = 0, shown_at_once(sum(sizes.values()))
     for name, size in sizes.items():
-        if chunk and filled + size > SHOWN_AT_ONCE:
+        if chunk and filled + size > most:
             yield chunk
             chunk, filled = [], 0
         chunk.append(name)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qzo_diffusion.core.quzo import BLOCK
-from qzo_diffusion.core.scales import SHOWN_AT_ONCE
+from qzo_diffusion.core.scales import SHOWN_AT_ONCE, shown_at_once
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import Entry
@@ -115,7 +115,7 @@ def shown_bytes(size: ModelSize, parametrization: str) -> float:
     """What a step shows beside a forward: the changed scales or codes of some layers, and what they are made with."""
     if parametrization == "codes":
         return max(size.largest, SHOWN_AT_ONCE) + 6 * 4.0 * BLOCK
-    return 3 * 4.0 * min(size.scales, SHOWN_AT_ONCE)
+    return 3 * 4.0 * min(size.scales, shown_at_once(size.scales))
 
 
 def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:

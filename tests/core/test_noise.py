@@ -59,12 +59,21 @@ def test_signed_sums_are_the_same_in_any_order_and_right_to_their_last_bit(amoun
 
 
 def test_cached_bits_are_the_drawn_ones_and_old_directions_go():
-    cache, wanted = SignCache(limit=100), [Direction(0, step) for step in range(6)]
+    cache, wanted = SignCache(limit=100), [Direction(0, 0, index) for index in range(6)]
     for direction in [*wanted, wanted[0], wanted[5]]:
         for name in ("a", "b"):
             assert np.array_equal(cache.packed(direction, name, 200), direction.packed(name, 200))
             assert np.array_equal(cache.packed(direction, name, 200), direction.packed(name, 200))
     assert len(cache._known) == 1  # a direction takes 64 bytes here
+
+
+def test_bits_of_another_step_are_not_kept():
+    """A long run would otherwise hold those of a hundred steps."""
+    cache = SignCache()
+    for step in range(3):
+        for index in range(2):
+            cache.packed(Direction(0, step, index), "a", 200)
+        assert {direction.step for direction in cache._known} == {step}
 
 
 def test_known_bits_stay_what_they_are():
