@@ -94,6 +94,18 @@ def test_two_ranks_do_the_step_of_one_process_stop_together_and_one_goes_on(alon
     assert load_scales(two)[0].keys() == load_scales(alone)[0].keys()
 
 
+def test_two_ranks_train_the_same_codes_and_their_journal_has_them(train_arguments, tmp_path):
+    """The roundings of an update are drawn from the journal's scalars, so ranks that differ in one bit part for good."""
+    ended = launch(train_arguments("--method", "quzo", "--max-steps", 5, "train.validate_every=0", name="codes"))
+    assert [code for code, _ in ended] == [0, 0], ended  # at the third step and at the end all have the same codes
+    run, again = tmp_path / "codes", tmp_path / "again"
+    assert main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(again)]) == 0
+    found, replayed = load_scales(run)[0], load_scales(again)[0]
+    assert all(torch.equal(codes, replayed[name]) for name, codes in found.items())
+    assert {codes.dtype for codes in found.values()} == {torch.int8}
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+
+
 @pytest.mark.slow
 def test_another_number_of_ranks_goes_on(alone, train_arguments, tmp_path):
     two = tmp_path / "two"
