@@ -14,8 +14,10 @@ from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
+from qzo_diffusion.llm_config import PICTURES_OVER_TEXTS
 
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
+TEXT = "sst2"  # a language model, whose rates are others
 UNSEEN = "twemoji_fp4_128"  # another style, block size, code book and back-end than the default was found on
 BUDGET, LONG_BUDGET = 16_000, 64_000  # example-forwards: one example through the model once
 FIRST_ORDER_STEPS = 200
@@ -88,7 +90,7 @@ class Family:
     """A method at several learning rates.
 
     exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled before and is not extended.
-    seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid. data: where it runs.
+    text_exponents: the grid on a language model, where it is another. seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid. data: where it runs.
     """
 
     template: Method
@@ -97,10 +99,14 @@ class Family:
     seeds: int = 1
     same_rate_as: str | None = None
     data: tuple[str, ...] = DATA
+    text_exponents: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
         return self.template.name
+
+    def grid(self, data: str) -> tuple[float, ...]:
+        return self.text_exponents or self.exponents if data == TEXT else self.exponents
 
     def at(self, exponent: float) -> Method:
         lr = rate(exponent)
@@ -161,22 +167,24 @@ BEST = Phase("separable", per_example=True, regions=16, normalize=True, schedule
 """Of the default. 16 regions are one for each token of `tiny`."""
 
 
-def default_exponent(budget: int) -> float:
-    """That of the rate which the package takes where none is given."""
-    return 2 * math.log10(suited_lr(budget // 32))
+def default_exponent(budget: int, over: float = 1) -> float:
+    """That of the rate which the package takes where none is given; `over` PICTURES_OVER_TEXTS on language models."""
+    return 2 * math.log10(suited_lr(budget // 32) / over)
 
 
-DEFAULT_EXPONENT = default_exponent(BUDGET)
+DEFAULT_EXPONENT, TEXT_EXPONENT = default_exponent(BUDGET), default_exponent(BUDGET, PICTURES_OVER_TEXTS)
 
 
 def _defaults() -> Iterator[Family]:
-    at = (DEFAULT_EXPONENT,)
+    at, text = (DEFAULT_EXPONENT,), (TEXT_EXPONENT,)
     what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is fixed", (*DATA, UNSEEN)
-    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere)
-    yield Family(_method(f"{DEFAULT}_tuned", BEST), (-3, -2, -1), "the default at the best rate of a grid", data=everywhere)
+    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, text_exponents=text)
+    tuned = _method(f"{DEFAULT}_tuned", BEST)
+    yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, text_exponents=(-5, -4, -3))
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
         method = _method(f"{DEFAULT}_{name}", BEST, budget=budget)
-        yield Family(method, (default_exponent(budget),), f"the default over {budget:,} example-forwards")
+        rates = (default_exponent(budget),), (default_exponent(budget, PICTURES_OVER_TEXTS),)
+        yield Family(method, rates[0], f"the default over {budget:,} example-forwards", text_exponents=rates[1])
 
 
 def _alternatives() -> Iterator[Family]:
@@ -241,7 +249,7 @@ FinalLosses = Mapping[str, float]
 
 
 def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int = 0) -> dict[float, float]:
-    tried = {*range(-24, 13), *family.exponents}
+    tried = {*range(-24, 13), *family.grid(data)}
     names = {exponent: Cell(data, family.at(exponent), seed).name for exponent in tried}
     return {exponent: final[name] for exponent, name in names.items() if name in final}
 
@@ -249,7 +257,7 @@ def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int =
 def rate_of(family: Family, data: str, final: FinalLosses) -> float | None:
     """The exponent of the rate at which the family is compared; None while its grid is not finished."""
     source = FAMILIES[family.same_rate_as] if family.same_rate_as else family
-    return settled_exponent(source.exponents, final_by_exponent(source, data, final))
+    return settled_exponent(source.grid(data), final_by_exponent(source, data, final))
 
 
 def open_cells(data: str, final: FinalLosses) -> list[Cell]:
@@ -260,7 +268,7 @@ def open_cells(data: str, final: FinalLosses) -> list[Cell]:
             continue
         found = final_by_exponent(family, data, final)
         if not family.same_rate_as:
-            cells += [Cell(data, family.at(exponent), 0) for exponent in next_exponents(family.exponents, found)]
+            cells += [Cell(data, family.at(exponent), 0) for exponent in next_exponents(family.grid(data), found)]
         best = rate_of(family, data, final)
         if best is not None:
             cells += [Cell(data, family.at(best), seed) for seed in range(family.seeds)]

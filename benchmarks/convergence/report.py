@@ -168,7 +168,7 @@ class Style:
                 found.append(f"{name}: the rate of {family.same_rate_as} is not known yet")
                 continue
             tried = final_by_exponent(family, self.data, self._final)
-            left = [] if family.same_rate_as else next_exponents(family.exponents, tried)
+            left = [] if family.same_rate_as else next_exponents(family.grid(self.data), tried)
             if left:
                 found.append(f"{name}: not run at rate {', '.join(f'{rate(exponent):.3g}' for exponent in left)}")
             elif self._at_edge(family, tried):
