@@ -90,7 +90,8 @@ class Family:
     """A method at several learning rates.
 
     exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled before and is not extended.
-    text_exponents: the grid on a language model, where it is another. seeds: how many at the best rate. same_rate_as: another family, whose best rate is taken instead of a grid. data: where it runs.
+    text_exponents: the grid on a language model, where it is another. seeds: how many at the best rate. data: where it runs.
+    same_rate_as: another family, whose best rate is taken instead of a grid.
     """
 
     template: Method
