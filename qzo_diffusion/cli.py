@@ -19,7 +19,7 @@ Flags = dict[str, tuple[str, str]]
 LLM_FLAGS: Flags = {
     "--task": ("task", "a task that comes along (sst2, rte, cb, boolq, squad, sst2_review) or a task file"),
     "--model": ("model", "a transformers folder, or a Hub id in the local cache"),
-    "--data-dir": ("data.dir", "folder of the task's data files"),
+    "--data-dir": ("data.dir", "folder of the task's data files, or a dataset's Hub id in the local cache"),
     "--method": ("method", "qzo, mezo, quzo, quzo-lora, qlora or fo-scales"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from qzo_diffusion import build
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
-from qzo_diffusion.llm.data_files import Row, find_data, read_rows
+from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_examples
@@ -153,7 +153,7 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     _check_objective(config, spec)
     settled = config.model_copy(deep=True)
     settled.compute.dtype = build.dtype_name(build.choose_dtype(config.compute.dtype, device))
-    settled.data.dir = str(Path(config.data.dir or "").resolve())
+    settled.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
     if Path(config.model).is_dir():
         settled.model = str(folder.resolve())
     if config.task not in shipped_tasks():
@@ -170,7 +170,7 @@ def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Spl
     data = config.data
     if data.dir is None:
         raise ConfigError("no folder of data", "the folder of the task's files", "pass --data-dir DIR or set data.dir")
-    folder = Path(data.dir)
+    folder = data_folder(data.dir)
     train_path = find_data(folder, [data.train_file] if data.train_file else spec.train)
     test_path = find_data(folder, [data.test_file] if data.test_file else spec.test)
 

@@ -1,4 +1,4 @@
-"""Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, and SQuAD's .json."""
+"""Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, SQuAD's .json, and the Hub's .parquet."""
 
 import csv
 import json
@@ -20,11 +20,46 @@ class Row:
     alternatives: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+def data_folder(name: str) -> Path:
+    """The folder that a `--data-dir` means: a folder, or ORG/NAME[/SUBFOLDER] of a dataset that is in the Hub's local cache.
+
+    Raises:
+        DataError: neither is here; the message says how to get it, since nothing is ever downloaded.
+    """
+    parts = Path(name).parts
+    if not Path(name).is_dir() and len(parts) > 1 and not Path(name).is_absolute() and ".." not in parts:
+        snapshot = _cached_dataset("/".join(parts[:2]))
+        if snapshot is not None and snapshot.joinpath(*parts[2:]).is_dir():
+            return snapshot.joinpath(*parts[2:])
+    if not Path(name).is_dir():
+        raise DataError(
+            f"{name!r} is neither a folder nor a dataset in the local cache",
+            "the folder of the task's data, or a dataset's id that was downloaded",
+            "pass --data-dir DIR; for a dataset of the Hub `hf download ORG/NAME --repo-type dataset`, then "
+            "--data-dir ORG/NAME/SUBFOLDER",
+        )
+    return Path(name)
+
+
+def _cached_dataset(repo: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _as_on_the_hub(name: str) -> str:
+    """dev.tsv -> validation-00000-of-00001.parquet"""
+    split = Path(name).stem.partition("-")[0]
+    return f"{({'dev': 'validation', 'val': 'validation'}).get(split, split)}-00000-of-00001.parquet"
+
+
 def find_data(folder: Path, names: Sequence[str]) -> Path:
-    """The first of the files that is there. Raises DataError when none is."""
-    if not folder.is_dir():
-        raise DataError(f"no folder {folder}", "the folder of the task's data", "pass --data-dir DIR")
-    for name in names:
+    """The first of the files that is there, else what the Hub calls that part. Raises DataError when none is."""
+    for name in [*names, *map(_as_on_the_hub, names)]:
         if (folder / name).is_file():
             return folder / name
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
@@ -47,13 +82,12 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
     """
     readers = {".tsv": _tabs, ".csv": _commas, ".jsonl": _json_lines, ".json": _squad}
     reader = readers.get(path.suffix)
-    if reader is None:
-        raise DataError(f"{path.name}", f"a file ending in {', '.join(readers)}", "convert the data")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}", "text in UTF-8", "give another file") from None
-    rows = list(reader(path, text, fields, columns))
+    if path.suffix == ".parquet":
+        rows = list(_parquet(path))
+    elif reader is None:
+        raise DataError(f"{path.name}", f"a file ending in {', '.join(readers)} or .parquet", "convert the data")
+    else:
+        rows = list(reader(path, _text(path), fields, columns))
     for row in rows:
         missing = [name for name in fields if name not in row.values]
         if missing:
@@ -64,6 +98,29 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
     if not rows:
         raise DataError(f"{path} holds no example", "at least one", "give another file")
     return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read: {error}", "text in UTF-8", "give another file") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    """Classes are numbers there: `choices` of the task say "0", "1". SQuAD's answers lie one level down, under `text`."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise DataError(f"{path.name}, and no pyarrow is installed", "pyarrow", 'pip install "qzo-diffusion[parquet]"') from None
+    try:
+        entries = read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} can't be read: {error}", "a parquet file", "download it again") from None
+    for number, entry in enumerate(entries, start=1):
+        flat = {name: value.get("text") if isinstance(value, dict) else value for name, value in entry.items()}
+        yield _row({name: value for name, value in flat.items() if value is not None}, f"{path}, row {number}")
 
 
 def _tabs(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:

@@ -238,7 +238,7 @@ def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
     [
         (["--task", "nonsense"], "no task 'nonsense'"),
         (["--model", "/nowhere"], "neither a folder nor a model"),
-        (["--data-dir", "/nowhere"], "no folder /nowhere"),
+        (["--data-dir", "/nowhere"], "'/nowhere' is neither a folder nor a dataset"),
         (["data.train_file=other.tsv"], "other.tsv"),
         (["data.train_examples=24"], "no example is left for validation"),
         (["--objective", "f1"], "objective f1 for the task sst2"),

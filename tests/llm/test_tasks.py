@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import estimate
-from qzo_diffusion.llm.data_files import read_rows
+from qzo_diffusion.llm.data_files import data_folder, find_data, read_rows
 from qzo_diffusion.llm.objectives import choice_scores, exact_match, mean_metric, task_loss, task_metric, word_f1
 from qzo_diffusion.llm.task_file import fill, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import choose_rows, encode, make_batch, make_examples
@@ -348,6 +349,56 @@ def test_the_task_of_the_convergence_benchmark(tmp_path):
     assert len(task.batches(0, 16, 1, "uniform")(0).micro_batches[0]) == 16
     assert math.isfinite(mean_loss(task.objective, task.held_out))
     assert task.accuracy() in {n / 12 for n in range(13)}
+
+
+@pytest.fixture
+def cached_dataset(tmp_path, monkeypatch):
+    """A folder of dataset org/name in a local cache of the Hub, as `hf download` leaves it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "datasets--org--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    folder = repo / "snapshots" / commit / "sst2"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return folder
+
+
+def test_a_dataset_is_found_in_the_local_cache_of_the_hub(cached_dataset):
+    (cached_dataset / "train.tsv").write_text("good\t1\n")
+    (cached_dataset / "validation-00000-of-00001.parquet").touch()
+    assert data_folder("org/name/sst2") == cached_dataset
+    assert data_folder("org/name") == cached_dataset.parent
+    assert find_data(cached_dataset, ["train.tsv"]).name == "train.tsv"
+    assert find_data(cached_dataset, ["dev.tsv"]).name == "validation-00000-of-00001.parquet"
+
+
+@pytest.mark.parametrize("name", ["org/other", "org/name/rte", "org/name/sst2/../..", "/org/name", "name", "org/na me"])
+def test_what_is_neither_a_folder_nor_a_dataset_is_told(cached_dataset, name):
+    with pytest.raises(DataError, match="--repo-type dataset"):
+        data_folder(name)
+
+
+def test_parquet_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "d.parquet").touch()
+    with pytest.raises(DataError, match=r"qzo-diffusion\[parquet\]"):
+        read_rows(tmp_path / "d.parquet", ["sentence"], [])
+
+
+def test_parquet_of_the_hub_is_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is an extra: pip install pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"sentence": "good", "label": 1, "idx": 0}, {"sentence": "bad", "label": 0, "idx": 1}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    assert [row.values["label"] for row in read_rows(tmp_path / "d.parquet", ["sentence", "label"], [])] == ["1", "0"]
+    asked = [{"question": "Who?", "answers": {"text": ["A", "B"], "answer_start": [0, 4]}}]
+    parquet.write_table(pyarrow.Table.from_pylist(asked), tmp_path / "q.parquet")
+    (row,) = read_rows(tmp_path / "q.parquet", ["question", "answers"], [])
+    assert row.alternatives["answers"] == ("A", "B")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="can't be read"):
+        read_rows(tmp_path / "bad.parquet", ["a"], [])
 
 
 def test_shared_data_is_read_where_it_is():
