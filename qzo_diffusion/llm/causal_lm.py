@@ -121,7 +121,7 @@ class CausalLm:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a tokenizer."""
+    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a tokenizer, in a format that is read."""
     problems = {
         "config.json": (folder / "config.json").is_file(),
         "weights": any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")),
@@ -133,6 +133,13 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} without {' and '.join(missing)}",
             "a folder of transformers: config.json, *.safetensors and a tokenizer",
             "download the whole model, for example hf download ID --local-dir FOLDER",
+        )
+    method = stored_method(folder)
+    if method not in (None, "bitsandbytes", *READ_HERE):
+        raise ModelError(
+            f"{folder} is quantized by {method}",
+            f"bitsandbytes, {', '.join(READ_HERE)}, or a model that is not quantized",
+            "give the model it was made of; it is quantized to NF4 while it is read",
         )
 
 

@@ -295,6 +295,15 @@ def test_a_folder_without_weights_is_told(tmp_path, data, capsys):
     assert "without weights and a tokenizer" in failing(capsys, code)
 
 
+@pytest.mark.parametrize("method", ["hqq", "awq", "fbgemm_fp8"])
+def test_a_format_that_is_not_read_is_told(tmp_path, data, capsys, method):
+    folder = save_tiny_llama(tmp_path / "model", seed=0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    code = main(["llm", "evaluate", "--task", "sst2", "--model", str(folder), "--data-dir", str(data)])
+    assert f"quantized by {method}" in failing(capsys, code)
+
+
 def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
     assert main(arguments("--method", "qlora", "--max-steps", 1)) == 0
     code = main(["llm", "evaluate", "--run", str(tmp_path / "run"), "--method", "qzo"])
