@@ -40,14 +40,21 @@ def test_seeds_and_patterns():
     assert {cell.task for cell in cells("*")} == set(TASKS)
 
 
-def written(places, method, seed, value, end, steps=3):
+def written(places, method, seed, value, end, steps=3, curve=()):
     cell = Cell("sst2", method, seed)
     path = places.result(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"task": "sst2", "method": method, "seed": seed, "ended": "budget", "metric": "accuracy", "value": value}
     path.write_text(
         json.dumps(
-            facts | {"validation_loss": {"start": 1.5, "end": end}, "steps": steps, "forwards": 96, "processor_seconds": 5.0}
+            facts
+            | {
+                "validation_loss": {"start": 1.5, "end": end},
+                "steps": steps,
+                "forwards": 96,
+                "processor_seconds": 5.0,
+                "curve": curve,
+            }
         )
     )
 
@@ -55,7 +62,7 @@ def written(places, method, seed, value, end, steps=3):
 def test_a_report_by_hand(places, tmp_path):
     written(places, "default", 0, 0.7, 0.7)
     written(places, "default", 1, 0.8, 0.5)
-    written(places, "fo_scales", 0, 0.9, 0.3)
+    written(places, "fo_scales", 0, 0.9, 0.6, curve=[(0, 1.5), (48, 0.3), (96, 0.6)])  # it overfits, and its best is what counts
     document = tmp_path / "llm.md"
     document.write_text(f"before\n{llm_compare.TABLE[0]}\nold\n{llm_compare.TABLE[1]}\nafter\n")
     found = json.loads(report(places, document).read_text())
