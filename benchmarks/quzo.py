@@ -26,9 +26,10 @@ from benchmarks.smollm2 import smollm2
 TABLE = ("<!-- table: python -m benchmarks.quzo report -->", "<!-- end of table -->")
 FORMATS = {  # cells of llm_compare by the name of their row
     "int8, feedback of 40 steps (the default)": "quzo_int8_slow",
+    "the same, for longer": "quzo_int8_long",
     "int8, feedback of 20 steps": "quzo_int8",
     "int8, rounding alone": "quzo_int8_plain",
-    "int8 W8A8, feedback": "quzo_w8a8",
+    "int8, W8A8, feedback of 40 steps": "quzo_w8a8",
     "int4, feedback": "quzo_int4",
     "int4, rounding alone": "quzo_int4_plain",
     "fp8, feedback": "quzo_fp8",
