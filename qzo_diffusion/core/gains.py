@@ -30,7 +30,7 @@ Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
 
 
 AT_ONCE = 2**19
-"""So many numbers of 16 bits are multiplied at once on a CPU: 2 MB in fp32, which a cache holds. All of a large layer at once take ten
+"""So many numbers of 16 bits are multiplied at once on a CPU: 2 MB in fp32, which a cache holds. A large layer's at once take ten
 times as long."""
 
 
