@@ -400,7 +400,7 @@ def _figures(runs: list[dict[str, Any]], memory_of: dict[str, float] | None) -> 
 
 def _way_down(one: dict[str, Any]) -> str:
     """Start, end, and the lowest where that is clearly lower."""
-    start, end, lowest = (one[f"{name}validation_loss{tail}"] for name, tail in (("", "_at_start"), ("", ""), ("lowest_", "")))
+    start, end, lowest = one["validation_loss_at_start"], one["validation_loss"], one["lowest_validation_loss"]
     if end is None:
         return "-"
     return f"{start:.3f} -> {end:.3f}" + (f" (lowest {lowest:.3f})" if lowest < 0.9 * end else "")
