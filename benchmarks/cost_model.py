@@ -14,11 +14,11 @@ from torch import nn
 from benchmarks.convergence.report import put_between_markers
 from benchmarks.record import write_results
 from benchmarks.sd35_full_size import LARGE
-from qzo_diffusion.build import matching
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
+from qzo_diffusion.quant.choose import matching
 
 DOCUMENT = Path(__file__).parents[1] / "docs/cost.md"
 BEGIN, END = "<!-- table: written by `python -m benchmarks.cost_model` -->", "<!-- end of table -->"

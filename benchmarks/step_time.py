@@ -27,7 +27,6 @@ from benchmarks.record import write_results
 from benchmarks.resident import peak_of, resident
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
-from qzo_diffusion.build import matching
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
@@ -39,6 +38,7 @@ from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
+from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_

@@ -6,7 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,7 @@ from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
+from qzo_diffusion.quant.choose import in_the_middle, matching
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
@@ -319,20 +320,22 @@ def copies_folder(config: Config) -> Path:
 
 def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
     """Raises ConfigError when `qzo.layers` matches no layer."""
-    level, parts = config.qzo.parametrization, config.qzo.layers
+    level, wanted = config.qzo.parametrization, config.qzo.layers
     scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer), {})
-    trained = None if parts is None else matching(scales, parts)
+    trained = None if wanted is None else in_the_middle(scales) if wanted == "middle" else matching(scales, wanted)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
-        raise ConfigError(f"qzo.layers = {parts}: no such layer", f"parts of names like {next(iter(scales))}", "correct qzo.layers")
+        remedy = "correct qzo.layers, or give null for all layers"
+        raise ConfigError(f"qzo.layers = {wanted}: no such layer", f"parts of names like {next(iter(scales))}", remedy)
+    if level == "column" and all(live.numel() == scales.rows(name) for name, live in scales.tensors().items()):
+        raise ConfigError(
+            "qzo.parametrization = column on layers with one scale for each output",
+            "row, layer or separable, which such a format has numbers for",
+            "use qzo.parametrization=separable",
+        )
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
     return scales, parametrize(scales, level, config.qzo.units, trained, pointwise)
-
-
-def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
-    """The names that hold one of the dotted parts: "attn.to_q" is in "blocks.0.attn.to_q"."""
-    return [name for name in names if any(f".{part}." in f".{name}." for part in parts)]
 
 
 def probing(config: RunConfig) -> Probing:

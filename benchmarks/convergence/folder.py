@@ -70,7 +70,7 @@ def compare(style_dir: Path, budget: int, seeds: int, work: Path, cache: Path) -
 def _best_of_grid(family: Family, run: Run, seeds: int) -> list[dict[str, Any]]:
     """The runs of all seeds at the best rate, which the first seed finds."""
     final: dict[float, float] = {}
-    while left := next_exponents(family.grid("folder"), final):
+    while left := next_exponents(family.exponents, final):
         found = run(family.at(left[0]), 0)
         final[left[0]] = float("inf") if found["final_loss"] is None else found["final_loss"]
     best = best_exponent(final)

@@ -7,14 +7,14 @@ while the best rate lies at its edge; further seeds run at the best rate only. A
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from qzo_diffusion.config import suited_lr
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
-from qzo_diffusion.llm_config import PICTURES_OVER_TEXTS
+from qzo_diffusion.llm_config import MIDDLE
 
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
 TEXT = "sst2"  # a language model, whose rates are others
@@ -35,6 +35,7 @@ class Phase:
     """
 
     level: Level
+    layers: Literal["middle"] | None = None
     rate: float = 1.0
     share: float = 1.0
     units: Units = "relative"
@@ -90,7 +91,7 @@ class Family:
     """A method at several learning rates.
 
     exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled before and is not extended.
-    text_exponents: the grid on a language model, where it is another. seeds: how many at the best rate. data: where it runs.
+    on_text: what is other in the phases on a language model. seeds: how many at the best rate. data: where it runs.
     same_rate_as: another family, whose best rate is taken instead of a grid.
     """
 
@@ -100,18 +101,17 @@ class Family:
     seeds: int = 1
     same_rate_as: str | None = None
     data: tuple[str, ...] = DATA
-    text_exponents: tuple[float, ...] = ()
+    on_text: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         return self.template.name
 
-    def grid(self, data: str) -> tuple[float, ...]:
-        return self.text_exponents or self.exponents if data == TEXT else self.exponents
-
-    def at(self, exponent: float) -> Method:
-        lr = rate(exponent)
-        return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr)
+    def at(self, exponent: float, data: str = "") -> Method:
+        lr, phases = rate(exponent), self.template.phases
+        if data == TEXT:
+            phases = tuple(replace(phase, **dict(self.on_text)) for phase in phases)
+        return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr, phases=phases)
 
 
 @dataclass(frozen=True)
@@ -168,24 +168,24 @@ BEST = Phase("separable", per_example=True, regions=16, normalize=True, schedule
 """Of the default. 16 regions are one for each token of `tiny`."""
 
 
-def default_exponent(budget: int, over: float = 1) -> float:
-    """That of the rate which the package takes where none is given; `over` PICTURES_OVER_TEXTS on language models."""
-    return 2 * math.log10(suited_lr(budget // 32) / over)
+def default_exponent(budget: int) -> float:
+    """That of the rate which the package takes where none is given."""
+    return 2 * math.log10(suited_lr(budget // 32))
 
 
-DEFAULT_EXPONENT, TEXT_EXPONENT = default_exponent(BUDGET), default_exponent(BUDGET, PICTURES_OVER_TEXTS)
+DEFAULT_EXPONENT = default_exponent(BUDGET)
+ON_TEXT = (("level", MIDDLE["qzo.parametrization"]), ("layers", MIDDLE["qzo.layers"]), ("eps", MIDDLE["qzo.eps"]))
 
 
 def _defaults() -> Iterator[Family]:
-    at, text = (DEFAULT_EXPONENT,), (TEXT_EXPONENT,)
+    at = (DEFAULT_EXPONENT,)
     what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is fixed", (*DATA, UNSEEN)
-    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, text_exponents=text)
+    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, on_text=ON_TEXT)
     tuned = _method(f"{DEFAULT}_tuned", BEST)
-    yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, text_exponents=(-5, -4, -3))
+    yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
         method = _method(f"{DEFAULT}_{name}", BEST, budget=budget)
-        rates = (default_exponent(budget),), (default_exponent(budget, PICTURES_OVER_TEXTS),)
-        yield Family(method, rates[0], f"the default over {budget:,} example-forwards", text_exponents=rates[1])
+        yield Family(method, (default_exponent(budget),), f"the default over {budget:,} example-forwards", on_text=ON_TEXT)
 
 
 def _alternatives() -> Iterator[Family]:
@@ -250,15 +250,15 @@ FinalLosses = Mapping[str, float]
 
 
 def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int = 0) -> dict[float, float]:
-    tried = {*range(-24, 13), *family.grid(data)}
-    names = {exponent: Cell(data, family.at(exponent), seed).name for exponent in tried}
+    tried = {*range(-24, 13), *family.exponents}
+    names = {exponent: Cell(data, family.at(exponent, data), seed).name for exponent in tried}
     return {exponent: final[name] for exponent, name in names.items() if name in final}
 
 
 def rate_of(family: Family, data: str, final: FinalLosses) -> float | None:
     """The exponent of the rate at which the family is compared; None while its grid is not finished."""
     source = FAMILIES[family.same_rate_as] if family.same_rate_as else family
-    return settled_exponent(source.grid(data), final_by_exponent(source, data, final))
+    return settled_exponent(source.exponents, final_by_exponent(source, data, final))
 
 
 def open_cells(data: str, final: FinalLosses) -> list[Cell]:
@@ -269,8 +269,8 @@ def open_cells(data: str, final: FinalLosses) -> list[Cell]:
             continue
         found = final_by_exponent(family, data, final)
         if not family.same_rate_as:
-            cells += [Cell(data, family.at(exponent), 0) for exponent in next_exponents(family.grid(data), found)]
+            cells += [Cell(data, family.at(exponent, data), 0) for exponent in next_exponents(family.exponents, found)]
         best = rate_of(family, data, final)
         if best is not None:
-            cells += [Cell(data, family.at(best), seed) for seed in range(family.seeds)]
+            cells += [Cell(data, family.at(best, data), seed) for seed in range(family.seeds)]
     return [cell for cell in cells if cell.name not in final]

@@ -104,7 +104,7 @@ class Style:
         exponent = self.exponent(family)
         if exponent is None:
             return []
-        cells = [Cell(self.data, family.at(exponent), seed) for seed in range(family.seeds)]
+        cells = [Cell(self.data, family.at(exponent, self.data), seed) for seed in range(family.seeds)]
         found = [self.results[cell.name] for cell in cells if cell.name in self.results]
         return [result for result in found if result["final_loss"] is not None]
 
@@ -168,7 +168,7 @@ class Style:
                 found.append(f"{name}: the rate of {family.same_rate_as} is not known yet")
                 continue
             tried = final_by_exponent(family, self.data, self._final)
-            left = [] if family.same_rate_as else next_exponents(family.grid(self.data), tried)
+            left = [] if family.same_rate_as else next_exponents(family.exponents, tried)
             if left:
                 found.append(f"{name}: not run at rate {', '.join(f'{rate(exponent):.3g}' for exponent in left)}")
             elif self._at_edge(family, tried):

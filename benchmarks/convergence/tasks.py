@@ -29,6 +29,7 @@ from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.style_run import make_plan
 from qzo_diffusion.train.distributed import Ranks
@@ -158,7 +159,7 @@ class StyleTask:
         self._transformer = build.quantized_transformer(plan.config, plan.model_folder, plan.device, plan.dtype)
         self.scales, _ = build.scales_and_numbers(plan.config, self._transformer)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
-        self.pointwise = build.matching(self.scales, POINTWISE_LAYERS)
+        self.pointwise = matching(self.scales, POINTWISE_LAYERS)
 
     def _settings(self, seed: int, batch: int) -> dict[str, Any]:
         folders = {"style_dir": str(self._train), "validation_dir": str(self._validation) if self._validation else None}
