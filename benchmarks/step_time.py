@@ -33,12 +33,13 @@ from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
-from qzo_diffusion.quant.choose import matching
+from qzo_diffusion.quant.choose import in_the_middle, matching
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
@@ -56,14 +57,14 @@ REGIONS = 16
 
 @dataclass
 class Setup:
-    """A model and a batch. in_flight: the batch in parts of half its size; apart: the names of pointwise layers."""
+    """A model and a batch. in_flight: the batch in parts of half its size; default: what a run trains where nothing is said."""
 
     model: nn.Module
     objective: Callable[[Any], torch.Tensor]
     batch: Any
     in_flight: Sequence[Any]
     regions: int
-    apart: Sequence[str]
+    default: Callable[[ScaleSet], Parametrization]
 
 
 def set_up(case: str, dtype: torch.dtype) -> Setup:
@@ -74,7 +75,11 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     model = build_model(name, dtype)
     batch = replace(random_batch(model, side, tokens, count), regions=REGIONS)
     apart = matching([name for name, _ in model.named_modules()], POINTWISE_LAYERS)
-    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, batch.split(half), REGIONS, apart)
+
+    def default(scales: ScaleSet) -> Parametrization:
+        return parametrize(scales, "separable", pointwise=apart)
+
+    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, batch.split(half), REGIONS, default)
 
 
 def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup:
@@ -86,7 +91,10 @@ def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup
     def of(size: int) -> Any:
         return make_batch(lm, encode(lm, [example] * size, None))
 
-    return Setup(lm.model, lambda one: task_loss(lm, one), of(count), [of(half)] * (count // half), 1, ())
+    def default(scales: ScaleSet) -> Parametrization:
+        return parametrize(scales, "column", trained=in_the_middle(scales))
+
+    return Setup(lm.model, lambda one: task_loss(lm, one), of(count), [of(half)] * (count // half), 1, default)
 
 
 def build_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -143,7 +151,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     two_forwards()
     inference_peak = peak_of(two_forwards)
     scales = find_scales(setup.model)
-    numbers, factors = parametrize(scales, "dense"), parametrize(scales, "separable", pointwise=setup.apart)
+    numbers, factors = parametrize(scales, "dense"), setup.default(scales)
     count_steps = iter(range(10**9))
     journal = JournalWriter.create(Path(tempfile.mkdtemp()) / "journal.qzo", {})
 
