@@ -90,7 +90,19 @@ METHODS: dict[str, Method] = {
     "zero_shot": Method("mezo", (), trained=False),  # unquantized, which for this model is dequantized Q4_1
     "zero_shot_quantized": Method("qzo", (), trained=False),
     "default": Method("qzo", tuple(BFLOAT16), seeds=3),
-    "all_layers": Method(  # the default before the middle was found
+    "middle_columns": Method(  # the default before
+        "qzo",
+        (
+            f"qzo.layers=[{','.join(f'layers.{block}' for block in range(12, 21))}]",
+            "qzo.parametrization=column",
+            "qzo.eps=0.03",
+            "train.lr=0.025",
+            *BFLOAT16,
+        ),
+        seeds=3,
+        tasks=("sst2",),
+    ),
+    "all_layers": Method(  # and before that
         "qzo",
         ("qzo.layers=null", "qzo.parametrization=separable", "qzo.eps=0.01", "train.lr=0.005", *BFLOAT16),
         tasks=("sst2",),

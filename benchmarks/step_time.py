@@ -39,7 +39,7 @@ from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
-from qzo_diffusion.quant.choose import in_the_middle, matching
+from qzo_diffusion.quant.choose import matching, quiet
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
@@ -92,7 +92,7 @@ def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup
         return make_batch(lm, encode(lm, [example] * size, None))
 
     def default(scales: ScaleSet) -> Parametrization:
-        return parametrize(scales, "column", trained=in_the_middle(scales))
+        return parametrize(scales, "separable", trained=quiet(scales))
 
     return Setup(lm.model, lambda one: task_loss(lm, one), of(count), [of(half)] * (count // half), 1, default)
 

@@ -87,8 +87,8 @@ class QzoConfig(Section):
     """What is not given follows from what is: dense numbers and steps of several shared directions have none of each example."""
 
     parametrization: Literal["dense", "row", "layer", "column", "separable", "codes"] = "separable"  # codes: of method quzo
-    # Parts of layer names, such as ff.net; middle: all in blocks at 40 to 70 % of the depth; None: every quantized layer
-    layers: list[str] | Literal["middle"] | None = None
+    # Parts of layer names, such as ff.net; quiet: see quant.choose; None: every quantized layer
+    layers: list[str] | Literal["quiet"] | None = None
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
     num_directions: Count = 1

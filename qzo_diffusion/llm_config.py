@@ -46,11 +46,10 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
     "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
     "fo-scales": FIRST_ORDER_SCALES,
 }
-# QZO trains block columns in the middle of the model, where there is the least noise for the signal (docs/decisions.md). Probes of
-# them change the loss less, so that in bfloat16 they need a larger radius.
-MIDDLE: dict[str, Any] = {"qzo.parametrization": "column", "qzo.layers": "middle", "qzo.eps": 3e-2}
-OF_ROWS = ("int8", "int4", "fp8")  # types with a scale for each output; they have no columns
-PICTURES_OVER_TEXTS = 5  # QZO's normalised rate for styles or the middle, over that for all layers of a language model
+# QZO trains the layers that have the least noise for their signal (docs/decisions.md). Probes of them change the loss less, so that
+# in bfloat16 they need a larger radius.
+QUIET: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
+PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5  # QZO's normalised rate for styles, over those for these layers and for all
 PLAIN_LR = 1e-3  # of QZO's steps that are not normalised
 FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
 
@@ -98,12 +97,9 @@ class LlmConfig(RunConfig):
         method, qzo, train = (settings.get(name, {}) for name in ("method", "qzo", "train"))
         suited = dict(next((values for name, values in DEFAULTS.items() if name == (method or "qzo")), {}))
         if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
-            middle = estimate_settings(qzo)["normalize"] and qzo.get("layers", "middle") == "middle"
-            suited |= MIDDLE if middle else {}
-            quant = settings.get("quant", {})
-            if isinstance(quant, dict) and quant.get("type") in OF_ROWS:
-                suited.pop("qzo.parametrization", None)
-            suited["train.lr"] = rate_for(qzo, train, 1 if middle else PICTURES_OVER_TEXTS, PLAIN_LR)
+            quiet = estimate_settings(qzo)["normalize"] and qzo.get("layers", "quiet") == "quiet"
+            suited |= QUIET if quiet else {}
+            suited["train.lr"] = rate_for(qzo, train, PICTURES_OVER_QUIET if quiet else PICTURES_OVER_ALL, PLAIN_LR)
         if method == "quzo":
             suited = suited_to_quzo(settings.get("quant", {}))
         return filled_in(settings, suited)

@@ -26,7 +26,7 @@ from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, ma
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
-from qzo_diffusion.quant.choose import in_the_middle
+from qzo_diffusion.quant.choose import quiet
 from qzo_diffusion.train.first_order import ExactAdam
 from qzo_diffusion.train.loop import Probing, StepRecord, train
 from qzo_diffusion.train.run_folder import write_whole
@@ -73,7 +73,7 @@ class CellRun:
         self.progress.phase = phase
         self._batches = self._task.batches(self.cell.seed, self.method.batch, settings.regions, settings.sigma)
         pointwise = self._task.pointwise if settings.regions > 1 else ()
-        trained = in_the_middle(self._task.scales) if settings.layers == "middle" else None
+        trained = quiet(self._task.scales) if settings.layers == "quiet" else None
         self.numbers = parametrize(self._task.scales, settings.level, settings.units, trained, pointwise)
         self.optimizer: Any = ExactAdam() if self.method.first_order else make_optimizer(settings.optimizer)
 

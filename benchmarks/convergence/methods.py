@@ -14,7 +14,7 @@ from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
-from qzo_diffusion.llm_config import MIDDLE
+from qzo_diffusion.llm_config import PICTURES_OVER_QUIET, QUIET
 
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
 TEXT = "sst2"  # a language model, whose rates are others
@@ -35,7 +35,7 @@ class Phase:
     """
 
     level: Level
-    layers: Literal["middle"] | None = None
+    layers: Literal["quiet"] | None = None
     rate: float = 1.0
     share: float = 1.0
     units: Units = "relative"
@@ -91,7 +91,8 @@ class Family:
     """A method at several learning rates.
 
     exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled before and is not extended.
-    on_text: what is other in the phases on a language model. seeds: how many at the best rate. data: where it runs.
+    on_text: what is other in the phases on a language model, and over_text what the rate is divided by there.
+    seeds: how many at the best rate. data: where it runs.
     same_rate_as: another family, whose best rate is taken instead of a grid.
     """
 
@@ -102,6 +103,7 @@ class Family:
     same_rate_as: str | None = None
     data: tuple[str, ...] = DATA
     on_text: tuple[tuple[str, Any], ...] = ()
+    over_text: float = 1
 
     @property
     def name(self) -> str:
@@ -110,6 +112,7 @@ class Family:
     def at(self, exponent: float, data: str = "") -> Method:
         lr, phases = rate(exponent), self.template.phases
         if data == TEXT:
+            lr /= self.over_text
             phases = tuple(replace(phase, **dict(self.on_text)) for phase in phases)
         return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr, phases=phases)
 
@@ -174,18 +177,19 @@ def default_exponent(budget: int) -> float:
 
 
 DEFAULT_EXPONENT = default_exponent(BUDGET)
-ON_TEXT = (("level", MIDDLE["qzo.parametrization"]), ("layers", MIDDLE["qzo.layers"]), ("eps", MIDDLE["qzo.eps"]))
+ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]))
 
 
 def _defaults() -> Iterator[Family]:
     at = (DEFAULT_EXPONENT,)
     what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is fixed", (*DATA, UNSEEN)
-    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, on_text=ON_TEXT)
+    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
     tuned = _method(f"{DEFAULT}_tuned", BEST)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
         method = _method(f"{DEFAULT}_{name}", BEST, budget=budget)
-        yield Family(method, (default_exponent(budget),), f"the default over {budget:,} example-forwards", on_text=ON_TEXT)
+        what, at = f"the default over {budget:,} example-forwards", (default_exponent(budget),)
+        yield Family(method, at, what, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
 
 
 def _alternatives() -> Iterator[Family]:

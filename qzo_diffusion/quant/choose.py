@@ -9,9 +9,16 @@ def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
     return [name for name in names if any(f".{part}." in f".{name}." for part in parts)]
 
 
-def in_the_middle(names: Iterable[str]) -> list[str]:
-    """The names in blocks at 40 to 70 % of the depth: those with the numbers 12 to 20 of 30. Layers outside of blocks aren't."""
+TO_QUERIES_AND_KEYS = {"q_proj", "k_proj", "to_q", "to_k", "query", "key"}
+
+
+def quiet(names: Iterable[str]) -> list[str]:
+    """Where a language model's layers have little noise for their signal (docs/decisions.md).
+
+    Those in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, but for projections to queries or keys alone. Layers outside
+    of blocks aren't.
+    """
     block = {name: int(number[1]) for name in names if (number := re.search(r"(?:^|\.)(\d+)\.", name))}
     depth = max(block.values(), default=-1) + 1
-    chosen = range(depth * 4 // 10, -(-depth * 7 // 10))
-    return [name for name in block if block[name] in chosen]
+    chosen = range(depth * 4 // 10, -(-depth * 9 // 10))
+    return [name for name in block if block[name] in chosen and name.split(".")[-1] not in TO_QUERIES_AND_KEYS]

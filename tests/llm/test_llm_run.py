@@ -157,14 +157,9 @@ def test_other_grids_and_rounded_inputs_run(arguments, tmp_path, more):
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
-def level_of(kind, method="qzo"):
-    """AQLM has a scale for each output and no block columns, which a run trains where nothing else is said."""
-    return ["qzo.parametrization=separable"] if (kind, method) == ("aqlm", "qzo") else []
-
-
 def test_columns_of_a_format_without_them_are_refused(arguments, tmp_path, model, capsys):
     convert_folder(model, tmp_path / "stored", "aqlm")
-    said = failing(capsys, main(arguments("--model", tmp_path / "stored")))
+    said = failing(capsys, main(arguments("--model", tmp_path / "stored", "qzo.parametrization=column")))
     assert "one scale for each output" in said
     assert "use qzo.parametrization=separable" in said
 
@@ -173,7 +168,7 @@ def test_columns_of_a_format_without_them_are_refused(arguments, tmp_path, model
 @pytest.mark.parametrize("method", ["qzo", "fo-scales"])
 def test_a_folder_that_is_quantized_stays_in_its_format(arguments, tmp_path, model, kind, method):
     convert_folder(model, tmp_path / "stored", kind)
-    assert main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3, *level_of(kind, method))) == 0
+    assert main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3)) == 0
     tuned = load_file(tmp_path / "run" / "final" / "scales.safetensors")
     names = {
         name.removesuffix(".scales") for name in load_file(tmp_path / "stored" / "model.safetensors") if name.endswith(".scales")
@@ -189,7 +184,7 @@ def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, 
     if kind != "bitsandbytes":
         folder = tmp_path / "stored"
         convert_folder(model, folder, kind)
-    assert main(arguments("--model", folder, "train.lr=0.1", *level_of(kind))) == 0
+    assert main(arguments("--model", folder, "train.lr=0.1")) == 0
     export = ["export", "--run", str(tmp_path / "run"), "--format", "native", "--output-dir", str(tmp_path / "exported"), "--json"]
     capsys.readouterr()
     assert main(export) == 0
@@ -226,8 +221,7 @@ def test_a_dry_run_shows_what_the_model_will_read(arguments, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "16 to train on, 8 held out, 12 to test on" in shown
     assert "It was" in shown
-    assert "parametrization: column" in shown
-    assert "layers: middle" in shown
+    assert "layers: quiet" in shown
     assert not (tmp_path / "run").exists()
 
 
@@ -328,14 +322,21 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
     [
         (
             {"train": {"max_steps": 500}},
-            {"lr": 0.05, "parametrization": "column", "layers": "middle", "eps": 0.03, "per_example": True, "schedule": "cosine"},
+            {
+                "lr": 0.025,
+                "parametrization": "separable",
+                "layers": "quiet",
+                "eps": 0.03,
+                "per_example": True,
+                "schedule": "cosine",
+            },
         ),
         ({"qzo": {"normalize": False}}, {"lr": 1e-3, "parametrization": "separable", "layers": None, "eps": 0.01}),
-        ({"train": {"max_steps": 2000}}, {"lr": 0.025, "normalize": True}),
+        ({"train": {"max_steps": 2000}}, {"lr": 0.0125, "normalize": True}),
         ({"qzo": {"layers": None}, "train": {"max_steps": 2000}}, {"lr": 0.005, "parametrization": "separable", "eps": 0.01}),
         ({"qzo": {"layers": ["mlp"], "eps": 0.02}, "train": {"max_steps": 2000}}, {"lr": 0.005, "layers": ["mlp"], "eps": 0.02}),
-        ({"qzo": {"parametrization": "row"}}, {"parametrization": "row", "layers": "middle"}),
-        ({"quant": {"type": "int8"}}, {"parametrization": "separable", "layers": "middle"}),
+        ({"qzo": {"parametrization": "row"}}, {"parametrization": "row", "layers": "quiet"}),
+        ({"quant": {"type": "int8"}}, {"parametrization": "separable", "layers": "quiet"}),
         ({"qzo": {"parametrization": "dense"}}, {"lr": 1e-3, "per_example": False, "normalize": False}),
         ({"method": "mezo"}, {"lr": 1e-6, "eps": 1e-3, "units": "absolute", "directions": "gaussian", "schedule": "constant"}),
         ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qzo_diffusion.quant.choose import in_the_middle, matching
+from qzo_diffusion.quant.choose import matching, quiet
 
 
 def test_parts_of_names_match_whole_words():
@@ -12,16 +12,21 @@ def test_parts_of_names_match_whole_words():
     assert matching(names, ["t"]) == []
 
 
-MIDDLES = [(30, range(12, 21)), (32, range(12, 23)), (38, range(15, 27)), (2, range(2)), (1, range(1))]
+QUIET_BLOCKS = [(30, range(12, 27)), (32, range(12, 29)), (38, range(15, 35)), (2, range(2)), (1, range(1))]
 
 
-@pytest.mark.parametrize(("depth", "expected"), MIDDLES)
-def test_the_middle_is_40_to_70_percent_of_the_blocks(depth, expected):
+@pytest.mark.parametrize(("depth", "expected"), QUIET_BLOCKS)
+def test_quiet_layers_are_at_40_to_90_percent_of_the_blocks(depth, expected):
     names = [f"model.layers.{block}.mlp.{kind}" for block in range(depth) for kind in ("up.0.proj", "down.7.proj")]
-    found = in_the_middle(["embed", *names, "head"])
+    found = quiet(["embed", *names, "head"])
     assert found == [name for name in names if int(name.split(".")[2]) in expected]
     assert len(found) == 2 * len(expected)
 
 
-def test_a_model_without_blocks_has_no_middle():
-    assert in_the_middle(["embed", "head"]) == []
+def test_projections_to_queries_and_keys_are_not_quiet():
+    names = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"]
+    assert quiet([*names, "blocks.0.attn.to_k", "blocks.0.attn.to_qkv"]) == [*names[2:], "blocks.0.attn.to_qkv"]
+
+
+def test_a_model_without_blocks_has_no_quiet_layers():
+    assert quiet(["embed", "head"]) == []
