@@ -175,7 +175,7 @@ _GRID = {"0.00316": 2.8, "0.01": 2.6, "0.0316": 2.7, "0.1": 2.8, "0.316": math.i
 
 
 def _write(folder, data, family, exponent, seed, curve):
-    method = FAMILIES[family].at(exponent)
+    method = FAMILIES[family].at(exponent, data)
     result = {
         "cell": Cell(data, method, seed).name,
         "data": data,
@@ -192,6 +192,16 @@ def _write(folder, data, family, exponent, seed, curve):
     path = folder / "cells" / f"{result['cell']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(cells.to_json(result))
+
+
+def test_what_is_other_on_text_still_counts_as_the_settings_of_the_table(tmp_path):
+    for family, exponent in (("default", methods.DEFAULT_EXPONENT), ("paper_relative", -5)):
+        _write(tmp_path, methods.TEXT, family, exponent, 0, [(0, 1.5), (16_000, 0.6)])
+        result = next((tmp_path / "cells" / methods.TEXT).glob(f"{family}*"))
+        assert list(cells.finished(tmp_path / "cells")) == [f"{methods.TEXT}/{result.stem}"]
+        result.write_text(result.read_text().replace('"eps": 0.0', '"eps": 0.7'))
+        assert not cells.finished(tmp_path / "cells")
+        result.unlink()
 
 
 @pytest.fixture
@@ -345,7 +355,7 @@ def test_the_best_finished_run_of_a_style_is_drawn(tmp_path):
         cell = Cell("openmoji", FAMILIES["default"].at(methods.DEFAULT_EXPONENT), seed)
         path = tmp_path / f"{cell.name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"cell": cell.name, "settings": cell.method.settings(), "final_loss": loss}))
+        path.write_text(json.dumps({"cell": cell.name, "data": cell.data, "settings": cell.method.settings(), "final_loss": loss}))
     best = pictures.best_cell("openmoji", tmp_path)
     assert best is not None
     assert best.seed == 1

@@ -306,17 +306,17 @@ def finished(results: Path) -> dict[str, dict[str, Any]]:
         result = json.loads(path.read_text())
         settings = result["settings"]
         then = Method(**settings | {"phases": tuple(Phase(**phase) for phase in settings["phases"])})
-        if then.settings() == _settings_now(settings):
+        if then.settings() == _settings_now(settings, result["data"]):
             found[result["cell"]] = result
     return found
 
 
-def _settings_now(settings: dict[str, Any]) -> dict[str, Any] | None:
+def _settings_now(settings: dict[str, Any], data: str) -> dict[str, Any] | None:
     family = FAMILIES.get(settings["name"].rpartition("_lr")[0])
     if family is None:
         return None
     now = family.template
-    return Method(settings["name"], settings["lr"], now.phases, now.first_order, now.batch, now.budget).settings()
+    return Method(settings["name"], settings["lr"], family.phases(data), now.first_order, now.batch, now.budget).settings()
 
 
 def final_losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

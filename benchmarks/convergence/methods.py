@@ -110,11 +110,12 @@ class Family:
         return self.template.name
 
     def at(self, exponent: float, data: str = "") -> Method:
-        lr, phases = rate(exponent), self.template.phases
-        if data == TEXT:
-            lr /= self.over_text
-            phases = tuple(replace(phase, **dict(self.on_text)) for phase in phases)
-        return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr, phases=phases)
+        lr = rate(exponent) / (self.over_text if data == TEXT else 1)
+        return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr, phases=self.phases(data))
+
+    def phases(self, data: str) -> tuple[Phase, ...]:
+        other = dict(self.on_text) if data == TEXT else {}
+        return tuple(replace(phase, **other) for phase in self.template.phases)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from benchmarks.convergence.methods import (
     best_exponent,
     final_by_exponent,
     next_exponents,
-    rate,
     rate_of,
 )
 from benchmarks.record import provenance, write_results
@@ -170,7 +169,9 @@ class Style:
             tried = final_by_exponent(family, self.data, self._final)
             left = [] if family.same_rate_as else next_exponents(family.exponents, tried)
             if left:
-                found.append(f"{name}: not run at rate {', '.join(f'{rate(exponent):.3g}' for exponent in left)}")
+                found.append(
+                    f"{name}: not run at rate {', '.join(f'{family.at(exponent, self.data).lr:.3g}' for exponent in left)}"
+                )
             elif self._at_edge(family, tried):
                 found.append(f"{name}: the best rate is at the edge of those tried")
             finished_seeds, wanted = len(self.runs[name]), family.seeds
@@ -195,7 +196,7 @@ class Style:
             if runs:
                 exponent = self.exponent(family)
                 families[name] = {
-                    "lr": rate(exponent) if exponent is not None else None,
+                    "lr": family.at(exponent, self.data).lr if exponent is not None else None,
                     "final_loss": spread([run["final_loss"] for run in runs]),
                     "budget": family.template.budget,
                     "unit": runs[0]["unit"],
@@ -270,8 +271,8 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
     machine = recorded["machine"]
     lines = [
         f"Written by `python -m benchmarks.convergence report` on {recorded['date']}; cells by "
-        f"`python -m benchmarks.convergence run --data FOLDER` on {machine['processor']} ({machine['cores']} cores), fp32, "
-        f"OMP_NUM_THREADS={recorded['threads']}.",
+        f"`python -m benchmarks.convergence run --data FOLDER` on {machine['processor']} ({machine['cores']} cores), "
+        f"styles in fp32 and sst2 in bf16, OMP_NUM_THREADS={recorded['threads']}.",
         "",
     ]
     default = figures_["default_ratio"]
