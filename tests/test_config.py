@@ -161,7 +161,7 @@ def test_the_rate_falls_with_the_root_of_the_steps():
     assert make_config({"train": {"max_steps": 500, "lr": 0.2}}).train.lr == 0.2
 
 
-@pytest.mark.parametrize(("kind", "rate"), [(Config, 0.05), (LlmConfig, 0.05)])
+@pytest.mark.parametrize(("kind", "rate"), [(Config, 0.05), (LlmConfig, 0.025)])
 def test_the_rate_follows_from_steps_that_were_said_by_a_flag(kind, rate):
     """A flag's value is text until the settings are checked."""
     assert make_config({"train": {"max_steps": "500"}}, kind).train.lr == pytest.approx(rate)
