@@ -347,11 +347,13 @@ def memory(name: str, places: Places) -> dict[str, float]:
 
 def plot(results: list[dict[str, Any]], picture: Path) -> None:
     """Held-out loss of SST-2 against forwards, a line for every run."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     panel = figure.subplots()
-    colours = {name: f"C{index}" for index, name in enumerate(METHODS)}
+    drawn = [name for name in METHODS if any(result["method"] == name and result.get("curve") for result in results)]
+    colours = {name: matplotlib.colormaps["tab20"](index % 20) for index, name in enumerate(drawn)}
     for result in results:
         if result["task"] == "sst2" and result.get("curve"):
             spent, losses = zip(*result["curve"], strict=True)
