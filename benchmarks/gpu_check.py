@@ -151,6 +151,8 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
                 for work in (step, two_forwards):
                     started = time.perf_counter()
                     work()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
                     times.append(time.perf_counter() - started)
                 ratios.append(times[0] / times[1])
                 seconds.append(times[0])

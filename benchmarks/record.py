@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "numpy")
 
@@ -25,7 +27,7 @@ def provenance() -> dict[str, Any]:
             "processor": _processor(),
             "cores": os.cpu_count(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-            "gpu": None,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
