@@ -184,7 +184,6 @@ def main() -> None:
     gpu = device.type == "cuda"
     layers, sides = args.layers or (38 if gpu else 1), args.sides or ([512, 1024] if gpu else [256])
     figures: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(device) if gpu else None,
         "equal": equal(device),
         "forward": forward(device),
         "large": step_and_memory(device, layers, sides, args.rounds),
