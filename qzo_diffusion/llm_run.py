@@ -11,6 +11,7 @@ import torch
 
 from qzo_diffusion import build
 from qzo_diffusion.core.errors import ConfigError, DataError
+from qzo_diffusion.evaluate.task_score import half_width
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
 from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
 from qzo_diffusion.llm.objectives import mean_metric, objective
@@ -19,7 +20,7 @@ from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_
 from qzo_diffusion.llm_config import FIRST_ORDER, LlmConfig
 from qzo_diffusion.llm_data import TextBatches, evaluation_batches
 from qzo_diffusion.llm_methods import apply_, load_base
-from qzo_diffusion.llm_scores import Scores, half_width
+from qzo_diffusion.llm_scores import Scores
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 from qzo_diffusion.train.tracking import Tracker

@@ -1,11 +1,11 @@
 """How well a language model does its task while it is tuned: the metric on held-out examples before and after."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qzo_diffusion.evaluate.task_score import half_width
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.objectives import mean_metric
 from qzo_diffusion.llm.task_file import TaskSpec
@@ -14,11 +14,6 @@ from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
 FILE = "evaluation.json"
-
-
-def half_width(value: float, count: int) -> float:
-    """Of the 95 % confidence interval of a share of `count` examples (normal approximation; for F1 an upper bound of it)."""
-    return 1.96 * math.sqrt(max(0.0, value * (1 - value)) / count)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate.report import RunFacts, Subject, render
+from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.train.run_folder import write_whole
 
 PAGE = "report.html"
@@ -57,6 +58,8 @@ def grid_prompts(folder: Path) -> list[str]:
 def _facts(folder: Path) -> RunFacts:
     settings, metrics = read_yaml(folder / "config.yaml"), read_metrics(folder)
     evaluation = _read_json(folder / "evaluation.json", None)
+    task_score = TaskScore.read(evaluation) if evaluation and "by_step" in evaluation else None
+    evaluation = None if task_score else evaluation
     journal = _journal(folder)
     return RunFacts(
         name=folder.resolve().name,
@@ -71,6 +74,7 @@ def _facts(folder: Path) -> RunFacts:
         environment=_read_json(folder / "environment.json", {}),
         journal=journal,
         evaluation=evaluation,
+        task_score=task_score,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

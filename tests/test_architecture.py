@@ -33,7 +33,7 @@ BELOW = {
     "llm_config": {"config", "resources", "core", ""},
     "llm_data": {"llm", "train", "core", ""},
     "llm_methods": {"build", "llm_config"} | UNDER_BUILD,
-    "llm_scores": {"llm", "train", "core", ""},
+    "llm_scores": {"llm", "evaluate", "train", "core", ""},
     "llm_export": {"build", "llm_config", "llm_methods"} | UNDER_BUILD,
     "llm_run": {"build", "llm_config", "llm_data", "llm_methods", "llm_scores", "training_job", "training_run"} | UNDER_BUILD,
     "sample_run": {"build", "mix_run"} | UNDER_BUILD,

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from qzo_diffusion.evaluate import charts
+from qzo_diffusion.evaluate.task_score import TaskScore
 
 TEMPLATE = "report.html.jinja"
 LARGEST_SIDE = 384  # of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole
@@ -42,6 +43,7 @@ class RunFacts:
     environment: Mapping[str, Any] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
+    task_score: TaskScore | None = None  # of a language model
     written: str = ""
 
 
@@ -66,7 +68,8 @@ def render(facts: RunFacts) -> str:
             run=facts,
             galleries=_galleries(facts),
             charts=_charts(facts),
-            figures=_figures(facts.evaluation),
+            figures=_figures(facts),
+            verdict=_verdict(facts),
             settings=_flat(facts.settings),
             environment=_flat(facts.environment),
         )
@@ -117,22 +120,30 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     steps = [line for line in facts.metrics if isinstance(line.get("loss"), float)]
     train = charts.binned([line["step"] for line in steps], [line["loss"] for line in steps]) if steps else []
     held_out = [charts.Point(line["step"], line["validation_loss"]) for line in facts.metrics if "validation_loss" in line]
-    loss = [charts.Series("training batches", train), charts.Series("held-out images", held_out, marks=True)]
+    loss = [charts.Series("training batches", train), charts.Series("held-out examples", held_out, marks=True)]
     rows = (facts.evaluation or {}).get("steps", [])
     similar = [charts.Series("similarity to the style", charts.of_steps(rows, "similarity"), marks=True)]
     content = [charts.Series("CLIP score", charts.of_steps(rows, "clip_score"), marks=True)]
     found = [
-        charts.chart("Loss", loss, "mean squared error"),
+        charts.chart("Loss", loss, "mean squared error" if facts.task_score is None else "mean loss"),
+        facts.task_score.chart() if facts.task_score else None,
         charts.chart("Style: similarity to its images", similar, "cosine"),
         charts.chart("Content: CLIP score", content, "cosine"),
     ]
     return [one for one in found if one is not None]
 
 
-def _figures(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _verdict(facts: RunFacts) -> list[dict[str, str]]:
+    if facts.task_score is not None:
+        return facts.task_score.verdict()
+    return facts.evaluation["verdict"] if facts.evaluation else []
+
+
+def _figures(facts: RunFacts) -> list[dict[str, Any]]:
     """Rows of the table of figures: name, base, tuned, difference, its interval, and what a reader must know."""
+    evaluation, of_task = facts.evaluation, facts.task_score.row() if facts.task_score else None
     if evaluation is None:
-        return []
+        return [of_task] if of_task else []
     style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
     similarity, kid, cmmd = style["similarity"], style["kid"], style["cmmd"]
     rows = [

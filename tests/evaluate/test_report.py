@@ -9,6 +9,7 @@ from PIL import Image
 
 from qzo_diffusion.evaluate import charts
 from qzo_diffusion.evaluate.report import RunFacts, Subject, data_url, figure, interval, render
+from qzo_diffusion.evaluate.task_score import TaskScore
 
 
 def young(**facts):
@@ -19,6 +20,26 @@ def test_a_run_that_has_just_begun_has_a_page():
     page = render(young())
     assert "Step 3 of 10" in page
     assert "<progress" in page
+
+
+def language_model(metric="accuracy", **by_step):
+    scores = {"task": "sst2", "metric": metric, "test_examples": 872, "by_step": by_step}
+    return young(task_score=TaskScore.read(scores))
+
+
+def test_a_language_models_page_says_how_well_it_does_its_task():
+    page = render(language_model(**{"2000": 0.786, "0": 0.511, "1000": 0.75}))
+    assert "Accuracy on sst2 rose: 0.511 to 0.786, +0.275 (95 % interval +0.232 to +0.318)." in page
+    assert 'class="good"' in page
+    assert "872 test examples, higher is better" in page
+    assert "did not change for certain" in render(language_model(**{"0": 0.51, "9": 0.52}))
+
+
+def test_a_language_models_page_of_one_step_or_of_a_loss_claims_nothing():
+    for facts in (language_model(**{"0": 0.511}), language_model("loss", **{"0": 3.1, "9": 2.8})):
+        page = render(facts)
+        assert 'class="verdict"' not in page
+        assert "on sst2" in page
 
 
 def test_the_page_asks_for_nothing_from_a_network():

@@ -60,9 +60,12 @@ def stop_after(monkeypatch, step):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_leaves_a_whole_run(arguments, tmp_path, capsys, method):
     assert main(arguments("--method", method, "--json")) == 0
-    results = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    results = json.loads(said.out)
     run = tmp_path / "run"
     assert results["steps"] == STEPS
+    assert "warning: no report" not in said.err
+    assert "Accuracy on" in (run / "report.html").read_text()
     assert results["accuracy"].keys() == {"start", "end"}
     assert {"config.yaml", "environment.json", "dataset.json", "metrics.jsonl", "evaluation.json", "final", "checkpoints"} <= {
         path.name for path in run.iterdir()
