@@ -11,6 +11,7 @@ from PIL import Image
 
 from qzo_diffusion.evaluate import charts
 from qzo_diffusion.evaluate.task_score import TaskScore
+from qzo_diffusion.evaluate.verdict import of_task
 
 TEMPLATE = "report.html.jinja"
 LARGEST_SIDE = 384  # of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole
@@ -125,7 +126,7 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     similar = [charts.Series("similarity to the style", charts.of_steps(rows, "similarity"), marks=True)]
     content = [charts.Series("CLIP score", charts.of_steps(rows, "clip_score"), marks=True)]
     found = [
-        charts.chart("Loss", loss, "mean squared error" if facts.task_score is None else "mean loss"),
+        charts.chart("Loss", loss, "mean loss" if "task" in facts.settings else "mean squared error"),
         facts.task_score.chart() if facts.task_score else None,
         charts.chart("Style: similarity to its images", similar, "cosine"),
         charts.chart("Content: CLIP score", content, "cosine"),
@@ -135,15 +136,18 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
 
 def _verdict(facts: RunFacts) -> list[dict[str, str]]:
     if facts.task_score is not None:
-        return facts.task_score.verdict()
+        return of_task(facts.task_score)
     return facts.evaluation["verdict"] if facts.evaluation else []
 
 
 def _figures(facts: RunFacts) -> list[dict[str, Any]]:
     """Rows of the table of figures: name, base, tuned, difference, its interval, and what a reader must know."""
-    evaluation, of_task = facts.evaluation, facts.task_score.row() if facts.task_score else None
+    score, evaluation = facts.task_score, facts.evaluation
+    if score is not None:
+        ends = score.ends()
+        return [_row(score.name, *ends, score.difference(*ends), score.remark)] if ends else []
     if evaluation is None:
-        return [of_task] if of_task else []
+        return []
     style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
     similarity, kid, cmmd = style["similarity"], style["kid"], style["cmmd"]
     rows = [

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qzo_diffusion.evaluate.task_score import TaskScore
+
 CONTENT_MAY_FALL = 0.02  # of raw cosine: less of a fall is no loss of content that a person would see
 
 
@@ -40,6 +42,18 @@ def _content(clip: Mapping[str, Any]) -> dict[str, str]:
     if interval[1] < -CONTENT_MAY_FALL:
         return {"sign": "bad", "text": f"Content was lost: CLIP score of the content {change}."}
     return {"sign": "open", "text": f"Whether content was lost is not certain: CLIP score of the content {change}."}
+
+
+def of_task(score: TaskScore) -> list[dict[str, str]]:
+    """`verdict` for a language model's task; empty while there is nothing to compare, or no interval."""
+    ends = score.ends()
+    found = score.difference(*ends) if ends else None
+    if ends is None or found is None or found["delta_ci95"] is None:
+        return []
+    sign = _sign(found["delta_ci95"], up_is_good=True)
+    words = {"good": "rose", "bad": "fell", "open": "did not change for certain"}
+    share = f"{ends[0]:.3f} to {ends[1]:.3f}"
+    return [{"sign": sign, "text": f"{score.name} {words[sign]}: {share}, {_change(found['delta'], found['delta_ci95'])}."}]
 
 
 def _loss(loss: Mapping[str, Any]) -> dict[str, str]:

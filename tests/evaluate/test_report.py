@@ -42,6 +42,12 @@ def test_a_language_models_page_of_one_step_or_of_a_loss_claims_nothing():
         assert "on sst2" in page
 
 
+@pytest.mark.parametrize("wrong", [{"by_step": [1]}, {"by_step": {"first": 0.5}}, {"by_step": {"0": None}}, {"test_examples": 0}])
+def test_figures_of_a_task_that_cannot_be_right_are_refused(wrong):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        TaskScore.read({"task": "sst2", "metric": "accuracy", "test_examples": 872, "by_step": {"0": 0.5}} | wrong)
+
+
 def test_the_page_asks_for_nothing_from_a_network():
     subject = Subject("a cat", {"step 0": Image.new("RGB", (64, 64)), "step 9": Image.new("RGB", (64, 64), "red")})
     page = render(young(subjects=[subject]))
