@@ -32,7 +32,7 @@ from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.quant.choose import matching, quiet
+from qzo_diffusion.quant.choose import chosen, matching
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
@@ -322,7 +322,7 @@ def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[Scale
     """Raises ConfigError when `qzo.layers` matches no layer."""
     level, wanted = config.qzo.parametrization, config.qzo.layers
     scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer), {})
-    trained = None if wanted is None else quiet(scales) if wanted == "quiet" else matching(scales, wanted)
+    trained = None if wanted is None else chosen(scales, wanted)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
         remedy = "correct qzo.layers, or give null for all layers"

@@ -91,8 +91,8 @@ class QzoConfig(Section):
     layers: list[str] | Literal["quiet"] | None = None
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
-    num_directions: Count = 1
-    per_example: bool = True  # a direction of its own for every example of the batch; not for dense numbers
+    num_directions: Count = 1  # of all examples together, or of each
+    per_example: bool = True  # directions of its own for every example of the batch; not for dense numbers
     regions: Annotated[int, Field(ge=1, le=1024)] = 1  # of an example's picture, with directions of their own in pointwise layers
     normalize: bool = True  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
     directions: Literal["rademacher", "gaussian"] = "rademacher"
@@ -114,9 +114,7 @@ class QzoConfig(Section):
         if self.units == "absolute" and self.parametrization != "dense":
             raise ValueError("units: absolute needs parametrization: dense")
         if self.per_example and not self.has_gains:
-            raise ValueError("per_example: true needs a parametrization other than dense or codes, and num_directions: 1")
-        if self.per_example and self.num_directions != 1:
-            raise ValueError("per_example: true needs num_directions: 1")
+            raise ValueError("per_example: true needs a parametrization other than dense or codes")
         if self.regions > 1 and not self.per_example:
             raise ValueError("regions above 1 need per_example: true")
         if self.normalize and not self.per_example and self.num_directions == 1:

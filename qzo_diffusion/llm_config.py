@@ -63,6 +63,7 @@ class LlmDataConfig(Section):
     validation_examples: Annotated[int, Field(ge=0)] = 200  # drawn from what is left of it
     test_examples: Annotated[int, Field(ge=0)] | None = 1000  # drawn from the test file; 0: none, None: all of it
     split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # the same examples for every seed of a run
+    keep_hidden: bool = True  # on disk: what the blocks before the first trained one give for each training example
     max_tokens: Annotated[int, Field(ge=16)] | None = None  # longer prompts lose their beginning; None: they are an error
 
 

@@ -1,8 +1,10 @@
 """From a task and a folder of data to batches of tokens."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qzo_diffusion.llm.causal_lm import CausalLm
+from qzo_diffusion.llm.kept_hidden import KeptHidden, fits
 from qzo_diffusion.llm.tasks import Batch, Encoded, by_length, make_batch
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.loop import StepBatch
@@ -16,6 +18,7 @@ class TextBatches:
     Args:
         micro_batch_size: examples in one micro-batch; None is the whole batch.
         share: which of `batch_size` examples are this process's.
+        keep_in: a folder for what the untrained first blocks give, which is then computed once for each text; None keeps nothing.
     """
 
     def __init__(
@@ -27,19 +30,29 @@ class TextBatches:
         seed: int,
         micro_batch_size: int | None = None,
         share: Callable[[int], slice] = slice,
+        keep_in: Path | None = None,
     ) -> None:
         groups = by_length(encoded, BATCHES_OF_A_LENGTH * batch_size)
         items = [(index, group) for group, indices in enumerate(groups) for index in indices]
         self._plan = BatchPlan(items, batch_size=batch_size, seed=seed)
         self._lm, self._encoded, self._share, self._micro_batch_size = lm, encoded, share, micro_batch_size
+        self._kept = None if keep_in is None else _kept(lm, encoded, micro_batch_size or batch_size, keep_in)
 
     def __call__(self, step: int) -> StepBatch[Batch]:
         chosen = [self._encoded[index] for index in self._plan.batch(step)]
         share = self._share(len(chosen))
         mine = chosen[share]
         size = self._micro_batch_size or len(mine)
-        parts = [make_batch(self._lm, mine[start : start + size]) for start in range(0, len(mine), size)]
+        parts = [make_batch(self._lm, mine[start : start + size], self._kept) for start in range(0, len(mine), size)]
         return StepBatch(parts, first_example=share.start or 0, examples=len(chosen))
+
+
+def _kept(lm: CausalLm, encoded: Sequence[Encoded], size: int, folder: Path) -> KeptHidden | None:
+    """None where the model has no part that no probe changes, or there is no room."""
+    groups = [[row for index in indices for row in encoded[index].rows] for indices in by_length(encoded, size)]
+    if lm.prefix is None or not fits([row for group in groups for row in group], lm.bytes_of_token, folder):
+        return None
+    return KeptHidden(lm.prefix, groups, lm.padding, folder)
 
 
 def evaluation_batches(lm: CausalLm, encoded: Sequence[Encoded], size: int) -> list[Batch]:

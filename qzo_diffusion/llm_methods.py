@@ -18,6 +18,7 @@ from qzo_diffusion.llm.stored import stored_method
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint, linears_to_quantize
+from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.first_order import ExactAdam, first_order_step
@@ -57,6 +58,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
     scales, numbers = build.scales_and_numbers(config, lm.model)
     codes, initial = build.fingerprints(lm.model, scales)
+    lm.part_before_(chosen(scales, config.qzo.layers))
     if config.method == "fo-scales":
         optimizer, step = build.first_order(lm.model)
         return Base(lm, scales, numbers, optimizer, codes, initial, step)

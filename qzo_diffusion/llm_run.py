@@ -111,6 +111,7 @@ class LlmPlan:
                 seed=config.train.seed,
                 micro_batch_size=build.micro_batch_size(config, config.data.batch_size),
                 share=ranks.share,
+                keep_in=build.DEFAULT_CACHE if config.data.keep_hidden else None,
             ),
             header=journal_header(config, config.data.batch_size, base.codes, base.initial) | _facts(config),
             extras=scores,

@@ -200,7 +200,7 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "units": config.qzo.units,
         "layers": config.qzo.layers,
         "regions": config.qzo.regions,
-        "examples": batch_size if config.qzo.per_example else None,
+        "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,  # with a direction each
         "optimizer": config.train.optimizer,
         "feedback": [config.train.feedback_decay, config.train.feedback_steps] if config.train.optimizer == "feedback" else None,
         "quant": config.quant.model_dump(),

@@ -1,4 +1,4 @@
-"""A Llama of two narrow layers with a byte-pair tokenizer, saved as a folder, and small data for it."""
+"""A Llama of two narrow blocks with a byte-pair tokenizer, saved as a folder, and small data for it."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>", pad_token="<end>")
 
 
-def tiny_llama(seed: int = 0, context: int = 128) -> CausalLm:
+def tiny_llama(seed: int = 0, context: int = 128, layers: int = 2) -> CausalLm:
     """Random weights with a spread that makes its opinions differ from text to text."""
     words = tokenizer()
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,

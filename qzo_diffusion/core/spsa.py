@@ -11,7 +11,7 @@ does not depend on the scale of the loss, so one learning rate suits many models
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,9 +94,10 @@ def estimate(
     clip_threshold: float | None = None,
     normalize: bool = False,
     first_example: int = 0,
+    examples: int | None = None,
     sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
-    """Two forward passes per direction, or two in all with a direction for every example.
+    """Two forward passes per direction, or two in all with a direction for every example, four with two for every example.
 
     The mean of d_i z_i over B examples with directions of their own has up to 1/B of the variance that one shared direction leaves,
     for the same two forwards. It needs numbers that are factors of inputs and outputs (`has_gains`); those can also run +ε and -ε
@@ -108,12 +109,14 @@ def estimate(
         objective: one loss per example of a micro-batch.
         micro_batches: this process's part of the batch, in parts that fit into memory.
         parametrization: the trained numbers.
-        directions: where to probe: shared by all examples, or `directions[i]` for example i of the whole batch over all processes.
+        directions: where to probe: shared by all examples, or `directions[i]` for example i of the whole batch over all processes;
+            where examples have several, all of them have their first, and then all their next.
         eps: ε, the radius of the probe, in the parametrization's units.
         together: run +ε and -ε in one forward where the numbers and the batch allow it.
         clip_threshold: C of DDC, None for no clipping.
         normalize: divide the derivatives by their spread; a step of one direction would keep nothing but its sign.
         first_example: where this process's micro-batches begin in the whole batch.
+        examples: of the whole batch, for `per_example`; None is as many as directions.
         sum_over_ranks: exchanges a count and two sums per direction, once a step.
 
     Raises:
@@ -126,8 +129,7 @@ def estimate(
     regions = directions[0].regions
     plus, minus = [0.0] * (len(directions) * regions), [0.0] * (len(directions) * regions)
     if per_example:
-        start = first_example
-        for micro_batch in micro_batches:
+        for start, micro_batch in _places(micro_batches, len(directions), first_example, examples or len(directions)):
             stop = start + len(micro_batch)  # type: ignore[arg-type]
             losses = probe(objective, micro_batch, parametrization, directions[start:stop], eps)
             if len(losses[0]) != (stop - start) * regions:
@@ -136,7 +138,6 @@ def estimate(
                 )
             place = slice(start * regions, stop * regions)
             plus[place], minus[place] = losses
-            start = stop
         both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
         return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold, normalize)
     if regions > 1:
@@ -150,6 +151,14 @@ def estimate(
     total, *sums = sum_over_ranks([float(count), *plus, *minus])
     means = [value / total for value in sums]
     return _from_losses(directions, means[: len(plus)], means[len(plus) :], eps, clip_threshold, normalize)
+
+
+def _places(micro_batches: Sequence[Batch], directions: int, first_example: int, examples: int) -> Iterator[tuple[int, Batch]]:
+    """Each micro-batch with the place of its first direction, once for each direction that an example has."""
+    for start in range(first_example, directions, examples):
+        for micro_batch in micro_batches:
+            yield start, micro_batch
+            start += len(micro_batch)  # type: ignore[arg-type]
 
 
 Losses = tuple[list[float], list[float]]

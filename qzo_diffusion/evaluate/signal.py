@@ -81,11 +81,21 @@ def as_the_run_does(
     seed: int,
 ) -> list[Estimate]:
     """Some estimates of one batch, each along directions of its own, made as a step of the run makes them."""
-    count = sum(map(len, micro_batches)) if per_example else num_directions  # type: ignore[arg-type]
+    examples = sum(map(len, micro_batches)) if per_example else None  # type: ignore[arg-type]
     found = []
     for repeat in range(REPEATS):
+        count = num_directions * (examples or 1)
         directions = directions_of_step(seed, DIRECTIONS + repeat, count, "rademacher", regions)
-        probed = estimate(objective, micro_batches, numbers, directions, eps=eps, per_example=per_example, normalize=normalize)
+        probed = estimate(
+            objective,
+            micro_batches,
+            numbers,
+            directions,
+            eps=eps,
+            per_example=per_example,
+            normalize=normalize,
+            examples=examples,
+        )
         found.append(probed)
     return found
 

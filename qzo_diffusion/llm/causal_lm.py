@@ -5,7 +5,7 @@ large (49,152 for SmolLM2, 128,256 for Llama 3), so logits are made only at the 
 tokens that a loss asks for. Both are fp32 whatever the model computes in: a bfloat16 logit of 20 moves in steps of 0.125.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm.prefix import Prefix, find_prefix
 from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
 
 WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
@@ -51,12 +52,15 @@ class OutputHead(nn.Linear):
 class CausalLm:
     """The model, its tokenizer, and how many tokens it reads at most.
 
+    `prefix` is the part of it that no probe changes, once it is known what is trained.
+
     Raises:
         ModelError: the model's last layer is no plain linear, or its logits are changed behind it.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.prefix: Prefix | None = None
         config = self.model.config
         head = self.model.get_output_embeddings()
         changed = [name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
@@ -75,6 +79,11 @@ class CausalLm:
         return self.head.weight.device
 
     @property
+    def bytes_of_token(self) -> int:
+        """Of a hidden state."""
+        return int(self.head.in_features * self.head.weight.dtype.itemsize)
+
+    @property
     def padding(self) -> int:
         """A token to fill up with; which one does not matter, for nothing looks at it."""
         return int(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
@@ -83,7 +92,20 @@ class CausalLm:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
-    def score(self, ids: Tensor, positions: Tensor, tokens: Tensor, normalize: bool = True) -> Tensor:
+    def part_before_(self, trained: Iterable[str]) -> None:
+        """Compute the blocks before the first of these layers apart from the others, where the model allows it."""
+        self.prefix = find_prefix(self.model, self.model.base_model, trained, self.device)
+
+    def score(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        tokens: Tensor,
+        *,
+        normalize: bool = True,
+        copies: int = 1,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """Log-probability of each of `tokens` to follow the text up to a position; fp32 [R, P].
 
         Args:
@@ -91,14 +113,25 @@ class CausalLm:
             positions: [R, P] or [R, 1], the last token that is read.
             tokens: [R, P].
             normalize: False leaves logits, whose differences at one position are those of log-probabilities.
+            copies: so many times the same rows stand in `ids`, all of them and then all again.
+            hidden: what `prefix` gives for them, where that is known.
         """
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        chosen = hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        last = self._last_hidden(ids, copies, hidden)
+        chosen = last.gather(1, positions.unsqueeze(-1).expand(-1, -1, last.shape[-1]))
         if positions.shape == tokens.shape:
             scores: Tensor = self.head(chosen, tokens.unsqueeze(-1), normalize).squeeze(-1)
         else:
             scores = self.head(chosen.squeeze(1), tokens, normalize)
         return scores
+
+    def _last_hidden(self, ids: Tensor, copies: int, hidden: Tensor | None) -> Tensor:
+        if hidden is None and copies > 1 and self.prefix is not None:
+            hidden = self.prefix.before(ids[: len(ids) // copies]).repeat(copies, 1, 1)
+        if hidden is not None:
+            assert self.prefix is not None
+            return self.prefix.after(ids, hidden)
+        last: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return last
 
     @torch.no_grad()
     def answers(self, ids: Tensor, mask: Tensor, max_tokens: int, stop: str) -> list[str]:

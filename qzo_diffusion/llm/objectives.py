@@ -26,7 +26,9 @@ def choice_scores(lm: CausalLm, batch: Batch) -> Tensor:
 
     Single-token choices are compared by their logits: what they lack to log-probabilities is the same for all choices.
     """
-    scores = lm.score(batch.ids, batch.positions, batch.tokens, normalize=not batch.shared)
+    scores = lm.score(
+        batch.ids, batch.positions, batch.tokens, normalize=not batch.shared, copies=batch.copies, hidden=batch.hidden
+    )
     if batch.shared:
         return scores
     means = (scores * batch.mask).sum(1) / batch.mask.sum(1)

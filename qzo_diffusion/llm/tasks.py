@@ -16,6 +16,7 @@ from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.core.noise import derive_key
 from qzo_diffusion.llm.causal_lm import CausalLm, padded
 from qzo_diffusion.llm.data_files import Row
+from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.task_file import TaskSpec, fields_of, fill
 
 
@@ -154,6 +155,7 @@ class Batch:
 
     ids [R, T]; positions [R, P], or [R, 1] where all tokens are read at one place; tokens and mask [R, P]; label [B].
     prompts [B, S], padded on the left, with prompt_mask, for generated answers. shared: as in `Encoded`.
+    copies: how often the same examples are in it. hidden [R, T, D]: what the untrained first blocks give, where it is known.
     """
 
     ids: Tensor
@@ -165,13 +167,16 @@ class Batch:
     prompt_mask: Tensor
     answers: tuple[tuple[str, ...], ...]
     shared: bool
+    copies: int = 1
+    hidden: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
     def repeated(self) -> "Batch":
         """All examples and then all again."""
-        return self._with(lambda tensor: torch.cat([tensor, tensor]), self.answers * 2)
+        twice = self._with(lambda tensor: torch.cat([tensor, tensor]), self.answers * 2)
+        return replace(twice, copies=2 * self.copies)
 
     def to(self, device: torch.device) -> "Batch":
         return self._with(lambda tensor: tensor.to(device), self.answers)
@@ -181,7 +186,7 @@ class Batch:
         return replace(self, **tensors, answers=answers)  # type: ignore[arg-type]
 
 
-def make_batch(lm: CausalLm, encoded: Sequence[Encoded]) -> Batch:
+def make_batch(lm: CausalLm, encoded: Sequence[Encoded], kept: KeptHidden | None = None) -> Batch:
     rows = [row for one in encoded for row in one.rows]
     reads = [read for one in encoded for read in one.reads]
     shared = encoded[0].shared
@@ -197,6 +202,7 @@ def make_batch(lm: CausalLm, encoded: Sequence[Encoded]) -> Batch:
         prompt_mask=padded([[1] * len(prompt) for prompt in prompts], 0, left=True),
         answers=tuple(one.answers for one in encoded),
         shared=shared,
+        hidden=None if kept is None else kept.of(rows, lm.device),
     ).to(lm.device)
 
 

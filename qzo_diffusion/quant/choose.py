@@ -12,6 +12,13 @@ def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
 TO_QUERIES_AND_KEYS = {"q_proj", "k_proj", "to_q", "to_k", "query", "key"}
 
 
+def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+    """What a setting of layers means: parts of names, the word "quiet", or None for all of them."""
+    if wanted is None:
+        return list(names)
+    return quiet(names) if wanted == "quiet" else matching(names, wanted)
+
+
 def quiet(names: Iterable[str]) -> list[str]:
     """Where a language model's layers have little noise for their signal (docs/decisions.md).
 

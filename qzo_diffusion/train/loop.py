@@ -70,7 +70,7 @@ class Probing:
     seed: int
     eps: float
     num_directions: int = 1
-    per_example: bool = False  # a direction of its own for every example; num_directions is not used then
+    per_example: bool = False  # directions of its own for every example, num_directions each
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
     normalize: bool = False
@@ -182,9 +182,10 @@ def _probe(
     step: int,
     sum_over_ranks: SumOverRanks,
 ) -> Estimate:
-    count = probing.num_directions
+    count, examples = probing.num_directions, None
     if probing.per_example:
-        count = sum(map(len, batch.micro_batches)) if batch.examples is None else batch.examples  # type: ignore[arg-type]
+        examples = sum(map(len, batch.micro_batches)) if batch.examples is None else batch.examples  # type: ignore[arg-type]
+        count *= examples
     return estimate(
         objective,
         batch.micro_batches,
@@ -196,6 +197,7 @@ def _probe(
         clip_threshold=probing.clip_threshold,
         normalize=probing.normalize,
         first_example=batch.first_example,
+        examples=examples,
         sum_over_ranks=sum_over_ranks,
     )
 

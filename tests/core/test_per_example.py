@@ -44,6 +44,39 @@ def test_derivatives_are_those_of_the_examples_one_at_a_time(level):
         assert found.directional_derivative[index] == pytest.approx(single.directional_derivative[0], rel=1e-9)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_several_directions_of_each_example_are_as_many_estimates(together):
+    """Also where this process has examples 2 to 4 of a batch of 6."""
+    model, scales = scaled_network(dtype=torch.float64)
+    numbers = parametrize(scales, "separable")
+    x, directions = inputs(3, dtype=torch.float64), directions_of_step(0, 0, 12, "rademacher")
+    made = {"eps": 1e-2, "per_example": True, "first_example": 2, "examples": 6, "together": together}
+    found = estimate(squared_output(model), list(x.split(2)), numbers, directions, **made)
+    assert len(found.directional_derivative) == 12
+    for index, direction in enumerate(directions):
+        if 2 <= index % 6 < 5:
+            single = estimate(squared_output(model), [x[index % 6 - 2 : index % 6 - 1]], numbers, [direction], eps=1e-2)
+            assert found.directional_derivative[index] == pytest.approx(single.directional_derivative[0], rel=1e-9)
+        else:
+            assert found.loss_plus[index] == found.loss_minus[index] == 0.0
+
+
+def test_two_directions_have_half_the_variance_of_one():
+    """Where examples are alike: what is left then is that directions are few."""
+    model, scales = scaled_network(dtype=torch.float64)
+    numbers = parametrize(scales, "row")
+    x = inputs(1, dtype=torch.float64).repeat(4, 1)
+    variances = []
+    for each in (1, 2):
+        found = []
+        for seed in range(400):
+            directions = directions_of_step(seed, 0, 4 * each, "rademacher")
+            one = estimate(squared_output(model), [x], numbers, directions, eps=1e-3, per_example=True, examples=4)
+            found.append(gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row"))
+        variances.append(torch.stack(found).var(0).sum())
+    assert variances[0] / variances[1] == pytest.approx(2, rel=0.15)  # over some 100 rows, each known to 7 % from 400 seeds
+
+
 @pytest.mark.parametrize("level", GAINED)
 def test_the_mean_over_seeds_is_the_gradient(level):
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)

@@ -94,6 +94,30 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypa
     assert read[0] == read[1]
 
 
+SECOND_BLOCK = "qzo.layers=[layers.1]"  # what the first one gives is kept
+
+
+def test_what_is_kept_is_made_again_on_resume_bit_for_bit(arguments, tmp_path, monkeypatch):
+    assert main(arguments(SECOND_BLOCK, name="whole")) == 0
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        assert main(arguments(SECOND_BLOCK, name="killed")) == 130
+    assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert main(arguments(SECOND_BLOCK, "data.keep_hidden=false", name="not_kept")) == 0
+    whole, other = (metrics(tmp_path / name)[-1]["validation_loss"] for name in ("whole", "not_kept"))
+    assert whole == pytest.approx(other, rel=1e-3)
+
+
+def test_every_example_can_have_several_directions(arguments, tmp_path):
+    more = ["qzo.num_directions=3", "qzo.per_example=true", "qzo.normalize=true"]
+    assert main(arguments(*more)) == 0
+    assert all(len(line["projected_grad"]) == 12 for line in metrics(tmp_path / "run") if "loss" in line)
+    assert main(["replay", "--journal", str(tmp_path / "run" / "journal.qzo"), "--output-dir", str(tmp_path / "replayed")]) == 0
+    trained, replayed = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "replayed"))
+    assert all(torch.equal(tensor, replayed[name]) for name, tensor in trained.items())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(arguments, tmp_path, capsys, method):
     """Twelve sentences that are told apart by one word: a few steps at a high rate suffice for each method."""
