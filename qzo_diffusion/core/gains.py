@@ -34,14 +34,42 @@ AT_ONCE = 2**19
 times as long."""
 
 
-def _places(tensor: Tensor, factor: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Groups and tokens of `tensor`, [groups, tokens, ...], part by part; all at once where nothing has to be copied."""
+MANY_TOKENS = 16
+"""From so many in a group on, factors of blocks of inputs are written out, one for each input: a third to a half faster, for a
+sixteenth of the inputs' numbers."""
+
+
+def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    """bias + factor ∘ tensor, computed in fp32: bf16 would round a factor of 1.01 to 1.0078. `into` may be `tensor`.
+
+    Args:
+        tensor, into: [groups, tokens, ...].
+        factor: [groups, 1, ...].
+    """
+    by_parts = tensor.device.type == "cpu" and tensor.dtype != factor.dtype  # a CPU would convert all of it first
+    (_scale_by_parts if by_parts else _scale_at_once)(tensor, factor, bias, into)
+
+
+def _scale_at_once(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    """In one pass, which on a GPU converts on its way."""
+    if bias is None:
+        torch.mul(tensor, factor, out=into)
+    else:
+        torch.addcmul(bias, tensor, factor, out=into)
+
+
+def _scale_by_parts(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    for groups, tokens in _places(tensor):
+        wide = tensor[groups, tokens].to(factor.dtype)
+        _scale_at_once(wide, factor[groups], bias, into=wide)
+        into[groups, tokens].copy_(wide)
+
+
+def _places(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Groups and tokens of `tensor`, part by part."""
     groups, tokens = tensor.shape[:2]
     of_token = tensor[0, 0].numel()
-    if tensor.dtype == factor.dtype or tensor.device.type != "cpu":
-        groups_at_once, tokens_at_once = groups, tokens
-    else:
-        groups_at_once, tokens_at_once = max(1, AT_ONCE // (tokens * of_token)), max(1, AT_ONCE // of_token)
+    groups_at_once, tokens_at_once = max(1, AT_ONCE // (tokens * of_token)), max(1, AT_ONCE // of_token)
     for group in range(0, groups, groups_at_once):
         for token in range(0, tokens, tokens_at_once):
             yield slice(group, group + groups_at_once), slice(token, token + tokens_at_once)
@@ -61,9 +89,10 @@ class Factors:
         groups, blocks = self._input.shape
         self._check(x, groups)
         by_block, factor = x.reshape(groups, -1, blocks, x.shape[-1] // blocks), self._input.view(groups, 1, blocks, 1)
+        if by_block.shape[1] >= MANY_TOKENS:
+            by_block, factor = by_block.flatten(2), factor.expand(-1, -1, -1, by_block.shape[-1]).flatten(2)
         scaled = torch.empty_like(by_block)
-        for place in _places(by_block, factor):
-            scaled[place] = by_block[place] * factor[place[0]]
+        _scale(by_block, factor, None, into=scaled)
         return scaled.view(x.shape)
 
     def of_output_(self, output: Tensor) -> None:
@@ -72,16 +101,8 @@ class Factors:
             return
         groups = self._output.shape[0]
         self._check(output, groups)
-        y, factor = output.view(groups, -1, output.shape[-1]), self._output.unsqueeze(1)
-        for place in _places(y, factor):
-            part = y[place]
-            wide = part.to(factor.dtype)  # in fp32: bf16 would round a factor of 1.01 to 1.0078. The same tensor where y is fp32
-            if self._bias is None:
-                wide.mul_(factor[place[0]])
-            else:
-                torch.addcmul(self._bias, wide, factor[place[0]], out=wide)
-            if wide is not part:
-                part.copy_(wide)
+        y = output.view(groups, -1, output.shape[-1])
+        _scale(y, self._output.unsqueeze(1), self._bias, into=y)
 
     def _check(self, tensor: Tensor, groups: int) -> None:
         examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -55,15 +56,27 @@ def choose(
     """
     stop = 8 * packed.shape[-1] if stop is None else stop
     packed, skipped = packed[..., start // 8 : (stop + 7) // 8], start - start % 8
-    tables = [torch.from_numpy(np.where(_BITS_OF_BYTE, *pair)).to(like.dtype) for pair in pairs]
+    tables = [_table(pair, like.dtype, like.device) for pair in pairs]
     if like.device.type == "cpu":
         chosen = torch.empty(len(pairs), *packed.shape, 8, dtype=like.dtype)
         for table, part in zip(tables, chosen.numpy(), strict=True):
             np.take(table.numpy(), packed, axis=0, out=part, mode="clip")  # in any other mode numpy fills a buffer and copies it
     else:  # a bit a number travels
-        bits = torch.from_numpy(packed).to(like.device).int()
-        chosen = torch.stack([table.to(like.device)[bits] for table in tables])
+        bits = _sent(packed, like.device).int()
+        chosen = torch.stack([table[bits] for table in tables])
     return chosen.flatten(-2)[..., start - skipped : stop - skipped]
+
+
+@lru_cache(maxsize=16)
+def _table(pair: tuple[float, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[256, 8]: what the bits of each byte choose."""
+    return torch.from_numpy(np.where(_BITS_OF_BYTE, *pair)).to(dtype).to(device)
+
+
+def _sent(packed: PackedBits, device: torch.device) -> Tensor:
+    """On the device; from memory that a GPU reads by itself, else the processor would wait for all that is queued before it."""
+    bits = torch.from_numpy(np.ascontiguousarray(packed))
+    return bits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else bits.to(device)
 
 
 _SUM_BITS = 39  # of an amount; with 2^13 amounts a sum has 52, which float64 holds exactly
@@ -81,8 +94,10 @@ def signed_sum(packed: PackedBits, amounts: Sequence[float], like: Tensor) -> Te
     unit = 2.0 ** (math.frexp(largest)[1] - _SUM_BITS)
     whole = torch.tensor([round(amount / unit) for amount in amounts], dtype=torch.float64, device=like.device)
     total = torch.zeros(like.numel(), dtype=torch.float64, device=like.device)
-    for first in range(0, like.numel(), 2**13):  # some at a time, 2 MB: the signs of all would fit into no cache
-        place = slice(first, min(first + 2**13, like.numel()))
+    # Some at a time: the signs of all would fit into no cache. 2 MB on a CPU; a GPU would rather be called less often.
+    at_once = 2**13 if like.device.type == "cpu" else 2**17
+    for first in range(0, like.numel(), at_once):
+        place = slice(first, min(first + at_once, like.numel()))
         for part in (slice(start, start + 32) for start in range(0, len(amounts), 32)):
             total[place] += whole[part] @ choose(packed[part], [(1.0, -1.0)], total, place.start, place.stop)[0]
     return total * unit

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.gains import Factors, LayerGain
+from qzo_diffusion.core.gains import Factors, LayerGain, _scale_at_once, _scale_by_parts
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
@@ -224,3 +225,54 @@ def test_examples_with_directions_of_their_own_need_a_loss_each():
     directions = directions_of_step(0, 0, 6, "rademacher")
     with pytest.raises(ValueError, match="1 losses for 6 examples"):
         estimate(lambda x: model(x).mean(), [inputs()], parametrize(scales, "row"), directions, eps=1e-2, per_example=True)
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 8)])
+def test_a_gain_in_one_pass_is_the_one_by_parts_bit_for_bit(bias, monkeypatch):
+    """What a GPU is told to do in 16 bits, and what a CPU does."""
+    monkeypatch.setattr("qzo_diffusion.core.gains.AT_ONCE", 40)
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(6, 5, 8, generator=generator).bfloat16()
+    factor = 1 + torch.rand(6, 1, 8, generator=generator) / 10
+    at_once, by_parts = torch.empty_like(tensor), torch.empty_like(tensor)
+    _scale_at_once(tensor, factor, bias, at_once)
+    _scale_by_parts(tensor, factor, bias, by_parts)
+    assert torch.equal(at_once, by_parts)
+    _scale_at_once(tensor, factor, bias, tensor)
+    assert torch.equal(tensor, by_parts)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is more than another view of a tensor: on a GPU each is a launch."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.count += not function.is_view and "empty" not in str(function) and "_unsafe_view" not in str(function)
+        return found
+
+
+@pytest.mark.parametrize(("tokens", "of_input"), [(4, 1), (64, 2)])  # of many tokens, factors are written out first
+def test_a_gain_is_one_operation_on_a_device_that_converts_on_its_way(tokens, of_input):
+    x = torch.empty(4, tokens, 128, dtype=torch.bfloat16, device="meta")
+    y = torch.empty(4, tokens, 96, dtype=torch.bfloat16, device="meta")
+    gain = LayerGain(torch.empty(4, 96, device="meta"), torch.empty(4, 2, device="meta"))
+    factors = Factors("layer", gain, torch.empty(96, dtype=torch.bfloat16, device="meta"))
+    with Operations() as counted:
+        factors.of_input(x)
+    assert counted.count == of_input
+    with Operations() as counted:
+        factors.of_output_(y)
+    assert counted.count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+def test_inputs_are_scaled_block_by_block_for_few_and_for_many_tokens(tokens, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, tokens, 24, generator=generator).to(dtype)
+    factor = 1 + torch.rand(2, 3, generator=generator) / 10
+    scaled = Factors("layer", LayerGain(input=factor), None).of_input(x)
+    expected = x.float() * factor.repeat_interleave(2, 0).repeat_interleave(8, 1).unsqueeze(1)
+    assert torch.equal(scaled, expected.to(dtype))
