@@ -3,7 +3,9 @@
 The floor of a two-point estimate is two inference forwards in the memory of inference. Both are measured in one process, in turns,
 on the same quantized model, batch, dtype and threads. A step is everything from the batch in hand to the journal's record. `dense`
 has one number per scale and one direction; `probes` is the default: one per row and block column, a direction for every example
-and, in pictures, for each of 16 regions, +eps and -eps in one forward. SmolLM2 is made by `python -m benchmarks.smollm2`.
+and, in pictures, for each of 16 regions, +eps and -eps in one forward. In texts it reads from a file what the blocks before the
+first trained one give, reading included; `probes_first_time` computes them, once for both signs. SmolLM2 is made by
+`python -m benchmarks.smollm2`.
 Memory is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports.
 """
 
@@ -37,6 +39,7 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
+from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
 from qzo_diffusion.quant.choose import matching, quiet
@@ -57,12 +60,17 @@ REGIONS = 16
 
 @dataclass
 class Setup:
-    """A model and a batch. in_flight: the batch in parts of half its size; default: what a run trains where nothing is said."""
+    """A model and a batch.
+
+    in_flight: the batch in parts of half its size, as a step draws them. drawn: the batch as a step draws it.
+    default: what a run trains where nothing is said.
+    """
 
     model: nn.Module
     objective: Callable[[Any], torch.Tensor]
     batch: Any
-    in_flight: Sequence[Any]
+    in_flight: Callable[[], Sequence[Any]]
+    drawn: Callable[[], Any]
     regions: int
     default: Callable[[ScaleSet], Parametrization]
 
@@ -79,7 +87,8 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     def default(scales: ScaleSet) -> Parametrization:
         return parametrize(scales, "separable", pointwise=apart)
 
-    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, batch.split(half), REGIONS, default)
+    parts = batch.split(half)
+    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, lambda: parts, lambda: batch, REGIONS, default)
 
 
 def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup:
@@ -88,13 +97,24 @@ def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup
     text = (" and" * tokens)[: 4 * (tokens - 2)] + " It was"
     example = Example(text, (" terrible", " great"), 0, ("",), "here")
 
-    def of(size: int) -> Any:
-        return make_batch(lm, encode(lm, [example] * size, None))
+    encoded = encode(lm, [example] * count, None)
+    trained = quiet(find_scales(lm.model))
+    lm.part_before_(trained)
+    rows = [row for one in encoded for row in one.rows]
+    kept = KeptHidden(lm, [rows], Path(tempfile.mkdtemp()))
 
     def default(scales: ScaleSet) -> Parametrization:
-        return parametrize(scales, "separable", trained=quiet(scales))
+        return parametrize(scales, "separable", trained=trained)
 
-    return Setup(lm.model, lambda one: task_loss(lm, one), of(count), [of(half)] * (count // half), 1, default)
+    return Setup(
+        lm.model,
+        lambda one: task_loss(lm, one),
+        make_batch(lm, encoded),
+        lambda: [make_batch(lm, encoded[:half], kept)] * (count // half),
+        lambda: make_batch(lm, encoded, kept),
+        1,
+        default,
+    )
 
 
 def build_model(name: str, dtype: torch.dtype) -> nn.Module:
@@ -165,11 +185,14 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         one_step(numbers, False, [whole])
 
     def probes() -> None:
+        one_step(factors, True, [setup.drawn()])
+
+    def probes_first_time() -> None:
         one_step(factors, True, [batch])
 
     def probes_in_flight() -> None:
         """As many examples in flight as in an inference forward: +eps and -eps of half the batch at a time."""
-        one_step(factors, True, setup.in_flight)
+        one_step(factors, True, setup.in_flight())
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""
@@ -184,6 +207,8 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         work()
         peaks[work.__name__] = peak_of(work)
     works: dict[str, Callable[[], None]] = {"two_forwards": two_forwards, "dense": dense, "probes": probes}
+    if CASES[case][0] == "smollm2":
+        works["probes_first_time"] = probes_first_time
     times: dict[str, list[float]] = {name: [] for name in [*works, "noise_and_update"]}
     probes()
     for _ in range(rounds):
@@ -199,6 +224,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     return {
         "dense_over_two_forwards": ratio("dense"),
         "probes_over_two_forwards": ratio("probes"),
+        **({"probes_first_time_over_two_forwards": ratio("probes_first_time")} if "probes_first_time" in works else {}),
         "dense_over_two_forwards_of_medians": round(medians["dense"] / medians["two_forwards"], 4),
         "probes_over_two_forwards_of_medians": round(medians["probes"] / medians["two_forwards"], 4),
         "noise_and_update_over_two_forwards": round(medians["noise_and_update"] / medians["two_forwards"], 4),

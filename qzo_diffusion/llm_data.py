@@ -52,7 +52,7 @@ def _kept(lm: CausalLm, encoded: Sequence[Encoded], size: int, folder: Path) -> 
     groups = [[row for index in indices for row in encoded[index].rows] for indices in by_length(encoded, size)]
     if lm.prefix is None or not fits([row for group in groups for row in group], lm.bytes_of_token, folder):
         return None
-    return KeptHidden(lm.prefix, groups, lm.padding, folder)
+    return KeptHidden(lm, groups, folder)
 
 
 def evaluation_batches(lm: CausalLm, encoded: Sequence[Encoded], size: int) -> list[Batch]:

@@ -221,8 +221,8 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any]
     return CausalLm(model.eval(), tokenizer)
 
 
-def padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> Tensor:
-    """[R, longest] int64."""
-    width = max(map(len, rows))
+def padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False, width: int = 0) -> Tensor:
+    """[R, longest or `width`] int64."""
+    width = max(width, *map(len, rows))
     full = [[filler] * (width - len(row)) + list(row) if left else [*row, *[filler] * (width - len(row))] for row in rows]
     return torch.tensor(full, dtype=torch.int64)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
-from qzo_diffusion.llm.causal_lm import padded
-from qzo_diffusion.llm.prefix import Prefix
+from qzo_diffusion.llm.causal_lm import CausalLm, padded
 
 Rows = Sequence[tuple[int, ...]]
 SPARE = 2.0  # times what it needs must be free, else nothing is kept
+WIDTHS = 32  # forwards are as wide as a multiple of it: a CPU's 16-bit products hold on to 3 MB for every width that they ever saw
 
 
 class KeptHidden:
@@ -29,16 +29,16 @@ class KeptHidden:
     the same ones, and a run that goes on with an empty file sees the bits that it would have read.
 
     Args:
+        lm: has a prefix.
         groups: all rows, in groups of those that are computed together.
-        padding: the token to fill up with.
         folder: where the file is.
 
     Raises:
         OutputError: the disk is full.
     """
 
-    def __init__(self, prefix: Prefix, groups: Sequence[Rows], padding: int, folder: Path) -> None:
-        self._prefix, self._groups, self._padding = prefix, groups, padding
+    def __init__(self, lm: CausalLm, groups: Sequence[Rows], folder: Path) -> None:
+        self._lm, self._groups = lm, groups
         self._group_of = {row: index for index, rows in enumerate(groups) for row in rows}
         self._place: dict[tuple[int, ...], int] = {}
         self._dtype, self._width = torch.float32, 0  # known from the first forward on
@@ -47,19 +47,21 @@ class KeptHidden:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
-    def of(self, rows: Rows, device: torch.device) -> Tensor:
+    def of(self, rows: Rows) -> Tensor:
         """[R, longest, D], with zeros behind the end of a row, which nothing reads."""
         for row in rows:
             if row not in self._place:
-                self._add(self._groups[self._group_of[row]], device)
+                self._add(self._groups[self._group_of[row]])
         hidden = torch.zeros(len(rows), max(map(len, rows)), self._width, dtype=self._dtype)
         for states, row in zip(hidden, rows, strict=True):
             self._file.seek(self._place[row])
             self._file.readinto(states[: len(row)].view(torch.uint8).numpy())  # a row's beginning is one run of bytes
-        return hidden.to(device)
+        return hidden.to(self._lm.device)
 
-    def _add(self, rows: Rows, device: torch.device) -> None:
-        hidden = self._prefix.before(padded(rows, self._padding).to(device)).cpu()
+    def _add(self, rows: Rows) -> None:
+        assert self._lm.prefix is not None
+        width = min(-(-max(map(len, rows)) // WIDTHS) * WIDTHS, self._lm.context)
+        hidden = self._lm.prefix.before(padded(rows, self._lm.padding, width=width).to(self._lm.device)).cpu()
         self._dtype, self._width = hidden.dtype, hidden.shape[-1]
         try:
             for row, states in zip(rows, hidden, strict=True):

@@ -202,7 +202,7 @@ def make_batch(lm: CausalLm, encoded: Sequence[Encoded], kept: KeptHidden | None
         prompt_mask=padded([[1] * len(prompt) for prompt in prompts], 0, left=True),
         answers=tuple(one.answers for one in encoded),
         shared=shared,
-        hidden=None if kept is None else kept.of(rows, lm.device),
+        hidden=None if kept is None else kept.of(rows),
     ).to(lm.device)
 
 

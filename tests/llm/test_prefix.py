@@ -213,3 +213,19 @@ def test_a_full_disk_is_told_with_the_remedy(lm, tmp_path):
     with pytest.raises(OutputError, match=r"(?s)No space left.*data\.keep_hidden=false"):
         batches(0)
     batches._kept._file.close()
+
+
+def test_forwards_have_few_widths_and_none_beyond_what_the_model_reads(tmp_path):
+    """Each width costs memory for good on some machines; and learned positions end where the context does."""
+    lm = tiny_llama(layers=4, context=48)
+    quantize_(lm.model, backend="reference", skip=["lm_head"])
+    prepared(lm)
+    rows = [Row({"sentence": "a" + " film" * n, "label": str(n % 2)}, "") for n in range(1, 44)]
+    encoded = encode(lm, make_examples(read_task("sst2"), rows), None)
+    assert max(one.length for one in encoded) in range(42, 49)
+    batches, widths = TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path), set()
+    hook = lm.model.model.layers[0].register_forward_pre_hook(lambda _block, args: widths.add(args[0].shape[1]))
+    for step in range(11):
+        batches(step)
+    hook.remove()
+    assert widths == {32, 48}
