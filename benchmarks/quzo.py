@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import llm_compare
-from benchmarks.llm_compare import BATCH, TASKS, Places
+from benchmarks.llm_compare import memory
+from benchmarks.llm_compare.methods import BATCH, BFLOAT16, METHODS, TASKS, Places
 from benchmarks.record import RESULTS, write_results
 from benchmarks.smollm2 import smollm2
 
@@ -56,7 +56,7 @@ class FakeQuantLinear(nn.Module):
 
 
 def first_order(optimizer: str, places: Places) -> dict[str, float]:
-    """Peak of two first-order steps on the batch that `llm_compare.memory` uses, above the imports, in MB."""
+    """Peak of two first-order steps on the batch that `llm_compare.memory` measures, above the imports, in MB."""
     import bitsandbytes  # noqa: F401  before the first look at the memory
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
@@ -72,7 +72,7 @@ def first_order(optimizer: str, places: Places) -> dict[str, float]:
 
     imports = resident("VmRSS")
     settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": "quzo"}
-    for text in [*TASKS["sst2"]["settings"], *llm_compare.BFLOAT16, f"data.dir={places.data / 'sst2'}"]:
+    for text in [*TASKS["sst2"]["settings"], *BFLOAT16, f"data.dir={places.data / 'sst2'}"]:
         set_dotted(settings, *parse_override(text, LlmConfig))
     plan = llm_run.make_plan(make_config(settings, LlmConfig))
     lm = load_causal_lm(plan.model_folder, plan.dtype)
@@ -115,7 +115,6 @@ def measure(places: Places) -> dict[str, Any]:
 
 def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope along independent directions."""
-    from benchmarks.llm_compare import METHODS
     from qzo_diffusion import llm_run
     from qzo_diffusion.config import make_config, parse_override, set_dotted
     from qzo_diffusion.core.noise import Direction
@@ -204,7 +203,7 @@ def main() -> None:
     elif options.one in ("sgd", "adamw"):
         print(json.dumps(first_order(options.one, places)))
     elif options.one:
-        print(json.dumps(llm_compare.memory(options.one, places)))
+        print(json.dumps(memory.measure(options.one, places)))
     else:
         path = places.results / "quzo_measured.json"
         known = json.loads(path.read_text()) if path.exists() else {}

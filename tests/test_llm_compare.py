@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import llm_compare
-from benchmarks.llm_compare import METHODS, TASKS, Cell, Places, arguments_of, cells, report, run_cell
+from benchmarks.llm_compare.cells import run_cell
+from benchmarks.llm_compare.methods import METHODS, TASKS, Cell, Places, arguments_of, cells
+from benchmarks.llm_compare.report import TABLE, report
 from qzo_diffusion.cli import LLM_TRAIN_FLAGS, parse, resolve_settings
 from qzo_diffusion.llm_config import LlmConfig
 from tests.tiny_llama import save_tiny_llama, write_sentences
@@ -64,7 +65,7 @@ def test_a_report_by_hand(places, tmp_path):
     written(places, "default", 1, 0.8, 0.5)
     written(places, "fo_scales", 0, 0.9, 0.6, curve=[(0, 1.5), (48, 0.3), (96, 0.6)])  # it overfits, and its best is what counts
     document = tmp_path / "llm.md"
-    document.write_text(f"before\n{llm_compare.TABLE[0]}\nold\n{llm_compare.TABLE[1]}\nafter\n")
+    document.write_text(f"before\n{TABLE[0]}\nold\n{TABLE[1]}\nafter\n")
     found = json.loads(report(places, document).read_text())
     assert found["gain_share"]["sst2"] == pytest.approx((1.5 - 0.6) / (1.5 - 0.3))
     default = found["tasks"]["sst2"]["default"]
@@ -93,5 +94,5 @@ def test_a_cell_that_was_stopped_goes_on(places):
 
 
 def test_the_document_has_a_place_for_the_table():
-    text = (Path(llm_compare.__file__).parents[1] / "docs" / "llm.md").read_text()
-    assert text.index(llm_compare.TABLE[0]) < text.index(llm_compare.TABLE[1])
+    text = (Path(__file__).parents[1] / "docs" / "llm.md").read_text()
+    assert text.index(TABLE[0]) < text.index(TABLE[1])

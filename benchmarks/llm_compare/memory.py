@@ -1,0 +1,86 @@
+"""Peaks of a step and of inference, each method in a process of its own: peaks must not hide one another."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.llm_compare.methods import BATCH, METHODS, TASKS, Places
+
+MEASURED = ("default", "paper", "mezo", "fo_scales", "qlora", "adamw")
+
+
+def measure_all(places: Places) -> dict[str, Any]:
+    found = {}
+    for name in MEASURED:
+        command = [sys.executable, "-m", "benchmarks.llm_compare", "memory", "--method", name, "--data", str(places.data)]
+        command += ["--model", str(places.model)]
+        # Freed buffers go back at once, else the peak is that of the holes between them, which differ from run to run.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        found[name] = json.loads(output.splitlines()[-1])
+        print(name, found[name], file=sys.stderr)
+    return found
+
+
+def measure(name: str, places: Places) -> dict[str, float]:
+    """Peaks of a step and of inference on the same batch of SST-2, above what the process held after its imports, in MB."""
+    import bitsandbytes  # noqa: F401  before the first look at the memory, as all that is imported on use elsewhere
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    from benchmarks.resident import peak_of, resident
+    from qzo_diffusion import build, llm_run
+    from qzo_diffusion.config import make_config, parse_override, set_dotted
+    from qzo_diffusion.core.spsa import mean_loss
+    from qzo_diffusion.llm.objectives import task_loss
+    from qzo_diffusion.llm.tasks import Batch, encode
+    from qzo_diffusion.llm_config import LlmConfig
+    from qzo_diffusion.llm_data import TextBatches
+    from qzo_diffusion.llm_methods import load_base
+    from qzo_diffusion.train.loop import train
+
+    imports = resident("VmRSS")
+    method = METHODS["zero_shot" if name == "adamw" else name]
+    settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": method.method}
+    for text in [*TASKS["sst2"]["settings"], *method.settings, f"data.dir={places.data / 'sst2'}"]:
+        set_dotted(settings, *parse_override(text, LlmConfig))
+    plan = llm_run.make_plan(make_config(settings, LlmConfig))
+    base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
+    # As many sentences in flight as in an inference forward: +eps and -eps of half the batch at a time.
+    size = BATCH // 2 if plan.config.qzo.has_gains else BATCH
+    encoded = encode(base.lm, plan.splits.train, plan.config.data.max_tokens)
+    whole = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0)
+    folder = Path(tempfile.mkdtemp())
+    batches = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0, micro_batch_size=size, keep_in=folder)
+
+    def objective(batch: Batch) -> torch.Tensor:
+        return task_loss(base.lm, batch)
+
+    def inference() -> None:
+        for step in range(2):
+            mean_loss(objective, whole(step).micro_batches)
+
+    def steps() -> None:
+        probing, schedule = build.probing(plan.config), build.schedule(plan.config)
+        numbers, optimizer = base.numbers, base.optimizer
+        train(objective, batches, numbers, optimizer, probing, schedule, max_steps=2, take_step=base.take_step)
+
+    def full_tuning() -> None:
+        weights = [base.lm.model.get_submodule(layer).weight.requires_grad_(True) for layer in base.scales]
+        optimizer = torch.optim.AdamW(weights)
+        for step in range(2):
+            optimizer.zero_grad()
+            (objective(whole(step).micro_batches[0]).sum() / BATCH).backward()
+            optimizer.step()
+
+    inference()
+    at_rest = peak_of(inference) - imports
+    take = full_tuning if name == "adamw" else steps
+    take()  # 16-bit products keep 3 MB for every shape that they have seen, and a step's are others: none may be new below
+    again = peak_of(inference)
+    step = at_rest + peak_of(take) - again
+    return {"inference_mb": round(at_rest / 1e6), "step_mb": round(step / 1e6), "memory_over_inference": round(step / at_rest, 4)}
