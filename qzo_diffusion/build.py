@@ -1,30 +1,24 @@
 """From a config to objects: the only file that knows every floor. Below it nothing has heard of a config."""
 
-import hashlib
-import os
-import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qzo_diffusion import __version__, resources
+from qzo_diffusion import resources
 from qzo_diffusion.config import Config, QuantConfig, RunConfig
-from qzo_diffusion.core.errors import ConfigError, JournalError, ModelError
-from qzo_diffusion.core.journal import Journal
+from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.devices import choose_device, choose_dtype
 from qzo_diffusion.diffusion import memory, sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
@@ -39,11 +33,9 @@ from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.first_order import ExactAdam, first_order_step
 from qzo_diffusion.train.loop import Probing, TakeStep
 
-JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
 DEFAULT_CACHE = Path.home() / ".cache" / "qzo_diffusion"
-DELTA_FORMAT = "delta/1"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 
 
@@ -228,36 +220,6 @@ def sampler(
     )
 
 
-def choose_device(name: str) -> torch.device:
-    """Raises ConfigError for a device that torch doesn't know or doesn't see."""
-    if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        local = os.environ.get("LOCAL_RANK", "")  # of several processes on one machine each takes a GPU of its own
-        return torch.device("cuda", int(local) % torch.cuda.device_count()) if local.isdigit() else torch.device("cuda")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"compute.device = {name!r}: {reason}", "auto, cpu or cuda", "use compute.device=cpu") from None
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of forwards: "auto" is bfloat16 on a GPU and float32 on a CPU. Scales and losses are fp32 always."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
-    names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]]
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-    return names[dtype]
-
-
 def prompt_encoder(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> sd3.PromptEncoder:
     """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new prompts."""
     mode = t5_mode(config, folder)
@@ -388,66 +350,6 @@ def schedule(config: RunConfig) -> Schedule:
     return make_schedule(train.schedule, train.lr, train.max_steps, train.warmup_steps)
 
 
-def config_hash(config: RunConfig) -> str:
-    return hashlib.blake2b(config.to_yaml().encode(), digest_size=16).hexdigest()
-
-
 def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
     """Hashes of what stays and of what is trained, as they are now: codes and scales, or scales and codes."""
     return frozen_fingerprint(model, scales), fingerprint(scales.tensors().items())
-
-
-def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
-    """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
-    if journal.header.get("format") != JOURNAL_FORMAT:
-        raise JournalError(
-            f"a journal whose directions are drawn as in format {journal.header.get('format')}",
-            f"format {JOURNAL_FORMAT}",
-            "use the version that wrote it",
-        )
-    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "regions", "examples", "optimizer"):
-        if journal.header.get(key) != header[key]:
-            raise JournalError(
-                f"a journal with {key} = {journal.header.get(key)!r}",
-                f"{header[key]!r}, as the model and the settings have it here",
-                "give the model, quantization and settings that the journal was written with",
-            )
-
-
-def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
-    """What must be known to apply tuned scales to a base again."""
-    return {
-        "qzo.format": "scales/1",
-        "qzo.model": config.model,
-        "qzo.codes": codes,
-        "qzo.quant_type": config.quant.type,
-        "qzo.blocksize": str(config.quant.blocksize),
-        "qzo.seed": str(config.train.seed),
-        "qzo.version": __version__,
-    }
-
-
-def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Versions, hardware and revision, for environment.json."""
-    packages = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "numpy", "safetensors")
-    return {
-        "qzo_diffusion": __version__,
-        "git_revision": _git_revision(),
-        "model": model,
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in packages},
-    }
-
-
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(resources.PACKAGE), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

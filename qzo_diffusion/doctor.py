@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion import resources
+from qzo_diffusion import devices, resources
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "bitsandbytes", "accelerate"),
@@ -48,18 +48,18 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     from qzo_diffusion.core.errors import ModelError
     from qzo_diffusion.planning import memory_plan
 
-    device = build.choose_device("auto")
+    device = devices.choose_device("auto")
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(build.choose_dtype("auto", device)).removeprefix("torch."),
+        "dtype": str(devices.choose_dtype("auto", device)).removeprefix("torch."),
     }
     if device.type == "cuda":
         facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
     try:
         folder, facts["model"] = build.choose_model("auto")
-        plan = memory_plan(Config(), build.Place(folder, device, build.choose_dtype("auto", device)))
+        plan = memory_plan(Config(), build.Place(folder, device, devices.choose_dtype("auto", device)))
         facts["memory_plan"] = plan.facts()
         if not plan.fits:
             problems.append(f"a run with default settings does not fit:\n{plan.describe()}")

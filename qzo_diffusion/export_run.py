@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qzo_diffusion import __version__, build
+from qzo_diffusion import __version__, build, devices, provenance
 from qzo_diffusion.config import Config, load_config
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.delta import shrunk
@@ -111,7 +111,7 @@ def _model_files(
         "load_in_8bit": False,
         "bnb_4bit_quant_type": export.config.quant.type,
         "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": build.dtype_name(place.dtype),
+        "bnb_4bit_compute_dtype": devices.dtype_name(place.dtype),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": [name for name, module in transformer.named_modules() if type(module) is nn.Linear],
     }
@@ -194,7 +194,7 @@ def _scores(run_folder: Path) -> dict[str, Any]:
 
 
 def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:
-    return {**facts, "qzo.format": build.DELTA_FORMAT}
+    return {**facts, "qzo.format": provenance.DELTA_FORMAT}
 
 
 def _settings_file(run_folder: Path) -> Path:

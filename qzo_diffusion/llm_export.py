@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qzo_diffusion import build
+from qzo_diffusion import build, devices
 from qzo_diffusion.config import load_config, read_yaml
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
@@ -56,8 +56,8 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
             "export it with --format native, or train with quant.type=nf4 quant.backend=bnb",
         )
     tuned, facts = load_scales(run_folder)
-    device = build.choose_device(config.compute.device)
-    dtype = build.choose_dtype(config.compute.dtype, device)
+    device = devices.choose_device(config.compute.device)
+    dtype = devices.choose_dtype(config.compute.dtype, device)
     base = load_base(config, folder, device, dtype)
     apply_(base, tuned, facts, run_folder)
 
@@ -65,7 +65,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
         if stored:
             save_stored(folder, target, tuned_scales(base.numbers))
         else:
-            _write_bitsandbytes(base.lm.model, config, folder, target, build.dtype_name(dtype), facts)
+            _write_bitsandbytes(base.lm.model, config, folder, target, devices.dtype_name(dtype), facts)
         (target / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
     write_folder(output_dir, fill)

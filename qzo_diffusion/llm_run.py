@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion import build
+from qzo_diffusion import build, devices, provenance
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.evaluate.task_score import half_width
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
@@ -81,7 +81,7 @@ class LlmPlan:
         return self.config.model_dump(exclude={"data": {"dir"}, "model": True, "task": True})
 
     def metadata(self, parts: Parts) -> dict[str, str]:
-        facts = build.scales_metadata(self.config, parts.header["codes"])
+        facts = provenance.scales_metadata(self.config, parts.header["codes"])
         return facts | {"qzo.method": self.config.method, "qzo.task": self.spec.name}
 
     def load(self, ranks: Ranks) -> Parts:
@@ -150,17 +150,17 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     folder, why = build.choose_lm(config.model)
     say(why)
     check_model_folder(folder)
-    device = build.choose_device(config.compute.device)
+    device = devices.choose_device(config.compute.device)
     splits = read_splits(config, spec, needed)
     _check_objective(config, spec)
     settled = config.model_copy(deep=True)
-    settled.compute.dtype = build.dtype_name(build.choose_dtype(config.compute.dtype, device))
+    settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     settled.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
     if Path(config.model).is_dir():
         settled.model = str(folder.resolve())
     if config.task not in shipped_tasks():
         settled.task = str(Path(config.task).resolve())
-    return LlmPlan(settled, folder, device, build.choose_dtype(config.compute.dtype, device), spec, splits)
+    return LlmPlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits)
 
 
 def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Splits:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qzo_diffusion import build
+from qzo_diffusion import build, provenance
 from qzo_diffusion.config import Config, load_config
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.delta import expanded
@@ -37,14 +37,14 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
         check_codes(facts, codes, path)
     blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
     out = RunFolder.create(output_dir)
-    out.save_scales("final", scales.tensors(), build.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
+    out.save_scales("final", scales.tensors(), provenance.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
     out.write_text("config.yaml", config.to_yaml())
     return {"run": str(output_dir), "runs": len(parts)}
 
 
 def as_scales(scales: ScaleSet, tensors: dict[str, Tensor], facts: dict[str, str]) -> dict[str, Tensor]:
     """What `load_scales` found, as whole scales; of an exported delta these are its changes of `scales`, which hold the base."""
-    return expanded(scales, tensors) if facts.get("qzo.format") == build.DELTA_FORMAT else tensors
+    return expanded(scales, tensors) if facts.get("qzo.format") == provenance.DELTA_FORMAT else tensors
 
 
 def check_codes(facts: dict[str, str], codes: str, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from qzo_diffusion import build
+from qzo_diffusion import build, devices
 from qzo_diffusion.config import Config, make_config, set_dotted
 from qzo_diffusion.diffusion import memory, sd3
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
@@ -43,9 +43,9 @@ def memory_plan(config: Config, place: build.Place, *, images: int = 0, prompts:
         settings = changed.model_dump()
         set_dotted(settings, key, value)
         tried: Config = make_config(settings)
-        dtype = build.choose_dtype(tried.compute.dtype, place.device)
+        dtype = devices.choose_dtype(tried.compute.dtype, place.device)
         there = build.Place(place.folder, place.device, dtype)
-        before = build.Place(place.folder, place.device, build.choose_dtype(changed.compute.dtype, place.device))
+        before = build.Place(place.folder, place.device, devices.choose_dtype(changed.compute.dtype, place.device))
         if _peak(tried, there, images, prompts) >= _peak(changed, before, images, prompts):
             continue
         changed, made = tried, [*made, f"{key}={value}"]
@@ -70,7 +70,7 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     image_tokens = (side // (reduction * transformer["patch_size"])) ** 2
     text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)
     libraries = memory.LIBRARIES[device]
-    on_device = build.choose_device(config.compute.vae_device).type == device if config.compute.vae_device else True
+    on_device = devices.choose_device(config.compute.vae_device).type == device if config.compute.vae_device else True
     tile = config.compute.vae_tile
 
     def vae_work(direction: str) -> dict[str, float]:

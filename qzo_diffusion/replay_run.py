@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion import build
+from qzo_diffusion import build, devices, provenance
 from qzo_diffusion.config import AnyConfig, Config, RunConfig, TrainConfig, make_config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
@@ -33,12 +33,12 @@ def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: 
     else:
         config = config_of(journal, model)
         numbers, optimizer, (codes, initial), facts = _style_base(config)
-    build.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
+    provenance.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
     out = RunFolder.create(output_dir)
     started = time.perf_counter()
     steps = replay_(journal, numbers, optimizer, to_step=to_step)
     seconds = time.perf_counter() - started
-    metadata = build.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
+    metadata = provenance.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
     out.save_scales("final", tuned_scales(numbers), metadata)
     out.write_text("config.yaml", config.to_yaml())
     return {"run": str(output_dir), "steps": steps, "seconds": seconds, "torn_bytes": journal.torn_bytes}
@@ -54,9 +54,9 @@ def _style_base(config: Config) -> _Base:
 
 
 def _language_base(config: LlmConfig) -> _Base:
-    device = build.choose_device(config.compute.device)
+    device = devices.choose_device(config.compute.device)
     folder, _ = build.choose_lm(config.model)
-    base = load_language_base(config, folder, device, build.choose_dtype(config.compute.dtype, device))
+    base = load_language_base(config, folder, device, devices.choose_dtype(config.compute.dtype, device))
     facts = {"qzo.method": config.method, "qzo.task": config.task}
     return base.numbers, base.optimizer, (base.codes, base.initial), facts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from qzo_diffusion import build, resources
+from qzo_diffusion import devices, resources
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.captions import visible_files
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
@@ -39,7 +39,7 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     prompts = [prompt for path, prompt in pairs if path in pictures]
     contents = [clip_score.content_of(prompt) or prompt for prompt in prompts]
     name = request.scorer or DEFAULT_SCORER
-    scorer = load_scorer(name, build.choose_device("auto"), resources.embedded_scorer(), request.batch_size)
+    scorer = load_scorer(name, devices.choose_device("auto"), resources.embedded_scorer(), request.batch_size)
     features = scorer.image_features(list(pictures.values()))
     results: dict[str, Any] = {"scorer": {"name": scorer.name, "note": scorer.note}}
     results["clip_score"] = clip_score.score(scorer, features, contents)

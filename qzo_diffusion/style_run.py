@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion import build, resources, style_data
+from qzo_diffusion import build, devices, provenance, resources, style_data
 from qzo_diffusion.config import Config
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.diffusion import sd3
@@ -70,7 +70,7 @@ class StylePlan:
         return self.config.model_dump(exclude=local)
 
     def metadata(self, parts: Parts) -> dict[str, str]:
-        return build.scales_metadata(self.config, parts.header["codes"])
+        return provenance.scales_metadata(self.config, parts.header["codes"])
 
     def load(self, ranks: Ranks) -> Parts:
         """Encode the data, free the encoders, load and quantize the transformer."""
@@ -117,7 +117,7 @@ def make_plan(config: Config) -> StylePlan:
     folder, why = build.choose_model(config.model)
     say(why)
     build.check_model(config, folder)
-    device = build.choose_device(config.compute.device)
+    device = devices.choose_device(config.compute.device)
     resolution = config.data.resolution or sd3.native_resolution(folder)
     images = resources.find_file(config.data.style_dir, "demo_images")
     held_out = resources.find_file(config.data.validation_dir, "demo_images") if config.data.validation_dir else None
@@ -140,10 +140,10 @@ def make_plan(config: Config) -> StylePlan:
     build.settle_sampling_(settled, folder)
     settled.data.style_dir = str(images.resolve())
     settled.data.validation_dir = str(held_out.resolve()) if held_out else None
-    settled.compute.dtype = build.dtype_name(build.choose_dtype(config.compute.dtype, device))
+    settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
         settled.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
-    return StylePlan(settled, folder, device, build.choose_dtype(config.compute.dtype, device), style, prompts)
+    return StylePlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts)
 
 
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:

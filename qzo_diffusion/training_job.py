@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qzo_diffusion import build, report_run
+from qzo_diffusion import provenance, report_run
 from qzo_diffusion.config import RunConfig
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
@@ -188,11 +188,11 @@ def _due(every: int, step: int) -> bool:
 def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) -> dict[str, Any]:
     """What the journal must say to be replayed from the base model alone."""
     return {
-        "format": build.JOURNAL_FORMAT,
+        "format": provenance.JOURNAL_FORMAT,
         "model": config.model,
         "codes": codes,
         "initial_scales": scales,
-        "config": build.config_hash(config),
+        "config": provenance.config_hash(config),
         "seed": config.train.seed,
         "directions": config.qzo.directions,
         "num_directions": config.qzo.num_directions,

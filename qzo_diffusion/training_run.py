@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from qzo_diffusion import build
+from qzo_diffusion import build, provenance
 from qzo_diffusion.config import RunConfig, changed_settings, load_config
 from qzo_diffusion.core.errors import ConfigError, JournalError, OutputError, RankLost, TrainingDiverged
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
@@ -89,7 +89,9 @@ def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
         return follow(plan, ranks, None)
     out = RunFolder.create(output_dir)
     out.write_text("config.yaml", plan.config.to_yaml())
-    out.write_json("environment.json", build.environment(plan.config.model, plan.device, plan.dtype) | {"processes": ranks.world})
+    out.write_json(
+        "environment.json", provenance.environment(plan.config.model, plan.device, plan.dtype) | {"processes": ranks.world}
+    )
     return _work(plan, out, ranks, resumed=False)
 
 
@@ -207,7 +209,7 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
 def _restore_(parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int]:
     """Bring the numbers to where the run was. Returns the steps done and how many bad ones in a row come last."""
     if journal is not None:
-        build.check_journal_fits(journal, parts.header)
+        provenance.check_journal_fits(journal, parts.header)
     checkpoints, problems = list_checkpoints(run_folder / "checkpoints")
     for problem in problems:
         say(f"warning: passed over a checkpoint: {problem}")

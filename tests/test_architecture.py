@@ -9,7 +9,20 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qzo_diffusion"
 
 # Floor -> what it may import of ours. A floor may always import itself; "" is the bare package (its __version__).
-UNDER_BUILD = {"loading", "train", "diffusion", "llm", "evaluate", "quant", "core", "config", "resources", ""}
+UNDER_BUILD = {
+    "devices",
+    "provenance",
+    "loading",
+    "train",
+    "diffusion",
+    "llm",
+    "evaluate",
+    "quant",
+    "core",
+    "config",
+    "resources",
+    "",
+}
 BELOW = {
     "": set(),
     "core": set(),
@@ -21,6 +34,8 @@ BELOW = {
     "resources": {"core", ""},
     "config": {"resources", "core", ""},
     "loading": {"train", "quant", "core", ""},
+    "devices": {"core"},
+    "provenance": {"config", "resources", "core", ""},
     "build": UNDER_BUILD,
     # One module for each thing that a verb does: they put together what build makes.
     "style_data": {"build"} | UNDER_BUILD,
@@ -42,7 +57,7 @@ BELOW = {
     "evaluate_run": {"build", "style_data", "style_run", "training_run", "report_run", "mix_run"} | UNDER_BUILD,
     "replay_run": {"build", "llm_config", "llm_methods"} | UNDER_BUILD,
     "export_run": {"build", "mix_run"} | UNDER_BUILD,
-    "doctor": {"build", "planning", "config", "resources", "quant", "core", ""},
+    "doctor": {"build", "devices", "planning", "config", "resources", "quant", "core", ""},
     "api": {"quant", "train", "core", ""},
     "cli": {
         "build",

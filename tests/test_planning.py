@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo_diffusion import build, planning
+from qzo_diffusion import build, devices, planning
 from qzo_diffusion.cli import main
 from qzo_diffusion.config import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
@@ -102,7 +102,7 @@ def plan_of(preset, pipelines, **settings):
     config = load_config(shipped("configs") / f"{preset}.yaml")
     config = make_config(config.model_dump() | settings) if settings else config
     folder = pipelines[json.dumps(PRESETS[preset])]
-    dtype = build.choose_dtype(config.compute.dtype, CPU)
+    dtype = devices.choose_dtype(config.compute.dtype, CPU)
     return planning.memory_plan(config, build.Place(folder, CPU, dtype), images=20, prompts=30)
 
 

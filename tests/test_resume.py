@@ -297,5 +297,5 @@ def test_bad_parts_of_a_mix_are_told(tmp_path, capsys, part):
 
 def test_a_journal_of_another_format_is_refused(whole, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
-    monkeypatch.setattr("qzo_diffusion.build.JOURNAL_FORMAT", 99)
+    monkeypatch.setattr("qzo_diffusion.provenance.JOURNAL_FORMAT", 99)
     assert "as in format 3" in failing(capsys, replay(tmp_path, whole)[0])
