@@ -386,9 +386,20 @@ def load_config(path: Path, kind: type[AnyConfig] = Config) -> AnyConfig:  # typ
 
 
 def _explain(error: ValidationError, kind: type[RunConfig]) -> ConfigError:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "int", "float", "str")))
+    errors = error.errors()
+    first, key = errors[0], _key(errors[0]["loc"])
     if first["type"] == "extra_forbidden":
         return unknown_key(key, kind)
-    expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return ConfigError(f"{key or 'settings'} = {first['input']!r}", expected, f"correct {key or 'the settings'} and start again")
+    # A setting of several kinds has an error for each: all of them say what it may be.
+    expected = [
+        one["msg"].removeprefix("Value error, ").removeprefix("Input should be ") for one in errors if _key(one["loc"]) == key
+    ]
+    remedy = f"correct {key or 'the settings'} and start again"
+    return ConfigError(f"{key or 'settings'} = {first['input']!r}", " or ".join(dict.fromkeys(expected)), remedy)
+
+
+KINDS = ("constrained", "int", "float", "str", "list[", "literal[")  # which pydantic adds to the name of a setting of several kinds
+
+
+def _key(place: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in place if not str(part).startswith(KINDS))

@@ -56,6 +56,8 @@ def test_yaml_round_trip(tmp_path):
         ({"quant": {"type": "int3"}}, ["quant.type", "int3", "nf4"]),
         ({"qzo": {"units": "absolute"}}, ["absolute", "dense"]),
         ({"train": 5}, ["train", "5"]),
+        ({"qzo": {"layers": "quiett"}}, ["qzo.layers = 'quiett'", "list", "'quiet'"]),
+        ({"qzo": {"layers": [3]}}, ["qzo.layers.0 = 3", "string"]),
     ],
 )
 def test_bad_settings_name_the_key_the_value_and_what_is_expected(settings, words):
