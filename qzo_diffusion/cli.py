@@ -209,7 +209,8 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
         run = options.run.parent.parent if options.run.parent.name == "checkpoints" else options.run
     results = llm_run.evaluate(resolve_settings(options, run, LLM_FLAGS, LlmConfig), options.run)
     metric = results["metric"]
-    line = f"{metric} {results[metric]:.4f} ± {results['ci95']:.4f} on {results['test_examples']} examples of {results['task']}"
+    width = f" ± {results['ci95']:.4f}" if "ci95" in results else ""
+    line = f"{metric} {results[metric]:.4f}{width} on {results['test_examples']} examples of {results['task']}"
     _tell(results, options.json, line)
     return DONE
 

@@ -11,7 +11,7 @@ import torch
 
 from qzo_diffusion import build, devices, provenance
 from qzo_diffusion.core.errors import ConfigError, DataError
-from qzo_diffusion.evaluate.task_score import half_width
+from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
 from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
 from qzo_diffusion.llm.objectives import mean_metric, objective
@@ -233,7 +233,7 @@ def evaluate(config: LlmConfig, run: Path | None) -> dict[str, Any]:
         "run": str(run) if run is not None else None,
         "metric": plan.spec.metric,
         plan.spec.metric: value,
-        "ci95": half_width(value, count),
+        **interval(plan.spec.metric, value, count),
         "test_examples": count,
         "seconds": time.perf_counter() - started,
     }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qzo_diffusion.evaluate.task_score import half_width
+from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.objectives import mean_metric
 from qzo_diffusion.llm.task_file import TaskSpec
@@ -48,7 +48,7 @@ class Scores:
         if not steps:
             return {"task": self.spec.name, self.spec.metric: None}
         start, end = found[str(steps[0])], found[str(steps[-1])]
-        return self._facts() | {self.spec.metric: {"start": start, "end": end}, "ci95": half_width(end, self._count)}
+        return self._facts() | {self.spec.metric: {"start": start, "end": end}} | interval(self.spec.metric, end, self._count)
 
     @property
     def _count(self) -> int:

@@ -28,7 +28,7 @@ def write(folder: Path, output: Path | None = None) -> Path:
     try:
         page = render(_facts(folder))
     except (KeyError, TypeError, ValueError) as error:
-        remedy = f"run qzo-diffuse evaluate --run {folder} again, or remove evaluation.json"
+        remedy = f"measure it again (qzo-diffuse evaluate --run {folder}; a language model by --resume), or remove evaluation.json"
         raise OutputError(f"a file in {folder} can't be shown: {error}", "files as this version writes them", remedy) from error
     write_whole(target, page.encode())
     return target

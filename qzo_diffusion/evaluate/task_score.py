@@ -15,6 +15,11 @@ def half_width(value: float, count: int) -> float:
     return 1.96 * math.sqrt(max(0.0, value * (1 - value)) / count)
 
 
+def interval(metric: str, value: float, count: int) -> dict[str, float]:
+    """`ci95`, half of the interval's width, of a share; nothing of a mean loss, whose spread one figure does not tell."""
+    return {"ci95": half_width(value, count)} if metric in SHARES else {}
+
+
 @dataclass(frozen=True)
 class TaskScore:
     """Accuracy or F1 of `examples` test examples, or their loss, by step."""

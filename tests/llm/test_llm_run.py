@@ -377,3 +377,19 @@ def test_what_is_not_given_suits_the_method(settings, expected):
     assert {key: found[key] for key in expected} == expected
     assert (found["regions"], found["skip"]) == (1, ["lm_head"])
     assert make_config(config.model_dump(), LlmConfig) == config
+
+
+def test_a_mean_loss_has_no_interval(tmp_path, model, data, capsys):
+    task = tmp_path / "sentences.yaml"
+    columns = 'train: [train.tsv]\ntest: [dev.tsv]\ncolumns: [sentence, label]\ntemplate: "{sentence}"\nmetric: loss\n'
+    task.write_text(f"name: sentences\n{columns}")
+    command = ["llm", "train", "--task", task, "--model", model, "--data-dir", data, "--output-dir", tmp_path / "run"]
+    small = ["--max-steps", "2", "data.train_examples=12", "data.validation_examples=4"]
+    assert main([*map(str, command), *small, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["loss"]["start"] > 1  # of which no share's interval could be taken
+    assert "ci95" not in results
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert "on 12 examples of sentences" in said
+    assert "±" not in said
