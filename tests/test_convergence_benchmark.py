@@ -24,8 +24,8 @@ from tests.quantized import inputs, scaled_network, squared_output
 class SmallTask:
     """Two quantized linears whose output is to vanish."""
 
-    def __init__(self):
-        self.model, self.scales = scaled_network()
+    def __init__(self, backend="reference"):
+        self.model, self.scales = scaled_network(backend)
         self.held_out = [inputs(8, seed=99)]
         self.pointwise = ["0"]
 
@@ -66,26 +66,43 @@ METHODS = [
 ]
 
 
-@pytest.mark.parametrize("name", [*METHODS, "first_order_dense"])
+@pytest.mark.parametrize("name", [*METHODS, "first_order_dense", "qlora"])
 def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, name, monkeypatch):
     monkeypatch.setattr(cells, "EVALUATIONS", 10)  # every third step
-    cell = small(name, -4, steps=32)
-    whole, task = folders(tmp_path), SmallTask()
+    exponent, backend = (-6, "bnb") if name == "qlora" else (-4, "reference")  # peft knows no other layers
+    cell = small(name, exponent, steps=32)
+    whole, task = folders(tmp_path), SmallTask(backend)
     expected = run_cell(cell, task, whole)
-    untouched = SmallTask().scales.tensors()
+    untouched = SmallTask(backend).scales.tensors()
     assert all(torch.equal(live, untouched[layer]) for layer, live in task.scales.tensors().items())
     assert not whole.checkpoint(cell).exists()
 
     parts, result, stops = folders(tmp_path, "parts"), None, 0
     while result is None:
         assert stops < 20
-        result = run_cell(cell, SmallTask(), parts, stop_requested=stop_after(9 + stops))
+        result = run_cell(cell, SmallTask(backend), parts, stop_requested=stop_after(9 + stops))
         stops += 1
     assert stops > 3
     for key in ("curve", "final_loss", "start_loss", "steps", "settings", "ended"):
         assert result[key] == expected[key], key
     assert json.loads(parts.result(cell).read_text())["curve"] == [list(point) for point in expected["curve"]]
     assert result["final_loss"] < result["start_loss"]
+
+
+def test_adapters_are_taken_out_again_whatever_happens(tmp_path):
+    task, cell = SmallTask("bnb"), small("qlora", -4)
+    layers, x = dict(task.model.named_modules()), inputs()
+    before = task.model(x)
+    assert run_cell(cell, task, folders(tmp_path), stop_requested=stop_after(20)) is None
+    assert dict(task.model.named_modules()) == layers
+    assert torch.equal(task.model(x), before)
+    task.batches = None
+    with pytest.raises(TypeError):
+        run_cell(cell, task, folders(tmp_path, "other"))
+    assert dict(task.model.named_modules()) == layers
+    once, again = (run_cell(cell, SmallTask("bnb"), folders(tmp_path, name))["curve"] for name in ("once", "again"))
+    assert once == again
+    assert once[-1][1] < 0.9 * once[0][1]
 
 
 def test_evaluations_are_at_most_two_percent_apart(tmp_path):

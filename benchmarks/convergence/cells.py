@@ -7,15 +7,17 @@ directions and noise follow from (seed, step), so nothing random has to be saved
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.convergence.adapters import Adapters
 from benchmarks.convergence.methods import FAMILIES, Cell, Method, Phase
 from benchmarks.convergence.tasks import Task
 from benchmarks.record import provenance
@@ -24,6 +26,7 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
+from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.choose import quiet
@@ -61,10 +64,13 @@ class CellRun:
         self.cell, self.method, self._task, self._checkpoint = cell, cell.method, task, checkpoint
         self._initial = {name: live.clone() for name, live in task.scales.tensors().items()}
         self.progress = Progress()
+        self._adapters: Adapters | None = None
         self._enter(0)
         self._load_()
 
     def close(self) -> None:
+        if self._adapters is not None:
+            self._adapters.remove_()
         for name, live in self._task.scales.tensors().items():
             live.copy_(self._initial[name])
 
@@ -74,7 +80,12 @@ class CellRun:
         self._batches = self._task.batches(self.cell.seed, self.method.batch, settings.regions, settings.sigma)
         pointwise = self._task.pointwise if settings.regions > 1 else ()
         trained = quiet(self._task.scales) if settings.layers == "quiet" else None
-        self.numbers = parametrize(self._task.scales, settings.level, settings.units, trained, pointwise)
+        if settings.level == "lora":
+            if self._adapters is None:
+                self._adapters = Adapters(self._task.model, list(self._task.scales), self.cell.seed)
+            self.numbers: Parametrization = self._adapters.numbers
+        else:
+            self.numbers = parametrize(self._task.scales, settings.level, settings.units, trained, pointwise)
         self.optimizer: Any = ExactAdam() if self.method.first_order else make_optimizer(settings.optimizer)
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
@@ -136,11 +147,10 @@ class CellRun:
         return lambda step: of_phase(step - start)
 
     def _exact_steps(self, stop: int, stop_requested: Callable[[], bool]) -> None:
-        assert isinstance(self.numbers, Dense | Grouped)
         schedule = self._schedule()
         while self.progress.step < stop and not stop_requested():
             batch = self._batches(self.progress.step)
-            gradient = exact_gradient(self._task.objective, batch.micro_batches, self.numbers, self._task.handles())
+            gradient = self._gradient(batch.micro_batches)
             if not all(bool(slope.isfinite().all()) for slope in gradient.values()):
                 raise TrainingDiverged(
                     "a gradient that is NaN or infinite", "finite numbers", "lower the rate", steps_done=self.progress.step
@@ -148,10 +158,16 @@ class CellRun:
             self.optimizer.step_(self.numbers, gradient, schedule(self.progress.step))
             self.progress.step += 1
 
+    def _gradient(self, micro_batches: Sequence[Any]) -> dict[str, Tensor]:
+        if self._adapters is not None:
+            return self._adapters.gradient(self._task.objective, micro_batches, self.numbers)
+        assert isinstance(self.numbers, Dense | Grouped)
+        return exact_gradient(self._task.objective, micro_batches, self.numbers, self._task.handles())
+
     def evaluate(self) -> float:
         """Append the held-out loss to the curve."""
         began, cpu = time.perf_counter(), time.process_time()
-        with self._task.scales.showing(self.numbers.view()):
+        with self.numbers.scales.showing(self.numbers.view()):
             loss = mean_loss(self._task.objective, self._task.held_out)
         spent = self.progress.step * self.method.cost_of_step
         self.progress.curve.append((spent, loss if math.isfinite(loss) else None))

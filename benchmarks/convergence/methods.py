@@ -30,11 +30,12 @@ MOST_EXTENSIONS = 6  # rates beyond the stated grid; then the report says that t
 class Phase:
     """A part of a run: which numbers are trained, how they are probed, and what is done with the estimate.
 
+    level: lora is adapters, which first order alone trains (`adapters`).
     rate: the learning rate as a multiple of the family's; the schedule runs over this phase alone.
     share: of the run's steps. eps in the units of the numbers.
     """
 
-    level: Level
+    level: Level | Literal["lora"]
     layers: Literal["quiet"] | None = None
     rate: float = 1.0
     share: float = 1.0
@@ -153,6 +154,8 @@ def _first_order() -> Iterator[Family]:
         method = _method(f"first_order_{level}", Phase(level), first_order=True, budget=FIRST_ORDER_STEPS * 16)
         numbers = {"dense": "one number per scale", "separable": "rows and columns"}.get(level, f"one number per {level}")
         yield Family(method, exponents, f"Adam on the exact gradient, {numbers}, {FIRST_ORDER_STEPS} steps")
+    adapters = _method("qlora", Phase("lora"), first_order=True, budget=FIRST_ORDER_STEPS * 16)
+    yield Family(adapters, (-6, -5, -4), f"QLoRA: Adam on adapters of rank 8 beside every layer, {FIRST_ORDER_STEPS} steps")
 
 
 def _references() -> Iterator[Family]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.convergence.methods import UNSEEN
 from benchmarks.convergence.text_task import TextTask
@@ -52,10 +52,12 @@ EVALUATION_SEED = 0  # the same for every seed of a run
 class Task(Protocol):
     """One set of data with its model.
 
-    scales: the live ones, as the base model has them before a run. held_out: micro-batches of the held-out loss, always the same.
+    model: what holds the quantized layers. scales: the live ones, as the base model has them before a run.
+    held_out: micro-batches of the held-out loss, always the same.
     pointwise: names of the layers whose numbers every region of an example can probe for itself.
     """
 
+    model: nn.Module
     scales: ScaleSet
     held_out: Sequence[Any]
     pointwise: Sequence[str]
@@ -156,8 +158,8 @@ class StyleTask:
         plan = make_plan(make_config(self._settings(0, 16) | {"sample": {"guidance": 1.0}}))
         self._plan = plan
         self._encoded = style_data.encode(plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype)
-        self._transformer = build.quantized_transformer(plan.config, plan.model_folder, plan.device, plan.dtype)
-        self.scales, _ = build.scales_and_numbers(plan.config, self._transformer)
+        self.model = build.quantized_transformer(plan.config, plan.model_folder, plan.device, plan.dtype)
+        self.scales, _ = build.scales_and_numbers(plan.config, self.model)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
         self.pointwise = matching(self.scales, POINTWISE_LAYERS)
 
@@ -172,7 +174,7 @@ class StyleTask:
         }
 
     def objective(self, micro_batch: Batch) -> Tensor:
-        return velocity_loss(self._transformer, micro_batch, self._plan.dtype)
+        return velocity_loss(self.model, micro_batch, self._plan.dtype)
 
     def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Batch]]:
         settings = {"sigma": {"distribution": sigma}, "qzo": {"parametrization": "row", "per_example": True, "regions": regions}}
@@ -180,12 +182,12 @@ class StyleTask:
         return style_data.TrainingBatches(config, self._plan.style.train, self._encoded, self._plan.device, Ranks())
 
     def handles(self) -> Iterable[DifferentiableHandle]:
-        return handles_of(self._transformer)
+        return handles_of(self.model)
 
     def sampler(self, captions: Sequence[str]) -> Sampler:
         plan, vae = self._plan, self._encoded.vae
         prompts = self._encoded.prompts
-        return build.sampler(plan.config, plan.model_folder, self._transformer, vae, captions, prompts, plan.device, plan.dtype)
+        return build.sampler(plan.config, plan.model_folder, self.model, vae, captions, prompts, plan.device, plan.dtype)
 
     def shown(self, count: int) -> tuple[list[str], list[Image.Image]]:
         """Captions of held-out drawings, evenly from their list, and the drawings."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion.core.oracle import DifferentiableHandle
@@ -41,6 +41,7 @@ class TextTask:
         self._spec, self._data = read_task("sst2"), data
         self._lm = load_causal_lm(model or smollm2(), dtype)
         quantize_(self._lm.model, quant_type="nf4", blocksize=64, skip=[OUTPUT_HEAD])
+        self.model: nn.Module = self._lm.model
         self.pointwise: Sequence[str] = []  # an answer is one token: nothing to divide
         self.scales: ScaleSet = find_scales(self._lm.model)
         self._train = self._encoded(self._spec.train, TRAIN)
