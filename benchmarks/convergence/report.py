@@ -369,9 +369,9 @@ def plot(results: Results, path: Path) -> None:
             continue
         panel.set_xscale("symlog", linthresh=320)
         panel.set_xlim(left=0)
-        panel.set_xlabel("example-forwards (first order: examples forwards and backwards)")
         panel.legend(fontsize=7)
-    panels[0].set_ylabel("held-out velocity loss")
+    figure.supxlabel("example-forwards (first order and QLoRA: examples forwards and backwards)", fontsize="medium")
+    panels[0].set_ylabel("held-out loss")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
