@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.convergence.report import put_between_markers
-from benchmarks.record import write_results
+from benchmarks.record import put_between_markers, write_results
 from benchmarks.sd35_full_size import LARGE
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS

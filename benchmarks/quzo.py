@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.llm_compare import memory
 from benchmarks.llm_compare.methods import BATCH, BFLOAT16, METHODS, TASKS, Places
-from benchmarks.record import RESULTS, write_results
+from benchmarks.record import RESULTS, put_between_markers, write_results
 from benchmarks.smollm2 import smollm2
 
 TABLE = ("<!-- table: python -m benchmarks.quzo report -->", "<!-- end of table -->")
@@ -176,8 +176,7 @@ def report(places: Places, document: Path) -> Path:
     header = ["format, method", "seed", "steps of 16", "accuracy on 872", "held-out loss", "processor min", "memory over inference"]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
     text = document.read_text(encoding="utf-8")
-    head, _, rest = text.partition(TABLE[0])
-    document.write_text(head + "\n".join([TABLE[0], "", *lines, "", TABLE[1]]) + rest.partition(TABLE[1])[2], encoding="utf-8")
+    document.write_text(put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8")
     figures: dict[str, Any] = {"sst2": {name: values[0] if len(values) == 1 else values for name, values in accuracy.items()}}
     if memory:
         ours = memory["quzo_int8"]

@@ -52,3 +52,12 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def put_between_markers(text: str, content: str, begin: str, end: str) -> str:
+    """Raises ValueError when a marker is not there."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"{begin} and {end} must both be in the document")
+    return f"{before}{begin}\n{content}\n{end}{after}"

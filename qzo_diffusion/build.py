@@ -284,7 +284,7 @@ def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[Scale
     """Raises ConfigError when `qzo.layers` matches no layer."""
     level, wanted = config.qzo.parametrization, config.qzo.layers
     scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer), {})
-    trained = None if wanted is None else chosen(scales, wanted)
+    trained = chosen(scales, wanted)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if trained == []:
         remedy = "correct qzo.layers, or give null for all layers"

@@ -30,6 +30,7 @@ class Base:
     """A model with the numbers that a method trains, as they are before a run.
 
     codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order step.
+    trained: names of the layers whose scales or codes are trained; none where something else is.
     """
 
     lm: CausalLm
@@ -39,6 +40,7 @@ class Base:
     codes: str
     initial: str
     take_step: TakeStep | None = None
+    trained: Sequence[str] = ()
 
 
 def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
@@ -58,11 +60,11 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
     scales, numbers = build.scales_and_numbers(config, lm.model)
     codes, initial = build.fingerprints(lm.model, scales)
-    lm.part_before_(chosen(scales, config.qzo.layers))
+    trained = tuple(chosen(scales, config.qzo.layers))
     if config.method == "fo-scales":
         optimizer, step = build.first_order(lm.model)
-        return Base(lm, scales, numbers, optimizer, codes, initial, step)
-    return Base(lm, scales, numbers, build.optimizer(config), codes, initial)
+        return Base(lm, scales, numbers, optimizer, codes, initial, step, trained)
+    return Base(lm, scales, numbers, build.optimizer(config), codes, initial, trained=trained)
 
 
 def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:

@@ -89,6 +89,7 @@ class LlmPlan:
         if ranks.world > 1 and config.method in FIRST_ORDER:
             raise ConfigError(f"method {config.method} on {ranks.world} processes", "one process", "start it without torchrun")
         base = load_base(config, self.model_folder, self.device, self.dtype)
+        base.lm.part_before_(base.trained)
         encoded = {name: encode(base.lm, getattr(self.splits, name), config.data.max_tokens) for name in PARTS}
 
         def scores(out: RunFolder, tracker: Tracker) -> Scores:

@@ -29,7 +29,7 @@ from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
-from qzo_diffusion.quant.choose import quiet
+from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.train.first_order import ExactAdam
 from qzo_diffusion.train.loop import Probing, StepRecord, train
 from qzo_diffusion.train.run_folder import write_whole
@@ -79,7 +79,7 @@ class CellRun:
         self.progress.phase = phase
         self._batches = self._task.batches(self.cell.seed, self.method.batch, settings.regions, settings.sigma)
         pointwise = self._task.pointwise if settings.regions > 1 else ()
-        trained = quiet(self._task.scales) if settings.layers == "quiet" else None
+        trained = chosen(self._task.scales, settings.layers)
         if settings.level == "lora":
             if self._adapters is None:
                 self._adapters = Adapters(self._task.model, list(self._task.scales), self.cell.seed)

@@ -25,7 +25,7 @@ from benchmarks.convergence.methods import (
     next_exponents,
     rate_of,
 )
-from benchmarks.record import provenance, write_results
+from benchmarks.record import provenance, put_between_markers, write_results
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, PLOT = ROOT / "docs/convergence.md", ROOT / "docs/images/convergence.png"
@@ -334,15 +334,6 @@ def methods_table() -> str:
     return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
 
 
-def put_between_markers(text: str, content: str, begin: str = BEGIN, end: str = END) -> str:
-    """Raises ValueError when a marker is not there."""
-    before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found_begin or not found_end:
-        raise ValueError(f"{begin} and {end} must both be in the document")
-    return f"{before}{begin}\n{content}\n{end}{after}"
-
-
 def plot(results: Results, path: Path) -> None:
     """A panel per style: the held-out loss at the best rate of each family, mean and range over the seeds."""
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -385,6 +376,6 @@ def write_report(results_folder: Path, document: Path = DOCUMENT, picture: Path 
         recorded |= {key: last[key] for key in ("machine", "threads")}
     write_results("convergence", found, results_folder)
     content = table(results, found, recorded) + "\n\n### Methods\n\n" + methods_table()
-    document.write_text(put_between_markers(document.read_text(), content))
+    document.write_text(put_between_markers(document.read_text(), content, BEGIN, END))
     plot(results, picture)
     return found

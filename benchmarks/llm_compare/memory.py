@@ -50,6 +50,7 @@ def measure(name: str, places: Places) -> dict[str, float]:
         set_dotted(settings, *parse_override(text, LlmConfig))
     plan = llm_run.make_plan(make_config(settings, LlmConfig))
     base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
+    base.lm.part_before_(base.trained)
     # As many sentences in flight as in an inference forward: +eps and -eps of half the batch at a time.
     size = BATCH // 2 if plan.config.qzo.has_gains else BATCH
     encoded = encode(base.lm, plan.splits.train, plan.config.data.max_tokens)

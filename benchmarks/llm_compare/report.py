@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llm_compare.methods import METHODS, Places
-from benchmarks.record import write_results
+from benchmarks.record import put_between_markers, write_results
 
 TABLE = ("<!-- table: python -m benchmarks.llm_compare report -->", "<!-- end of table -->")
 
@@ -53,8 +53,7 @@ def report(places: Places, document: Path) -> Path:
             row = [task, name, one["metric"], value, one["runs"], one["forwards"], one["seconds"], loss, peak or "-"]
             lines.append("| " + " | ".join(map(str, row)) + " |")
     text = document.read_text(encoding="utf-8")
-    head, _, rest = text.partition(TABLE[0])
-    document.write_text(head + "\n".join([TABLE[0], "", *lines, "", TABLE[1]]) + rest.partition(TABLE[1])[2], encoding="utf-8")
+    document.write_text(put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8")
     plot(found, picture)
     shares = {task: share for task, of in figures.items() if (share := _gain_share(of)) is not None}
     return write_results("llm_compare", {"tasks": figures, "gain_share": shares, "memory": memories}, places.results)

@@ -77,10 +77,18 @@ class Prefix:
 
     @torch.no_grad()
     def holds(self, device: torch.device) -> bool:
-        """Whether the two parts together are bit for bit the model, on a short text."""
+        """Whether the two parts together are bit for bit the model, on a short text.
+
+        Not where blocks give tuples, which only the model itself can read.
+        """
         ids = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
-        whole: Tensor = self._base(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.equal(self.after(ids, self.before(ids)), whole)
+        kinds: list[type] = []
+        hook = self._blocks[0].register_forward_hook(lambda _module, _args, output: kinds.append(type(output)))
+        try:
+            whole: Tensor = self._base(input_ids=ids, use_cache=False).last_hidden_state
+        finally:
+            hook.remove()
+        return kinds == [Tensor] and torch.equal(self.after(ids, self.before(ids)), whole)
 
 
 def find_prefix(model: nn.Module, base: nn.Module, trained: Iterable[str], device: torch.device) -> Prefix | None:
@@ -97,16 +105,4 @@ def find_prefix(model: nn.Module, base: nn.Module, trained: Iterable[str], devic
     if not isinstance(blocks, nn.ModuleList) or count == 0:
         return None
     prefix = Prefix(base, blocks, count)
-    return prefix if _gives_tensors(base, blocks, device) and prefix.holds(device) else None
-
-
-@torch.no_grad()
-def _gives_tensors(base: nn.Module, blocks: nn.ModuleList, device: torch.device) -> bool:
-    """Blocks of some models give tuples, which only the model itself can read."""
-    kinds: list[type] = []
-    hook = blocks[0].register_forward_hook(lambda _module, _args, output: kinds.append(type(output)))
-    try:
-        base(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
-    finally:
-        hook.remove()
-    return kinds == [Tensor]
+    return prefix if prefix.holds(device) else None
