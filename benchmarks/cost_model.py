@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.record import put_between_markers, write_results
-from benchmarks.sd35_full_size import LARGE
+from benchmarks.sd35_full_size.model import LARGE
 from qzo_diffusion.config import QuantConfig
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.diffusion.transformer import empty_transformer

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.record import write_results
 from benchmarks.resident import reset_peak
-from benchmarks.sd35_full_size import batch_of, config_of, status
+from benchmarks.sd35_full_size.model import batch_of, config_of, status
 from qzo_diffusion import build
 from qzo_diffusion.config import QuantConfig, make_config
 from qzo_diffusion.core.noise import Direction
