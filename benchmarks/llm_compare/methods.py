@@ -53,8 +53,13 @@ class Method:
         return self.method in ("qlora", "fo-scales")
 
 
+# The paper's one dense direction in relative units, at the rate that the convergence benchmark found for it.
+RELATIVE = ["qzo.layers=null", "qzo.parametrization=dense", "qzo.eps=0.01", "train.schedule=constant", "train.lr=0.00316"]
+
+
 def _clipped(threshold: str) -> Method:
-    return Method("qzo", (*PAPER, f"qzo.clip_threshold={threshold}"), tasks=("sst2",))
+    """In the paper's units no derivative of SST-2 reaches 50 (the largest of 805 steps is 22), so that all thresholds are one."""
+    return Method("qzo", (*RELATIVE, f"qzo.clip_threshold={threshold}", *BFLOAT16), tasks=("sst2",), share_of_steps=0.1)
 
 
 def _quzo(*settings: str, share: float = 0.1) -> Method:
@@ -109,9 +114,10 @@ METHODS: dict[str, Method] = {
     "qzo_int8": Method(
         "qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",), share_of_steps=0.2
     ),  # the same codes, fixed
-    "paper_clip_50": _clipped("50"),
-    "paper_clip_150": _clipped("150"),
-    "paper_clip_off": _clipped("null"),
+    "relative_clip_off": _clipped("null"),
+    "relative_clip_10": _clipped("10"),
+    "relative_clip_3": _clipped("3"),
+    "relative_clip_1": _clipped("1"),
 }
 
 
