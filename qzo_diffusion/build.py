@@ -345,9 +345,9 @@ def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:
     return ExactAdam(), first_order_step(gradient)
 
 
-def schedule(config: RunConfig) -> Schedule:
+def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:
     train = config.train
-    return make_schedule(train.schedule, train.lr, train.max_steps, train.warmup_steps)
+    return make_schedule(train.schedule, train.lr * rate_factor, train.max_steps, train.warmup_steps)
 
 
 def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:

@@ -53,6 +53,8 @@ class DataConfig(Section):
 class TrainConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 1000
     lr: Positive = suited_lr(1000)  # not given, it follows from max_steps; how far a step moves where qzo.normalize is on
+    # Before the first step: lower lr where the loss curves much for its slope. Not given, it is so where lr isn't given either
+    calibrate_lr: bool = False
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
@@ -190,6 +192,12 @@ class RunConfig(Section):
         return given | {"train": {"lr": rate_for(qzo, train)} | train}
 
     @model_validator(mode="after")
+    def _calibrated_in_its_own_unit(self) -> "RunConfig":
+        if self.train.calibrate_lr and not (self.qzo.normalize and self.qzo.per_example):
+            raise ValueError("train.calibrate_lr: false, or qzo.normalize: true with qzo.per_example: true")
+        return self
+
+    @model_validator(mode="after")
     def _codes_are_on_a_grid(self) -> "RunConfig":
         codes = self.qzo.parametrization == "codes"
         if codes and self.quant.backend != "intgrid":
@@ -269,15 +277,19 @@ class Config(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _divide_pictures(cls, given: Any) -> Any:
-        """Into 16 regions, where examples have directions of their own."""
+        """Into 16 regions, where examples have directions of their own; and a rate that nobody chose is calibrated for them."""
         if isinstance(given, dict):
             suited = {"quzo": suited_to_quzo(given.get("quant", {})), "fo-scales": FIRST_ORDER_SCALES}
             given = filled_in(given, suited.get(str(given.get("method")), {}))
         qzo = given.get("qzo", {}) if isinstance(given, dict) else None
         if not isinstance(qzo, dict):
             return given
-        each = estimate_settings(qzo)["per_example"]
-        return given | {"qzo": {"regions": 16 if each else 1} | qzo}
+        suited = estimate_settings(qzo)
+        given = given | {"qzo": {"regions": 16 if suited["per_example"] else 1} | qzo}
+        train = given.get("train", {})
+        if isinstance(train, dict) and "lr" not in train and suited["per_example"] and suited["normalize"]:
+            given["train"] = {"calibrate_lr": True} | train
+        return given
 
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)

@@ -12,6 +12,7 @@ from qzo_diffusion import build, provenance
 from qzo_diffusion.config import RunConfig, changed_settings, load_config
 from qzo_diffusion.core.errors import ConfigError, JournalError, OutputError, RankLost, TrainingDiverged
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
+from qzo_diffusion.train.calibrate import survey
 from qzo_diffusion.train.checkpoint import bad_steps_at_end, cut_metrics, list_checkpoints, load_checkpoint_, restore_
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
@@ -21,6 +22,7 @@ from qzo_diffusion.train.tracking import Tracker
 from qzo_diffusion.training_job import CHECK_RANKS_EVERY, Job, Parts, check_ranks, check_same_run
 
 JOURNAL = "journal.qzo"
+RATE_FACTOR = "lr_factor"  # in its header
 
 
 def say(text: str) -> None:
@@ -125,8 +127,10 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     """What ranks other than the first do: the same steps, and not one file. A resumed run is read from its folder."""
     parts = _load(plan, ranks)
     first_step = bad_steps = 0
+    journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
+    rate = _rate_factor(plan, parts, ranks, journal)
     if resumed is not None:
-        first_step, bad_steps = _restore_(parts, read_journal(resumed / JOURNAL) if plan.has_journal else None, resumed)
+        first_step, bad_steps = _restore_(parts, journal, resumed)
     check_ranks(ranks, parts.numbers)
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
@@ -136,6 +140,7 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
             ranks,
             first_step,
             bad_steps,
+            rate,
             after_step=lambda done: check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None,
         )
         check_ranks(ranks, parts.numbers)
@@ -143,14 +148,14 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     return {}
 
 
-def _train(plan: Plan, parts: Parts, ranks: Ranks, first_step: int, bad_steps: int, **reports: Any) -> Outcome:
+def _train(plan: Plan, parts: Parts, ranks: Ranks, first_step: int, bad_steps: int, rate: float, **reports: Any) -> Outcome:
     return train(
         parts.objective,
         parts.batches,
         parts.numbers,
         parts.optimizer,
         build.probing(plan.config),
-        build.schedule(plan.config),
+        build.schedule(plan.config, rate),
         max_steps=plan.config.train.max_steps,
         first_step=first_step,
         bad_steps_before=bad_steps,
@@ -170,7 +175,7 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequ
         writer.append(NoteEntry("resume", {"step": journal.steps_done, "changes": list(changes)}))
     if resumed:
         out.write_text("config.yaml", plan.config.to_yaml())
-    job, first_step, bad_steps = _start(plan, out, ranks, resumed, writer, journal)
+    job, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
     try:
         with stop_on_signal(say) as stop:
             ranks.wants_stop = stop.is_set
@@ -181,7 +186,8 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequ
                 job.show(0)
                 job.report()
             try:
-                outcome = _train(plan, job.parts, ranks, first_step, bad_steps, on_step=job.on_step, after_step=job.after_step)
+                reports = {"on_step": job.on_step, "after_step": job.after_step}
+                outcome = _train(plan, job.parts, ranks, first_step, bad_steps, rate, **reports)
                 check_ranks(ranks, job.parts.numbers)
             except (TrainingDiverged, RankLost):
                 job.checkpoint(job.steps_done)
@@ -206,6 +212,22 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
     return parts
 
 
+def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None) -> float:
+    """What the rate is multiplied by: measured where a run begins, read from its journal where it goes on."""
+    train = plan.config.train
+    if journal is not None:
+        return float(journal.header.get(RATE_FACTOR, 1.0))
+    if not train.calibrate_lr or not train.max_steps:
+        return 1.0
+    terrain = survey(parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum)
+    if ranks.first and terrain.rate_factor < 1:
+        say(
+            f"train.lr {train.lr:.3g} -> {train.lr * terrain.rate_factor:.3g}: the loss has a slope of {terrain.slope:.2g} for a "
+            f"curvature of {terrain.curvature:.2g} (train.calibrate_lr=false leaves the rate alone)"
+        )
+    return terrain.rate_factor
+
+
 def _restore_(parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int]:
     """Bring the numbers to where the run was. Returns the steps done and how many bad ones in a row come last."""
     if journal is not None:
@@ -224,17 +246,18 @@ def _restore_(parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[
 
 def _start(
     plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, writer: JournalWriter | None, journal: Journal | None
-) -> tuple[Job, int, int]:
-    """The parts of the run, brought to where it was, with everything that writes and shows."""
+) -> tuple[Job, int, int, float]:
+    """The parts of the run, brought to where it was, with everything that writes and shows; and the factor of its rate."""
     config = plan.config
     parts = _load(plan, ranks)
+    rate = _rate_factor(plan, parts, ranks, journal)
     first_step, bad_steps, validation = 0, 0, dict[int, float]()
     if resumed:
         first_step, bad_steps = _restore_(parts, journal, out.path)
         validation = cut_metrics(out.path / "metrics.jsonl", first_step)
         say(f"going on at step {first_step}, " + ("the journal's end" if plan.has_journal else "the last checkpoint"))
     elif plan.has_journal:
-        writer = JournalWriter.create(out.path / JOURNAL, parts.header)
+        writer = JournalWriter.create(out.path / JOURNAL, parts.header | {RATE_FACTOR: rate})
     check_ranks(ranks, parts.numbers)  # nobody goes on before all have read the checkpoints, for the old ones are dropped
     tracker = Tracker(out.path, config.train.max_steps, first_step)
     job = Job(
@@ -249,7 +272,7 @@ def _start(
         validation=validation,
         steps_done=first_step,
     )
-    return job, first_step, bad_steps
+    return job, first_step, bad_steps, rate
 
 
 def _changed_data(plan: Plan, run_folder: Path) -> list[str]:

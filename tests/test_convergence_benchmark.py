@@ -42,7 +42,7 @@ class SmallTask:
 def small(name, exponent, steps=50, **changes):
     """A cell of the table's method `name` with fewer examples."""
     method = replace(FAMILIES[name].at(exponent), batch=2, **changes)
-    return Cell("fluent_mono", replace(method, budget=steps * method.cost_of_step), 3)
+    return Cell("fluent_mono", replace(method, budget=steps * method.cost_of_step + method.calibration), 3)
 
 
 def folders(tmp_path, name="one"):
@@ -111,6 +111,24 @@ def test_evaluations_are_at_most_two_percent_apart(tmp_path):
     assert spent[0] == 0
     assert spent[-1] == cell.method.budget
     assert max(b - a for a, b in itertools.pairwise(spent)) <= 0.02 * cell.method.budget
+
+
+def test_a_calibrated_rate_is_measured_once_and_paid_for(tmp_path):
+    cell = small("default", -2, steps=20)
+    place, result, stops = folders(tmp_path), None, 0
+    while result is None:
+        assert stops < 20
+        result = run_cell(cell, SmallTask(), place, stop_requested=stop_after(9 + stops))
+        stops += 1
+    assert stops > 1
+    assert 0 < result["rate_factor"] <= 1
+    whole = run_cell(cell, SmallTask(), folders(tmp_path, "whole"))
+    assert {key: whole[key] for key in ("rate_factor", "curve")} == {key: result[key] for key in ("rate_factor", "curve")}
+    forwards = 3 * 4 * 2  # three of every example in four batches of two
+    assert [spent for spent, _ in result["curve"]] == [0, *(forwards + 4 * step for step in range(1, 21))]
+    assert result["curve"][-1][0] == cell.method.budget
+    assert FAMILIES["default"].at(-2).steps == (16_000 - 192) // 32
+    assert not FAMILIES["default"].phases("sst2")[0].calibrate
 
 
 def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_not_used(tmp_path):

@@ -30,6 +30,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.choose import chosen
+from qzo_diffusion.train.calibrate import survey
 from qzo_diffusion.train.first_order import ExactAdam
 from qzo_diffusion.train.loop import Probing, StepRecord, train
 from qzo_diffusion.train.run_folder import write_whole
@@ -45,13 +46,17 @@ Curve = list[tuple[int, float | None]]
 
 @dataclass
 class Progress:
-    """How far a cell is; seconds are those of training, of evaluation, and of the processor for both."""
+    """How far a cell is; seconds are those of training, of evaluation, and of the processor for both.
+
+    rate_factor: of a calibrated rate, once it is measured.
+    """
 
     step: int = 0
     phase: int = 0
     curve: Curve = field(default_factory=list)
     skipped: int = 0
     bad_in_a_row: int = 0
+    rate_factor: float | None = None
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -123,6 +128,9 @@ class CellRun:
             clip_threshold=settings.clip_threshold,
             normalize=settings.normalize,
         )
+        if settings.calibrate and progress.rate_factor is None:
+            terrain = survey(self._task.objective, self._batches, self.numbers, probing)
+            progress.rate_factor = terrain.rate_factor
         optimizer: Optimizer = self.optimizer
         train(
             self._task.objective,
@@ -143,7 +151,8 @@ class CellRun:
         phase, ends = self.progress.phase, self.method.ends()
         start = ends[phase - 1] if phase else 0
         settings = self.method.phases[phase]
-        of_phase = make_schedule(settings.schedule, self.method.lr * settings.rate, ends[phase] - start)
+        lr = self.method.lr * settings.rate * (self.progress.rate_factor or 1.0)
+        of_phase = make_schedule(settings.schedule, lr, ends[phase] - start)
         return lambda step: of_phase(step - start)
 
     def _exact_steps(self, stop: int, stop_requested: Callable[[], bool]) -> None:
@@ -164,13 +173,18 @@ class CellRun:
         assert isinstance(self.numbers, Dense | Grouped)
         return exact_gradient(self._task.objective, micro_batches, self.numbers, self._task.handles())
 
+    @property
+    def spent(self) -> int:
+        """Example-forwards so far; those of evaluations don't count."""
+        calibration = 0 if self.progress.rate_factor is None else self.method.calibration
+        return self.progress.step * self.method.cost_of_step + calibration
+
     def evaluate(self) -> float:
         """Append the held-out loss to the curve."""
         began, cpu = time.perf_counter(), time.process_time()
         with self.numbers.scales.showing(self.numbers.view()):
             loss = mean_loss(self._task.objective, self._task.held_out)
-        spent = self.progress.step * self.method.cost_of_step
-        self.progress.curve.append((spent, loss if math.isfinite(loss) else None))
+        self.progress.curve.append((self.spent, loss if math.isfinite(loss) else None))
         self.progress.evaluate_seconds += time.perf_counter() - began
         self.progress.cpu_seconds += time.process_time() - cpu
         return loss
@@ -262,7 +276,7 @@ def _run(run: CellRun, stop_requested: Callable[[], bool], show: bool) -> str | 
     with tqdm(total=total, initial=progress.step, desc=run.cell.name, unit="step", bar_format=shape, disable=not show) as bar:
         while True:
             due = progress.step % every == 0 or progress.step == total
-            if due and (not progress.curve or progress.curve[-1][0] < progress.step * run.method.cost_of_step):
+            if due and (not progress.curve or progress.curve[-1][0] < run.spent):
                 loss = run.evaluate()
                 bar.set_postfix(loss=f"{loss:.4f}")
                 if not loss <= DIVERGED * (progress.curve[0][1] or math.inf):  # NaN too
@@ -296,6 +310,7 @@ def _result(run: CellRun, ended: str) -> dict[str, Any]:
         "final_loss": progress.curve[-1][1] if ended != "diverged" else None,
         "steps": progress.step,
         "skipped_steps": progress.skipped,
+        "rate_factor": progress.rate_factor,
         "seconds": {
             "train": round(progress.train_seconds, 1),
             "evaluate": round(progress.evaluate_seconds, 1),

@@ -15,6 +15,7 @@ from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.llm_config import PICTURES_OVER_QUIET, QUIET
+from qzo_diffusion.train.calibrate import BATCHES
 
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
 TEXT = "sst2"  # a language model, whose rates are others
@@ -32,7 +33,8 @@ class Phase:
 
     level: lora is adapters, which first order alone trains (`adapters`).
     rate: the learning rate as a multiple of the family's; the schedule runs over this phase alone.
-    share: of the run's steps. eps in the units of the numbers.
+    share: of the run's steps. eps in the units of the numbers. calibrate: the rate is lowered to suit slope and curvature where
+    the run begins, for `Method.calibration` example-forwards.
     """
 
     level: Level | Literal["lora"]
@@ -49,6 +51,7 @@ class Phase:
     clip_threshold: float | None = None
     optimizer: OptimizerName = "sgd"
     schedule: ScheduleName = "constant"
+    calibrate: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,13 @@ class Method:
         return self.batch if self.first_order else 2 * self.batch
 
     @property
+    def calibration(self) -> int:
+        """Example-forwards before the first step."""
+        return 3 * BATCHES * self.batch if self.phases[0].calibrate else 0
+
+    @property
     def steps(self) -> int:
-        return self.budget // self.cost_of_step
+        return (self.budget - self.calibration) // self.cost_of_step
 
     def ends(self) -> list[int]:
         """The step after the last of each phase."""
@@ -171,8 +179,9 @@ def _references() -> Iterator[Family]:
         yield Family(long, (), f"{name} over the long budget", same_rate_as=name)
 
 
-BEST = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
-"""Of the default. 16 regions are one for each token of `tiny`."""
+FIXED = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
+"""The default at a rate that does not look at the data. 16 regions are one for each token of `tiny`."""
+BEST = replace(FIXED, calibrate=True)
 
 
 def default_exponent(budget: int) -> float:
@@ -181,14 +190,17 @@ def default_exponent(budget: int) -> float:
 
 
 DEFAULT_EXPONENT = default_exponent(BUDGET)
-ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]))
+ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]), ("calibrate", False))
 
 
 def _defaults() -> Iterator[Family]:
     at = (DEFAULT_EXPONENT,)
-    what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is fixed", (*DATA, UNSEEN)
+    what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is calibrated on styles", (*DATA, UNSEEN)
     yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
-    tuned = _method(f"{DEFAULT}_tuned", BEST)
+    fixed = _method(f"{DEFAULT}_fixed", FIXED)
+    styles = tuple(one for one in everywhere if one != TEXT)
+    yield Family(fixed, at, "the default at the rate that it is calibrated from", seeds=3, data=styles)
+    tuned = _method(f"{DEFAULT}_tuned", FIXED)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
         method = _method(f"{DEFAULT}_{name}", BEST, budget=budget)
@@ -197,23 +209,23 @@ def _defaults() -> Iterator[Family]:
 
 
 def _alternatives() -> Iterator[Family]:
-    """One thing of the default changed at a time, then what came before it; on two styles, one seed."""
+    """One thing of the default at its fixed rate changed at a time, then what came before it; on two styles, one seed."""
     changes: dict[str, tuple[Phase, str]] = {
-        "without_regions": (replace(BEST, regions=1), "one direction an example"),
-        "without_columns": (replace(BEST, level="row"), "rows alone"),
-        "without_rows": (replace(BEST, level="column"), "columns alone"),
-        "momentum": (replace(BEST, optimizer="momentum"), "momentum"),
-        "constant": (replace(BEST, schedule="constant"), "a constant rate"),
-        "logit_normal": (replace(BEST, sigma="logit_normal"), "logit-normal noise levels in training"),
-        "eps_0.003": (replace(BEST, eps=3e-3), "a smaller radius"),
-        "eps_0.03": (replace(BEST, eps=3e-2), "a larger radius"),
+        "without_regions": (replace(FIXED, regions=1), "one direction an example"),
+        "without_columns": (replace(FIXED, level="row"), "rows alone"),
+        "without_rows": (replace(FIXED, level="column"), "columns alone"),
+        "momentum": (replace(FIXED, optimizer="momentum"), "momentum"),
+        "constant": (replace(FIXED, schedule="constant"), "a constant rate"),
+        "logit_normal": (replace(FIXED, sigma="logit_normal"), "logit-normal noise levels in training"),
+        "eps_0.003": (replace(FIXED, eps=3e-3), "a smaller radius"),
+        "eps_0.03": (replace(FIXED, eps=3e-2), "a larger radius"),
     }
     for name, (phase, what) in changes.items():
         yield Family(_method(f"{DEFAULT}_{name}", phase), (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
-    adam = _method(f"{DEFAULT}_adam", replace(BEST, optimizer="adam"))
+    adam = _method(f"{DEFAULT}_adam", replace(FIXED, optimizer="adam"))
     yield Family(adam, (-5, -4, -3), "the default, but Adam", data=TRIED_ON)
-    columns = replace(BEST, level="column", share=0.2, schedule="constant")
-    coarse = _method(f"{DEFAULT}_coarse_to_fine", columns, replace(BEST, share=0.8))
+    columns = replace(FIXED, level="column", share=0.2, schedule="constant")
+    coarse = _method(f"{DEFAULT}_coarse_to_fine", columns, replace(FIXED, share=0.8))
     yield Family(coarse, (DEFAULT_EXPONENT,), "columns for a fifth, then the default", data=TRIED_ON)
     cosine = Phase("row", per_example=True, schedule="cosine")
     yield Family(_method("row_cosine", cosine), (-2,), "rows, a direction per example, SGD with cosine", seeds=3, data=TRIED_ON)
