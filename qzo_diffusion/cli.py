@@ -353,8 +353,11 @@ def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: F
             config.set_dotted(settings, key, value)
     if getattr(options, "strict", False):
         config.set_dotted(settings, "data.strict", True)
-    for text in options.settings:
-        config.set_dotted(settings, *config.parse_override(text, kind))
+    overrides = [config.parse_override(text, kind) for text in options.settings]
+    if resumed is not None and any(key == "train.lr" for key, _ in overrides):
+        config.set_dotted(settings, "train.calibrate_lr", False)  # a rate that somebody chose is taken as it is
+    for key, value in overrides:
+        config.set_dotted(settings, key, value)
     return config.make_config(settings, kind)
 
 

@@ -53,7 +53,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 1000
     lr: Positive = suited_lr(1000)  # not given, it follows from max_steps; how far a step moves where qzo.normalize is on
-    # Before the first step: lower lr where the loss curves much for its slope. Not given, it is so where lr isn't given either
+    # Before the first step: lower lr where the loss curves much for its slope. True for pictures where lr is not given
     calibrate_lr: bool = False
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -287,7 +287,8 @@ class Config(RunConfig):
         suited = estimate_settings(qzo)
         given = given | {"qzo": {"regions": 16 if suited["per_example"] else 1} | qzo}
         train = given.get("train", {})
-        if isinstance(train, dict) and "lr" not in train and suited["per_example"] and suited["normalize"]:
+        usual = suited["per_example"] and suited["normalize"] and qzo.get("parametrization", "separable") == "separable"
+        if isinstance(train, dict) and "lr" not in train and usual:
             given["train"] = {"calibrate_lr": True} | train
         return given
 

@@ -215,10 +215,10 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
 def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None) -> float:
     """What the rate is multiplied by: measured where a run begins, read from its journal where it goes on."""
     train = plan.config.train
-    if journal is not None:
-        return float(journal.header.get(RATE_FACTOR, 1.0))
     if not train.calibrate_lr or not train.max_steps:
         return 1.0
+    if journal is not None:
+        return float(journal.header.get(RATE_FACTOR, 1.0))
     terrain = survey(parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum)
     if ranks.first and terrain.rate_factor < 1:
         say(

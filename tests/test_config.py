@@ -163,6 +163,34 @@ def test_the_rate_falls_with_the_root_of_the_steps():
     assert make_config({"train": {"max_steps": 500, "lr": 0.2}}).train.lr == 0.2
 
 
+@pytest.mark.parametrize(
+    ("given", "calibrated"),
+    [
+        ({}, True),
+        ({"qzo": {"eps": 0.02}}, True),
+        ({"train": {"lr": 0.05}}, False),
+        ({"train": {"lr": 0.05, "calibrate_lr": True}}, True),
+        ({"train": {"calibrate_lr": False}}, False),
+        ({"qzo": {"parametrization": "row"}}, False),  # nothing was measured there
+        ({"qzo": {"normalize": False}}, False),
+        ({"qzo": {"parametrization": "dense"}}, False),
+        ({"method": "fo-scales"}, False),
+        ({"method": "quzo"}, False),
+    ],
+)
+def test_a_rate_that_nobody_chose_is_calibrated_for_pictures(given, calibrated):
+    config = make_config(given)
+    assert config.train.calibrate_lr == calibrated
+    assert make_config(yaml.safe_load(config.to_yaml())) == config
+    if "method" not in given:
+        assert make_config(given, LlmConfig).train.calibrate_lr == given.get("train", {}).get("calibrate_lr", False)
+
+
+def test_only_a_normalised_rate_can_be_calibrated():
+    with pytest.raises(ConfigError, match=r"calibrate_lr: false, or qzo\.normalize"):
+        make_config({"train": {"calibrate_lr": True}, "qzo": {"parametrization": "dense"}})
+
+
 @pytest.mark.parametrize(("kind", "rate"), [(Config, 0.05), (LlmConfig, 0.025)])
 def test_the_rate_follows_from_steps_that_were_said_by_a_flag(kind, rate):
     """A flag's value is text until the settings are checked."""

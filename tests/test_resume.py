@@ -14,6 +14,7 @@ import torch
 from qzo_diffusion import training_job
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.train import calibrate
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
 from tests.ranks import start
@@ -64,14 +65,27 @@ REGIONS = ["qzo.parametrization=separable", "qzo.per_example=true", "qzo.regions
 
 
 def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "FULL_RATE", 5.0)  # so that these images' rate is lowered
     assert train(*SETTINGS, *REGIONS, name="whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert train(*SETTINGS, *REGIONS, name="parts") == 130
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert {len(step.projected_grad) for step in read_journal(tmp_path / "whole/journal.qzo").steps} == {4 * 4}
+    journal = read_journal(tmp_path / "whole/journal.qzo")
+    assert {len(step.projected_grad) for step in journal.steps} == {4 * 4}
+    assert journal.steps[0].lr == 0.1 * journal.header["lr_factor"] < 0.1  # calibrated once, though the run was resumed
     assert_replayed(tmp_path / "whole")
+
+
+def test_a_rate_that_is_chosen_on_going_on_is_taken_as_it_is(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "FULL_RATE", 5.0)
+    assert train(*SETTINGS, *REGIONS, "train.schedule=constant", name="run") == 0
+    assert "train.lr 0.1 -> " in capsys.readouterr().err
+    change = ["--max-steps", "7", "train.lr=0.07", "--force"]
+    assert main(["train", "--resume", str(tmp_path / "run"), *change]) == 0
+    journal = read_journal(tmp_path / "run/journal.qzo")
+    assert [step.lr for step in journal.steps[5:]] == [0.1 * journal.header["lr_factor"], 0.07]
 
 
 def assert_replayed(run):
