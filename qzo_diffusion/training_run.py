@@ -2,11 +2,12 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 
 from qzo_diffusion import build, provenance
 from qzo_diffusion.config import RunConfig, changed_settings, load_config
@@ -219,7 +220,11 @@ def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None
         return 1.0
     if journal is not None:
         return float(journal.header.get(RATE_FACTOR, 1.0))
-    terrain = survey(parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum)
+
+    def shown(steps: Iterable[int]) -> Iterable[int]:
+        return tqdm(steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first)
+
+    terrain = survey(parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum, shown)
     if ranks.first and terrain.rate_factor < 1:
         say(
             f"train.lr {train.lr:.3g} -> {train.lr * terrain.rate_factor:.3g}: the loss has a slope of {terrain.slope:.2g} for a "
