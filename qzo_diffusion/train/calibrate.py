@@ -5,7 +5,7 @@ where c is the share of an example's squared gradient that the batch has in comm
 the best rate goes as √s / tr(H), and normalising takes the very √s out by which one style may be steeper than another. Both are
 measured before the first step; c is not, which would take many more forwards.
 
-With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 8 to 13 for every style, √s 0.3 to 1.2, and
+With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 9 to 14 for every style, √s 0.3 to 1.2, and
 the rates that were found best one by one are 0.6 √s / tr(H) for 500 steps, but never above the usual one (docs/decisions.md).
 """
 
@@ -19,7 +19,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.spsa import Batch, Objective, SumOverRanks, alone, estimate, sample_losses, spread
 from qzo_diffusion.train.loop import Probing, StepBatch
 
-BATCHES = 4  # of the first steps: √s and tr(H) to about a tenth
+BATCHES = 4  # of the first steps: √s is then known to a fifth, tr(H) to a tenth
 WIDER = 3.0  # than a step's probes: what is measured goes with ε², and losses in 16 bits have noise of their own
 FULL_RATE = 0.08  # √s / tr(H) from which the usual rate is right
 
