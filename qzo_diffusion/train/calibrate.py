@@ -75,5 +75,7 @@ def survey(
         total, count = sum_over_ranks([math.fsum(losses), float(len(losses))])
         curvatures.append(2 * (found.loss - total / count) / eps**2)
         slopes.append(spread(found.directional_derivative, batch.regions))
+    if not all(map(math.isfinite, [*slopes, *curvatures])):  # the loop will see it, and skip or stop
+        return Terrain(math.nan, math.nan, math.nan)
     error = statistics.stdev(curvatures) / math.sqrt(BATCHES)
     return Terrain(math.sqrt(statistics.fmean(slope**2 for slope in slopes)), statistics.fmean(curvatures), error)

@@ -75,6 +75,14 @@ def test_only_a_loss_that_curves_much_for_its_slope_lowers_the_rate():
     assert Terrain(0.1, math.nan, 0.1).rate_factor == 1
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_leaves_the_rate_to_the_loop(broken):
+    task = Exponentials()
+    sound = task.objective
+    task.objective = lambda x: sound(x) + torch.tensor([broken] + [0.0] * (len(x) - 1), dtype=torch.float64)
+    assert task.survey().rate_factor == 1
+
+
 def test_parts_of_a_batch_on_several_processes_find_what_one_does():
     whole = Exponentials().survey()
     asked: list[list[float]] = []
