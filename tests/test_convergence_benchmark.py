@@ -124,10 +124,10 @@ def test_a_calibrated_rate_is_measured_once_and_paid_for(tmp_path):
     assert 0 < result["rate_factor"] <= 1
     whole = run_cell(cell, SmallTask(), folders(tmp_path, "whole"))
     assert {key: whole[key] for key in ("rate_factor", "curve")} == {key: result[key] for key in ("rate_factor", "curve")}
-    forwards = 3 * 4 * 2  # three of every example in four batches of two
+    forwards = 3 * 16  # three of each of sixteen examples
     assert [spent for spent, _ in result["curve"]] == [0, *(forwards + 4 * step for step in range(1, 21))]
     assert result["curve"][-1][0] == cell.method.budget
-    assert FAMILIES["default"].at(-2).steps == (16_000 - 192) // 32
+    assert FAMILIES["default"].at(-2).steps == (16_000 - 48) // 32
     assert not FAMILIES["default"].phases("sst2")[0].calibrate
 
 

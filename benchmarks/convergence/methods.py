@@ -15,7 +15,7 @@ from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.llm_config import PICTURES_OVER_QUIET, QUIET
-from qzo_diffusion.train.calibrate import BATCHES
+from qzo_diffusion.train.calibrate import batches_to_survey
 
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
 TEXT = "sst2"  # a language model, whose rates are others
@@ -77,7 +77,7 @@ class Method:
     @property
     def calibration(self) -> int:
         """Example-forwards before the first step."""
-        return 3 * BATCHES * self.batch if self.phases[0].calibrate else 0
+        return 3 * batches_to_survey(self.batch) * self.batch if self.phases[0].calibrate else 0
 
     @property
     def steps(self) -> int:

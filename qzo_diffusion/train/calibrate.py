@@ -6,7 +6,7 @@ the best rate goes as √s / tr(H), and normalising takes the very √s out by w
 measured before the first step; c is not, which would take many more forwards.
 
 With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 9 to 14 for every style, √s 0.3 to 1.2, and
-the rates that were found best one by one are 0.6 √s / tr(H) for 500 steps, but never above the usual one (docs/decisions.md).
+where √s / tr(H) is small the usual rate was found too high (docs/decisions.md).
 """
 
 import math
@@ -19,9 +19,9 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.spsa import Batch, Objective, SumOverRanks, alone, estimate, sample_losses, spread
 from qzo_diffusion.train.loop import Probing, StepBatch
 
-BATCHES = 4  # of the first steps: √s is then known to a fifth, tr(H) to a tenth
+EXAMPLES = 16  # at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
 WIDER = 3.0  # than a step's probes: what is measured goes with ε², and losses in 16 bits have noise of their own
-FULL_RATE = 0.08  # √s / tr(H) from which the usual rate is right
+FULL_RATE = 0.055  # √s / tr(H) from which the usual rate is right
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class Terrain:
         return min(1.0, self.slope / self.curvature / FULL_RATE)
 
 
+def batches_to_survey(examples: int) -> int:
+    """How many batches of so many examples are looked at."""
+    return -(-EXAMPLES // examples)
+
+
 def survey(
     objective: Objective[Batch],
     batch_of_step: Callable[[int], StepBatch[Batch]],
@@ -48,34 +53,52 @@ def survey(
     sum_over_ranks: SumOverRanks = alone,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Terrain:
-    """Slope and curvature where the numbers are, over the batches of the first steps: three forwards of each example.
+    """Slope and curvature where the numbers are, over the first steps' batches: three forwards of `EXAMPLES` examples or more.
 
     Every rank calls this, and all find the same. `progress` passes the steps on and shows how far it is.
     """
-    slopes, curvatures = [], []
-    eps = WIDER * probing.eps
-    for step in progress(range(BATCHES)):
-        batch = batch_of_step(step)
-        mine = sum(map(len, batch.micro_batches))  # type: ignore[arg-type]
-        examples = batch.examples or mine
-        found = estimate(
-            objective,
-            batch.micro_batches,
-            parametrization,
-            directions_of_step(probing.seed, step, examples, probing.distribution, batch.regions),
-            eps=eps,
-            per_example=True,
-            together=probing.together,
-            first_example=batch.first_example,
-            examples=examples,
-            sum_over_ranks=sum_over_ranks,
-        )
-        with parametrization.scales.showing(parametrization.view()):
-            losses = [loss for micro_batch in batch.micro_batches for loss in sample_losses(objective, micro_batch)]
-        total, count = sum_over_ranks([math.fsum(losses), float(len(losses))])
-        curvatures.append(2 * (found.loss - total / count) / eps**2)
-        slopes.append(spread(found.directional_derivative, batch.regions))
-    if not all(map(math.isfinite, [*slopes, *curvatures])):  # the loop will see it, and skip or stop
+    slopes, curvatures = [], list[float]()
+    for step in progress(range(batches_to_survey(_examples(batch_of_step(0))))):
+        slope, of_examples = _of_batch(objective, batch_of_step(step), parametrization, probing, step, sum_over_ranks)
+        slopes.append(slope)
+        curvatures += of_examples
+    if len(curvatures) < 2 or not all(map(math.isfinite, [*slopes, *curvatures])):  # the loop will see it, and skip or stop
         return Terrain(math.nan, math.nan, math.nan)
-    error = statistics.stdev(curvatures) / math.sqrt(BATCHES)
+    error = statistics.stdev(curvatures) / math.sqrt(len(curvatures))
     return Terrain(math.sqrt(statistics.fmean(slope**2 for slope in slopes)), statistics.fmean(curvatures), error)
+
+
+def _of_batch(
+    objective: Objective[Batch],
+    batch: StepBatch[Batch],
+    parametrization: Parametrization,
+    probing: Probing,
+    step: int,
+    sum_over_ranks: SumOverRanks,
+) -> tuple[float, list[float]]:
+    """√(mean d²), and zᵀHz of each example."""
+    examples, regions, eps = _examples(batch), batch.regions, WIDER * probing.eps
+    found = estimate(
+        objective,
+        batch.micro_batches,
+        parametrization,
+        directions_of_step(probing.seed, step, examples, probing.distribution, regions),
+        eps=eps,
+        per_example=True,
+        together=probing.together,
+        first_example=batch.first_example,
+        examples=examples,
+        sum_over_ranks=sum_over_ranks,
+    )
+    with parametrization.scales.showing(parametrization.view()):
+        mine = [loss for micro_batch in batch.micro_batches for loss in sample_losses(objective, micro_batch)]
+    middle = [0.0] * (examples * regions)
+    middle[batch.first_example * regions : batch.first_example * regions + len(mine)] = mine
+    middle = sum_over_ranks(middle)  # others have zeros where this process has its examples
+    bends = [(up + down - 2 * at) / eps**2 for up, down, at in zip(found.loss_plus, found.loss_minus, middle, strict=True)]
+    of_examples = [math.fsum(bends[i : i + regions]) / regions for i in range(0, len(bends), regions)]
+    return spread(found.directional_derivative, regions), of_examples
+
+
+def _examples(batch: StepBatch[Batch]) -> int:
+    return batch.examples or sum(map(len, batch.micro_batches))  # type: ignore[arg-type]

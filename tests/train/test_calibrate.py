@@ -7,11 +7,12 @@ import torch
 
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.train.calibrate import BATCHES, FULL_RATE, WIDER, Terrain, survey
+from qzo_diffusion.train.calibrate import FULL_RATE, WIDER, Terrain, batches_to_survey, survey
 from qzo_diffusion.train.loop import Probing, StepBatch
 from tests.quantized import assert_same, inputs, scaled_network, snapshot
 
 EXAMPLES, EPS, SEED = 6, 1e-2, 5
+BATCHES = 3  # of six examples, for sixteen
 
 
 class Exponentials:
@@ -51,10 +52,11 @@ def test_slope_and_curvature_are_those_of_the_formula(together):
         directions = directions_of_step(SEED, step, EXAMPLES, "rademacher")
         z = torch.stack([direction.z("row", task.numbers.theta["row"]) for direction in directions])
         squares.append((gradients * z).sum(1).square().mean().item() * (math.sinh(radius) / radius) ** 2)
-        traces.append(gradients.sum(1).mean().item() * 2 * (math.cosh(radius) - 1) / radius**2)
+        traces += (gradients.sum(1) * 2 * (math.cosh(radius) - 1) / radius**2).tolist()
     assert found.slope == pytest.approx(math.sqrt(sum(squares) / BATCHES), rel=1e-9)
-    assert found.curvature == pytest.approx(sum(traces) / BATCHES, rel=1e-6)
-    assert found.error == pytest.approx(torch.tensor(traces).std().item() / math.sqrt(BATCHES), rel=1e-4)
+    assert found.curvature == pytest.approx(sum(traces) / len(traces), rel=1e-6)
+    assert found.error == pytest.approx(torch.tensor(traces).std().item() / math.sqrt(BATCHES * EXAMPLES), rel=1e-4)
+    assert [batches_to_survey(examples) for examples in (1, 6, 16, 64)] == [16, BATCHES, 1, 1]
 
 
 def test_a_larger_loss_asks_for_nothing_else():
