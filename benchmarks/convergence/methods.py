@@ -81,7 +81,7 @@ class Method:
 
     @property
     def steps(self) -> int:
-        return (self.budget - self.calibration) // self.cost_of_step
+        return max(1, (self.budget - self.calibration) // self.cost_of_step)
 
     def ends(self) -> list[int]:
         """The step after the last of each phase."""
@@ -197,9 +197,10 @@ def _defaults() -> Iterator[Family]:
     at = (DEFAULT_EXPONENT,)
     what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is calibrated on styles", (*DATA, UNSEEN)
     yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
-    fixed = _method(f"{DEFAULT}_fixed", FIXED)
-    styles = tuple(one for one in everywhere if one != TEXT)
-    yield Family(fixed, at, "the default at the rate that it is calibrated from", seeds=3, data=styles)
+    what, styles = "the default at the rate that it is calibrated from", tuple(one for one in everywhere if one != TEXT)
+    yield Family(_method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=styles)
+    fixed_long = _method(f"{DEFAULT}_fixed_long", FIXED, budget=LONG_BUDGET)
+    yield Family(fixed_long, (default_exponent(LONG_BUDGET),), f"{what}, over {LONG_BUDGET:,} example-forwards", data=styles[:-1])
     tuned = _method(f"{DEFAULT}_tuned", FIXED)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
