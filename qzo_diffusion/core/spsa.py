@@ -196,9 +196,14 @@ def repeated(batch: Any) -> Any:
     return batch.repeated() if hasattr(batch, "repeated") else None
 
 
+def over_regions(values: Sequence[float], regions: int) -> list[float]:
+    """The mean over the regions of each direction."""
+    return [math.fsum(values[i : i + regions]) / regions for i in range(0, len(values), regions)]
+
+
 def spread(derivatives: Sequence[float], regions: int = 1) -> float:
     """√(mean d²) over directions; d of a direction is the mean over its regions."""
-    of_direction = [math.fsum(derivatives[i : i + regions]) / regions for i in range(0, len(derivatives), regions)]
+    of_direction = over_regions(derivatives, regions)
     return math.sqrt(math.fsum(d * d for d in of_direction) / len(of_direction))
 
 

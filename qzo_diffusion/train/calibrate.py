@@ -12,12 +12,11 @@ where √s / tr(H) is small the usual rate was found too high (docs/decisions.md
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Batch, Objective, SumOverRanks, alone, estimate, sample_losses, spread
-from qzo_diffusion.train.loop import Probing, StepBatch
+from qzo_diffusion.core.spsa import Batch, Objective, SumOverRanks, alone, over_regions, sample_losses, spread
+from qzo_diffusion.train.loop import Probing, StepBatch, probe
 
 EXAMPLES = 16  # at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
 WIDER = 3.0  # than a step's probes: what is measured goes with ε², and losses in 16 bits have noise of their own
@@ -58,8 +57,10 @@ def survey(
     Every rank calls this, and all find the same. `progress` passes the steps on and shows how far it is.
     """
     slopes, curvatures = [], list[float]()
-    for step in progress(range(batches_to_survey(_examples(batch_of_step(0))))):
-        slope, of_examples = _of_batch(objective, batch_of_step(step), parametrization, probing, step, sum_over_ranks)
+    first = batch_of_step(0)
+    for step in progress(range(batches_to_survey(first.whole))):
+        batch = batch_of_step(step) if step else first
+        slope, of_examples = _of_batch(objective, batch, parametrization, probing, step, sum_over_ranks)
         slopes.append(slope)
         curvatures += of_examples
     if len(curvatures) < 2 or not all(map(math.isfinite, [*slopes, *curvatures])):  # the loop will see it, and skip or stop
@@ -77,28 +78,12 @@ def _of_batch(
     sum_over_ranks: SumOverRanks,
 ) -> tuple[float, list[float]]:
     """√(mean d²), and zᵀHz of each example."""
-    examples, regions, eps = _examples(batch), batch.regions, WIDER * probing.eps
-    found = estimate(
-        objective,
-        batch.micro_batches,
-        parametrization,
-        directions_of_step(probing.seed, step, examples, probing.distribution, regions),
-        eps=eps,
-        per_example=True,
-        together=probing.together,
-        first_example=batch.first_example,
-        examples=examples,
-        sum_over_ranks=sum_over_ranks,
-    )
+    regions, eps = batch.regions, WIDER * probing.eps
+    found = probe(objective, batch, parametrization, replace(probing, eps=eps, num_directions=1), step, sum_over_ranks)
     with parametrization.scales.showing(parametrization.view()):
         mine = [loss for micro_batch in batch.micro_batches for loss in sample_losses(objective, micro_batch)]
-    middle = [0.0] * (examples * regions)
+    middle = [0.0] * (batch.whole * regions)
     middle[batch.first_example * regions : batch.first_example * regions + len(mine)] = mine
     middle = sum_over_ranks(middle)  # others have zeros where this process has its examples
     bends = [(up + down - 2 * at) / eps**2 for up, down, at in zip(found.loss_plus, found.loss_minus, middle, strict=True)]
-    of_examples = [math.fsum(bends[i : i + regions]) / regions for i in range(0, len(bends), regions)]
-    return spread(found.directional_derivative, regions), of_examples
-
-
-def _examples(batch: StepBatch[Batch]) -> int:
-    return batch.examples or sum(map(len, batch.micro_batches))  # type: ignore[arg-type]
+    return spread(found.directional_derivative, regions), over_regions(bends, regions)

@@ -4,7 +4,6 @@ One step: draw the batch, probe it at +eps and -eps along each direction, clip, 
 (seed, t), so the loop carries no random state.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective, SumOverRanks, alone, estimate
+from qzo_diffusion.core.spsa import Batch, Estimate, Objective, SumOverRanks, alone, estimate, over_regions
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops
 
@@ -61,6 +60,11 @@ class StepBatch(Generic[Batch]):
     first_example: int = 0
     examples: int | None = None
     regions: int = 1
+
+    @property
+    def whole(self) -> int:
+        """Examples of the whole batch."""
+        return sum(map(len, self.micro_batches)) if self.examples is None else self.examples  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -168,23 +172,24 @@ def train_step_(
 ) -> StepRecord:
     """One whole step: estimate, then update."""
     started = time.perf_counter()
-    result = _probe(objective, batch, parametrization, probing, step, sum_over_ranks)
+    result = probe(objective, batch, parametrization, probing, step, sum_over_ranks)
     if result.finite:
         optimizer.step_(parametrization, Update(result.directions, result.projected_grad, lr))
     return _record(step, result, probing, lr, batch.sigma_mean, time.perf_counter() - started)
 
 
-def _probe(
+def probe(
     objective: Objective[Batch],
     batch: StepBatch[Batch],
     parametrization: Parametrization,
     probing: Probing,
     step: int,
-    sum_over_ranks: SumOverRanks,
+    sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
+    """The estimate of a step, along the directions that follow from (seed, step). Nothing is changed."""
     count, examples = probing.num_directions, None
     if probing.per_example:
-        examples = sum(map(len, batch.micro_batches)) if batch.examples is None else batch.examples  # type: ignore[arg-type]
+        examples = batch.whole
         count *= examples
     return estimate(
         objective,
@@ -206,7 +211,7 @@ def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean
     regions = result.directions[0].regions
 
     def one_or_list(values: tuple[float, ...]) -> float | list[float]:
-        of_direction = [math.fsum(values[i : i + regions]) / regions for i in range(0, len(values), regions)]
+        of_direction = over_regions(values, regions)
         return of_direction[0] if len(of_direction) == 1 else of_direction
 
     return StepRecord(
