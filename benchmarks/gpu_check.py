@@ -3,9 +3,11 @@
 On a machine without one everything that needs none is run on the CPU and the rest is null.
 
     equal      z, the shown scales and an update, bit for bit those of the CPU
-    forward    the embedded model in fp32 and bf16 against the CPU in fp32
-    step       a dense step and one of the default over two plain forwards
-    memory     peak at 512 and 1024 px, batch 1, of Stable Diffusion 3.5 Large with random weights (--layers for less)
+    forward    the embedded model in fp32 and bf16 against the CPU in fp32, alone and probed
+    step       a dense step and one of the default over two plain forwards: on the clock, and by how long the card was busy
+    memory     peak at 512 and 1024 px, batch 1, over that of a forward of as many examples in flight
+
+The last two are of Stable Diffusion 3.5 Large with random weights (--layers for less).
 """
 
 import argparse
@@ -24,7 +26,7 @@ from benchmarks.resident import reset_peak
 from benchmarks.sd35_full_size.model import batch_of, config_of, status
 from qzo_diffusion import build
 from qzo_diffusion.config import QuantConfig, make_config
-from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
@@ -73,23 +75,34 @@ def _equal_codes(device: torch.device) -> bool:
 
 
 def forward(device: torch.device) -> dict[str, float]:
-    """Relative distance of the prediction to that of the CPU in fp32."""
+    """Relative distance of the prediction to that of the CPU in fp32: of the model, and as a step of the default probes it."""
     generator = torch.Generator().manual_seed(0)
-    reference = tiny(CPU, torch.float32)
+    wanted = _predictions(CPU, torch.float32, generator.clone_state())
+    figures = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, got in _predictions(device, dtype, generator.clone_state()).items():
+            figures[f"{name}_{dtype}".replace("torch.", "")] = float((got - wanted[name]).norm() / wanted[name].norm())
+    return figures
+
+
+@torch.no_grad()
+def _predictions(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Of two examples; where they are probed, of both at +eps and then at -eps, along 16 regions' directions each."""
+    config = make_config({"model": "tiny"})
+    model = build.quantized_transformer(config, tiny_model(), device, dtype)
     inputs = {
         "hidden_states": torch.randn(2, 16, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 32, reference.config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(2, reference.config.pooled_projection_dim, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 32, model.config.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([100.0, 800.0]),
     }
-    timestep, figures = torch.tensor([100.0, 800.0]), {}
-    with torch.no_grad():
-        wanted = reference(**inputs, timestep=timestep).sample
-        for dtype in (torch.float32, torch.bfloat16):
-            model = tiny(device, dtype)
-            moved = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
-            got = model(**moved, timestep=timestep.to(device)).sample.float().cpu()
-            figures[str(dtype).removeprefix("torch.")] = float((got - wanted).norm() / wanted.norm())
-    return figures
+    moved = {name: value.to(device, dtype if name != "timestep" else None) for name, value in inputs.items()}
+    found = {"plain": model(**moved).sample}
+    scales, numbers = build.scales_and_numbers(config, model)
+    numbers.move_([Direction(7, 3)], [0.01])
+    with scales.showing(*numbers.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])):
+        found["probed"] = model(**{name: torch.cat([value, value]) for name, value in moved.items()}).sample
+    return {name: prediction.float().cpu() for name, prediction in found.items()}
 
 
 def random_model(layers: int, device: torch.device) -> Any:
@@ -123,46 +136,81 @@ def peak_gb(device: torch.device, work: Callable[[], object]) -> float:
     return status("VmHWM")
 
 
+STEPS = {
+    "dense": (1, {"qzo": {"parametrization": "dense"}}),
+    "default_one_in_flight": (1, {}),
+    "default": (2, {}),  # +eps and -eps of an example in one forward
+}
+"""Name -> examples in flight, settings."""
+
+
+def busy_seconds(work: Callable[[], object]) -> float | None:
+    """How long the card was at work, whatever it waited for in between."""
+    if not torch.cuda.is_available():
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        work()
+        torch.cuda.synchronize()
+    on_card = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return round(sum(event.time_range.elapsed_us() for event in on_card) / 1e6, 4)
+
+
 def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds: int) -> dict[str, Any]:
-    """Of a dense step and of the default's, where one example is in flight at a time."""
+    """Of the steps of `STEPS`, each of a batch of one example."""
     model = random_model(layers, device)
     figures: dict[str, Any] = {"layers": layers}
 
     def objective(one: Any) -> torch.Tensor:
         return velocity_loss(model, one, torch.bfloat16)
 
+    @torch.no_grad()
+    def forward_of(batch: Any) -> None:
+        objective(batch).sum().item()
+
     for side in sides:
         batch = batch_of(model, side).to(device)
+        steps = {}
+        for name, (in_flight, settings) in STEPS.items():
+            config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": in_flight}})
+            steps[name] = step_of(model, objective, batch, config)
 
-        @torch.no_grad()
         def two_forwards(batch: Any = batch) -> None:
-            objective(batch).sum().item()
-            objective(batch).sum().item()
+            forward_of(batch)
+            forward_of(batch)
 
-        two_forwards()
-        inference = peak_gb(device, two_forwards)
-        figures[f"{side}px"] = {"inference_peak_gb": round(inference, 3)}
-        for name, settings in {"dense": {"qzo": {"parametrization": "dense"}}, "default": {}}.items():
-            step = step_of(model, objective, batch, make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}}))
-            training = peak_gb(device, step)
-            ratios, seconds = [], []
-            for _ in range(rounds):
-                times = []
-                for work in (step, two_forwards):
-                    started = time.perf_counter()
-                    work()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-                    times.append(time.perf_counter() - started)
-                ratios.append(times[0] / times[1])
-                seconds.append(times[0])
-            figures[f"{side}px"][name] = {
-                "step_over_two_forwards": round(statistics.median(ratios), 4),
-                "step_seconds": round(statistics.median(seconds), 3),
-                "step_peak_gb": round(training, 3),
+        inference = {}
+        for in_flight, examples in {1: batch, 2: batch_of(model, side, 2).to(device)}.items():
+            forward_of(examples)
+            inference[in_flight] = peak_gb(device, lambda examples=examples: forward_of(examples))
+        peaks = {name: peak_gb(device, step) for name, step in steps.items()}
+        seconds = {name: clocked({"forwards": two_forwards, "step": step}, rounds) for name, step in steps.items()}
+        busy = {name: busy_seconds(work) for name, work in {"forwards": two_forwards, **steps}.items()}
+        figures[f"{side}px"] = {"two_forwards_busy_seconds": busy["forwards"]} | {
+            name: {
+                "step_over_two_forwards": round(statistics.median(b / a for a, b in zip(*seconds[name].values(), strict=True)), 3),
+                "step_seconds": round(statistics.median(seconds[name]["step"]), 4),
+                "step_busy_seconds": busy[name],
+                "step_busy_over_two_forwards": round(busy[name] / busy["forwards"], 3) if busy[name] else None,
+                "step_peak_gb": round(peaks[name], 3),
+                "inference_peak_gb": round(inference[STEPS[name][0]], 3),
             }
+            for name in steps
+        }
         print(side, figures[f"{side}px"], file=sys.stderr)
     return figures
+
+
+def clocked(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, one after the other in every round."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return times
 
 
 def step_of(model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config) -> Callable[[], object]:

@@ -93,7 +93,7 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
             resident
             | {
                 "forward": memory.forward_bytes(size, image_tokens, text_tokens, batch, dtype),
-                "shown scales": memory.shown_bytes(size, config.qzo.parametrization),
+                "shown scales": memory.shown_bytes(size, config.qzo.parametrization, device),
                 "trained numbers": memory.trained_bytes(size, config.qzo.parametrization, config.train.optimizer),
             },
         ),

@@ -6,13 +6,12 @@ The initial scales are in the base model's file. An update is one multiplication
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.gains import Gains
-from qzo_diffusion.core.noise import Direction, SignCache, choose
-from qzo_diffusion.core.parametrization import copy_by_name_
+from qzo_diffusion.core.bits import choose
+from qzo_diffusion.core.noise import Direction, SignCache
+from qzo_diffusion.core.parametrization import copy_by_name_, only_probe
 from qzo_diffusion.core.scales import ScaleSet, View
 
 
@@ -50,13 +49,13 @@ class Dense:
         like = [self._trained[name] for name in names]
         if direction.distribution == "gaussian":
             return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
-        packed = [self._signs.packed(direction, name, one.numel()) for name, one in zip(names, like, strict=True)]
-        chosen = choose(np.concatenate(packed), [(math.exp(radius), math.exp(-radius))], like[0])[0]
-        parts = chosen.split([8 * part.size for part in packed])
+        packed = [self._signs.packed(direction, name, one) for name, one in zip(names, like, strict=True)]
+        chosen = choose(torch.cat(packed), [(math.exp(radius), math.exp(-radius))], like[0].dtype)[0]
+        parts = chosen.split([8 * part.numel() for part in packed])
         return [part[: one.numel()].view(one.shape) for part, one in zip(parts, like, strict=True)]
 
-    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
-        raise ValueError("dense numbers have no factor of outputs; probe rows or layers to give every example its own direction")
+    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
+        return only_probe(self, directions, radii)
 
     def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
         total = torch.zeros_like(self.scales[name])

@@ -3,8 +3,10 @@
 With s' = s · r[o] · q[g] a layer gives y = r ∘ ((x ∘ expand(q)) Wᵀ), on any back-end and with other factors for every example.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +37,43 @@ times as long."""
 
 
 MANY_TOKENS = 16
-"""From so many in a group on, factors of blocks of inputs are written out, one for each input: a third to a half faster, for a
-sixteenth of the inputs' numbers."""
+"""From so many in a group on, factors of blocks of inputs are written out, one for each input: on a CPU a third to a half faster,
+for a sixteenth of the inputs' numbers."""
 
 
 def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
     """bias + factor ∘ tensor, computed in fp32: bf16 would round a factor of 1.01 to 1.0078. `into` may be `tensor`.
 
     Args:
-        tensor, into: [groups, tokens, ...].
-        factor: [groups, 1, ...].
+        tensor, into: [groups, tokens, columns].
+        factor: [groups, blocks], one for each of equal runs of columns.
     """
+    blocks, columns = factor.shape[-1], tensor.shape[-1]
+    if tensor.device.type == "cuda" and tensor.is_contiguous() and (fused := _fused(tensor.device)):
+        fused(tensor, factor, bias, into)
+        return
+    factor = factor.unsqueeze(1)
+    if blocks not in (1, columns):
+        if tensor.device.type == "cpu" and tensor.shape[1] >= MANY_TOKENS:
+            factor = factor.unsqueeze(-1).expand(-1, -1, -1, columns // blocks).flatten(2)
+        else:
+            tensor, into, factor = tensor.unflatten(-1, (blocks, -1)), into.unflatten(-1, (blocks, -1)), factor.unsqueeze(-1)
     by_parts = tensor.device.type == "cpu" and tensor.dtype != factor.dtype  # a CPU would convert all of it first
     (_scale_by_parts if by_parts else _scale_at_once)(tensor, factor, bias, into)
+
+
+@cache
+def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], None] | None:
+    """None where Triton is not installed, or finds no compiler."""
+    try:
+        from qzo_diffusion.core.fused_gain import scale
+
+        one = torch.ones(1, 1, 1, device=device)
+        scale(one, one[0], None, one)
+    except Exception as error:  # whatever a compiler may say: torch can do the same, only slower
+        warnings.warn(f"steps take longer than they need to: Triton does not work here ({error})", stacklevel=2)
+        return None
+    return scale
 
 
 def _scale_at_once(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
@@ -80,19 +106,19 @@ class Factors:
 
     def __init__(self, name: str, gain: LayerGain, bias: Tensor | None) -> None:
         self._name, self._input, self._output = name, gain.input, gain.output
-        self._bias = None if bias is None or gain.output is None else bias.detach().to(gain.output.dtype)
+        self._bias = None if bias is None else bias.detach()
+        if bias is not None and bias.device.type == "cpu" and gain.output is not None:  # a GPU converts on its way
+            self._bias = bias.detach().to(gain.output.dtype)
         self.scales_inputs = gain.input is not None
 
     def of_input(self, x: Tensor) -> Tensor:
         """A new tensor: several layers may read the same x."""
         assert self._input is not None
-        groups, blocks = self._input.shape
+        groups = len(self._input)
         self._check(x, groups)
-        by_block, factor = x.reshape(groups, -1, blocks, x.shape[-1] // blocks), self._input.view(groups, 1, blocks, 1)
-        if by_block.shape[1] >= MANY_TOKENS:
-            by_block, factor = by_block.flatten(2), factor.expand(-1, -1, -1, by_block.shape[-1]).flatten(2)
-        scaled = torch.empty_like(by_block)
-        _scale(by_block, factor, None, into=scaled)
+        by_group = x.reshape(groups, -1, x.shape[-1]).contiguous()
+        scaled = torch.empty_like(by_group)
+        _scale(by_group, self._input, None, into=scaled)
         return scaled.view(x.shape)
 
     def of_output_(self, output: Tensor) -> None:
@@ -102,7 +128,7 @@ class Factors:
         groups = self._output.shape[0]
         self._check(output, groups)
         y = output.view(groups, -1, output.shape[-1])
-        _scale(y, self._output.unsqueeze(1), self._bias, into=y)
+        _scale(y, self._output, self._bias, into=y)
 
     def _check(self, tensor: Tensor, groups: int) -> None:
         examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
@@ -117,7 +143,8 @@ class Factors:
 def no_bias(bias: nn.Parameter) -> nn.Parameter | None:
     """What a layer has in place of its bias while it is under a gain.
 
-    In 16 bits zeros: without a bias torch's product takes another path, whose buffers leave holes as large as a layer's weight in
-    the allocator's heap (130 MB more on SD3.5 Large, for a hundredth of the time).
+    On a CPU in 16 bits zeros: without a bias torch's product takes another path, whose buffers leave holes as large as a layer's
+    weight in the allocator's heap (130 MB more on SD3.5 Large, for a hundredth of the time).
     """
-    return nn.Parameter(torch.zeros_like(bias), False) if bias.dtype in (torch.bfloat16, torch.float16) else None
+    zeros = bias.device.type == "cpu" and bias.dtype in (torch.bfloat16, torch.float16)
+    return nn.Parameter(torch.zeros_like(bias), False) if zeros else None

@@ -15,17 +15,18 @@ instead of hundreds.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from qzo_diffusion.core.bits import choose, signed_sum
 from qzo_diffusion.core.gains import Gains, LayerGain
-from qzo_diffusion.core.noise import Direction, PackedBits, SignCache, choose, signed_sum
+from qzo_diffusion.core.noise import Direction, SignCache
 from qzo_diffusion.core.parametrization import copy_by_name_
 from qzo_diffusion.core.scales import ScaleSet, View
 
@@ -47,6 +48,17 @@ class _Kind:
         """Where the numbers of neighbouring layers lie, and how many each has."""
         parts = [self.of_layer[name] for name in chosen]
         return parts[0].start, parts[-1].stop, [part.stop - part.start for part in parts]
+
+
+class _Probe(NamedTuple):
+    """θ + radius · z for all radii and directions; all directions of the first radius come first."""
+
+    directions: tuple[Direction, ...]
+    radii: tuple[float, ...]
+
+    def groups(self, pointwise: bool) -> int:
+        """How many runs of tokens or of examples see numbers of their own."""
+        return len(self.radii) * len(self.directions) * (self.directions[0].regions if pointwise else 1)
 
 
 class Grouped:
@@ -71,6 +83,9 @@ class Grouped:
         self._kinds: dict[str, _Kind] = {}
         self._signs = SignCache()
         names = list(scales if trained is None else trained)
+        self._numbers_of, self._scales_of = {False: 0, True: 0}, {False: 0, True: 0}  # by whether they are pointwise
+        for name in names:
+            self._scales_of[name in pointwise] += scales[name].numel()
         for axis in axes:
             for apart in (False, True):
                 members = [name for name in names if (name in pointwise) == apart]
@@ -79,6 +94,7 @@ class Grouped:
                     key = f"{axis}.pointwise" if apart else axis
                     self._kinds[key] = _Kind(axis, apart, {name: slice(*ends[i : i + 2]) for i, name in enumerate(members)})
                     self.theta[key] = scales[names[0]].new_zeros(ends[-1])
+                    self._numbers_of[apart] += ends[-1]
 
     def numbers(self) -> dict[str, Tensor]:
         return self.theta
@@ -96,28 +112,61 @@ class Grouped:
         return self.theta[key][self._kinds[key].of_layer[name]]
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+        if direction is not None and direction.regions != 1:
+            raise ValueError(f"a view shows one direction to a whole forward, not {direction.regions} regions; use probes")
+        probe = None if direction is None else _Probe((direction,), (radius,))
+        return self._view(dict.fromkeys(self._kinds, probe))
+
+    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, Gains | None]:
+        """Numbers that are the same for all examples are shown as scales, the others as factors of inputs and outputs.
+
+        θ itself goes with z where that makes for fewer numbers than the scales are.
+        """
+        probe = _Probe(tuple(directions), tuple(radii))
+        alone: dict[str, _Probe | None] = {}
+        gained: dict[str, bool] = {}  # by kind, whether its θ goes with its z
+        for key, kind in self._kinds.items():
+            groups = probe.groups(kind.pointwise)
+            if groups == 1:
+                alone[key] = probe
+            else:
+                gained[key] = groups * self._numbers_of[kind.pointwise] < self._scales_of[kind.pointwise]
+                if not gained[key]:
+                    alone[key] = None
+        return self._view(alone) if alone else None, self._gains(probe, gained) if gained else None
+
+    def _view(self, probes: Mapping[str, "_Probe | None"]) -> View:
+        """Of some kinds of numbers, each at a probe of one group or where it is."""
+
         def shown(names: Sequence[str]) -> dict[str, Tensor]:
             factors: dict[str, dict[Axis, Tensor]] = {}
-            for key, kind in self._kinds.items():
-                if chosen := kind.chosen(names):
-                    self._collect(factors, kind, chosen, self._factors(key, kind, chosen, direction, radius))
+            for key, probe in probes.items():
+                if chosen := self._kinds[key].chosen(names):
+                    start, stop, _ = self._kinds[key].span(chosen)
+                    theta = torch.exp(self.theta[key][start:stop])
+                    self._collect(factors, key, chosen, theta if probe is None else theta * self._exp_z(key, probe, start, stop)[0])
             return {name: self._spread(name, of_layer) for name, of_layer in factors.items()}
 
         return shown
 
-    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
+    def _gains(self, probe: "_Probe", kinds: Mapping[str, bool]) -> Gains:
         def of_layers(names: Sequence[str]) -> dict[str, LayerGain]:
             factors: dict[str, dict[Axis, Tensor]] = {}
-            for key, kind in self._kinds.items():
-                if chosen := kind.chosen(names):
-                    self._collect(factors, kind, chosen, self._factors_of_groups(key, kind, chosen, directions, radii))
+            for key, with_theta in kinds.items():
+                if chosen := self._kinds[key].chosen(names):
+                    start, stop, _ = self._kinds[key].span(chosen)
+                    factor = self._exp_z(key, probe, start, stop)
+                    if with_theta:
+                        factor.mul_(torch.exp(self.theta[key][start:stop]))
+                    self._collect(factors, key, chosen, factor)
             return {name: self._gain(of_layer) for name, of_layer in factors.items()}
 
         return of_layers
 
-    @staticmethod
-    def _collect(into: dict[str, dict[Axis, Tensor]], kind: _Kind, chosen: Sequence[str], factors: Sequence[Tensor]) -> None:
-        for name, factor in zip(chosen, factors, strict=True):
+    def _collect(self, into: dict[str, dict[Axis, Tensor]], key: str, chosen: Sequence[str], factors: Tensor) -> None:
+        """Divide [..., numbers] of neighbouring layers among them."""
+        kind = self._kinds[key]
+        for name, factor in zip(chosen, factors.split(kind.span(chosen)[2], dim=-1), strict=True):
             into.setdefault(name, {})[kind.axis] = factor
 
     @staticmethod
@@ -126,40 +175,23 @@ class Grouped:
         product = output[0] * output[1] if len(output) == 2 else output[0] if output else None
         return LayerGain(product, factors.get("column"))
 
-    def _factors(
-        self, key: str, kind: _Kind, chosen: Sequence[str], direction: Direction | None, radius: float
-    ) -> Sequence[Tensor]:
-        """exp(θ + radius · z) of each layer."""
-        start, stop, counts = kind.span(chosen)
-        factor = torch.exp(self.theta[key][start:stop])
-        if direction is not None:
-            _check_one_region(direction)
-            factor = factor * self._probe(key, kind, [direction], [radius], start, stop)[0]
-        return factor.split(counts)
-
-    def _factors_of_groups(
-        self, key: str, kind: _Kind, chosen: Sequence[str], directions: Sequence[Direction], radii: Sequence[float]
-    ) -> Sequence[Tensor]:
-        """exp(radius · z) of each layer, [radii · directions · regions, numbers], with one region where it is not pointwise."""
-        start, stop, counts = kind.span(chosen)
-        return self._probe(key, kind, directions, radii, start, stop).split(counts, dim=1)
-
-    def _probe(
-        self, key: str, kind: _Kind, directions: Sequence[Direction], radii: Sequence[float], start: int, stop: int
-    ) -> Tensor:
-        """exp(radius · z), [radii · directions · regions, stop - start]."""
-        like = self.theta[key]
+    def _exp_z(self, key: str, probe: "_Probe", start: int, stop: int) -> Tensor:
+        """exp(radius · z), a new tensor [groups, stop - start]; groups are radii · directions · regions where it is pointwise."""
+        like, kind = self.theta[key], self._kinds[key]
+        directions, radii = probe.directions, probe.radii
         if directions[0].distribution == "gaussian":
             drawn = [direction.exp_z(key, like, radius, each=kind.pointwise) for radius in radii for direction in directions]
             return torch.stack(drawn).view(-1, like.numel())[:, start:stop]
         pairs = [(math.exp(radius), math.exp(-radius)) for radius in radii]
-        return choose(self._packed(key, kind, directions), pairs, like, start, stop).flatten(0, 1)
+        first, last = start // 8, (stop + 7) // 8  # of all directions only what is asked for is put side by side
+        packed = self._packed(key, directions, slice(first, last))
+        return choose(packed, pairs, like.dtype, start - 8 * first, stop - 8 * first).flatten(0, 1)
 
-    def _packed(self, key: str, kind: _Kind, directions: Sequence[Direction]) -> PackedBits:
-        """The bits of all signs, [directions · regions, bytes]."""
-        numel = self.theta[key].numel()
-        drawn = np.stack([self._signs.packed(direction, key, numel, kind.pointwise) for direction in directions])
-        return drawn.reshape(-1, drawn.shape[-1])
+    def _packed(self, key: str, directions: Sequence[Direction], part: slice = slice(None)) -> Tensor:
+        """The bits of the signs, `part` of their bytes, [directions · regions, bytes]."""
+        like, each = self.theta[key], self._kinds[key].pointwise
+        drawn = [self._signs.packed(direction, key, like, each)[..., part] for direction in directions]
+        return drawn[0].view(-1, drawn[0].shape[-1]) if len(drawn) == 1 else torch.stack(drawn).flatten(0, -2)
 
     def _spread(self, name: str, factors: dict[Axis, Tensor]) -> Tensor:
         """The layer's scales times its factors; the blocks of a row lie side by side."""
@@ -174,7 +206,7 @@ class Grouped:
         if not kind.pointwise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
-            return signed_sum(self._packed(name, kind, directions), amounts, theta).to(theta.dtype)
+            return signed_sum(self._packed(name, directions), amounts, theta.numel()).to(theta.dtype)
         drawn = (direction.z(name, theta, each=kind.pointwise).view(-1, theta.numel()) for direction in directions)
         total = torch.zeros_like(theta)
         for z, amount in zip(chain.from_iterable(drawn), amounts, strict=True):
@@ -208,11 +240,6 @@ def _per_direction(directions: Sequence[Direction], amounts: Sequence[float]) ->
     """What its regions say together, for numbers that have one z for a whole example."""
     regions = directions[0].regions
     return [math.fsum(amounts[i * regions : (i + 1) * regions]) for i in range(len(directions))]
-
-
-def _check_one_region(direction: Direction) -> None:
-    if direction.regions != 1:
-        raise ValueError(f"a view shows one direction to a whole forward, not {direction.regions} regions; use gains")
 
 
 def _count(scales: ScaleSet, name: str, axis: Axis) -> int:

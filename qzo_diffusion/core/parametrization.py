@@ -38,15 +38,14 @@ class Parametrization(Protocol):
         """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the numbers themselves."""
         ...
 
-    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
-        """radius · z alone as factors of what `view()` shows: a group of examples for each radius and direction.
+    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, Gains | None]:
+        """The same for one forward over a group of examples for each radius and direction: arguments of `ScaleSet.showing`.
 
-        All directions of the first radius come first.
-
-        Where directions have regions, their examples are divided into as many runs of tokens in layers that treat tokens apart.
+        All directions of the first radius come first. Where directions have regions, their examples are divided into as many runs
+        of tokens in layers that treat tokens apart.
 
         Raises:
-            ValueError: without `has_gains`.
+            ValueError: more than one group without `has_gains`.
         """
         ...
 
@@ -71,6 +70,17 @@ class Parametrization(Protocol):
         ...
 
     def load_state_(self, state: dict[str, Tensor]) -> None: ...
+
+
+def only_probe(numbers: Parametrization, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
+    """`probes` of numbers that have no gains.
+
+    Raises:
+        ValueError: more than one group.
+    """
+    if len(directions) * len(radii) != 1:
+        raise ValueError("only rows, columns and layers can be probed along several directions in one forward")
+    return numbers.view(directions[0], radii[0]), None
 
 
 def tuned_scales(numbers: Parametrization) -> dict[str, Tensor]:

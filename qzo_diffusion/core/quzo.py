@@ -26,10 +26,9 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.gains import Gains
 from qzo_diffusion.core.noise import Direction, packed_bits
 from qzo_diffusion.core.optimizer import Update
-from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_
+from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_, only_probe
 from qzo_diffusion.core.scales import ScaleSet, View
 
 BLOCK = 2**18  # codes at a time; even, since two may share a byte
@@ -126,8 +125,8 @@ class Codes:
         total, size = self._trained[name].numel(), BLOCK // self._grids[name].per_byte
         return ((index, slice(start, min(start + size, total))) for index, start in enumerate(range(0, total, size)))
 
-    def gains(self, directions: Sequence[Direction], radii: Sequence[float]) -> Gains:
-        raise ValueError("codes have no factor of outputs; train scales to give every example its own direction")
+    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
+        return only_probe(self, directions, radii)
 
     def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
         """Σ amounts[i] · Q2(u_i), fp32 [N, K]: what an update would be before it is rounded."""

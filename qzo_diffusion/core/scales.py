@@ -22,12 +22,13 @@ SHOWN_AT_ONCE = 2**20
 """Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5 Large). Fewer, larger
 operations: between two layers of a forward each Python call costs several times what it costs in a row, since the products have
 emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
+SHOWN_ON_GPU = 4 * SHOWN_AT_ONCE  # a block of SD3.5 Large: launching costs the same whatever the size
 FEW = 2**16  # are shown at once whatever they are of
 
 
-def shown_at_once(numel: int) -> int:
+def shown_at_once(numel: int, device: str) -> int:
     """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so that it stays small beside them."""
-    return min(SHOWN_AT_ONCE, max(FEW, numel // 8))
+    return min(SHOWN_AT_ONCE if device == "cpu" else SHOWN_ON_GPU, max(FEW, numel // 8))
 
 
 View = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -73,7 +74,8 @@ class ScaleSet:
             if live.dtype not in dtypes:
                 raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
         self._numel = sum(live.numel() for live in self._live.values())
-        self._chunks = list(_chunks({name: live.numel() for name, live in self._live.items()}))
+        most = shown_at_once(self._numel, next(iter(self._live.values())).device.type)
+        self._chunks = list(_chunks({name: live.numel() for name, live in self._live.items()}, most))
         self._lens: _Lens | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -203,9 +205,9 @@ class _Lens:
         self._displaced, self._factors, self._biases, self._chunk = (), {}, {}, None
 
 
-def _chunks(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+def _chunks(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
     chunk: list[str] = []
-    filled, most = 0, shown_at_once(sum(sizes.values()))
+    filled = 0
     for name, size in sizes.items():
         if chunk and filled + size > most:
             yield chunk

@@ -171,7 +171,7 @@ def _together(
     twice = repeated(batch)
     if twice is None:
         return _apart(objective, batch, numbers, directions, eps)
-    with numbers.scales.showing(numbers.view(), numbers.gains(directions, [eps, -eps])):
+    with numbers.scales.showing(*numbers.probes(directions, [eps, -eps])):
         losses = sample_losses(objective, twice)
     if len(losses) != len(twice) * directions[0].regions:  # one loss for the whole batch: two forwards must tell the signs apart
         return _apart(objective, batch, numbers, directions, eps)
@@ -183,8 +183,7 @@ def _apart(
 ) -> Losses:
     found = []
     for radius in (eps, -eps):
-        gains = numbers.gains(directions, [radius]) if numbers.has_gains else None
-        with numbers.scales.showing(numbers.view() if gains else numbers.view(directions[0], radius), gains):
+        with numbers.scales.showing(*numbers.probes(directions, [radius])):
             found.append(sample_losses(objective, batch))
     return found[0], found[1]
 

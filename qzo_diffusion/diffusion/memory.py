@@ -111,11 +111,11 @@ def forward_bytes(size: ModelSize, image_tokens: int, text_tokens: int, batch: i
     return hidden + size.largest * dtype.itemsize
 
 
-def shown_bytes(size: ModelSize, parametrization: str) -> float:
+def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
     """What a step shows beside a forward: the changed scales or codes of some layers, and what they are made with."""
     if parametrization == "codes":
         return max(size.largest, SHOWN_AT_ONCE) + 6 * 4.0 * BLOCK
-    return 3 * 4.0 * min(size.scales, shown_at_once(size.scales))
+    return 3 * 4.0 * min(size.scales, shown_at_once(size.scales, device))
 
 
 def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:

@@ -212,8 +212,8 @@ def test_what_codes_cannot_do_is_refused():
     update = Update((Direction(0, 0),), (1.0,), 0.1)
     with pytest.raises(ValueError, match="sgd or feedback"):
         numbers.add_("0", torch.zeros(1))
-    with pytest.raises(ValueError, match="no factor"):
-        numbers.gains([Direction(0, 0)], [1.0])
+    with pytest.raises(ValueError, match="only rows, columns and layers"):
+        numbers.probes([Direction(0, 0)], [1.0, -1.0])
     with pytest.raises(ValueError, match="integer codes"):
         ErrorFeedback().step_(object(), update)
     with pytest.raises(ValueError, match="no factors"):

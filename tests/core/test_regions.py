@@ -36,7 +36,7 @@ def network_of_tokens(level, pointwise=("0", "2"), **options):
 def test_each_region_sees_what_its_own_z_does_to_the_scales(level, distribution):
     model, scales, numbers = network_of_tokens(level)
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, distribution, REGIONS)
-    with scales.showing(gains=numbers.gains(directions, [0.02])):
+    with scales.showing(*numbers.probes(directions, [0.02])):
         together = model(x)
     for example, direction in enumerate(directions):
         for region in range(REGIONS):
@@ -46,6 +46,27 @@ def test_each_region_sees_what_its_own_z_does_to_the_scales(level, distribution)
             moved.merge_()
             run = slice(region * TOKENS // REGIONS, (region + 1) * TOKENS // REGIONS)
             torch.testing.assert_close(together[example, run], other(x[example, run]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("count", "regions", "viewed", "gained"), [(1, 2, {"0"}, {"2"}), (2, 2, set(), {"0", "2"}), (1, 1, {"0", "2"}, set())]
+)
+def test_what_all_examples_share_is_shown_as_scales_and_theta_goes_with_its_z(level, count, regions, viewed, gained):
+    """These layers have more scales than factors; pointwise is layer "2"."""
+    model, scales, numbers = network_of_tokens(level, ("2",), width=2048, out=2048)
+    numbers.move_(directions_of_step(1, 0, 1, "rademacher", regions), [0.1] * regions)
+    directions = directions_of_step(0, 0, count, "rademacher", regions)
+    view, gains = numbers.probes(directions, [0.02])
+    assert set(view(["0", "2"]) if view else ()) == viewed
+    assert set(gains(["0", "2"]) if gains else ()) == gained
+    with scales.showing(view, gains):
+        found = model(tokens(count, 2048))
+    numbers._scales_of = dict.fromkeys(numbers._scales_of, 0)  # then θ stays where it was
+    view, gains = numbers.probes(directions, [0.02])
+    assert set(view(["0", "2"])) == viewed | gained
+    with scales.showing(view, gains):
+        torch.testing.assert_close(found, model(tokens(count, 2048)), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pointwise", [("0", "2"), ("2",)])
@@ -150,7 +171,7 @@ def test_nothing_changes_whatever_happens(error):
 def test_what_does_not_fit_is_refused():
     model, scales, numbers = network_of_tokens("row")
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", 3)
-    with pytest.raises(ModelError, match="8 tokens"), scales.showing(gains=numbers.gains(directions, [0.01])):
+    with pytest.raises(ModelError, match="8 tokens"), scales.showing(*numbers.probes(directions, [0.01])):
         model(tokens())
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     with pytest.raises(ValueError, match="3 losses for 3 examples of 4 regions"):

@@ -32,7 +32,8 @@ def test_only_the_chosen_layers_are_shown_changed_and_moved(level, units):
 def test_examples_are_probed_in_the_chosen_layers_only():
     model, scales = scaled_network("bnb")
     numbers = parametrize(scales, "row", trained=["2"])
-    assert list(numbers.gains([Direction(0, 0)], [0.01])(["0", "2"])) == ["2"]
+    _, gains = numbers.probes([Direction(0, 0)], [0.01, -0.01])
+    assert list(gains(["0", "2"])) == ["2"]
     found = estimate(
         squared_output(model), [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2, per_example=True
     )

@@ -127,7 +127,7 @@ def test_factors_of_inputs_and_outputs_are_those_of_scales(kind, level):
     with torch.no_grad():
         with numbers.scales.showing(numbers.view(direction, 0.1)):
             viewed = model(inputs())
-        with numbers.scales.showing(gains=numbers.gains([direction], [0.1])):
+        with numbers.scales.showing(*numbers.probes([direction, direction], [0.1])):  # two groups, of equal directions
             gained = model(inputs())
     torch.testing.assert_close(viewed, gained, rtol=1e-4, atol=1e-5)
 
