@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qzo_diffusion.core.bits import choose
 from qzo_diffusion.core.noise import Direction, SignCache
-from qzo_diffusion.core.parametrization import copy_by_name_, only_probe
+from qzo_diffusion.core.parametrization import copy_by_name_, exp, only_probe
 from qzo_diffusion.core.scales import ScaleSet, View
 
 
@@ -71,7 +71,7 @@ class Dense:
                     torch._foreach_mul_(list(chosen.values()), self._factors(list(chosen), direction, amount))
 
     def add_(self, name: str, delta: Tensor) -> None:
-        self.scales[name].mul_(torch.exp(delta))
+        self.scales[name].mul_(exp(delta))
 
     def merge_(self) -> None:
         """Nothing to do: the numbers are the scales."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from qzo_diffusion.core.bits import choose, signed_sum
 from qzo_diffusion.core.gains import Gains, LayerGain
 from qzo_diffusion.core.noise import Direction, SignCache
-from qzo_diffusion.core.parametrization import copy_by_name_
+from qzo_diffusion.core.parametrization import copy_by_name_, exp
 from qzo_diffusion.core.scales import ScaleSet, View
 
 Axis = Literal["layer", "row", "column"]
@@ -143,7 +143,7 @@ class Grouped:
             for key, probe in probes.items():
                 if chosen := self._kinds[key].chosen(names):
                     start, stop, _ = self._kinds[key].span(chosen)
-                    theta = torch.exp(self.theta[key][start:stop])
+                    theta = exp(self.theta[key][start:stop])
                     self._collect(factors, key, chosen, theta if probe is None else theta * self._exp_z(key, probe, start, stop)[0])
             return {name: self._spread(name, of_layer) for name, of_layer in factors.items()}
 
@@ -157,7 +157,7 @@ class Grouped:
                     start, stop, _ = self._kinds[key].span(chosen)
                     factor = self._exp_z(key, probe, start, stop)
                     if with_theta:
-                        factor.mul_(torch.exp(self.theta[key][start:stop]))
+                        factor.mul_(exp(self.theta[key][start:stop]))
                     self._collect(factors, key, chosen, factor)
             return {name: self._gain(of_layer) for name, of_layer in factors.items()}
 

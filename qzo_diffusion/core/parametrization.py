@@ -15,6 +15,7 @@ A new level needs the methods of `Parametrization` and nothing else; estimator, 
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qzo_diffusion.core.gains import Gains
@@ -70,6 +71,11 @@ class Parametrization(Protocol):
         ...
 
     def load_state_(self, state: dict[str, Tensor]) -> None: ...
+
+
+def exp(numbers: Tensor) -> Tensor:
+    """By float64, rounded once: the same bits on every machine, where those of fp32 differ between a CPU and a GPU."""
+    return torch.exp(numbers.double()).to(numbers.dtype)
 
 
 def only_probe(numbers: Parametrization, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:

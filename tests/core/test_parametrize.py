@@ -1,9 +1,12 @@
 """Which numbers move, and by how much."""
 
+from decimal import Decimal
+
 import pytest
 import torch
 
 from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.parametrization import exp
 from qzo_diffusion.core.parametrize import parametrize
 from tests.quantized import inputs, scaled_network
 
@@ -22,6 +25,14 @@ def test_dense_relative_multiplies_by_the_exponential():
     for name in scales:
         theta = torch.log(scales[name] / before[name])
         torch.testing.assert_close(theta, 0.03 * DIRECTION.z(name, theta), rtol=1e-12, atol=1e-12)
+
+
+def test_the_exponential_is_the_nearest_number_of_fp32_as_on_any_machine():
+    """That of fp32 is not, and another one on a GPU: a journal would give other scales there."""
+    numbers = torch.randn(500, generator=torch.Generator().manual_seed(0)) / 4
+    exact = torch.tensor([float(Decimal(number).exp()) for number in numbers.tolist()], dtype=torch.float64)
+    assert torch.equal(exp(numbers), exact.float())
+    assert not torch.equal(torch.exp(numbers), exact.float())
 
 
 def test_dense_relative_keeps_scales_positive_however_far_it_moves():
