@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qzo_diffusion import resources
 from qzo_diffusion.config import Config, QuantConfig, RunConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
-from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import InRunningSpreads, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
@@ -308,7 +308,7 @@ def probing(config: RunConfig) -> Probing:
         per_example=config.qzo.per_example,
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
-        normalize=config.qzo.normalize,
+        normalize=config.qzo.normalize is True,  # else by the optimizer, which knows of steps before
         together=config.train.micro_batch_size != 1,  # a single example in flight: +eps and -eps one after the other
     )
 
@@ -333,7 +333,8 @@ def optimizer(config: RunConfig) -> Optimizer:
     train = config.train
     if train.optimizer == "feedback":
         return ErrorFeedback(train.feedback_decay, train.feedback_steps)
-    return make_optimizer(train.optimizer)
+    chosen = make_optimizer(train.optimizer)
+    return InRunningSpreads(chosen) if config.qzo.normalize == "running" else chosen
 
 
 def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:

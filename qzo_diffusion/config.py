@@ -55,7 +55,7 @@ class TrainConfig(Section):
     lr: Positive = suited_lr(1000)  # not given, it follows from max_steps; how far a step moves where qzo.normalize is on
     # Before the first step: lower lr where the loss curves much for its slope. True for pictures where lr is not given
     calibrate_lr: bool = False
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "hold"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -96,7 +96,8 @@ class QzoConfig(Section):
     num_directions: Count = 1  # of all examples together, or of each
     per_example: bool = True  # directions of its own for every example of the batch; not for dense numbers
     regions: Annotated[int, Field(ge=1, le=1024)] = 1  # of an example's picture, with directions of their own in pointwise layers
-    normalize: bool = True  # divide the derivatives of a step by their spread, so that lr does not depend on the loss
+    # Divide derivatives by their spread, so that lr does not depend on the loss: by that of the step, or of the last ten or so
+    normalize: bool | Literal["running"] = True
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     probe: Literal["codes", "float"] = "codes"  # of integer codes: rounded to the grid, or as they are
     clip_threshold: Positive | None = None  # DDC; None: no clipping
@@ -119,7 +120,7 @@ class QzoConfig(Section):
             raise ValueError("per_example: true needs a parametrization other than dense or codes")
         if self.regions > 1 and not self.per_example:
             raise ValueError("regions above 1 need per_example: true")
-        if self.normalize and not self.per_example and self.num_directions == 1:
+        if self.normalize is True and not self.per_example and self.num_directions == 1:
             raise ValueError("normalize: true needs per_example: true or several directions; of one only the sign would be left")
         return self
 

@@ -22,6 +22,20 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.blake2b(config.to_yaml().encode(), digest_size=16).hexdigest()
 
 
+_SETTLED = (
+    "codes",
+    "initial_scales",
+    "directions",
+    "parametrization",
+    "layers",
+    "units",
+    "regions",
+    "examples",
+    "optimizer",
+    "normalize",
+)
+
+
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
     """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
     if journal.header.get("format") != JOURNAL_FORMAT:
@@ -30,11 +44,11 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             f"format {JOURNAL_FORMAT}",
             "use the version that wrote it",
         )
-    for key in ("codes", "initial_scales", "directions", "parametrization", "layers", "units", "regions", "examples", "optimizer"):
-        if journal.header.get(key) != header[key]:
+    for key in _SETTLED:
+        if journal.header.get(key) != header.get(key):
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",
-                f"{header[key]!r}, as the model and the settings have it here",
+                f"{header.get(key)!r}, as the model and the settings have it here",
                 "give the model, quantization and settings that the journal was written with",
             )
 

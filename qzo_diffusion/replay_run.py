@@ -84,7 +84,7 @@ def _config(journal: Journal, kind: type[AnyConfig], own: dict[str, Any], model:
         settings = {
             "model": model or header["model"],
             "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
-            "qzo": {key: header[key] for key in _NUMBERS},
+            "qzo": {key: header[key] for key in _NUMBERS} | ({"normalize": "running"} if header.get("normalize") else {}),
             "quant": header["quant"],
             "compute": {"dtype": header["dtype"]},
         }

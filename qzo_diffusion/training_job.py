@@ -203,6 +203,7 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,  # with a direction each
         "optimizer": config.train.optimizer,
         "feedback": [config.train.feedback_decay, config.train.feedback_steps] if config.train.optimizer == "feedback" else None,
+        "normalize": "running" if config.qzo.normalize == "running" else None,  # by a step's own spread its scalars are already
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,
     }

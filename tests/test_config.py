@@ -134,6 +134,8 @@ def test_any_override_gives_a_pair_or_a_clear_error(text):
         ({"per_example": False}, False, 1, False, 3e-3),
         ({"regions": 1}, True, 1, True, suited_lr(1000)),
         ({"normalize": False}, True, 16, False, 3e-3),
+        ({"normalize": "running"}, True, 16, "running", suited_lr(1000)),
+        ({"normalize": "running", "parametrization": "dense"}, False, 1, "running", suited_lr(1000)),
     ],
 )
 def test_what_is_not_given_follows_from_what_is(given, per_example, regions, normalize, lr):

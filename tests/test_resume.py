@@ -95,9 +95,9 @@ def assert_replayed(run):
     assert all(torch.equal(replayed[name], scales[name]) for name in scales)
 
 
-@pytest.mark.parametrize("setting", ["qzo.regions=1", "qzo.per_example=false"])
-def test_numbers_without_regions_are_replayed(train, tmp_path, setting):
-    assert train("--max-steps", 2, setting) == 0
+@pytest.mark.parametrize("setting", ["qzo.regions=1", "qzo.per_example=false", "qzo.normalize=running"])
+def test_runs_with_another_estimate_are_replayed(train, tmp_path, setting):
+    assert train("--max-steps", 2, setting, "train.schedule=hold") == 0
     assert_replayed(tmp_path / "run")
 
 

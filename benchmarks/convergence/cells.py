@@ -24,7 +24,7 @@ from benchmarks.record import provenance
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
-from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import InRunningSpreads, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
@@ -92,6 +92,8 @@ class CellRun:
         else:
             self.numbers = parametrize(self._task.scales, settings.level, settings.units, trained, pointwise)
         self.optimizer: Any = ExactAdam() if self.method.first_order else make_optimizer(settings.optimizer)
+        if settings.normalize == "running":
+            self.optimizer = InRunningSpreads(self.optimizer)
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
         """Go on to step `target`, through as many phases as that takes, or until asked to stop.
@@ -126,7 +128,7 @@ class CellRun:
             per_example=settings.per_example,
             distribution=settings.directions,
             clip_threshold=settings.clip_threshold,
-            normalize=settings.normalize,
+            normalize=settings.normalize is True,
         )
         if settings.calibrate and progress.rate_factor is None:
             terrain = survey(self._task.objective, self._batches, self.numbers, probing)

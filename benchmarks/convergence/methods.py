@@ -46,7 +46,7 @@ class Phase:
     directions: Distribution = "rademacher"
     per_example: bool = False
     regions: int = 1
-    normalize: bool = False
+    normalize: bool | Literal["running"] = False
     sigma: SigmaDistribution = "uniform"
     clip_threshold: float | None = None
     optimizer: OptimizerName = "sgd"
@@ -201,6 +201,9 @@ def _defaults() -> Iterator[Family]:
     yield Family(_method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=styles)
     fixed_long = _method(f"{DEFAULT}_fixed_long", FIXED, budget=LONG_BUDGET)
     yield Family(fixed_long, (default_exponent(LONG_BUDGET),), f"{what}, over {LONG_BUDGET:,} example-forwards", data=styles[:-1])
+    held, at = replace(BEST, normalize="running", schedule="hold"), (DEFAULT_EXPONENT,)
+    what = "the default in running spreads, its rate held instead of a cosine"
+    yield Family(_method(f"{DEFAULT}_held", held), at, what, 3, data=everywhere, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
     tuned = _method(f"{DEFAULT}_tuned", FIXED)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction, packed_bits
-from qzo_diffusion.core.optimizer import Update
+from qzo_diffusion.core.optimizer import RunningSpread, Update
 from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_, only_probe
 from qzo_diffusion.core.scales import ScaleSet, View
 
@@ -211,24 +211,18 @@ class ErrorFeedback:
     """
 
     def __init__(self, decay: float = 0.95, steps: int = 40, spread_decay: float = 0.95) -> None:
-        self.decay, self.steps, self.spread_decay = decay, steps, spread_decay
+        self.decay, self.steps = decay, steps
         self._past: list[Move] = []
-        self._count, self._square = 0, 0.0
+        self._spread = RunningSpread(spread_decay)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         if not isinstance(parametrization, Codes):
             raise ValueError("optimizer feedback is for integer codes; scales need none")
-        unit = self._spread(update.projected_grad) * len(update.projected_grad)
+        count = len(update.projected_grad)
+        unit = self._spread.after(math.fsum(g * g for g in update.projected_grad) / count) * count
         now = Move(update.directions, tuple(-update.lr * g / unit for g in update.projected_grad))
         parametrization.move_with_feedback_(self._past, now, self.decay)
         self._past = [*self._past, now][-self.steps :]
-
-    def _spread(self, projected_grad: Sequence[float]) -> float:
-        """√(running mean of μ²), this step's included; 1 while all were 0."""
-        square = math.fsum(g * g for g in projected_grad) / len(projected_grad)
-        self._count += 1
-        self._square = self.spread_decay * self._square + (1 - self.spread_decay) * square
-        return math.sqrt(self._square / (1 - self.spread_decay**self._count)) or 1.0
 
     def state(self) -> dict[str, Tensor]:
         """Seeds and scalars alone: int64 [steps, n, 4], float64 [steps, n] and [2]."""
@@ -236,14 +230,12 @@ class ErrorFeedback:
             return {}
         facts = [[(d.seed, d.step, d.index, int(d.distribution == "gaussian")) for d in move.directions] for move in self._past]
         amounts = torch.tensor([move.amounts for move in self._past], dtype=torch.float64)
-        spread = torch.tensor([self._count, self._square], dtype=torch.float64)
-        return {"directions": torch.tensor(facts), "amounts": amounts, "spread": spread}
+        return {"directions": torch.tensor(facts), "amounts": amounts, "spread": self._spread.state()}
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
-        self._past, self._count, self._square = [], 0, 0.0
+        self._past = []
+        self._spread.load_state_(state.get("spread"))
         if state:
-            count, self._square = state["spread"].tolist()
-            self._count = int(count)
             for facts, amounts in zip(state["directions"].tolist(), state["amounts"].tolist(), strict=True):
                 directions = (Direction(s, t, i, "gaussian" if gaussian else "rademacher") for s, t, i, gaussian in facts)
                 self._past.append(Move(tuple(directions), tuple(amounts)))

@@ -1,10 +1,22 @@
 """Updates against their formulas, and a descent on a real quantized network."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qzo_diffusion.core.noise import Direction, directions_of_step
-from qzo_diffusion.core.optimizer import Adam, Momentum, Sgd, Update, gradient_of, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import (
+    Adam,
+    InRunningSpreads,
+    Momentum,
+    Sgd,
+    Update,
+    gradient_of,
+    make_optimizer,
+    make_schedule,
+)
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import estimate, mean_loss
 from tests.quantized import inputs, scaled_network, squared_output
@@ -102,6 +114,40 @@ def test_the_loss_falls(name, level):
     assert end < 0.9 * start
 
 
+def test_running_spreads_are_the_root_of_the_running_mean_of_squares():
+    """Of two steps with decay 0.5: 0.5 a² / 0.5, then (0.25 a² + 0.5 b²) / 0.75."""
+    one, other = known_update(grad=3.0), known_update(step=1, grad=4.0)
+    after = numbers_after(InRunningSpreads(Sgd(), decay=0.5), [one, other])
+    units = 3.0, math.sqrt((0.25 * 9 + 0.5 * 16) / 0.75)
+    expected = numbers_after(
+        Sgd(), [replace(u, projected_grad=(u.projected_grad[0] / unit,)) for u, unit in zip((one, other), units, strict=True)]
+    )
+    assert after == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_in_running_spreads_the_scale_of_a_loss_says_nothing_and_a_resumed_run_goes_on(name):
+    def updates(scale):
+        return [known_update(3, step=step, grad=scale * (step + 1)) for step in range(4)]
+
+    after = numbers_after(InRunningSpreads(make_optimizer(name)), updates(1.0))
+    assert numbers_after(InRunningSpreads(make_optimizer(name)), updates(1000.0)) == pytest.approx(after, rel=1e-6)
+    _, scales = scaled_network()
+    numbers, optimizer = parametrize(scales, "layer"), InRunningSpreads(make_optimizer(name))
+    for index, one in enumerate(updates(1.0)):
+        if index == 2:
+            state = {key: tensor.clone() for key, tensor in optimizer.state().items()}
+            optimizer = InRunningSpreads(make_optimizer(name))
+            optimizer.load_state_(state)
+        optimizer.step_(numbers, one)
+    assert {layer: numbers.of_layer("layer", layer).item() for layer in scales} == after
+
+
+def test_a_past_without_any_loss_difference_does_not_divide_by_zero():
+    still = known_update(grad=0.0)
+    assert set(numbers_after(InRunningSpreads(Sgd()), [still]).values()) == {0.0}
+
+
 def test_constant_schedule():
     at = make_schedule("constant", 0.1, 10)
     assert {at(step) for step in range(10)} == {0.1}
@@ -116,6 +162,12 @@ def test_falling_schedules_warm_up_to_the_peak_and_end_near_zero(name):
     assert values[9] == pytest.approx(0.1)
     assert values[10:] == sorted(values[10:], reverse=True)
     assert 0 < values[-1] < 0.1 * 0.02
+
+
+def test_hold_starts_high_stays_even_and_ends_at_zero():
+    at = make_schedule("hold", 0.8, 1000)
+    assert [at(step) for step in (0, 62, 125, 400, 700)] == pytest.approx([0.8, 0.6512, 0.5, 0.5, 0.5])
+    assert [at(850), at(1000)] == pytest.approx([0.25, 0.0])
 
 
 def test_cosine_is_half_way_in_the_middle():
