@@ -334,6 +334,11 @@ def methods_table() -> str:
     return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
 
 
+NAMED = ("default", "default_held", "paper_relative", "paper_absolute", "first_order_dense", "qlora")
+"""Families with a colour of their own; that of a longer budget shares it, and all others are grey."""
+OTHERS = "others of the tables"
+
+
 def plot(results: Results, path: Path) -> None:
     """A panel per style: the held-out loss at the best rate of each family, mean and range over the seeds."""
     os.environ.setdefault("MPLBACKEND", "Agg")
@@ -341,18 +346,15 @@ def plot(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = figure.subplots(1, len(DATA))
+    named: dict[str, Any] = {}
     for panel, data in zip(panels, DATA, strict=True):
         style = Style(data, results)
         panel.set_title(data if style.start is not None else f"{data}: no cell is finished")
         for name, runs in style.runs.items():
-            if not runs:
-                continue
-            losses = list(zip(*([loss for _, loss in _curve(run)] for run in runs), strict=False))
-            spent = [x for x, _ in _curve(runs[0])][: len(losses)]
-            line = "--" if FAMILIES[name].template.first_order else ":" if name in REFERENCES else "-"
-            mean = [math.fsum(values) / len(values) for values in losses]
-            (drawn,) = panel.plot(spent, mean, line, label=name, linewidth=2.5 if name == DEFAULT else 1.2)
-            panel.fill_between(spent, [min(v) for v in losses], [max(v) for v in losses], color=drawn.get_color(), alpha=0.2)
+            if runs:
+                label = name.removesuffix("_long") if name.removesuffix("_long") in NAMED else OTHERS
+                drawn = _draw(panel, name, label, runs)
+                named[label] = drawn if name == label else named.get(label, drawn)
         if style.target is not None:
             panel.axhline(style.target, color="grey", linewidth=0.7)
         if style.start is None:
@@ -360,11 +362,24 @@ def plot(results: Results, path: Path) -> None:
             continue
         panel.set_xscale("symlog", linthresh=320)
         panel.set_xlim(left=0)
-        panel.legend(fontsize=7)
     figure.supxlabel("example-forwards (first order and QLoRA: examples forwards and backwards)", fontsize="medium")
+    order = [label for label in (*NAMED, OTHERS) if label in named]
+    figure.legend([named[label] for label in order], order, loc="outside upper center", ncols=len(order) or 1, fontsize="small")
     panels[0].set_ylabel("held-out loss")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _draw(panel: Any, name: str, label: str, runs: Sequence[Mapping[str, Any]]) -> Any:
+    losses = list(zip(*([loss for _, loss in _curve(run)] for run in runs), strict=False))
+    spent = [x for x, _ in _curve(runs[0])][: len(losses)]
+    mean = [math.fsum(values) / len(values) for values in losses]
+    if label not in NAMED:
+        return panel.plot(spent, mean, color="darkgrey", linewidth=0.6, zorder=1)[0]
+    line = "--" if FAMILIES[name].template.first_order else ":" if label in REFERENCES else "-"
+    width, colour = 2.5 if name == DEFAULT else 1.2, f"C{NAMED.index(label)}"
+    panel.fill_between(spent, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.2)
+    return panel.plot(spent, mean, line, color=colour, linewidth=width)[0]
 
 
 def write_report(results_folder: Path, document: Path = DOCUMENT, picture: Path = PLOT) -> dict[str, Any]:
