@@ -75,6 +75,7 @@ METHODS: dict[str, Method] = {
     "zero_shot": Method("mezo", (), trained=False),  # unquantized, which for this model is dequantized Q4_1
     "zero_shot_quantized": Method("qzo", (), trained=False),
     "default": Method("qzo", tuple(BFLOAT16), seeds=3),
+    "held": Method("qzo", ("qzo.normalize=running", "train.schedule=hold", *BFLOAT16), seeds=3, tasks=("sst2",)),
     "middle_columns": Method(  # the default before
         "qzo",
         (

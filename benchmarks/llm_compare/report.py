@@ -11,17 +11,19 @@ from benchmarks.record import put_between_markers, write_results
 TABLE = ("<!-- table: python -m benchmarks.llm_compare report -->", "<!-- end of table -->")
 
 
+DRAWN = ("default", "held", "middle_columns", "all_layers", "paper", "mezo", "quzo_int8_slow", "fo_scales", "qlora")
+
+
 def plot(results: list[dict[str, Any]], picture: Path) -> None:
-    """Held-out loss of SST-2 against forwards, a line for every run."""
+    """Held-out loss of SST-2 against forwards, a line for every run of what is compared there; the table has all."""
     import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     panel = figure.subplots()
-    drawn = [name for name in METHODS if any(result["method"] == name and result.get("curve") for result in results)]
-    colours = {name: matplotlib.colormaps["tab20"](index % 20) for index, name in enumerate(drawn)}
+    colours = {name: matplotlib.colormaps["tab10"](index) for index, name in enumerate(DRAWN)}
     for result in results:
-        if result["task"] == "sst2" and result.get("curve"):
+        if result["task"] == "sst2" and result["method"] in DRAWN and result.get("curve"):
             spent, losses = zip(*result["curve"], strict=True)
             line = "--" if METHODS[result["method"]].first_order else "-"
             label = result["method"] if result["seed"] == 0 else None
