@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qzo_diffusion import resources
 from qzo_diffusion.config import Config, QuantConfig, RunConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
-from qzo_diffusion.core.optimizer import InRunningSpreads, Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
@@ -333,8 +333,7 @@ def optimizer(config: RunConfig) -> Optimizer:
     train = config.train
     if train.optimizer == "feedback":
         return ErrorFeedback(train.feedback_decay, train.feedback_steps)
-    chosen = make_optimizer(train.optimizer)
-    return InRunningSpreads(chosen) if config.qzo.normalize == "running" else chosen
+    return make_optimizer(train.optimizer, in_running_spreads=config.qzo.normalize == "running")
 
 
 def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:

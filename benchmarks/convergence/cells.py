@@ -24,7 +24,7 @@ from benchmarks.record import provenance
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
-from qzo_diffusion.core.optimizer import InRunningSpreads, Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
@@ -91,9 +91,8 @@ class CellRun:
             self.numbers: Parametrization = self._adapters.numbers
         else:
             self.numbers = parametrize(self._task.scales, settings.level, settings.units, trained, pointwise)
-        self.optimizer: Any = ExactAdam() if self.method.first_order else make_optimizer(settings.optimizer)
-        if settings.normalize == "running":
-            self.optimizer = InRunningSpreads(self.optimizer)
+        made = make_optimizer(settings.optimizer, in_running_spreads=settings.normalize == "running")
+        self.optimizer: Any = ExactAdam() if self.method.first_order else made
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
         """Go on to step `target`, through as many phases as that takes, or until asked to stop.

@@ -173,8 +173,9 @@ OptimizerName = Literal["sgd", "momentum", "adam"]
 ScheduleName = Literal["constant", "linear", "cosine", "hold"]
 
 
-def make_optimizer(name: OptimizerName) -> Optimizer:
-    return {"sgd": Sgd, "momentum": Momentum, "adam": Adam}[name]()
+def make_optimizer(name: OptimizerName, in_running_spreads: bool = False) -> Optimizer:
+    chosen: Optimizer = {"sgd": Sgd, "momentum": Momentum, "adam": Adam}[name]()
+    return InRunningSpreads(chosen) if in_running_spreads else chosen
 
 
 def make_schedule(name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
