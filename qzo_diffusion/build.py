@@ -309,14 +309,23 @@ def probing(config: RunConfig) -> Probing:
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
         normalize=config.qzo.normalize is True,  # else by the optimizer, which knows of steps before
-        together=config.train.micro_batch_size != 1,  # a single example in flight: +eps and -eps one after the other
+        copies=probes_at_once(config),
+        estimator=config.qzo.estimator,
     )
 
 
+def probes_at_once(config: RunConfig) -> int:
+    """How many probes of an example go into one forward: all of its directions, or both sides of one, as far as there is room."""
+    if not config.qzo.has_gains:
+        return 1
+    wanted, every = config.train.micro_batch_size, config.qzo.num_directions if config.qzo.estimator == "leave_one_out" else 2
+    return every if wanted is None else min(wanted, every)
+
+
 def micro_batch_size(config: RunConfig, whole: int) -> int:
-    """How many of `whole` examples go into one forward. An example is two of them where +eps and -eps run together."""
+    """How many of `whole` examples go into one forward, each in as many copies as `probes_at_once`."""
     wanted = config.train.micro_batch_size
-    return whole if wanted is None else max(1, wanted // 2 if config.qzo.has_gains else wanted)
+    return whole if wanted is None else max(1, wanted // probes_at_once(config))
 
 
 def check_share(batch_size: int, processes: int) -> None:

@@ -22,14 +22,26 @@ Count = Annotated[int, Field(ge=1)]
 GRID_TYPES = ("int8", "int4", "fp8")
 SHARED = ("dense", "codes")  # numbers that have one direction for all examples
 PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
+PROBES = 32  # forwards of one example that a step makes where nothing is said
+DIRECTIONS = 8  # of them for each example
 
 
-def suited_lr(max_steps: int) -> float:
-    """The rate of normalised steps: 0.05 for 500 of them, and like 1 / √steps, at most 0.1.
+def suited_lr(max_steps: int, estimator: str = "leave_one_out") -> float:
+    """The rate of normalised steps: 0.08 for 500 of them (antithetic 0.05), and like 1 / √steps, at most twice as much.
 
-    What the directions' randomness leaves in a number grows like lr · √steps, and that is what a rate must keep small.
+    What the directions' randomness leaves in a number grows like lr · √steps, and that is what a rate must keep small. Of 32 probes
+    28 count as directions with leave_one_out, and 16 with antithetic ones.
     """
-    return min(0.1, 0.05 * math.sqrt(500 / max(1, max_steps)))
+    of_500_steps = 0.08 if estimator == "leave_one_out" else 0.05
+    return of_500_steps * min(2.0, math.sqrt(500 / max(1, max_steps)))
+
+
+def suited_batch_size(qzo: Mapping[str, Any]) -> int:
+    """Few examples where each is probed along several directions, so that a step has the same number of forwards."""
+    suited = estimate_settings(qzo)
+    if suited["estimator"] != "leave_one_out" or not suited["per_example"] or not isinstance(suited["num_directions"], int):
+        return PROBES // 2
+    return max(1, PROBES // max(1, suited["num_directions"]))
 
 
 class Section(BaseModel):
@@ -42,7 +54,7 @@ class DataConfig(Section):
     caption: str | None = None
     trigger: str | None = None
     resolution: Annotated[int, Field(ge=16, multiple_of=16)] | None = None  # None: the model's own
-    batch_size: Count = 16
+    batch_size: Count = PROBES // DIRECTIONS  # not given, 16 where examples have no several directions of their own
     repeats: Count = 1
     flip: bool = False
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -60,7 +72,7 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     feedback_steps: Count = 40  # what rounding left is computed again from so many steps
-    micro_batch_size: Count | None = None  # examples in one forward, +eps and -eps counted; None: the whole batch
+    micro_batch_size: Count | None = None  # probes of examples in one forward; None: all of the batch
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
     checkpoint_every: Annotated[int, Field(ge=0)] = 100  # 0: only when stopped; the journal alone can rebuild a run
@@ -69,31 +81,35 @@ class TrainConfig(Section):
 
 def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings of section `qzo`, with what suits them where nothing was given."""
-    shared = given.get("parametrization") in SHARED or given.get("num_directions", 1) != 1
-    each = given.get("per_example", not shared)
-    return {"per_example": each, "normalize": each, **given}
+    each = given.get("per_example", given.get("parametrization") not in SHARED)
+    directions = given.get("num_directions", DIRECTIONS if each and given.get("estimator") != "antithetic" else 1)
+    estimator = "leave_one_out" if each and directions != 1 else "antithetic"
+    return {"per_example": each, "num_directions": directions, "estimator": estimator, "normalize": each, **given}
 
 
 def rate_for(qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 1, plain: float = PLAIN_LR) -> float:
     """The rate that suits how the given settings scale the estimate: `suited_lr` over `divisor`, or `plain` without normalising."""
-    if not estimate_settings(qzo)["normalize"]:
+    suited = estimate_settings(qzo)
+    if not suited["normalize"]:
         return plain
     try:
         steps = int(train.get("max_steps", 1000))  # a flag's value is text until the settings are checked
     except (TypeError, ValueError):
         return plain  # and what is no number at all is refused then
-    return suited_lr(steps) / divisor
+    return suited_lr(steps, suited["estimator"]) / divisor
 
 
 class QzoConfig(Section):
-    """What is not given follows from what is: dense numbers and steps of several shared directions have none of each example."""
+    """What is not given follows from what is: dense numbers have no directions of each example."""
 
     parametrization: Literal["dense", "row", "layer", "column", "separable", "codes"] = "separable"  # codes: of method quzo
     # Parts of layer names, such as ff.net; quiet: see quant.choose; None: every quantized layer
     layers: list[str] | Literal["quiet"] | None = None
     units: Literal["relative", "absolute"] = "relative"
     eps: Positive = 1e-2
-    num_directions: Count = 1  # of all examples together, or of each
+    num_directions: Count = DIRECTIONS  # of each example, or of all together
+    # leave_one_out: one forward for a direction, beside the mean of the example's others; antithetic: two, at +eps and -eps
+    estimator: Literal["antithetic", "leave_one_out"] = "leave_one_out"
     per_example: bool = True  # directions of its own for every example of the batch; not for dense numbers
     regions: Annotated[int, Field(ge=1, le=1024)] = 1  # of an example's picture, with directions of their own in pointwise layers
     # Divide derivatives by their spread, so that lr does not depend on the loss: by that of the step, or of the last ten or so
@@ -118,6 +134,8 @@ class QzoConfig(Section):
             raise ValueError("units: absolute needs parametrization: dense")
         if self.per_example and not self.has_gains:
             raise ValueError("per_example: true needs a parametrization other than dense or codes")
+        if self.estimator == "leave_one_out" and self.num_directions == 1:
+            raise ValueError("estimator: leave_one_out needs num_directions: 2 or more; of one direction there are no others")
         if self.regions > 1 and not self.per_example:
             raise ValueError("regions above 1 need per_example: true")
         if self.normalize is True and not self.per_example and self.num_directions == 1:
@@ -190,7 +208,12 @@ class RunConfig(Section):
         qzo, train = (given.get(section, {}) for section in ("qzo", "train")) if isinstance(given, dict) else (None, None)
         if not isinstance(qzo, dict) or not isinstance(train, dict):
             return given
-        return given | {"train": {"lr": rate_for(qzo, train)} | train}
+        filled = given | {"train": {"lr": rate_for(qzo, train)} | train}
+        data = given.get("data", {})
+        if "data" in cls.model_fields and isinstance(data, dict):
+            size = suited_batch_size(qzo) if given.get("method", "qzo") == "qzo" else PROBES // 2
+            filled["data"] = {"batch_size": size} | data
+        return filled
 
     @model_validator(mode="after")
     def _calibrated_in_its_own_unit(self) -> "RunConfig":

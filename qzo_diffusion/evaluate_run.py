@@ -18,8 +18,8 @@ from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.probes import sample_losses
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import sample_losses
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sampling import cells, load_picture
@@ -248,6 +248,7 @@ def _signal(work: _Work) -> dict[str, Any]:
         probed.micro_batches,
         work.numbers,
         eps=qzo.eps,
+        estimator=qzo.estimator,
         per_example=bool(qzo.per_example),
         num_directions=qzo.num_directions,
         regions=probed.regions,

@@ -5,7 +5,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from qzo_diffusion.config import (
+    DIRECTIONS,
     FIRST_ORDER_SCALES,
+    PROBES,
     Count,
     Positive,
     QuantConfig,
@@ -58,7 +60,7 @@ class LlmDataConfig(Section):
     dir: str | None = None  # folder of the task's files
     train_file: str | None = None  # None: the task's own names. The same file for both: what is drawn is disjoint
     test_file: str | None = None
-    batch_size: Count = 16
+    batch_size: Count = PROBES // DIRECTIONS  # not given, 16 where examples have no several directions of their own
     train_examples: Count | None = 1000  # drawn from the training file; None: all of it
     validation_examples: Annotated[int, Field(ge=0)] = 200  # drawn from what is left of it
     test_examples: Annotated[int, Field(ge=0)] | None = 1000  # drawn from the test file; 0: none, None: all of it

@@ -80,7 +80,7 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     kept += prompts * text_tokens * transformer["joint_attention_dim"] * dtype.itemsize
     data = {"encoded data": float(kept)} if device == "cpu" else {}
     base = {"libraries": libraries}
-    batch = config.train.micro_batch_size or config.data.batch_size * (2 if config.qzo.has_gains else 1)
+    batch = config.train.micro_batch_size or config.data.batch_size * build.probes_at_once(config)
     guided = 2 if config.sample.guidance is None or config.sample.guidance > 1 else 1
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
     resident = base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}

@@ -11,8 +11,9 @@ from qzo_diffusion.config import RunConfig
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
+from qzo_diffusion.core.probes import Objective
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import Objective, mean_loss
+from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint
 from qzo_diffusion.train.distributed import Ranks

@@ -117,7 +117,7 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(train,
 
 def test_the_number_of_steps_sets_the_rate(train, capsys):
     assert train("--max-steps", 500, "--dry-run") == 0
-    assert "lr: 0.05\n" in capsys.readouterr().out
+    assert "lr: 0.08\n" in capsys.readouterr().out
 
 
 def test_dry_run_prints_settings_and_data_and_writes_nothing(train, tmp_path, capsys):
@@ -334,10 +334,10 @@ def test_a_model_folder_with_pickles_only(train, tmp_path, capsys):
 
 
 def test_rows_with_directions_of_their_own_in_chosen_layers(train, tmp_path):
-    settings = ["qzo.parametrization=row", "qzo.per_example=true", "qzo.layers=[ff.net]"]
+    settings = ["qzo.parametrization=row", "qzo.per_example=true", "qzo.num_directions=2", "qzo.layers=[ff.net]"]
     assert train("--max-steps", 2, "data.batch_size=3", *settings) == 0
     step = next(line for line in metrics(tmp_path / "run") if "loss_plus" in line)
-    assert len(step["projected_grad"]) == 3
+    assert len(step["projected_grad"]) == 3 * 2
     assert train("--max-steps", 0, name="base") == 0
     base, tuned = load_scales(tmp_path / "base")[0], load_scales(tmp_path / "run")[0]
     changed = {name for name in tuned if not torch.equal(base[name], tuned[name])}

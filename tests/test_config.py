@@ -5,6 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qzo_diffusion import build
 from qzo_diffusion.config import Config, known_keys, load_config, make_config, parse_override, read_yaml, set_dotted, suited_lr
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.llm_config import LlmConfig
@@ -129,13 +130,16 @@ def test_any_override_gives_a_pair_or_a_clear_error(text):
         ({}, True, 16, True, suited_lr(1000)),
         ({"parametrization": "row"}, True, 16, True, suited_lr(1000)),
         ({"parametrization": "dense"}, False, 1, False, 3e-3),
-        ({"num_directions": 4}, False, 1, False, 3e-3),
-        ({"num_directions": 4, "normalize": True}, False, 1, True, suited_lr(1000)),
+        ({"num_directions": 4}, True, 16, True, suited_lr(1000)),
+        ({"num_directions": 1}, True, 16, True, suited_lr(1000, "antithetic")),
+        ({"estimator": "antithetic"}, True, 16, True, suited_lr(1000, "antithetic")),
+        ({"num_directions": 4, "per_example": False}, False, 1, False, 3e-3),
+        ({"num_directions": 4, "per_example": False, "normalize": True}, False, 1, True, suited_lr(1000, "antithetic")),
         ({"per_example": False}, False, 1, False, 3e-3),
         ({"regions": 1}, True, 1, True, suited_lr(1000)),
         ({"normalize": False}, True, 16, False, 3e-3),
         ({"normalize": "running"}, True, 16, "running", suited_lr(1000)),
-        ({"normalize": "running", "parametrization": "dense"}, False, 1, "running", suited_lr(1000)),
+        ({"normalize": "running", "parametrization": "dense"}, False, 1, "running", suited_lr(1000, "antithetic")),
     ],
 )
 def test_what_is_not_given_follows_from_what_is(given, per_example, regions, normalize, lr):
@@ -152,6 +156,9 @@ def test_what_is_not_given_follows_from_what_is(given, per_example, regions, nor
         ({"regions": 4, "parametrization": "dense"}, "regions above 1 need per_example"),
         ({"normalize": True, "parametrization": "dense"}, "only the sign would be left"),
         ({"regions": 0}, "greater than or equal to 1"),
+        ({"estimator": "leave_one_out", "num_directions": 1}, "leave_one_out needs num_directions: 2 or more"),
+        ({"estimator": "leave_one_out", "parametrization": "dense"}, "leave_one_out needs num_directions: 2 or more"),
+        ({"estimator": "one_sided"}, "'antithetic' or 'leave_one_out'"),
     ],
 )
 def test_settings_that_contradict_each_other(given, word):
@@ -159,9 +166,51 @@ def test_settings_that_contradict_each_other(given, word):
         make_config({"qzo": given})
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_directions", "estimator", "batch_size"),
+    [
+        ({}, 8, "leave_one_out", 4),
+        ({"qzo": {"num_directions": 4}}, 4, "leave_one_out", 8),
+        ({"qzo": {"num_directions": 1}}, 1, "antithetic", 16),
+        ({"qzo": {"num_directions": 100}}, 100, "leave_one_out", 1),
+        ({"qzo": {"estimator": "antithetic"}}, 1, "antithetic", 16),
+        ({"qzo": {"parametrization": "dense"}}, 1, "antithetic", 16),
+        ({"qzo": {"parametrization": "dense", "num_directions": 8, "estimator": "leave_one_out"}}, 8, "leave_one_out", 16),
+        ({"data": {"batch_size": 16}}, 8, "leave_one_out", 16),
+        ({"method": "quzo"}, 1, "antithetic", 16),
+        ({"method": "fo-scales"}, 1, "antithetic", 16),
+        ({"method": "fo-scales", "qzo": {"parametrization": "row"}}, 8, "leave_one_out", 16),
+    ],
+)
+@pytest.mark.parametrize("kind", [Config, LlmConfig])
+def test_a_step_has_as_many_forwards_however_it_probes(settings, num_directions, estimator, batch_size, kind):
+    config = make_config(settings, kind)
+    assert (config.qzo.num_directions, config.qzo.estimator, config.data.batch_size) == (num_directions, estimator, batch_size)
+    assert make_config(yaml.safe_load(config.to_yaml()), kind) == config
+
+
+@pytest.mark.parametrize(
+    ("micro", "qzo", "copies", "examples"),
+    [
+        (None, {}, 8, 4),
+        (1, {}, 1, 1),
+        (6, {}, 6, 1),
+        (16, {}, 8, 2),
+        (None, {"num_directions": 1}, 2, 16),
+        (1, {"num_directions": 1}, 1, 1),
+        (8, {"num_directions": 1}, 2, 4),
+        (8, {"parametrization": "dense"}, 1, 8),
+    ],
+)
+def test_a_micro_batch_holds_examples_with_all_their_probes_or_some_probes_of_one(micro, qzo, copies, examples):
+    config = make_config({"train": {"micro_batch_size": micro}, "qzo": qzo})
+    assert build.probing(config).copies == copies
+    assert build.micro_batch_size(config, config.data.batch_size) == examples
+
+
 def test_the_rate_falls_with_the_root_of_the_steps():
     rates = [make_config({"train": {"max_steps": steps}}).train.lr for steps in (0, 1, 100, 500, 2000, 20_000)]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025, 0.05 / 40**0.5])
+    assert rates == pytest.approx([0.16, 0.16, 0.16, 0.08, 0.04, 0.08 / 40**0.5])
     assert make_config({"train": {"max_steps": 500, "lr": 0.2}}).train.lr == 0.2
 
 
@@ -193,7 +242,7 @@ def test_only_a_normalised_rate_can_be_calibrated():
         make_config({"train": {"calibrate_lr": True}, "qzo": {"parametrization": "dense"}})
 
 
-@pytest.mark.parametrize(("kind", "rate"), [(Config, 0.05), (LlmConfig, 0.025)])
+@pytest.mark.parametrize(("kind", "rate"), [(Config, 0.08), (LlmConfig, 0.04)])
 def test_the_rate_follows_from_steps_that_were_said_by_a_flag(kind, rate):
     """A flag's value is text until the settings are checked."""
     assert make_config({"train": {"max_steps": "500"}}, kind).train.lr == pytest.approx(rate)

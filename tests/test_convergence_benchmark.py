@@ -59,9 +59,10 @@ METHODS = [
     "row_cosine",
     "paper_relative",
     "paper_absolute",
-    "default_momentum",
-    "default_adam",
-    "default_coarse_to_fine",
+    "default",
+    "antithetic_momentum",
+    "antithetic_adam",
+    "antithetic_coarse_to_fine",
     "first_order_row",
 ]
 
@@ -125,7 +126,7 @@ def test_a_calibrated_rate_is_measured_once_and_paid_for(tmp_path):
     whole = run_cell(cell, SmallTask(), folders(tmp_path, "whole"))
     assert {key: whole[key] for key in ("rate_factor", "curve")} == {key: result[key] for key in ("rate_factor", "curve")}
     forwards = 3 * 16  # three of each of sixteen examples
-    assert [spent for spent, _ in result["curve"]] == [0, *(forwards + 4 * step for step in range(1, 21))]
+    assert [spent for spent, _ in result["curve"]] == [0, *(forwards + 16 * step for step in range(1, 21))]
     assert result["curve"][-1][0] == cell.method.budget
     assert FAMILIES["default"].at(-2).steps == (16_000 - 48) // 32
     assert not FAMILIES["default"].phases("sst2")[0].calibrate
@@ -152,7 +153,7 @@ def test_a_cell_that_diverges_says_so_and_ends_early(tmp_path):
 
 
 def test_phases_follow_each_other():
-    method = replace(FAMILIES["default_coarse_to_fine"].at(-2), phases=(Phase("layer", share=0.2), Phase("row", share=0.8)))
+    method = replace(FAMILIES["antithetic_coarse_to_fine"].at(-2), phases=(Phase("layer", share=0.2), Phase("row", share=0.8)))
     assert method.steps == 500
     assert method.ends() == [100, 500]
     assert replace(method, first_order=True).steps == 1000
@@ -279,14 +280,14 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert found["speedup"] == {"fluent_mono": pytest.approx(16_000 / 480)}
     assert (found["start"], found["paper"], found["default"]) == ({"fluent_mono": 3.0}, {"fluent_mono": 2.6}, {"fluent_mono": 2.0})
     assert found["gain_share"] == found["first_order"] == found["default_gain_over_tuned"] == {}
-    assert any("default_adam: not run at rate 0.00316" in sentence for sentence in found["missing"])
+    assert any("antithetic_adam: not run at rate 0.00316" in sentence for sentence in found["missing"])
 
     _write(tmp_path, "fluent_mono", "first_order_dense", -3, 0, [(0, 3.0), (1600, 1.0), (3200, 1.2)])
     style = report.write_report(tmp_path, document, tmp_path / "plot.png")["styles"]["fluent_mono"]
     assert style["first_order_loss"] == 1.0  # the lowest, not the last
     assert style["families"]["default"]["share_of_first_order_gain"]["mean"] == pytest.approx(0.5)
     assert style["reference_trained"] is True
-    assert "| default | 0.05 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
+    assert "| default | 0.08 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -408,7 +409,7 @@ def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(tmp_path, mon
     first = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")
     assert first["start"]["mine"] > first["default"]["mine"] > 0
     assert first["gain_share"]["mine"] > 0
-    assert {f"mine/default_lr0.1_{seed}" for seed in (0, 1)} <= first["curves"].keys()
+    assert {f"mine/default_lr0.16_{seed}" for seed in (0, 1)} <= first["curves"].keys()
     assert all(curve[-1][0] == 3 * 16 + 2 * 32 for name, curve in first["curves"].items() if "default" in name)  # of 4 * 32
     before = len(ran)
     again = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")

@@ -73,19 +73,19 @@ def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     journal = read_journal(tmp_path / "whole/journal.qzo")
-    assert {len(step.projected_grad) for step in journal.steps} == {4 * 4}
-    assert journal.steps[0].lr == 0.1 * journal.header["lr_factor"] < 0.1  # calibrated once, though the run was resumed
+    assert {len(step.projected_grad) for step in journal.steps} == {4 * 4 * 8}
+    assert journal.steps[0].lr == 0.16 * journal.header["lr_factor"] < 0.16  # calibrated once, though the run was resumed
     assert_replayed(tmp_path / "whole")
 
 
 def test_a_rate_that_is_chosen_on_going_on_is_taken_as_it_is(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "FULL_RATE", 5.0)
     assert train(*SETTINGS, *REGIONS, "train.schedule=constant", name="run") == 0
-    assert "train.lr 0.1 -> " in capsys.readouterr().err
+    assert "train.lr 0.16 -> " in capsys.readouterr().err
     change = ["--max-steps", "7", "train.lr=0.07", "--force"]
     assert main(["train", "--resume", str(tmp_path / "run"), *change]) == 0
     journal = read_journal(tmp_path / "run/journal.qzo")
-    assert [step.lr for step in journal.steps[5:]] == [0.1 * journal.header["lr_factor"], 0.07]
+    assert [step.lr for step in journal.steps[5:]] == [0.16 * journal.header["lr_factor"], 0.07]
 
 
 def assert_replayed(run):
@@ -95,7 +95,7 @@ def assert_replayed(run):
     assert all(torch.equal(replayed[name], scales[name]) for name in scales)
 
 
-@pytest.mark.parametrize("setting", ["qzo.regions=1", "qzo.per_example=false", "qzo.normalize=running"])
+@pytest.mark.parametrize("setting", ["qzo.regions=1", "qzo.per_example=false", "qzo.normalize=running", "qzo.estimator=antithetic"])
 def test_runs_with_another_estimate_are_replayed(train, tmp_path, setting):
     assert train("--max-steps", 2, setting, "train.schedule=hold") == 0
     assert_replayed(tmp_path / "run")

@@ -125,6 +125,8 @@ class CellRun:
             seed=self.cell.seed,
             eps=settings.eps,
             per_example=settings.per_example,
+            num_directions=settings.num_directions,
+            estimator=settings.estimator,
             distribution=settings.directions,
             clip_threshold=settings.clip_threshold,
             normalize=settings.normalize is True,

@@ -13,6 +13,7 @@ from qzo_diffusion.config import suited_lr
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
+from qzo_diffusion.core.spsa import Estimator
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.llm_config import PICTURES_OVER_QUIET, QUIET
 from qzo_diffusion.train.calibrate import batches_to_survey
@@ -32,6 +33,7 @@ class Phase:
     """A part of a run: which numbers are trained, how they are probed, and what is done with the estimate.
 
     level: lora is adapters, which first order alone trains (`adapters`).
+    num_directions: of each example, or of all together; the same in all phases of a method, as a step's cost is.
     rate: the learning rate as a multiple of the family's; the schedule runs over this phase alone.
     share: of the run's steps. eps in the units of the numbers. calibrate: the rate is lowered to suit slope and curvature where
     the run begins, for `Method.calibration` example-forwards.
@@ -45,6 +47,8 @@ class Phase:
     eps: float = 1e-2
     directions: Distribution = "rademacher"
     per_example: bool = False
+    num_directions: int = 1
+    estimator: Estimator = "antithetic"
     regions: int = 1
     normalize: bool | Literal["running"] = False
     sigma: SigmaDistribution = "uniform"
@@ -71,8 +75,11 @@ class Method:
 
     @property
     def cost_of_step(self) -> int:
-        """A probe is two forwards of every example."""
-        return self.batch if self.first_order else 2 * self.batch
+        """Example-forwards: every direction is one of each example, or two at both sides of it."""
+        if self.first_order:
+            return self.batch
+        probes = self.phases[0].num_directions * (2 if self.phases[0].estimator == "antithetic" else 1)
+        return probes * self.batch
 
     @property
     def calibration(self) -> int:
@@ -153,6 +160,8 @@ def _families() -> Iterator[Family]:
     yield from _first_order()
     yield from _references()
     yield from _defaults()
+    yield from _changed_defaults()
+    yield from _antithetic()
     yield from _alternatives()
 
 
@@ -179,58 +188,89 @@ def _references() -> Iterator[Family]:
         yield Family(long, (), f"{name} over the long budget", same_rate_as=name)
 
 
-FIXED = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
-"""The default at a rate that does not look at the data. 16 regions are one for each token of `tiny`."""
+ANTITHETIC = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
+"""One direction of every example, probed on both sides of it. 16 regions are one for each token of `tiny`."""
+FIXED = replace(ANTITHETIC, estimator="leave_one_out", num_directions=8)
+"""The default at a rate that does not look at the data."""
 BEST = replace(FIXED, calibrate=True)
+BEST_BATCH = 4
 
 
-def default_exponent(budget: int) -> float:
+def default_exponent(budget: int, estimator: Estimator = "leave_one_out") -> float:
     """That of the rate which the package takes where none is given."""
-    return 2 * math.log10(suited_lr(budget // 32))
+    return 2 * math.log10(suited_lr(budget // 32, estimator))
 
 
 DEFAULT_EXPONENT = default_exponent(BUDGET)
 ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]), ("calibrate", False))
+EVERYWHERE, STYLES = (*DATA, UNSEEN), (*DATA[:-1], UNSEEN)
 
 
 def _defaults() -> Iterator[Family]:
-    at = (DEFAULT_EXPONENT,)
-    what, everywhere = "rows and columns, regions, normalised, SGD with cosine; its rate is calibrated on styles", (*DATA, UNSEEN)
-    yield Family(_method(DEFAULT, BEST), at, what, seeds=3, data=everywhere, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
-    what, styles = "the default at the rate that it is calibrated from", tuple(one for one in everywhere if one != TEXT)
-    yield Family(_method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=styles)
-    fixed_long = _method(f"{DEFAULT}_fixed_long", FIXED, budget=LONG_BUDGET)
-    yield Family(fixed_long, (default_exponent(LONG_BUDGET),), f"{what}, over {LONG_BUDGET:,} example-forwards", data=styles[:-1])
-    held, at = replace(BEST, normalize="running", schedule="hold"), (DEFAULT_EXPONENT,)
-    what = "the default in running spreads, its rate held instead of a cosine"
-    yield Family(_method(f"{DEFAULT}_held", held), at, what, 3, data=everywhere, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
-    tuned = _method(f"{DEFAULT}_tuned", FIXED)
-    yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=everywhere, on_text=ON_TEXT)
+    def method(name: str, phase: Phase, budget: int = BUDGET) -> Method:
+        return _method(name, phase, batch=BEST_BATCH, budget=budget)
+
+    at, halved = (DEFAULT_EXPONENT,), {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET}
+    what = "eight directions of each of four examples, rows and columns, regions, normalised, SGD with cosine; calibrated on styles"
+    yield Family(method(DEFAULT, BEST), at, what, seeds=3, data=EVERYWHERE, **halved)
+    what = "the default at the rate that it is calibrated from"
+    yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=STYLES)
+    tuned = method(f"{DEFAULT}_tuned", FIXED)
+    yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
-        method = _method(f"{DEFAULT}_{name}", BEST, budget=budget)
         what, at = f"the default over {budget:,} example-forwards", (default_exponent(budget),)
-        yield Family(method, at, what, on_text=ON_TEXT, over_text=PICTURES_OVER_QUIET)
+        yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, **halved)
+
+
+def _changed_defaults() -> Iterator[Family]:
+    """One thing of the default at its fixed rate changed at a time; on two styles, one seed."""
+    changes: dict[str, tuple[Phase, int, str]] = {
+        "4_directions": (replace(FIXED, num_directions=4), 8, "four directions of each of eight examples"),
+        "16_directions": (replace(FIXED, num_directions=16), 2, "sixteen directions of each of two examples"),
+        "without_regions": (replace(FIXED, regions=1), BEST_BATCH, "without directions of each region"),
+        "held": (replace(FIXED, normalize="running", schedule="hold"), BEST_BATCH, "in running spreads, its rate held"),
+    }
+    for name, (phase, batch, what) in changes.items():
+        method = _method(f"{DEFAULT}_{name}", phase, batch=batch)
+        yield Family(method, (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
+
+
+def _antithetic() -> Iterator[Family]:
+    """What was the default before: both sides of one direction of each of 16 examples, and what was changed of it."""
+    was, calibrated = "antithetic", replace(ANTITHETIC, calibrate=True)
+    at, halved = (default_exponent(BUDGET, was),), {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET}
+    what = "both sides of one direction of each of 16 examples; else as the default"
+    yield Family(_method(was, calibrated), at, what, seeds=3, data=EVERYWHERE, **halved)
+    what = "the same at the rate that it is calibrated from"
+    yield Family(_method(f"{was}_fixed", ANTITHETIC), at, what, seeds=3, data=STYLES)
+    long_at = (default_exponent(LONG_BUDGET, was),)
+    yield Family(_method(f"{was}_fixed_long", ANTITHETIC, budget=LONG_BUDGET), long_at, f"{what}, long", data=DATA[:-1])
+    yield Family(_method(f"{was}_long", calibrated, budget=LONG_BUDGET), long_at, "antithetic, long", data=DATA[:-1])
+    held = replace(calibrated, normalize="running", schedule="hold")
+    yield Family(_method(f"{was}_held", held), at, "antithetic in running spreads, its rate held", 3, data=STYLES)
+    tuned = _method(f"{was}_tuned", ANTITHETIC)
+    yield Family(tuned, (-3, -2, -1), "antithetic at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
+    changes: dict[str, tuple[Phase, str]] = {
+        "without_regions": (replace(ANTITHETIC, regions=1), "one direction an example"),
+        "without_columns": (replace(ANTITHETIC, level="row"), "rows alone"),
+        "without_rows": (replace(ANTITHETIC, level="column"), "columns alone"),
+        "momentum": (replace(ANTITHETIC, optimizer="momentum"), "momentum"),
+        "constant": (replace(ANTITHETIC, schedule="constant"), "a constant rate"),
+        "logit_normal": (replace(ANTITHETIC, sigma="logit_normal"), "logit-normal noise levels in training"),
+        "eps_0.003": (replace(ANTITHETIC, eps=3e-3), "a smaller radius"),
+        "eps_0.03": (replace(ANTITHETIC, eps=3e-2), "a larger radius"),
+    }
+    for name, (phase, what) in changes.items():
+        yield Family(_method(f"{was}_{name}", phase), at, f"antithetic, but {what}", data=TRIED_ON)
+    adam = _method(f"{was}_adam", replace(ANTITHETIC, optimizer="adam"))
+    yield Family(adam, (-5, -4, -3), "antithetic, but Adam", data=TRIED_ON)
+    columns = replace(ANTITHETIC, level="column", share=0.2, schedule="constant")
+    coarse = _method(f"{was}_coarse_to_fine", columns, replace(ANTITHETIC, share=0.8))
+    yield Family(coarse, at, "columns for a fifth, then antithetic", data=TRIED_ON)
 
 
 def _alternatives() -> Iterator[Family]:
-    """One thing of the default at its fixed rate changed at a time, then what came before it; on two styles, one seed."""
-    changes: dict[str, tuple[Phase, str]] = {
-        "without_regions": (replace(FIXED, regions=1), "one direction an example"),
-        "without_columns": (replace(FIXED, level="row"), "rows alone"),
-        "without_rows": (replace(FIXED, level="column"), "columns alone"),
-        "momentum": (replace(FIXED, optimizer="momentum"), "momentum"),
-        "constant": (replace(FIXED, schedule="constant"), "a constant rate"),
-        "logit_normal": (replace(FIXED, sigma="logit_normal"), "logit-normal noise levels in training"),
-        "eps_0.003": (replace(FIXED, eps=3e-3), "a smaller radius"),
-        "eps_0.03": (replace(FIXED, eps=3e-2), "a larger radius"),
-    }
-    for name, (phase, what) in changes.items():
-        yield Family(_method(f"{DEFAULT}_{name}", phase), (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
-    adam = _method(f"{DEFAULT}_adam", replace(FIXED, optimizer="adam"))
-    yield Family(adam, (-5, -4, -3), "the default, but Adam", data=TRIED_ON)
-    columns = replace(FIXED, level="column", share=0.2, schedule="constant")
-    coarse = _method(f"{DEFAULT}_coarse_to_fine", columns, replace(FIXED, share=0.8))
-    yield Family(coarse, (DEFAULT_EXPONENT,), "columns for a fifth, then the default", data=TRIED_ON)
+    """What came before; on two styles, one seed."""
     cosine = Phase("row", per_example=True, schedule="cosine")
     yield Family(_method("row_cosine", cosine), (-2,), "rows, a direction per example, SGD with cosine", seeds=3, data=TRIED_ON)
     levels: tuple[Level, ...] = ("layer", "row", "column", "separable")

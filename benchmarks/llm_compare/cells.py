@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm_compare.methods import BATCH, METHODS, Cell, Places, arguments_of
+from benchmarks.llm_compare.methods import METHODS, Cell, Places, arguments_of
 from benchmarks.record import provenance
 
 LIMIT_SECONDS = 40 * 60
@@ -56,9 +56,9 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         "test_examples": found.get("test_examples"),
         "validation_loss": found.get("validation_loss"),
         "steps": steps,
-        "forwards": steps * BATCH * (1 if method.first_order else 2),
+        "forwards": steps * method.forwards_of_step,
         "processor_seconds": round(spent, 1),
-        "curve": _curve(folder, BATCH * (1 if method.first_order else 2)) if method.trained else [],
+        "curve": _curve(folder, method.forwards_of_step) if method.trained else [],
         "settings": [one for one in arguments_of(cell, places) if "=" in one],
         "provenance": provenance() | {"command": f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'"},
     }

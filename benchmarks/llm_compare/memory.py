@@ -46,17 +46,18 @@ def measure(name: str, places: Places) -> dict[str, float]:
     imports = resident("VmRSS")
     method = METHODS["zero_shot" if name == "adamw" else name]
     settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": method.method}
-    for text in [*TASKS["sst2"]["settings"], *method.settings, f"data.dir={places.data / 'sst2'}"]:
+    # As many sentences in flight as in an inference forward: probes of some examples at a time.
+    in_flight = f"train.micro_batch_size={BATCH}"
+    for text in [*TASKS["sst2"]["settings"], *method.settings, in_flight, f"data.dir={places.data / 'sst2'}"]:
         set_dotted(settings, *parse_override(text, LlmConfig))
     plan = llm_run.make_plan(make_config(settings, LlmConfig))
     base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
     base.lm.part_before_(base.trained)
-    # As many sentences in flight as in an inference forward: +eps and -eps of half the batch at a time.
-    size = BATCH // 2 if plan.config.qzo.has_gains else BATCH
+    size = build.micro_batch_size(plan.config, method.batch)
     encoded = encode(base.lm, plan.splits.train, plan.config.data.max_tokens)
     whole = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0)
     folder = Path(tempfile.mkdtemp())
-    batches = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0, micro_batch_size=size, keep_in=folder)
+    batches = TextBatches(base.lm, encoded, batch_size=method.batch, seed=0, micro_batch_size=size, keep_in=folder)
 
     def objective(batch: Batch) -> torch.Tensor:
         return task_loss(base.lm, batch)

@@ -35,11 +35,15 @@ TASKS: dict[str, dict[str, Any]] = {
 PAPER = ["qzo.parametrization=dense", "qzo.units=absolute", "qzo.eps=1e-3", "qzo.directions=gaussian", "train.schedule=constant"]
 PAPER += ["train.lr=1e-7", "compute.dtype=float32"]  # in bfloat16 rounding swallows an eps of 0.2 % of a scale
 BFLOAT16 = ["compute.dtype=bfloat16"]
+BOTH_SIDES = ["qzo.num_directions=1"]  # of each example, probed at +eps and -eps
 
 
 @dataclass(frozen=True)
 class Method:
-    """A `--method` with settings; `trained` False only evaluates. seeds, on SST-2 alone; tasks None is all of them."""
+    """A `--method` with settings; `trained` False only evaluates. seeds, on SST-2 alone; tasks None is all of them.
+
+    probes: forwards of each of a step's `batch` examples.
+    """
 
     method: str
     settings: tuple[str, ...] = ()
@@ -47,6 +51,13 @@ class Method:
     seeds: int = 1
     share_of_steps: float = 1.0
     tasks: tuple[str, ...] | None = None
+    batch: int = BATCH
+    probes: int = 2
+
+    @property
+    def forwards_of_step(self) -> int:
+        """Examples; of first order, those that went forwards and backwards."""
+        return self.batch * (1 if self.first_order else self.probes)
 
     @property
     def first_order(self) -> bool:
@@ -74,15 +85,17 @@ SHORT_FEEDBACK = ("train.feedback_decay=0.9", "train.feedback_steps=20", "train.
 METHODS: dict[str, Method] = {
     "zero_shot": Method("mezo", (), trained=False),  # unquantized, which for this model is dequantized Q4_1
     "zero_shot_quantized": Method("qzo", (), trained=False),
-    "default": Method("qzo", tuple(BFLOAT16), seeds=3),
-    "held": Method("qzo", ("qzo.normalize=running", "train.schedule=hold", *BFLOAT16), seeds=3, tasks=("sst2",)),
-    "middle_columns": Method(  # the default before
+    "default": Method("qzo", tuple(BFLOAT16), seeds=3, batch=4, probes=8),
+    "antithetic": Method("qzo", (*BOTH_SIDES, *BFLOAT16), seeds=3),  # the default before
+    "held": Method("qzo", ("qzo.normalize=running", "train.schedule=hold", *BOTH_SIDES, *BFLOAT16), tasks=("sst2",)),
+    "middle_columns": Method(  # the default before that
         "qzo",
         (
             f"qzo.layers=[{','.join(f'layers.{block}' for block in range(12, 21))}]",
             "qzo.parametrization=column",
             "qzo.eps=0.03",
             "train.lr=0.025",
+            *BOTH_SIDES,
             *BFLOAT16,
         ),
         seeds=3,
@@ -90,7 +103,7 @@ METHODS: dict[str, Method] = {
     ),
     "all_layers": Method(  # and before that
         "qzo",
-        ("qzo.layers=null", "qzo.parametrization=separable", "qzo.eps=0.01", "train.lr=0.005", *BFLOAT16),
+        ("qzo.layers=null", "qzo.parametrization=separable", "qzo.eps=0.01", "train.lr=0.005", *BOTH_SIDES, *BFLOAT16),
         tasks=("sst2",),
     ),
     "paper": Method("qzo", (*PAPER, "qzo.clip_threshold=100"), seeds=3),
@@ -113,7 +126,7 @@ METHODS: dict[str, Method] = {
     "quzo_fp8": _quzo("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.015),
     "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.1),
     "qzo_int8": Method(
-        "qzo", ("quant.backend=intgrid", "quant.type=int8", *BFLOAT16), tasks=("sst2",), share_of_steps=0.2
+        "qzo", ("quant.backend=intgrid", "quant.type=int8", *BOTH_SIDES, *BFLOAT16), tasks=("sst2",), share_of_steps=0.2
     ),  # the same codes, fixed
     "relative_clip_off": _clipped("null"),
     "relative_clip_10": _clipped("10"),
@@ -160,7 +173,7 @@ def arguments_of(cell: Cell, places: Places) -> list[str]:
     """Everything behind `llm train` or `llm evaluate` that makes the cell what it is."""
     task, method = TASKS[cell.task], METHODS[cell.method]
     arguments = ["--task", cell.task, "--model", str(places.model), "--data-dir", str(places.data / task["dir"])]
-    arguments += ["--method", method.method, f"data.batch_size={BATCH}", *task["settings"], *method.settings]
+    arguments += ["--method", method.method, f"data.batch_size={method.batch}", *task["settings"], *method.settings]
     if method.trained:
         steps = places.steps or round(task["steps"] * method.share_of_steps)
         arguments += ["--max-steps", str(steps), "--seed", str(cell.seed), "train.validate_every=100"]

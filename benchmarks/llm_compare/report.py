@@ -11,7 +11,7 @@ from benchmarks.record import put_between_markers, write_results
 TABLE = ("<!-- table: python -m benchmarks.llm_compare report -->", "<!-- end of table -->")
 
 
-DRAWN = ("default", "held", "middle_columns", "all_layers", "paper", "mezo", "quzo_int8_slow", "fo_scales", "qlora")
+DRAWN = ("default", "antithetic", "middle_columns", "all_layers", "paper", "mezo", "quzo_int8_slow", "fo_scales", "qlora")
 
 
 def plot(results: list[dict[str, Any]], picture: Path) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.optimizer import Update, gradient_of
+from qzo_diffusion.core.probes import Batch, Objective
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective
+from qzo_diffusion.core.spsa import Estimate
 
 
 class DifferentiableHandle(ScaleHandle, Protocol):
@@ -81,7 +82,7 @@ def _differentiable(scales: ScaleSet, handles: Iterable[DifferentiableHandle]) -
 class Alignment:
     """How an estimate compares with the exact gradient of the same batch.
 
-    cosine: between the two. expected_cosine: what directions of length √D leave on average, √(directions / (directions + D)).
+    cosine: between the two. expected_cosine: what directions of length √D leave on average, √(n / (n + D)) of n independent ones.
     """
 
     cosine: float
@@ -96,5 +97,4 @@ def alignment(numbers: Dense | Grouped, found: Estimate, exact: dict[str, Tensor
     wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])
     lengths = estimated.norm().item(), wanted.norm().item()
     cosine = (estimated @ wanted).item() / (lengths[0] * lengths[1]) if all(lengths) else math.nan
-    count = len(found.projected_grad)
-    return Alignment(cosine, math.sqrt(count / (count + len(wanted))), lengths[1], lengths[0])
+    return Alignment(cosine, math.sqrt(found.independent / (found.independent + len(wanted))), lengths[1], lengths[0])

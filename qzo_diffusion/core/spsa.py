@@ -1,32 +1,30 @@
-"""Q-SPSA: the directional derivative of a loss with respect to the trained numbers, from two forward passes.
+"""Q-SPSA: the directional derivative of a loss with respect to the trained numbers, from forward passes alone.
 
-For a direction z and a radius ε (QZO, arXiv 2505.13430, equation 4; SPSA, Spall 1992):
+For a direction z and a radius ε, on the same batch B, the same noise and the same noise levels, antithetic probes (QZO, arXiv
+2505.13430, equation 4; SPSA, Spall 1992), or K directions with a probe each, every one beside the mean of the others (as
+REINFORCE leave-one-out, arXiv 1909.12880):
 
-    d  = (L(θ + ε z; B) - L(θ - ε z; B)) / (2 ε)        same batch B, same noise, same noise levels
+    d  = (L(θ + ε z; B) - L(θ - ε z; B)) / (2 ε)                          antithetic
+    d_k = (L(θ + ε z_k; B) - mean over j ≠ k of L(θ + ε z_j; B)) / ε      leave_one_out
     d' = clip(d, -C, C)                                 directional derivative clipping (DDC)
     d' = d / √(mean d² over the step's directions)      normalisation, for steps of several directions (as FZOO, arXiv 2506.09034)
 
-E[d z] is the gradient up to O(ε²). Clipping makes it biased: z and the sign of d correlate. Normalising gives steps a length that
-does not depend on the scale of the loss, so one learning rate suits many models.
+E[d z] is the gradient up to O(ε²) either way: the others' mean does not depend on z_k. It takes out the loss itself and the
+curvature's mean, ε² tr(H) / 2, so that of K forwards K - 1 count as directions, where antithetic probes make K / 2 of them; what it
+adds to the noise is ε/2 times what zᵀHz differs by between directions. Clipping makes the estimate biased: z and the sign of d
+correlate. Normalising gives steps a length that does not depend on the scale of the loss, so one learning rate suits many models.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Literal
 
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.probes import Batch, Objective, Probes, sample_losses
 
-Batch = TypeVar("Batch")
-Objective = Callable[[Batch], Tensor]
-"""A micro-batch -> one loss per example, [B], or one per region of each example, [B, R]; the mean over regions is the example's.
-
-Its randomness is in the micro-batch, so it can be evaluated twice.
-"""
+Estimator = Literal["antithetic", "leave_one_out"]
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 """This process's sums -> the sums over all processes that share the batch."""
@@ -36,7 +34,9 @@ SumOverRanks = Callable[[Sequence[float]], list[float]]
 class Estimate:
     """One step's estimate. Losses are means over the examples of the batch, or of one example, or of a region of one.
 
-    All tuples but `directions` have one entry for each region of each direction, in that order.
+    All tuples but `directions` have one entry for each region of each direction, in that order. loss_minus: what loss_plus is set
+    against, the loss at -ε or the mean of the other directions' loss_plus. independent: how many directions the noise is that of;
+    all of them, or K - 1 of every K that are set against each other.
     """
 
     directions: tuple[Direction, ...]
@@ -45,6 +45,7 @@ class Estimate:
     directional_derivative: tuple[float, ...]
     projected_grad: tuple[float, ...]
     clipped: tuple[bool, ...]
+    independent: float
 
     @property
     def loss(self) -> float:
@@ -61,13 +62,6 @@ def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> fl
     """The mean over all examples of all micro-batches, exact whatever their sizes; no gradient is recorded."""
     losses = [loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)]
     return math.fsum(losses) / len(losses)
-
-
-def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float]:
-    """One loss per example, or per region of each; no gradient is recorded."""
-    with torch.no_grad():
-        losses: list[float] = objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
-    return losses
 
 
 def alone(values: Sequence[float]) -> list[float]:
@@ -89,21 +83,22 @@ def estimate(
     directions: Sequence[Direction],
     *,
     eps: float,
+    estimator: Estimator = "antithetic",
     per_example: bool = False,
-    together: bool = True,
+    copies: int | None = None,
     clip_threshold: float | None = None,
     normalize: bool = False,
     first_example: int = 0,
     examples: int | None = None,
     sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
-    """Two forward passes per direction, or two in all with a direction for every example, four with two for every example.
+    """Two forward passes of the batch per direction, or one with `leave_one_out`; shared by all examples, or each along its own.
 
     The mean of d_i z_i over B examples with directions of their own has up to 1/B of the variance that one shared direction leaves,
-    for the same two forwards. It needs numbers that are factors of inputs and outputs (`has_gains`); those can also run +ε and -ε
-    in one forward of twice the batch, which reads and dequantizes the weights once. Where directions have regions, the numbers of
-    pointwise layers are probed once more by each region of each example, against that region's loss (`core.grouped`). The scales
-    are bit for bit what they were, also when `objective` raises.
+    for the same two forwards. It needs numbers that are factors of inputs and outputs (`has_gains`); those can also run several
+    probes in one forward of so many copies of the batch, which reads and dequantizes the weights once. Where directions have
+    regions, the numbers of pointwise layers are probed once more by each region of each example, against that region's loss
+    (`core.grouped`). The scales are bit for bit what they were, also when `objective` raises.
 
     Args:
         objective: one loss per example of a micro-batch.
@@ -112,87 +107,87 @@ def estimate(
         directions: where to probe: shared by all examples, or `directions[i]` for example i of the whole batch over all processes;
             where examples have several, all of them have their first, and then all their next.
         eps: ε, the radius of the probe, in the parametrization's units.
-        together: run +ε and -ε in one forward where the numbers and the batch allow it.
+        copies: the most probes of a micro-batch in one forward, where the numbers and the batch allow several; None is all.
         clip_threshold: C of DDC, None for no clipping.
         normalize: divide the derivatives by their spread; a step of one direction would keep nothing but its sign.
         first_example: where this process's micro-batches begin in the whole batch.
         examples: of the whole batch, for `per_example`; None is as many as directions.
-        sum_over_ranks: exchanges a count and two sums per direction, once a step.
+        sum_over_ranks: exchanges a count and one or two sums per direction, once a step.
 
     Raises:
         ValueError: `per_example` with numbers that have no gains, or an objective that gives one loss for a whole batch; regions
-            without `per_example`.
+            without `per_example`; `leave_one_out` of a single direction.
     """
     if per_example and not parametrization.has_gains:
         raise ValueError("these numbers have no factors, which alone can give every example its own direction; use rows or layers")
-    probe = _together if together and parametrization.has_gains else _apart
-    regions = directions[0].regions
-    plus, minus = [0.0] * (len(directions) * regions), [0.0] * (len(directions) * regions)
-    if per_example:
-        for start, micro_batch in _places(micro_batches, len(directions), first_example, examples or len(directions)):
-            stop = start + len(micro_batch)  # type: ignore[arg-type]
-            losses = probe(objective, micro_batch, parametrization, directions[start:stop], eps)
-            if len(losses[0]) != (stop - start) * regions:
-                raise ValueError(
-                    f"{len(losses[0])} losses for {stop - start} examples of {regions} regions: per_example needs one loss for each"
-                )
-            place = slice(start * regions, stop * regions)
-            plus[place], minus[place] = losses
-        both = sum_over_ranks([*plus, *minus])  # others have zeros where this process has its examples
-        return _from_losses(directions, both[: len(plus)], both[len(plus) :], eps, clip_threshold, normalize)
-    if regions > 1:
+    regions, alike = directions[0].regions, (examples or len(directions)) if per_example else 1
+    if estimator == "leave_one_out" and len(directions) < 2 * alike:
+        raise ValueError("leave_one_out sets a direction against others of the same examples: it needs two or more of them")
+    if regions > 1 and not per_example:
         raise ValueError("regions have directions of their own only where examples have")
-    count = 0
-    for index, direction in enumerate(directions):
-        pairs = [probe(objective, micro_batch, parametrization, [direction], eps) for micro_batch in micro_batches]
-        count = sum(len(up) for up, _ in pairs)
-        plus[index] = math.fsum(loss for up, _ in pairs for loss in up)
-        minus[index] = math.fsum(loss for _, down in pairs for loss in down)
-    total, *sums = sum_over_ranks([float(count), *plus, *minus])
+    probes = Probes(objective, parametrization, (eps, -eps) if estimator == "antithetic" else (eps,), copies)
+    if per_example:
+        at_radii = _of_each_example(probes, micro_batches, directions, first_example, alike, sum_over_ranks)
+    else:
+        at_radii = _of_shared_directions(probes, micro_batches, directions, sum_over_ranks)
+    plus = at_radii[0]
+    minus = at_radii[1] if estimator == "antithetic" else _mean_of_others(plus, alike * regions)
+    distance, counted = (2 * eps, 1.0) if estimator == "antithetic" else (eps, 1 - alike / len(directions))
+    return _from_losses(directions, plus, minus, distance, clip_threshold, normalize, counted * len(plus))
+
+
+def _of_each_example(
+    probes: Probes[Batch],
+    micro_batches: Sequence[Batch],
+    directions: Sequence[Direction],
+    first_example: int,
+    examples: int,
+    sum_over_ranks: SumOverRanks,
+) -> list[list[float]]:
+    """For each radius the loss of each region of each direction."""
+    regions = directions[0].regions
+    found = [[0.0] * (len(directions) * regions) for _ in probes.radii]
+    start = first_example
+    for micro_batch in micro_batches:
+        size = len(micro_batch)  # type: ignore[arg-type]
+        places = range(start, len(directions), examples)
+        probed = probes.losses(micro_batch, [directions[at : at + size] for at in places])
+        for of_radius, at_radius in zip(found, probed, strict=True):
+            for at, losses in zip(places, at_radius, strict=True):
+                if len(losses) != size * regions:
+                    raise ValueError(
+                        f"{len(losses)} losses for {size} examples of {regions} regions: per_example needs one loss for each"
+                    )
+                of_radius[at * regions : (at + size) * regions] = losses
+        start += size
+    flat = sum_over_ranks([loss for of_radius in found for loss in of_radius])  # others have zeros where this process has its own
+    return [flat[i : i + len(found[0])] for i in range(0, len(flat), len(found[0]))]
+
+
+def _of_shared_directions(
+    probes: Probes[Batch],
+    micro_batches: Sequence[Batch],
+    directions: Sequence[Direction],
+    sum_over_ranks: SumOverRanks,
+) -> list[list[float]]:
+    """For each radius the mean loss along each direction."""
+    parts = [probes.losses(micro_batch, [[direction] for direction in directions]) for micro_batch in micro_batches]
+    count = sum(len(part[0][0]) for part in parts)
+    sums = [
+        math.fsum(loss for part in parts for loss in part[radius][index])
+        for radius in range(len(probes.radii))
+        for index in range(len(directions))
+    ]
+    total, *sums = sum_over_ranks([float(count), *sums])
     means = [value / total for value in sums]
-    return _from_losses(directions, means[: len(plus)], means[len(plus) :], eps, clip_threshold, normalize)
+    return [means[i : i + len(directions)] for i in range(0, len(means), len(directions))]
 
 
-def _places(micro_batches: Sequence[Batch], directions: int, first_example: int, examples: int) -> Iterator[tuple[int, Batch]]:
-    """Each micro-batch with the place of its first direction, once for each direction that an example has."""
-    for start in range(first_example, directions, examples):
-        for micro_batch in micro_batches:
-            yield start, micro_batch
-            start += len(micro_batch)  # type: ignore[arg-type]
-
-
-Losses = tuple[list[float], list[float]]
-"""One loss per example (or region) at +ε and one at -ε."""
-
-
-def _together(
-    objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
-) -> Losses:
-    twice = repeated(batch)
-    if twice is None:
-        return _apart(objective, batch, numbers, directions, eps)
-    with numbers.scales.showing(*numbers.probes(directions, [eps, -eps])):
-        losses = sample_losses(objective, twice)
-    if len(losses) != len(twice) * directions[0].regions:  # one loss for the whole batch: two forwards must tell the signs apart
-        return _apart(objective, batch, numbers, directions, eps)
-    return losses[: len(losses) // 2], losses[len(losses) // 2 :]
-
-
-def _apart(
-    objective: Objective[Batch], batch: Batch, numbers: Parametrization, directions: Sequence[Direction], eps: float
-) -> Losses:
-    found = []
-    for radius in (eps, -eps):
-        with numbers.scales.showing(*numbers.probes(directions, [radius])):
-            found.append(sample_losses(objective, batch))
-    return found[0], found[1]
-
-
-def repeated(batch: Any) -> Any:
-    """All examples of a batch and then all again; None for a batch that is no tensor and has no method `repeated`."""
-    if isinstance(batch, Tensor):
-        return torch.cat([batch, batch])
-    return batch.repeated() if hasattr(batch, "repeated") else None
+def _mean_of_others(losses: Sequence[float], apart: int) -> list[float]:
+    """Beside each loss the mean of those that lie whole multiples of `apart` from it."""
+    sums = [math.fsum(losses[place::apart]) for place in range(apart)]
+    others = len(losses) // apart - 1
+    return [(sums[index % apart] - loss) / others for index, loss in enumerate(losses)]
 
 
 def over_regions(values: Sequence[float], regions: int) -> list[float]:
@@ -210,14 +205,15 @@ def _from_losses(
     directions: Sequence[Direction],
     plus: list[float],
     minus: list[float],
-    eps: float,
+    distance: float,
     clip_threshold: float | None,
     normalize: bool,
+    independent: float,
 ) -> Estimate:
-    derivatives = [(p - m) / (2 * eps) for p, m in zip(plus, minus, strict=True)]
+    derivatives = [(p - m) / distance for p, m in zip(plus, minus, strict=True)]
     projected = [clip_directional_derivative(d, clip_threshold) for d in derivatives]
     clipped = tuple(math.isfinite(d) and d != g for d, g in zip(derivatives, projected, strict=True))
     if normalize:
         unit = spread(projected, directions[0].regions) or 1.0  # all zero: they stay so
         projected = [g / unit for g in projected]
-    return Estimate(tuple(directions), tuple(plus), tuple(minus), tuple(derivatives), tuple(projected), clipped)
+    return Estimate(tuple(directions), tuple(plus), tuple(minus), tuple(derivatives), tuple(projected), clipped, independent)

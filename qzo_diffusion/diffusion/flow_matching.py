@@ -41,9 +41,9 @@ class Batch:
         """Some of the examples."""
         return self._with(tensor[examples] for tensor in self._tensors())
 
-    def repeated(self) -> "Batch":
-        """All examples and then all again."""
-        return self._with(torch.cat([tensor, tensor]) for tensor in self._tensors())
+    def repeated(self, times: int) -> "Batch":
+        """All examples and then all again, so many times."""
+        return self._with(torch.cat([tensor] * times) for tensor in self._tensors())
 
     def to(self, device: torch.device) -> "Batch":
         return self._with(tensor.to(device) for tensor in self._tensors())

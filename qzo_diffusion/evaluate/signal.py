@@ -21,7 +21,8 @@ from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.oracle import DifferentiableHandle, alignment, exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective, estimate
+from qzo_diffusion.core.probes import Batch, Objective
+from qzo_diffusion.core.spsa import Estimate, Estimator, estimate
 from qzo_diffusion.evaluate import intervals
 
 DIRECTIONS = 24
@@ -74,6 +75,7 @@ def as_the_run_does(
     numbers: Parametrization,
     *,
     eps: float,
+    estimator: Estimator,
     per_example: bool,
     num_directions: int,
     regions: int,
@@ -92,6 +94,7 @@ def as_the_run_does(
             numbers,
             directions,
             eps=eps,
+            estimator=estimator,
             per_example=per_example,
             normalize=normalize,
             examples=examples,

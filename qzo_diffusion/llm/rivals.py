@@ -15,8 +15,8 @@ from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, torch_generator
 from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.probes import Objective
 from qzo_diffusion.core.scales import ScaleSet, View
-from qzo_diffusion.core.spsa import Objective
 from qzo_diffusion.quant.base import linears_to_quantize
 
 

@@ -173,10 +173,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.label)
 
-    def repeated(self) -> "Batch":
-        """All examples and then all again."""
-        twice = self._with(lambda tensor: torch.cat([tensor, tensor]), self.answers * 2)
-        return replace(twice, copies=2 * self.copies)
+    def repeated(self, times: int) -> "Batch":
+        """All examples and then all again, so many times."""
+        copied = self._with(lambda tensor: torch.cat([tensor] * times), self.answers * times)
+        return replace(copied, copies=times * self.copies)
 
     def to(self, device: torch.device) -> "Batch":
         return self._with(lambda tensor: tensor.to(device), self.answers)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Batch, Objective, SumOverRanks, alone, over_regions, sample_losses, spread
+from qzo_diffusion.core.probes import Batch, Objective, sample_losses
+from qzo_diffusion.core.spsa import SumOverRanks, alone, over_regions, spread
 from qzo_diffusion.train.loop import Probing, StepBatch, probe
 
 EXAMPLES = 16  # at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
@@ -79,7 +80,8 @@ def _of_batch(
 ) -> tuple[float, list[float]]:
     """√(mean d²), and zᵀHz of each example."""
     regions, eps = batch.regions, WIDER * probing.eps
-    found = probe(objective, batch, parametrization, replace(probing, eps=eps, num_directions=1), step, sum_over_ranks)
+    on_both_sides = replace(probing, eps=eps, num_directions=1, estimator="antithetic")
+    found = probe(objective, batch, parametrization, on_both_sides, step, sum_over_ranks)
     with parametrization.scales.showing(parametrization.view()):
         mine = [loss for micro_batch in batch.micro_batches for loss in sample_losses(objective, micro_batch)]
     middle = [0.0] * (batch.whole * regions)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Objective, SumOverRanks, alone
+from qzo_diffusion.core.probes import Objective
+from qzo_diffusion.core.spsa import SumOverRanks, alone
 from qzo_diffusion.train.loop import Probing, StepBatch, StepRecord, TakeStep
 
 Gradient = Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]

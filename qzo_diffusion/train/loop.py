@@ -13,7 +13,8 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import Batch, Estimate, Objective, SumOverRanks, alone, estimate, over_regions
+from qzo_diffusion.core.probes import Batch, Objective
+from qzo_diffusion.core.spsa import Estimate, Estimator, SumOverRanks, alone, estimate, over_regions
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops
 
@@ -78,7 +79,8 @@ class Probing:
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
     normalize: bool = False
-    together: bool = True  # +eps and -eps in one forward of twice the batch, where the numbers allow it
+    copies: int | None = None  # the most probes of a batch in one forward, where the numbers allow several; None: all of them
+    estimator: Estimator = "antithetic"
 
 
 class TakeStep(Protocol):
@@ -198,7 +200,8 @@ def probe(
         directions_of_step(probing.seed, step, count, probing.distribution, batch.regions),
         eps=probing.eps,
         per_example=probing.per_example,
-        together=probing.together,
+        copies=probing.copies,
+        estimator=probing.estimator,
         clip_threshold=probing.clip_threshold,
         normalize=probing.normalize,
         first_example=batch.first_example,

@@ -45,13 +45,13 @@ def test_derivatives_are_those_of_the_examples_one_at_a_time(level):
         assert found.directional_derivative[index] == pytest.approx(single.directional_derivative[0], rel=1e-9)
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_several_directions_of_each_example_are_as_many_estimates(together):
+@pytest.mark.parametrize("copies", [None, 1])
+def test_several_directions_of_each_example_are_as_many_estimates(copies):
     """Also where this process has examples 2 to 4 of a batch of 6."""
     model, scales = scaled_network(dtype=torch.float64)
     numbers = parametrize(scales, "separable")
     x, directions = inputs(3, dtype=torch.float64), directions_of_step(0, 0, 12, "rademacher")
-    made = {"eps": 1e-2, "per_example": True, "first_example": 2, "examples": 6, "together": together}
+    made = {"eps": 1e-2, "per_example": True, "first_example": 2, "examples": 6, "copies": copies}
     found = estimate(squared_output(model), list(x.split(2)), numbers, directions, **made)
     assert len(found.directional_derivative) == 12
     for index, direction in enumerate(directions):
@@ -190,8 +190,8 @@ def test_both_signs_in_one_forward_are_what_two_forwards_give(level):
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
     for per_example, chosen in ((True, directions), (False, directions[:2])):
         together, apart = (
-            estimate(squared_output(model), list(x.split(2)), numbers, chosen, eps=1e-2, per_example=per_example, together=both)
-            for both in (True, False)
+            estimate(squared_output(model), list(x.split(2)), numbers, chosen, eps=1e-2, per_example=per_example, copies=both)
+            for both in (None, 1)
         )
         assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)
         assert together.loss_minus == pytest.approx(apart.loss_minus, rel=1e-12)

@@ -102,7 +102,7 @@ def test_both_signs_in_one_forward_are_what_two_forwards_give():
     model, _, numbers = network_of_tokens("separable", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     together, apart = (
-        estimate(of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, together=both) for both in (True, False)
+        estimate(of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, copies=copies) for copies in (None, 1)
     )
     assert len(together.projected_grad) == EXAMPLES * REGIONS
     assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)

@@ -118,7 +118,7 @@ def test_losses_of_regions_average_to_the_examples_and_see_their_own_patches_onl
 
 def test_a_batch_keeps_its_regions_whatever_is_done_to_it():
     batch = replace(make_batch(), regions=4)
-    parts = [batch.part(slice(1, 3)), batch.repeated(), batch.to(torch.device("cpu")), *batch.split(2)]
+    parts = [batch.part(slice(1, 3)), batch.repeated(2), batch.to(torch.device("cpu")), *batch.split(2)]
     assert {part.regions for part in parts} == {4}
 
 

@@ -77,7 +77,15 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
     def loss(x):
         return layer(x).square().mean(1)
 
-    made = {"eps": 1e-3, "per_example": False, "num_directions": 64, "regions": 1, "normalize": False, "seed": 0}
+    made = {
+        "eps": 1e-3,
+        "estimator": "antithetic",
+        "per_example": False,
+        "num_directions": 64,
+        "regions": 1,
+        "normalize": False,
+        "seed": 0,
+    }
     estimates = signal.as_the_run_does(loss, [batch(0)], numbers, **made)
     found = signal.exact_cosine(loss, [batch(0)], numbers, handles_of(layer), estimates)
     assert (found["numbers"], found["derivatives"]) == (64, 64)
@@ -88,7 +96,15 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
 def test_a_step_is_as_large_as_its_rate_and_slopes_make_it(layer):
     """Along one direction each number moves by lr · |d|."""
     numbers = parametrize(find_scales(layer), "row")
-    made = {"eps": 1e-3, "per_example": False, "num_directions": 1, "regions": 1, "normalize": False, "seed": 0}
+    made = {
+        "eps": 1e-3,
+        "estimator": "antithetic",
+        "per_example": False,
+        "num_directions": 1,
+        "regions": 1,
+        "normalize": False,
+        "seed": 0,
+    }
     first = signal.as_the_run_does(lambda x: layer(x).square().mean(1), [batch(0)], numbers, **made)[0]
     (row,) = signal.step_sizes(numbers, first, lr=0.5)
     assert row == {"group": "row", "rms": pytest.approx(0.5 * abs(first.projected_grad[0]), rel=1e-6)}

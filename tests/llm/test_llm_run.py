@@ -350,7 +350,7 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
         (
             {"train": {"max_steps": 500}},
             {
-                "lr": 0.025,
+                "lr": 0.04,
                 "parametrization": "separable",
                 "layers": "quiet",
                 "eps": 0.03,
@@ -359,9 +359,9 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
             },
         ),
         ({"qzo": {"normalize": False}}, {"lr": 1e-3, "parametrization": "separable", "layers": None, "eps": 0.01}),
-        ({"train": {"max_steps": 2000}}, {"lr": 0.0125, "normalize": True}),
-        ({"qzo": {"layers": None}, "train": {"max_steps": 2000}}, {"lr": 0.005, "parametrization": "separable", "eps": 0.01}),
-        ({"qzo": {"layers": ["mlp"], "eps": 0.02}, "train": {"max_steps": 2000}}, {"lr": 0.005, "layers": ["mlp"], "eps": 0.02}),
+        ({"train": {"max_steps": 2000}}, {"lr": 0.02, "normalize": True}),
+        ({"qzo": {"layers": None}, "train": {"max_steps": 2000}}, {"lr": 0.008, "parametrization": "separable", "eps": 0.01}),
+        ({"qzo": {"layers": ["mlp"], "eps": 0.02}, "train": {"max_steps": 2000}}, {"lr": 0.008, "layers": ["mlp"], "eps": 0.02}),
         ({"qzo": {"parametrization": "row"}}, {"parametrization": "row", "layers": "quiet"}),
         ({"quant": {"type": "int8"}}, {"parametrization": "separable", "layers": "quiet"}),
         ({"qzo": {"parametrization": "dense"}}, {"lr": 1e-3, "per_example": False, "normalize": False}),

@@ -129,7 +129,7 @@ def test_there_is_none_where_a_part_is_not_the_model(lm):
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_blocks_are_back_in_their_places_after_an_error(lm, error):
     prepared(lm)
-    batch = make_batch(lm, encoded_sentences(lm)).repeated()
+    batch = make_batch(lm, encoded_sentences(lm)).repeated(2)
     before, blocks = task_loss(lm, batch), list(lm.model.model.layers)
 
     def broken(*_args):

@@ -116,7 +116,7 @@ def test_padding_and_company_change_no_loss(tmp_path, lm):
     together = task_loss(lm, make_batch(lm, encoded))
     alone = torch.cat([task_loss(lm, make_batch(lm, [one])) for one in encoded])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
-    twice = make_batch(lm, encoded).repeated()
+    twice = make_batch(lm, encoded).repeated(2)
     assert len(twice) == 16
     torch.testing.assert_close(task_loss(lm, twice), alone.repeat(2), rtol=1e-5, atol=1e-4)
 
@@ -139,7 +139,7 @@ def test_every_example_can_have_a_direction_of_its_own(tmp_path, choices, level)
 
     found = estimate(objective, [make_batch(lm, encoded)], numbers, directions, eps=0.1, per_example=True)
     for one, direction, up, down in zip(encoded, directions, found.loss_plus, found.loss_minus, strict=True):
-        single = estimate(objective, [make_batch(lm, [one])], numbers, [direction], eps=0.1, together=False)
+        single = estimate(objective, [make_batch(lm, [one])], numbers, [direction], eps=0.1, copies=1)
         assert (up, down) == pytest.approx((single.loss_plus[0], single.loss_minus[0]), rel=1e-4, abs=1e-4)
         assert up != down
 

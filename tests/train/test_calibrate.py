@@ -40,11 +40,11 @@ class Exponentials:
         return survey(self.objective, self.batch, self.numbers, Probing(**given))
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_slope_and_curvature_are_those_of_the_formula(together):
+@pytest.mark.parametrize("copies", [None, 1])
+def test_slope_and_curvature_are_those_of_the_formula(copies):
     task = Exponentials()
     before = snapshot(task.model, task.scales)
-    found = task.survey(together=together)
+    found = task.survey(copies=copies)
     assert_same(snapshot(task.model, task.scales), before)
     radius, squares, traces = WIDER * EPS, [], []
     for step in range(BATCHES):
