@@ -73,7 +73,10 @@ def tokens_of(name: str, image: int) -> int:
 
 
 def costs(side: int, batch: int, card: Card) -> dict[str, float]:
-    """Milliseconds of each kind of work in one step of `batch` examples, +eps and -eps together, at `side` pixels."""
+    """Milliseconds of each kind of work where as many examples are probed in one forward as two of `batch` examples hold.
+
+    side: in pixels.
+    """
     linears, shapes = count(empty_transformer(LARGE))
     image = (side // 16) ** 2
     examples = 2 * batch
@@ -82,7 +85,6 @@ def costs(side: int, batch: int, card: Card) -> dict[str, float]:
     unpack = linears.weights * (0.5 + 2 + 2) + linears.scales * 4  # read codes and scales, write bf16, read it in the product
     outputs = sum((n + k) * tokens_of(name, image) for name, (n, k) in shapes.items()) * examples
     factors = ((linears.rows + linears.columns) + (linears.pointwise_rows + linears.pointwise_columns) * REGIONS) * examples
-    bits = factors / 2  # both signs of ε share them
     dense_bits = linears.scales
 
     def longer(flops: float, moved: float) -> float:
@@ -96,7 +98,7 @@ def costs(side: int, batch: int, card: Card) -> dict[str, float]:
         "unpack_once": longer(0, unpack),
         "gains": longer(0, 4 * outputs),  # read and written once more, in bf16
         "factors": longer(0, 4 * factors),
-        "random_bits_on_cpu": 1e3 * bits / 64 / PHILOX_WORDS_PER_SECOND,
+        "random_bits_on_cpu": 1e3 * factors / 64 / PHILOX_WORDS_PER_SECOND,
         "dense_scales": 3 * longer(0, 8 * linears.scales),  # shown twice, updated once
         "dense_random_bits_on_cpu": 1e3 * dense_bits / 64 / PHILOX_WORDS_PER_SECOND,
         "probes_over_two_forwards": probes / two,

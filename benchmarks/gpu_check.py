@@ -139,8 +139,9 @@ def peak_gb(device: torch.device, work: Callable[[], object]) -> float:
 
 STEPS = {
     "dense": (1, {"qzo": {"parametrization": "dense"}}),
+    "antithetic": (2, {"qzo": {"estimator": "antithetic"}}),  # +eps and -eps of an example in one forward
     "default_one_in_flight": (1, {}),
-    "default": (2, {}),  # +eps and -eps of an example in one forward
+    "default": (8, {}),  # eight directions of an example in one forward
 }
 """Name -> examples in flight, settings."""
 
@@ -157,7 +158,7 @@ def busy_seconds(work: Callable[[], object]) -> float | None:
 
 
 def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds: int) -> dict[str, Any]:
-    """Of the steps of `STEPS`, each of a batch of one example."""
+    """Of the steps of `STEPS`, each of a batch of one example; ratios are for two probes over two forwards."""
     model = random_model(layers, device)
     figures: dict[str, Any] = {"layers": layers}
 
@@ -170,17 +171,19 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
 
     for side in sides:
         batch = batch_of(model, side).to(device)
-        steps = {}
+        steps, pairs = {}, {}
         for name, (in_flight, settings) in STEPS.items():
             config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": in_flight}})
             steps[name] = step_of(model, objective, batch, config)
+            pairs[name] = build.probes_of_example(config) / 2
 
         def two_forwards(batch: Any = batch) -> None:
             forward_of(batch)
             forward_of(batch)
 
         inference = {}
-        for in_flight, examples in {1: batch, 2: batch_of(model, side, 2).to(device)}.items():
+        for in_flight in sorted({in_flight for in_flight, _ in STEPS.values()}):
+            examples = batch_of(model, side, in_flight).to(device)
             forward_of(examples)
             inference[in_flight] = peak_gb(device, lambda examples=examples: forward_of(examples))
         peaks = {name: peak_gb(device, step) for name, step in steps.items()}
@@ -188,10 +191,11 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
         busy = {name: busy_seconds(work) for name, work in {"forwards": two_forwards, **steps}.items()}
         figures[f"{side}px"] = {"two_forwards_busy_seconds": busy["forwards"]} | {
             name: {
-                "step_over_two_forwards": round(statistics.median(b / a for a, b in zip(*seconds[name].values(), strict=True)), 3),
+                "step_over_two_forwards": round(over_two(seconds[name]) / pairs[name], 3),
+                "pairs_of_forwards": pairs[name],
                 "step_seconds": round(statistics.median(seconds[name]["step"]), 4),
                 "step_busy_seconds": busy[name],
-                "step_busy_over_two_forwards": round(busy[name] / busy["forwards"], 3) if busy[name] else None,
+                "step_busy_over_two_forwards": round(busy[name] / busy["forwards"] / pairs[name], 3) if busy[name] else None,
                 "step_peak_gb": round(peaks[name], 3),
                 "inference_peak_gb": round(inference[STEPS[name][0]], 3),
             }
@@ -199,6 +203,11 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
         }
         print(side, figures[f"{side}px"], file=sys.stderr)
     return figures
+
+
+def over_two(seconds: dict[str, list[float]]) -> float:
+    """The median over rounds, each step against the forwards beside it."""
+    return statistics.median(step / forwards for forwards, step in zip(seconds["forwards"], seconds["step"], strict=True))
 
 
 def clocked(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -39,6 +39,7 @@ CASES = {  # name: (parametrization, optimizer, directions, one for every exampl
 def settings(case: str) -> Config:
     config = Config(model="tiny")
     config.qzo.parametrization, config.train.optimizer, config.qzo.num_directions, config.qzo.per_example = CASES[case]  # type: ignore[assignment]
+    config.qzo.estimator = "antithetic"
     return config
 
 

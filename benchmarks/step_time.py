@@ -1,10 +1,11 @@
 """Time and memory of a training step against plain inference: `OMP_NUM_THREADS=2 python -m benchmarks.step_time`.
 
-The floor of a two-point estimate is two inference forwards in the memory of inference. Both are measured in one process, in turns,
-on the same quantized model, batch, dtype and threads. A step is everything from the batch in hand to the journal's record. `dense`
-has one number per scale and one direction; `probes` is the default: one per row and block column, a direction for every example
-and, in pictures, for each of 16 regions, +eps and -eps in one forward. In texts it reads from a file what the blocks before the
-first trained one give, reading included; `probes_first_time` computes them, once for both signs. SmolLM2 is made by
+The floor of an estimate is as many inference forwards as it has probes, in the memory of inference. Both are measured in one
+process, in turns, on the same quantized model, batch, dtype and threads; ratios are for two probes of each example over two
+forwards of the batch. A step is everything from the batch in hand to the journal's record. `dense` has one number per scale and one
+direction; `probes` is the default: one per row and block column, eight directions of every example and, in pictures, of each of 16
+regions, 32 rows in a forward. `antithetic` has one direction of every example, +eps and -eps in one forward. In texts a step reads
+from a file what the blocks before the first trained one give; `probes_first_time` computes them. SmolLM2 is made by
 `python -m benchmarks.smollm2`.
 Memory is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports.
 """
@@ -55,31 +56,29 @@ CASES = {  # name: (model, side of the latents, text tokens, batch)
     "smollm2_b4": ("smollm2", 0, 36, 4),
     "smollm2_b16": ("smollm2", 0, 36, 16),
 }
-REGIONS = 16
+REGIONS, DIRECTIONS, ROWS = 16, 8, 32
 
 
 @dataclass
 class Setup:
     """A model and a batch.
 
-    in_flight: the batch in parts of half its size, as a step draws them. drawn: the batch as a step draws it.
-    default: what a run trains where nothing is said.
+    drawn: the batch in parts of so many examples, as a step draws them, or as it does the first time. default: what a run trains
+    where nothing is said.
     """
 
     model: nn.Module
     objective: Callable[[Any], torch.Tensor]
     batch: Any
-    in_flight: Callable[[], Sequence[Any]]
-    drawn: Callable[[], Any]
+    drawn: Callable[[int, bool], Sequence[Any]]
     regions: int
     default: Callable[[ScaleSet], Parametrization]
 
 
 def set_up(case: str, dtype: torch.dtype) -> Setup:
     name, side, tokens, count = CASES[case]
-    half = max(1, count // 2)
     if name == "smollm2":
-        return set_up_text(tokens, count, half, dtype)
+        return set_up_text(tokens, count, dtype)
     model = build_model(name, dtype)
     batch = replace(random_batch(model, side, tokens, count), regions=REGIONS)
     apart = matching([name for name, _ in model.named_modules()], POINTWISE_LAYERS)
@@ -87,11 +86,10 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     def default(scales: ScaleSet) -> Parametrization:
         return parametrize(scales, "separable", pointwise=apart)
 
-    parts = batch.split(half)
-    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, lambda: parts, lambda: batch, REGIONS, default)
+    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, lambda size, _: batch.split(size), REGIONS, default)
 
 
-def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup:
+def set_up_text(tokens: int, count: int, dtype: torch.dtype) -> Setup:
     lm = load_causal_lm(smollm2(), dtype)
     quantize_(lm.model, skip=[OUTPUT_HEAD])
     text = (" and" * tokens)[: 4 * (tokens - 2)] + " It was"
@@ -110,8 +108,7 @@ def set_up_text(tokens: int, count: int, half: int, dtype: torch.dtype) -> Setup
         lm.model,
         lambda one: task_loss(lm, one),
         make_batch(lm, encoded),
-        lambda: [make_batch(lm, encoded[:half], kept)] * (count // half),
-        lambda: make_batch(lm, encoded, kept),
+        lambda size, again: [make_batch(lm, encoded[:size], kept if again else None)] * (count // size),
         1,
         default,
     )
@@ -175,24 +172,30 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     count_steps = iter(range(10**9))
     journal = JournalWriter.create(Path(tempfile.mkdtemp()) / "journal.qzo", {})
 
-    def one_step(of: Parametrization, per_example: bool, micro_batches: Sequence[Batch]) -> None:
-        probing = Probing(0, 1e-2, per_example=per_example, normalize=per_example)
-        step_batch = StepBatch(micro_batches, regions=setup.regions if per_example else 1)
+    def one_step(of: Parametrization, probing: Probing, micro_batches: Sequence[Batch]) -> None:
+        step_batch = StepBatch(micro_batches, regions=setup.regions if probing.per_example else 1)
         record = train_step_(objective, step_batch, of, Sgd(), probing, 1e-6, next(count_steps))
         journal.append(entry_of(record, 0))
 
+    both_sides = Probing(0, 1e-2, per_example=True, normalize=True)
+    default = replace(both_sides, num_directions=DIRECTIONS, estimator="leave_one_out")
+
     def dense() -> None:
-        one_step(numbers, False, [whole])
+        one_step(numbers, Probing(0, 1e-2), [whole])
 
     def probes() -> None:
-        one_step(factors, True, [setup.drawn()])
+        one_step(factors, default, setup.drawn(min(len(batch), ROWS // DIRECTIONS), True))
+
+    def antithetic() -> None:
+        one_step(factors, both_sides, setup.drawn(len(batch), True))
 
     def probes_first_time() -> None:
-        one_step(factors, True, [batch])
+        one_step(factors, default, setup.drawn(min(len(batch), ROWS // DIRECTIONS), False))
 
     def probes_in_flight() -> None:
-        """As many examples in flight as in an inference forward: +eps and -eps of half the batch at a time."""
-        one_step(factors, True, setup.in_flight())
+        """As many rows in flight as in an inference forward; in all as many as a run's step has."""
+        copies = min(DIRECTIONS, len(batch))
+        one_step(factors, replace(default, copies=copies), setup.drawn(len(batch) // copies, True)[: ROWS // len(batch)])
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""
@@ -206,16 +209,19 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     for work in (dense, probes_in_flight):
         work()
         peaks[work.__name__] = peak_of(work)
-    works: dict[str, Callable[[], None]] = {"two_forwards": two_forwards, "dense": dense, "probes": probes}
+    works: dict[str, Callable[[], None]] = {work.__name__: work for work in (two_forwards, dense, probes, antithetic)}
     if CASES[case][0] == "smollm2":
         works["probes_first_time"] = probes_first_time
     times: dict[str, list[float]] = {name: [] for name in [*works, "noise_and_update"]}
+    antithetic()
     probes()
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds_of(work))
         times["noise_and_update"].append(seconds_of(draw_and_apply))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name in ("probes", "probes_first_time"):
+        times[name] = [2 * seconds / DIRECTIONS for seconds in times.get(name, [])]
+    medians = {name: statistics.median(values) for name, values in times.items() if values}
 
     def ratio(name: str) -> float:
         """The median over rounds, each against its own two forwards."""
@@ -224,6 +230,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     return {
         "dense_over_two_forwards": ratio("dense"),
         "probes_over_two_forwards": ratio("probes"),
+        "antithetic_over_two_forwards": ratio("antithetic"),
         **({"probes_first_time_over_two_forwards": ratio("probes_first_time")} if "probes_first_time" in works else {}),
         "dense_over_two_forwards_of_medians": round(medians["dense"] / medians["two_forwards"], 4),
         "probes_over_two_forwards_of_medians": round(medians["probes"] / medians["two_forwards"], 4),

@@ -314,6 +314,11 @@ def probing(config: RunConfig) -> Probing:
     )
 
 
+def probes_of_example(config: RunConfig) -> int:
+    """How many forwards of each example a step makes."""
+    return config.qzo.num_directions * (1 if config.qzo.estimator == "leave_one_out" else 2)
+
+
 def probes_at_once(config: RunConfig) -> int:
     """How many probes of an example go into one forward: all of its directions, or both sides of one, as far as there is room."""
     if not config.qzo.has_gains:

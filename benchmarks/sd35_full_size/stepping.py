@@ -57,7 +57,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
         _, numbers = build.scales_and_numbers(config, model)
         regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
         mine = replace(batch, regions=regions)
-        optimizer, probing = build.optimizer(config), build.probing(config)
+        optimizer, probing, pairs = build.optimizer(config), build.probing(config), build.probes_of_example(config) / 2
         times: list[float] = []
         ratios: list[float] = []
         with tempfile.TemporaryDirectory() as place:
@@ -72,7 +72,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
                     peak = status("VmHWM")
                 peak = max(peak, status("VmHWM"))
                 forwards.append(timed(two_forwards))
-                ratios.append(times[-1] / forwards[-1])
+                ratios.append(times[-1] / forwards[-1] / pairs)
             journal.close()
         figures[name] = {
             "step_peak_rss_gb": round(peak, 3),
@@ -81,6 +81,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
             "step_over_two_forwards": round(statistics.median(ratios), 4),
             "step_seconds": round(statistics.median(times), 2),
             "steps": count,
+            "pairs_of_forwards": pairs,
         }
         del numbers, optimizer
         print(name, figures[name], file=sys.stderr)
