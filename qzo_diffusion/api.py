@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import Level, Units, parametrize
+from qzo_diffusion.core.spsa import Estimator
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.loop import Outcome, Probing, StepBatch, StepRecord, train
 
@@ -27,6 +28,7 @@ def tune_(
     optimizer: OptimizerName = "sgd",
     schedule: ScheduleName = "constant",
     num_directions: int = 1,
+    estimator: Estimator = "antithetic",
     per_example: bool = False,
     directions: Distribution = "rademacher",
     clip_threshold: float | None = None,
@@ -37,10 +39,12 @@ def tune_(
 
     Args:
         model: holds at least one quantized layer, see `quantize_`.
-        loss: a batch -> one loss per example, [B], or a scalar. Called twice per direction and step under `no_grad`; anything
-            random must come from the batch, so that both calls see the same.
+        loss: a batch -> one loss per example, [B], or a scalar. Called under `no_grad`, twice per direction and step, or once with
+            `leave_one_out`; anything random must come from the batch, so that all calls see the same.
         batches: a sequence that is cycled through, or a function from the step (counted from 0) to its batch.
-        per_example: a direction of its own for every example, for levels "row" and "layer"; batches then need a length.
+        estimator: "antithetic" measures both sides of every direction; "leave_one_out" one side of each of `num_directions` (eight
+            or so), which it sets against the mean of the others: more directions for as many forwards (`core.spsa`).
+        per_example: directions of its own for every example, for all levels but "dense"; batches then need a length.
         lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).
 
     Raises:
@@ -59,7 +63,7 @@ def tune_(
             batch_of_step,
             numbers,
             make_optimizer(optimizer),
-            Probing(seed, eps, num_directions, per_example, directions, clip_threshold),
+            Probing(seed, eps, num_directions, per_example, directions, clip_threshold, estimator=estimator),
             make_schedule(schedule, lr, steps),
             max_steps=steps,
             on_step=on_step,
