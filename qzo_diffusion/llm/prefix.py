@@ -1,8 +1,8 @@
 """The blocks before the first trained one: no probe changes what they give, so it need not be computed for each probe anew.
 
-A step asks for it once for +ε and -ε together, and where the same texts come again, what was computed for a text once is read back
-from a file. With the default's layers, blocks 12 to 26 of 30, a step of two probes then costs 2 · 18 / 30 of two plain forwards at
-the least, and 1.6 / 2 of them where nothing was kept.
+A step asks for it once for all probes of an example, and where the same texts come again, what was computed for a text once is
+read back from a file. With the default's layers, blocks 12 to 26 of 30, probes then cost 18 / 30 of plain forwards at the least,
+and with eight of an example 0.65 of them where nothing was kept.
 
 The rest of a model can't be called on hidden states in general: position embeddings, masks and norms are its own business. So the
 model runs as it is, with blocks that pass on what they get in the place of those that are left out.

@@ -1,7 +1,7 @@
 """Several processes that tune one model and exchange nothing but loss sums.
 
 Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates its share of the batch; the
-sums of its losses at +eps and -eps are gathered, added in the order of ranks, and so every rank forms the same derivative and
+sums of its losses at the probes are gathered, added in the order of ranks, and so every rank forms the same derivative and
 applies the same update. Nothing of the size of the model ever travels: with one direction a rank tells 32 bytes a step.
 
 Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency is what counts.

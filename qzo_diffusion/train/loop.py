@@ -1,6 +1,6 @@
 """The training loop, for diffusion, language models and anything else: it knows an objective, not what is behind it.
 
-One step: draw the batch, probe it at +eps and -eps along each direction, clip, update. Everything random in step t follows from
+One step: draw the batch, probe it along each direction, clip, update. Everything random in step t follows from
 (seed, t), so the loop carries no random state.
 """
 
