@@ -228,11 +228,12 @@ def _changed_defaults() -> Iterator[Family]:
         "4_directions": (replace(FIXED, num_directions=4), 8, "four directions of each of eight examples"),
         "16_directions": (replace(FIXED, num_directions=16), 2, "sixteen directions of each of two examples"),
         "without_regions": (replace(FIXED, regions=1), BEST_BATCH, "without directions of each region"),
-        "held": (replace(FIXED, normalize="running", schedule="hold"), BEST_BATCH, "in running spreads, its rate held"),
     }
     for name, (phase, batch, what) in changes.items():
         method = _method(f"{DEFAULT}_{name}", phase, batch=batch)
         yield Family(method, (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
+    held = _method(f"{DEFAULT}_held", replace(BEST, normalize="running", schedule="hold"), batch=BEST_BATCH)
+    yield Family(held, (DEFAULT_EXPONENT,), "the default in running spreads, its rate held instead of a cosine", data=STYLES)
 
 
 def _antithetic() -> Iterator[Family]:

@@ -334,7 +334,7 @@ def methods_table() -> str:
     return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
 
 
-NAMED = ("default", "default_held", "paper_relative", "paper_absolute", "first_order_dense", "qlora")
+NAMED = ("default", "antithetic", "paper_relative", "paper_absolute", "first_order_dense", "qlora")
 """Families with a colour of their own; that of a longer budget shares it, and all others are grey."""
 OTHERS = "others of the tables"
 
