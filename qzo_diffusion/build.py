@@ -319,6 +319,14 @@ def probes_of_example(config: RunConfig) -> int:
     return config.qzo.num_directions * (1 if config.qzo.estimator == "leave_one_out" else 2)
 
 
+def step_in_words(config: RunConfig, examples: int, things: str) -> str:
+    """What a step of `examples` of these `things` costs."""
+    count, probes = config.qzo.num_directions, probes_of_example(config)
+    along = f"{count} direction{'s' * (count > 1)} {'of each' if config.qzo.per_example else 'that all share'}"
+    sides = "" if config.qzo.estimator == "leave_one_out" else ", at both sides"
+    return f"{examples} {things}, {along}{sides}: {examples * probes} forwards of one"
+
+
 def probes_at_once(config: RunConfig) -> int:
     """How many probes of an example go into one forward: all of its directions, or both sides of one, as far as there is room."""
     if not config.qzo.has_gains:

@@ -72,6 +72,8 @@ class LlmPlan:
             f"method    {self.config.method}, objective {self.config.objective}",
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
         ]
+        if self.has_journal:
+            lines.insert(2, f"a step    {build.step_in_words(self.config, self.config.data.batch_size, 'examples')}")
         return "\n".join(lines)
 
     def data(self) -> list[dict[str, Any]]:

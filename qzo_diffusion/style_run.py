@@ -55,6 +55,8 @@ class StylePlan:
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
             self.memory().describe(),
         ]
+        if self.has_journal:
+            lines.insert(2, f"a step    {build.step_in_words(self.config, self.config.data.batch_size, 'images')}")
         return "\n".join(lines)
 
     def memory(self) -> MemoryPlan:

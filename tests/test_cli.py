@@ -120,6 +120,22 @@ def test_the_number_of_steps_sets_the_rate(train, capsys):
     assert "lr: 0.08\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ([], "3 images, 8 directions of each: 24 forwards of one"),
+        (["qzo.num_directions=1"], "3 images, 1 direction of each, at both sides: 6 forwards of one"),
+        (
+            ["qzo.per_example=false", "qzo.num_directions=2"],
+            "3 images, 2 directions that all share, at both sides: 12 forwards",
+        ),
+    ],
+)
+def test_a_dry_run_tells_what_a_step_costs(train, capsys, settings, told):
+    assert train("--dry-run", "data.batch_size=3", *settings) == 0
+    assert f"a step    {told}" in capsys.readouterr().out
+
+
 def test_dry_run_prints_settings_and_data_and_writes_nothing(train, tmp_path, capsys):
     assert train("--dry-run") == 0
     out = capsys.readouterr().out

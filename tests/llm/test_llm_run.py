@@ -244,10 +244,11 @@ def test_only_scales_are_exported(arguments, tmp_path, capsys):
 
 
 def test_a_dry_run_shows_what_the_model_will_read(arguments, tmp_path, capsys):
-    assert main(arguments("--dry-run")) == 0
+    assert main(arguments("--dry-run", "data.batch_size=2")) == 0
     shown = capsys.readouterr().out
     assert "16 to train on, 8 held out, 12 to test on" in shown
     assert "It was" in shown
+    assert "a step    2 examples, 8 directions of each: 16 forwards of one" in shown
     assert "layers: quiet" in shown
     assert not (tmp_path / "run").exists()
 
