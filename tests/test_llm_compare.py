@@ -9,6 +9,7 @@ import pytest
 from benchmarks.llm_compare.cells import run_cell
 from benchmarks.llm_compare.methods import METHODS, TASKS, Cell, Places, arguments_of, cells
 from benchmarks.llm_compare.report import TABLE, report
+from qzo_diffusion import build
 from qzo_diffusion.cli import LLM_TRAIN_FLAGS, parse, resolve_settings
 from qzo_diffusion.llm_config import LlmConfig
 from tests.tiny_llama import save_tiny_llama, write_sentences
@@ -21,9 +22,12 @@ def places(tmp_path):
 
 def test_the_settings_of_every_cell_are_valid(places):
     for cell in cells("*"):
-        if METHODS[cell.method].trained:
+        method = METHODS[cell.method]
+        if method.trained:
             config = resolve_settings(parse(["llm", "train", *arguments_of(cell, places)]), None, LLM_TRAIN_FLAGS, LlmConfig)
-            assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (cell.seed, 3, 16)
+            assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (cell.seed, 3, method.batch)
+            if not method.first_order:  # what the results say that was spent
+                assert config.data.batch_size * build.probes_of_example(config) == method.forwards_of_step == 32
     paper = resolve_settings(
         parse(["llm", "train", *arguments_of(Cell("sst2", "paper", 0), places)]), None, LLM_TRAIN_FLAGS, LlmConfig
     )
