@@ -18,6 +18,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.devices import choose_device, choose_dtype
 from qzo_diffusion.diffusion import memory, sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
@@ -280,13 +281,19 @@ def copies_folder(config: Config) -> Path:
     return cache_folder(config) / "quantized"
 
 
-def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[ScaleSet, Parametrization]:
-    """Raises ConfigError when `qzo.layers` matches no layer."""
+def scales_and_numbers(
+    config: RunConfig, transformer: nn.Module, beside: Sequence[WeightHandle] = ()
+) -> tuple[ScaleSet, Parametrization]:
+    """What is trained: the scales or codes of the chosen layers, and all of the unquantized tensors `beside`.
+
+    Raises:
+        ConfigError: `qzo.layers` matches no layer.
+    """
     level, wanted = config.qzo.parametrization, config.qzo.layers
-    scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer), {})
-    trained = chosen(scales, wanted)
+    scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer, beside), {})
+    trained = trained_of(scales, wanted)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
-    if trained == []:
+    if scales.weights.issuperset(trained):
         remedy = "correct qzo.layers, or give null for all layers"
         raise ConfigError(f"qzo.layers = {wanted}: no such layer", f"parts of names like {next(iter(scales))}", remedy)
     if level == "column" and all(live.numel() == scales.rows(name) for name, live in scales.tensors().items()):
@@ -298,6 +305,12 @@ def scales_and_numbers(config: RunConfig, transformer: nn.Module) -> tuple[Scale
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
     return scales, parametrize(scales, level, config.qzo.units, trained, pointwise)
+
+
+def trained_of(scales: ScaleSet, wanted: Sequence[str] | None) -> list[str]:
+    """Names of the chosen layers and of what is no layer."""
+    of_layers = set(chosen([name for name in scales if name not in scales.weights], wanted))
+    return [name for name in scales if name in of_layers or name in scales.weights]
 
 
 def probing(config: RunConfig) -> Probing:

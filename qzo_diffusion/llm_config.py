@@ -11,6 +11,7 @@ from qzo_diffusion.config import (
     Count,
     Positive,
     QuantConfig,
+    QzoConfig,
     RunConfig,
     Section,
     check_method,
@@ -69,6 +70,11 @@ class LlmDataConfig(Section):
     max_tokens: Annotated[int, Field(ge=16)] | None = None  # longer prompts lose their beginning; None: they are an error
 
 
+class LlmQzoConfig(QzoConfig):
+    # Trained beside the scales, in absolute units: gains of norms and biases, or embeddings and head too (the paper, with AQLM)
+    unquantized: Literal["none", "gains", "all"] = "none"
+
+
 class LlmQuantConfig(QuantConfig):
     """A folder that is quantized already, in the formats of bitsandbytes, GPTQ or AQLM, stays as it is."""
 
@@ -88,6 +94,7 @@ class LlmConfig(RunConfig):
     method: Method = "qzo"
     objective: Literal["loss", "accuracy", "f1"] = "loss"
     data: LlmDataConfig = LlmDataConfig()
+    qzo: LlmQzoConfig = LlmQzoConfig()
     quant: LlmQuantConfig = LlmQuantConfig()
     lora: LoraConfig = LoraConfig()
 
@@ -114,6 +121,9 @@ class LlmConfig(RunConfig):
         check_method(self.method, self)
         if self.method in ("mezo", "quzo-lora") and (self.qzo.units != "absolute" or self.qzo.parametrization != "dense"):
             raise ValueError(f"qzo.units: absolute and qzo.parametrization: dense for method {self.method}, which trains no scales")
+        in_absolute_units = self.qzo.units == "absolute" and self.method == "qzo"  # which has dense numbers alone
+        if self.qzo.unquantized != "none" and not in_absolute_units:
+            raise ValueError("qzo.unquantized: none, or qzo.units: absolute and qzo.parametrization: dense with method: qzo")
         if self.method == "qlora" and (self.quant.backend != "bnb" or self.quant.type == "int8"):
             raise ValueError("quant.backend: bnb and quant.type: nf4 or fp4 for method qlora")
         if self.qzo.regions > 1:

@@ -63,8 +63,9 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
 
     def fill(target: Path) -> None:
         if stored:
-            save_stored(folder, target, tuned_scales(base.numbers))
+            save_stored(folder, target, tuned_scales(base.numbers), base.scales.weights)
         else:
+            base.numbers.merge_()
             _write_bitsandbytes(base.lm.model, config, folder, target, devices.dtype_name(dtype), facts)
         (target / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
 

@@ -18,8 +18,8 @@ from qzo_diffusion.llm.stored import stored_method
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint, linears_to_quantize
-from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
+from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.train.first_order import ExactAdam, first_order_step
 from qzo_diffusion.train.loop import TakeStep
@@ -30,7 +30,7 @@ class Base:
     """A model with the numbers that a method trains, as they are before a run.
 
     codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order step.
-    trained: names of the layers whose scales or codes are trained; none where something else is.
+    trained: names of the layers whose scales or codes are trained, and of unquantized tensors; none where something else is.
     """
 
     lm: CausalLm
@@ -58,9 +58,10 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
         step = first_order_step(rivals.lora_gradient(lm.model))
         return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
-    scales, numbers = build.scales_and_numbers(config, lm.model)
+    beside = unquantized_of(lm.model, config.qzo.unquantized)
+    scales, numbers = build.scales_and_numbers(config, lm.model, beside)
     codes, initial = build.fingerprints(lm.model, scales)
-    trained = tuple(chosen(scales, config.qzo.layers))
+    trained = tuple(build.trained_of(scales, config.qzo.layers))
     if config.method == "fo-scales":
         optimizer, step = build.first_order(lm.model)
         return Base(lm, scales, numbers, optimizer, codes, initial, step, trained)

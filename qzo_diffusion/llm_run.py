@@ -129,7 +129,8 @@ class LlmPlan:
 def _facts(config: LlmConfig) -> dict[str, Any]:
     """What a journal of a language model says beyond one of a style run."""
     lora, data = config.lora.model_dump(), config.data.model_dump()
-    return {"kind": "llm", "method": config.method, "task": config.task, "lora": lora, "data": data}
+    beside = {"unquantized": config.qzo.unquantized}
+    return {"kind": "llm", "method": config.method, "task": config.task, "lora": lora, "data": data} | beside
 
 
 def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:

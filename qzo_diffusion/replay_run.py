@@ -1,6 +1,7 @@
 """What `qzo-diffuse replay` does: the scales of any step, from the base model and a journal alone."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,19 @@ def _config(journal: Journal, kind: type[AnyConfig], own: dict[str, Any], model:
         settings = {
             "model": model or header["model"],
             "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
-            "qzo": {key: header[key] for key in _NUMBERS} | ({"normalize": "running"} if header.get("normalize") else {}),
+            "qzo": {key: header[key] for key in _NUMBERS} | _also(header),
             "quant": header["quant"],
             "compute": {"dtype": header["dtype"]},
         }
     except KeyError as error:
         raise _without(error) from None
     return make_config(settings | own, kind)
+
+
+def _also(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `qzo` that journals name only where they matter, or did not name at first."""
+    running = {"normalize": "running"} if header.get("normalize") else {}
+    return running | ({"unquantized": header["unquantized"]} if "unquantized" in header else {})
 
 
 def _without(error: KeyError) -> JournalError:

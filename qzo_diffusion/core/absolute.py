@@ -6,10 +6,17 @@ from torch import Tensor
 
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.scales import View
 
 
 class DenseAbsolute(Dense):
-    """One number per scale: additive, floored at zero."""
+    """One number per scale: additive, floored at zero. What is no scale (`ScaleSet.weights`) is of either sign."""
+
+    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+        weights = {name: one for name, one in self._trained.items() if name in self.scales.weights}
+        if direction is None and weights:
+            return lambda names: {name: weights[name] for name in names if name in weights}
+        return super().view(direction, radius)
 
     def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
         return [one + radius * direction.z(name, one) for one, name in zip(live, names, strict=True)]
@@ -20,4 +27,10 @@ class DenseAbsolute(Dense):
                 self.add_(name, amount * direction.z(name, self.scales[name]))
 
     def add_(self, name: str, delta: Tensor) -> None:
-        self.scales[name].add_(delta).clamp_(min=0.0)
+        moved = self.scales[name].add_(delta)
+        if name not in self.scales.weights:
+            moved.clamp_(min=0.0)
+
+    def merge_(self) -> None:
+        """Only the weights of a 16-bit model are not yet in it."""
+        self.scales.put_back(self.scales.weights)

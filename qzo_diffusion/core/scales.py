@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.gains import Factors, Gains, no_bias
+from qzo_diffusion.core.weights import WeightHandle
 
 SHOWN_AT_ONCE = 2**20
 """Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5 Large). Fewer, larger
@@ -57,8 +58,10 @@ class ScaleHandle(Protocol):
 class ScaleSet:
     """The live fp32 scales by layer name: the only copy of them.
 
+    `weights` names those that are no scales but unquantized tensors.
+
     Args:
-        handles: one per quantized layer.
+        handles: one per quantized layer or unquantized tensor.
         dtypes: fp64 is for tests of theory, and integers are codes in the place of scales (`core.quzo`).
 
     Raises:
@@ -69,6 +72,7 @@ class ScaleSet:
         self._handles = {handle.name: handle for handle in handles}
         if not self._handles:
             raise ModelError("a model without quantized layers", "at least one 4-bit linear", "quantize the model first")
+        self.weights = frozenset(name for name, handle in self._handles.items() if isinstance(handle, WeightHandle))
         self._live = {name: handle.scales for name, handle in self._handles.items()}
         for name, live in self._live.items():
             if live.dtype not in dtypes:
@@ -101,6 +105,10 @@ class ScaleSet:
 
     def numel(self) -> int:
         return self._numel
+
+    def put_back(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._handles[name].show(self._live[name])
 
     @contextmanager
     def showing(self, view: View | None = None, gains: Gains | None = None) -> Iterator[None]:
@@ -148,10 +156,11 @@ class _Lens:
             self._show(0)
         for index, chunk in enumerate(self._chunks):
             for name in chunk:
-                module = self._handles[name].module
-                factors = self._factors.get(name)
+                handle, factors = self._handles[name], self._factors.get(name)
+                module = handle.module
                 if len(self._chunks) > 1 or (factors and factors.scales_inputs):
-                    self._hooks.append(module.register_forward_pre_hook(self._before(name, index)))
+                    users = handle.modules if isinstance(handle, WeightHandle) else (module,)
+                    self._hooks += [user.register_forward_pre_hook(self._before(name, index)) for user in users]
                 if self._gains is not None and (len(self._chunks) > 1 or factors):
                     self._hooks.append(module.register_forward_hook(self._after(name)))
 

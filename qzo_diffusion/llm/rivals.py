@@ -13,49 +13,24 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.noise import Direction, torch_generator
+from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Objective
-from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.quant.base import linears_to_quantize
 
 
-class WeightHandle:
-    """A layer's weight in place of scales: fp32, shown to a forward in the dtype that the layer has."""
-
-    def __init__(self, name: str, module: Any) -> None:
-        self.name, self.module = name, module
-        weight: Tensor = module.weight.detach()
-        self.scales, self._dtype = weight.float(), weight.dtype
-
-    def show(self, scales: Tensor) -> None:
-        self.module.weight.data = scales.to(self._dtype)
-
-
-class Weights(DenseAbsolute):
-    """Every weight is a number of its own: w ± ε z, and w <- w + δ of either sign.
-
-    A 16-bit layer sees its trained weights through `view()` only; what it holds itself is as old as the last view.
-    """
-
-    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
-        if direction is None:
-            return lambda names: {name: self.scales[name] for name in names}
-        return super().view(direction, radius)
-
-    def add_(self, name: str, delta: Tensor) -> None:
-        self.scales[name].add_(delta)
-
-
-def mezo_numbers(model: nn.Module, skip: Sequence[str], blocksize: int) -> Weights:
+def mezo_numbers(model: nn.Module, skip: Sequence[str], blocksize: int) -> DenseAbsolute:
     """The weights of the very layers whose scales the other methods tune, unquantized. Embeddings, norms and head stay.
 
     In a 16-bit model the trained weights are kept in fp32 beside it: most of MeZO's updates would round to nothing.
     """
-    return Weights(ScaleSet(WeightHandle(name, linear) for name, linear in linears_to_quantize(model, skip, blocksize)))
+    layers = linears_to_quantize(model, skip, blocksize)
+    return DenseAbsolute(ScaleSet(WeightHandle(name, linear.weight, [linear]) for name, linear in layers))
 
 
-def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int) -> Weights:
+def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int) -> DenseAbsolute:
     """Put adapters beside the quantized layers of those names, by peft. Until they are trained they change nothing.
 
     The random half of each is drawn from the seed and the layer's name, so that every process and every resume has the same.
@@ -74,12 +49,12 @@ def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: floa
         kind = name.split(".")[-2] if name.endswith(".default") else ""
         if kind in ("lora_A", "lora_B"):
             module.float().requires_grad_(True)
-            weight: Any = module.weight.data
+            weight: Any = module.weight
             if kind == "lora_A":
                 drawn = torch.rand(weight.shape, generator=torch_generator(seed, "lora", name))
-                weight.copy_((2 * drawn - 1) / weight.shape[1] ** 0.5)
-            handles.append(WeightHandle(name, module))
-    return Weights(ScaleSet(handles))
+                weight.data.copy_((2 * drawn - 1) / weight.shape[1] ** 0.5)
+            handles.append(WeightHandle(name, weight, [module]))
+    return DenseAbsolute(ScaleSet(handles))
 
 
 def lora_gradient(model: nn.Module) -> Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]:

@@ -4,7 +4,7 @@ Everything that these formats need beside the package is in `quant`: neither gpt
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,23 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def save_stored(source: Path, target: Path, scales: ScaleSet | Mapping[str, Tensor]) -> None:
-    """A copy of the folder `source` with these scales, rounded to the dtype that the checkpoint has."""
+def save_stored(
+    source: Path, target: Path, scales: ScaleSet | Mapping[str, Tensor], weights: Collection[str] = frozenset()
+) -> None:
+    """A copy of the folder `source` with these scales, rounded to the dtype that the checkpoint has.
+
+    Args:
+        weights: names in `scales` of what is no scale but an unquantized tensor.
+    """
     to_store = gptq.scales_to_store if stored_method(source) == "gptq" else aqlm.scales_to_store
     tensors = scales.tensors() if isinstance(scales, ScaleSet) else scales
-    patch_folder(source, target, {f"{name.removesuffix(INNER)}.scales": to_store(one) for name, one in tensors.items()})
+
+    def entry(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        if name in weights:
+            return name.replace(f"{INNER}.", "."), tensor
+        return f"{name.removesuffix(INNER)}.scales", to_store(tensor)
+
+    patch_folder(source, target, dict(entry(name, tensor) for name, tensor in tensors.items()))
 
 
 def _quantization(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
+from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.quant import aqlm, base, bnb, gptq, int8, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 
@@ -92,9 +93,10 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
             )
 
 
-def find_scales(model: nn.Module) -> ScaleSet:
-    """The scales of all quantized layers of `model`."""
-    return ScaleSet(handles_of(model))
+def find_scales(model: nn.Module, beside: Sequence[WeightHandle] = ()) -> ScaleSet:
+    """The scales of all quantized layers of `model`, and unquantized tensors of it; modules that follow each other lie together."""
+    place = {id(module): index for index, module in enumerate(model.modules())}
+    return ScaleSet(sorted([*handles_of(model), *beside], key=lambda handle: place[id(handle.module)]))
 
 
 def find_codes(model: nn.Module) -> tuple[ScaleSet, dict[str, intgrid.Int8Grid]]:
