@@ -55,7 +55,8 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     _quantize_(config, lm, device)
     if config.method == "qlora":
         layers = [handle.name for handle in handles_of(lm.model)]
-        adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        adapters = rivals.lora_numbers(lm.model)
         step = first_order_step(rivals.lora_gradient(lm.model))
         return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
     beside = unquantized_of(lm.model, config.qzo.unquantized)
@@ -101,8 +102,9 @@ def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device)
     if any(True for _ in handles_of(lm.model)):
         raise ModelError("a folder that is quantized already", "an unquantized one for quzo-lora", "give the model it was made of")
     layers = [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)]
-    adapters = rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+    rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
     _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
+    adapters = rivals.lora_numbers(lm.model)
     return Base(lm, adapters.scales, adapters, build.optimizer(config), codes_fingerprint(lm.model), _hash(adapters.scales))
 
 

@@ -5,7 +5,7 @@ estimator, loop, batches, checkpoints and evaluation serve them. MeZO (arXiv 230
 2305.14314) is first-order: beside `core.oracle`, this is the one file that differentiates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ def mezo_numbers(model: nn.Module, skip: Sequence[str], blocksize: int) -> Dense
     return DenseAbsolute(ScaleSet(WeightHandle(name, linear.weight, [linear]) for name, linear in layers))
 
 
-def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int) -> DenseAbsolute:
-    """Put adapters beside the quantized layers of those names, by peft. Until they are trained they change nothing.
+def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
+    """Put adapters beside the layers of those names, by peft. Until they are trained they change nothing.
 
     The random half of each is drawn from the seed and the layer's name, so that every process and every resume has the same.
 
@@ -44,17 +44,22 @@ def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: floa
         raise ModelError("no package peft", "peft, for the method qlora", "pip install 'qzo-diffusion[qlora]'") from None
 
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers)), model)
-    handles = []
+    for name, module in _adapters(model):
+        weight: Any = module.float().requires_grad_(True).weight
+        if "lora_A" in name:
+            drawn = torch.rand(weight.shape, generator=torch_generator(seed, "lora", name))
+            weight.data.copy_((2 * drawn - 1) / weight.shape[1] ** 0.5)
+
+
+def lora_numbers(model: nn.Module) -> DenseAbsolute:
+    """The adapters of a model that is where it will stay: to move it leaves these behind."""
+    return DenseAbsolute(ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in _adapters(model)))
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        kind = name.split(".")[-2] if name.endswith(".default") else ""
-        if kind in ("lora_A", "lora_B"):
-            module.float().requires_grad_(True)
-            weight: Any = module.weight
-            if kind == "lora_A":
-                drawn = torch.rand(weight.shape, generator=torch_generator(seed, "lora", name))
-                weight.data.copy_((2 * drawn - 1) / weight.shape[1] ** 0.5)
-            handles.append(WeightHandle(name, weight, [module]))
-    return DenseAbsolute(ScaleSet(handles))
+        if name.endswith((".lora_A.default", ".lora_B.default")):
+            yield name, module
 
 
 def lora_gradient(model: nn.Module) -> Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]:

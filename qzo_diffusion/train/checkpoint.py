@@ -131,10 +131,12 @@ def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametri
 
 
 def load_checkpoint_(checkpoint: Checkpoint, numbers: Parametrization, optimizer: Stateful) -> None:
-    """Raises OutputError when the checkpoint does not fit this model."""
+    """Both come to the device of `numbers`. Raises OutputError when the checkpoint does not fit this model."""
+    device = next(iter(numbers.numbers().values())).device
     try:
         numbers.load_state_(load_tensors(checkpoint.folder / NUMBERS)[0])
-        optimizer.load_state_(load_tensors(checkpoint.folder / OPTIMIZER)[0])
+        state, _ = load_tensors(checkpoint.folder / OPTIMIZER)
+        optimizer.load_state_({name: tensor.to(device) for name, tensor in state.items()})
     except (ValueError, KeyError, RuntimeError) as error:
         raise OutputError(f"{checkpoint.folder} does not fit: {error}", "a checkpoint of this model", "give its own") from None
 

@@ -118,6 +118,24 @@ def test_every_example_can_have_several_directions(arguments, tmp_path):
     assert all(torch.equal(tensor, replayed[name]) for name, tensor in trained.items())
 
 
+@pytest.mark.parametrize("method", ["mezo", "quzo-lora", "qlora"])
+def test_what_is_trained_is_what_the_moved_model_has(model, monkeypatch, method):
+    """To move a model gives its parameters new memory, also where a CPU is all there is to move to."""
+    original = torch.nn.Module.to
+
+    def to(self, *place, **options):
+        for parameter in self.parameters():
+            parameter.data = parameter.data.clone()
+        return original(self, *place, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    base = load_base(make_config({"method": method}, LlmConfig), model, torch.device("cpu"), torch.float32)
+    numbers = base.numbers.numbers()
+    assert numbers
+    for name, number in numbers.items():
+        assert number.data_ptr() == base.lm.model.get_submodule(name).weight.data_ptr(), name
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(arguments, tmp_path, capsys, method):
     """Twelve sentences that are told apart by one word: a few steps at a high rate suffice for each method."""

@@ -16,6 +16,7 @@ from qzo_diffusion.train.checkpoint import (
     drop_old,
     entry_of,
     list_checkpoints,
+    load_checkpoint_,
     read_checkpoint,
     restore_,
     save_checkpoint,
@@ -67,6 +68,29 @@ class Run:
 
 def same_numbers(first, second):
     return all(torch.equal(tensor, second.numbers.state()[name]) for name, tensor in first.numbers.state().items())
+
+
+class OnAnotherDevice:
+    """Numbers that are where there is no memory, as a machine without a GPU has no other second device."""
+
+    def __init__(self, numbers):
+        self._numbers = numbers
+
+    def numbers(self):
+        return {name: number.to("meta") for name, number in self._numbers.numbers().items()}
+
+    def load_state_(self, state):
+        self._numbers.load_state_(state)
+
+
+def test_what_an_optimizer_remembers_comes_to_the_numbers_device(tmp_path):
+    run = Run(tmp_path / "run", "momentum").go(4)
+    (checkpoint, *_), _ = list_checkpoints(tmp_path / "run" / "checkpoints")
+    fresh = make_optimizer("momentum")
+    load_checkpoint_(checkpoint, OnAnotherDevice(run.numbers), fresh)
+    velocities = fresh.state()
+    assert velocities.keys() == {f"velocity.{name}" for name in run.numbers.numbers()}
+    assert all(velocity.is_meta for velocity in velocities.values())
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
