@@ -37,8 +37,9 @@ def global_rng_untouched():
     assert torch.equal(torch.get_rng_state(), state), "torch's global random generator was drawn from or seeded"
 
 
-# Whole runs of the command line: short ones, on the embedded model, with two prompts.
-FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0"]
+# Whole runs of the command line: short ones, on the embedded model, with two prompts. What tests call equal up to rounding is not in
+# bfloat16, which a GPU gets by default.
+FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0", "compute.dtype=float32"]
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +83,20 @@ def train(train_arguments):
     from qzo_diffusion.cli import main
 
     return lambda *arguments, **places: main(train_arguments(*arguments, **places))
+
+
+def killed_after(monkeypatch, step):
+    """As by a kill, nothing of what comes after that many steps is done."""
+    from qzo_diffusion.training_job import Job
+
+    original = Job.on_step
+
+    def on_step(self, record):
+        original(self, record)
+        if record.step + 1 == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "on_step", on_step)
 
 
 def metrics(run: Path, seconds: bool = False):

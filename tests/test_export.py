@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from qzo_diffusion import build, export_run
 from qzo_diffusion.cli import main
-from qzo_diffusion.config import load_config
+from qzo_diffusion.config import make_config, read_yaml
 from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.train.run_folder import load_scales
@@ -50,8 +50,8 @@ def export(finished, tmp_path):
 
 
 def tuned_model(run):
-    """The base, then the same with the run's scales."""
-    config = load_config(run / "config.yaml")
+    """The codes of the base, and the model with the run's scales, on the CPU wherever the run was."""
+    config = make_config({**read_yaml(run / "config.yaml"), "compute": {"device": "cpu", "dtype": "float32"}})
     base, scales, _ = build.load_base(config, build.find_place(config))
     codes = {handle.name: handle.codes.clone() for handle in handles_of(base)}
     blend_(scales, [(load_scales(run)[0], 1.0)])

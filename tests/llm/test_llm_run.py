@@ -14,8 +14,7 @@ from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import apply_, load_base
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.run_folder import load_scales
-from qzo_diffusion.training_job import Job
-from tests.conftest import failing, metrics
+from tests.conftest import failing, killed_after, metrics
 from tests.quant.stored_formats import convert_folder
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
@@ -40,21 +39,10 @@ def arguments(tmp_path, model, data):
     def build(*more, name="run"):
         base = ["llm", "train", "--task", "sst2", "--model", model, "--data-dir", data, "--max-steps", STEPS]
         small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "train.validate_every=2"]
-        return [str(part) for part in [*base, "--output-dir", tmp_path / name, *small, "train.checkpoint_every=2", *more]]
+        rest = ["train.checkpoint_every=2", "compute.dtype=float32"]
+        return [str(part) for part in [*base, "--output-dir", tmp_path / name, *small, *rest, *more]]
 
     return build
-
-
-def stop_after(monkeypatch, step):
-    """As a kill would: nothing of what comes after that step is done."""
-    original = Job.on_step
-
-    def on_step(self, record):
-        original(self, record)
-        if record.step + 1 == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Job, "on_step", on_step)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +71,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypa
     more = ["--method", method] + (["train.optimizer=adam"] if method == "qzo" else [])
     assert main(arguments(*more, name="whole")) == 0
     with monkeypatch.context() as patched:
-        stop_after(patched, 5)
+        killed_after(patched, 5)
         assert main(arguments(*more, name="killed")) == 130
     assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
     whole, killed = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed"))
@@ -100,7 +88,7 @@ SECOND_BLOCK = "qzo.layers=[layers.1]"  # what the first one gives is kept
 def test_what_is_kept_is_made_again_on_resume_bit_for_bit(arguments, tmp_path, monkeypatch):
     assert main(arguments(SECOND_BLOCK, name="whole")) == 0
     with monkeypatch.context() as patched:
-        stop_after(patched, 3)
+        killed_after(patched, 3)
         assert main(arguments(SECOND_BLOCK, name="killed")) == 130
     assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
