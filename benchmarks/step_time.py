@@ -4,9 +4,9 @@ The floor of an estimate is as many inference forwards as it has probes, in the 
 process, in turns, on the same quantized model, batch, dtype and threads; ratios are for two probes of each example over two
 forwards of the batch. A step is everything from the batch in hand to the journal's record. `dense` has one number per scale and one
 direction; `probes` is the default: one per row and block column, eight directions of every example and, in pictures, of each of 16
-regions, 32 rows in a forward. `antithetic` has one direction of every example, +eps and -eps in one forward. In texts a step reads
-from a file what the blocks before the first trained one give; `probes_first_time` computes them. SmolLM2 is made by
-`python -m benchmarks.smollm2`.
+regions, as many probes in a forward as a run takes. `antithetic` has one direction of every example, +eps and -eps in one forward.
+In texts a step reads from a file what the blocks before the first trained one give; `probes_first_time` computes them. SmolLM2 is
+made by `python -m benchmarks.smollm2`.
 Memory is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports, in a
 process that gives freed buffers back at once.
 """
@@ -38,13 +38,14 @@ from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.flow_matching import Batch, patches, velocity_loss
 from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
-from qzo_diffusion.quant.choose import matching, quiet
+from qzo_diffusion.planning import rows_on_cpu
+from qzo_diffusion.quant.choose import last_readers, matching, quiet
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
@@ -57,21 +58,22 @@ CASES = {  # name: (model, side of the latents, text tokens, batch)
     "smollm2_b4": ("smollm2", 0, 36, 4),
     "smollm2_b16": ("smollm2", 0, 36, 16),
 }
-REGIONS, DIRECTIONS, ROWS = 16, 8, 32
+REGIONS, DIRECTIONS, PROBES = 16, 8, 32  # PROBES: of a run's step
 
 
 @dataclass
 class Setup:
     """A model and a batch.
 
-    drawn: the batch in parts of so many examples, as a step draws them, or as it does the first time. default: what a run trains
-    where nothing is said.
+    drawn: the batch in parts of so many examples, as a step draws them, or as it does the first time. at_once: of how many examples
+    all probes go into one forward. default: what a run trains where nothing is said.
     """
 
     model: nn.Module
     objective: Callable[[Any], torch.Tensor]
     batch: Any
     drawn: Callable[[int, bool], Sequence[Any]]
+    at_once: int
     regions: int
     default: Callable[[ScaleSet], Parametrization]
 
@@ -85,9 +87,12 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     apart = matching([name for name, _ in model.named_modules()], POINTWISE_LAYERS)
 
     def default(scales: ScaleSet) -> Parametrization:
-        return parametrize(scales, "separable", pointwise=apart)
+        return parametrize(scales, "separable", pointwise=apart, last_readers=last_readers(scales))
 
-    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, lambda size, _: batch.split(size), REGIONS, default)
+    rows = rows_on_cpu(model.config.num_attention_heads * model.config.attention_head_dim, patches(batch.latents))
+    at_once = min(count, rows // DIRECTIONS)
+    parts = lambda size, _: batch.split(size)  # noqa: E731
+    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, parts, at_once, REGIONS, default)
 
 
 def set_up_text(tokens: int, count: int, dtype: torch.dtype) -> Setup:
@@ -103,19 +108,20 @@ def set_up_text(tokens: int, count: int, dtype: torch.dtype) -> Setup:
     kept = KeptHidden(lm, [rows], Path(tempfile.mkdtemp()))
 
     def default(scales: ScaleSet) -> Parametrization:
-        return parametrize(scales, "separable", trained=trained)
+        return parametrize(scales, "separable", trained=trained, last_readers=last_readers(scales))
 
     return Setup(
         lm.model,
         lambda one: task_loss(lm, one),
         make_batch(lm, encoded),
         lambda size, again: [make_batch(lm, encoded[:size], kept if again else None)] * (count // size),
+        count,
         1,
         default,
     )
 
 
-def build_model(name: str, dtype: torch.dtype) -> nn.Module:
+def build_model(name: str, dtype: torch.dtype) -> Any:
     from diffusers import SD3Transformer2DModel
 
     if name == "tiny":
@@ -185,18 +191,18 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         one_step(numbers, Probing(0, 1e-2), [whole])
 
     def probes() -> None:
-        one_step(factors, default, setup.drawn(min(len(batch), ROWS // DIRECTIONS), True))
+        one_step(factors, default, setup.drawn(setup.at_once, True))
 
     def antithetic() -> None:
         one_step(factors, both_sides, setup.drawn(len(batch), True))
 
     def probes_first_time() -> None:
-        one_step(factors, default, setup.drawn(min(len(batch), ROWS // DIRECTIONS), False))
+        one_step(factors, default, setup.drawn(setup.at_once, False))
 
     def probes_in_flight() -> None:
         """As many rows in flight as in an inference forward; in all as many as a run's step has."""
         copies = min(DIRECTIONS, len(batch))
-        one_step(factors, replace(default, copies=copies), setup.drawn(len(batch) // copies, True)[: ROWS // len(batch)])
+        one_step(factors, replace(default, copies=copies), setup.drawn(len(batch) // copies, True)[: PROBES // len(batch)])
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""

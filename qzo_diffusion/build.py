@@ -27,7 +27,7 @@ from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.quant.choose import chosen, matching
+from qzo_diffusion.quant.choose import chosen, last_readers, matching
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
@@ -304,7 +304,7 @@ def scales_and_numbers(
         )
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
-    return scales, parametrize(scales, level, config.qzo.units, trained, pointwise)
+    return scales, parametrize(scales, level, config.qzo.units, trained, pointwise, last_readers(scales))
 
 
 def trained_of(scales: ScaleSet, wanted: Sequence[str] | None) -> list[str]:
@@ -337,7 +337,8 @@ def step_in_words(config: RunConfig, examples: int, things: str) -> str:
     count, probes = config.qzo.num_directions, probes_of_example(config)
     along = f"{count} direction{'s' * (count > 1)} {'of each' if config.qzo.per_example else 'that all share'}"
     sides = "" if config.qzo.estimator == "leave_one_out" else ", at both sides"
-    return f"{examples} {things}, {along}{sides}: {examples * probes} forwards of one"
+    at_once = "" if config.train.micro_batch_size is None else f", {config.train.micro_batch_size} at once"
+    return f"{examples} {things}, {along}{sides}: {examples * probes} forwards of one{at_once}"
 
 
 def probes_at_once(config: RunConfig) -> int:

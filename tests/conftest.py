@@ -37,8 +37,8 @@ def global_rng_untouched():
     assert torch.equal(torch.get_rng_state(), state), "torch's global random generator was drawn from or seeded"
 
 
-# Whole runs of the command line: short ones, on the embedded model, with two prompts. What tests call equal up to rounding is not in
-# bfloat16, which a GPU gets by default.
+# Whole runs of the command line: short ones, on the embedded model, with two prompts. In bfloat16, a GPU's default, what tests call
+# equal up to rounding is not.
 FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0", "compute.dtype=float32"]
 
 

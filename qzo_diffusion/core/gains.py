@@ -20,11 +20,13 @@ class LayerGain:
 
     One row for each group of neighbouring examples, so the number of rows divides the batch: one row for all, two for a batch of
     +ε and then -ε, or one per example. More rows than examples give each example several, one for each of equally long runs of
-    its tokens. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns.
+    its tokens. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns. overwrites: the input may be
+    overwritten, because nothing reads it after this layer.
     """
 
     output: Tensor | None = None
     input: Tensor | None = None
+    overwrites: bool = False
 
 
 Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
@@ -105,19 +107,20 @@ class Factors:
     """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is added after the product."""
 
     def __init__(self, name: str, gain: LayerGain, bias: Tensor | None) -> None:
-        self._name, self._input, self._output = name, gain.input, gain.output
+        self._name, self._input, self._output, self._overwrites = name, gain.input, gain.output, gain.overwrites
         self._bias = None if bias is None else bias.detach()
         if bias is not None and bias.device.type == "cpu" and gain.output is not None:  # a GPU converts on its way
             self._bias = bias.detach().to(gain.output.dtype)
         self.scales_inputs = gain.input is not None
 
     def of_input(self, x: Tensor) -> Tensor:
-        """A new tensor: several layers may read the same x."""
+        """A new tensor, since several layers may read the same x; x itself where the gain says that none does after this one."""
         assert self._input is not None
         groups = len(self._input)
         self._check(x, groups)
+        in_place = self._overwrites and x.is_contiguous() and not x.requires_grad
         by_group = x.reshape(groups, -1, x.shape[-1]).contiguous()
-        scaled = torch.empty_like(by_group)
+        scaled = by_group if in_place else torch.empty_like(by_group)
         _scale(by_group, self._input, None, into=scaled)
         return scaled.view(x.shape)
 

@@ -68,6 +68,7 @@ class Grouped:
         trained: names of the layers that take part; None is all.
         pointwise: names of the layers whose numbers have a z for every region; with directions of one region it makes no difference
             but for which z is drawn.
+        last_readers: names of the layers whose inputs nothing reads after them, so that factors may be written over them.
 
     Raises:
         ValueError: blocks cross rows, so that rows have no scales of their own.
@@ -76,9 +77,14 @@ class Grouped:
     has_gains = True
 
     def __init__(
-        self, scales: ScaleSet, axes: Sequence[Axis], trained: Sequence[str] | None = None, pointwise: Collection[str] = ()
+        self,
+        scales: ScaleSet,
+        axes: Sequence[Axis],
+        trained: Sequence[str] | None = None,
+        pointwise: Collection[str] = (),
+        last_readers: Collection[str] = (),
     ) -> None:
-        self.scales = scales
+        self.scales, self._last_readers = scales, frozenset(last_readers)
         self.theta: dict[str, Tensor] = {}
         self._kinds: dict[str, _Kind] = {}
         self._signs = SignCache()
@@ -159,7 +165,7 @@ class Grouped:
                     if with_theta:
                         factor.mul_(exp(self.theta[key][start:stop]))
                     self._collect(factors, key, chosen, factor)
-            return {name: self._gain(of_layer) for name, of_layer in factors.items()}
+            return {name: self._gain(of_layer, name in self._last_readers) for name, of_layer in factors.items()}
 
         return of_layers
 
@@ -170,10 +176,10 @@ class Grouped:
             into.setdefault(name, {})[kind.axis] = factor
 
     @staticmethod
-    def _gain(factors: dict[Axis, Tensor]) -> LayerGain:
+    def _gain(factors: dict[Axis, Tensor], overwrites: bool) -> LayerGain:
         output = [factors[axis] for axis in ("layer", "row") if axis in factors]
         product = output[0] * output[1] if len(output) == 2 else output[0] if output else None
-        return LayerGain(product, factors.get("column"))
+        return LayerGain(product, factors.get("column"), overwrites)
 
     def _exp_z(self, key: str, probe: "_Probe", start: int, stop: int) -> Tensor:
         """exp(radius · z), a new tensor [groups, stop - start]; groups are radii · directions · regions where it is pointwise."""

@@ -19,10 +19,11 @@ def parametrize(
     units: Units = "relative",
     trained: Sequence[str] | None = None,
     pointwise: Collection[str] = (),
+    last_readers: Collection[str] = (),
 ) -> Parametrization:
     """The parametrization by its name in a config; `trained` names the layers that take part, None is all.
 
-    `pointwise` names those that treat tokens apart (`core.grouped`); it means nothing to dense numbers.
+    `pointwise` and `last_readers` are facts of layers for `core.grouped`; they mean nothing to dense numbers.
 
     "separable" has a number for every row and one for every block column: log s[o, g] = log s0[o, g] + row[o] + column[g].
 
@@ -35,4 +36,4 @@ def parametrize(
         return DenseAbsolute(scales, trained)
     if level == "dense":
         return Dense(scales, trained)
-    return Grouped(scales, ("row", "column") if level == "separable" else (level,), trained, pointwise)
+    return Grouped(scales, ("row", "column") if level == "separable" else (level,), trained, pointwise, last_readers)

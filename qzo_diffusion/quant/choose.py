@@ -19,6 +19,15 @@ def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
     return quiet(names) if wanted == "quiet" else matching(names, wanted)
 
 
+# What comes out of an activation or an attention is read by these alone, in the SD3 family and in models like Llama.
+LAST_READERS = ("ff.net.2", "ff_context.net.2", "attn.to_out.0", "attn2.to_out.0", "mlp.down_proj", "self_attn.o_proj")
+
+
+def last_readers(names: Iterable[str]) -> list[str]:
+    """Layers whose inputs nothing reads after them."""
+    return matching(names, LAST_READERS)
+
+
 def quiet(names: Iterable[str]) -> list[str]:
     """Where a language model's layers have little noise for their signal (docs/decisions.md).
 
