@@ -72,7 +72,7 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     feedback_steps: Count = 40  # what rounding left is computed again from so many steps
-    micro_batch_size: Count | None = None  # probes of examples in one forward; None: all of the batch
+    micro_batch_size: Count | None = None  # probes of examples in one forward; None: pictures what fits and is fast, texts all
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
     checkpoint_every: Annotated[int, Field(ge=0)] = 100  # 0: only when stopped; the journal alone can rebuild a run

@@ -1,4 +1,9 @@
-"""The memory plan of a run: what a model's configs and the settings say of every phase, and what to change where it is too much."""
+"""The memory plan of a run: what a model's configs and the settings say of every phase, and what to change where it is too much.
+
+Where nobody says how many probes go into one forward, it follows from that.
+"""
+
+from typing import Any
 
 import torch
 
@@ -24,8 +29,40 @@ CHANGES = (
     ("data.resolution", 256),
 )
 
+FASTEST_ON_CPU = 2**24
+"""Most numbers that the widest layer gives in a forward on a CPU. More rows share one reading of the weights, but tensors that no
+cache holds make all that lies between the products slower (docs/decisions.md)."""
+FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
 
-def memory_plan(config: Config, place: build.Place, *, images: int = 0, prompts: int = 0) -> MemoryPlan:
+
+def fitting_micro_batch(config: Config, place: build.Place, images: int = 0, prompts: int = 0) -> int:
+    """How many probes of examples a forward should have: the whole batch, or the largest power of two that fits and is fast.
+
+    Raises:
+        ModelError: the model's folder lacks something.
+    """
+
+    def training(count: int) -> float:
+        tried = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": count})})
+        return next(phase.total for phase in _phases(tried, place, images, prompts) if phase.name == "train")
+
+    most = whole = config.data.batch_size * build.probes_at_once(config)
+    available = memory.available_bytes(place.device)
+    if available is not None:
+        one, two = training(1), training(2)
+        most = 1 + int((available - one) / (two - one))
+    if place.device.type == "cpu":
+        transformer = find_transformer(build.transformer_place(config, place.folder)).config
+        most = min(most, rows_on_cpu(*_shape(config, place, transformer)))
+    return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
+
+
+def rows_on_cpu(width: int, image_tokens: int) -> int:
+    """So many rows are fast there; two at least, because one shares nothing."""
+    return max(2, FASTEST_ON_CPU // (FEED_FORWARD * width * image_tokens))
+
+
+def memory_plan(config: Config, place: build.Place, images: int = 0, prompts: int = 0) -> MemoryPlan:
     """Every phase on the device of `place`, with the changes that make it fit where it does not.
 
     Args:
@@ -62,12 +99,11 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     folder, dtype, device = place.folder, place.dtype, place.device.type
     found = find_transformer(build.transformer_place(config, folder))
     transformer = found.config
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    width, image_tokens = _shape(config, place, transformer)
     size = ModelSize.of(empty_transformer(transformer), build.quantization(config.quant), dtype, width)
     vae_config, vae = read_config(folder / "vae" / "config.json"), memory.stored_bytes(read_entries(folder / "vae"), torch.float32)
     side = config.data.resolution or sd3.native_resolution(folder)
-    reduction = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    image_tokens = (side // (reduction * transformer["patch_size"])) ** 2
+    reduction = _reduction(vae_config)
     text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)
     libraries = memory.LIBRARIES[device]
     on_device = devices.choose_device(config.compute.vae_device).type == device if config.compute.vae_device else True
@@ -99,6 +135,18 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
         ),
         Phase("sample", resident | _sampling(size, image_tokens, text_tokens, (drawn, batch), place, vae_work("decode"))),
     ]
+
+
+def _shape(config: Config, place: build.Place, transformer: dict[str, Any]) -> tuple[int, int]:
+    """Width of its hidden states, and tokens of an image."""
+    side = config.data.resolution or sd3.native_resolution(place.folder)
+    patch = _reduction(read_config(place.folder / "vae" / "config.json")) * transformer["patch_size"]
+    return transformer["num_attention_heads"] * transformer["attention_head_dim"], (side // patch) ** 2
+
+
+def _reduction(vae: dict[str, Any]) -> int:
+    """Pixels of an image along a side of one latent."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def _sampling(

@@ -14,7 +14,7 @@ from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
-from qzo_diffusion.planning import memory_plan
+from qzo_diffusion.planning import fitting_micro_batch, memory_plan
 from qzo_diffusion.style_pictures import Pictures
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
@@ -60,15 +60,23 @@ class StylePlan:
         return "\n".join(lines)
 
     def memory(self) -> MemoryPlan:
-        place = build.Place(self.model_folder, self.device, self.dtype)
+        return memory_plan(self.config, *self._needs())
+
+    def rows_that_fit(self) -> int:
+        return fitting_micro_batch(self.config, *self._needs())
+
+    def _needs(self) -> tuple[build.Place, int, int]:
+        """Where the run is, and how many images and prompts it keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
-        return memory_plan(self.config, place, images=len(self.style.samples), prompts=len(captions) + len(self.sample_prompts))
+        place = build.Place(self.model_folder, self.device, self.dtype)
+        return place, len(self.style.samples), len(captions) + len(self.sample_prompts)
 
     def data(self) -> list[dict[str, Any]]:
         return dataset_table(self.style)
 
     def settings(self) -> dict[str, Any]:
-        local = {"data": {"style_dir", "validation_dir", "cache_dir"}, "sample": {"prompts"}}
+        # where things lie, and what memory each process has
+        local = {"data": {"style_dir", "validation_dir", "cache_dir"}, "sample": {"prompts"}, "train": {"micro_batch_size"}}
         return self.config.model_dump(exclude=local)
 
     def metadata(self, parts: Parts) -> dict[str, str]:
@@ -145,7 +153,10 @@ def make_plan(config: Config) -> StylePlan:
     settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
         settled.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
-    return StylePlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts)
+    plan = StylePlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts)
+    if settled.train.micro_batch_size is None:
+        settled.train.micro_batch_size = plan.rows_that_fit()
+    return plan
 
 
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:

@@ -148,6 +148,28 @@ def test_a_device_that_is_too_small_is_told_what_to_change(pipelines, monkeypatc
     assert "no setting makes it fit" in plan_of("sd35_large_24gb", pipelines).describe()
 
 
+@pytest.mark.parametrize(("gigabytes", "rows"), [(5.0, 1), (7.0, 2), (8.0, 4), (12.0, 16), (1000.0, 32), (None, 32)])
+def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, gigabytes, rows):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9)
+    config = make_config({"model": "large", "data": {"resolution": 1024}})
+    place = build.Place(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
+    assert planning.fitting_micro_batch(config, place) == rows
+
+    def training(count):
+        tried = make_config({"model": "large", "data": {"resolution": 1024}, "train": {"micro_batch_size": count}})
+        return next(phase.total for phase in planning.memory_plan(tried, place).phases if phase.name == "train")
+
+    assert gigabytes is None or rows == 1 or training(rows) <= gigabytes * 1e9
+    assert gigabytes is None or rows == 32 or training(2 * rows) > gigabytes * 1e9
+
+
+@pytest.mark.parametrize(("side", "rows"), [(256, 4), (512, 2), (1024, 2)])
+def test_a_cpu_gets_no_more_than_its_caches_bear(pipelines, monkeypatch, side, rows):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e12)
+    place = build.Place(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
+    assert planning.fitting_micro_batch(make_config({"data": {"resolution": side}}), place) == rows
+
+
 @pytest.mark.parametrize(
     ("key", "small", "large"),
     [
