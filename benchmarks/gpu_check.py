@@ -150,7 +150,7 @@ def busy_seconds(work: Callable[[], object]) -> float | None:
     """How long the card was at work, whatever it waited for in between."""
     if not torch.cuda.is_available():
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as found:
         work()
         torch.cuda.synchronize()
     on_card = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
