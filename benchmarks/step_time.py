@@ -90,9 +90,15 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
         return parametrize(scales, "separable", pointwise=apart, last_readers=last_readers(scales))
 
     rows = rows_on_cpu(model.config.num_attention_heads * model.config.attention_head_dim, patches(batch.latents))
-    at_once = min(count, rows // DIRECTIONS)
-    parts = lambda size, _: batch.split(size)  # noqa: E731
-    return Setup(model, lambda one: velocity_loss(model, one, dtype), batch, parts, at_once, REGIONS, default)
+    return Setup(
+        model,
+        lambda one: velocity_loss(model, one, dtype),
+        batch,
+        lambda size, _: batch.split(size),
+        min(count, rows // DIRECTIONS),
+        REGIONS,
+        default,
+    )
 
 
 def set_up_text(tokens: int, count: int, dtype: torch.dtype) -> Setup:

@@ -145,16 +145,8 @@ def arguments(tmp_path):
     def build(model, *more, name="run"):
         base = ["llm", "train", "--task", "sst2", "--model", model, "--data-dir", data, "--max-steps", 6]
         small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "train.validate_every=2"]
-        rest = [
-            "train.lr=1e-5",
-            "train.checkpoint_every=2",
-            "compute.dtype=float32",
-            *PAPER,
-            "--output-dir",
-            tmp_path / name,
-            *more,
-        ]
-        return [str(part) for part in [*base, *small, *rest]]
+        rest = ["train.lr=1e-5", "train.checkpoint_every=2", "compute.dtype=float32", *PAPER]
+        return [str(part) for part in [*base, *small, *rest, "--output-dir", tmp_path / name, *more]]
 
     return build
 

@@ -22,7 +22,7 @@ def model_and_inputs(kind):
 
 
 def probed(model, inputs, overwriting):
-    """The prediction with a direction for every example, and how many layers were given a tensor in place of their input."""
+    """The prediction with a direction for every example, and how many layers had their factors written over the input."""
     scales = find_scales(model)
     names = last_readers(scales) if overwriting else ()
     numbers = parametrize(scales, "separable", last_readers=names)
