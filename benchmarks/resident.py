@@ -23,3 +23,8 @@ def peak_of(work: Callable[[], object]) -> int:
     reset_peak()
     work()
     return resident("VmHWM")
+
+
+# For a process whose peak is measured. Freed buffers go back at once, else the peak is that of the holes between them, which differ
+# from run to run; slower.
+FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}

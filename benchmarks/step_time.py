@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import write_results
-from benchmarks.resident import peak_of, resident
+from benchmarks.resident import FREED_AT_ONCE, peak_of, resident
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
 from qzo_diffusion.config import QuantConfig
@@ -280,8 +280,6 @@ def main() -> None:
     print(write_results("step_time", {"models": worst_by_model(cases), "cases": cases}))
 
 
-# Freed buffers go back at once, else the peak is that of the holes between them, which differ from run to run; slower.
-FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 MEMORY = ("memory_over_inference", "probes_memory_over_inference", "inference_peak_mb", "step_peak_mb")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llm_compare.methods import BATCH, METHODS, TASKS, Places
+from benchmarks.resident import FREED_AT_ONCE
 
 MEASURED = ("default", "paper", "mezo", "fo_scales", "qlora", "adamw")
 
@@ -18,9 +19,7 @@ def measure_all(places: Places) -> dict[str, Any]:
     for name in MEASURED:
         command = [sys.executable, "-m", "benchmarks.llm_compare", "memory", "--method", name, "--data", str(places.data)]
         command += ["--model", str(places.model)]
-        # Freed buffers go back at once, else the peak is that of the holes between them, which differ from run to run.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-        output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | FREED_AT_ONCE).stdout
         found[name] = json.loads(output.splitlines()[-1])
         print(name, found[name], file=sys.stderr)
     return found
