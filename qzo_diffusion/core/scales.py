@@ -24,7 +24,7 @@ SHOWN_AT_ONCE = 2**20
 operations: between two layers of a forward each Python call costs several times what it costs in a row, since the products have
 emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
 SHOWN_ON_GPU = 4 * SHOWN_AT_ONCE  # a block of SD3.5 Large: launching costs the same whatever the size
-FEW = 2**16  # are shown at once whatever they are of
+FEW = 2**15  # are shown at once whatever they are of
 
 
 def shown_at_once(numel: int, device: str) -> int:
