@@ -24,12 +24,13 @@ SHOWN_AT_ONCE = 2**20
 operations: between two layers of a forward each Python call costs several times what it costs in a row, since the products have
 emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
 SHOWN_ON_GPU = 4 * SHOWN_AT_ONCE  # a block of SD3.5 Large: launching costs the same whatever the size
-FEW = 2**15  # are shown at once whatever they are of
+FEW = 2**18  # are shown at once whatever they are of
+FEW_WITH_GAINS = 2**15  # whose factors are several for each scale, when many examples each have their own
 
 
-def shown_at_once(numel: int, device: str) -> int:
+def shown_at_once(numel: int, device: str, few: int = FEW) -> int:
     """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so that it stays small beside them."""
-    return min(SHOWN_AT_ONCE if device == "cpu" else SHOWN_ON_GPU, max(FEW, numel // 8))
+    return min(SHOWN_AT_ONCE if device == "cpu" else SHOWN_ON_GPU, max(few, numel // 8))
 
 
 View = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -78,8 +79,7 @@ class ScaleSet:
             if live.dtype not in dtypes:
                 raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
         self._numel = sum(live.numel() for live in self._live.values())
-        most = shown_at_once(self._numel, next(iter(self._live.values())).device.type)
-        self._chunks = list(_chunks({name: live.numel() for name, live in self._live.items()}, most))
+        self._chunks, self._chunks_with_gains = self._neighbours(FEW), self._neighbours(FEW_WITH_GAINS)
         self._lens: _Lens | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -103,6 +103,10 @@ class ScaleSet:
         """The layers in order, neighbours together up to `shown_at_once` scales."""
         return self._chunks
 
+    def _neighbours(self, few: int) -> list[list[str]]:
+        most = shown_at_once(self._numel, next(iter(self._live.values())).device.type, few)
+        return list(_chunks({name: live.numel() for name, live in self._live.items()}, most))
+
     def numel(self) -> int:
         return self._numel
 
@@ -116,7 +120,8 @@ class ScaleSet:
 
         Views do not add up: an inner one replaces the outer one until it is closed.
         """
-        outer, lens = self._lens, _Lens(self._handles, self._live, self._chunks, view, gains)
+        chunks = self._chunks if gains is None else self._chunks_with_gains
+        outer, lens = self._lens, _Lens(self._handles, self._live, chunks, view, gains)
         try:
             if outer is not None:
                 outer.close()
