@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.bits import choose
-from qzo_diffusion.core.noise import Direction, SignCache
+from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import copy_by_name_, exp, only_probe
 from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.sign_cache import SignCache
 
 
 class Dense:
@@ -49,7 +50,7 @@ class Dense:
         like = [self._trained[name] for name in names]
         if direction.distribution == "gaussian":
             return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
-        packed = [self._signs.packed(direction, name, one) for name, one in zip(names, like, strict=True)]
+        packed = [self._signs.packed((direction,), name, one)[0] for name, one in zip(names, like, strict=True)]
         chosen = choose(torch.cat(packed), [(math.exp(radius), math.exp(-radius))], like[0].dtype)[0]
         parts = chosen.split([8 * part.numel() for part in packed])
         return [part[: one.numel()].view(one.shape) for part, one in zip(parts, like, strict=True)]

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from qzo_diffusion.core.bits import choose, signed_sum
 from qzo_diffusion.core.gains import Gains, LayerGain
-from qzo_diffusion.core.noise import Direction, SignCache
+from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import copy_by_name_, exp
 from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.sign_cache import SignCache
 
 Axis = Literal["layer", "row", "column"]
 
@@ -189,15 +190,12 @@ class Grouped:
             drawn = [direction.exp_z(key, like, radius, each=kind.pointwise) for radius in radii for direction in directions]
             return torch.stack(drawn).view(-1, like.numel())[:, start:stop]
         pairs = [(math.exp(radius), math.exp(-radius)) for radius in radii]
-        first, last = start // 8, (stop + 7) // 8  # of all directions only what is asked for is put side by side
-        packed = self._packed(key, directions, slice(first, last))
-        return choose(packed, pairs, like.dtype, start - 8 * first, stop - 8 * first).flatten(0, 1)
+        return choose(self._packed(key, directions, keep=True), pairs, like.dtype, start, stop).flatten(0, 1)
 
-    def _packed(self, key: str, directions: Sequence[Direction], part: slice = slice(None)) -> Tensor:
-        """The bits of the signs, `part` of their bytes, [directions · regions, bytes]."""
-        like, each = self.theta[key], self._kinds[key].pointwise
-        drawn = [self._signs.packed(direction, key, like, each)[..., part] for direction in directions]
-        return drawn[0].view(-1, drawn[0].shape[-1]) if len(drawn) == 1 else torch.stack(drawn).flatten(0, -2)
+    def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
+        """The bits of the signs, [directions · regions, bytes]."""
+        packed = self._signs.packed(directions, key, self.theta[key], self._kinds[key].pointwise, keep)
+        return packed.flatten(0, -2)
 
     def _spread(self, name: str, factors: dict[Axis, Tensor]) -> Tensor:
         """The layer's scales times its factors; the blocks of a row lie side by side."""
@@ -212,7 +210,7 @@ class Grouped:
         if not kind.pointwise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
-            return signed_sum(self._packed(name, directions), amounts, theta.numel()).to(theta.dtype)
+            return signed_sum(self._packed(name, directions, keep=False), amounts, theta.numel()).to(theta.dtype)
         drawn = (direction.z(name, theta, each=kind.pointwise).view(-1, theta.numel()) for direction in directions)
         total = torch.zeros_like(theta)
         for z, amount in zip(chain.from_iterable(drawn), amounts, strict=True):

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qzo_diffusion.core.bits import _choose_by_mask, choose, signed_sum
-from qzo_diffusion.core.noise import Direction, SignCache, derive_key, directions_of_step, packed_bits, torch_generator
+from qzo_diffusion.core.noise import Direction, derive_key, directions_of_step, packed_bits, torch_generator
 
 LIKE = torch.empty(1000)
 
@@ -64,22 +65,13 @@ def test_signed_sums_are_the_same_in_any_order_and_right_to_their_last_bit(amoun
     assert torch.equal(found, signed_sum(packed[places], [amounts[place] for place in places], 100))
 
 
-def test_cached_bits_are_the_drawn_ones_and_old_directions_go():
-    cache, like, wanted = SignCache(limit=100), torch.empty(200), [Direction(0, 0, index) for index in range(6)]
-    for direction in [*wanted, wanted[0], wanted[5]]:
-        for name in ("a", "b"):
-            for _ in range(2):
-                assert np.array_equal(cache.packed(direction, name, like).numpy(), direction.packed(name, 200))
-    assert len(cache._known) == 1  # a direction takes 64 bytes here
+def test_drawing_in_threads_gives_each_its_own_bits():
+    def draw(index):
+        return [packed_bits(2**16, index, again).tobytes() for again in range(50)]
 
-
-def test_bits_of_another_step_are_not_kept():
-    """A long run would otherwise hold those of a hundred steps."""
-    cache = SignCache()
-    for step in range(3):
-        for index in range(2):
-            cache.packed(Direction(0, step, index), "a", torch.empty(200))
-        assert {direction.step for direction in cache._known} == {step}
+    alone = [draw(index) for index in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(draw, range(4))) == alone
 
 
 def test_known_bits_stay_what_they_are():
