@@ -90,7 +90,7 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     def default(scales: ScaleSet) -> Parametrization:
         return parametrize(scales, "separable", pointwise=apart, last_readers=last_readers(scales))
 
-    rows = rows_on_cpu(model.config.num_attention_heads * model.config.attention_head_dim, patches(batch.latents))
+    rows = rows_on_cpu(model.config.num_attention_heads * model.config.attention_head_dim, patches(batch.latents), dtype)
     return Setup(
         model,
         lambda one: velocity_loss(model, one, dtype),

@@ -29,9 +29,10 @@ CHANGES = (
     ("data.resolution", 256),
 )
 
-FASTEST_ON_CPU = 2**24
-"""Most numbers that the widest layer gives in a forward on a CPU. More rows share one reading of the weights, but tensors that no
-cache holds make all that lies between the products slower (docs/decisions.md)."""
+SHARING, LARGEST, IN_CACHE = 16, 2**24, 2**22
+"""On a CPU rows of one forward share one reading of the weights, but tensors that no cache holds make all that lies between the
+products slower. So a forward has 16 rows, where the widest layer gives no more than 2^24 numbers for them, and more as long as
+those fill no more than 4 MB (measured: docs/decisions.md)."""
 FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
 
 
@@ -53,13 +54,14 @@ def fitting_micro_batch(config: Config, place: build.Place, images: int = 0, pro
         most = 1 + int((available - one) / (two - one))
     if place.device.type == "cpu":
         transformer = find_transformer(build.transformer_place(config, place.folder)).config
-        most = min(most, rows_on_cpu(*_shape(config, place, transformer)))
+        most = min(most, rows_on_cpu(*_shape(config, place, transformer), place.dtype))
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
 
-def rows_on_cpu(width: int, image_tokens: int) -> int:
+def rows_on_cpu(width: int, image_tokens: int, dtype: torch.dtype) -> int:
     """So many rows are fast there; two at least, because one shares nothing."""
-    return max(2, FASTEST_ON_CPU // (FEED_FORWARD * width * image_tokens))
+    widest = FEED_FORWARD * width * image_tokens  # numbers a row
+    return max(2, min(SHARING, LARGEST // widest), IN_CACHE // (widest * dtype.itemsize))
 
 
 def memory_plan(config: Config, place: build.Place, images: int = 0, prompts: int = 0) -> MemoryPlan:

@@ -172,6 +172,20 @@ def test_a_cpu_gets_no_more_than_its_caches_bear(pipelines, monkeypatch, side, r
 
 
 @pytest.mark.parametrize(
+    ("width", "tokens", "dtype", "rows"),
+    [
+        (256, 16, torch.float32, 64),  # what 4 MB hold
+        (256, 16, torch.bfloat16, 128),
+        (1024, 256, torch.float32, 16),
+        (1024, 256, torch.bfloat16, 16),
+        (1024, 512, torch.float32, 8),  # 2^24 numbers
+    ],
+)
+def test_small_models_fill_a_cache_and_large_ones_share_their_weights(width, tokens, dtype, rows):
+    assert planning.rows_on_cpu(width, tokens, dtype) == rows
+
+
+@pytest.mark.parametrize(
     ("key", "small", "large"),
     [
         ("data.resolution", 256, 1024),
