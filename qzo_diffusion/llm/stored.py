@@ -1,10 +1,10 @@
-"""Language models that are quantized on disk in the formats of GPTQ and AQLM, read by our own layers; and saved again.
+"""Language models that are quantized on disk in the formats of GPTQ, AQLM and HQQ, read by our own layers; and saved again.
 
-Everything that these formats need beside the package is in `quant`: neither gptqmodel nor aqlm is imported.
+All that these formats need is in `quant`: none of the programs that write them is imported.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.quant import aqlm, gptq
+from qzo_diffusion.quant import aqlm, gptq, hqq
 from qzo_diffusion.quant.patch import patch_folder
 
-READ_HERE = ("gptq", "aqlm")
+_FORMATS: Mapping[str, Any] = {"gptq": gptq, "aqlm": aqlm, "hqq": hqq}
+READ_HERE = tuple(_FORMATS)
+MakeLayer = Callable[[str, Mapping[str, Tensor], Tensor | None], nn.Module]
 INNER = ".inner"  # of a GPTQ layer whose inputs are put in order
 
 
@@ -45,24 +47,15 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     tensors = _read(folder)
-    parts = gptq.PARTS if method == "gptq" else aqlm.PARTS
+    parts = _FORMATS[str(method)].PARTS
     names = [name.removesuffix(f".{parts[0]}") for name in tensors if name.endswith(f".{parts[0]}")]
     if not names:
         raise ModelError(f"{folder} without a layer of {method}", f"tensors named *.{parts[0]}", "download the model again")
     states = {name: {part: tensors.pop(f"{name}.{part}") for part in parts if f"{name}.{part}" in tensors} for name in names}
-    version = (
-        gptq.version_of({name: state["qzeros"] for name, state in states.items()}, settings.get("checkpoint_format"))
-        if (method == "gptq")
-        else 1
-    )
+    make_layer = _layer_maker(str(method), states, settings.get("checkpoint_format"), dtype)
     for name, state in states.items():
         bias = tensors.pop(f"{name}.bias", None)
-        bias = None if bias is None else bias.to(dtype)
-        layer: nn.Module
-        if method == "gptq":
-            layer = gptq.layer_from_state(name, state, bias, version)
-        else:
-            layer = aqlm.layer_from_state(name, state | {"codebooks": state["codebooks"].to(dtype)}, bias)
+        layer = make_layer(name, state, None if bias is None else bias.to(dtype))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     floats = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
@@ -74,6 +67,19 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def _layer_maker(method: str, states: Mapping[str, Mapping[str, Tensor]], label: str | None, dtype: torch.dtype) -> MakeLayer:
+    if method == "gptq":
+        version = gptq.version_of({name: state["qzeros"] for name, state in states.items()}, label)
+        return lambda name, state, bias: gptq.layer_from_state(name, state, bias, version)
+    if method == "aqlm":
+        return lambda name, state, bias: aqlm.layer_from_state(name, _floats(state, "codebooks", dtype), bias)
+    return hqq.layer_from_state
+
+
+def _floats(state: Mapping[str, Tensor], part: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if name == part else tensor for name, tensor in state.items()}
+
+
 def save_stored(
     source: Path, target: Path, scales: ScaleSet | Mapping[str, Tensor], weights: Collection[str] = frozenset()
 ) -> None:
@@ -82,13 +88,13 @@ def save_stored(
     Args:
         weights: names in `scales` of what is no scale but an unquantized tensor.
     """
-    to_store = gptq.scales_to_store if stored_method(source) == "gptq" else aqlm.scales_to_store
+    stored: Any = _FORMATS[str(stored_method(source))]
     tensors = scales.tensors() if isinstance(scales, ScaleSet) else scales
 
     def entry(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         if name in weights:
             return name.replace(f"{INNER}.", "."), tensor
-        return f"{name.removesuffix(INNER)}.scales", to_store(tensor)
+        return f"{name.removesuffix(INNER)}.{stored.STORED}", stored.scales_to_store(tensor)
 
     patch_folder(source, target, dict(entry(name, tensor) for name, tensor in tensors.items()))
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 
 PARTS = ("codes", "codebooks", "scales")
+STORED = "scales"  # the part that is trained
 
 
 class AqlmLinear(nn.Module):

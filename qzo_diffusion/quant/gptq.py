@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+STORED = "scales"  # the part that is trained
 PER_WORD, BITS = 8, 4
 SYMMETRIC = {7: 1, 8: 2}  # a zero in the middle, as each version stores it
 Version = Literal[1, 2]

@@ -336,7 +336,7 @@ def test_a_folder_without_weights_is_told(tmp_path, data, capsys):
     assert "without weights and a tokenizer" in failing(capsys, code)
 
 
-@pytest.mark.parametrize("method", ["hqq", "awq", "fbgemm_fp8"])
+@pytest.mark.parametrize("method", ["awq", "fbgemm_fp8"])
 def test_a_format_that_is_not_read_is_told(tmp_path, data, capsys, method):
     folder = save_tiny_llama(tmp_path / "model", seed=0)
     config = json.loads((folder / "config.json").read_text())

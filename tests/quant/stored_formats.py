@@ -1,4 +1,4 @@
-"""Weights rounded to the formats of GPTQ and AQLM, as tensors of a file and as plain weights: small ones, for tests."""
+"""Weights rounded to the formats of GPTQ, AQLM and HQQ, as tensors of a file and as plain weights: small ones, for tests."""
 
 import json
 from pathlib import Path
@@ -52,6 +52,35 @@ def aqlm_state(weight: Tensor, books: int = 2, bits: int = 8) -> tuple[dict[str,
     return state, vectors.flatten(1) * scales.half().float()
 
 
+def hqq_state(weight: Tensor, bits: int = 4, as_float: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """Rounded between the ends of each group, and packed by the formula, row by row."""
+    outputs, inputs = weight.shape
+    groups = weight.reshape(-1, GROUP)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / (2**bits - 1)).half()
+    zero = (-low / scale.float()).half()
+    codes = (groups / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).to(torch.uint8)
+    plain = ((codes.float() - zero.float()) * scale.float()).view(outputs, inputs)
+    rows = len(codes) * bits // 8
+    packed = torch.zeros(rows, GROUP, dtype=torch.uint8)
+    for place in range(8 // bits):
+        packed |= codes[place * rows : (place + 1) * rows] << (8 - bits * (place + 1))
+    state = {
+        "W_q": packed.view(torch.float16) if as_float else packed,
+        "scale": scale,
+        "zero": zero,
+        "axis": torch.tensor(1, dtype=torch.int32),
+        "shape": torch.tensor([outputs, inputs]),
+        "packing": torch.tensor(list(f"{bits}bit_u8".encode()), dtype=torch.uint8),
+        "view_as_float": torch.tensor(int(as_float), dtype=torch.uint8),
+        "compute_dtype": torch.tensor(list(b"torch.float16"), dtype=torch.uint8),  # and more that is not needed
+    }
+    return state, plain
+
+
+STATES = {"gptq": gptq_state, "aqlm": aqlm_state, "hqq": hqq_state}
+
+
 def convert_folder(source: Path, target: Path, method: str, settings: dict | None = None, **options) -> dict[str, Tensor]:
     """A copy of a plain model's folder in one of the formats; returns the plain weights that its layers stand for, by layer."""
     target.mkdir(parents=True)
@@ -67,7 +96,7 @@ def convert_folder(source: Path, target: Path, method: str, settings: dict | Non
         if "_proj" not in name:
             tensors[name] = tensor
             continue
-        state, plain[layer] = (gptq_state if method == "gptq" else aqlm_state)(tensor, **options)
+        state, plain[layer] = STATES[method](tensor, **options)
         tensors |= {f"{layer}.{part}": one for part, one in state.items()}
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return plain

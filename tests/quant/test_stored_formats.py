@@ -1,4 +1,4 @@
-"""LLM.int8, GPTQ and AQLM under one contract each: codes stay, scales are live and fp32, what is saved is what was tuned."""
+"""LLM.int8, GPTQ, AQLM and HQQ under one contract each: codes stay, scales are live and fp32, what is saved is what was tuned."""
 
 import copy
 
@@ -15,17 +15,18 @@ from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm.stored import save_stored
-from qzo_diffusion.quant import aqlm, gptq
+from qzo_diffusion.quant import aqlm, gptq, hqq
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, handles_of, quantize_
 from qzo_diffusion.train.loop import Probing, StepBatch, train
-from tests.quant.stored_formats import aqlm_state, convert_folder, gptq_state
+from tests.quant.stored_formats import aqlm_state, convert_folder, gptq_state, hqq_state
 from tests.quantized import assert_same, inputs, snapshot, squared_output
 from tests.tiny_llama import save_tiny_llama
 
 WIDTH = 128
 GPTQ = {"gptq": {}, "gptq act order": {"act_order": True}, "gptq asymmetric": {"symmetric": False}}
 AQLM = {"aqlm 2x8": {}, "aqlm 1x16": {"books": 1, "bits": 12}}  # 12 bits in 16: a codebook of a test's size
-FORMATS = ["int8", *GPTQ, *AQLM]
+HQQ = {"hqq": {}, "hqq 2 bits": {"bits": 2}, "hqq 8 bits": {"bits": 8}, "hqq as float": {"as_float": True}}
+FORMATS = ["int8", *GPTQ, *AQLM, *HQQ]
 
 
 def layer_of(kind, weight, bias):
@@ -37,6 +38,8 @@ def layer_of(kind, weight, bias):
         return holder[0]
     if kind in GPTQ:
         return gptq.layer_from_state("layer", gptq_state(weight, **GPTQ[kind])[0], bias, 1)
+    if kind in HQQ:
+        return hqq.layer_from_state("layer", hqq_state(weight, **HQQ[kind])[0], bias)
     return aqlm.layer_from_state("layer", aqlm_state(weight, **AQLM[kind])[0], bias)
 
 
@@ -191,6 +194,29 @@ def test_parts_that_do_not_fit_are_refused():
         aqlm.layer_from_state("layer", state | {"scales": state["scales"][:4]}, None)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"axis": torch.tensor(0)},
+        {"packing": torch.tensor(list(b"3bit_32"), dtype=torch.uint8)},
+        {"scale": torch.ones(4, 1)},
+        {"zero": torch.ones(1, 1)},
+        {"shape": torch.tensor([64, 4])},  # groups of 16 cross its rows
+        {"shape": torch.tensor([8])},
+        {"W_q": torch.zeros(1, 16, dtype=torch.uint8)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_hqq_layer_that_is_not_read_is_refused(change):
+    state, _ = hqq_state(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)))
+    hqq.layer_from_state("layer", state, None)
+    with pytest.raises(ModelError, match="layer is no HQQ layer that is read"):
+        hqq.layer_from_state("layer", state | change, None)
+    del state[next(iter(change))]
+    with pytest.raises(ModelError, match="layer is no HQQ layer that is read"):
+        hqq.layer_from_state("layer", state, None)
+
+
 @pytest.fixture(scope="module")
 def plain_folder(tmp_path_factory):
     return save_tiny_llama(tmp_path_factory.mktemp("plain") / "model")
@@ -206,6 +232,8 @@ CASES = {
     "gptq labelled wrong": ("gptq", {"checkpoint_format": "gptq"}, {"version": 2}),
     "gptq act order": ("gptq", {"desc_act": True}, {"act_order": True}),
     "aqlm": ("aqlm", {}, {}),
+    "hqq": ("hqq", {}, {}),
+    "hqq 2 bits": ("hqq", {}, {"bits": 2}),
 }
 
 
@@ -236,7 +264,7 @@ def test_a_stored_llama_is_read_tuned_and_saved(plain_folder, tmp_path, case):
     assert {name: one.dtype for name, one in old.items()} == {name: one.dtype for name, one in new.items()}
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
-    assert all(name.endswith(".scales") for name in changed)
+    assert all(name.endswith(".scale" if method == "hqq" else ".scales") for name in changed)
 
 
 def test_a_folder_of_other_bits_is_refused(plain_folder, tmp_path):
@@ -272,3 +300,13 @@ def test_gptq_is_read_as_its_own_package_reads_it(plain_folder, tmp_path):
     with torch.no_grad():
         wanted = theirs(input_ids=torch.arange(12).view(1, -1)).logits
     torch.testing.assert_close(logits(load_causal_lm(tmp_path / "stored", torch.float32)), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+def test_hqq_is_read_as_its_own_package_reads_it(bits):
+    package = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed: it builds CUDA code where it finds a compiler")
+    linear = nn.Linear(WIDTH, 8)
+    settings = package.BaseQuantizeConfig(nbits=bits, group_size=16, axis=1)
+    theirs = package.HQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu", del_orig=False)
+    ours = hqq.layer_from_state("layer", theirs.state_dict(), None).dequantized()
+    torch.testing.assert_close(ours, theirs.dequantize().float(), rtol=1e-6, atol=1e-6)
