@@ -197,20 +197,20 @@ def test_columns_of_a_format_without_them_are_refused(arguments, tmp_path, model
     assert "use qzo.parametrization=separable" in said
 
 
-@pytest.mark.parametrize("kind", ["gptq", "aqlm"])
+@pytest.mark.parametrize("kind", ["gptq", "aqlm", "hqq"])
 @pytest.mark.parametrize("method", ["qzo", "fo-scales"])
 def test_a_folder_that_is_quantized_stays_in_its_format(arguments, tmp_path, model, kind, method):
     convert_folder(model, tmp_path / "stored", kind)
     assert main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3)) == 0
     tuned = load_file(tmp_path / "run" / "final" / "scales.safetensors")
-    names = {
-        name.removesuffix(".scales") for name in load_file(tmp_path / "stored" / "model.safetensors") if name.endswith(".scales")
+    part = ".scale" if kind == "hqq" else ".scales"
+    assert tuned.keys() == {
+        name.removesuffix(part) for name in load_file(tmp_path / "stored" / "model.safetensors") if name.endswith(part)
     }
-    assert tuned.keys() == names
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "aqlm"])
+@pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "aqlm", "hqq"])
 def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, kind):
     """bitsandbytes' is loaded by transformers itself; for the others no package is here, and our own reader has to do."""
     folder = model

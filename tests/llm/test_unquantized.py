@@ -133,9 +133,9 @@ def test_updates_below_a_bfloat16_step_add_up():
 @pytest.fixture
 def folders(tmp_path):
     plain = save_tiny_llama(tmp_path / "plain")
-    convert_folder(plain, tmp_path / "aqlm", "aqlm")
-    convert_folder(plain, tmp_path / "gptq", "gptq")
-    return {"bitsandbytes": plain, "aqlm": tmp_path / "aqlm", "gptq": tmp_path / "gptq"}
+    for kind in ("aqlm", "gptq", "hqq"):
+        convert_folder(plain, tmp_path / kind, kind)
+    return {"bitsandbytes": plain, "aqlm": tmp_path / "aqlm", "gptq": tmp_path / "gptq", "hqq": tmp_path / "hqq"}
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def arguments(tmp_path):
     return build
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes", "aqlm", "gptq"])
+@pytest.mark.parametrize("kind", ["bitsandbytes", "aqlm", "gptq", "hqq"])
 def test_a_run_is_evaluated_replayed_and_exported(arguments, folders, tmp_path, capsys, kind):
     """In bfloat16, where the model alone would be as old as its last view."""
     folder = folders[kind]
