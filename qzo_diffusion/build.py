@@ -25,6 +25,7 @@ from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
+from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.loading import Source, load_quantized
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.choose import chosen, last_readers, matching
@@ -151,19 +152,21 @@ def least_memory(folder: Path, device: torch.device) -> float:
 
 
 def choose_lm(name: str) -> tuple[Path, str]:
-    """The folder of a language model that a `--model` means, and a sentence that says which.
+    """The folder or GGUF file of a language model that a `--model` means, and a sentence that says which.
 
     Raises:
         ModelError: it isn't here; the message says how to get it.
     """
     if Path(name).is_dir():
         return Path(name), f"model: the folder {name}"
+    if is_gguf(Path(name)):
+        return Path(name), f"model: the file {name}"
     cached = None if name == "auto" else _cached_snapshot(name, "config.json")
     if cached is None:
         raise ModelError(
             "no language model is named" if name == "auto" else f"{name!r} is neither a folder nor a model in the local cache",
-            "a transformers folder, or a Hub id that was downloaded",
-            "pass --model FOLDER; for a model of the Hub: hf download ID --local-dir FOLDER",
+            "a transformers folder, a GGUF file, or a Hub id that was downloaded",
+            "pass --model FOLDER or FILE.gguf; for a model of the Hub: hf download ID --local-dir FOLDER",
         )
     return cached, f"model: {name} from the local cache"
 

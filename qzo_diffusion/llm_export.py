@@ -11,6 +11,7 @@ from qzo_diffusion import build, devices
 from qzo_diffusion.config import load_config, read_yaml
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
+from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf
 from qzo_diffusion.llm.stored import READ_HERE, save_stored, stored_method
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import apply_, load_base
@@ -44,7 +45,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
     check_new(output_dir)
     config: LlmConfig = load_config(settings_file(run_folder), LlmConfig)
     folder, _ = build.choose_lm(config.model)
-    stored = stored_method(folder) in READ_HERE
+    stored = is_gguf(folder) or stored_method(folder) in READ_HERE
     if config.method not in ("qzo", "fo-scales") or kind not in ("native", "nf4"):
         got = f"--format {kind} for a language model tuned by {config.method}"
         raise ConfigError(got, "--format native, of a run that tuned scales", "export another run, or use --format native")
@@ -62,7 +63,9 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
     apply_(base, tuned, facts, run_folder)
 
     def fill(target: Path) -> None:
-        if stored:
+        if is_gguf(folder):
+            save_gguf(folder, target, base.lm.model, tuned_scales(base.numbers))
+        elif stored:
             save_stored(folder, target, tuned_scales(base.numbers), base.scales.weights)
         else:
             base.numbers.merge_()
@@ -71,7 +74,8 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
 
     write_folder(output_dir, fill)
     task = config.task if config.task in KNOWN_TO_LM_EVAL else "TASK"
-    command = f"lm_eval --model hf --model_args pretrained={output_dir} --tasks {task}"
+    file = f",gguf_file={folder.name}" if is_gguf(folder) else ""
+    command = f"lm_eval --model hf --model_args pretrained={output_dir}{file} --tasks {task}"
     size = sum(path.stat().st_size for path in output_dir.iterdir())
     return {"export": str(output_dir), "format": kind, "bytes": size, "lm_eval": command}
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm.gguf_file import check_gguf, is_gguf, load_gguf, source_of
 from qzo_diffusion.llm.prefix import Prefix, find_prefix
 from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
 
@@ -154,7 +155,12 @@ class CausalLm:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a tokenizer, in a format that is read."""
+    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a tokenizer, in a format that is read.
+
+    A GGUF file has all of it.
+    """
+    if is_gguf(folder):
+        return check_gguf(folder)
     problems = {
         "config.json": (folder / "config.json").is_file(),
         "weights": any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")),
@@ -205,9 +211,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any]
 
     check_model_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        source = source_of(folder) if is_gguf(folder) else {"pretrained_model_name_or_path": str(folder)}
+        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
         if read is not None:
             model = read(folder)
+        elif is_gguf(folder):
+            model = load_gguf(folder, dtype)
         elif stored_method(folder) in READ_HERE:
             model = load_stored(folder, dtype)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.quant import aqlm, gptq, hqq
 from qzo_diffusion.quant.patch import patch_folder
 
@@ -24,7 +25,9 @@ INNER = ".inner"  # of a GPTQ layer whose inputs are put in order
 
 
 def stored_method(folder: Path) -> str | None:
-    """`quant_method` of config.json: how the model is quantized on disk."""
+    """`quant_method` of config.json, or "gguf": how the model is quantized on disk."""
+    if is_gguf(folder):
+        return "gguf"
     method = _quantization(folder).get("quant_method")
     return None if method is None else str(method)
 

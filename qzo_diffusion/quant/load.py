@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
-from qzo_diffusion.quant import aqlm, base, bnb, gptq, hqq, int8, intgrid, reference
+from qzo_diffusion.quant import aqlm, base, bnb, gguf, gptq, hqq, int8, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 
 # gptqmodel's and AQLM's own: some repack codes or keep copies of the scales in their first forward.
@@ -87,6 +87,8 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
             yield aqlm.AqlmHandle(name, module)
         elif kind == "HqqLinear":
             yield hqq.HqqHandle(name, module)
+        elif kind == "GgufLinear":
+            yield gguf.GgufHandle(name, module)
         elif kind in FOREIGN:
             raise ModelError(
                 f"{name} is a layer {kind} of another program, which may not see changed scales",
