@@ -14,6 +14,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import rivals
 from qzo_diffusion.llm.causal_lm import CausalLm, empty_causal_lm, load_causal_lm
+from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.stored import stored_method
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.loading import Source, load_quantized
@@ -44,7 +45,8 @@ class Base:
 
 
 def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
-    """Raises ModelError for a model that can't be loaded or quantized."""
+    """Raises ModelError for a model that can't be loaded or quantized, or is stored in a format that the method can't train."""
+    _check_format(config, folder)
     lm = _load(config, folder, device, dtype)
     if config.method == "mezo":
         lm.model.to(device)
@@ -67,6 +69,19 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         optimizer, step = build.first_order(lm.model)
         return Base(lm, scales, numbers, optimizer, codes, initial, step, trained)
     return Base(lm, scales, numbers, build.optimizer(config), codes, initial, trained=trained)
+
+
+UNDER_LORA = (None, "bitsandbytes")  # formats of folders
+
+
+def _check_format(config: LlmConfig, folder: Path) -> None:
+    method = stored_method(folder)
+    if config.method == "qlora" and method not in UNDER_LORA:
+        got, remedy = f"--method qlora on {folder}, stored as {method}", "use --method qzo, or the model that it was made of"
+        raise ModelError(got, "a plain folder, or one of bitsandbytes: peft knows no other layers", remedy)
+    if config.qzo.unquantized != "none" and is_gguf(folder):
+        got = f"qzo.unquantized={config.qzo.unquantized} with {folder.name}"
+        raise ModelError(got, "qzo.unquantized=none: only factors of blocks go back into a GGUF file", "leave it out")
 
 
 def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:

@@ -132,6 +132,17 @@ def test_a_file_that_is_none_or_has_no_blocks_is_refused(tmp_path, capsys):
     assert "without a quantized layer" in failing(capsys, code)
 
 
+ABSOLUTE = ["qzo.units=absolute", "qzo.parametrization=dense", "qzo.unquantized=all"]
+
+
+@pytest.mark.parametrize(("more", "said"), [(["--method", "qlora"], "peft knows no other"), (ABSOLUTE, "qzo.unquantized=none")])
+def test_what_a_file_can_not_hold_is_refused(file, tmp_path, capsys, more, said):
+    data, run = write_sentences(tmp_path / "sentences"), tmp_path / "run"
+    small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "--output-dir", str(run)]
+    code = main(["llm", "train", "--task", "sst2", "--model", str(file), "--data-dir", str(data), *small, *more])
+    assert said in failing(capsys, code)
+
+
 def test_rows_in_an_unknown_order_are_refused(file, monkeypatch):
     monkeypatch.setattr(gguf_file, "_interleaved", lambda rows, heads: torch.arange(rows))
     with pytest.raises(ModelError, match=r"q_proj, which is not blk\.0\.attn_q\.weight"):

@@ -210,6 +210,13 @@ def test_a_folder_that_is_quantized_stays_in_its_format(arguments, tmp_path, mod
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
+@pytest.mark.parametrize("kind", ["gptq", "aqlm", "hqq"])
+def test_adapters_over_layers_that_peft_does_not_know_are_refused(arguments, tmp_path, model, capsys, kind):
+    convert_folder(model, tmp_path / "stored", kind)
+    said = failing(capsys, main(arguments("--model", tmp_path / "stored", "--method", "qlora")))
+    assert f"stored as {kind}" in said
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "aqlm", "hqq"])
 def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, kind):
     """bitsandbytes' is loaded by transformers itself; for the others no package is here, and our own reader has to do."""

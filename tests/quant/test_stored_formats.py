@@ -1,4 +1,4 @@
-"""LLM.int8, GPTQ, AQLM and HQQ under one contract each: codes stay, scales are live and fp32, what is saved is what was tuned."""
+"""LLM.int8, GPTQ, AQLM, HQQ, GGUF under one contract each: codes stay, scales are live and fp32, and what was tuned is saved."""
 
 import copy
 
@@ -15,7 +15,7 @@ from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm.stored import save_stored
-from qzo_diffusion.quant import aqlm, gptq, hqq
+from qzo_diffusion.quant import aqlm, gguf, gptq, hqq
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, handles_of, quantize_
 from qzo_diffusion.train.loop import Probing, StepBatch, train
 from tests.quant.stored_formats import aqlm_state, convert_folder, gptq_state, hqq_state
@@ -26,7 +26,8 @@ WIDTH = 128
 GPTQ = {"gptq": {}, "gptq act order": {"act_order": True}, "gptq asymmetric": {"symmetric": False}}
 AQLM = {"aqlm 2x8": {}, "aqlm 1x16": {"books": 1, "bits": 12}}  # 12 bits in 16: a codebook of a test's size
 HQQ = {"hqq": {}, "hqq 2 bits": {"bits": 2}, "hqq 8 bits": {"bits": 8}, "hqq as float": {"as_float": True}}
-FORMATS = ["int8", *GPTQ, *AQLM, *HQQ]
+GGUF = ["gguf Q4_0", "gguf Q4_1", "gguf Q8_0"]
+FORMATS = ["int8", *GPTQ, *AQLM, *HQQ, *GGUF]
 
 
 def layer_of(kind, weight, bias):
@@ -38,6 +39,10 @@ def layer_of(kind, weight, bias):
         return holder[0]
     if kind in GPTQ:
         return gptq.layer_from_state("layer", gptq_state(weight, **GPTQ[kind])[0], bias, 1)
+    if kind in GGUF:
+        package, kind = pytest.importorskip("gguf"), kind.split()[1]
+        blocks = package.quants.quantize(weight.numpy(), package.GGMLQuantizationType[kind])
+        return gguf.GgufLinear(torch.from_numpy(blocks), kind, torch.arange(len(weight)), bias)
     if kind in HQQ:
         return hqq.layer_from_state("layer", hqq_state(weight, **HQQ[kind])[0], bias)
     return aqlm.layer_from_state("layer", aqlm_state(weight, **AQLM[kind])[0], bias)
