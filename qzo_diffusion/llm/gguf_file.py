@@ -42,10 +42,13 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
     Raises:
         ModelError: a tensor is not what transformers reads.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     reader = _reader(file)
-    model: Any = AutoModelForCausalLM.from_pretrained(**source_of(file), dtype=dtype, local_files_only=True)
+    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if hasattr(transformers, "GgufConfig"):  # later versions may keep blocks themselves, in layers that see no changed scale
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source_of(file), **how)
     tensors, head = {tensor.name: tensor for tensor in reader.tensors}, model.get_output_embeddings()
     for name, stored in _names(reader, model).items():
         tensor, linear = tensors.get(stored), model.get_submodule(name)

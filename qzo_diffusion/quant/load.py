@@ -12,8 +12,16 @@ from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.quant import aqlm, base, bnb, gguf, gptq, hqq, int8, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 
-# gptqmodel's and AQLM's own: some repack codes or keep copies of the scales in their first forward.
-FOREIGN = ("TorchLinear", "TorchAtenLinear", "TorchFusedLinear", "TorchCpuAvx512Linear", "QuantizedLinear", "HQQLinear")
+# Other programs' own: some repack codes or keep copies of the scales in their first forward.
+FOREIGN = (
+    "TorchLinear",
+    "TorchAtenLinear",
+    "TorchFusedLinear",
+    "TorchCpuAvx512Linear",
+    "QuantizedLinear",
+    "HQQLinear",
+    "GgufLinear",
+)
 
 
 AnyType = QuantType | intgrid.GridType
@@ -87,7 +95,7 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
             yield aqlm.AqlmHandle(name, module)
         elif kind == "HqqLinear":
             yield hqq.HqqHandle(name, module)
-        elif kind == "GgufLinear":
+        elif isinstance(module, gguf.GgufLinear):  # transformers has another of that name
             yield gguf.GgufHandle(name, module)
         elif kind in FOREIGN:
             raise ModelError(

@@ -155,3 +155,10 @@ def test_a_file_keeps_its_own_quantization(file):
     with pytest.raises(ModelError):
         quantize_(lm.model, skip=["lm_head"])
     assert codes_fingerprint(lm.model) == before
+
+
+def test_layers_in_which_transformers_keeps_blocks_itself_are_refused():
+    """They may hold copies of the factors."""
+    theirs = type("GgufLinear", (torch.nn.Linear,), {})
+    with pytest.raises(ModelError, match="another program"):
+        find_scales(torch.nn.Sequential(theirs(4, 4)))
