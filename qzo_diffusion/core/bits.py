@@ -72,18 +72,49 @@ def signed_sum(packed: Tensor, amounts: Sequence[float], numel: int) -> Tensor:
     """Σ amounts[i] · z_i for the signs z of packed [n, bytes]: float64 [numel], where the bits are.
 
     Amounts are rounded to whole multiples of a power of two, 2^-39 of the largest, so the sums are exact: the same on every
-    machine, in any order, with any number of threads, and a product of matrices may form them.
+    machine, in any order, with any number of threads, whoever forms them.
     """
     largest, device = max(map(abs, amounts)), packed.device
     total = torch.zeros(numel, dtype=torch.float64, device=device)
     if largest == 0:
         return total
     unit = 2.0 ** (math.frexp(largest)[1] - _SUM_BITS)
-    whole = torch.tensor([round(amount / unit) for amount in amounts], dtype=torch.float64).to(device)
-    # Some at a time: the signs of all would fit into no cache. 2 MB on a CPU; a GPU would rather be called less often.
-    at_once = 2**13 if device.type == "cpu" else 2**17
-    for first in range(0, numel, at_once):
-        place = slice(first, min(first + at_once, numel))
-        for part in (slice(start, start + 32) for start in range(0, len(amounts), 32)):
-            total[place] += whole[part] @ choose(packed[part], [(1.0, -1.0)], torch.float64, place.start, place.stop)[0]
+    whole = [float(round(amount / unit)) for amount in amounts]
+    (_sum_by_table_ if device.type == "cpu" else _sum_by_product_)(packed, whole, total)
     return total * unit
+
+
+def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
+    """Some at a time: the signs of all would take 64 times the memory of their bits."""
+    amounts = torch.tensor(whole, dtype=torch.float64).to(into.device)
+    for first in range(0, len(into), 2**17):
+        place = slice(first, min(first + 2**17, len(into)))
+        for part in (slice(start, start + 32) for start in range(0, len(whole), 32)):
+            into[place] += amounts[part] @ choose(packed[part], [(1.0, -1.0)], torch.float64, place.start, place.stop)[0]
+
+
+def _sum_by_table_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
+    """Eight amounts at once: their signs for a number, put into a byte, say which of 256 sums it gets. On a CPU the faster way."""
+    rows = packed.numpy()
+    missing = -len(whole) % 8  # rows of no amount
+    sums = np.pad(np.array(whole), (0, missing)).reshape(-1, 8) @ np.where(_BITS_OF_BYTE, 1.0, -1.0).T
+    for first in range(0, rows.shape[1], 2**10):  # bytes; 2 MB for 2,048 amounts
+        part = np.pad(rows[:, first : first + 2**10], ((0, missing), (0, 0)))
+        totals = np.zeros(8 * part.shape[1])
+        for table, codes in zip(sums, _turned(part), strict=True):
+            totals += np.take(table, codes, mode="clip")
+        place = into[8 * first : 8 * first + len(totals)]
+        place.copy_(torch.from_numpy(totals[: len(place)]))
+
+
+def _turned(packed: PackedBits) -> PackedBits:
+    """[8 n, bytes], a bit a number -> [n, 8 · bytes], a byte a number with its bits of eight rows, the first the lowest.
+
+    Each square of eight bits by eight is one word, turned by exchanging ever larger squares in it (Warren, Hacker's Delight, 7-3).
+    """
+    squares = np.ascontiguousarray(packed.reshape(-1, 8, packed.shape[1]).transpose(0, 2, 1))
+    words = squares.view("<u8")[..., 0]
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        moved = (words ^ (words >> np.uint64(shift))) & np.uint64(mask)
+        words = words ^ moved ^ (moved << np.uint64(shift))
+    return np.ascontiguousarray(words).astype("<u8", copy=False).view(np.uint8).reshape(len(words), -1)

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qzo_diffusion.core.bits import _choose_by_mask, choose, signed_sum
+from qzo_diffusion.core.bits import _choose_by_mask, _sum_by_product_, _sum_by_table_, choose, signed_sum
 from qzo_diffusion.core.noise import Direction, derive_key, directions_of_step, packed_bits, torch_generator
 
 LIKE = torch.empty(1000)
@@ -63,6 +63,17 @@ def test_signed_sums_are_the_same_in_any_order_and_right_to_their_last_bit(amoun
     places = list(range(len(amounts)))
     order.shuffle(places)
     assert torch.equal(found, signed_sum(packed[places], [amounts[place] for place in places], 100))
+
+
+@given(st.integers(1, 20), st.integers(1, 3000), st.integers(0, 2**32))
+@example(2048, 20_000, 0)
+def test_signed_sums_are_the_same_by_tables_and_by_products(count, numel, seed):
+    packed = stacked(numel, count)
+    whole = np.random.default_rng(seed).integers(-(2**39), 2**39, count, endpoint=True).astype(float).tolist()
+    found = torch.zeros(2, numel, dtype=torch.float64)
+    _sum_by_table_(packed, whole, found[0])
+    _sum_by_product_(packed, whole, found[1])
+    assert torch.equal(found[0], found[1])
 
 
 def test_drawing_in_threads_gives_each_its_own_bits():
