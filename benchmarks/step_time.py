@@ -241,6 +241,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     probes()
     for _ in range(rounds):
         for name, work in works.items():
+            work()  # a run takes steps of one kind: the first after another kind waits for pages that the system took back
             times[name].append(seconds_of(work))
         times["noise_and_update"].append(seconds_of(draw_and_apply))
     for name in ("probes", "probes_first_time"):
