@@ -12,8 +12,6 @@ be loaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,6 +46,10 @@ class AqlmLinear(nn.Module):
             total = total + F.embedding(places, book.flatten(1)).flatten(1)
         return total
 
+    def dequantized(self) -> Tensor:
+        """[N, K] fp32."""
+        return self.unscaled().float() * self.scales.unsqueeze(1)
+
     def forward(self, x: Tensor) -> Tensor:
         product = F.linear(x, self.unscaled().to(x.dtype)).to(self.scales.dtype) * self.scales
         return (product if self.bias is None else product + self.bias.to(product.dtype)).to(x.dtype)
@@ -71,24 +73,3 @@ def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None
 def scales_to_store(scales: Tensor) -> Tensor:
     """[N] -> [N, 1, 1, 1] as files have them."""
     return scales.view(-1, 1, 1, 1)
-
-
-@dataclass(frozen=True)
-class AqlmHandle:
-    name: str
-    module: Any
-
-    @property
-    def scales(self) -> Tensor:
-        return self.module.scales
-
-    @property
-    def codes(self) -> Tensor:
-        return self.module.codes
-
-    def dequantized(self) -> Tensor:
-        """The weight [N, K] at the scales that are shown."""
-        return self.module.unscaled().float() * self.module.scales.unsqueeze(1)
-
-    def show(self, scales: Tensor) -> None:
-        self.module.scales = scales

@@ -6,7 +6,8 @@ how a forward is made to use another one. Every back-end accepts `x [..., K] -> 
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,30 @@ from qzo_diffusion.core.errors import ModelError
 QuantType = Literal["nf4", "fp4"]
 Backend = Literal["bnb", "reference", "intgrid"]
 MakeLayer = Callable[[nn.Linear], nn.Module]
+
+
+@dataclass(frozen=True)
+class OwnLayerHandle:
+    """Of a layer of ours, which names its tensors `scales` and `codes` and has `dequantized`."""
+
+    name: str
+    module: Any
+
+    @property
+    def scales(self) -> Tensor:
+        return self.module.scales
+
+    @property
+    def codes(self) -> Tensor:
+        return self.module.codes
+
+    def dequantized(self) -> Tensor:
+        """The weight [N, K] at the scales that are shown."""
+        result: Tensor = self.module.dequantized()
+        return result
+
+    def show(self, scales: Tensor) -> None:
+        self.module.scales = scales
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:

@@ -11,7 +11,6 @@ Traps that this file disarms, each held by a test:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,36 +64,36 @@ class GgufLinear(nn.Module):
         self._size, self._bytes = package.GGML_QUANT_SIZES[package.GGMLQuantizationType[kind]]
         self.out_features, self.in_features = codes.shape[0], codes.shape[1] // self._bytes * self._size
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", self._stored_d().abs())
+        self.register_buffer("scales", self._stored_d())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def _blocks(self) -> Tensor:
         return self.codes.view(self.out_features, -1, self._bytes)
 
     def _stored_d(self) -> Tensor:
+        """|d| of each block."""
         first = FACTORS[self.kind][0]
-        return self._blocks()[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float()
+        return self._blocks()[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float().abs()
 
-    def _gained(self) -> Tensor:
-        """What each block is multiplied with: 1 where the whole block is zero."""
-        stored = self._stored_d().abs()
-        return torch.where(stored == 0, 1.0, self.scales / stored)
+    def _gained(self, scales: Tensor) -> Tensor:
+        """What each block is multiplied with, [N, blocks, 1]: 1 where the whole block is zero."""
+        stored = self._stored_d()
+        return torch.where(stored == 0, 1.0, scales / stored).unsqueeze(-1)
 
     def dequantized(self) -> Tensor:
         """[N, K] fp32."""
         weight = _dequantizer(self.kind)(self._blocks().flatten(0, 1), self._size, self._bytes, torch.float32)
-        return (weight.view(*self.scales.shape, -1) * self._gained().unsqueeze(-1)).flatten(1)
+        return (weight.view(*self.scales.shape, -1) * self._gained(self.scales)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
     def bytes_to_store(self, scales: Tensor) -> Tensor:
         """uint8 [N, bytes of a row] in the order of the file, with factors for these scales, rounded to fp16."""
-        blocks, gained = self._blocks().clone(), scales / self._stored_d().abs()
+        blocks, gained = self._blocks().clone(), self._gained(scales)
         for place in FACTORS[self.kind]:
             old = blocks[..., place : place + 2].contiguous().view(torch.float16)
-            new = torch.where(gained.unsqueeze(-1).isfinite(), old.float() * gained.unsqueeze(-1), old.float())
-            blocks[..., place : place + 2] = new.half().view(torch.uint8)
+            blocks[..., place : place + 2] = (old.float() * gained).half().view(torch.uint8)
         stored = torch.empty_like(self.codes)
         stored[self.rows] = blocks.flatten(1)
         return stored
@@ -105,24 +104,3 @@ def _dequantizer(kind: str) -> Callable[[Tensor, int, int, torch.dtype], Tensor]
 
     found: Callable[[Tensor, int, int, torch.dtype], Tensor] = dequantize_functions[need_package().GGMLQuantizationType[kind]]
     return found
-
-
-@dataclass(frozen=True)
-class GgufHandle:
-    name: str
-    module: Any
-
-    @property
-    def scales(self) -> Tensor:
-        return self.module.scales
-
-    @property
-    def codes(self) -> Tensor:
-        return self.module.codes
-
-    def dequantized(self) -> Tensor:
-        result: Tensor = self.module.dequantized()
-        return result
-
-    def show(self, scales: Tensor) -> None:
-        self.module.scales = scales

@@ -15,8 +15,7 @@ Traps that this file disarms, each held by a test:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +74,10 @@ class GptqLinear(nn.Module):
         self.register_buffer("scales", scales)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    @property
+    def codes(self) -> Tensor:
+        return self.qweight
+
     def dequantized(self) -> Tensor:
         """[N, K] in the dtype of the scales."""
         codes = unpack(self.qweight, 0).view(len(self.zeros), -1, self.out_features)
@@ -126,24 +129,3 @@ def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None
 def scales_to_store(scales: Tensor) -> Tensor:
     """[N, G] fp32 -> [G, N] as files have them."""
     return scales.t().contiguous()
-
-
-@dataclass(frozen=True)
-class GptqHandle:
-    name: str
-    module: Any
-
-    @property
-    def scales(self) -> Tensor:
-        return self.module.scales
-
-    @property
-    def codes(self) -> Tensor:
-        return self.module.qweight
-
-    def dequantized(self) -> Tensor:
-        result: Tensor = self.module.dequantized()
-        return result
-
-    def show(self, scales: Tensor) -> None:
-        self.module.scales = scales

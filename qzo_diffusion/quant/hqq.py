@@ -13,8 +13,6 @@ Traps that this file disarms, each held by a test:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,24 +81,3 @@ def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None
 def scales_to_store(scales: Tensor) -> Tensor:
     """[N, K / group] fp32 -> [N · K / group, 1] as files have them."""
     return scales.reshape(-1, 1)
-
-
-@dataclass(frozen=True)
-class HqqHandle:
-    name: str
-    module: Any
-
-    @property
-    def scales(self) -> Tensor:
-        return self.module.scales
-
-    @property
-    def codes(self) -> Tensor:
-        return self.module.codes
-
-    def dequantized(self) -> Tensor:
-        result: Tensor = self.module.dequantized()
-        return result
-
-    def show(self, scales: Tensor) -> None:
-        self.module.scales = scales

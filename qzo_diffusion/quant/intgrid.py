@@ -156,28 +156,6 @@ def quantize_linear(linear: nn.Linear, kind: GridType, blocksize: int, activatio
 
 
 @dataclass(frozen=True)
-class IntGridHandle:
-    """The scales are what may change, as in any other format."""
-
-    name: str
-    module: IntGridLinear
-
-    @property
-    def scales(self) -> Tensor:
-        return self.module.scales
-
-    @property
-    def codes(self) -> Tensor:
-        return self.module.codes
-
-    def dequantized(self) -> Tensor:
-        return self.module.dequantized()
-
-    def show(self, scales: Tensor) -> None:
-        self.module.scales = scales
-
-
-@dataclass(frozen=True)
 class CodesHandle:
     """The codes are what may change: `core.scales` holds them in place of scales."""
 

@@ -24,6 +24,7 @@ FOREIGN = (
 )
 
 
+OWN = (intgrid.IntGridLinear, gptq.GptqLinear, aqlm.AqlmLinear, hqq.HqqLinear, gguf.GgufLinear)  # transformers has a GgufLinear too
 AnyType = QuantType | intgrid.GridType
 
 
@@ -87,16 +88,8 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
         elif kind == "Linear8bitLt":
             int8.prepare_(module, name)
             yield int8.Int8Handle(name, module)
-        elif kind == "IntGridLinear":
-            yield intgrid.IntGridHandle(name, module)
-        elif kind == "GptqLinear":
-            yield gptq.GptqHandle(name, module)
-        elif kind == "AqlmLinear":
-            yield aqlm.AqlmHandle(name, module)
-        elif kind == "HqqLinear":
-            yield hqq.HqqHandle(name, module)
-        elif isinstance(module, gguf.GgufLinear):  # transformers has another of that name
-            yield gguf.GgufHandle(name, module)
+        elif isinstance(module, OWN):
+            yield base.OwnLayerHandle(name, module)
         elif kind in FOREIGN:
             raise ModelError(
                 f"{name} is a layer {kind} of another program, which may not see changed scales",
