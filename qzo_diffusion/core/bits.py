@@ -14,6 +14,7 @@ from torch import Tensor
 
 PackedBits = NDArray[np.uint8]
 _BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)
+_SIGNS_OF_BYTE = np.where(_BITS_OF_BYTE, 1.0, -1.0).T  # [8, 256]
 
 
 def sent(packed: PackedBits, device: torch.device) -> Tensor:
@@ -97,7 +98,7 @@ def _sum_by_table_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None
     """Eight amounts at once: their signs for a number, put into a byte, say which of 256 sums it gets. On a CPU the faster way."""
     rows = packed.numpy()
     missing = -len(whole) % 8  # rows of no amount
-    sums = np.pad(np.array(whole), (0, missing)).reshape(-1, 8) @ np.where(_BITS_OF_BYTE, 1.0, -1.0).T
+    sums = np.pad(np.array(whole), (0, missing)).reshape(-1, 8) @ _SIGNS_OF_BYTE
     for first in range(0, rows.shape[1], 2**10):  # bytes; 2 MB for 2,048 amounts
         part = np.pad(rows[:, first : first + 2**10], ((0, missing), (0, 0)))
         totals = np.zeros(8 * part.shape[1])
@@ -117,4 +118,4 @@ def _turned(packed: PackedBits) -> PackedBits:
     for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
         moved = (words ^ (words >> np.uint64(shift))) & np.uint64(mask)
         words = words ^ moved ^ (moved << np.uint64(shift))
-    return np.ascontiguousarray(words).astype("<u8", copy=False).view(np.uint8).reshape(len(words), -1)
+    return words.astype("<u8", copy=False).view(np.uint8).reshape(len(words), -1)

@@ -6,6 +6,7 @@ compared with what it made of it, so that a layer under another name, or rows in
 
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def _interleaved(rows: int, heads: int) -> Tensor:
 
 
 def _reader(file: Path) -> Any:
+    facts = file.stat()
+    return _read(file, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=1)  # seconds for a vocabulary, and a file is checked before it is loaded
+def _read(file: Path, _changed: int, _size: int) -> Any:
     gguf = blocks.need_package()
     try:
         return gguf.GGUFReader(file)
