@@ -6,11 +6,12 @@ The initial scales are in the base model's file. An update is one multiplication
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import choose
-from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.bits import PackedBits, choose
+from qzo_diffusion.core.noise import Direction, bits_drawn
 from qzo_diffusion.core.parametrization import copy_by_name_, exp, only_probe
 from qzo_diffusion.core.scales import ScaleSet, View
 from qzo_diffusion.core.sign_cache import SignCache
@@ -43,16 +44,25 @@ class Dense:
         return {name: self._trained[name] for name in names if name in self._trained}
 
     def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
-        return torch._foreach_mul(live, self._factors(names, direction, radius)) if live else ()
+        factors = self._factors(names, direction, radius)
+        if live:
+            torch._foreach_mul_(factors, live)
+        return factors
 
     def _factors(self, names: Sequence[str], direction: Direction, radius: float) -> list[Tensor]:
-        """exp(radius · z) of several layers, drawn and chosen in one go."""
+        """exp(radius · z) of several layers, new tensors, drawn and chosen in one go."""
         like = [self._trained[name] for name in names]
         if direction.distribution == "gaussian":
             return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
-        packed = [self._signs.packed((direction,), name, one)[0] for name, one in zip(names, like, strict=True)]
-        chosen = choose(torch.cat(packed), [(math.exp(radius), math.exp(-radius))], like[0].dtype)[0]
-        parts = chosen.split([8 * part.numel() for part in packed])
+        if not like:
+            return []
+
+        def drawn(of: Direction) -> PackedBits:
+            return np.concatenate([of.packed(name, one.numel()) for name, one in zip(names, like, strict=True)])
+
+        packed = self._signs.packed((direction,), tuple(names), drawn, like[0].device)
+        chosen = choose(packed, [(math.exp(radius), math.exp(-radius))], like[0].dtype).flatten()
+        parts = chosen.split([bits_drawn(one.numel()) for one in like])
         return [part[: one.numel()].view(one.shape) for part, one in zip(parts, like, strict=True)]
 
     def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import choose, signed_sum
+from qzo_diffusion.core.bits import PackedBits, choose, signed_sum
 from qzo_diffusion.core.gains import Gains, LayerGain
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import copy_by_name_, exp
@@ -194,8 +194,12 @@ class Grouped:
 
     def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
         """The bits of the signs, [directions · regions, bytes]."""
-        packed = self._signs.packed(directions, key, self.theta[key], self._kinds[key].pointwise, keep)
-        return packed.flatten(0, -2)
+        theta, each = self.theta[key], self._kinds[key].pointwise
+
+        def drawn(direction: Direction) -> PackedBits:
+            return direction.packed(key, theta.numel(), each)
+
+        return self._signs.packed(directions, key, drawn, theta.device, keep).flatten(0, -2)
 
     def _spread(self, name: str, factors: dict[Axis, Tensor]) -> Tensor:
         """The layer's scales times its factors; the blocks of a row lie side by side."""

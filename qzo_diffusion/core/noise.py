@@ -57,9 +57,14 @@ class _Generators(threading.local):
 _generators = _Generators()
 
 
+def bits_drawn(numel: int) -> int:
+    """How many bits a draw of `numel` gives: whole words."""
+    return -(-numel // 64) * 64
+
+
 def packed_bits(numel: int, *parts: int | str) -> PackedBits:
     """uint8 [8 · words]: the Philox words that hold `numel` bits, little-endian, so that the lowest bit of a word comes first."""
-    words = _generators.keyed(*parts).random_raw((numel + 63) // 64)
+    words = _generators.keyed(*parts).random_raw(bits_drawn(numel) // 64)
     return np.ascontiguousarray(words, dtype="<u8").view(np.uint8)
 
 
@@ -97,8 +102,7 @@ class Direction:
         """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte; with `each`, [regions, bytes of whole words]."""
         if not each:
             return packed_bits(numel, self.seed, self.step, self.index, name)
-        padded = -(-numel // 64) * 64
-        return packed_bits(self.regions * padded, self.seed, self.step, self.index, name).reshape(self.regions, -1)
+        return packed_bits(self.regions * bits_drawn(numel), self.seed, self.step, self.index, name).reshape(self.regions, -1)
 
     def _choose(self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float) -> Tensor:
         packed = sent(self.packed(name, like.numel(), each), like.device)

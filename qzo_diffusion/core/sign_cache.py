@@ -4,22 +4,22 @@ They are needed at +ε, at -ε and in the update, layer by layer; drawing costs 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import sent
+from qzo_diffusion.core.bits import PackedBits, sent
 from qzo_diffusion.core.noise import Direction
 
 
 @dataclass(eq=False)
 class _Group:
-    """What some directions are for the numbers of one name."""
+    """What some directions are for some numbers."""
 
-    name: str
+    numbers: Hashable
     directions: tuple[Direction, ...]
     bits: Tensor
 
@@ -35,40 +35,47 @@ class SignCache:
         self._limit = limit
         self._forget()
 
-    def packed(self, directions: Sequence[Direction], name: str, like: Tensor, each: bool = False, keep: bool = True) -> Tensor:
-        """uint8 [directions, bytes], with `each` [directions, regions, bytes], on the device of `like`, for as many numbers.
+    def packed(
+        self,
+        directions: Sequence[Direction],
+        numbers: Hashable,
+        draw: Callable[[Direction], PackedBits],
+        device: torch.device,
+        keep: bool = True,
+    ) -> Tensor:
+        """[directions, *what `draw` gives of one], on `device`.
 
-        keep: whether the same will be asked for again.
+        numbers: says of which numbers they are the signs. keep: whether the same will be asked for again.
         """
         asked = tuple(directions)
         if self._by_age and _step(self._by_age[-1].directions) != _step(asked):
             self._forget()
-        known = self._by_name.get(name, [])
+        known = self._of_numbers.get(numbers, [])
         for group in known:
             if group.directions == asked:
                 return group.bits
         rows = {direction: bits for group in known for direction, bits in zip(group.directions, group.bits, strict=True)}
         missing = [direction for direction in asked if direction not in rows]
         if missing:
-            drawn = np.stack([direction.packed(name, like.numel(), each) for direction in missing])
-            rows.update(zip(missing, sent(drawn, like.device), strict=True))
+            drawn = np.stack([draw(direction) for direction in missing])
+            rows.update(zip(missing, sent(drawn, device), strict=True))
         bits = torch.stack([rows[direction] for direction in asked])
         if keep:
-            self._keep(_Group(name, asked, bits))
+            self._keep(_Group(numbers, asked, bits))
         return bits
 
     def _keep(self, group: _Group) -> None:
         self._by_age.append(group)
-        self._by_name.setdefault(group.name, []).append(group)
+        self._of_numbers.setdefault(group.numbers, []).append(group)
         self._bytes += group.bits.numel()
         while self._bytes > self._limit and self._by_age[0].directions != group.directions:
             oldest = self._by_age.popleft()
-            self._by_name[oldest.name].remove(oldest)
+            self._of_numbers[oldest.numbers].remove(oldest)
             self._bytes -= oldest.bits.numel()
 
     def _forget(self) -> None:
         self._by_age: deque[_Group] = deque()
-        self._by_name: dict[str, list[_Group]] = {}
+        self._of_numbers: dict[Hashable, list[_Group]] = {}
         self._bytes = 0
 
 
