@@ -18,8 +18,8 @@ class DenseAbsolute(Dense):
             return lambda names: {name: weights[name] for name in names if name in weights}
         return super().view(direction, radius)
 
-    def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
-        return [one + radius * direction.z(name, one) for one, name in zip(live, names, strict=True)]
+    def _shifted(self, names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
+        return [one + radius * direction.z(name, one) for one, name in zip(self._live(names), names, strict=True)]
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self._trained:

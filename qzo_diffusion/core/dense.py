@@ -35,35 +35,32 @@ class Dense:
             return None
 
         def shown(names: Sequence[str]) -> dict[str, Tensor]:
-            chosen = self._chosen(names)
-            return dict(zip(chosen, self._shifted(list(chosen.values()), list(chosen), direction, radius), strict=True))
+            chosen = [name for name in names if name in self._trained]
+            return dict(zip(chosen, self._shifted(chosen, direction, radius), strict=True)) if chosen else {}
 
         return shown
 
-    def _chosen(self, names: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self._trained[name] for name in names if name in self._trained}
+    def _live(self, names: Sequence[str]) -> list[Tensor]:
+        return [self._trained[name] for name in names]
 
-    def _shifted(self, live: list[Tensor], names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
-        factors = self._factors(names, direction, radius)
-        if live:
-            torch._foreach_mul_(factors, live)
-        return factors
+    def _shifted(self, names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
+        shifted = self._factors(names, direction, radius)
+        torch._foreach_mul_(shifted, self._live(names))
+        return shifted
 
     def _factors(self, names: Sequence[str], direction: Direction, radius: float) -> list[Tensor]:
         """exp(radius · z) of several layers, new tensors, drawn and chosen in one go."""
-        like = [self._trained[name] for name in names]
+        like = self._live(names)
         if direction.distribution == "gaussian":
             return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
-        if not like:
-            return []
 
         def drawn(of: Direction) -> PackedBits:
             return np.concatenate([of.packed(name, one.numel()) for name, one in zip(names, like, strict=True)])
 
         packed = self._signs.packed((direction,), tuple(names), drawn, like[0].device)
         chosen = choose(packed, [(math.exp(radius), math.exp(-radius))], like[0].dtype).flatten()
-        parts = chosen.split([bits_drawn(one.numel()) for one in like])
-        return [part[: one.numel()].view(one.shape) for part, one in zip(parts, like, strict=True)]
+        parts = zip(chosen.split([bits_drawn(one.numel()) for one in like]), like, strict=True)
+        return [part if part.shape == one.shape else part[: one.numel()].view_as(one) for part, one in parts]
 
     def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
         return only_probe(self, directions, radii)
@@ -77,9 +74,8 @@ class Dense:
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for direction, amount in zip(directions, amounts, strict=True):
             for names in self.scales.chunks():
-                chosen = self._chosen(names)
-                if chosen:
-                    torch._foreach_mul_(list(chosen.values()), self._factors(list(chosen), direction, amount))
+                if chosen := [name for name in names if name in self._trained]:
+                    torch._foreach_mul_(self._live(chosen), self._factors(chosen, direction, amount))
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.scales[name].mul_(exp(delta))

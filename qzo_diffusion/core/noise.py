@@ -11,7 +11,7 @@ import hashlib
 import math
 import threading
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,20 +37,14 @@ class _Generators(threading.local):
     """One Philox for each thread: to give it another key takes a fifth of the time that making one does."""
 
     def __init__(self) -> None:
-        self._philox = np.random.Philox(key=0)
-        self._zeros = np.zeros(4, dtype=np.uint64)
+        self._philox, self._zeros = np.random.Philox(key=0), np.zeros(4, dtype=np.uint64)
+        nothing_buffered = {"buffer": self._zeros, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}  # 4 is behind its end
+        self._at_beginning: Any = {"bit_generator": "Philox", **nothing_buffered}
 
     def keyed(self, *parts: int | str) -> np.random.Philox:
         """At the beginning of the stream of `np.random.Philox(key=derive_key(*parts))`, until it is asked for again."""
         key = np.frombuffer(derive_key(*parts).to_bytes(16, "little"), dtype="<u8")
-        self._philox.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": self._zeros, "key": key},
-            "buffer": self._zeros,
-            "buffer_pos": 4,  # behind its end
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
+        self._philox.state = self._at_beginning | {"state": {"counter": self._zeros, "key": key}}
         return self._philox
 
 
@@ -100,9 +94,8 @@ class Direction:
 
     def packed(self, name: str, numel: int, each: bool = False) -> PackedBits:
         """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte; with `each`, [regions, bytes of whole words]."""
-        if not each:
-            return packed_bits(numel, self.seed, self.step, self.index, name)
-        return packed_bits(self.regions * bits_drawn(numel), self.seed, self.step, self.index, name).reshape(self.regions, -1)
+        bits = packed_bits((self.regions if each else 1) * bits_drawn(numel), self.seed, self.step, self.index, name)
+        return bits.reshape(self.regions, -1) if each else bits
 
     def _choose(self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float) -> Tensor:
         packed = sent(self.packed(name, like.numel(), each), like.device)
