@@ -379,23 +379,36 @@ def test_a_style_on_the_embedded_model(drawings, tmp_path, monkeypatch):
     assert [spent for spent, _ in result["curve"]] == [0, 4, 8]
     before = {name: live.clone() for name, live in task.scales.tensors().items()}
     monkeypatch.setattr(pictures, "COUNT", 2)
-    pictures.draw(task, small("default", -1, steps=2), tmp_path / "none", tmp_path / "styles.png")
-    shown = Image.open(tmp_path / "styles.png")
-    base, tuned, drawing = (shown.crop((128 * column, 16, 128 * column + 128, 144)).tobytes() for column in range(3))
-    assert len({base, tuned, drawing}) == 3
+    both = {"tuned": small("default", -1, steps=2), "first order": small("first_order_dense", -3, steps=2)}
+    target, checkpoints = tmp_path / "styles.png", tmp_path / "runs"
+    assert not pictures.draw(task, both, checkpoints, target, lambda: True)
+    assert not target.exists()
+    assert pictures.draw(task, both, checkpoints, target, lambda: False)
+    drawn = Image.open(target)
+    assert len({drawn.crop((128 * column, 16, 128 * column + 128, 144)).tobytes() for column in range(4)}) == 4
     assert all(torch.equal(live, before[name]) for name, live in task.scales.tensors().items())
+    monkeypatch.setattr(pictures.CellRun, "advance", lambda *_: pytest.fail("trained what is in a checkpoint"))
+    assert pictures.draw(task, both, checkpoints, tmp_path / "again.png", lambda: False)
+    assert Image.open(tmp_path / "again.png").tobytes() == drawn.tobytes()
 
 
-def test_the_best_finished_run_of_a_style_is_drawn(tmp_path):
-    for seed, loss in ((0, 1.2), (1, 1.1)):
-        cell = Cell("openmoji", FAMILIES["default"].at(methods.DEFAULT_EXPONENT), seed)
+def test_the_best_finished_runs_of_a_style_are_drawn(tmp_path):
+    def finish(family, exponent, seed, loss):
+        cell = Cell("openmoji", FAMILIES[family].at(exponent), seed)
         path = tmp_path / f"{cell.name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"cell": cell.name, "data": cell.data, "settings": cell.method.settings(), "final_loss": loss}))
-    best = pictures.best_cell("openmoji", tmp_path)
-    assert best is not None
-    assert best.seed == 1
-    assert pictures.best_cell("fluent3d", tmp_path) is None
+        return cell
+
+    finish("first_order_dense", -3, 0, 0.9)
+    assert pictures.best_cells("openmoji", tmp_path) == {}
+    finish("default", methods.DEFAULT_EXPONENT, 0, 1.2)
+    short = finish("default", methods.DEFAULT_EXPONENT, 1, 1.1)
+    exact = finish("first_order_dense", -2, 0, 0.8)
+    assert pictures.best_cells("openmoji", tmp_path) == {"tuned": short, "first order": exact}
+    longest = finish("default_longest", methods.default_exponent(methods.LONGEST_BUDGET), 0, 1.15)
+    assert pictures.best_cells("openmoji", tmp_path)["tuned"] == longest
+    assert pictures.best_cells("fluent3d", tmp_path) == {}
 
 
 def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the figures; finished runs are kept beside it, in FILE.cells/")
     verbs = parser.add_subparsers(dest="verb")
     runs, reports = verbs.add_parser("run", help="run cells"), verbs.add_parser("report", help="write table, plot and JSON")
-    pictures = verbs.add_parser("pictures", help="draw what the default's best run on each style looks like")
+    pictures = verbs.add_parser("pictures", help="draw what the default's longest run on each style looks like")
     for verb in (runs, reports, pictures):
         verb.add_argument("--results", type=Path, default=RESULTS, help="the folder with cells/ and convergence.json")
     for verb in (runs, pictures):
@@ -90,8 +90,9 @@ def main() -> None:
     elif arguments.verb == "report":
         write_report(arguments.results)
     elif arguments.verb == "pictures":
-        for path in draw_all(arguments.data, arguments.results, arguments.cache, arguments.folder):
-            say(str(path))
+        with stop_on_signal(say) as stop:
+            for path in draw_all(arguments.data, arguments.results, arguments.cache, arguments.folder, stop.is_set):
+                say(str(path))
     else:
         folders = Folders(arguments.results / "cells", arguments.cache)
         sys.exit(0 if run(arguments.data, folders, arguments.cells, arguments.minutes) else 75)

@@ -257,9 +257,8 @@ def run_cell(
     """
     run = CellRun(cell, task, folders.checkpoint(cell))
     try:
-        ended = _run(run, stop_requested, show)
+        ended = finish(run, stop_requested, show)
         if ended is None:
-            run.save()
             return None
         result = _result(run, ended) | {"provenance": provenance() | ({"command": command} if command else {})}
         folders.result(cell).parent.mkdir(parents=True, exist_ok=True)
@@ -270,8 +269,8 @@ def run_cell(
         run.close()
 
 
-def _run(run: CellRun, stop_requested: Callable[[], bool], show: bool) -> str | None:
-    """Why the cell ended; None when it was asked to."""
+def finish(run: CellRun, stop_requested: Callable[[], bool], show: bool) -> str | None:
+    """Train to the end, with evaluations and checkpoints. Says why it ended; None when it was asked to."""
     progress, total = run.progress, run.method.steps
     every = max(1, total // EVALUATIONS)
     saved = time.monotonic()
@@ -289,6 +288,7 @@ def _run(run: CellRun, stop_requested: Callable[[], bool], show: bool) -> str | 
             if progress.cpu_seconds > CPU_LIMIT_SECONDS:
                 return "time limit"
             if stop_requested():
+                run.save()
                 return None
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 run.save()

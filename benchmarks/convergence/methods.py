@@ -21,7 +21,7 @@ from qzo_diffusion.train.calibrate import batches_to_survey
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
 TEXT = "sst2"  # a language model, whose rates are others
 UNSEEN = "twemoji_fp4_128"  # another style, block size, code book and back-end than the default was found on
-BUDGET, LONG_BUDGET = 16_000, 64_000  # example-forwards: one example through the model once
+BUDGET, LONG_BUDGET, LONGEST_BUDGET = 16_000, 64_000, 256_000  # example-forwards: one example through the model once
 FIRST_ORDER_STEPS = 200
 TRIED_ON = ("fluent_mono", "openmoji")  # where alternatives are run
 DEFAULT = "default"
@@ -217,9 +217,10 @@ def _defaults() -> Iterator[Family]:
     yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=STYLES)
     tuned = method(f"{DEFAULT}_tuned", FIXED)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
-    for name, budget in (("long", LONG_BUDGET), ("short", BUDGET // 10)):
+    for name, budget in (("long", LONG_BUDGET), ("longest", LONGEST_BUDGET), ("short", BUDGET // 10)):
         what, at = f"the default over {budget:,} example-forwards", (default_exponent(budget),)
-        yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, **halved)
+        where = DATA[:-1] if budget == LONGEST_BUDGET else DATA
+        yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, data=where, **halved)
 
 
 def _changed_defaults() -> Iterator[Family]:

@@ -1,54 +1,86 @@
-"""What the default's best run on each style looks like: base, tuned and the style's own drawing, for prompts that were held out.
+"""Base, the default's longest run, first order and the style's own drawing side by side, for prompts that were held out.
 
-The run is made again, bit for bit, from the settings of its finished cell; a cell keeps no weights.
+First order is the best that exact gradients of the same scales give. Runs are made again, bit for bit, from the settings of
+finished cells, which keep no weights; drawing again takes them from the checkpoints of the first time.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.convergence.cells import CellRun, finished
-from benchmarks.convergence.methods import DEFAULT, FAMILIES, UNSEEN, Cell
+from PIL import Image
+
+from benchmarks.convergence.cells import CellRun, finish, finished
+from benchmarks.convergence.methods import DEFAULT, FAMILIES, FIRST_ORDER, UNSEEN, Cell, Family, Method
 from benchmarks.convergence.tasks import STYLE_TASKS, StyleTask, open_style
 from qzo_diffusion.diffusion.sampling import grid, save_picture
 
-SHOWN = (f"{DEFAULT}_long", DEFAULT)
+SHOWN = (f"{DEFAULT}_longest", f"{DEFAULT}_long", DEFAULT)
 COUNT = 12
 
 
-def best_cell(style: str, results: Path) -> Cell | None:
-    """Of the default's finished runs over the longest budget, the one that ended lowest."""
+def best_cells(style: str, results: Path) -> dict[str, Cell]:
+    """By title: of the default's finished runs over the longest budget, and of first order, those that ended lowest."""
     known = finished(results)
-    for name in SHOWN:
-        family = FAMILIES[name]
-        method = family.at(family.exponents[0])
-        ended = {seed: known.get(f"{style}/{method.name}_{seed}") for seed in range(3)}
-        losses = {seed: result["final_loss"] for seed, result in ended.items() if result and result["final_loss"] is not None}
-        if losses:
-            return Cell(style, method, min(losses, key=lambda seed: losses[seed]))
-    return None
+    tuned = [cell for name in SHOWN if (cell := _lowest(style, FAMILIES[name], known))][:1]
+    exact = _lowest(style, FAMILIES[FIRST_ORDER], known)
+    return ({"tuned": tuned[0]} | ({"first order": exact} if exact else {})) if tuned else {}
 
 
-def draw(task: StyleTask, cell: Cell, checkpoint: Path, target: Path) -> None:
+def _lowest(style: str, family: Family, known: Mapping[str, Mapping[str, Any]]) -> Cell | None:
+    def loss(cell: Cell) -> float:
+        return float(known[cell.name]["final_loss"])
+
+    rates: list[Method] = [family.at(exponent) for exponent in (*family.exponents, *range(-12, 3))]
+    cells = [Cell(style, method, seed) for method in rates for seed in range(3)]
+    ended = [cell for cell in cells if cell.name in known and known[cell.name]["final_loss"] is not None]
+    return min(ended, key=loss, default=None)
+
+
+def draw(
+    task: StyleTask,
+    cells: Mapping[str, Cell],
+    checkpoints: Path,
+    target: Path,
+    stop_requested: Callable[[], bool],
+    show: bool = False,
+) -> bool:
+    """Returns whether it was drawn; asked to stop, the run in hand is checkpointed and the same call goes on."""
     captions, drawings = task.shown(COUNT)
     sampler = task.sampler(captions)
-    base = sampler.images()
-    run = CellRun(cell, task, checkpoint)
+    columns = {"base": sampler.images()}
+    for title, cell in cells.items():
+        images = _of_run(CellRun(cell, task, checkpoints / f"{cell.name}.safetensors"), sampler.images, stop_requested, show)
+        if images is None:
+            return False
+        columns[title] = images
+    columns["the style"] = drawings
+    half = COUNT // 2
+    halves = [part[start : start + half] for start in (0, half) for part in columns.values()]
+    save_picture(grid(halves, [*columns, *columns]), target)
+    return True
+
+
+def _of_run(
+    run: CellRun, images: Callable[[], list[Image.Image]], stop_requested: Callable[[], bool], show: bool
+) -> list[Image.Image] | None:
     try:
-        run.advance(cell.method.steps, lambda: False)
-        with task.scales.showing(run.numbers.view()):
-            tuned = sampler.images()
+        if finish(run, stop_requested, show) is None:
+            return None
+        run.save()
+        with run.numbers.scales.showing(run.numbers.view()):
+            return images()
     finally:
         run.close()
-    half = COUNT // 2
-    columns = [part[start : start + half] for start in (0, half) for part in (base, tuned, drawings)]
-    save_picture(grid(columns, ["base", "tuned", "the style", "base", "tuned", "the style"]), target)
 
 
-def draw_all(data: Path, results: Path, cache: Path, folder: Path) -> list[Path]:
+def draw_all(data: Path, results: Path, cache: Path, folder: Path, stop_requested: Callable[[], bool]) -> list[Path]:
     made = []
     for style in STYLE_TASKS:
-        cell = None if style == UNSEEN else best_cell(style, results / "cells")
-        if cell is not None:
+        cells = {} if style == UNSEEN else best_cells(style, results / "cells")
+        if cells:
             target = folder / f"convergence_{style}.png"
-            draw(open_style(style, data, cache), cell, cache / "pictures" / f"{cell.name}.safetensors", target)
+            if not draw(open_style(style, data, cache), cells, cache / "pictures", target, stop_requested, show=True):
+                break
             made.append(target)
     return made
