@@ -4,14 +4,14 @@ First order is the best that exact gradients of the same scales give. Runs are m
 finished cells, which keep no weights; drawing again takes them from the checkpoints of the first time.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from benchmarks.convergence.cells import CellRun, finish, finished
-from benchmarks.convergence.methods import DEFAULT, FAMILIES, FIRST_ORDER, UNSEEN, Cell, Family, Method
+from benchmarks.convergence.cells import CellRun, final_losses, finish, finished
+from benchmarks.convergence.methods import DEFAULT, FAMILIES, FIRST_ORDER, UNSEEN, Cell, Family, FinalLosses, final_by_exponent
 from benchmarks.convergence.tasks import STYLE_TASKS, StyleTask, open_style
 from qzo_diffusion.diffusion.sampling import grid, save_picture
 
@@ -21,20 +21,25 @@ COUNT = 12
 
 def best_cells(style: str, results: Path) -> dict[str, Cell]:
     """By title: of the default's finished runs over the longest budget, and of first order, those that ended lowest."""
-    known = finished(results)
-    tuned = [cell for name in SHOWN if (cell := _lowest(style, FAMILIES[name], known))][:1]
-    exact = _lowest(style, FAMILIES[FIRST_ORDER], known)
-    return ({"tuned": tuned[0]} | ({"first order": exact} if exact else {})) if tuned else {}
+    final = final_losses(finished(results))
+    tuned = next(filter(None, (_lowest(style, FAMILIES[name], final) for name in SHOWN)), None)
+    if tuned is None:
+        return {}
+    exact = _lowest(style, FAMILIES[FIRST_ORDER], final)
+    return {"tuned": tuned} if exact is None else {"tuned": tuned, "first order": exact}
 
 
-def _lowest(style: str, family: Family, known: Mapping[str, Mapping[str, Any]]) -> Cell | None:
-    def loss(cell: Cell) -> float:
-        return float(known[cell.name]["final_loss"])
-
-    rates: list[Method] = [family.at(exponent) for exponent in (*family.exponents, *range(-12, 3))]
-    cells = [Cell(style, method, seed) for method in rates for seed in range(3)]
-    ended = [cell for cell in cells if cell.name in known and known[cell.name]["final_loss"] is not None]
-    return min(ended, key=loss, default=None)
+def _lowest(style: str, family: Family, final: FinalLosses) -> Cell | None:
+    ended = [
+        (loss, seed, exponent)
+        for seed in range(3)
+        for exponent, loss in final_by_exponent(family, style, final, seed).items()
+        if math.isfinite(loss)
+    ]
+    if not ended:
+        return None
+    _, seed, exponent = min(ended)
+    return Cell(style, family.at(exponent, style), seed)
 
 
 def draw(
