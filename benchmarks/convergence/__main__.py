@@ -23,6 +23,7 @@ from benchmarks.record import RESULTS
 from qzo_diffusion.train.interrupt import stop_on_signal
 
 CACHE = Path.home() / ".cache/qzo_diffusion/convergence"
+STOPPED = 75  # the exit code of a run that the same command goes on with (EX_TEMPFAIL)
 
 
 def say(text: str) -> None:
@@ -87,15 +88,19 @@ def main() -> None:
         work = arguments.output.with_name(f"{arguments.output.name}.cells")
         found = compare(arguments.style_dir, arguments.budget, arguments.seeds, work, CACHE)
         arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    elif arguments.verb == "report":
+        return
+    if arguments.verb == "report":
         write_report(arguments.results)
-    elif arguments.verb == "pictures":
+        return
+    if not arguments.data.is_dir():
+        parser.error(f"--data {arguments.data}: no such folder; it holds emoji64.npz and meta.json, for sst2 train.tsv and dev.tsv")
+    if arguments.verb == "pictures":
         with stop_on_signal(say) as stop:
-            for path in draw_all(arguments.data, arguments.results, arguments.cache, arguments.folder, stop.is_set):
-                say(str(path))
+            whole = draw_all(arguments.data, arguments.results, arguments.cache, arguments.folder, stop.is_set, say)
     else:
         folders = Folders(arguments.results / "cells", arguments.cache)
-        sys.exit(0 if run(arguments.data, folders, arguments.cells, arguments.minutes) else 75)
+        whole = run(arguments.data, folders, arguments.cells, arguments.minutes)
+    sys.exit(0 if whole else STOPPED)
 
 
 if __name__ == "__main__":

@@ -79,13 +79,16 @@ def _of_run(
         run.close()
 
 
-def draw_all(data: Path, results: Path, cache: Path, folder: Path, stop_requested: Callable[[], bool]) -> list[Path]:
-    made = []
+def draw_all(
+    data: Path, results: Path, cache: Path, folder: Path, stop_requested: Callable[[], bool], say: Callable[[str], None]
+) -> bool:
+    """One picture for each style, in `folder`, which is made. False when it was asked to stop; the same call goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
     for style in STYLE_TASKS:
         cells = {} if style == UNSEEN else best_cells(style, results / "cells")
         if cells:
             target = folder / f"convergence_{style}.png"
             if not draw(open_style(style, data, cache), cells, cache / "pictures", target, stop_requested, show=True):
-                break
-            made.append(target)
-    return made
+                return False
+            say(str(target))
+    return True
