@@ -26,13 +26,16 @@ PROBES = 32  # forwards of one example that a step makes where nothing is said
 DIRECTIONS = 8  # of them for each example
 
 
-def suited_lr(max_steps: int, estimator: str = "leave_one_out") -> float:
+def suited_lr(max_steps: int, estimator: str = "leave_one_out", schedule: str = "cosine") -> float:
     """The rate of normalised steps: 0.08 for 500 of them (antithetic 0.05), and like 1 / √steps, at most twice as much.
 
     What the directions' randomness leaves in a number grows like lr · √steps, and that is what a rate must keep small. Of 32 probes
-    28 count as directions with leave_one_out, and 16 with antithetic ones.
+    28 count as directions with leave_one_out, and 16 with antithetic ones. The schedule inverse_sqrt falls by itself: it begins
+    with 0.1 (0.0625), however many steps there are.
     """
     of_500_steps = 0.08 if estimator == "leave_one_out" else 0.05
+    if schedule == "inverse_sqrt":
+        return 1.25 * of_500_steps
     return of_500_steps * min(2.0, math.sqrt(500 / max(1, max_steps)))
 
 
@@ -64,10 +67,11 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     max_steps: Annotated[int, Field(ge=0)] = 1000
-    lr: Positive = suited_lr(1000)  # not given, it follows from max_steps; how far a step moves where qzo.normalize is on
+    # Not given, it follows from schedule and max_steps; how far a step moves where qzo.normalize is on
+    lr: Positive = suited_lr(1000)
     # Before the first step: lower lr where the loss curves much for its slope. True for pictures where lr is not given
     calibrate_lr: bool = False
-    schedule: Literal["constant", "linear", "cosine", "hold"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "hold", "inverse_sqrt"] = "cosine"  # not given, pictures take inverse_sqrt
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"  # feedback: of integer codes, see core/quzo.py
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
@@ -96,7 +100,7 @@ def rate_for(qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 
         steps = int(train.get("max_steps", 1000))  # a flag's value is text until the settings are checked
     except (TypeError, ValueError):
         return plain  # and what is no number at all is refused then
-    return suited_lr(steps, suited["estimator"]) / divisor
+    return suited_lr(steps, suited["estimator"], train.get("schedule", "cosine")) / divisor
 
 
 class QzoConfig(Section):
@@ -301,7 +305,8 @@ class Config(RunConfig):
     @model_validator(mode="before")
     @classmethod
     def _divide_pictures(cls, given: Any) -> Any:
-        """Into 16 regions, where examples have directions of their own; and a rate that nobody chose is calibrated for them."""
+        """Into 16 regions, where examples have directions of their own. Their rate falls like 1 / √steps, and is calibrated where
+        nobody chose it."""
         if isinstance(given, dict):
             suited = {"quzo": suited_to_quzo(given.get("quant", {})), "fo-scales": FIRST_ORDER_SCALES}
             given = filled_in(given, suited.get(str(given.get("method")), {}))
@@ -312,8 +317,8 @@ class Config(RunConfig):
         given = given | {"qzo": {"regions": 16 if suited["per_example"] else 1} | qzo}
         train = given.get("train", {})
         usual = suited["per_example"] and suited["normalize"] and qzo.get("parametrization", "separable") == "separable"
-        if isinstance(train, dict) and "lr" not in train and usual:
-            given["train"] = {"calibrate_lr": True} | train
+        if isinstance(train, dict) and usual:
+            given["train"] = {"schedule": "inverse_sqrt"} | ({} if "lr" in train else {"calibrate_lr": True}) | train
         return given
 
 

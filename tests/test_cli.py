@@ -115,8 +115,10 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(train,
         assert all(torch.equal(tensor, replayed[name]) for name, tensor in tuned.items())
 
 
-def test_the_number_of_steps_sets_the_rate(train, capsys):
+def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):
     assert train("--max-steps", 500, "--dry-run") == 0
+    assert "lr: 0.1\n" in capsys.readouterr().out
+    assert train("--max-steps", 500, "--dry-run", "train.schedule=cosine") == 0
     assert "lr: 0.08\n" in capsys.readouterr().out
 
 

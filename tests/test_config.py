@@ -124,28 +124,33 @@ def test_any_override_gives_a_pair_or_a_clear_error(text):
     assert key in known_keys()
 
 
+EVER = 0.1  # of inverse_sqrt, which needs no number of steps
+
+
 @pytest.mark.parametrize(
     ("given", "per_example", "regions", "normalize", "lr"),
     [
-        ({}, True, 16, True, suited_lr(1000)),
+        ({}, True, 16, True, EVER),
         ({"parametrization": "row"}, True, 16, True, suited_lr(1000)),
         ({"parametrization": "dense"}, False, 1, False, 3e-3),
-        ({"num_directions": 4}, True, 16, True, suited_lr(1000)),
-        ({"num_directions": 1}, True, 16, True, suited_lr(1000, "antithetic")),
-        ({"estimator": "antithetic"}, True, 16, True, suited_lr(1000, "antithetic")),
+        ({"num_directions": 4}, True, 16, True, EVER),
+        ({"num_directions": 1}, True, 16, True, EVER / 1.6),
+        ({"estimator": "antithetic"}, True, 16, True, EVER / 1.6),
         ({"num_directions": 4, "per_example": False}, False, 1, False, 3e-3),
         ({"num_directions": 4, "per_example": False, "normalize": True}, False, 1, True, suited_lr(1000, "antithetic")),
         ({"per_example": False}, False, 1, False, 3e-3),
-        ({"regions": 1}, True, 1, True, suited_lr(1000)),
+        ({"regions": 1}, True, 1, True, EVER),
         ({"normalize": False}, True, 16, False, 3e-3),
-        ({"normalize": "running"}, True, 16, "running", suited_lr(1000)),
+        ({"normalize": "running"}, True, 16, "running", EVER),
         ({"normalize": "running", "parametrization": "dense"}, False, 1, "running", suited_lr(1000, "antithetic")),
     ],
 )
 def test_what_is_not_given_follows_from_what_is(given, per_example, regions, normalize, lr):
     config = make_config({"qzo": given})
     found = (config.qzo.per_example, config.qzo.regions, config.qzo.normalize, config.train.lr)
-    assert found == (per_example, regions, normalize, lr)
+    assert found == (per_example, regions, normalize, pytest.approx(lr))
+    usual = per_example and normalize and given.get("parametrization") is None
+    assert config.train.schedule == ("inverse_sqrt" if usual else "cosine")
     assert make_config(yaml.safe_load(config.to_yaml())) == config
 
 
@@ -209,9 +214,29 @@ def test_a_micro_batch_holds_examples_with_all_their_probes_or_some_probes_of_on
 
 
 def test_the_rate_falls_with_the_root_of_the_steps():
-    rates = [make_config({"train": {"max_steps": steps}}).train.lr for steps in (0, 1, 100, 500, 2000, 20_000)]
-    assert rates == pytest.approx([0.16, 0.16, 0.16, 0.08, 0.04, 0.08 / 40**0.5])
-    assert make_config({"train": {"max_steps": 500, "lr": 0.2}}).train.lr == 0.2
+    """In advance, or, with inverse_sqrt, as they are made."""
+
+    def rates(**train):
+        return [make_config({"train": {"max_steps": steps, **train}}).train.lr for steps in (0, 1, 100, 500, 2000, 20_000)]
+
+    assert rates(schedule="cosine") == pytest.approx([0.16, 0.16, 0.16, 0.08, 0.04, 0.08 / 40**0.5])
+    assert rates() == rates(schedule="inverse_sqrt") == pytest.approx([0.1] * 6)
+    assert rates(lr=0.2) == [0.2] * 6
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule"),
+    [
+        ({"train": {"lr": 0.05}}, "inverse_sqrt"),
+        ({"train": {"schedule": "linear"}}, "linear"),
+        ({"method": "fo-scales"}, "cosine"),
+        ({"method": "quzo"}, "linear"),
+    ],
+)
+def test_pictures_have_a_rate_that_falls_by_itself(given, schedule):
+    assert make_config(given).train.schedule == schedule
+    if "method" not in given:
+        assert make_config(given, LlmConfig).train.schedule == given["train"].get("schedule", "cosine")
 
 
 @pytest.mark.parametrize(
@@ -245,6 +270,6 @@ def test_only_a_normalised_rate_can_be_calibrated():
 @pytest.mark.parametrize(("kind", "rate"), [(Config, 0.08), (LlmConfig, 0.04)])
 def test_the_rate_follows_from_steps_that_were_said_by_a_flag(kind, rate):
     """A flag's value is text until the settings are checked."""
-    assert make_config({"train": {"max_steps": "500"}}, kind).train.lr == pytest.approx(rate)
+    assert make_config({"train": {"max_steps": "500", "schedule": "cosine"}}, kind).train.lr == pytest.approx(rate)
     with pytest.raises(ConfigError, match=r"train\.max_steps"):
         make_config({"train": {"max_steps": "many"}}, kind)

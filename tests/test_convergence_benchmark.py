@@ -287,7 +287,7 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert style["first_order_loss"] == 1.0  # the lowest, not the last
     assert style["families"]["default"]["share_of_first_order_gain"]["mean"] == pytest.approx(0.5)
     assert style["reference_trained"] is True
-    assert "| default | 0.08 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
+    assert "| default | 0.1 | 1 | 2.0000 | 50.0% | 33.3 | 2 |" in document.read_text()
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -422,7 +422,7 @@ def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(tmp_path, mon
     first = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")
     assert first["start"]["mine"] > first["default"]["mine"] > 0
     assert first["gain_share"]["mine"] > 0
-    assert {f"mine/default_lr0.16_{seed}" for seed in (0, 1)} <= first["curves"].keys()
+    assert {f"mine/default_lr0.1_{seed}" for seed in (0, 1)} <= first["curves"].keys()
     assert all(curve[-1][0] == 3 * 16 + 2 * 32 for name, curve in first["curves"].items() if "default" in name)  # of 4 * 32
     before = len(ran)
     again = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")

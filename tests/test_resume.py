@@ -74,7 +74,7 @@ def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     journal = read_journal(tmp_path / "whole/journal.qzo")
     assert {len(step.projected_grad) for step in journal.steps} == {4 * 4 * 8}
-    assert journal.steps[0].lr == 0.16 * journal.header["lr_factor"] < 0.16  # calibrated once, though the run was resumed
+    assert journal.steps[0].lr == 0.1 * journal.header["lr_factor"] < 0.1  # calibrated once, though the run was resumed
     assert_replayed(tmp_path / "whole")
 
 

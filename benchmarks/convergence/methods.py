@@ -190,19 +190,20 @@ def _references() -> Iterator[Family]:
 
 ANTITHETIC = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
 """One direction of every example, probed on both sides of it. 16 regions are one for each token of `tiny`."""
-FIXED = replace(ANTITHETIC, estimator="leave_one_out", num_directions=8)
+COSINE = replace(ANTITHETIC, estimator="leave_one_out", num_directions=8)
+FIXED = replace(COSINE, schedule="inverse_sqrt")
 """The default at a rate that does not look at the data."""
 BEST = replace(FIXED, calibrate=True)
 BEST_BATCH = 4
 
 
-def default_exponent(budget: int, estimator: Estimator = "leave_one_out") -> float:
+def default_exponent(budget: int, estimator: Estimator = "leave_one_out", schedule: ScheduleName = "inverse_sqrt") -> float:
     """That of the rate which the package takes where none is given."""
-    return 2 * math.log10(suited_lr(budget // 32, estimator))
+    return 2 * math.log10(suited_lr(budget // 32, estimator, schedule))
 
 
 DEFAULT_EXPONENT = default_exponent(BUDGET)
-ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]), ("calibrate", False))
+ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]), ("calibrate", False), ("schedule", "cosine"))
 EVERYWHERE, STYLES = (*DATA, UNSEEN), (*DATA[:-1], UNSEEN)
 
 
@@ -210,17 +211,21 @@ def _defaults() -> Iterator[Family]:
     def method(name: str, phase: Phase, budget: int = BUDGET) -> Method:
         return _method(name, phase, batch=BEST_BATCH, budget=budget)
 
-    at, halved = (DEFAULT_EXPONENT,), {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET}
-    what = "eight directions of each of four examples, rows and columns, regions, normalised, SGD with cosine; calibrated on styles"
-    yield Family(method(DEFAULT, BEST), at, what, seeds=3, data=EVERYWHERE, **halved)
+    at = (DEFAULT_EXPONENT,)
+    what = "eight directions of each of four examples, rows and columns, regions, normalised, SGD; calibrated, on text a cosine"
+    of_text = PICTURES_OVER_QUIET * rate(DEFAULT_EXPONENT) / suited_lr(BUDGET // 32)
+    yield Family(method(DEFAULT, BEST), at, what, seeds=3, data=EVERYWHERE, on_text=ON_TEXT, over_text=of_text)
     what = "the default at the rate that it is calibrated from"
     yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=STYLES)
     tuned = method(f"{DEFAULT}_tuned", FIXED)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("longest", LONGEST_BUDGET), ("short", BUDGET // 10)):
-        what, at = f"the default over {budget:,} example-forwards", (default_exponent(budget),)
-        where = DATA[:-1] if budget == LONGEST_BUDGET else DATA
-        yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, data=where, **halved)
+        what = f"the default over {budget:,} example-forwards"
+        yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, data=DATA[:-1])
+    for name, budget in (("", BUDGET), ("_long", LONG_BUDGET), ("_longest", LONGEST_BUDGET)):
+        what, at = f"the default as it was, with a cosine, over {budget:,}", (default_exponent(budget, schedule="cosine"),)
+        was = method(f"{DEFAULT}_cosine{name}", replace(COSINE, calibrate=True), budget)
+        yield Family(was, at, what, seeds=1 if name else 3, data=DATA[:-1] if name else STYLES)
 
 
 def _changed_defaults() -> Iterator[Family]:
@@ -234,18 +239,19 @@ def _changed_defaults() -> Iterator[Family]:
         method = _method(f"{DEFAULT}_{name}", phase, batch=batch)
         yield Family(method, (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
     held = _method(f"{DEFAULT}_held", replace(BEST, normalize="running", schedule="hold"), batch=BEST_BATCH)
-    yield Family(held, (DEFAULT_EXPONENT,), "the default in running spreads, its rate held instead of a cosine", data=STYLES)
+    what, at = "the default in running spreads, its rate held", default_exponent(BUDGET, schedule="cosine")
+    yield Family(held, (at,), what, data=STYLES)
 
 
 def _antithetic() -> Iterator[Family]:
     """What was the default before: both sides of one direction of each of 16 examples, and what was changed of it."""
     was, calibrated = "antithetic", replace(ANTITHETIC, calibrate=True)
-    at, halved = (default_exponent(BUDGET, was),), {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET}
+    at, halved = (default_exponent(BUDGET, was, "cosine"),), {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET}
     what = "both sides of one direction of each of 16 examples; else as the default"
     yield Family(_method(was, calibrated), at, what, seeds=3, data=EVERYWHERE, **halved)
     what = "the same at the rate that it is calibrated from"
     yield Family(_method(f"{was}_fixed", ANTITHETIC), at, what, seeds=3, data=STYLES)
-    long_at = (default_exponent(LONG_BUDGET, was),)
+    long_at = (default_exponent(LONG_BUDGET, was, "cosine"),)
     yield Family(_method(f"{was}_fixed_long", ANTITHETIC, budget=LONG_BUDGET), long_at, f"{what}, long", data=DATA[:-1])
     yield Family(_method(f"{was}_long", calibrated, budget=LONG_BUDGET), long_at, "antithetic, long", data=DATA[:-1])
     held = replace(calibrated, normalize="running", schedule="hold")

@@ -170,5 +170,20 @@ def test_hold_starts_high_stays_even_and_ends_at_zero():
     assert [at(850), at(1000)] == pytest.approx([0.25, 0.0])
 
 
+def test_inverse_sqrt_is_the_same_for_any_number_of_steps_until_it_cools_down():
+    short, long = (make_schedule("inverse_sqrt", 0.1, steps) for steps in (1000, 4000))
+    assert [short(step) for step in (0, 32, 96, 480)] == pytest.approx([0.1, 0.1 / 2**0.5, 0.05, 0.025])
+    assert [short(step) for step in range(701)] == [long(step) for step in range(701)]
+    assert short(850) == pytest.approx(long(850) / 2)
+    assert short(1000) == 0
+
+
+@pytest.mark.parametrize("name", ["hold", "inverse_sqrt"])
+def test_a_warm_up_goes_before_the_schedule(name):
+    at, late = make_schedule(name, 0.1, 100), make_schedule(name, 0.1, 110, warmup_steps=10)
+    assert [late(step) for step in (0, 4, 9)] == pytest.approx([0.01, 0.05, 0.1])
+    assert [late(step + 10) for step in range(101)] == [at(step) for step in range(101)]
+
+
 def test_cosine_is_half_way_in_the_middle():
     assert make_schedule("cosine", 1.0, 100)(50) == pytest.approx(0.5)
