@@ -23,10 +23,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Update:
-    """All that a step changes follows from this: one scalar for each region of each direction, and the rate.
-
-    A journal keeps nothing else.
-    """
+    """What a step changes follows from this, and a journal keeps no more: a scalar for each region of each direction, the rate."""
 
     directions: tuple[Direction, ...]
     projected_grad: tuple[float, ...]
@@ -182,9 +179,9 @@ def make_optimizer(name: OptimizerName, in_running_spreads: bool = False) -> Opt
 def make_schedule(name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
     """The learning rate at a step counted from 0: linear warm-up to `lr`, then constant, or falling to zero at `total_steps`.
 
-    "hold" falls to 5/8 in the first eighth, stays there, and falls to zero in the last 3/10. Noise goes with the sum of squared
-    rates, what is learned with their sum: an even rate gets furthest, a start can take more, and an end should leave no noise.
-    "inverse_sqrt" is lr / √(1 + steps / 32), to zero in the last 3/10 as well: until then a longer run does what a shorter one did.
+    Noise goes with the sum of squared rates, what is learned with their sum: an even rate gets furthest, a start can take more, and
+    an end should leave no noise. "hold" is at 5/8 of lr after an eighth, "inverse_sqrt" falls like 1 / √(1 + step / 32) and so does
+    the same in a longer run; both go to zero in the last 3/10.
     """
 
     def at(step: int) -> float:
@@ -193,11 +190,9 @@ def make_schedule(name: ScheduleName, lr: float, total_steps: int, warmup_steps:
         if name == "constant":
             return lr
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        cooling = min(1.0, (1 - done) / 0.3)
-        if name == "hold":
-            return lr * (1 - 0.375 * min(1.0, 8 * done)) * cooling
-        if name == "inverse_sqrt":
-            return lr / math.sqrt(1 + (step - warmup_steps) / INVERSE_SQRT_STEPS) * cooling
-        return lr * (1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+        if name in ("linear", "cosine"):
+            return lr * (1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+        held, falling = 1 - 0.375 * min(1.0, 8 * done), 1 / math.sqrt(1 + (step - warmup_steps) / INVERSE_SQRT_STEPS)
+        return lr * (held if name == "hold" else falling) * min(1.0, (1 - done) / 0.3)
 
     return at
