@@ -39,7 +39,8 @@ def exact_gradient(
     scales, count = numbers.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
     with torch.enable_grad(), scales.showing(numbers.view()), _differentiable(scales, handles) as deltas:
         for micro_batch in micro_batches:
-            (objective(micro_batch).sum() / count).backward()
+            of_each = objective(micro_batch).view(len(micro_batch), -1).mean(1)  # type: ignore[arg-type]
+            (of_each.sum() / count).backward()
         grids = {name: torch.zeros_like(delta) if delta.grad is None else delta.grad for name, delta in deltas.items()}
     if isinstance(numbers, Dense):
         return {name: grids[name].view_as(live) for name, live in numbers.numbers().items()}

@@ -29,6 +29,17 @@ def test_it_is_the_slope_of_the_loss_along_any_direction(level):
     assert along == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
 
 
+def test_losses_of_regions_are_those_of_their_example():
+    model, scales = scaled_network()
+    numbers, objective, x = parametrize(scales, "row"), squared_output(model), inputs(4)
+
+    def of_regions(batch):  # their mean is the example's loss
+        return objective(batch).unsqueeze(1) * torch.tensor([0.5, 1.5])
+
+    one, other = (exact_gradient(loss, [x], numbers, handles_of(model))["row"] for loss in (objective, of_regions))
+    torch.testing.assert_close(other, one)
+
+
 @pytest.mark.parametrize("backend", ["reference", "bnb"])
 def test_the_model_is_what_it_was(backend):
     model, scales = scaled_network(backend)
