@@ -83,14 +83,15 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     work = _load(plan)
     check_codes(facts, build.fingerprints(work.transformer, work.scales)[0], request.run)
     start = {layer: scales.detach().clone().cpu() for layer, scales in work.scales.tensors().items()}
+    metrics = report_run.read_metrics(folder)
+    peak = max((line["lr"] for line in metrics if "lr" in line), default=config.train.lr)  # calibrated, if the run's was
     pictures, losses, signals = {}, {}, {}
     for state, scales in (("base", None), ("tuned", tuned)):
         if scales is not None:
             blend_(work.scales, [(scales, 1.0)])
         pictures[state] = _pictures(folder, work, state)
         losses[state] = [sample_losses(work.objective, batch) for batch in work.held_out]
-        signals[state] = _signal(work)
-    metrics = report_run.read_metrics(folder)
+        signals[state] = _signal(work, peak)
     results: dict[str, Any] = {
         "run": str(folder),
         "step": int(facts.get("qzo.steps", 0)),
@@ -235,8 +236,8 @@ def _held_out_loss(
     return {**entry(range(len(levels))), "images": len(set(ids)), "bands": bands}
 
 
-def _signal(work: _Work) -> dict[str, Any]:
-    """At the scales as they are now, on batches of steps that come after the run's last."""
+def _signal(work: _Work, lr: float) -> dict[str, Any]:
+    """At the scales as they are now, on batches of steps that come after the run's last; `lr` for the size of a step."""
     config = work.plan.config
     batches = style_data.TrainingBatches(config, work.plan.style.train, work.encoded, work.plan.device, Ranks())
     probed, other = (batches(config.train.max_steps + index) for index in (1, 2))
@@ -255,7 +256,7 @@ def _signal(work: _Work) -> dict[str, Any]:
         normalize=bool(qzo.normalize),
         seed=seed,
     )
-    found["step_sizes"] = signal.step_sizes(work.numbers, estimates[0], config.train.lr)
+    found["step_sizes"] = signal.step_sizes(work.numbers, estimates[0], lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
     if isinstance(work.numbers, Dense | Grouped) and parameters <= AFFORDABLE and qzo.units == "relative":
         handles = handles_of(work.transformer)
