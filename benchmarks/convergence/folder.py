@@ -1,6 +1,7 @@
 """The same comparison on any folder of captioned images: the paper's step over a grid of rates against the default, by itself."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -80,4 +81,6 @@ def _best_of_grid(family: Family, run: Run, seeds: int) -> list[dict[str, Any]]:
 
 
 def _mean_final(runs: Sequence[dict[str, Any]]) -> float:
-    return spread([found["final_loss"] for found in runs])["mean"]
+    """Infinite where a seed diverged at the rate that is best for the first."""
+    finals = [found["final_loss"] for found in runs]
+    return math.inf if None in finals else spread(finals)["mean"]
