@@ -214,9 +214,9 @@ class Bench:
         return f"{'after' if chance.random() < 0.5 else 'before'} call {last} of {self.calls[name]} of {name}"
 
     def go_on(self, run: Path) -> list[str]:
-        if (run / "journal.qzo").exists():
+        if (run / "config.yaml").exists():
             return ["train", "--resume", str(run)]
-        shutil.rmtree(run, ignore_errors=True)  # killed before the run was there: nothing to lose, and nothing to resume
+        shutil.rmtree(run, ignore_errors=True)  # killed before the run's first file: nothing to lose, and nothing to resume
         return train_arguments(run, self.work)
 
     @staticmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qzo_diffusion import resources
 from qzo_diffusion.config import Config, QuantConfig, RunConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.journal import MOST_SCALARS
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
@@ -365,6 +366,17 @@ def check_share(batch_size: int, processes: int) -> None:
             f"data.batch_size={batch_size} on {processes} processes",
             "at least one example a process",
             f"use data.batch_size={processes} or more, or fewer processes",
+        )
+
+
+def check_scalars(config: RunConfig, examples: int, regions: int = 1) -> None:
+    """Raises ConfigError when a step would have more scalars than a record of the journal has room for."""
+    directions = config.qzo.num_directions * (examples if config.qzo.per_example else 1)
+    if directions * regions > MOST_SCALARS:
+        raise ConfigError(
+            f"{directions} directions a step, {regions} regions each: {directions * regions} scalars",
+            f"at most {MOST_SCALARS}, which is what a record of the journal holds",
+            "lower data.batch_size, qzo.num_directions or qzo.regions",
         )
 
 

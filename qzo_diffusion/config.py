@@ -98,7 +98,7 @@ def rate_for(qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 
         return plain
     try:
         steps = int(train.get("max_steps", 1000))  # a flag's value is text until the settings are checked
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return plain  # and what is no number at all is refused then
     return suited_lr(steps, suited["estimator"], train.get("schedule", "cosine")) / divisor
 
@@ -314,9 +314,10 @@ class Config(RunConfig):
         if not isinstance(qzo, dict):
             return given
         suited = estimate_settings(qzo)
-        given = given | {"qzo": {"regions": 16 if suited["per_example"] else 1} | qzo}
+        each = suited["per_example"] and given.get("method", "qzo") == "qzo"
+        given = given | {"qzo": {"regions": 16 if each else 1} | qzo}
         train = given.get("train", {})
-        usual = suited["per_example"] and suited["normalize"] and qzo.get("parametrization", "separable") == "separable"
+        usual = each and suited["normalize"] and qzo.get("parametrization", "separable") == "separable"
         if isinstance(train, dict) and usual:
             given["train"] = {"schedule": "inverse_sqrt"} | ({} if "lr" in train else {"calibrate_lr": True}) | train
         return given

@@ -102,6 +102,7 @@ class LlmPlan:
             return Scores(out, base.lm, self.spec, test, tracker, held_out)
 
         build.check_share(config.data.batch_size, ranks.world)
+        build.check_scalars(config, config.data.batch_size)
         return Parts(
             scales=base.scales,
             numbers=base.numbers,

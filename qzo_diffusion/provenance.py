@@ -32,6 +32,7 @@ _SETTLED = (
     "regions",
     "examples",
     "optimizer",
+    "feedback",
     "normalize",
 )
 

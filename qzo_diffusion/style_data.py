@@ -72,6 +72,9 @@ class TrainingBatches:
         seed = config.train.seed
         self._plan = BatchPlan(items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats)
         self._config, self._samples, self._encoded, self._device, self._ranks = config, samples, encoded, device, ranks
+        one_of_each_size = {(sample.width, sample.height): sample for sample in samples}.values()
+        regions = [self._regions(encoded.latents.latents(sample.id, False)) for sample in one_of_each_size]
+        build.check_scalars(config, config.data.batch_size, max(regions))
 
     def __call__(self, step: int) -> StepBatch[Batch]:
         data = self._config.data
@@ -87,7 +90,7 @@ class TrainingBatches:
         noise = torch.randn(latents.shape, generator=generator)
         sigma_settings = self._config.sigma
         sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
-        share, regions = self._ranks.share(len(chosen)), divisor_up_to(self._config.qzo.regions, patches(latents))
+        share, regions = self._ranks.share(len(chosen)), self._regions(latents)
         whole = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions)
         mine = whole.part(share).to(self._device)
         return StepBatch(
@@ -97,6 +100,9 @@ class TrainingBatches:
             examples=len(chosen),
             regions=regions,
         )
+
+    def _regions(self, latents: Tensor) -> int:
+        return divisor_up_to(self._config.qzo.regions, patches(latents))
 
 
 def validation_batches(

@@ -14,7 +14,14 @@ from qzo_diffusion.config import RunConfig, changed_settings, load_config
 from qzo_diffusion.core.errors import ConfigError, JournalError, OutputError, RankLost, TrainingDiverged
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
 from qzo_diffusion.train.calibrate import survey
-from qzo_diffusion.train.checkpoint import bad_steps_at_end, cut_metrics, list_checkpoints, load_checkpoint_, restore_
+from qzo_diffusion.train.checkpoint import (
+    bad_steps_at_end,
+    cut_metrics,
+    list_checkpoints,
+    load_checkpoint_,
+    restore_,
+    set_damaged_aside,
+)
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
 from qzo_diffusion.train.loop import Outcome, train
@@ -22,8 +29,9 @@ from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 from qzo_diffusion.training_job import CHECK_RANKS_EVERY, Job, Parts, check_ranks, check_same_run
 
-JOURNAL = "journal.qzo"
-RATE_FACTOR = "lr_factor"  # in its header
+JOURNAL, METRICS = "journal.qzo", "metrics.jsonl"
+RATE_FACTOR = "lr_factor"  # in the journal's header, where it was measured
+MOST_NOTED = 2**15  # bytes of a note: a record of the journal has room for twice as many
 
 
 def say(text: str) -> None:
@@ -114,14 +122,15 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
             "the same ones; the continued run would not be the run",
             "leave the changes out, or add --force to go on with them",
         )
-    if plan.has_journal and not (run_folder / JOURNAL).exists():
-        raise JournalError(
-            f"no {JOURNAL} in {run_folder}", "the folder of a run that was started", "start it again without --resume"
-        )
+    begun = not plan.has_journal or (run_folder / JOURNAL).exists()
+    if not begun and ((run_folder / METRICS).exists() or (run_folder / "checkpoints").exists()):
+        raise JournalError(f"no {JOURNAL} in {run_folder}, but metrics or checkpoints", "the whole folder of a run", "restore it")
     ranks = join(plan.config.compute.rank_timeout)
     if not ranks.first:
-        return follow(plan, ranks, run_folder)
-    return _work(plan, out, ranks, resumed=True, changes=changes)
+        return follow(plan, ranks, run_folder if begun else None)
+    if not begun:  # it was stopped while it encoded, loaded or calibrated: nothing was trained
+        out.write_text("config.yaml", plan.config.to_yaml())
+    return _work(plan, out, ranks, resumed=begun, changes=changes)
 
 
 def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
@@ -131,7 +140,7 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
     rate = _rate_factor(plan, parts, ranks, journal)
     if resumed is not None:
-        first_step, bad_steps = _restore_(parts, journal, resumed)
+        first_step, bad_steps = _restore_(plan, parts, journal, resumed)
     check_ranks(ranks, parts.numbers)
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
@@ -149,14 +158,14 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     return {}
 
 
-def _train(plan: Plan, parts: Parts, ranks: Ranks, first_step: int, bad_steps: int, rate: float, **reports: Any) -> Outcome:
+def _train(plan: Plan, parts: Parts, ranks: Ranks, first_step: int, bad_steps: int, rate: float | None, **reports: Any) -> Outcome:
     return train(
         parts.objective,
         parts.batches,
         parts.numbers,
         parts.optimizer,
         build.probing(plan.config),
-        build.schedule(plan.config, rate),
+        build.schedule(plan.config, 1.0 if rate is None else rate),
         max_steps=plan.config.train.max_steps,
         first_step=first_step,
         bad_steps_before=bad_steps,
@@ -173,11 +182,17 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequ
         writer, journal = JournalWriter.reopen(out.path / JOURNAL)
         if journal.torn_bytes:
             say(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
-        writer.append(NoteEntry("resume", {"step": journal.steps_done, "changes": list(changes)}))
-    if resumed:
-        out.write_text("config.yaml", plan.config.to_yaml())
-    job, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
     try:
+        job, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        raise
+    try:
+        if resumed:  # now that the new settings are known to go with what is there
+            out.write_text("config.yaml", plan.config.to_yaml())
+        if writer is not None:
+            writer.append(NoteEntry("resume", {"step": first_step, "changes": _as_many_as_fit(changes)}))
         with stop_on_signal(say) as stop:
             ranks.wants_stop = stop.is_set
             if first_step:
@@ -213,13 +228,23 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
     return parts
 
 
-def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None) -> float:
-    """What the rate is multiplied by: measured where a run begins, read from its journal where it goes on."""
+def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None) -> float | None:
+    """What the rate is multiplied by: measured where a run begins, read from its journal where it goes on. None: not calibrated.
+
+    Raises:
+        ConfigError: a run that goes on was not calibrated where it began.
+    """
     train = plan.config.train
     if not train.calibrate_lr or not train.max_steps:
-        return 1.0
+        return None
     if journal is not None:
-        return float(journal.header.get(RATE_FACTOR, 1.0))
+        if RATE_FACTOR not in journal.header:
+            raise ConfigError(
+                "train.calibrate_lr=true for a run whose rate was not calibrated where it began",
+                "a rate that the run had from its first step on",
+                "add train.calibrate_lr=false --force, or start a new run",
+            )
+        return float(journal.header[RATE_FACTOR])
 
     def shown(steps: Iterable[int]) -> Iterable[int]:
         return tqdm(steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first)
@@ -233,37 +258,51 @@ def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None
     return terrain.rate_factor
 
 
-def _restore_(parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int]:
-    """Bring the numbers to where the run was. Returns the steps done and how many bad ones in a row come last."""
+def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int]:
+    """Bring the numbers to where the run was. Returns the steps done and how many bad ones in a row come last.
+
+    Raises:
+        ConfigError: more steps are done than the run is to have.
+    """
     if journal is not None:
         provenance.check_journal_fits(journal, parts.header)
     checkpoints, problems = list_checkpoints(run_folder / "checkpoints")
     for problem in problems:
         say(f"warning: passed over a checkpoint: {problem}")
     newest = checkpoints[-1] if checkpoints else None
+    done = bad_steps = 0
     if journal is not None:
-        return restore_(newest, journal, parts.numbers, parts.optimizer), bad_steps_at_end(journal)
-    if newest is None:
-        return 0, 0
-    load_checkpoint_(newest, parts.numbers, parts.optimizer)
-    return newest.step, 0
+        done, bad_steps = restore_(newest, journal, parts.numbers, parts.optimizer), bad_steps_at_end(journal)
+    elif newest is not None:
+        load_checkpoint_(newest, parts.numbers, parts.optimizer)
+        done = newest.step
+    if done > plan.config.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps={plan.config.train.max_steps}, but {done} steps are done",
+            f"train.max_steps={done} or more",
+            f"leave the journal's tail out instead: replay --journal {run_folder / JOURNAL} --to-step N"
+            if plan.has_journal
+            else "give one of the checkpoints to sample or export",
+        )
+    return done, bad_steps
 
 
 def _start(
     plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, writer: JournalWriter | None, journal: Journal | None
-) -> tuple[Job, int, int, float]:
+) -> tuple[Job, int, int, float | None]:
     """The parts of the run, brought to where it was, with everything that writes and shows; and the factor of its rate."""
     config = plan.config
     parts = _load(plan, ranks)
     rate = _rate_factor(plan, parts, ranks, journal)
     first_step, bad_steps, validation = 0, 0, dict[int, float]()
     if resumed:
-        first_step, bad_steps = _restore_(parts, journal, out.path)
-        validation = cut_metrics(out.path / "metrics.jsonl", first_step)
+        first_step, bad_steps = _restore_(plan, parts, journal, out.path)
+        validation = cut_metrics(out.path / METRICS, first_step)
         say(f"going on at step {first_step}, " + ("the journal's end" if plan.has_journal else "the last checkpoint"))
     elif plan.has_journal:
-        writer = JournalWriter.create(out.path / JOURNAL, parts.header | {RATE_FACTOR: rate})
+        writer = JournalWriter.create(out.path / JOURNAL, parts.header | ({} if rate is None else {RATE_FACTOR: rate}))
     check_ranks(ranks, parts.numbers)  # nobody goes on before all have read the checkpoints, for the old ones are dropped
+    set_damaged_aside(out.path / "checkpoints")
     tracker = Tracker(out.path, config.train.max_steps, first_step)
     job = Job(
         config=config,
@@ -278,6 +317,18 @@ def _start(
         steps_done=first_step,
     )
     return job, first_step, bad_steps, rate
+
+
+def _as_many_as_fit(changes: Sequence[str]) -> list[str]:
+    """Into the journal's note; hundreds of images that come and go are named by their number."""
+    kept: list[str] = []
+    size = 0
+    for change in changes:
+        size += len(json.dumps(change))
+        if size > MOST_NOTED:
+            return [*kept, f"and {len(changes) - len(kept)} more"]
+        kept.append(change)
+    return kept
 
 
 def _changed_data(plan: Plan, run_folder: Path) -> list[str]:

@@ -230,11 +230,13 @@ def test_the_rate_falls_with_the_root_of_the_steps():
         ({"train": {"lr": 0.05}}, "inverse_sqrt"),
         ({"train": {"schedule": "linear"}}, "linear"),
         ({"method": "fo-scales"}, "cosine"),
+        ({"method": "fo-scales", "qzo": {"parametrization": "separable"}}, "cosine"),
         ({"method": "quzo"}, "linear"),
     ],
 )
 def test_pictures_have_a_rate_that_falls_by_itself(given, schedule):
     assert make_config(given).train.schedule == schedule
+    assert make_config(given).qzo.regions == (16 if "method" not in given else 1)
     if "method" not in given:
         assert make_config(given, LlmConfig).train.schedule == given["train"].get("schedule", "cosine")
 
@@ -260,6 +262,20 @@ def test_a_rate_that_nobody_chose_is_calibrated_for_pictures(given, calibrated):
     assert make_config(yaml.safe_load(config.to_yaml())) == config
     if "method" not in given:
         assert make_config(given, LlmConfig).train.calibrate_lr == given.get("train", {}).get("calibrate_lr", False)
+
+
+@pytest.mark.parametrize("steps", [float("inf"), "many", None, [1]])
+def test_what_is_no_number_of_steps_is_told(steps):
+    with pytest.raises(ConfigError, match=r"train\.max_steps"):
+        make_config({"train": {"max_steps": steps, "schedule": "cosine"}})
+
+
+def test_a_step_has_as_many_scalars_as_its_record_holds():
+    build.check_scalars(make_config({}), 63, 16)
+    build.check_scalars(make_config({"qzo": {"parametrization": "dense"}}), 10_000)
+    with pytest.raises(ConfigError, match=r"8192 scalars") as error:
+        build.check_scalars(make_config({}), 64, 16)
+    assert "8187" in error.value.expected
 
 
 def test_only_a_normalised_rate_can_be_calibrated():

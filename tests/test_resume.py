@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo_diffusion import training_job
+from qzo_diffusion import provenance, training_job
 from qzo_diffusion.cli import main
-from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.core.errors import JournalError
+from qzo_diffusion.core.journal import Journal, read_journal
 from qzo_diffusion.train import calibrate
+from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
 from tests.ranks import start
@@ -184,6 +186,68 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(whole, stopped, capsys):
     assert resume(stopped) == 0
     assert "passed over a checkpoint" in capsys.readouterr().err
     assert load_equal(whole, stopped)
+    checkpoints, problems = list_checkpoints(stopped / "checkpoints")
+    assert ([one.step for one in checkpoints], problems) == ([2, 4, 6], [])
+    assert (stopped / "checkpoints/damaged_step_000004/numbers.safetensors").read_bytes() == data
+
+
+def test_a_checkpoint_that_was_damaged_is_written_again(whole, stopped):
+    """The run comes by there again when its journal ends before it."""
+    (stopped / "checkpoints/step_000004/COMPLETE").unlink()
+    journal = read_journal(stopped / "journal.qzo")
+    path = stopped / "journal.qzo"
+    path.write_bytes(path.read_bytes()[: journal.sizes[2]])  # three steps
+    assert resume(stopped) == 0
+    assert load_equal(whole, stopped)
+    assert [one.step for one in list_checkpoints(stopped / "checkpoints")[0]] == [2, 4, 6]
+
+
+def test_a_run_without_its_journal_begins_where_nothing_was_trained(whole, tmp_path, capsys):
+    """It was stopped while it encoded, loaded or calibrated."""
+    early = tmp_path / "early"
+    (early / "samples").mkdir(parents=True)
+    for name in ("config.yaml", "environment.json"):
+        shutil.copy(whole / name, early)
+    assert resume(early) == 0
+    assert_same_run(whole, early)
+    (early / "journal.qzo").unlink()
+    capsys.readouterr()
+    assert "no journal.qzo" in failing(capsys, resume(early))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("train.optimizer=sgd", "optimizer = 'momentum'"),
+        ("qzo.directions=gaussian", "directions"),
+        ("train.max_steps=3", "but 4 steps are done"),
+    ],
+)
+def test_settings_that_can_not_go_on_leave_the_run_as_it_was(whole, stopped, capsys, change, told):
+    files = [stopped / "config.yaml", stopped / "journal.qzo", stopped / "metrics.jsonl"]
+    before = [file.read_bytes() for file in files]
+    capsys.readouterr()
+    assert told in failing(capsys, resume(stopped, change, "--force"))
+    assert [file.read_bytes() for file in files] == before
+    assert resume(stopped) == 0
+    assert load_equal(whole, stopped)
+
+
+def test_how_feedback_decays_is_settled_when_a_run_begins():
+    header = {"format": provenance.JOURNAL_FORMAT, "optimizer": "feedback", "feedback": [0.95, 40]}
+    journal = Journal(header, (), (), (), "", 0, 0)
+    provenance.check_journal_fits(journal, dict(header))
+    with pytest.raises(JournalError, match="feedback = "):
+        provenance.check_journal_fits(journal, header | {"feedback": [0.5, 40]})
+
+
+def test_a_rate_is_calibrated_where_a_run_begins_or_not_at_all(train, tmp_path, capsys):
+    assert train("--max-steps", 0, name="run") == 0
+    more = ["--max-steps", 1, "--force"]
+    capsys.readouterr()
+    assert "was not calibrated where it began" in failing(capsys, resume(tmp_path / "run", *more))
+    assert resume(tmp_path / "run", *more, "train.calibrate_lr=false") == 0
+    assert [step.lr for step in read_journal(tmp_path / "run/journal.qzo").steps] == [0.1]
 
 
 def test_a_torn_journal_is_told_and_goes_on(whole, stopped, capsys):

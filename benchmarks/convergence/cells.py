@@ -164,9 +164,7 @@ class CellRun:
             batch = self._batches(self.progress.step)
             gradient = self._gradient(batch.micro_batches)
             if not all(bool(slope.isfinite().all()) for slope in gradient.values()):
-                raise TrainingDiverged(
-                    "a gradient that is NaN or infinite", "finite numbers", "lower the rate", steps_done=self.progress.step
-                )
+                raise TrainingDiverged("a gradient that is NaN or infinite", "finite numbers", "lower the rate")
             self.optimizer.step_(self.numbers, gradient, schedule(self.progress.step))
             self.progress.step += 1
 

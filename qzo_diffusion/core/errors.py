@@ -49,8 +49,4 @@ class RankLost(UserError):
 
 
 class TrainingDiverged(UserError):
-    """`steps_done` counts the skipped steps too."""
-
-    def __init__(self, got: str, expected: str, remedy: str, steps_done: int) -> None:
-        super().__init__(got, expected, remedy)
-        self.steps_done = steps_done
+    """Losses are no numbers any more, or a gradient isn't."""

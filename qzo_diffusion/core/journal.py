@@ -31,13 +31,14 @@ from qzo_diffusion.core.parametrization import Parametrization
 
 MAGIC = b"QZOJRNL1"
 VERSION = 1
-_HEADER, _STEP, _SKIPPED, _LEVEL, _RESUME = 1, 2, 3, 4, 5
-_NOTES = {"level": _LEVEL, "resume": _RESUME}
+_HEADER, _STEP, _SKIPPED, _RESUME = 1, 2, 3, 5
+_NOTES = {"resume": _RESUME}
 _PREFIX = struct.Struct("<BBH")
 _GUARD = struct.Struct("<I")
 _STEP_PAYLOAD = struct.Struct("<IQddd")
 _CHAIN_BYTES = 8
 _OVERHEAD = _PREFIX.size + _GUARD.size + _CHAIN_BYTES
+MOST_SCALARS = (2**16 - 1 - _STEP_PAYLOAD.size) // 8  # of a step: directions times regions
 FSYNC_SECONDS = 5.0
 
 
@@ -56,7 +57,7 @@ class StepEntry:
 
 @dataclass(frozen=True)
 class NoteEntry:
-    """Something that was not a step: kind "level" or "resume", and its facts."""
+    """Something that was not a step: kind "resume", and its facts."""
 
     kind: str
     content: Mapping[str, Any]
@@ -319,7 +320,7 @@ def _damaged(path: Path, index: int, position: int) -> JournalError:
     return JournalError(
         f"{path} is damaged in {name}, at byte {position}",
         "a journal whose checksums are right",
-        "restore the file, or resume from a checkpoint that was written before with --force",
+        "restore the file; the run's checkpoints and its result can still be sampled and exported",
     )
 
 

@@ -6,6 +6,7 @@ the same function that training uses. Without any checkpoint the journal alone r
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +112,17 @@ def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkp
     return sorted(found, key=lambda checkpoint: checkpoint.step), problems
 
 
+def set_damaged_aside(checkpoints: Path) -> None:
+    """Under other names: where they were, the run can write whole ones again, and none of these counts as one that is kept."""
+    for folder in checkpoints.glob("step_*"):
+        try:
+            read_checkpoint(folder)
+        except OutputError:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+
+
 def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametrization, optimizer: Optimizer) -> int:
     """Bring `numbers` and `optimizer` to the end of the journal. Returns the number of steps done.
 
@@ -124,7 +136,7 @@ def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametri
         raise JournalError(
             f"a journal that ends at step {journal.steps_done} and never was where checkpoint {checkpoint.folder.name} was written",
             "the journal of the run that wrote the checkpoint, whole",
-            "restore journal.qzo, or start from the checkpoint with --init-from",
+            "restore journal.qzo; the checkpoint itself can still be sampled and exported, by --run",
         )
     load_checkpoint_(checkpoint, numbers, optimizer)
     return max(checkpoint.step, replay_(journal, numbers, optimizer, first_step=checkpoint.step))

@@ -156,10 +156,9 @@ def train(
                 "a finite loss",
                 "lower train.lr or qzo.eps, set qzo.clip_threshold, or use compute.dtype=float32; "
                 "the scales of the last good step were saved",
-                steps_done=step + 1,
             )
         after_step(step + 1)
-    return Outcome(max_steps, skipped, stopped=False)
+    return Outcome(max(first_step, max_steps), skipped, stopped=False)
 
 
 def train_step_(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qzo_diffusion.core.errors import JournalError, OutputError
-from qzo_diffusion.core.journal import JournalWriter, NoteEntry, StepEntry, read_journal, replay_
+from qzo_diffusion.core.journal import MOST_SCALARS, JournalWriter, NoteEntry, StepEntry, read_journal, replay_
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Update, make_optimizer
 from qzo_diffusion.core.parametrize import parametrize
@@ -42,8 +42,15 @@ ENTRIES = [
     step(1, (0.1, -0.2)),
     NoteEntry("resume", {"step": 2}),
     step(2, skipped=True),
-    NoteEntry("level", {"to": "rows"}),
+    NoteEntry("resume", {"changes": ["rows"]}),
 ]
+
+
+def test_the_largest_step_is_read_and_a_larger_one_has_no_room(path):
+    largest = step(0, tuple(map(float, range(MOST_SCALARS))))
+    assert read_journal(write(path, [largest])).steps == [largest]
+    with pytest.raises(struct.error):
+        write(path.with_name("other"), [step(0, (0.0,) * (MOST_SCALARS + 1))])
 
 
 def test_what_was_written_is_read(path):
