@@ -51,11 +51,27 @@ make_base() {
   touch "$base/.complete"
 }
 
+# The commands that the documents name and that packages of the base bring, run by this environment's Python.
+commands_of_packages() {
+  .venv/bin/python - <<'EOF'
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+for name in ("hf", "tensorboard", "torchrun", "accelerate"):
+    (command,) = {(one.module, one.attr) for one in entry_points(group="console_scripts", name=name)}
+    file = Path(sys.executable).with_name(name)
+    file.write_text("#!{}\nimport sys\n\nfrom {} import {}\n\nsys.exit({}())\n".format(sys.executable, *command, command[1]))
+    file.chmod(0o755)
+EOF
+}
+
 make_venv() {
   rm -rf .venv
   "$base/bin/python" -m venv --without-pip .venv
   site_packages "$base/bin/python" >"$(site_packages .venv/bin/python)/base.pth"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+  commands_of_packages
   echo "$stamp" >.venv/.complete
 }
 

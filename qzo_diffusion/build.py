@@ -40,6 +40,7 @@ DOWNLOAD = 30e9  # bytes of the large model with all its parts
 LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
 DEFAULT_CACHE = Path.home() / ".cache" / "qzo_diffusion"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
+GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin with
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ def choose_model(name: str) -> tuple[Path, str]:
     return cached, f"model: {name} from the local cache"
 
 
+def download_command(name: str) -> str:
+    """Without what the repositories of Stable Diffusion 3 hold twice: one file for other programs, and encoders for these."""
+    twice = " --exclude 'sd3*.safetensors' --exclude 'text_encoders/*'" if name.startswith(GATED) else ""
+    return f"hf download {name}{twice}"
+
+
 def _not_here(name: str) -> ModelError:
     """Nothing is ever downloaded here; says how to, and what else is missing on this machine for it."""
     from huggingface_hub import constants, get_token
@@ -110,7 +117,7 @@ def _not_here(name: str) -> ModelError:
     place = Path(constants.HF_HUB_CACHE)
     got = [f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"]
     steps = []
-    gated = name.startswith("stabilityai/stable-diffusion-3")
+    gated = name.startswith(GATED)
     if gated:
         steps.append(f"accept the licence at https://huggingface.co/{name}")
         if get_token() is None:
@@ -120,7 +127,7 @@ def _not_here(name: str) -> ModelError:
     if gated and free < DOWNLOAD:
         got.append(f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB are needed")
         steps.append("free some space, or set HF_HOME to a larger disk")
-    steps.append(f"`hf download {name} --include '*.json' '*.txt' '*.model' '*/*.safetensors'`")
+    steps.append(f"`{download_command(name)}`")
     steps.append("without network: copy the model's folder from another machine and give --model PATH; or --model tiny")
     return ModelError("; ".join(got), "tiny, a pipeline folder, or a Hub id that was downloaded", "\n  ".join(["", *steps]))
 
@@ -133,8 +140,8 @@ def _choose_automatically() -> tuple[Path, str]:
             raise ModelError(
                 f"a GPU, but no weights of {BIG_MODEL} in the local cache",
                 "downloaded weights, or a model by name",
-                f"accept the licence at https://huggingface.co/{BIG_MODEL}, then `hf auth login` and `hf download {BIG_MODEL}`; "
-                "or add --model tiny for the embedded model",
+                f"accept the licence at https://huggingface.co/{BIG_MODEL}, then `hf auth login` and "
+                f"`{download_command(BIG_MODEL)}`; or add --model tiny for the embedded model",
             )
         return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
     device = choose_device("auto")

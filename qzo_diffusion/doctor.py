@@ -13,6 +13,7 @@ PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "bitsandbytes", "accelerate"),
     *("open_clip_torch", "safetensors", "numpy", "pillow"),
 )
+SMALLEST = "sd35_large_8gb"  # the preset of large models that takes the least memory
 
 
 def examine() -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     from qzo_diffusion import build
     from qzo_diffusion.config import Config
     from qzo_diffusion.core.errors import ModelError
-    from qzo_diffusion.planning import memory_plan
+    from qzo_diffusion.planning import fitting_micro_batch, memory_plan
 
     device = devices.choose_device("auto")
     facts: dict[str, Any] = {
@@ -59,10 +60,14 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
         facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
     try:
         folder, facts["model"] = build.choose_model("auto")
-        plan = memory_plan(Config(), build.Place(folder, device, devices.choose_dtype("auto", device)))
+        config, place = Config(), build.Place(folder, device, devices.choose_dtype("auto", device))
+        config.train.micro_batch_size = fitting_micro_batch(config, place)  # as a run settles it
+        plan = memory_plan(config, place)
         facts["memory_plan"] = plan.facts()
         if not plan.fits:
-            problems.append(f"a run with default settings does not fit:\n{plan.describe()}")
+            problems.append(
+                f"a run with default settings does not fit; `train --preset {SMALLEST}` needs least:\n{plan.describe()}"
+            )
     except ModelError as error:
         problems.append(str(error))
     return facts

@@ -2,13 +2,15 @@
 
 import json
 import math
+import shlex
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
-from qzo_diffusion import build, devices, planning
+from qzo_diffusion import build, devices, doctor, planning
 from qzo_diffusion.cli import main
 from qzo_diffusion.config import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
@@ -33,6 +35,11 @@ CLIP_G = {
     "num_hidden_layers": 32,
     "num_attention_heads": 20,
     "projection_dim": 1280,
+}
+TWICE = {"sd3.5_large.safetensors", "text_encoders/clip_g.safetensors", "text_encoders/t5xxl_fp16.safetensors"}
+WANTED = {
+    *("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"),
+    *("text_encoder_3/model-00001-of-00002.safetensors", "tokenizer/merges.txt", "tokenizer_3/spiece.model", "vae/config.json"),
 }
 PRESETS = {"sd35_large_8gb": LARGE, "sd35_large_24gb": LARGE, "sd35_medium": MEDIUM, "sd35_large_paper": LARGE}
 
@@ -217,6 +224,29 @@ def test_doctor_prints_the_plan(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # with a GPU it misses the weights of the large model
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory_plan"]["fits"] is True
+
+
+def test_doctor_plans_as_many_probes_at_once_as_a_run_does(pipelines, monkeypatch):
+    """All 32 of a step in one forward would not fit."""
+    monkeypatch.setattr(build, "_cached_snapshot", lambda name: pipelines[json.dumps(LARGE)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 16e9)
+    facts = doctor.examine()
+    assert facts["memory_plan"]["fits"] is True
+    assert facts["problems"] == []
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 6e9)
+    monkeypatch.setattr(build, "least_memory", lambda folder, device: 5e9)
+    assert any("train --preset sd35_large_8gb" in problem for problem in doctor.examine()["problems"])
+
+
+def test_the_download_of_a_gated_model_leaves_out_what_is_there_twice():
+    words = shlex.split(build.download_command(build.BIG_MODEL))
+    assert words[:3] == ["hf", "download", build.BIG_MODEL]
+    flags, patterns = words[3::2], words[4::2]
+    assert set(flags) == {"--exclude"}  # each with one pattern: hf takes one a flag
+    left_out = {name: any(fnmatch(name, pattern) for pattern in patterns) for name in TWICE | WANTED}
+    assert {name for name, out in left_out.items() if out} == TWICE
+    assert build.download_command("org/name") == "hf download org/name"
 
 
 @pytest.mark.parametrize(("gigabytes", "chosen"), [(30, "large"), (3, "tiny")])
