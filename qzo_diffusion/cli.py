@@ -218,9 +218,16 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
 def _run_training(options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]) -> int:
     """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class `kind`."""
     from qzo_diffusion import training_run
+    from qzo_diffusion.core.errors import ConfigError
     from qzo_diffusion.train.run_folder import default_output_dir
 
     resumed = run_to_resume(options) if options.resume else None
+    if resumed is not None and options.output_dir not in (None, resumed):
+        raise ConfigError(
+            f"--resume {options.resume} with --output-dir {options.output_dir}",
+            "one of them; a run goes on in its own folder",
+            "leave --output-dir out",
+        )
     plan = make_plan(resolve_settings(options, resumed, flags, kind))
     if options.dry_run:
         print(plan.describe())

@@ -319,6 +319,13 @@ def test_latest_is_the_newest_run_below_outputs(train, tmp_path, monkeypatch, ca
     assert json.loads(capsys.readouterr().out)["run"] == "outputs/new"
 
 
+def test_a_run_goes_on_in_its_own_folder(stopped, tmp_path, capsys):
+    capsys.readouterr()
+    assert "leave --output-dir out" in failing(capsys, resume(stopped, "--output-dir", tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+    assert main(["train", "--resume", "latest", "--output-dir", str(stopped)]) == 0
+
+
 def replay(tmp_path, run, *arguments, name="replayed"):
     out = tmp_path / name
     return main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(out), *map(str, arguments)]), out

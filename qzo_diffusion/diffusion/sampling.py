@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 
@@ -54,8 +55,10 @@ class Sampler:
     def images(self) -> list[Image.Image]:
         """One RGB image per prompt."""
         images: list[Image.Image] = []
-        for start in range(0, len(self._prompts), self._batch_size):
-            images += [self._decode(latents) for latents in self._latents(start)]
+        with tqdm(total=len(self._prompts), desc="sample", unit="image", leave=False) as bar:
+            for start in range(0, len(self._prompts), self._batch_size):
+                images += [self._decode(latents) for latents in self._latents(start)]
+                bar.update(len(images) - start)
         return images
 
     @torch.no_grad()
