@@ -40,6 +40,7 @@ TRAIN_FLAGS: Flags = {
     "--sample-prompts": ("sample.prompts", "file with one prompt a line"),
     "--sample-every": ("sample.every", "steps between sample grids; 0: only first and last"),
     "--validation-dir": ("data.validation_dir", "held-out images in the style"),
+    "--init-from": ("init_from", "a run, one of its checkpoints or a delta to begin with in place of the model as it is"),
 }
 
 
@@ -168,6 +169,7 @@ def _add_replay_and_mix(verbs: Any) -> None:
     replay.add_argument("--journal", type=Path, required=True, help="journal.qzo of a run")
     replay.add_argument("--model", help="default: the model that the journal names")
     replay.add_argument("--to-step", type=int, help="number of steps to apply; default all")
+    replay.add_argument("--init-from", metavar="RUN", help="what the run began with; default: where the journal says it was")
     mix = verbs.add_parser("mix", help="combine what several runs changed")
     mix.add_argument("--run", action="append", required=True, metavar="RUN=WEIGHT", help="may be given several times")
     for verb, function in ((replay, _replay), (mix, _mix)):
@@ -286,7 +288,7 @@ def _report(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from qzo_diffusion import replay_run
 
-    results = replay_run.run(options.journal, options.model, options.to_step, options.output_dir)
+    results = replay_run.run(options.journal, options.model, options.to_step, options.output_dir, options.init_from)
     _tell(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
     return DONE
 

@@ -292,6 +292,7 @@ class Config(RunConfig):
 
     method: StyleMethod = "qzo"
     transformer: str | None = None  # another one than the model's own: a folder, or a single file in the original layout
+    init_from: str | None = None  # a run, one of its checkpoints or a delta, whose scales this one begins with
     data: DataConfig = DataConfig()
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()

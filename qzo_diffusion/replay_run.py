@@ -11,6 +11,7 @@ from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
+from qzo_diffusion.initial_scales import set_initial_
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import load_base as load_language_base
 from qzo_diffusion.train.run_folder import RunFolder
@@ -18,8 +19,13 @@ from qzo_diffusion.train.run_folder import RunFolder
 _NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")  # what settles the trained numbers
 
 
-def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: Path) -> dict[str, Any]:
+def run(
+    journal_file: Path, model: str | None, to_step: int | None, output_dir: Path, init_from: str | None = None
+) -> dict[str, Any]:
     """Rebuild step `to_step` (the journal's last when None) and leave it in `output_dir/final`.
+
+    Args:
+        init_from: where the scales are that the run began with, if they were another run's; None: where they were then.
 
     Raises:
         JournalError: the journal is damaged, shorter than `to_step`, or of another model.
@@ -32,7 +38,7 @@ def run(journal_file: Path, model: str | None, to_step: int | None, output_dir: 
         config = language_config_of(journal, model)
         numbers, optimizer, (codes, initial), facts = _language_base(config)
     else:
-        config = config_of(journal, model)
+        config = config_of(journal, model, init_from)
         numbers, optimizer, (codes, initial), facts = _style_base(config)
     provenance.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
     out = RunFolder.create(output_dir)
@@ -51,6 +57,7 @@ _Base = tuple[Parametrization, Optimizer, tuple[str, str], dict[str, str]]
 
 def _style_base(config: Config) -> _Base:
     transformer, scales, numbers = build.load_base(config, build.find_place(config))
+    set_initial_(config, transformer, scales)
     return numbers, build.optimizer(config), build.fingerprints(transformer, scales), {}
 
 
@@ -62,10 +69,10 @@ def _language_base(config: LlmConfig) -> _Base:
     return base.numbers, base.optimizer, (base.codes, base.initial), facts
 
 
-def config_of(journal: Journal, model: str | None) -> Config:
+def config_of(journal: Journal, model: str | None, init_from: str | None = None) -> Config:
     """The settings that a journal's header names; everything else is as by default and does not matter for a replay."""
     method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
-    return _config(journal, Config, {"method": method}, model)
+    return _config(journal, Config, {"method": method, "init_from": init_from or journal.header.get("init_from")}, model)
 
 
 def language_config_of(journal: Journal, model: str | None) -> LlmConfig:

@@ -14,6 +14,7 @@ from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
+from qzo_diffusion.initial_scales import described, set_initial_
 from qzo_diffusion.planning import fitting_micro_batch, memory_plan
 from qzo_diffusion.style_pictures import Pictures
 from qzo_diffusion.train.distributed import Ranks
@@ -57,6 +58,8 @@ class StylePlan:
         ]
         if self.has_journal:
             lines.insert(2, f"a step    {build.step_in_words(self.config, self.config.data.batch_size, 'images')}")
+        if self.config.init_from is not None:
+            lines.insert(1, f"begins    with {described(self.config)}")
         return "\n".join(lines)
 
     def memory(self) -> MemoryPlan:
@@ -77,7 +80,7 @@ class StylePlan:
     def settings(self) -> dict[str, Any]:
         # where things lie, and what memory each process has
         local = {"data": {"style_dir", "validation_dir", "cache_dir"}, "sample": {"prompts"}, "train": {"micro_batch_size"}}
-        return self.config.model_dump(exclude=local)
+        return self.config.model_dump(exclude=local | {"init_from": True})
 
     def metadata(self, parts: Parts) -> dict[str, str]:
         return provenance.scales_metadata(self.config, parts.header["codes"])
@@ -93,6 +96,7 @@ class StylePlan:
         if ranks.first:
             ranks.wait()
         transformer, scales, numbers = build.load_base(config, build.Place(self.model_folder, device, dtype))
+        set_initial_(config, transformer, scales)
         optimizer, take_step = (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
 
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
@@ -114,7 +118,8 @@ class StylePlan:
             optimizer=optimizer,
             objective=lambda batch: velocity_loss(transformer, batch, dtype),
             batches=style_data.TrainingBatches(config, self.style.train, encoded, device, ranks),
-            header=journal_header(config, config.data.batch_size, *build.fingerprints(transformer, scales)),
+            header=journal_header(config, config.data.batch_size, *build.fingerprints(transformer, scales))
+            | ({} if config.init_from is None else {"init_from": config.init_from}),
             extras=pictures,
             take_step=take_step,
         )
@@ -150,6 +155,7 @@ def make_plan(config: Config) -> StylePlan:
     build.settle_sampling_(settled, folder)
     settled.data.style_dir = str(images.resolve())
     settled.data.validation_dir = str(held_out.resolve()) if held_out else None
+    settled.init_from = str(Path(config.init_from).resolve()) if config.init_from else None
     settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
         settled.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL

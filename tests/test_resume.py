@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo_diffusion import provenance, training_job
+from qzo_diffusion import build, provenance, training_job
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal
@@ -363,6 +363,35 @@ def test_replay_refuses_steps_and_models_that_do_not_fit(whole, tmp_path, capsys
     failing(capsys, replay(tmp_path, tmp_path)[0])
 
 
+def test_a_run_begins_with_what_another_one_tuned(train, whole, tmp_path, capsys, monkeypatch):
+    on_top = [*SETTINGS, "--seed", 1, "--init-from", tmp_path / "whole"]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert train(*on_top, name="second") == 130
+    assert f"begins    with the scales of {whole} after 6 steps" in capsys.readouterr().err
+    second = tmp_path / "second"
+    assert resume(second) == 0
+    assert not load_equal(whole, second)
+    assert replay(tmp_path, second, "--to-step", 0, name="before")[0] == 0
+    assert load_equal(whole, tmp_path / "before")
+    moved = whole.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert str(whole) in failing(capsys, replay(tmp_path, second)[0])
+    code, out = replay(tmp_path, second, "--init-from", moved)
+    assert code == 0
+    assert load_equal(second, out)
+    capsys.readouterr()
+    assert "initial_scales" in failing(capsys, replay(tmp_path, second, "--init-from", second, name="wrong")[0])
+
+
+def test_what_a_run_can_not_begin_with_is_told_before_anything_is_loaded(train, whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(build, "load_base", lambda *arguments: pytest.fail("loaded"))
+    capsys.readouterr()
+    assert "quant.blocksize=64" in failing(capsys, train("--init-from", whole, "quant.blocksize=128", name="other"))
+    assert "no tuned scales" in failing(capsys, train("--init-from", tmp_path / "nowhere", name="other"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_mixing_a_run_with_weight_one_is_the_run(whole, tmp_path):
     assert main(["mix", "--run", f"{whole}=1", "--output-dir", str(tmp_path / "mix")]) == 0
     assert load_equal(whole, tmp_path / "mix")
@@ -373,6 +402,17 @@ def test_mixing_half_and_half_of_a_run_is_the_run_within_rounding(whole, tmp_pat
     mixed, tuned = load_scales(tmp_path / "mix")[0], load_scales(whole)[0]
     for name, tensor in tuned.items():
         torch.testing.assert_close(mixed[name], tensor, rtol=1e-6, atol=0)
+
+
+def test_a_checkpoint_is_mixed_with_its_run_s_settings(train, tmp_path, monkeypatch, capsys):
+    assert train(*SETTINGS, "quant.blocksize=128", name="coarse") == 0
+    checkpoint = tmp_path / "coarse/checkpoints/step_000004"
+    assert main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")]) == 0
+    assert load_equal(checkpoint, tmp_path / "mix")
+    monkeypatch.setattr(build, "load_base", None)  # what is there already is found before anything is loaded
+    capsys.readouterr()
+    error = failing(capsys, main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")]))
+    assert "--resume" not in error
 
 
 @pytest.mark.parametrize("part", ["nowhere=1", "nowhere", "=1", "nowhere=much"])
