@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_replay_and_mix(verbs)
     _add_export(verbs)
     validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
-    validate.add_argument("--config", type=Path, required=True)
+    validate.add_argument("--config", required=True, help="a YAML file, or a shipped one by name")
     validate.set_defaults(verb=_validate)
     doctor = verbs.add_parser("doctor", help="check this machine and say what a run will use")
     doctor.add_argument("--json", action="store_true", help="print the facts as JSON")
@@ -312,9 +312,12 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from qzo_diffusion.config import load_config
+    from qzo_diffusion import config, resources
+    from qzo_diffusion.llm_config import LlmConfig
 
-    print(load_config(options.config).to_yaml(), end="")
+    settings = config.read_yaml(resources.find_file(options.config, "configs"))
+    kind = LlmConfig if "task" in settings else config.Config  # a run of `llm train` names its task
+    print(config.make_config(settings, kind).to_yaml(), end="")
     return DONE
 
 

@@ -115,6 +115,17 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(train,
         assert all(torch.equal(tensor, replayed[name]) for name, tensor in tuned.items())
 
 
+def test_configs_of_either_kind_are_validated(tmp_path, capsys):
+    assert main(["validate", "--config", "sd35_large_8gb.yaml"]) == 0
+    capsys.readouterr()
+    path = tmp_path / "config.yaml"
+    path.write_text("task: sst2\nobjective: accuracy\n")
+    assert main(["validate", "--config", str(path)]) == 0
+    assert "objective: accuracy" in capsys.readouterr().out
+    path.write_text("objective: accuracy\n")
+    assert "unknown setting" in failing(capsys, main(["validate", "--config", str(path)]))
+
+
 def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):
     assert train("--max-steps", 500, "--dry-run") == 0
     assert "lr: 0.1\n" in capsys.readouterr().out
