@@ -216,7 +216,7 @@ def _defaults() -> Iterator[Family]:
     of_text = PICTURES_OVER_QUIET * rate(DEFAULT_EXPONENT) / suited_lr(BUDGET // 32)
     yield Family(method(DEFAULT, BEST), at, what, seeds=3, data=EVERYWHERE, on_text=ON_TEXT, over_text=of_text)
     what = "the default at the rate that it is calibrated from"
-    yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, seeds=3, data=STYLES)
+    yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, data=DATA[:-1])
     tuned = method(f"{DEFAULT}_tuned", FIXED)
     yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
     for name, budget in (("long", LONG_BUDGET), ("longest", LONGEST_BUDGET), ("short", BUDGET // 10)):
