@@ -9,14 +9,16 @@ For each image the first source that has text wins:
 
 A caption file that matches nothing is told, not skipped: training for days on empty captions because of a file name is
 the costliest mistake other tools allow. For the same reason a wrong line in metadata.jsonl is an error with its number.
+Names that look alike are alike: they are compared as composed Unicode, and the one with the same bytes comes first.
 """
 
 import codecs
+import functools
 import json
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -30,7 +32,8 @@ PLACEHOLDER = "[trigger]"
 _PAPERS = {"attribution", "attributions", "copying", "credits", "licence", "license", "notice", "readme"}
 _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
 
-_Sidecars = Mapping[tuple[Path, str], Path]
+_Sidecars = Mapping[tuple[Path, str], Path]  # image and suffix to the caption file
+_Told = dict[str, dict[str, None]]  # what happened to files, such as "captions are empty", and to which, in order
 
 
 @dataclass(frozen=True)
@@ -50,32 +53,36 @@ class Captions:
 
 
 def read_captions(
-    folder: Path, files: Sequence[Path], *, fallback: str | None, trigger: str | None, skip: Path | None = None
+    folder: Path, files: Sequence[Path], *, fallback: str | None, trigger: str | None, other: Path | None = None
 ) -> Captions:
     """Find the caption of each of `files`, images at any depth below `folder`.
 
     Args:
         fallback: the text of --caption; "" asks for unconditional training, None for no fallback.
         trigger: replaces "[trigger]" in every caption.
-        skip: a sub-folder whose caption files belong to other images.
+        other: the folder of the other images, those of validation or of training. Inside `folder`, its caption files
+            are left to it, and so are the lines of metadata.jsonl for its images; else its metadata.jsonl may hold
+            lines for images in `folder`, which count where `folder` has none of its own.
 
     Raises:
         DataError: a wrong line in metadata.jsonl, no image with a caption, caption files of which none matches, or a
             "[trigger]" without a trigger.
     """
-    notes: list[str] = []
-    present = visible_files(folder, skip=skip)
+    told: _Told = {}
+    present = visible_files(folder, skip=other)
     metadata: dict[Path, str] = {}
     for path in present:
         if path.name == METADATA_NAME:
-            _add_metadata(metadata, path, folder, files, notes)
-    sidecars = {(path.with_suffix(""), path.suffix.lower()): path for path in reversed(present) if is_sidecar(path)}
-    _check_sidecars(folder, files, metadata, sidecars, notes)
+            _add_metadata(metadata, path, folder, files, other, told)
+    if other is not None and not _is_below(other, folder):
+        metadata = _metadata_of_other(other, folder, files) | metadata
+    sidecars = _match_sidecars(folder, files, metadata, [path for path in present if is_sidecar(path)], told)
     by_file = {}
     for image in files:
-        found = _own_caption(folder, image, metadata, sidecars, notes)
+        found = _own_caption(folder, image, metadata, sidecars, told)
         by_file[image] = found or (Caption("", "none") if fallback is None else Caption(fallback.strip(), "--caption"))
     check_any_caption(by_file.values(), folder)
+    notes = [f"{len(names)} {what}: {listed(list(names))}" for what, names in told.items()]
     return Captions(_with_trigger(by_file, trigger, folder, notes), tuple(notes))
 
 
@@ -117,6 +124,17 @@ def relative_id(path: Path, folder: Path) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def listed(names: Sequence[str], *, between: str = ", ", limit: int = 10) -> str:
+    """The first names in one line, and how many more there are."""
+    more = [f"... and {len(names) - limit} more"] if len(names) > limit else []
+    return between.join([*names[:limit], *more])
+
+
+def _tell(told: _Told, what: str, name: str) -> None:
+    """One note for each kind of thing, not one for each file; a file that is read for two images counts once."""
+    told.setdefault(what, {})[name] = None
+
+
 def _refuse_unreadable(error: OSError) -> None:
     raise DataError(
         f"cannot list {error.filename}: {error.strerror}",
@@ -125,7 +143,7 @@ def _refuse_unreadable(error: OSError) -> None:
     ) from error
 
 
-def _read_text(path: Path, folder: Path, notes: list[str]) -> str:
+def _read_text(path: Path, folder: Path, told: _Told) -> str:
     """The text of a caption file; what is not UTF-8 is read as UTF-16 (if marked so) or Latin-1, with a note."""
     try:
         data = path.read_bytes()
@@ -136,32 +154,75 @@ def _read_text(path: Path, folder: Path, notes: list[str]) -> str:
             "change its permissions, or remove it",
         ) from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        notes.append(f"{relative_id(path, folder)}: read as UTF-16; UTF-8 is expected")
+        _tell(told, "caption files are read as UTF-16; UTF-8 is expected", relative_id(path, folder))
         return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        notes.append(f"{relative_id(path, folder)}: not UTF-8, read as Latin-1")
+        _tell(told, "caption files are not UTF-8, read as Latin-1", relative_id(path, folder))
         return data.decode("latin-1")
 
 
-def _add_metadata(captions: dict[Path, str], path: Path, folder: Path, files: Sequence[Path], notes: list[str]) -> None:
+def _add_metadata(
+    captions: dict[Path, str], path: Path, folder: Path, files: Sequence[Path], other: Path | None, told: _Told
+) -> None:
     """Add the captions of one metadata.jsonl. Names are looked up among the images found, never opened as paths."""
-    images = {_composed(image.relative_to(path.parent).as_posix()): image for image in files if image.is_relative_to(path.parent)}
-    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(_read_text(path, folder, notes).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        name, text = _parse_line(line, where)
-        image = images.get(_composed(_inside(name, where)))
-        if image is None:
+    near = [image for image in files if image.is_relative_to(path.parent)]
+    exact = {image.relative_to(path.parent).as_posix(): image for image in near}
+    composed = {_composed(name): image for name, image in exact.items()}
+    for where, name, text in _lines(path, folder, told):
+        image = exact.get(name) or composed.get(_composed(name))
+        if image is None and other is not None and _is_below(path.parent / posixpath.dirname(name), other):
+            _tell(told, f"lines of {METADATA_NAME} are for images in {other}", name.encode("utf-8", "backslashreplace").decode())
+        elif image is None:
             raise _line_error(where, f"{_shown(name)} is not among the images found below {path.parent}")
-        if not Path(os.path.realpath(image)).is_relative_to(os.path.realpath(folder)):
-            raise _line_error(where, f"{_shown(name)} is a link that leads out of {folder}")
-        if image in captions:
+        elif image in captions:
             raise _line_error(where, f"{_shown(name)} has a caption already")
-        captions[image] = text
+        else:
+            captions[image] = text
+
+
+def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict[Path, str]:
+    """The captions that metadata.jsonl in `other` holds for images in `folder`; its other lines are for its own images."""
+    # By real folders, since the way to `folder` may be spelled otherwise here, or be a link.
+    real = functools.cache(_real)
+    exact = {(real(image.parent), image.name): image for image in files}
+    composed = {(place, _composed(name)): image for (place, name), image in exact.items()}
+    captions: dict[Path, str] = {}
+    for path in visible_files(other, skip=folder):
+        if path.name != METADATA_NAME:
+            continue
+        for where, name, text in _lines(path, other, {}):
+            place, last = real(path.parent / posixpath.dirname(name)), posixpath.basename(name)
+            image = exact.get((place, last)) or composed.get((place, _composed(last)))
+            if image is None and _is_below(place, folder):
+                raise _line_error(where, f"{_shown(name)} is not among the images found below {folder}")
+            if image is not None and image in captions:
+                raise _line_error(where, f"{_shown(name)} has a caption already")
+            if image is not None:
+                captions[image] = text
+    return captions
+
+
+def _lines(path: Path, folder: Path, told: _Told) -> Iterator[tuple[str, str, str]]:
+    """Where it stands, the name and the text of each line of a metadata.jsonl below `folder`."""
+    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside a string.
+    for number, line in enumerate(_read_text(path, folder, told).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            name, text = _parse_line(line, where)
+            yield where, _inside(name, where), text
+
+
+def _is_below(place: Path, folder: Path) -> bool:
+    return _real(place).is_relative_to(_real(folder))
+
+
+def _real(place: Path) -> Path:
+    try:
+        return Path(_composed(os.path.realpath(place)))
+    except ValueError:  # A line of metadata.jsonl may hold a name that no file can have.
+        return place
 
 
 def _parse_line(line: str, where: str) -> tuple[str, str]:
@@ -203,43 +264,53 @@ def _shown(name: str) -> str:
     return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
-def _check_sidecars(
-    folder: Path, files: Sequence[Path], metadata: Mapping[Path, str], sidecars: _Sidecars, notes: list[str]
-) -> None:
-    """Note the .txt and .caption files that match no image; an error if that is all of them and captions are needed."""
-    stems = {image.with_suffix("") for image in files}
-    lonely = [path for (stem, _), path in sidecars.items() if stem not in stems and stem.name.lower() not in _PAPERS]
-    if not lonely:
-        return
-    names = _listed([relative_id(path, folder) for path in sorted(lonely)])
-    matched = any(stem in stems for stem, _ in sidecars)
-    if not matched and any(image not in metadata for image in files):
+def _match_sidecars(
+    folder: Path, files: Sequence[Path], metadata: Mapping[Path, str], present: Sequence[Path], told: _Told
+) -> _Sidecars:
+    """Note the .txt and .caption files that are for no image; an error if that is all of them and captions are needed."""
+    exact = {(path.with_suffix(""), path.suffix.lower()): path for path in reversed(present)}
+    composed = {(_composed_stem(path), path.suffix.lower()): path for path in reversed(present)}
+    found: dict[tuple[Path, str], Path] = {}
+    for image in files:
+        for suffix in CAPTION_SUFFIXES:
+            path = exact.get((image.with_suffix(""), suffix)) or composed.get((_composed_stem(image), suffix))
+            if path is not None:
+                found[image, suffix] = path
+    stems, matched = {_composed_stem(image) for image in files}, set(found.values())
+    lonely = []
+    for path in present:
+        if _composed_stem(path) in stems:
+            if path not in matched:
+                _tell(told, "caption files are not read: another has the same name", relative_id(path, folder))
+        elif path.stem.lower() not in _PAPERS:
+            lonely.append(relative_id(path, folder))
+            _tell(told, "caption files match no image", lonely[-1])
+    if lonely and not matched and any(image not in metadata for image in files):
         raise DataError(
-            f"{len(lonely)} caption files in {folder}, and none has the name of an image: {names}",
+            f"{len(lonely)} caption files in {folder}, and none has the name of an image: {listed(lonely)}",
             "a.txt or a.caption in the same folder as a.png",
             "rename or move them, or take them out of the folder",
         )
-    notes.append(f"{len(lonely)} caption files match no image: {names}")
+    return found
 
 
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _composed_stem(path: Path) -> Path:
+    return path.with_name(_composed(path.stem))
 
 
-def _own_caption(folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, notes: list[str]) -> Caption | None:
+def _own_caption(folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, told: _Told) -> Caption | None:
     """The first source with text; an empty one is noted and passed over."""
     if image in metadata:
         if text := metadata[image].strip():
             return Caption(text, METADATA_NAME)
-        notes.append(f"{relative_id(image, folder)}: its text in {METADATA_NAME} is empty")
+        _tell(told, f"texts in {METADATA_NAME} are empty", relative_id(image, folder))
     for suffix in CAPTION_SUFFIXES:
-        path = sidecars.get((image.with_suffix(""), suffix))
+        path = sidecars.get((image, suffix))
         if path is None:
             continue
-        if text := _read_text(path, folder, notes).strip():
+        if text := _read_text(path, folder, told).strip():
             return Caption(text, suffix[1:])
-        notes.append(f"{relative_id(path, folder)}: the caption is empty")
+        _tell(told, "captions are empty", relative_id(path, folder))
     return None
 
 

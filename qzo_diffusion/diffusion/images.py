@@ -19,7 +19,7 @@ from qzo_diffusion.core.errors import DataError
 # Formats are named because Pillow would otherwise try all it knows, and some of those start other programs.
 _FORMATS = {
     "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "WEBP": (".webp",),
     "BMP": (".bmp",),
     "GIF": (".gif",),
@@ -27,6 +27,8 @@ _FORMATS = {
     **({"AVIF": (".avif",)} if "avif" in features.modules and features.check("avif") else {}),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+# Pictures as well, in formats that are not read: to pass them over as other files would lose them unseen.
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jp2", ".tga", ".jxl", ".avif"}) - IMAGE_SUFFIXES
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 16
 
@@ -74,8 +76,8 @@ class OpenedImage:
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the name ends as an image does; the content is judged by `open_image`."""
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    """Whether the name ends as a picture's does, formats that are not read included; `open_image` judges the content."""
+    return path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
 
 
 def open_image(path: Path) -> OpenedImage:
@@ -92,18 +94,21 @@ def open_image(path: Path) -> OpenedImage:
             with Image.open(path, formats=tuple(_FORMATS)) as image:
                 _check_size(image, path)
                 notes = _notes_from_header(image)
-                turn = _turn(image, notes)
+                rotated = _note_rotation(image, notes)
                 image.load()
+                # Asked again: Pillow turns TIFFs by itself in `load`, and then drops the tag, so that none is left to do.
+                turn = _turn(image) if rotated else None
                 rgb = _to_rgb(image, path, notes)
         except BadImage:
             raise
         except Image.DecompressionBombError as error:
             raise BadImage(f"too large to decode: {error}", path) from error
         except UnidentifiedImageError as error:
-            empty = path.stat().st_size == 0
-            raise BadImage("an empty file (0 bytes)" if empty else "not an image, by its content", path) from error
+            empty = "an empty file (0 bytes)" if path.stat().st_size == 0 else None
+            raise BadImage(empty or _unread_format(path) or "not an image, by its content", path) from error
         except Exception as error:  # Decoders of damaged bytes raise nearly everything: struct.error, IndexError, ...
-            raise BadImage(f"damaged or truncated ({type(error).__name__}: {error})", path) from error
+            reason = _unread_format(path) or f"damaged or truncated ({type(error).__name__}: {error})"
+            raise BadImage(reason, path) from error
     if turn is not None:
         rgb = rgb.transpose(turn)
     notes += [str(item.message) for item in caught if issubclass(item.category, UserWarning)]
@@ -157,16 +162,26 @@ def _notes_from_header(image: Image.Image) -> list[str]:
     return notes
 
 
-def _turn(image: Image.Image, notes: list[str]) -> Image.Transpose | None:
-    """How the picture must be turned to stand upright. Damaged EXIF data is no reason to lose a picture."""
+def _note_rotation(image: Image.Image, notes: list[str]) -> bool:
+    """Whether the file says that it must be turned. Damaged EXIF data is no reason to lose a picture."""
     try:
-        turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+        rotated = _turn(image) is not None
     except Exception as error:  # As in open_image: a parser of damaged bytes.
         notes.append(f"EXIF data unreadable, rotation unknown ({type(error).__name__})")
-        return None
-    if turn is not None:
+        return False
+    if rotated:
         notes.append("rotated as its EXIF data says")
-    return turn
+    return rotated
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the picture, as Pillow holds it now, must be turned to stand upright."""
+    return _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+
+
+def _unread_format(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    return f"{suffix} is a format that is not read; convert it to PNG or JPEG" if suffix in UNREAD_SUFFIXES else None
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:

@@ -19,6 +19,7 @@ from qzo_diffusion.diffusion.captions import (
     Caption,
     check_any_caption,
     is_sidecar,
+    listed,
     read_captions,
     relative_id,
     visible_files,
@@ -27,7 +28,6 @@ from qzo_diffusion.diffusion.images import IMAGE_SUFFIXES, BadImage, is_image_na
 
 HOLD_OUT_FROM = 20
 _HOLD_OUT_LEAST, _HOLD_OUT_MOST = 4, 32
-_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class StyleFolder:
-    """All samples ordered by split and path, the unusable images as (id, reason), and remarks for the user."""
+    """All samples ordered by split and path, the unusable images as (id, reason), and remarks for the user.
+
+    There is one remark for each kind of thing, however many files it is about: those on files that are not used, on
+    copies and on the split come first, those on captions after them.
+    """
 
     samples: list[Sample]
     bad: list[tuple[str, str]]
@@ -99,15 +103,15 @@ def read_style_folder(
     if repeats < 1:
         raise ConfigError(f"repeats: {repeats}", "1 (once an epoch) or more", "raise data.repeats")
     if validation_dir is None:
-        read = _read(folder, resolution, caption, trigger, skip=None)
+        read, on_captions = _read(folder, resolution, caption, trigger, other=None)
         held_out, remark = _choose_held_out([sample.sha256 for sample in read.samples], seed)
         samples = [_with_split(sample, sample.sha256 in held_out, repeats) for sample in read.samples]
-        result = StyleFolder(samples, read.bad, [*read.notes, remark])
+        result = StyleFolder(samples, read.bad, [*read.notes, remark, *on_captions])
     else:
         result = _read_both(folder, validation_dir, resolution, caption, trigger, repeats)
     if strict and result.bad:
         raise DataError(
-            f"{len(result.bad)} unusable images: {_listed([f'{name} ({reason})' for name, reason in result.bad])}",
+            f"{len(result.bad)} unusable images: {'; '.join(_bad_by_kind(result.bad))}",
             "only usable images, since --strict was given",
             "replace them, take them out of the folder, or leave out --strict to go on without them",
         )
@@ -150,8 +154,8 @@ def summary(style_folder: StyleFolder) -> str:
         lines.append(f"changed   {changed}: {_counted([note for sample in samples for note in sample.notes])}")
     if style_folder.bad:
         lines.append(f"unusable  {len(style_folder.bad)}")
-        lines += _shortened([f"  {name}: {reason}" for name, reason in style_folder.bad])
-    return "\n".join(lines + _shortened([f"note      {note}" for note in style_folder.notes]))
+        lines += [f"  {line}" for line in _bad_by_kind(style_folder.bad)]
+    return "\n".join(lines + [f"note      {note}" for note in style_folder.notes])
 
 
 def _read_both(
@@ -163,8 +167,10 @@ def _read_both(
             "a validation folder with other images than those trained on",
             "choose another --validation-dir, or leave it out",
         )
-    train = _read(folder, resolution, caption, trigger, skip=validation_dir)
-    held_out = _read(validation_dir, resolution, caption, trigger, skip=folder)
+    for place in (folder, validation_dir):
+        _check_folder(place)
+    train, on_captions = _read(folder, resolution, caption, trigger, other=validation_dir)
+    held_out, on_held_out = _read(validation_dir, resolution, caption, trigger, other=folder)
     renamed = [replace(sample, id=f"validation:{sample.id}") for sample in held_out.samples]
     samples = [_with_split(sample, False, repeats) for sample in train.samples]
     samples += [_with_split(sample, True, repeats) for sample in renamed]
@@ -172,22 +178,25 @@ def _read_both(
     notes = train.notes + [f"validation: {note}" for note in held_out.notes]
     trained = {sample.sha256 for sample in train.samples}
     if shared := [sample.id for sample in renamed if sample.sha256 in trained]:
-        notes.append(f"{len(shared)} validation images are also trained on: {_listed(shared)}")
-    return StyleFolder(samples, bad, notes)
+        notes.append(f"{len(shared)} validation images are also trained on: {listed(shared)}")
+    return StyleFolder(samples, bad, notes + on_captions + [f"validation: {note}" for note in on_held_out])
 
 
 def _with_split(sample: Sample, held_out: bool, repeats: int) -> Sample:
     return replace(sample, split="validation", repeats=1) if held_out else replace(sample, repeats=repeats)
 
 
-def _read(folder: Path, resolution: int, caption: str | None, trigger: str | None, *, skip: Path | None) -> StyleFolder:
-    """One folder, everything in the split "train" and once."""
+def _read(
+    folder: Path, resolution: int, caption: str | None, trigger: str | None, *, other: Path | None
+) -> tuple[StyleFolder, list[str]]:
+    """One folder, everything in the split "train" and once, and apart from that the remarks on its captions."""
     _check_folder(folder)
-    files = visible_files(folder, skip=skip)
+    files = visible_files(folder, skip=other)
     images = [path for path in files if is_image_name(path)]
     if not images:
         raise _no_images(folder, files)
-    captions = read_captions(folder, images, fallback=caption, trigger=trigger, skip=skip)
+    _check_any_usable(folder, images)
+    captions = read_captions(folder, images, fallback=caption, trigger=trigger, other=other)
     samples: list[Sample] = []
     bad: list[tuple[str, str]] = []
     for path in images:
@@ -195,15 +204,10 @@ def _read(folder: Path, resolution: int, caption: str | None, trigger: str | Non
             samples.append(_sample(folder, path, captions.by_file[path], resolution))
         except BadImage as error:
             bad.append((relative_id(path, folder), error.reason))
-    if not samples:
-        raise DataError(
-            f"none of the {len(bad)} images in {folder} can be used: " + _listed([f"{name} ({reason})" for name, reason in bad]),
-            "at least one image that can be read",
-            "replace the files",
-        )
     # Once more, since the only captions may have been those of bad images.
     check_any_caption((captions.by_file[sample.path] for sample in samples), folder)
-    return StyleFolder(samples, bad, [*captions.notes, *_notes_on_files(folder, files), *_notes_on_copies(samples)])
+    notes = [*_notes_on_files(files), *_notes_on_copies(samples)]
+    return StyleFolder(samples, bad, notes), [*_notes_on_missing_captions(samples), *captions.notes]
 
 
 def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Sample:
@@ -245,6 +249,37 @@ def _check_folder(folder: Path) -> None:
         raise DataError(got, "a folder of images", "pass the path of a folder that holds the images")
 
 
+def _check_any_usable(folder: Path, images: Sequence[Path]) -> None:
+    """Before the captions are read: what is wrong with them is of no use to someone whose images can't be read at all."""
+    bad = []
+    for path in images:
+        try:
+            open_image(path)
+        except BadImage as error:
+            bad.append((relative_id(path, folder), error.reason))
+        else:
+            return
+    raise DataError(
+        f"none of the {len(bad)} images in {folder} can be used: {'; '.join(_bad_by_kind(bad))}",
+        "at least one image that can be read",
+        "replace the files, or convert them to PNG or JPEG",
+    )
+
+
+def _bad_by_kind(bad: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for each kind of reason, so that a hundred files of one kind do not hide a file of another."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for name, reason in bad:
+        kinds.setdefault(reason.partition(":")[0].partition(" (")[0], []).append((name, reason))
+    lines = []
+    for kind, found in kinds.items():
+        if len({reason for _, reason in found}) == 1:
+            lines.append(f"{listed([name for name, _ in found])}: {found[0][1]}")
+        else:
+            lines.append(f"{len(found)} {kind}: {listed([f'{name} ({reason})' for name, reason in found])}")
+    return lines
+
+
 def _no_images(folder: Path, files: Sequence[Path]) -> DataError:
     held = f"only other files ({_counted([_kind(path) for path in files])})" if files else "no files"
     return DataError(
@@ -254,7 +289,12 @@ def _no_images(folder: Path, files: Sequence[Path]) -> DataError:
     )
 
 
-def _notes_on_files(folder: Path, files: Sequence[Path]) -> list[str]:
+def _notes_on_missing_captions(samples: Sequence[Sample]) -> list[str]:
+    names = [sample.id for sample in samples if sample.caption_source == "none"]
+    return [f"{len(names)} images have no caption: {listed(names)}"] if names else []
+
+
+def _notes_on_files(files: Sequence[Path]) -> list[str]:
     others = [path for path in files if not (is_image_name(path) or is_sidecar(path) or path.name == METADATA_NAME)]
     return [f"{len(others)} other files were not used: {_counted([_kind(path) for path in others])}"] if others else []
 
@@ -269,16 +309,9 @@ def _notes_on_copies(samples: Sequence[Sample]) -> list[str]:
     by_hash: dict[str, list[str]] = {}
     for sample in samples:
         by_hash.setdefault(sample.sha256, []).append(sample.id)
-    return [f"{_listed(names)} are the same file" for names in by_hash.values() if len(names) > 1]
+    copies = [listed(names, between=" = ") for names in by_hash.values() if len(names) > 1]
+    return [f"{len(copies)} images are there more than once: {listed(copies)}"] if copies else []
 
 
 def _counted(words: Sequence[str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(_shortened(names))
-
-
-def _shortened(lines: Sequence[str]) -> list[str]:
-    return [*lines[:_SHOWN], *([f"... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])]

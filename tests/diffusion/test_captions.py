@@ -18,9 +18,9 @@ def images(folder: Path, *names: str) -> list[Path]:
 
 
 def read(
-    folder: Path, files: list[Path], fallback: str | None = None, trigger: str | None = None, skip: Path | None = None
+    folder: Path, files: list[Path], fallback: str | None = None, trigger: str | None = None, other: Path | None = None
 ) -> Captions:
-    return read_captions(folder, files, fallback=fallback, trigger=trigger, skip=skip)
+    return read_captions(folder, files, fallback=fallback, trigger=trigger, other=other)
 
 
 def metadata(folder: Path, *entries: object) -> None:
@@ -64,15 +64,43 @@ def test_an_empty_caption_file_is_noted_and_the_next_source_taken(tmp_path: Path
     (tmp_path / "a.caption").write_text("a cat\n")
     captions = read(tmp_path, files)
     assert captions.by_file[files[0]] == Caption("a cat", "caption")
-    assert captions.notes == ("a.png: its text in metadata.jsonl is empty", "a.txt: the caption is empty")
+    assert captions.notes == ("1 texts in metadata.jsonl are empty: a.png", "1 captions are empty: a.txt")
+
+
+def test_notes_of_one_kind_are_one_note(tmp_path: Path) -> None:
+    files = images(tmp_path, *(f"{index:02}.png" for index in range(25)))
+    for index, path in enumerate(files):
+        path.with_suffix(".txt").write_bytes(b"" if index < 12 else b"caf\xe9")
+    assert read(tmp_path, files).notes == (
+        "12 captions are empty: " + ", ".join(f"{index:02}.txt" for index in range(10)) + ", ... and 2 more",
+        "13 caption files are not UTF-8, read as Latin-1: "
+        + ", ".join(f"{index}.txt" for index in range(12, 22))
+        + ", ... and 3 more",
+    )
+
+
+def test_a_caption_file_of_two_images_counts_once(tmp_path: Path) -> None:
+    files = images(tmp_path, "a.jpg", "a.png", "b.png")
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").write_text("a cat")
+    assert read(tmp_path, files).notes == ("1 captions are empty: a.txt",)
+
+
+def test_a_caption_file_that_gives_way_to_one_of_the_same_name_is_noted(tmp_path: Path) -> None:
+    files = images(tmp_path, "a.png")
+    (tmp_path / "a.TXT").write_text("one")
+    (tmp_path / "a.txt").write_text("two")
+    captions = read(tmp_path, files)
+    assert captions.by_file[files[0]].text == "one"
+    assert captions.notes == ("1 caption files are not read: another has the same name: a.txt",)
 
 
 @pytest.mark.parametrize(
     ("data", "notes"),
     [
-        ("ein Kätzchen".encode("latin-1"), ("a.txt: not UTF-8, read as Latin-1",)),
+        ("ein Kätzchen".encode("latin-1"), ("1 caption files are not UTF-8, read as Latin-1: a.txt",)),
         ("ein Kätzchen".encode("utf-8-sig"), ()),
-        ("ein Kätzchen".encode("utf-16"), ("a.txt: read as UTF-16; UTF-8 is expected",)),
+        ("ein Kätzchen".encode("utf-16"), ("1 caption files are read as UTF-16; UTF-8 is expected: a.txt",)),
         ("ein Kätzchen".encode(), ()),
     ],
 )
@@ -160,7 +188,8 @@ def test_metadata_may_hold_a_byte_order_mark_windows_lines_and_a_name_composed_d
         ({"file_name": "sub/../../a.png", "text": "x"}, "leads out"),
         ({"file_name": "/etc/passwd", "text": "x"}, "leads out"),
         ({"file_name": "C:\\a.png", "text": "x"}, "leads out"),
-        ({"file_name": "link.png", "text": "x"}, "link that leads out"),
+        ({"file_name": "folder/../../outside.png", "text": "x"}, "leads out"),
+        ({"file_name": "folder/outside.png", "text": "x"}, "not among the images"),
         ({"file_name": "b.png"}, 'no key "text"'),
         ({"text": "x"}, 'no key "file_name"'),
         ({"file_name": "b.png", "text": 7}, "not a string"),
@@ -173,14 +202,104 @@ def test_metadata_may_hold_a_byte_order_mark_windows_lines_and_a_name_composed_d
     ids=lambda value: str(value)[:40],
 )
 def test_a_wrong_line_of_metadata_is_an_error_with_its_number(tmp_path: Path, line: object, problem: str) -> None:
-    folder, outside = tmp_path / "imgs", tmp_path / "outside.png"
+    folder = tmp_path / "imgs"
     files = images(folder, "a.png", "b.png")
-    outside.touch()
-    (folder / "link.png").symlink_to(outside)
+    images(tmp_path, "outside.png")
+    (folder / "folder").symlink_to(tmp_path)
     metadata(folder, {"file_name": "a.png", "text": "fine"}, "", line)
     with pytest.raises(DataError, match=problem) as caught:
-        read(folder, [*files, folder / "link.png"])
+        read(folder, files)
     assert "metadata.jsonl, line 3:" in caught.value.got
+
+
+def test_metadata_may_name_images_that_are_links(tmp_path: Path) -> None:
+    # As "hf download" lays a data set out.
+    folder = tmp_path / "snapshots/main"
+    folder.mkdir(parents=True)
+    images(tmp_path, "blobs/0123")
+    metadata(tmp_path / "blobs", {"file_name": "a.png", "text": "a cat"})
+    (folder / "a.png").symlink_to("../../blobs/0123")
+    (folder / "metadata.jsonl").symlink_to("../../blobs/metadata.jsonl")
+    files = [folder / "a.png"]
+    assert read(folder, files).by_file == {files[0]: Caption("a cat", "metadata.jsonl")}
+
+
+@pytest.mark.parametrize("spelling", ["imgs/val", "imgs/../imgs/val", "link/val", "imgs/link", "elsewhere"])
+def test_one_metadata_for_a_folder_and_the_validation_folder_inside(tmp_path: Path, spelling: str) -> None:
+    folder, val = tmp_path / "imgs", tmp_path / spelling
+    (train,) = images(folder, "a.png")
+    if spelling in ("imgs/link", "elsewhere"):  # the folder may be a link, which a resumed run knows by its other end
+        images(tmp_path, "elsewhere/a.png", "elsewhere/sub/b.png")
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+    else:
+        images(tmp_path, "imgs/val/a.png", "imgs/val/sub/b.png")
+        (tmp_path / "link").symlink_to(folder)
+    name = "link" if (folder / "link").exists() else "val"
+    held_out = [val / "a.png", val / "sub/b.png"]
+    metadata(
+        folder,
+        {"file_name": "a.png", "text": "trained on"},
+        {"file_name": f"{name}/a.png", "text": "one"},
+        {"file_name": f"{name}/sub/b.png", "text": "two"},
+    )
+    captions = read(folder, [train], other=val)
+    assert captions.by_file == {train: Caption("trained on", "metadata.jsonl")}
+    assert captions.notes == (f"2 lines of metadata.jsonl are for images in {val}: {name}/a.png, {name}/sub/b.png",)
+    captions = read(val, held_out, other=folder)
+    assert [caption.text for caption in captions.by_file.values()] == ["one", "two"]
+    assert captions.notes == ()
+
+
+def test_a_validation_folder_reads_its_own_metadata_first(tmp_path: Path) -> None:
+    files = images(tmp_path, "val/a.png", "val/b.png")
+    metadata(tmp_path, *({"file_name": f"val/{stem}.png", "text": "outer"} for stem in "ab"))
+    metadata(tmp_path / "val", {"file_name": "a.png", "text": "its own"})
+    assert [caption.text for caption in read(tmp_path / "val", files, other=tmp_path).by_file.values()] == ["its own", "outer"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"file_name": "val/missing.png", "text": "x"}, "not among the images"),
+        ({"file_name": "val/sub/missing.png", "text": "x"}, "not among the images"),
+        ({"file_name": "val/a.png", "text": "x"}, "has a caption already"),
+        ({"file_name": "val/../../val/a.png", "text": "x"}, "leads out"),
+    ],
+)
+def test_a_wrong_line_for_the_validation_folder_is_an_error(tmp_path: Path, line: object, problem: str) -> None:
+    folder = tmp_path / "imgs"
+    files = images(folder, "val/a.png")
+    metadata(folder, {"file_name": "val/a.png", "text": "fine"}, line)
+    with pytest.raises(DataError, match=problem) as caught:
+        read(folder / "val", files, other=folder)
+    assert "metadata.jsonl, line 2:" in caught.value.got
+
+
+@pytest.mark.parametrize("name", ["missing.png", "valley/a.png", "sub/\0/a.png", "\ud800/a.png"])
+def test_lines_for_no_image_are_no_lines_for_the_validation_folder(tmp_path: Path, name: str) -> None:
+    files = images(tmp_path, "a.png", "val/a.png")[:1]
+    metadata(tmp_path, {"file_name": name, "text": "x"})
+    with pytest.raises(DataError, match="not among the images"):
+        read(tmp_path, files, other=tmp_path / "val")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".caption"])
+@pytest.mark.parametrize(("image", "text"), [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301")])
+def test_a_caption_file_whose_name_is_composed_differently(tmp_path: Path, image: str, text: str, suffix: str) -> None:
+    files = images(tmp_path, f"{image}.png")
+    (tmp_path / f"{text}{suffix}").write_text("a cat")
+    captions = read(tmp_path, files)
+    assert captions.by_file[files[0]] == Caption("a cat", suffix[1:])
+    assert captions.notes == ()
+
+
+def test_of_names_that_look_alike_the_same_bytes_come_first(tmp_path: Path) -> None:
+    files = images(tmp_path, "cafe\u0301.png", "caf\u00e9.png")
+    for path in files:
+        path.with_suffix(".txt").write_text(str(len(path.stem)))
+    assert [caption.text for caption in read(tmp_path, files).by_file.values()] == ["5", "4"]
+    metadata(tmp_path, *({"file_name": path.name, "text": f"{len(path.stem)} letters"} for path in files))
+    assert [caption.text for caption in read(tmp_path, files).by_file.values()] == ["5 letters", "4 letters"]
 
 
 json_values = st.recursive(
@@ -220,4 +339,4 @@ def test_hidden_and_skipped_files_are_not_looked_at(tmp_path: Path) -> None:
     files = images(tmp_path, "a.png", ".hidden/b.txt", "._a.txt", "val/c.txt")[:1]
     (tmp_path / "a.txt").write_text("a cat")
     (tmp_path / "val/metadata.jsonl").write_text("broken")
-    assert read(tmp_path, files, skip=tmp_path / "val").notes == ()
+    assert read(tmp_path, files, other=tmp_path / "val").notes == ()

@@ -6,7 +6,7 @@ import torch
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.images import load_pixels
-from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
+from qzo_diffusion.diffusion.latents import LatentSet, _key, encode_samples
 from qzo_diffusion.diffusion.style_folder import Sample, read_style_folder
 from tests.diffusion.image_files import save, save_noise
 
@@ -48,6 +48,13 @@ def test_latents_by_sample_and_mirror(tmp_path: Path, samples: list[Sample]) -> 
             assert got.shape == (3, sample.height // 8, sample.width // 8)
             assert torch.equal(got, pixels[:, ::8, ::8].to(torch.bfloat16))
     assert not torch.equal(latents.latents("b.png", False), latents.latents("b.png", True))
+
+
+def test_latents_of_tiffs_that_were_turned_twice_are_not_used(tmp_path: Path, samples: list[Sample]) -> None:
+    cache, encoder = TensorCache(tmp_path / "cache"), Encoder()
+    cache.put({**_key(samples[0], False, "vae", "bfloat16"), "version": 1}, {"latents": torch.zeros(3, 8, 8)})
+    encode(samples[:1], cache, encoder)
+    assert encoder.calls == 1
 
 
 def test_the_encoder_is_not_called_when_everything_is_cached(tmp_path: Path, samples: list[Sample]) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -41,15 +42,79 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 def test_a_folder_of_text_only(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a cat")
-    (tmp_path / "b.HEIC").touch()
-    with pytest.raises(DataError, match=r"only other files \(1 \.txt, 1 \.heic\)"):
+    (tmp_path / "b.MP4").touch()
+    with pytest.raises(DataError, match=r"only other files \(1 \.txt, 1 \.mp4\)"):
         read(tmp_path)
+
+
+def test_a_folder_of_pictures_of_a_format_that_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "other.txt").write_text("a cat")
+    with pytest.raises(DataError, match=r"none of the 1 images .*a\.HEIC: \.heic is a format that is not read") as caught:
+        read(tmp_path)
+    assert "PNG or JPEG" in caught.value.remedy
+
+
+def test_pictures_of_a_format_that_is_not_read_are_bad_images(tmp_path: Path) -> None:
+    save_many(tmp_path, 1)
+    save(tmp_path / "a.jpg").rename(tmp_path / "downloaded.jfif")
+    for index in range(3):
+        (tmp_path / f"IMG_{index}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+        (tmp_path / f"IMG_{index}.txt").write_text("a dog")
+    result = read(tmp_path)
+    assert [sample.id for sample in result.samples] == ["000.png", "downloaded.jfif"]
+    line = "  IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC: .heic is a format that is not read; convert it to PNG or JPEG"
+    assert line in summary(result).splitlines()
+    assert not any("not used" in note or "no image:" in note for note in result.notes)
+    with pytest.raises(DataError, match=r"3 unusable images: IMG_0\.HEIC"):
+        read(tmp_path, strict=True)
+
+
+def test_images_without_a_caption_are_named(tmp_path: Path) -> None:
+    save_many(tmp_path, 2)
+    save(tmp_path / "lost.png")
+    (tmp_path / "bad.png").touch()
+    assert "1 images have no caption: lost.png" in read(tmp_path).notes
+    assert not any("no caption" in note for note in read(tmp_path, caption="a cat").notes)
+
+
+def test_notes_on_files_copies_and_the_split_come_first_and_none_is_cut(tmp_path: Path) -> None:
+    for path in save_many(tmp_path, 24)[:12]:
+        path.with_suffix(".txt").write_text("")
+        shutil.copy(path, path.with_name(f"{path.stem}copy.png"))
+    (tmp_path / "film.mp4").touch()
+    (tmp_path / "lost.txt").write_text("a dog")
+    copies = ", ".join(f"{index:03}.png = {index:03}copy.png" for index in range(10))
+    bare = ", ".join(f"{index:03}.png, {index:03}copy.png" for index in range(5))
+    empty = ", ".join(f"{index:03}.txt" for index in range(10))
+    result = read(tmp_path)
+    assert result.notes == [
+        "1 other files were not used: 1 .mp4",
+        f"12 images are there more than once: {copies}, ... and 2 more",
+        "4 of 24 different images are held out for the validation loss",
+        f"24 images have no caption: {bare}, ... and 14 more",
+        "1 caption files match no image: lost.txt",
+        f"12 captions are empty: {empty}, ... and 2 more",
+    ]
+    assert summary(result).splitlines()[-6:] == [f"note      {note}" for note in result.notes]
+
+
+def test_many_bad_files_of_one_kind_hide_no_other_kind(tmp_path: Path) -> None:
+    save_many(tmp_path, 1)
+    for index in range(12):
+        save(tmp_path / f"icon{index:02}.png", size=(index + 1, 8))
+    save_truncated(tmp_path / "z.png")
+    lines = summary(read(tmp_path)).splitlines()
+    assert any(line.startswith("  12 too small: icon00.png (too small: 1x8 pixels") for line in lines)
+    assert any(line.startswith("  z.png: damaged") for line in lines)
+    with pytest.raises(DataError, match=r"13 unusable images: 12 too small: .*; z\.png: damaged"):
+        read(tmp_path, strict=True)
 
 
 def test_a_folder_of_bad_images_only(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     save_truncated(tmp_path / "b.png")
-    with pytest.raises(DataError, match=r"none of the 2 images .*a\.png \(an empty file.*b\.png \(damaged"):
+    with pytest.raises(DataError, match=r"none of the 2 images .*a\.png: an empty file.*b\.png: damaged"):
         read(tmp_path, caption="a cat")
 
 
@@ -127,7 +192,8 @@ def test_copies_of_an_image_stay_on_one_side(tmp_path: Path) -> None:
     result = read(tmp_path, caption="a cat")
     assert (len(result.train), len(result.validation)) == (32, 8)
     assert not {s.sha256 for s in result.train} & {s.sha256 for s in result.validation}
-    assert "000.png, copy000.png are the same file" in result.notes
+    names = ", ".join(f"{index:03}.png = copy{index:03}.png" for index in range(10))
+    assert f"20 images are there more than once: {names}, ... and 10 more" in result.notes
 
 
 def test_twenty_copies_of_one_image_hold_out_nothing(tmp_path: Path) -> None:
@@ -156,6 +222,18 @@ def test_training_on_a_sub_folder_of_the_validation_folder(tmp_path: Path) -> No
     result = read(tmp_path / "all/train", validation_dir=tmp_path / "all")
     assert (len(result.train), len(result.validation)) == (2, 3)
     assert any(note.startswith("2 validation images are also trained on") for note in result.notes)
+
+
+@pytest.mark.parametrize(("train", "held_out"), [("imgs", "imgs/val"), ("imgs/train", "imgs")])
+def test_one_metadata_for_both_folders(tmp_path: Path, train: str, held_out: str) -> None:
+    inner = tmp_path / (held_out if train == "imgs" else train)
+    save(tmp_path / "imgs/a.png", colour=(1, 1, 1))
+    save(inner / "b.png", colour=(2, 2, 2))
+    lines = [{"file_name": "a.png", "text": "outer"}, {"file_name": f"{inner.name}/b.png", "text": "inner"}]
+    (tmp_path / "imgs/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = read(tmp_path / train, validation_dir=tmp_path / held_out)
+    assert {sample.path.name: sample.caption for sample in result.samples} == {"a.png": "outer", "b.png": "inner"}
+    assert {sample.caption_source for sample in result.samples} == {"metadata.jsonl"}
 
 
 def test_the_same_folder_for_training_and_validation(tmp_path: Path) -> None:
@@ -213,8 +291,9 @@ def test_the_summary_counts_everything(tmp_path: Path) -> None:
         "changed   1: 1 converted from palette",
         "unusable  1",
         "  bad.jpg: not an image, by its content",
-        "note      1 caption files match no image: lost.txt",
         "note      4 of 21 different images are held out for the validation loss",
+        "note      1 images have no caption: wide.gif",
+        "note      1 caption files match no image: lost.txt",
     ]
 
 
@@ -224,5 +303,5 @@ def test_the_summary_of_many_bad_files_stays_short(tmp_path: Path) -> None:
         (tmp_path / f"bad{index:02}.png").touch()
     lines = summary(read(tmp_path)).splitlines()
     assert "unusable  50" in lines
-    assert "... and 40 more" in lines
+    assert any(line.endswith("bad09.png, ... and 40 more: an empty file (0 bytes)") for line in lines)
     assert len(lines) < 20
