@@ -7,9 +7,11 @@ import torch
 
 from qzo_diffusion.core.errors import ConfigError
 
+TYPES = ("cpu", "cuda")  # whose memory planning knows
+
 
 def choose_device(name: str) -> torch.device:
-    """Raises ConfigError for a device that torch doesn't know or doesn't see."""
+    """Raises ConfigError for a device that torch doesn't know or doesn't see, or that nothing here was made for."""
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
@@ -17,6 +19,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda", int(local) % torch.cuda.device_count()) if local.isdigit() else torch.device("cuda")
     try:
         device = torch.device(name)
+        if device.type not in TYPES:
+            raise RuntimeError(f"{device.type} is no device of this program")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -31,10 +31,10 @@ from qzo_diffusion.evaluate.verdict import verdict
 from qzo_diffusion.mix_run import check_codes
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.run_folder import RunFolder, load_scales, write_folder
+from qzo_diffusion.train.run_folder import RunFolder, load_scales, prepare_file, write_folder
 from qzo_diffusion.training_run import say
 
-PICTURES = "evaluation"
+EVALUATION, PICTURES = "evaluation.json", "evaluation"
 AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked for
 
 
@@ -65,13 +65,15 @@ class _Work:
 
 
 def run(request: EvaluateRequest) -> dict[str, Any]:
-    """Score the run, write evaluation.json and bring its report.html up to date.
+    """Score the run, write evaluation.json and bring its report.html up to date; of a checkpoint, what `_evaluation_of` names.
 
     Raises:
         DataError: no prompt, or a prompt that is nothing but style. ConfigError, ModelError: the scorer.
-        OutputError: the run was not finished, or its scales are damaged.
+        OutputError: the run was not finished, its scales are damaged, or the output can't be written.
     """
     folder = report_run.run_of(request.run)
+    target = request.output or _evaluation_of(request.run)
+    prepare_file(target)
     config = _config(request, folder)
     tuned, facts = load_scales(request.run)
     plan = style_run.make_plan(config)
@@ -89,7 +91,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     for state, scales in (("base", None), ("tuned", tuned)):
         if scales is not None:
             blend_(work.scales, [(scales, 1.0)])
-        pictures[state] = _pictures(folder, work, state)
+        pictures[state] = _pictures(request.run, work, state)
         losses[state] = [sample_losses(work.objective, batch) for batch in work.held_out]
         signals[state] = _signal(work, peak)
     results: dict[str, Any] = {
@@ -109,11 +111,16 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     }
     results["signal"]["sentence"] = signal.sentence(signals["base"], results["signal"]["clipped"])
     results["verdict"] = verdict(results)
-    target = request.output or folder / "evaluation.json"
     RunFolder(target.parent).write_json(target.name, results)
-    if request.output is None:
+    if request.output is None and request.run == folder:  # the page shows the finished run
         report_run.write(folder)
     return results
+
+
+def _evaluation_of(path: Path) -> Path:
+    """evaluation.json of a run; a checkpoint of it has a file of its own beside it, evaluation_step_NNNNNN.json."""
+    folder = report_run.run_of(path)
+    return folder / (EVALUATION if path == folder else f"evaluation_{path.name}.json")
 
 
 def default_scorer(model_folder: Path) -> str:
@@ -146,15 +153,22 @@ def _load(plan: style_run.StylePlan) -> _Work:
     return _Work(plan, encoded, transformer, scales, numbers, held_out)
 
 
-def _pictures(folder: Path, work: _Work, state: str) -> list[Image.Image]:
-    """Pictures of all prompts, kept in the run's `evaluation/`, so that another scorer sees the same ones without sampling."""
+def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
+    """Pictures of all prompts, kept in the run's `evaluation/`, so that another scorer sees the same ones without sampling.
+
+    Those of a checkpoint are kept in `evaluation/step_NNNNNN/`, unless the run's own are the same, as the base's often are.
+    """
     config, plan = work.plan.config, work.plan
     shown = [plan.sample_prompts, config.sample.model_dump(), config.data.resolution, str(plan.dtype)]
     scales = build.fingerprints(work.transformer, work.scales)
     key = hashlib.blake2b(json.dumps([shown, scales], default=str).encode(), digest_size=8).hexdigest()
-    target = folder / PICTURES / state
+    folder = report_run.run_of(path)
+    own = folder / PICTURES / state
+    target = own if path == folder else folder / PICTURES / path.name / state
     files = [f"{index:03d}.png" for index in range(len(plan.sample_prompts))]
-    if not _kept(target, key, files):
+    if _kept(own, key, files):
+        target = own
+    elif not _kept(target, key, files):
         encoded = work.encoded
         sampler = build.sampler(
             config,
@@ -292,16 +306,19 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> tuple[dict[str,
     """The evaluations of several runs side by side: figures for a script, and a table for a person.
 
     Raises:
-        OutputError: a run that was not evaluated.
+        OutputError: a run that was not evaluated, or is no run on images; the output can't be written.
     """
+    if output is not None:
+        prepare_file(output)
     found = {}
     for path in runs:
-        file = path if path.is_file() else report_run.run_of(path) / "evaluation.json"
+        file = path if path.is_file() else _evaluation_of(path)
         try:
             found[str(path)] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             remedy = f"qzo-diffuse evaluate --run {path}"
             raise OutputError(f"no evaluation of {path}: {error}", "a run that was evaluated", remedy) from None
+        comparison.check(file, found[str(path)])
     rows, warnings = comparison.rows(found), comparison.warnings(found)
     results = {"runs": rows, "warnings": warnings}
     if output is not None:

@@ -29,7 +29,7 @@ from qzo_diffusion.mix_run import as_scales, check_codes
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
-from qzo_diffusion.train.run_folder import SCALES, check_new, load_scales, write_folder
+from qzo_diffusion.train.run_folder import SCALES, check_new, load_scales, settings_file, write_folder
 
 Format = Literal["nf4", "bf16", "delta", "journal", "native"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
@@ -71,7 +71,7 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
         ModelError, ConfigError, JournalError: the run and the format or the base don't fit together.
     """
     check_new(output_dir)
-    config: Config = load_config(_settings_file(run_folder))
+    config: Config = load_config(settings_file(run_folder))
     if kind == "journal":
         return _export_journal(run_folder, config, output_dir)
     if kind == "nf4" and config.quant.type != "nf4":
@@ -140,7 +140,7 @@ def _write(
 def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str, Any]:
     """The journal as it is on disk up to its last whole step, which was checked on reading."""
     journal = read_journal(run_folder / JOURNAL)
-    export = _Export(run_folder, config, "journal", {})
+    export = _Export(run_folder, config, "journal", {"qzo.steps": str(journal.steps_done)})
 
     def fill(folder: Path) -> None:
         shutil.copyfile(run_folder / JOURNAL, folder / JOURNAL)
@@ -174,35 +174,33 @@ def _describe(export: _Export, folder: Path) -> None:
         "made with": f"qzo_diffusion {__version__}",
     }
     settings |= {"trigger": data.trigger} if data.trigger else {}
-    text = card(export.title, export.config.model, USE[export.kind], settings, _scores(export.run), pictures)
+    text = card(export.title, export.config.model, USE[export.kind], settings, _scores(export), pictures)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _scores(run_folder: Path) -> dict[str, Any]:
-    """What evaluation.json says, or the held-out losses of the run itself."""
-    try:
-        found = json.loads((run_folder / "evaluation.json").read_text(encoding="utf-8"))
-        return {name: value for name, value in found.items() if isinstance(value, (dict, float, int))}
-    except (OSError, ValueError, AttributeError):
-        pass
-    losses: list[float] = []
-    if (metrics := run_folder / "metrics.jsonl").is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            if '"validation_loss"' in line:
-                losses.append(json.loads(line)["validation_loss"])
-    return {"held-out loss": {"base": f"{losses[0]:.4f}", "tuned": f"{losses[-1]:.4f}"}} if losses else {}
+def _scores(export: _Export) -> dict[str, Any]:
+    """What an evaluation of these very scales says, of this step, or else the held-out losses of the run itself."""
+    folder, step = settings_file(export.run).parent, int(export.facts.get("qzo.steps", 0))
+    for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["step"] == step:
+                return {name: value for name, value in found.items() if isinstance(value, (dict, float, int))}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    losses: dict[int, float] = {}
+    if (metrics := folder / "metrics.jsonl").is_file():
+        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            if '"validation_loss"' in line and line.endswith("\n"):  # a run that goes on may just be writing the last
+                entry = json.loads(line)
+                losses[entry["step"]] = float(entry["validation_loss"])
+    if step not in losses:
+        return {}
+    return {"held-out loss": {"base": f"{losses[min(losses)]:.4f}", "tuned": f"{losses[step]:.4f}"}}
 
 
 def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:
     return {**facts, "qzo.format": provenance.DELTA_FORMAT}
-
-
-def _settings_file(run_folder: Path) -> Path:
-    """config.yaml of a run, or of the run that a checkpoint belongs to."""
-    for folder in (run_folder, run_folder.parent.parent):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    raise OutputError(f"no config.yaml in {run_folder}", "the folder of a run", "give --run a run folder or one of its checkpoints")
 
 
 def _check_room(target: Path, size: int) -> None:

@@ -12,7 +12,7 @@ from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.load import frozen_fingerprint
-from qzo_diffusion.train.run_folder import RunFolder, load_scales
+from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty, load_scales, settings_file
 
 
 def parse_part(text: str) -> tuple[Path, float]:
@@ -29,14 +29,15 @@ def parse_part(text: str) -> tuple[Path, float]:
 def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     """Leave `final/` with the blend, usable wherever a run is: `sample --run`, `export --run`."""
     chosen = [parse_part(text) for text in parts]
-    config: Config = load_config(chosen[0][0] / "config.yaml")
+    check_empty(output_dir, ANOTHER)
+    config: Config = load_config(settings_file(chosen[0][0]))
     tuned = [(load_scales(path), weight) for path, weight in chosen]
     transformer, scales, _ = build.load_base(config, build.find_place(config))
     codes = frozen_fingerprint(transformer, scales)
     for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
         check_codes(facts, codes, path)
     blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
-    out = RunFolder.create(output_dir)
+    out = RunFolder.create(output_dir, ANOTHER)
     out.save_scales("final", scales.tensors(), provenance.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
     out.write_text("config.yaml", config.to_yaml())
     return {"run": str(output_dir), "runs": len(parts)}

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from qzo_diffusion import evaluate_run
 from qzo_diffusion.cli import main
 from qzo_diffusion.evaluate import signal
 from qzo_diffusion.train.run_folder import load_scales
@@ -90,6 +91,60 @@ def test_a_tuned_run_is_scored_at_its_own_scales(train, tmp_path, prompts):
     assert [row["step"] for row in found["steps"]] == [0, 2]
     assert found["signal"]["steps"] == 2
     assert all((before[name] == load_scales(run)[0][name]).all() for name in before)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_is_scored_beside_its_run(train, tmp_path, prompts, capsys):
+    assert train("--max-steps", 2, "train.lr=0.05", "train.checkpoint_every=1") == 0
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints/step_000001"
+    command = ["evaluate", "--prompts", str(prompts), "--run"]
+    assert main([*command, str(run)]) == 0
+    before = files_of(run)
+    capsys.readouterr()
+    assert main([*command, str(checkpoint)]) == 0
+    assert capsys.readouterr().err.count("sampling") == 1  # the base's pictures are those of the run
+    after = files_of(run)
+    assert {path: after[path] for path in before} == before
+    own = {path.relative_to(run).as_posix() for path in after.keys() - before.keys()}
+    assert {path.rpartition("/")[0] for path in own} == {"", "evaluation/step_000001/tuned"}
+    assert "evaluation_step_000001.json" in own
+    assert json.loads((run / "evaluation_step_000001.json").read_text())["step"] == 1
+    capsys.readouterr()
+    assert main(["evaluate", "--compare", str(run), str(checkpoint), "--json"]) == 0
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)["runs"]] == [2, 1]
+
+
+@pytest.mark.parametrize("wanted", ["file/scores.json", "."])
+def test_where_scores_go_is_looked_at_before_anything_is_loaded(run, tmp_path, monkeypatch, capsys, wanted):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate_run, "load_scales", None)
+    monkeypatch.setattr(evaluate_run.json, "loads", None)
+    for what in ("--run", "--compare"):
+        error = failing(capsys, main(["evaluate", what, str(run), "--output", str(tmp_path / wanted)]))
+        assert "choose another --output" in error
+
+
+def test_a_folder_for_the_scores_is_made(run, prompts, tmp_path):
+    output = tmp_path / "new" / "scores.json"
+    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--output", str(output)]) == 0
+    assert main(["evaluate", "--compare", str(output), "--output", str(tmp_path / "table" / "all.json")]) == 0
+    assert json.loads((tmp_path / "table" / "all.json").read_text())["runs"][0]["step"] == 0
+
+
+LANGUAGE = {"task": "sst2", "metric": "accuracy", "test_examples": 4, "by_step": {"0": 0.5, "2": 0.75}}
+
+
+@pytest.mark.parametrize("content", [LANGUAGE, {"scorer": {"name": "a"}, "clip_score": {"mean": 0.5}}, [], {"style": 1}])
+def test_what_is_no_evaluation_of_a_run_on_images_is_not_compared(run, tmp_path, capsys, content):
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps(content))
+    assert str(file) in failing(capsys, main(["evaluate", "--compare", str(file)]))
+    shutil.copy(file, run / "evaluation.json")
+    assert str(run / "evaluation.json") in failing(capsys, main(["evaluate", "--compare", str(run)]))
 
 
 def test_the_page_is_there_while_a_run_goes_on(train, tmp_path, monkeypatch):

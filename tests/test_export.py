@@ -16,6 +16,7 @@ from qzo_diffusion import build, export_run
 from qzo_diffusion.cli import main
 from qzo_diffusion.config import make_config, read_yaml
 from qzo_diffusion.core.blend import blend_
+from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import FAST, failing
@@ -134,6 +135,97 @@ def sampled(tmp_path, run, name, *more):
     command = ["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir", str(tmp_path / name), *more]
     assert main(command) == 0
     return (tmp_path / name / "samples" / "000.png").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def coarse(tmp_path_factory, cache):
+    """A run with other settings than the defaults, and a checkpoint of each of its two steps."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("coarse")
+    for place in ("imgs", "held_out"):
+        (root / place).mkdir()
+        for index in range(4):
+            Image.new("RGB", (64, 64), (60 * index, 0, 255 - 60 * index)).save(root / place / f"{index}.png")
+    (root / "prompts.txt").write_text("red apple in [trigger] style\n")
+    command = ["train", "--model", "tiny", "--style-dir", str(root / "imgs"), "--caption", "a square", "--max-steps", "2"]
+    command += ["--validation-dir", str(root / "held_out"), "--trigger", "zxq", "--output-dir", str(root / "run")]
+    command += ["--sample-prompts", str(root / "prompts.txt"), f"data.cache_dir={cache}", *FAST, "train.checkpoint_every=1"]
+    assert main([*command, "quant.blocksize=128", "data.resolution=96", "train.lr=0.05"]) == 0
+    return root / "run"
+
+
+@pytest.mark.parametrize("part", ["checkpoints/step_000002", "final", "final/scales.safetensors"])
+def test_whatever_part_of_a_run_is_sampled_has_its_settings(coarse, tmp_path, capsys, part):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("red apple in [trigger] style\n")
+    for name, run in (("whole", coarse), ("part", coarse / part)):
+        assert main(["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir", str(tmp_path / name)]) == 0
+    whole, own = ((tmp_path / name / "samples" / "000.png").read_bytes() for name in ("whole", "part"))
+    assert whole == own
+    assert json.loads((tmp_path / "part/samples/prompts.json").read_text())[0]["prompt"] == "red apple in zxq style"
+    assert "model: tiny" in capsys.readouterr().err
+
+
+def test_scales_alone_are_sampled_with_the_defaults_and_that_is_told(finished, tmp_path, capsys):
+    alone = shutil.copy(finished / "final" / "scales.safetensors", tmp_path)
+    sampled(tmp_path, alone, "out", "--model", "tiny")
+    assert "no config.yaml" in capsys.readouterr().err
+
+
+def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(coarse, tmp_path, capsys, monkeypatch):
+    from qzo_diffusion import sample_run
+
+    command = ["sample", "--run", str(coarse), "--model", "tiny", "--output-dir", str(tmp_path / "out")]
+
+    def broken(*args):
+        raise OutputError("got", "expected", "remedy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sample_run.build, "load_base", broken)
+        failing(capsys, main(command))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "samples").mkdir(parents=True)
+    monkeypatch.setattr(sample_run, "load_scales", None)
+    error = failing(capsys, main(command))
+    assert "not an empty folder" in error
+    assert "--resume" not in error
+
+
+@pytest.mark.parametrize("strength", ["0.5", "-1", "nan"])
+def test_a_strength_needs_a_run(tmp_path, capsys, strength):
+    command = ["sample", "--model", "tiny", "--strength", strength, "--output-dir", str(tmp_path / "out")]
+    assert "without --run" in failing(capsys, main(command))
+
+
+def scores_in(folder):
+    return (folder / "README.md").read_text().split("## Scores")[1].split("## Settings")[0]
+
+
+@pytest.mark.parametrize(("kind", "part"), [("delta", ""), ("delta", "checkpoints/step_000001"), ("journal", "")])
+def test_only_scores_of_the_exported_scales_are_told(coarse, tmp_path, export, kind, part):
+    run, step = shutil.copytree(coarse, tmp_path / "run"), 1 if part else 2
+    assert "held-out loss" in scores_in(export(kind, run=run, name="losses")) or part
+    (run / "evaluation.json").write_text(json.dumps({"step": 3 - step, "clip_score": {"mean": "of other scales"}}))
+    assert "other scales" not in scores_in(export(kind, run=run / part, name="other"))
+    (run / f"evaluation_step_{step:06d}.json").write_text(json.dumps({"step": step, "clip_score": {"mean": "of these"}}))
+    assert "of these" in scores_in(export(kind, run=run / part, name="own"))
+
+
+@pytest.mark.parametrize("where", [".", "../here"])
+def test_the_current_folder_is_not_replaced(finished, tmp_path, capsys, monkeypatch, where):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(export_run.build, "load_base", None)
+    command = ["export", "--run", str(finished), "--format", "delta", "--output-dir", where]
+    assert "is the current folder" in failing(capsys, main(command))
+    assert [file.name for file in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_delta_that_a_hub_added_to_is_used(export, tmp_path):
+    delta = export("delta")
+    (delta / ".gitattributes").write_text("*.safetensors filter=lfs")
+    sampled(tmp_path, delta, "sampled")
 
 
 def test_a_delta_samples_like_its_run(export, finished, tmp_path):

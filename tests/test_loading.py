@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo_diffusion import loading
-from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion import devices, loading
+from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.quant.stream import Quantization
 from tests.small_models import sd3_transformer
@@ -157,3 +157,9 @@ def test_a_kill_in_the_middle_of_writing_leaves_nothing_that_is_used(load, folde
     assert load()[1] == "source"
     assert load()[1] == "copy"
     assert list((tmp_path / "copies").iterdir()) == copies(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "xla:0", "nonsense"])
+def test_devices_that_nothing_here_was_made_for_are_refused(name):
+    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+        devices.choose_device(name)

@@ -1,7 +1,25 @@
 """Several runs in one table: the figures of their evaluations side by side, as text for a terminal."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from qzo_diffusion.core.errors import OutputError
+
+
+def check(file: Path, evaluation: Any) -> None:
+    """Raises OutputError when a file holds something else than the figures of a run on images: of pictures, of a language model."""
+    one = {file.name: evaluation}
+    try:
+        table(rows(one))
+        warnings(one)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else error
+        raise OutputError(
+            f"{file} can't be compared: {reason}",
+            "what `evaluate --run` writes on a run on images",
+            "give runs on images that were evaluated, or their evaluation.json",
+        ) from None
 
 
 def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ hash of every file, so that what was damaged later is found when it is read and 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -46,9 +47,9 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path) -> "RunFolder":
-        """Raises OutputError when the folder holds something already, or can't be written."""
-        check_new(path, f"choose another --output-dir, or go on with that run: --resume {path}")
+    def create(cls, path: Path, remedy: str | None = None) -> "RunFolder":
+        """Raises OutputError when the folder holds something already, with the caller's `remedy`, or can't be written."""
+        check_empty(path, remedy or f"choose another --output-dir, or go on with that run: --resume {path}")
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,14 +67,49 @@ class RunFolder:
         return write_folder(self.path / name, lambda folder: save_tensors(folder / SCALES, tensors, metadata))
 
 
-def check_new(path: Path, remedy: str = "choose another --output-dir") -> None:
-    """Raises OutputError when there is something at `path` already."""
+ANOTHER = "choose another --output-dir"
+
+
+def check_empty(path: Path, remedy: str = ANOTHER) -> None:
+    """Raises OutputError when there is something at `path` already, or it can't be made there."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputError(f"{path} exists and is not an empty folder", "a new output folder; a run is never overwritten", remedy)
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise _unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{place} is no folder"))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(errno.EACCES, f"no permission to write into {place}"))
+
+
+def check_new(path: Path, remedy: str = ANOTHER) -> None:
+    """As `check_empty`, for what `write_folder` puts in the place of `path`.
+
+    That may not be the current folder, although it is empty: whoever stands in it would be left in one that was deleted.
+    """
+    check_empty(path, remedy)
+    if path.is_dir() and path.samefile("."):
+        raise OutputError(f"{path} is the current folder", "a folder that can be put in the place of what is there", remedy)
+
+
+def prepare_file(path: Path) -> None:
+    """Make the folder that a file will be written into, before the work whose results it holds. Raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission")
+    except OSError as error:
+        reason = error.strerror or error
+        expected = "a file, in a folder that can be made and written"
+        raise OutputError(f"{path} can't be written: {reason}", expected, "choose another --output") from None
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write to another name, sync, rename: a reader never sees half a file. Raises OutputError."""
+    path = path.absolute()  # the current folder's name is empty otherwise
     aside = path.with_name(f".{path.name}.partial")
     try:
         with aside.open("wb") as handle:
@@ -93,12 +129,13 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         OutputError: no room or no permission; what was there before is still there.
     """
+    target = target.absolute()  # the current folder's name is empty otherwise
     aside, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         write(aside)
-        hashes = {file.name: _hash(file) for file in sorted(aside.iterdir())}
+        hashes = {name: _hash(aside / name) for name in sorted(_names(aside))}
         write_whole(aside / COMPLETE, json.dumps(hashes, indent=1).encode())
         _sync(aside)
         if target.exists():
@@ -123,7 +160,10 @@ def remove_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OutputError unless the folder was written to its end and every file is what it was then."""
+    """Raises OutputError unless the folder was written to its end and every file is what it was then.
+
+    Files whose names begin with a dot don't count: file managers and hubs leave some of their own.
+    """
     remedy = "give another checkpoint of the run, or the finished run"
     try:
         hashes = json.loads((folder / COMPLETE).read_bytes())
@@ -132,11 +172,10 @@ def check_folder(folder: Path) -> None:
         raise OutputError(got, f"a folder with the marker {COMPLETE}", remedy) from None
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder}/{COMPLETE} is damaged: {error}", "the marker as it was written", remedy) from None
-    files = {file.name for file in folder.iterdir()} - {COMPLETE}
-    if not isinstance(hashes, dict) or files != hashes.keys():
+    if not isinstance(hashes, dict) or _names(folder) - {COMPLETE} != {name for name in hashes if not name.startswith(".")}:
         raise OutputError(f"{folder} holds other files than its marker names", "the folder as it was written", remedy)
     for name, expected in hashes.items():
-        if _hash(folder / name) != expected:
+        if not name.startswith(".") and _hash(folder / name) != expected:
             raise OutputError(f"{folder / name} is damaged", "the file as it was written", remedy)
 
 
@@ -170,6 +209,29 @@ def load_scales(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise OutputError(f"no tuned scales in {run}", f"final/{SCALES}", remedy)
     check_folder(folder)
     return load_tensors(folder / SCALES)
+
+
+def settings_file(run: Path) -> Path:
+    """config.yaml of whatever `load_scales` reads: of a run, or of the run that its `final/` or a checkpoint belongs to.
+
+    Raises:
+        OutputError: there is none.
+    """
+    place = run.resolve()  # so that "." has parents too
+    folder = place.parent if place.is_file() else place
+    candidates = [folder]
+    if folder.name == "final":
+        candidates.append(folder.parent)
+    if folder.parent.name == "checkpoints":
+        candidates.append(folder.parent.parent)
+    for candidate in candidates:
+        if (candidate / "config.yaml").is_file():
+            return candidate / "config.yaml"
+    raise OutputError(f"no config.yaml in {run}", "the folder of a run", "give --run a run folder or one of its checkpoints")
+
+
+def _names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
 
 
 def _hash(path: Path) -> str:

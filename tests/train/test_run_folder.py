@@ -2,13 +2,23 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.train.loop import StepRecord
-from qzo_diffusion.train.run_folder import COMPLETE, RunFolder, load_scales
+from qzo_diffusion.train.run_folder import (
+    COMPLETE,
+    RunFolder,
+    check_folder,
+    check_new,
+    load_scales,
+    prepare_file,
+    settings_file,
+    write_folder,
+)
 from qzo_diffusion.train.tracking import MetricsLog, Tracker
 
 SCALES = {"block.0": torch.arange(4.0), "block.1": torch.ones(2)}
@@ -39,6 +49,72 @@ def test_an_existing_run_is_not_overwritten(tmp_path):
     with pytest.raises(OutputError, match="never overwritten"):
         RunFolder.create(tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_what_to_do_about_it_is_the_caller_s_to_say(tmp_path):
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(OutputError, match="remedy: take another"):
+        RunFolder.create(tmp_path, "take another")
+
+
+def test_the_current_folder_takes_a_run_but_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), tmp_path):
+        with pytest.raises(OutputError, match="is the current folder"):
+            check_new(path)
+    RunFolder.create(Path())
+
+
+def test_names_are_found_from_inside(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    write_folder(Path(), lambda folder: (folder / "file").write_text(""))
+    assert sorted(file.name for file in (tmp_path / "sub").iterdir()) == [COMPLETE, "file"]
+    with pytest.raises(OutputError, match="can't be written"):
+        RunFolder(tmp_path).write_text("sub/.", "")
+
+
+def test_a_file_s_folder_is_made_before_the_work(tmp_path):
+    prepare_file(tmp_path / "a" / "b" / "scores.json")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "scores.json", tmp_path / "a"):
+        with pytest.raises(OutputError, match="choose another --output"):
+            prepare_file(path)
+
+
+def test_settings_are_those_of_the_run_that_scales_belong_to(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    out = RunFolder.create(run)
+    out.write_text("config.yaml", "")
+    final, checkpoint = (out.save_scales(name, SCALES, {}) for name in ("final", "checkpoints/step_000002"))
+    for path in (run, final, final / "scales.safetensors", checkpoint, checkpoint / "scales.safetensors"):
+        assert settings_file(path) == run / "config.yaml"
+    monkeypatch.chdir(checkpoint)
+    assert settings_file(Path()) == run / "config.yaml"
+    for path in (out.save_scales("samples/mine", SCALES, {}), tmp_path / "none", run / "checkpoints"):
+        with pytest.raises(OutputError, match=r"no config\.yaml"):
+            settings_file(path)
+
+
+def test_files_of_file_managers_and_hubs_harm_nothing(tmp_path):
+    def write(folder):
+        (folder / "scales.safetensors").write_bytes(b"")
+        (folder / ".gitattributes").write_text("one")  # as copied from a model's folder
+
+    folder = RunFolder.create(tmp_path / "run").save_scales("final", SCALES, {})
+    (folder / ".DS_Store").write_text("")
+    (folder / ".cache").mkdir()
+    assert load_scales(tmp_path / "run")[0].keys() == SCALES.keys()
+    folder = write_folder(tmp_path / "copied", write)
+    (folder / ".gitattributes").write_text("another")
+    check_folder(folder)
+    marker = json.loads((folder / COMPLETE).read_text())
+    (folder / COMPLETE).write_text(json.dumps(marker | {".gitattributes": "hash of an earlier version"}))
+    check_folder(folder)
+    (folder / "visible").write_text("")
+    with pytest.raises(OutputError, match="other files"):
+        check_folder(folder)
 
 
 def test_an_empty_folder_may_be_used(tmp_path):
