@@ -154,7 +154,7 @@ def _add_evaluate_and_report(verbs: Any) -> None:
     evaluate.add_argument("--prompts", help="file with one prompt a line; default: the shipped score prompts")
     evaluate.add_argument("--style-dir", type=Path, help="images of the style; default: those the run was trained on")
     evaluate.add_argument("--scorer", help="MODEL/PRETRAINED of open_clip, a folder, or embedded (default for --model tiny)")
-    evaluate.add_argument("--output", type=Path, help="default: evaluation.json in the run")
+    evaluate.add_argument("--output", type=Path, help="default: evaluation.json in the run; of a checkpoint evaluation_step_N.json")
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     evaluate.set_defaults(verb=_evaluate)
     report = verbs.add_parser("report", help="write one self-contained page on a run")

@@ -14,7 +14,7 @@ from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.initial_scales import set_initial_
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import load_base as load_language_base
-from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty
 
 _NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")  # what settles the trained numbers
 
@@ -30,6 +30,7 @@ def run(
     Raises:
         JournalError: the journal is damaged, shorter than `to_step`, or of another model.
     """
+    check_empty(output_dir, ANOTHER)
     journal = read_journal(journal_file)
     if to_step is not None and not 0 <= to_step <= journal.steps_done:
         raise JournalError(f"--to-step {to_step}", f"0 to {journal.steps_done}, where the journal ends", "choose an earlier step")
@@ -41,7 +42,7 @@ def run(
         config = config_of(journal, model, init_from)
         numbers, optimizer, (codes, initial), facts = _style_base(config)
     provenance.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
-    out = RunFolder.create(output_dir)
+    out = RunFolder.create(output_dir, ANOTHER)
     started = time.perf_counter()
     steps = replay_(journal, numbers, optimizer, to_step=to_step)
     seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, load_scorer
-from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.run_folder import RunFolder, prepare_file
 
 TABLE = "prompts.json"  # what `sample` writes beside its pictures: which was made from which prompt
 
@@ -33,8 +33,10 @@ class ScoreRequest:
 
 
 def run(request: ScoreRequest) -> dict[str, Any]:
-    """Raises DataError: no pictures, other numbers of pictures and prompts, or none of them can be read."""
+    """Raises DataError: no pictures, other numbers of pictures and prompts, or none can be read. OutputError: the output."""
     pairs = _pairs(request)
+    if request.output is not None:
+        prepare_file(request.output)
     pictures, unusable = _opened([path for path, _ in pairs], request.images)
     prompts = [prompt for path, prompt in pairs if path in pictures]
     contents = [clip_score.content_of(prompt) or prompt for prompt in prompts]

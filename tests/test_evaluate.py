@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from qzo_diffusion import evaluate_run
+from qzo_diffusion import evaluate_run, score_run
 from qzo_diffusion.cli import main
 from qzo_diffusion.evaluate import signal
 from qzo_diffusion.train.run_folder import load_scales
@@ -126,6 +126,14 @@ def test_where_scores_go_is_looked_at_before_anything_is_loaded(run, tmp_path, m
     for what in ("--run", "--compare"):
         error = failing(capsys, main(["evaluate", what, str(run), "--output", str(tmp_path / wanted)]))
         assert "choose another --output" in error
+
+
+@pytest.mark.parametrize("wanted", ["file/scores.json", "."])
+def test_where_scores_of_pictures_go_is_looked_at_before_anything_is_opened(pictures, tmp_path, monkeypatch, capsys, wanted):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(score_run, "open_image", None)
+    error = failing(capsys, score(pictures, "--prompts", tmp_path / "three.txt", "--output", tmp_path / wanted))
+    assert "choose another --output" in error
 
 
 def test_a_folder_for_the_scores_is_made(run, prompts, tmp_path):

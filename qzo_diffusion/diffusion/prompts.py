@@ -22,5 +22,9 @@ def read_prompts(path: Path, trigger: str | None = None) -> list[str]:
         raise DataError(f"no prompt in {path}", expected, "write at least one prompt into it")
     marked = [prompt for prompt in prompts if PLACEHOLDER in prompt]
     if marked and not trigger:
-        raise DataError(f"{PLACEHOLDER} in {path}: {marked[0]!r}", "a trigger word to put there", "pass --trigger WORD")
+        raise DataError(
+            f"{PLACEHOLDER} in {path}: {marked[0]!r}",
+            "a trigger word to put there",
+            "pass --trigger WORD to train, or write the word itself",
+        )
     return [prompt.replace(PLACEHOLDER, trigger or "") for prompt in prompts]
