@@ -48,11 +48,15 @@ class TextBatches:
 
 
 def _kept(lm: CausalLm, encoded: Sequence[Encoded], size: int, folder: Path) -> KeptHidden | None:
-    """None where the model has no part that no probe changes, or there is no room."""
+    """None where the model has no part that no probe changes, or there is no room, or no file can be made there."""
     groups = [[row for index in indices for row in encoded[index].rows] for indices in by_length(encoded, size)]
-    if lm.prefix is None or not fits([row for group in groups for row in group], lm.bytes_of_token, folder):
+    if lm.prefix is None:
         return None
-    return KeptHidden(lm, groups, folder)
+    try:
+        room = fits([row for group in groups for row in group], lm.bytes_of_token, folder)
+        return KeptHidden(lm, groups, folder) if room else None
+    except OSError:  # a home that is read-only, for one: all is computed anew, as where there is no room
+        return None
 
 
 def evaluation_batches(lm: CausalLm, encoded: Sequence[Encoded], size: int) -> list[Batch]:

@@ -12,7 +12,7 @@ from qzo_diffusion.config import load_config, read_yaml
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf
-from qzo_diffusion.llm.stored import READ_HERE, save_stored, stored_method
+from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, stored_method
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import apply_, load_base
 from qzo_diffusion.quant.stored import pending_tensors
@@ -45,17 +45,20 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
     check_new(output_dir)
     config: LlmConfig = load_config(settings_file(run_folder), LlmConfig)
     folder, _ = build.choose_lm(config.model)
-    stored = is_gguf(folder) or stored_method(folder) in READ_HERE
-    if config.method not in ("qzo", "fo-scales") or kind not in ("native", "nf4"):
+    if config.method not in ("qzo", "fo-scales"):
         got = f"--format {kind} for a language model tuned by {config.method}"
-        raise ConfigError(got, "--format native, of a run that tuned scales", "export another run, or use --format native")
-    of_bitsandbytes = config.quant.backend == "bnb" and config.quant.type in BITSANDBYTES
-    if not stored and not (of_bitsandbytes and kind in ("native", config.quant.type)):
+        raise ConfigError(got, "a run of the method qzo or fo-scales, which tunes scales", "export another run")
+    stored = is_gguf(folder) or stored_method(folder) in READ_HERE
+    has = _format_of(config, folder)
+    if not stored and has not in BITSANDBYTES:
         raise ConfigError(
-            f"--format {kind} for a run in {config.quant.type} of the back-end {config.quant.backend}",
-            "nf4 or fp4 of bitsandbytes",
-            "export it with --format native, or train with quant.type=nf4 quant.backend=bnb",
+            f"a run in {has}",
+            "nf4 or fp4 of bitsandbytes, or a folder of GPTQ, AQLM or HQQ, or a GGUF file: there is no folder of another format",
+            "qzo-diffuse llm evaluate --run RUN scores this one; to export, train an unquantized model with quant.type=nf4 "
+            "quant.backend=bnb",
         )
+    if kind not in ("native", has):
+        raise ConfigError(f"--format {kind} for a run over a model in {has}", "--format native", "use --format native")
     tuned, facts = load_scales(run_folder)
     device = devices.choose_device(config.compute.device)
     dtype = devices.choose_dtype(config.compute.dtype, device)
@@ -69,7 +72,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
             save_stored(folder, target, tuned_scales(base.numbers), base.scales.weights)
         else:
             base.numbers.merge_()
-            _write_bitsandbytes(base.lm.model, config, folder, target, devices.dtype_name(dtype), facts)
+            _write_bitsandbytes(base.lm.model, has, folder, target, devices.dtype_name(dtype), facts)
         (target / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
     write_folder(output_dir, fill)
@@ -80,7 +83,17 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
     return {"export": str(output_dir), "format": kind, "bytes": size, "lm_eval": command}
 
 
-def _write_bitsandbytes(model: nn.Module, config: LlmConfig, source: Path, target: Path, dtype: str, facts: dict[str, str]) -> None:
+def _format_of(config: LlmConfig, folder: Path) -> str:
+    """What the scales are those of: a folder that is quantized keeps its format, whatever the settings say."""
+    method = stored_method(folder)
+    if method == "bitsandbytes":
+        return bitsandbytes_type(folder)
+    if method is not None:
+        return method
+    return config.quant.type if config.quant.backend == "bnb" else f"{config.quant.type} of the back-end {config.quant.backend}"
+
+
+def _write_bitsandbytes(model: nn.Module, kind: str, source: Path, target: Path, dtype: str, facts: dict[str, str]) -> None:
     """Everything that the source has beside its weights, and the 4-bit weights in bitsandbytes' layout, compared bit for bit."""
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
     for file in source.iterdir():
@@ -96,7 +109,7 @@ def _write_bitsandbytes(model: nn.Module, config: LlmConfig, source: Path, targe
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
-        "bnb_4bit_quant_type": config.quant.type,
+        "bnb_4bit_quant_type": kind,
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",

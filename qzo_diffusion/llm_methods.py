@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion import build
-from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import rivals
-from qzo_diffusion.llm.causal_lm import CausalLm, empty_causal_lm, load_causal_lm
+from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
 from qzo_diffusion.llm.gguf_file import is_gguf
-from qzo_diffusion.llm.stored import stored_method
+from qzo_diffusion.llm.stored import empty_causal_lm, stored_method
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.loading import Source, load_quantized
-from qzo_diffusion.quant.base import fingerprint, linears_to_quantize
+from qzo_diffusion.quant.base import fingerprint, linears_to_quantize, nothing_to_quantize
+from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
 from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.quant.weights import read_entries
@@ -50,13 +51,14 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     lm = _load(config, folder, device, dtype)
     if config.method == "mezo":
         lm.model.to(device)
-        weights = rivals.mezo_numbers(lm.model, config.quant.skip, config.quant.blocksize)
+        layers = _layers(config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, config.quant.blocksize)])
+        weights = rivals.mezo_numbers(lm.model, layers)
         return Base(lm, weights.scales, weights, build.optimizer(config), "unquantized", _hash(weights.scales))
     if config.method == "quzo-lora":
         return _adapters_by_forwards(config, lm, device)
     _quantize_(config, lm, device)
     if config.method == "qlora":
-        layers = [handle.name for handle in handles_of(lm.model)]
+        layers = _layers(config, [handle.name for handle in handles_of(lm.model)])
         rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
         adapters = rivals.lora_numbers(lm.model)
         step = first_order_step(rivals.lora_gradient(lm.model))
@@ -71,6 +73,17 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     return Base(lm, scales, numbers, build.optimizer(config), codes, initial, trained=trained)
 
 
+def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
+    """Those of `qzo.layers`, all where it says nothing, for methods that train no scales. Raises ConfigError where it fits none."""
+    if not names:
+        raise nothing_to_quantize(config.quant.skip, config.quant.blocksize)
+    found = chosen(names, config.qzo.layers)
+    if not found:
+        remedy = "correct qzo.layers, or give null for all layers"
+        raise ConfigError(f"qzo.layers = {config.qzo.layers}: no such layer", f"parts of names like {names[0]}", remedy)
+    return found
+
+
 UNDER_LORA = (None, "bitsandbytes")  # formats of folders
 
 
@@ -79,6 +92,9 @@ def _check_format(config: LlmConfig, folder: Path) -> None:
     if config.method == "qlora" and method not in UNDER_LORA:
         got, remedy = f"--method qlora on {folder}, stored as {method}", "use --method qzo, or the model that it was made of"
         raise ModelError(got, "a plain folder, or one of bitsandbytes: peft knows no other layers", remedy)
+    if config.method == "mezo" and method is not None:
+        got, remedy = f"--method mezo on {folder}, stored as {method}", "give the model that it was made of, or use --method qzo"
+        raise ModelError(got, "a folder that is not quantized: mezo trains the weights themselves", remedy)
     if config.qzo.unquantized != "none" and is_gguf(folder):
         got = f"qzo.unquantized={config.qzo.unquantized} with {folder.name}"
         raise ModelError(got, "qzo.unquantized=none: only factors of blocks go back into a GGUF file", "leave it out")
@@ -116,7 +132,7 @@ def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device)
     """QuZO's second mode. peft knows plain layers only, so adapters come first and what lies under them is quantized then."""
     if any(True for _ in handles_of(lm.model)):
         raise ModelError("a folder that is quantized already", "an unquantized one for quzo-lora", "give the model it was made of")
-    layers = [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)]
+    layers = _layers(config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)])
     rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
     _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
     adapters = rivals.lora_numbers(lm.model)

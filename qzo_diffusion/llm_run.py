@@ -14,6 +14,7 @@ from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
 from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
+from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_examples
@@ -163,6 +164,8 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     settled.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
     if Path(config.model).is_dir():
         settled.model = str(folder.resolve())
+    elif is_gguf(Path(config.model)):
+        settled.model = str(folder.absolute())  # what a link leads to may have another ending
     if config.task not in shipped_tasks():
         settled.task = str(Path(config.task).resolve())
     return LlmPlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits)
@@ -184,9 +187,9 @@ def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Spl
     def rows(path: Path) -> list[Row]:
         return read_rows(path, spec.fields, spec.columns)
 
-    if train_path == test_path:
+    if train_path.samefile(test_path):  # however each is written; by the file's own name, which is drawn from, both are
         wanted = [data.test_examples, data.train_examples, data.validation_examples]
-        test, train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.name)
+        test, train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.resolve().name)
     else:
         wanted = [data.train_examples, data.validation_examples]
         train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.name)

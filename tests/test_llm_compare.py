@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.llm_compare import cells as cells_module
 from benchmarks.llm_compare.cells import run_cell
 from benchmarks.llm_compare.methods import METHODS, TASKS, Cell, Places, arguments_of, cells
 from benchmarks.llm_compare.report import TABLE, report
@@ -95,6 +96,18 @@ def test_a_cell_that_was_stopped_goes_on(places):
     assert (result["steps"], result["forwards"], result["ended"]) == (3, 96, "budget")
     assert 0 <= result["value"] <= 1
     assert json.loads(places.result(cell).read_text()) == result
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_evaluation_that_fails_is_no_cell_that_was_stopped(places, monkeypatch, stopped):
+    monkeypatch.setattr(cells_module, "_call", lambda *_: (130 if stopped else 2, "", 1.0))
+    stop = threading.Event()
+    if stopped:
+        stop.set()
+        assert run_cell(Cell("sst2", "zero_shot", 0), places, stop) is None
+    else:
+        with pytest.raises(RuntimeError, match="exit code 2 of evaluate"):
+            run_cell(Cell("sst2", "zero_shot", 0), places, stop)
 
 
 def test_the_document_has_a_place_for_the_table():

@@ -39,8 +39,10 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         newest = max((folder / "checkpoints").glob("step_*"), default=None) if method.trained else None
         where = ["--run", str(newest)] if newest else arguments_of(cell, places)[:-1]
         code, output, seconds = _call(["evaluate", *where, "--json"], stop, LIMIT_SECONDS)
-        if code != 0:
+        if code in (130, -signal.SIGTERM) and stop.is_set():
             return None
+        if code != 0:
+            raise RuntimeError(f"{cell.name}: exit code {code} of evaluate")
         evaluated = json.loads(output)
         found = (found if method.trained else {}) | evaluated | {evaluated["metric"]: {"end": evaluated[evaluated["metric"]]}}
     figure = found.get(found.get("metric", ""), {})

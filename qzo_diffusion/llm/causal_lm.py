@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.errors import ModelError, QzoError
 from qzo_diffusion.llm.gguf_file import check_gguf, is_gguf, load_gguf, source_of
 from qzo_diffusion.llm.prefix import Prefix, find_prefix
 from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
 
 WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
 OUTPUT_HEAD = "lm_head"
-CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+CHANGES_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class OutputHead(nn.Linear):
@@ -73,6 +73,7 @@ class CausalLm:
             )
         self.head = OutputHead(head)
         self.model.set_output_embeddings(self.head)
+        self.model.generation_config = self._greedy()
         self.context: int = getattr(config, "max_position_embeddings", 2**31)
 
     @property
@@ -86,8 +87,22 @@ class CausalLm:
 
     @property
     def padding(self) -> int:
-        """A token to fill up with; which one does not matter, for nothing looks at it."""
-        return int(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
+        """A token to fill up with; which one does not matter, for nothing looks at it, but the model must have it.
+
+        Some tokenizers pad with a token that was added to them alone, and that the model has no embedding for.
+        """
+        wanted = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(token) for token in wanted if token is not None and token < self.head.out_features), 0)
+
+    def _greedy(self) -> Any:
+        """Of the settings that came with the model, where an answer ends, and nothing that changes which token comes next.
+
+        Penalties and beams hold for greedy answers too.
+        """
+        from transformers import GenerationConfig
+
+        given = self.model.generation_config
+        return GenerationConfig(eos_token_id=getattr(given, "eos_token_id", None), pad_token_id=self.padding)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text)["input_ids"]
@@ -136,17 +151,28 @@ class CausalLm:
 
     @torch.no_grad()
     def answers(self, ids: Tensor, mask: Tensor, max_tokens: int, stop: str) -> list[str]:
-        """What the model says next, greedily, up to `stop`.
+        """What the model says next, greedily, up to `stop`, or up to the last position that it knows.
 
         Args:
             ids: [B, T], padded on the left, with 1 in `mask` where there is text.
         """
+        lengths = mask.sum(1)
+        room = (self.context - lengths).clamp(1, max_tokens)
+        texts = [""] * len(ids)
+        for count in sorted(set(room.tolist())):  # apart, so that no prompt's answer is cut for a longer one beside it
+            rows = (room == count).nonzero().flatten()
+            width = int(lengths[rows].max())
+            said = self._said(ids[rows, -width:], mask[rows, -width:], count, stop)
+            for row, text in zip(rows.tolist(), said, strict=True):
+                texts[row] = text
+        return texts
+
+    def _said(self, ids: Tensor, mask: Tensor, max_tokens: int, stop: str) -> list[str]:
         said = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_tokens,
             do_sample=False,
-            pad_token_id=self.padding,
             stop_strings=[stop] if stop else None,
             tokenizer=self.tokenizer,
         )
@@ -185,19 +211,6 @@ def check_model_folder(folder: Path) -> None:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model that a folder's config describes, its weights on the meta device; nothing is read but JSON."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):  # transformers computes some buffers when it builds
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model
-
-
 def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any] | None = None) -> CausalLm:
     """The model of a local folder on the CPU, with its weights as they are: quantized where the folder is.
 
@@ -212,7 +225,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any]
     check_model_folder(folder)
     try:
         source = source_of(folder) if is_gguf(folder) else {"pretrained_model_name_or_path": str(folder)}
-        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True, trust_remote_code=False)
         if read is not None:
             model = read(folder)
         elif is_gguf(folder):
@@ -223,8 +236,10 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any]
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except QzoError:
+        raise
+    except Exception as error:  # a damaged file shows as whatever the library that reads it makes of its bytes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{folder} can't be loaded: {reason}", "a causal language model", "download it again") from error
     model.requires_grad_(False)
     return CausalLm(model.eval(), tokenizer)

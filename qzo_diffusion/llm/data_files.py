@@ -1,6 +1,7 @@
 """Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, SQuAD's .json, and the Hub's .parquet."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
     readers = {".tsv": _tabs, ".csv": _commas, ".jsonl": _json_lines, ".json": _squad}
     reader = readers.get(path.suffix)
     if path.suffix == ".parquet":
-        rows = list(_parquet(path))
+        rows = list(_parquet(path, fields))
     elif reader is None:
         raise DataError(f"{path.name}", f"a file ending in {', '.join(readers)} or .parquet", "convert the data")
     else:
@@ -107,8 +108,8 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} can't be read: {error}", "text in UTF-8", "give another file") from None
 
 
-def _parquet(path: Path) -> Iterator[Row]:
-    """Classes are numbers there: `choices` of the task say "0", "1". SQuAD's answers lie one level down, under `text`."""
+def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
+    """Classes are numbers there: `choices` of the task say "0", "1"."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -119,24 +120,39 @@ def _parquet(path: Path) -> Iterator[Row]:
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} can't be read: {error}", "a parquet file", "download it again") from None
     for number, entry in enumerate(entries, start=1):
-        flat = {name: value.get("text") if isinstance(value, dict) else value for name, value in entry.items()}
-        yield _row({name: value for name, value in flat.items() if value is not None}, f"{path}, row {number}")
+        yield _row(entry, f"{path}, row {number}", fields)
 
 
 def _tabs(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
     """As GLUE writes it: no quoting, so a quotation mark is one."""
-    return _table(path, [line.split("\t") for line in text.split("\n") if line.strip("\r")], fields, columns)
+    lines = enumerate(text.split("\n"), start=1)
+    return _table(path, [(number, line.split("\t")) for number, line in lines if line], fields, columns)
 
 
 def _commas(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    return _table(path, list(csv.reader(text.splitlines())), fields, columns)
+    return _table(path, list(_quoted(path, text)), fields, columns)
 
 
-def _table(path: Path, lines: list[list[str]], fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    lines = [[cell.strip("\r") for cell in cells] for cells in lines]
-    has_names = bool(lines) and set(fields) <= set(lines[0])
-    names = lines[0] if has_names else list(columns)
-    for number, cells in enumerate(lines[has_names:], start=1 + has_names):
+def _quoted(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the line where each begins: a quoted cell may hold ends of lines."""
+    reader = csv.reader(io.StringIO(text, newline=""))
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            got = f"{path}, line {start}: {error}"
+            raise DataError(got, "comma-separated values", "correct the line; a quotation mark may lack its second") from None
+        if cells is None:
+            return
+        if cells:
+            yield start, cells
+
+
+def _table(path: Path, lines: list[tuple[int, list[str]]], fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+    has_names = bool(lines) and set(fields) <= set(lines[0][1])
+    names = lines[0][1] if has_names else list(columns)
+    for number, cells in lines[has_names:]:
         if len(cells) != len(names):
             raise DataError(
                 f"{path}, line {number}: {len(cells)} columns",
@@ -150,7 +166,7 @@ def _json_lines(path: Path, text: str, fields: Sequence[str], columns: Sequence[
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = f"{path}, line {number}"
-            yield _row(_object(line, place), place)
+            yield _row(_object(line, place), place, fields)
 
 
 def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
@@ -159,7 +175,7 @@ def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str])
     if isinstance(content, list):
         for number, entry in enumerate(content, start=1):
             place = f"{path}, entry {number}"
-            yield _row(_checked(entry, place), place)
+            yield _row(_checked(entry, place), place, fields)
         return
     try:
         for article in content["data"]:
@@ -167,19 +183,35 @@ def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str])
                 for question in paragraph["qas"]:
                     said = [answer["text"] for answer in question["answers"]]
                     facts = {"title": article.get("title", ""), "context": paragraph["context"], "question": question["question"]}
-                    yield _row(facts | {"answers": said}, f"{path}, question {question.get('id')}")
+                    yield _row(facts | {"answers": said}, f"{path}, question {question.get('id')}", fields)
     except (KeyError, TypeError, AttributeError) as error:
         got = f"{path} without {error}" if isinstance(error, KeyError) else f"{path}: {error}"
         raise DataError(got, "SQuAD's data, paragraphs, qas, answers, or a list of objects", "convert the data") from None
 
 
-def _row(entry: dict[str, Any], place: str) -> Row:
-    lists = {name: tuple(map(as_text, value)) for name, value in entry.items() if isinstance(value, list)}
-    for name, value in lists.items():
-        if not value:
+def _row(entry: dict[str, Any], place: str, fields: Sequence[str] = ()) -> Row:
+    """A null is no value, and of SQuAD's answers as `datasets` has them, {"text": [...], ...}, those under `text` are meant.
+
+    Raises:
+        DataError: one of the `fields` is another object, or an empty list. What the task does not read is left out.
+    """
+    values: dict[str, str] = {}
+    lists: dict[str, tuple[str, ...]] = {}
+    for name, found in entry.items():
+        value = found["text"] if isinstance(found, dict) and isinstance(found.get("text"), list) else found
+        parts = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+        if any(isinstance(one, (dict, list)) for one in parts):
+            if name in fields:
+                got = f"{place}: {name} holds {'an object' if isinstance(found, dict) else 'lists or objects'}"
+                raise DataError(got, 'a value, a list of values, or {"text": a list of values}', "convert the data")
+            continue
+        if isinstance(value, list) and not parts and name in fields:
             raise DataError(f"{place}: {name} is empty", "at least one value", "leave the entry out")
-    single = {name: as_text(value) for name, value in entry.items() if not isinstance(value, list)}
-    return Row(single | {name: value[0] for name, value in lists.items()}, place, lists)
+        if parts:
+            values[name] = as_text(parts[0])
+        if parts and isinstance(value, list):
+            lists[name] = tuple(map(as_text, parts))
+    return Row(values, place, lists)
 
 
 def _object(text: str, place: str) -> dict[str, Any]:
@@ -195,5 +227,5 @@ def _checked(entry: Any, place: str) -> dict[str, Any]:
 def _json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON: {error}", "JSON", "correct the file") from None

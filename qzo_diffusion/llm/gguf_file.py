@@ -46,7 +46,7 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     reader = _reader(file)
-    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # later versions may keep blocks themselves, in layers that see no changed scale
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source_of(file), **how)

@@ -18,16 +18,15 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Objective
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
-from qzo_diffusion.quant.base import linears_to_quantize
 
 
-def mezo_numbers(model: nn.Module, skip: Sequence[str], blocksize: int) -> DenseAbsolute:
-    """The weights of the very layers whose scales the other methods tune, unquantized. Embeddings, norms and head stay.
+def mezo_numbers(model: nn.Module, layers: Sequence[str]) -> DenseAbsolute:
+    """The weights of the layers of those names, unquantized.
 
     In a 16-bit model the trained weights are kept in fp32 beside it: most of MeZO's updates would round to nothing.
     """
-    layers = linears_to_quantize(model, skip, blocksize)
-    return DenseAbsolute(ScaleSet(WeightHandle(name, linear.weight, [linear]) for name, linear in layers))
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
+    return DenseAbsolute(ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in modules.items()))
 
 
 def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:

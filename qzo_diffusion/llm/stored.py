@@ -32,23 +32,31 @@ def stored_method(folder: Path) -> str | None:
     return None if method is None else str(method)
 
 
+def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that a folder's config describes, unquantized, its weights on the meta device; nothing is read but JSON."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):  # transformers computes some buffers when it builds
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    if (folder / "generation_config.json").is_file():  # where an answer ends
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
 def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model with a layer of ours wherever the checkpoint has codes, in `dtype` elsewhere.
 
     Raises:
         ModelError: a format of other than 4 bits, parts that don't fit together, or weights that are missing.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     settings, method = _quantization(folder), stored_method(folder)
     if method == "gptq" and settings.get("bits") != gptq.BITS:
         raise ModelError(f"GPTQ of {settings.get('bits')} bits", "4 bits", "use a model of 4 bits, or quantize it to NF4")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: Any = empty_causal_lm(folder, dtype)
     tensors = _read(folder)
     parts = _FORMATS[str(method)].PARTS
     names = [name.removesuffix(f".{parts[0]}") for name in tensors if name.endswith(f".{parts[0]}")]
@@ -102,11 +110,20 @@ def save_stored(
     patch_folder(source, target, dict(entry(name, tensor) for name, tensor in tensors.items()))
 
 
+def bitsandbytes_type(folder: Path) -> str:
+    """Of a folder of bitsandbytes: "nf4", "fp4", which is what no word of it means, or "int8"."""
+    settings = _quantization(folder)
+    return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
+
+
 def _quantization(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, ValueError) as error:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json can't be read: {error}", "JSON", "download the model again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{folder}/config.json holds a {type(content).__name__}", "a JSON object", "download the model again")
+    found = content.get("quantization_config") or {}
     return found if isinstance(found, dict) else {}
 
 

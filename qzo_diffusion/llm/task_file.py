@@ -47,6 +47,13 @@ class TaskSpec(BaseModel):
     answer_tokens: int = Field(default=32, ge=1)  # and after so many
     metric: Metric
 
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # a run's folder is called by it
+            raise ValueError("letters, digits, '_', '-' and '.', the last not at the beginning")
+        return name
+
     @field_validator("template", "answer")
     @classmethod
     def _has_plain_fields(cls, text: str | None) -> str | None:
@@ -128,24 +135,34 @@ def read_task(name: str) -> TaskSpec:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds no settings", "key: value lines", f"see {SHIPPED} for files that work")
     try:
-        return TaskSpec.model_validate(_with_text_keys(content))
+        return TaskSpec.model_validate(_with_text_keys(content, node))
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
         unknown = first["type"] == "extra_forbidden"
         expected = f"one of {', '.join(TaskSpec.model_fields)}" if unknown else first["msg"].removeprefix("Value error, ")
+        if isinstance(first["input"], bool):
+            expected += ", in quotation marks: YAML reads yes, no, on and off as true and false"
         value = "" if first["type"] == "missing" or not place else f" = {first['input']!r}"
         raise ConfigError(
             f"{path}, line {_line_of(node, place)}: {'.'.join(place) or 'the task'}{value}", expected, "correct the task file"
         ) from None
 
 
-def _with_text_keys(content: dict[Any, Any]) -> dict[str, Any]:
-    """YAML reads `0:` and `true:` as numbers and truth values; data has the same values as text."""
+def _with_text_keys(content: dict[Any, Any], node: Any) -> dict[str, Any]:
+    """YAML reads `0:` and `true:` as numbers and truth values, `no:` too; data has the same values as text."""
     choices = content.get("choices")
     if isinstance(choices, dict):
-        content = content | {"choices": {as_text(key): value for key, value in choices.items()}}
+        words = _words_for_truth(next(value for key, value in node.value if key.value == "choices"))
+        texts = {words.get(key, as_text(key)) if isinstance(key, bool) else as_text(key): value for key, value in choices.items()}
+        content = content | {"choices": texts}
     return {str(key): value for key, value in content.items()}
+
+
+def _words_for_truth(mapping: Any) -> dict[bool, str]:
+    """By truth value, the key that stands for it in the file, where that is yes, no, on or off."""
+    keys = [key for key, _ in mapping.value if key.tag == "tag:yaml.org,2002:bool" and key.value.lower() not in ("true", "false")]
+    return {key.value.lower() in ("yes", "on"): key.value for key in keys}
 
 
 def as_text(value: Any) -> str:

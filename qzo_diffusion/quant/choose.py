@@ -32,9 +32,9 @@ def quiet(names: Iterable[str]) -> list[str]:
     """Where a language model's layers have little noise for their signal (docs/decisions.md).
 
     Those in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, but for projections to queries or keys alone. Layers outside
-    of blocks aren't.
+    of blocks aren't. The name may be one before the last: GPTQ's layers are called `q_proj.inner` where inputs are put in order.
     """
     block = {name: int(number[1]) for name in names if (number := re.search(r"(?:^|\.)(\d+)\.", name))}
     depth = max(block.values(), default=-1) + 1
     chosen = range(depth * 4 // 10, -(-depth * 9 // 10))
-    return [name for name in block if block[name] in chosen and name.split(".")[-1] not in TO_QUERIES_AND_KEYS]
+    return [name for name in block if block[name] in chosen and TO_QUERIES_AND_KEYS.isdisjoint(name.split("."))]

@@ -31,6 +31,9 @@ def test_the_fields_of_a_template_are_filled_and_nothing_else():
         ({"train": []}, 2, "train"),
         ({"colour": "red"}, 8, "colour"),
         ({"name": None}, 1, "name"),
+        ({"name": "x/../../evil"}, 1, "name"),
+        ({"name": ".own"}, 1, "name"),
+        ({"choices": {"0": True, "1": " great"}}, 6, "in quotation marks"),
     ],
 )
 def test_a_wrong_task_file_is_told_by_line_and_field(tmp_path, change, line, field):
@@ -55,6 +58,14 @@ def test_an_unknown_task_names_those_that_there_are():
         ("d.jsonl", "[1]\n", "line 1 holds a list"),
         ("d.json", '{"data": [{"paragraphs": [{}]}]}', "without 'qas'"),
         ("d.json", '[{"sentence": [], "label": "1"}]', "sentence is empty"),
+        ("d.json", '[{"sentence": {"text": [null]}, "label": "1"}]', "sentence is empty"),
+        ("d.jsonl", '{"sentence": {"words": "x"}, "label": 1}\n', "line 1: sentence holds an object"),
+        ("d.jsonl", '{"sentence": [["x"]], "label": 1}\n', "line 1: sentence holds lists"),
+        ("d.jsonl", '{"sentence": null, "label": 1}\n', "line 1 has label"),
+        ("d.json", "[" * 100_000, "is not JSON"),
+        ("d.tsv", "good\t1\n\n\nbad\n", "line 4: 1 columns"),
+        ("d.csv", 'good,1\n\n"a\nb",1\nbad\n', "line 5: 1 columns"),
+        ("d.csv", f'good,1\n"{"x" * 140_000}",1\n', "line 2: field larger"),
         ("d.txt", "x", "ending in"),
     ],
 )
@@ -71,6 +82,30 @@ def test_a_line_of_names_is_read_as_such(tmp_path):
     rows = read_rows(tmp_path / "d.tsv", ["sentence", "label"], [])
     assert [row.values for row in rows] == [{"label": "1", "index": "7", "sentence": 'a "good film'}]
     assert read_rows(tmp_path / "d.csv", ["sentence", "label"], [])[0].values == {"sentence": "a, film", "label": "0"}
+
+
+def test_a_quoted_cell_holds_what_it_holds(tmp_path):
+    (tmp_path / "d.csv").write_bytes(b'sentence,label\r\n"good\r\nfilm",1\r\n\r\nx\xe2\x80\xa8y,0\r\n')
+    rows = read_rows(tmp_path / "d.csv", ["sentence", "label"], [])
+    assert [(row.values["sentence"], row.place.split(", ")[1]) for row in rows] == [
+        ("good\nfilm", "line 2"),
+        ("x\u2028y", "line 5"),
+    ]
+
+
+def test_answers_of_squad_are_read_as_datasets_writes_them(tmp_path):
+    row = {"title": "T", "context": "C", "question": "Q", "id": None, "answers": {"text": ["A", "B"], "answer_start": [1, 2]}}
+    _, (example,) = examples_of(tmp_path, "squad", row | {"read_by_nobody": {"a": 1}, "nor": []})
+    assert example.answers == ("A", "B")
+    assert example.continuations == (" A",)
+
+
+def test_choices_that_yaml_takes_for_truth_values_are_words(tmp_path):
+    path = own_task(tmp_path, choices=None)
+    path.write_text(path.read_text() + 'choices:\n  no: " terrible"\n  Yes: " great"\n')
+    assert read_task(str(path)).choices == {"no": " terrible", "Yes": " great"}
+    path.write_text(path.read_text().replace("  no:", "  False:").replace("Yes:", "true:"))
+    assert read_task(str(path)).choices == {"false": " terrible", "true": " great"}
 
 
 def test_a_label_that_is_no_choice_is_told(tmp_path):

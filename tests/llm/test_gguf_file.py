@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config import make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm import gguf_file
 from qzo_diffusion.llm.causal_lm import load_causal_lm
+from qzo_diffusion.llm_config import LlmConfig
+from qzo_diffusion.llm_run import make_plan
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.train.run_folder import load_scales
@@ -162,3 +165,12 @@ def test_layers_in_which_transformers_keeps_blocks_itself_are_refused():
     theirs = type("GgufLinear", (torch.nn.Linear,), {})
     with pytest.raises(ModelError, match="another program"):
         find_scales(torch.nn.Sequential(theirs(4, 4)))
+
+
+def test_a_run_finds_its_file_from_anywhere(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "model.gguf", tiny_llama())
+    write_sentences(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    data = {"dir": "data", "train_examples": 4, "validation_examples": 4}
+    plan = make_plan(make_config({"model": "model.gguf", "data": data}, LlmConfig))
+    assert plan.config.model == str(tmp_path / "model.gguf")

@@ -1,6 +1,8 @@
 """Whole runs of `qzo-diffuse llm` on a tiny Llama: every method, resumed bit for bit, and what a person does wrong."""
 
+import contextlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.config import load_config, make_config
+from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm_config import LlmConfig
 from qzo_diffusion.llm_methods import apply_, load_base
+from qzo_diffusion.llm_run import make_plan
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, killed_after, metrics
@@ -279,6 +283,130 @@ def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
     assert main(arguments(*files)) == 0
     rows = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert len({row["file"] for row in rows}) == len(rows) == 24
+
+
+@pytest.mark.parametrize("how", ["./train.tsv", "../{}/train.tsv", "{}/train.tsv", "link.tsv"])
+def test_one_file_is_one_file_however_it_is_written(model, tmp_path, how):
+    data = write_sentences(tmp_path / "here")
+    (data / "link.tsv").symlink_to("train.tsv")
+    names = {"train_file": "train.tsv", "test_file": how.format(data.name if how.startswith("..") else data)}
+    counts = {"train_examples": 12, "validation_examples": 8, "test_examples": 4}
+    config = make_config({"model": str(model), "data": {"dir": str(data), **names, **counts}}, LlmConfig)
+    splits = make_plan(config).splits
+    assert len({one.prompt for part in (splits.train, splits.validation, splits.test) for one in part}) == 24
+
+
+@pytest.mark.parametrize("method", ["mezo", "qlora", "quzo-lora"])
+def test_methods_that_train_no_scales_take_the_chosen_layers(model, method):
+    def trained(**qzo):
+        config = make_config({"method": method, "qzo": qzo}, LlmConfig)
+        return set(load_base(config, model, torch.device("cpu"), torch.float32).numbers.numbers())
+
+    assert len(trained()) == 14 * (1 if method == "mezo" else 2)
+    assert {name.split(".lora")[0] for name in trained(layers=["layers.1.mlp"])} == {
+        f"model.layers.1.mlp.{kind}_proj" for kind in ("gate", "up", "down")
+    }
+    with pytest.raises(ConfigError, match="no such layer"):
+        trained(layers=["nothing"])
+
+
+@pytest.mark.parametrize("kind", ["gptq", "aqlm", "hqq"])
+def test_weights_that_are_codes_are_not_trained_by_mezo(arguments, tmp_path, model, capsys, kind):
+    convert_folder(model, tmp_path / "stored", kind)
+    said = failing(capsys, main(arguments("--model", tmp_path / "stored", "--method", "mezo")))
+    assert f"stored as {kind}" in said
+    assert "give the model that it was made of" in said
+
+
+def test_only_its_own_format_is_written_of_a_stored_model(arguments, tmp_path, model, capsys):
+    convert_folder(model, tmp_path / "stored", "gptq")
+    assert main(arguments("--model", tmp_path / "stored", "--max-steps", 1)) == 0
+    export = ["export", "--run", str(tmp_path / "run"), "--output-dir", str(tmp_path / "exported"), "--format"]
+    said = failing(capsys, main([*export, "nf4"]))
+    assert "over a model in gptq" in said
+    assert "use --format native" in said
+
+
+def test_what_has_no_folder_is_not_sent_in_a_circle(arguments, tmp_path, capsys):
+    assert main(arguments("quant.type=int8", "--max-steps", 1)) == 0
+    export = ["export", "--run", str(tmp_path / "run"), "--output-dir", str(tmp_path / "exported"), "--format"]
+    for kind in ("native", "nf4"):
+        said = failing(capsys, main([*export, kind]))
+        assert "a run in int8" in said
+        assert "--format native" not in said
+
+
+def test_a_folder_in_fp4_is_written_as_one(arguments, tmp_path, capsys):
+    """Though the settings, which a stored folder does not heed, say NF4."""
+    run, first, second = tmp_path / "run", tmp_path / "first", tmp_path / "second"
+    assert main(arguments("quant.type=fp4", "--max-steps", 1)) == 0
+    assert main(["export", "--run", str(run), "--format", "native", "--output-dir", str(first)]) == 0
+    assert main(arguments("--model", first, "--max-steps", 1, name="again")) == 0
+    export = ["export", "--run", str(tmp_path / "again"), "--output-dir", str(second), "--format"]
+    assert "over a model in fp4" in failing(capsys, main([*export, "nf4"]))
+    assert main([*export, "native"]) == 0
+    said = json.loads((second / "config.json").read_text())["quantization_config"]
+    assert said["bnb_4bit_quant_type"] == "fp4"
+
+
+DAMAGES = {
+    "model.safetensors": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "config.json": lambda file: file.write_text('{"model_type": "llama", "hidden_size": "x"}'),
+    "tokenizer.json": lambda file: file.write_text('{"a": 1}'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("more", [["--method", "mezo"], ["quant.type=int8"], ["--method", "qzo"]])
+def test_a_damaged_file_is_told(arguments, tmp_path, model, capsys, name, more):
+    shutil.copytree(model, tmp_path / "model")
+    DAMAGES[name](tmp_path / "model" / name)
+    assert str(tmp_path / "model") in failing(capsys, main(arguments("--model", tmp_path / "model", *more)))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "aqlm", "hqq"])
+def test_damaged_codes_are_told(arguments, tmp_path, model, capsys, kind):
+    convert_folder(model, tmp_path / "stored", kind)
+    DAMAGES["model.safetensors"](tmp_path / "stored" / "model.safetensors")
+    assert "can't be loaded" in failing(capsys, main(arguments("--model", tmp_path / "stored")))
+
+
+def test_a_config_that_is_no_object_is_told(arguments, tmp_path, model, capsys):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("[1]")
+    assert "config.json holds a list" in failing(capsys, main(arguments("--model", tmp_path / "model")))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_code_in_a_model_folder_is_never_run(tmp_path, model, monkeypatch, kind, stored):
+    """Nor is anybody asked, who might say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    if stored:
+        shutil.rmtree(folder)
+        convert_folder(model, folder, "gptq")
+    file, maps = {
+        "model": ("config.json", {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}),
+        "tokenizer": ("tokenizer_config.json", {"AutoTokenizer": [None, "evil.Evil"]}),
+    }[kind]
+    changes = {"model_type": "evil"} if kind == "model" else {"tokenizer_class": "Evil"}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes | {"auto_map": maps}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with contextlib.suppress(ModelError):
+        load_causal_lm(folder, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(arguments, tmp_path, monkeypatch):
+    def refused(**_):
+        raise OSError(30, "Read-only file system")
+
+    assert main(arguments(SECOND_BLOCK, "data.keep_hidden=false", name="not_kept")) == 0
+    monkeypatch.setattr("qzo_diffusion.llm.kept_hidden.tempfile.TemporaryFile", refused)
+    assert main(arguments(SECOND_BLOCK, name="refused")) == 0
+    assert metrics(tmp_path / "refused") == metrics(tmp_path / "not_kept")
 
 
 @pytest.mark.parametrize(

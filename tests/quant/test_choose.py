@@ -25,6 +25,7 @@ def test_quiet_layers_are_at_40_to_90_percent_of_the_blocks(depth, expected):
 
 def test_projections_to_queries_and_keys_are_not_quiet():
     names = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"]
+    assert quiet([f"{name}.inner" for name in names]) == [f"{name}.inner" for name in names[2:]]  # GPTQ with desc_act
     assert quiet([*names, "blocks.0.attn.to_k", "blocks.0.attn.to_qkv"]) == [*names[2:], "blocks.0.attn.to_qkv"]
 
 
