@@ -17,10 +17,10 @@ from qzo_diffusion.train.calibrate import survey
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
     cut_metrics,
-    list_checkpoints,
+    examine_checkpoints,
     load_checkpoint_,
     restore_,
-    set_damaged_aside,
+    set_aside,
 )
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
@@ -140,7 +140,7 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
     rate = _rate_factor(plan, parts, ranks, journal)
     if resumed is not None:
-        first_step, bad_steps = _restore_(plan, parts, journal, resumed)
+        first_step, bad_steps, _ = _restore_(plan, parts, journal, resumed)
     check_ranks(ranks, parts.numbers)
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
@@ -258,16 +258,16 @@ def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None
     return terrain.rate_factor
 
 
-def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int]:
-    """Bring the numbers to where the run was. Returns the steps done and how many bad ones in a row come last.
+def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int, list[Path]]:
+    """Bring the numbers to where the run was. Returns the steps done, how many bad ones in a row come last, damaged checkpoints.
 
     Raises:
         ConfigError: more steps are done than the run is to have.
     """
     if journal is not None:
         provenance.check_journal_fits(journal, parts.header)
-    checkpoints, problems = list_checkpoints(run_folder / "checkpoints")
-    for problem in problems:
+    checkpoints, damaged = examine_checkpoints(run_folder / "checkpoints")
+    for problem in damaged.values():
         say(f"warning: passed over a checkpoint: {problem}")
     newest = checkpoints[-1] if checkpoints else None
     done = bad_steps = 0
@@ -284,7 +284,7 @@ def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Pat
             if plan.has_journal
             else "give one of the checkpoints to sample or export",
         )
-    return done, bad_steps
+    return done, bad_steps, list(damaged)
 
 
 def _start(
@@ -294,15 +294,15 @@ def _start(
     config = plan.config
     parts = _load(plan, ranks)
     rate = _rate_factor(plan, parts, ranks, journal)
-    first_step, bad_steps, validation = 0, 0, dict[int, float]()
+    first_step, bad_steps, damaged, validation = 0, 0, list[Path](), dict[int, float]()
     if resumed:
-        first_step, bad_steps = _restore_(plan, parts, journal, out.path)
+        first_step, bad_steps, damaged = _restore_(plan, parts, journal, out.path)
         validation = cut_metrics(out.path / METRICS, first_step)
         say(f"going on at step {first_step}, " + ("the journal's end" if plan.has_journal else "the last checkpoint"))
     elif plan.has_journal:
         writer = JournalWriter.create(out.path / JOURNAL, parts.header | ({} if rate is None else {RATE_FACTOR: rate}))
     check_ranks(ranks, parts.numbers)  # nobody goes on before all have read the checkpoints, for the old ones are dropped
-    set_damaged_aside(out.path / "checkpoints")
+    set_aside(damaged)
     tracker = Tracker(out.path, config.train.max_steps, first_step)
     job = Job(
         config=config,

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,24 +103,28 @@ def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
 
 def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkpoint], list[str]]:
     """All whole ones, oldest first, and what is wrong with the others."""
-    found, problems = [], []
+    found, damaged = examine_checkpoints(checkpoints, check)
+    return found, list(damaged.values())
+
+
+def examine_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkpoint], dict[Path, str]]:
+    """As `list_checkpoints`, with the folders of the damaged ones."""
+    found: list[Checkpoint] = []
+    damaged: dict[Path, str] = {}
     for folder in sorted(checkpoints.glob("step_*")):
         try:
             found.append(read_checkpoint(folder, check))
         except OutputError as error:
-            problems.append(error.got)
-    return sorted(found, key=lambda checkpoint: checkpoint.step), problems
+            damaged[folder] = error.got
+    return sorted(found, key=lambda checkpoint: checkpoint.step), damaged
 
 
-def set_damaged_aside(checkpoints: Path) -> None:
+def set_aside(damaged: Iterable[Path]) -> None:
     """Under other names: where they were, the run can write whole ones again, and none of these counts as one that is kept."""
-    for folder in checkpoints.glob("step_*"):
-        try:
-            read_checkpoint(folder)
-        except OutputError:
-            aside = folder.with_name(f"damaged_{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(folder, aside)
+    for folder in damaged:
+        aside = folder.with_name(f"damaged_{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
 
 
 def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametrization, optimizer: Optimizer) -> int:
