@@ -21,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.record import write_results
-from qzo_diffusion import build, resources
+from qzo_diffusion import resources
 from qzo_diffusion.cli import main as qzo_diffuse
-from qzo_diffusion.config import load_config
+from qzo_diffusion.config.style import load_config
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import read_journal, replay_
+from qzo_diffusion.runs import build
 from qzo_diffusion.train.checkpoint import list_checkpoints, restore_
 
 STEPS = 8

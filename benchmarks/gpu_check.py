@@ -24,8 +24,7 @@ import torch
 from benchmarks.record import write_results
 from benchmarks.resident import reset_peak
 from benchmarks.sd35_full_size.model import batch_of, config_of, status
-from qzo_diffusion import build
-from qzo_diffusion.config import QuantConfig, make_config
+from qzo_diffusion.config.style import QuantConfig, make_config
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
@@ -35,6 +34,7 @@ from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.bnb import quantized_layer
 from qzo_diffusion.quant.load import find_scales
 from qzo_diffusion.resources import tiny_model
+from qzo_diffusion.runs import build
 from qzo_diffusion.train.loop import StepBatch, train_step_
 
 CPU = torch.device("cpu")

@@ -27,9 +27,10 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, write_results
-from qzo_diffusion import resources, training_job
+from qzo_diffusion import resources
 from qzo_diffusion.cli import main as qzo_diffuse
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.runs import job as training_job
 from qzo_diffusion.train import run_folder
 from qzo_diffusion.train.run_folder import load_tensors
 

@@ -61,14 +61,14 @@ def first_order(optimizer: str, places: Places) -> dict[str, float]:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from benchmarks.resident import peak_of, resident
-    from qzo_diffusion import llm_run
-    from qzo_diffusion.config import make_config, parse_override, set_dotted
+    from qzo_diffusion.config.llm import LlmConfig
+    from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.llm.causal_lm import load_causal_lm
     from qzo_diffusion.llm.objectives import task_loss
     from qzo_diffusion.llm.tasks import encode
-    from qzo_diffusion.llm_config import LlmConfig
-    from qzo_diffusion.llm_data import TextBatches
     from qzo_diffusion.quant.base import linears_to_quantize
+    from qzo_diffusion.runs.llm import plan as llm_run
+    from qzo_diffusion.runs.llm.batches import TextBatches
 
     imports = resident("VmRSS")
     settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": "quzo"}
@@ -115,17 +115,17 @@ def measure(places: Places) -> dict[str, Any]:
 
 def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope along independent directions."""
-    from qzo_diffusion import llm_run
-    from qzo_diffusion.config import make_config, parse_override, set_dotted
+    from qzo_diffusion.config.llm import LlmConfig
+    from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.core.noise import Direction
     from qzo_diffusion.core.quzo import Codes
     from qzo_diffusion.core.spsa import estimate
     from qzo_diffusion.llm.objectives import task_loss
     from qzo_diffusion.llm.tasks import encode
-    from qzo_diffusion.llm_config import LlmConfig
-    from qzo_diffusion.llm_data import TextBatches
-    from qzo_diffusion.llm_methods import load_base
     from qzo_diffusion.quant.load import find_codes
+    from qzo_diffusion.runs.llm import plan as llm_run
+    from qzo_diffusion.runs.llm.batches import TextBatches
+    from qzo_diffusion.runs.llm.methods import load_base
 
     settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": "quzo"}
     for text in [*TASKS["sst2"]["settings"], *METHODS["quzo_int8"].settings, f"data.dir={places.data / 'sst2'}"]:

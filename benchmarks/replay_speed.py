@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.record import write_results
-from qzo_diffusion import build
-from qzo_diffusion.config import Config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.runs import build
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import StepBatch, train
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 
 from benchmarks.record import write_results
-from qzo_diffusion import build
-from qzo_diffusion.config import Config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.spsa import alone
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.runs import build
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.loop import Probing, StepBatch, train
 

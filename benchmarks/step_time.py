@@ -32,7 +32,7 @@ from benchmarks.record import write_results
 from benchmarks.resident import FREED_AT_ONCE, peak_of, resident
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
-from qzo_diffusion.config import QuantConfig
+from qzo_diffusion.config.style import QuantConfig
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd
@@ -45,9 +45,9 @@ from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
-from qzo_diffusion.planning import rows_on_cpu
 from qzo_diffusion.quant.choose import last_readers, matching, quiet
 from qzo_diffusion.quant.load import find_scales, quantize_
+from qzo_diffusion.runs.style.memory import rows_on_cpu
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
 

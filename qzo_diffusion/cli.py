@@ -189,22 +189,22 @@ def _add_export(verbs: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from qzo_diffusion import style_run
-    from qzo_diffusion.config import Config
+    from qzo_diffusion.config.style import Config
+    from qzo_diffusion.runs.style import plan as style_run
 
     return _run_training(options, TRAIN_FLAGS, Config, style_run.make_plan)
 
 
 def _llm_train(options: argparse.Namespace) -> int:
-    from qzo_diffusion import llm_run
-    from qzo_diffusion.llm_config import LlmConfig
+    from qzo_diffusion.config.llm import LlmConfig
+    from qzo_diffusion.runs.llm import plan as llm_run
 
     return _run_training(options, LLM_TRAIN_FLAGS, LlmConfig, llm_run.make_plan)
 
 
 def _llm_evaluate(options: argparse.Namespace) -> int:
-    from qzo_diffusion import llm_run
-    from qzo_diffusion.llm_config import LlmConfig
+    from qzo_diffusion.config.llm import LlmConfig
+    from qzo_diffusion.runs.llm import plan as llm_run
 
     run = None
     if options.run is not None:
@@ -219,8 +219,8 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
 
 def _run_training(options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]) -> int:
     """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class `kind`."""
-    from qzo_diffusion import training_run
     from qzo_diffusion.core.errors import ConfigError
+    from qzo_diffusion.runs import training as training_run
     from qzo_diffusion.train.run_folder import default_output_dir
 
     resumed = run_to_resume(options) if options.resume else None
@@ -248,7 +248,7 @@ def _run_training(options: argparse.Namespace, flags: Flags, kind: Any, make_pla
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from qzo_diffusion import sample_run
+    from qzo_diffusion.commands import sample as sample_run
 
     request = sample_run.SampleRequest(
         options.model, options.run, options.strength, options.prompts, options.output_dir, options.seed
@@ -259,7 +259,8 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from qzo_diffusion import evaluate_run, score_run
+    from qzo_diffusion.commands import evaluate as evaluate_run
+    from qzo_diffusion.runs.style import scoring as score_run
 
     if options.compare:
         results, table = evaluate_run.compare(options.compare, options.output)
@@ -278,7 +279,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from qzo_diffusion import report_run
+    from qzo_diffusion.runs import report as report_run
 
     results = report_run.run(options.run, options.output)
     _tell(results, options.json, f"done: {results['report']}")
@@ -286,7 +287,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from qzo_diffusion import replay_run
+    from qzo_diffusion.commands import replay as replay_run
 
     results = replay_run.run(options.journal, options.model, options.to_step, options.output_dir, options.init_from)
     _tell(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
@@ -294,14 +295,15 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _mix(options: argparse.Namespace) -> int:
-    from qzo_diffusion import mix_run
+    from qzo_diffusion.commands import mix as mix_run
 
     _tell(mix_run.run(options.run, options.output_dir), options.json, f"done: {options.output_dir}")
     return DONE
 
 
 def _export(options: argparse.Namespace) -> int:
-    from qzo_diffusion import export_run, llm_export
+    from qzo_diffusion.commands import export as export_run
+    from qzo_diffusion.runs.llm import export as llm_export
 
     if llm_export.is_language_run(options.run):
         results = llm_export.run(options.run, options.format, options.output_dir)
@@ -312,8 +314,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from qzo_diffusion import config, resources
-    from qzo_diffusion.llm_config import LlmConfig
+    from qzo_diffusion import resources
+    from qzo_diffusion.config import style as config
+    from qzo_diffusion.config.llm import LlmConfig
 
     settings = config.read_yaml(resources.find_file(options.config, "configs"))
     kind = LlmConfig if "task" in settings else config.Config  # a run of `llm train` names its task
@@ -322,7 +325,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from qzo_diffusion import doctor
+    from qzo_diffusion.commands import doctor
 
     facts = doctor.examine()
     print(json.dumps(facts, indent=1) if options.json else doctor.as_text(facts))
@@ -342,7 +345,8 @@ def run_to_resume(options: argparse.Namespace) -> Path:
 
 def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: Flags, kind: Any) -> Any:
     """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value; later ones win."""
-    from qzo_diffusion import config, resources
+    from qzo_diffusion import resources
+    from qzo_diffusion.config import style as config
     from qzo_diffusion.core.errors import ConfigError
 
     preset = getattr(options, "preset", None)

@@ -87,7 +87,7 @@ def train(train_arguments):
 
 def killed_after(monkeypatch, step):
     """As by a kill, nothing of what comes after that many steps is done."""
-    from qzo_diffusion.training_job import Job
+    from qzo_diffusion.runs.job import Job
 
     original = Job.on_step
 

@@ -8,82 +8,24 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qzo_diffusion"
 
-# Floor -> what it may import of ours. A floor may always import itself; "" is the bare package (its __version__).
-UNDER_BUILD = {
-    "devices",
-    "provenance",
-    "loading",
-    "train",
-    "diffusion",
-    "llm",
-    "evaluate",
-    "quant",
-    "core",
-    "config",
-    "resources",
-    "",
-}
+# Floor -> what it may import of ours. A floor may always import itself; a floor is a folder, or a room of `runs`.
+GROUND = ("", "resources", "devices", "files")  # "" is the bare package (its __version__)
+LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {
-    "": set(),
     "core": set(),
-    "quant": {"core", ""},
-    "train": {"core", ""},
-    "diffusion": {"quant", "core", ""},
-    "llm": {"quant", "core", ""},
-    "evaluate": {"quant", "core", ""},
-    "resources": {"core", ""},
-    "config": {"resources", "core", ""},
-    "loading": {"train", "quant", "core", ""},
-    "devices": {"core"},
-    "provenance": {"config", "resources", "core", ""},
-    "build": UNDER_BUILD,
-    # One module for each thing that a verb does: they put together what build makes.
-    "style_data": {"build"} | UNDER_BUILD,
-    "planning": {"build"} | UNDER_BUILD,
-    "report_run": UNDER_BUILD,
-    "training_job": {"build", "report_run"} | UNDER_BUILD,
-    "training_run": {"build", "training_job"} | UNDER_BUILD,
-    "style_pictures": UNDER_BUILD,
-    "style_run": {
-        *("build", "planning", "style_data", "style_pictures", "training_job", "training_run", "initial_scales"),
-        *UNDER_BUILD,
-    },
-    "llm_config": {"config", "resources", "core", ""},
-    "llm_data": {"llm", "train", "core", ""},
-    "llm_methods": {"build", "llm_config"} | UNDER_BUILD,
-    "llm_scores": {"llm", "evaluate", "train", "core", ""},
-    "llm_export": {"build", "llm_config", "llm_methods"} | UNDER_BUILD,
-    "llm_run": {"build", "llm_config", "llm_data", "llm_methods", "llm_scores", "training_job", "training_run"} | UNDER_BUILD,
-    "sample_run": {"build", "mix_run"} | UNDER_BUILD,
-    "mix_run": {"build"} | UNDER_BUILD,
-    "initial_scales": {"mix_run"} | UNDER_BUILD,
-    "score_run": {"build"} | UNDER_BUILD,
-    "evaluate_run": {"build", "style_data", "style_run", "training_run", "report_run", "mix_run"} | UNDER_BUILD,
-    "replay_run": {"build", "initial_scales", "llm_config", "llm_methods"} | UNDER_BUILD,
-    "export_run": {"build", "mix_run"} | UNDER_BUILD,
-    "doctor": {"build", "devices", "planning", "config", "resources", "quant", "core", ""},
-    "api": {"quant", "train", "core", ""},
-    "cli": {
-        "build",
-        "config",
-        "doctor",
-        "resources",
-        "training_run",
-        "style_run",
-        "llm_config",
-        "llm_run",
-        "llm_export",
-        "sample_run",
-        "evaluate_run",
-        "score_run",
-        "report_run",
-        "replay_run",
-        "mix_run",
-        "export_run",
-        "train.run_folder",
-        "core.errors",
-        "",
-    },
+    "ground": {"core"},
+    "quant": {"core", "ground"},
+    "train": {"core", "ground"},
+    "diffusion": {"quant", "core", "ground"},
+    "llm": {"quant", "core", "ground"},
+    "evaluate": {"quant", "core", "ground"},
+    "config": {"core", "ground"},
+    "runs": LIBRARY,
+    "runs.style": {"runs"} | LIBRARY,
+    "runs.llm": {"runs"} | LIBRARY,
+    "commands": {"runs", "runs.style", "runs.llm"} | LIBRARY,
+    "api": {"quant", "train", "core", "ground"},
+    "cli": {"commands", "runs", "runs.style", "runs.llm"} | LIBRARY,
 }
 CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}
 KERNEL = "core/fused_gain.py"  # in Triton, which comes with torch for Linux
@@ -106,8 +48,16 @@ def imports_of(tree):
             yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
+def floor_of(path):
+    """The floor of a module inside the package, given with slashes: `runs/style/plan` -> `runs.style`."""
+    parts = path.split("/")
+    if parts[0] in GROUND:
+        return "ground"
+    return "runs." + parts[1] if parts[0] == "runs" and f"runs.{'.'.join(parts[1:2])}" in BELOW else parts[0]
+
+
 def wrong_import(path, name):
-    floor = path.removesuffix(".py").split("/")[0].removeprefix("__init__")
+    floor = floor_of(path.removesuffix(".py").removeprefix("__init__"))
     if name.startswith("."):
         return "relative import"
     if floor not in BELOW:
@@ -116,11 +66,10 @@ def wrong_import(path, name):
     if top != "qzo_diffusion":
         foreign = floor == "core" and top not in CORE_PACKAGES and not (path == KERNEL and top == "triton")
         return "core knows torch, numpy and the standard library only" if foreign else None
-    target = inside if inside.split(".")[0] in BELOW else ""
-    allowed = BELOW[floor] | {floor}
-    if target in allowed or any(target.startswith(f"{module}.") for module in allowed if module):
-        return None
-    return "arrows go down only"
+    target = floor_of(inside.replace(".", "/"))
+    if target not in BELOW:
+        target = "ground"  # a name of the bare package
+    return None if target in BELOW[floor] | {floor} else "arrows go down only"
 
 
 def violations(sources):
@@ -167,10 +116,12 @@ def test_the_package_keeps_the_rules():
         ("train/loop.py", "def f():\n    from qzo_diffusion.quant import base", "arrows"),
         ("diffusion/sd3.py", "from qzo_diffusion.llm.tasks import Task", "arrows"),
         ("llm/tasks.py", "import importlib\nimportlib.import_module('qzo_diffusion.diffusion.sd3')", "arrows"),
-        ("evaluate/report.py", "from qzo_diffusion.config import Config", "arrows"),
-        ("quant/base.py", "from qzo_diffusion.build import build", "arrows"),
-        ("build.py", "from qzo_diffusion.cli import main", "arrows"),
-        ("cli.py", "from qzo_diffusion.core.spsa import estimate", "arrows"),
+        ("evaluate/report.py", "from qzo_diffusion.config.style import Config", "arrows"),
+        ("quant/base.py", "from qzo_diffusion.runs.build import build", "arrows"),
+        ("runs/job.py", "from qzo_diffusion.runs.style import plan", "arrows"),
+        ("runs/style/plan.py", "from qzo_diffusion.runs.llm import plan", "arrows"),
+        ("runs/training.py", "from qzo_diffusion.commands import mix", "arrows"),
+        ("runs/build.py", "from qzo_diffusion.cli import main", "arrows"),
         ("cellar/wine.py", "import torch", "without rules"),
         ("core/__init__.py", "from qzo_diffusion.core.noise import z", "__init__"),
         ("quant/utils.py", "", "name"),
@@ -201,7 +152,8 @@ def test_too_much_mathematics_is_found():
         ("core/spsa.py", "import math, numpy\nimport torch.nn.functional as F\nfrom qzo_diffusion.core import noise"),
         ("train/loop.py", "from qzo_diffusion import __version__\nfrom qzo_diffusion.core.errors import UserError"),
         ("diffusion/sd3.py", "import torch\ntorch.cuda.is_available()\nfrom qzo_diffusion.quant import bnb"),
-        ("cli.py", "from qzo_diffusion.core.errors import UserError\nfrom qzo_diffusion import build, config, doctor"),
+        ("cli.py", "from qzo_diffusion.core.errors import UserError\nfrom qzo_diffusion.commands import doctor"),
+        ("runs/style/plan.py", "from qzo_diffusion.runs import build\nfrom qzo_diffusion.diffusion import sd3"),
     ],
 )
 def test_what_is_allowed_passes(path, source):

@@ -250,7 +250,7 @@ def test_a_cache_that_cannot_be_written(train, tmp_path, capsys):
 
 
 def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(train, tmp_path, capsys, monkeypatch):
-    from qzo_diffusion import style_run
+    from qzo_diffusion.runs.style import plan as style_run
 
     def spoiled(*arguments):
         return torch.full((4,), float("nan"))

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from qzo_diffusion.config import suited_lr
+from qzo_diffusion.config.llm import PICTURES_OVER_QUIET, QUIET
+from qzo_diffusion.config.style import suited_lr
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.core.spsa import Estimator
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
-from qzo_diffusion.llm_config import PICTURES_OVER_QUIET, QUIET
 from qzo_diffusion.train.calibrate import batches_to_survey
 
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)

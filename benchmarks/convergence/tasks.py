@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.methods import UNSEEN
 from benchmarks.convergence.text_task import TextTask
 from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
-from qzo_diffusion import build, style_data
-from qzo_diffusion.config import make_config
+from qzo_diffusion.config.style import make_config
 from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.scales import ScaleSet
@@ -31,7 +30,9 @@ from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
-from qzo_diffusion.style_run import make_plan
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style.plan import make_plan
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import StepBatch
 from qzo_diffusion.train.run_folder import write_whole

@@ -15,8 +15,8 @@ from qzo_diffusion.llm.data_files import find_data, read_rows
 from qzo_diffusion.llm.objectives import mean_metric, task_loss
 from qzo_diffusion.llm.task_file import read_task
 from qzo_diffusion.llm.tasks import Batch, Encoded, choose_rows, encode, make_examples
-from qzo_diffusion.llm_data import TextBatches, evaluation_batches
 from qzo_diffusion.quant.load import find_scales, handles_of, quantize_
+from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.train.loop import StepBatch
 
 TRAIN, HELD_OUT = 1000, 200

@@ -32,14 +32,15 @@ def measure(name: str, places: Places) -> dict[str, float]:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from benchmarks.resident import peak_of, resident
-    from qzo_diffusion import build, llm_run
-    from qzo_diffusion.config import make_config, parse_override, set_dotted
+    from qzo_diffusion.config.llm import LlmConfig
+    from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.core.spsa import mean_loss
     from qzo_diffusion.llm.objectives import task_loss
     from qzo_diffusion.llm.tasks import Batch, encode
-    from qzo_diffusion.llm_config import LlmConfig
-    from qzo_diffusion.llm_data import TextBatches
-    from qzo_diffusion.llm_methods import load_base
+    from qzo_diffusion.runs import build
+    from qzo_diffusion.runs.llm import plan as llm_run
+    from qzo_diffusion.runs.llm.batches import TextBatches
+    from qzo_diffusion.runs.llm.methods import load_base
     from qzo_diffusion.train.loop import train
 
     imports = resident("VmRSS")

@@ -83,10 +83,10 @@ def config_of(layers: int) -> dict[str, Any]:
 
 
 def load_model(folder: Path, cache: Path | None) -> nn.Module:
-    from qzo_diffusion.config import QuantConfig
+    from qzo_diffusion.config.style import QuantConfig
     from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
-    from qzo_diffusion.loading import Source, load_quantized
     from qzo_diffusion.quant.stream import Quantization
+    from qzo_diffusion.runs.loading import Source, load_quantized
 
     found = find_transformer(folder / "transformer")
     source = Source(found.entries, lambda: empty_transformer(found.config))

@@ -25,10 +25,10 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     """Inference first, then steps in the same process: the default method, and dense Rademacher signs without momentum."""
     import tempfile
 
-    from qzo_diffusion import build
-    from qzo_diffusion.config import make_config
+    from qzo_diffusion.config.style import make_config
     from qzo_diffusion.core.journal import JournalWriter
     from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
+    from qzo_diffusion.runs import build
     from qzo_diffusion.train.checkpoint import entry_of
     from qzo_diffusion.train.loop import StepBatch, train_step_
 

@@ -7,14 +7,14 @@ import weakref
 import pytest
 import torch
 
-from qzo_diffusion import build
-from qzo_diffusion.config import make_config
+from qzo_diffusion.config.style import make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.quant.load import handles_of, quantize_
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.resources import tiny_model
+from qzo_diffusion.runs import build
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "", "a rocket over the sea, flat style"]

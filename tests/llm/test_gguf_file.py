@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.config import make_config
+from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.config.style import make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm import gguf_file
 from qzo_diffusion.llm.causal_lm import load_causal_lm
-from qzo_diffusion.llm_config import LlmConfig
-from qzo_diffusion.llm_run import make_plan
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
+from qzo_diffusion.runs.llm.plan import make_plan
 from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing
 from tests.tiny_llama import tiny_llama, write_sentences

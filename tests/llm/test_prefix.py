@@ -17,9 +17,9 @@ from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.prefix import find_prefix
 from qzo_diffusion.llm.task_file import read_task
 from qzo_diffusion.llm.tasks import encode, make_batch, make_examples
-from qzo_diffusion.llm_data import TextBatches
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import find_scales, quantize_
+from qzo_diffusion.runs.llm.batches import TextBatches
 from tests.tiny_llama import tiny_llama
 
 CPU = torch.device("cpu")

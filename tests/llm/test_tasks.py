@@ -19,8 +19,8 @@ from qzo_diffusion.llm.data_files import read_rows
 from qzo_diffusion.llm.objectives import choice_scores, exact_match, mean_metric, task_loss, task_metric, word_f1
 from qzo_diffusion.llm.task_file import read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import choose_rows, encode, make_batch, make_examples
-from qzo_diffusion.llm_data import TextBatches, evaluation_batches
 from qzo_diffusion.quant.load import find_scales, quantize_
+from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from tests.llm.small_tasks import examples_of, own_task
 from tests.quant.stored_formats import convert_folder
 from tests.tiny_llama import save_tiny_llama, tiny_llama, tokenizer, write_sentences

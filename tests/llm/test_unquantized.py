@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.config import load_config
+from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.config.style import load_config
 from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.llm.causal_lm import load_causal_lm
-from qzo_diffusion.llm_config import LlmConfig
-from qzo_diffusion.llm_methods import load_base
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.quant.unquantized import unquantized_of
+from qzo_diffusion.runs.llm.methods import load_base
 from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
 from tests.conftest import failing, killed_after, metrics
 from tests.quant.stored_formats import convert_folder

@@ -1,0 +1,40 @@
+"""What `qzo-diffuse mix` does: one set of scales from the changes of several runs, each with its weight."""
+
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion.config.style import Config, load_config
+from qzo_diffusion.core.blend import blend_
+from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.quant.load import frozen_fingerprint
+from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs.tuned import as_scales, check_codes
+from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty, load_scales, settings_file
+
+
+def parse_part(text: str) -> tuple[Path, float]:
+    """`outputs/run=0.5` -> (Path("outputs/run"), 0.5). The last `=` counts, since a folder's name may hold one."""
+    path, equals, weight = text.rpartition("=")
+    try:
+        if not equals or not path:
+            raise ValueError
+        return Path(path), float(weight)
+    except ValueError:
+        raise ConfigError(f"--run {text}", "RUN=WEIGHT, for example outputs/ink=0.7", "give each run a weight") from None
+
+
+def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
+    """Leave `final/` with the blend, usable wherever a run is: `sample --run`, `export --run`."""
+    chosen = [parse_part(text) for text in parts]
+    check_empty(output_dir, ANOTHER)
+    config: Config = load_config(settings_file(chosen[0][0]))
+    tuned = [(load_scales(path), weight) for path, weight in chosen]
+    transformer, scales, _ = build.load_base(config, build.find_place(config))
+    codes = frozen_fingerprint(transformer, scales)
+    for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
+        check_codes(facts, codes, path)
+    blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
+    out = RunFolder.create(output_dir, ANOTHER)
+    out.save_scales("final", scales.tensors(), provenance.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
+    out.write_text("config.yaml", config.to_yaml())
+    return {"run": str(output_dir), "runs": len(parts)}

@@ -1,0 +1,89 @@
+"""What `qzo-diffuse sample` does: images of a prompt file from a model, with or without a run's tuned scales."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion import resources
+from qzo_diffusion.config.style import Config, load_config
+from qzo_diffusion.core.blend import blend_
+from qzo_diffusion.core.errors import ConfigError, OutputError
+from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.prompts import read_prompts
+from qzo_diffusion.diffusion.sampling import grid
+from qzo_diffusion.quant.load import frozen_fingerprint
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.tuned import as_scales, check_codes
+from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty, load_scales, settings_file
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """`strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the log-scales."""
+
+    model: str | None
+    run: Path | None
+    strength: float
+    prompts: str | None
+    output_dir: Path
+    seed: int | None
+
+
+def run(request: SampleRequest) -> dict[str, Any]:
+    """Leave `samples/` in the output folder.
+
+    Raises:
+        ConfigError: a strength without a run. OutputError: there is something already, or the run has no tuned scales.
+    """
+    if request.run is None and request.strength not in (0, 1):
+        got = f"--strength {request.strength:g} without --run"
+        raise ConfigError(got, "a run, whose changes it scales", "add --run RUN, or leave --strength out for the base")
+    check_empty(request.output_dir, ANOTHER)
+    tuned = load_scales(request.run) if request.run else None
+    config = _config_of(request)
+    _, why = build.choose_model(config.model)
+    _say(why)
+    place = build.find_place(config)
+    folder, device, dtype = place.folder, place.device, place.dtype
+    default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
+    prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
+
+    encoded = build.prompt_encoder(config, folder, device, dtype).encode([*prompts, config.sample.negative_prompt])
+    vae = build.load_vae(config, folder, device)
+    sd3.drop_encoder_(vae)
+    transformer, scales, _ = build.load_base(config, place)
+    if tuned is not None:
+        check_codes(tuned[1], frozen_fingerprint(transformer, scales), request.run or Path())
+        blend_(scales, [(as_scales(scales, *tuned), request.strength)])
+    sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
+    images = sampler.images()
+    out = RunFolder.create(request.output_dir, ANOTHER)  # not before: what fails leaves nothing behind
+    files = [f"{index:03d}.png" for index in range(len(images))]
+    for image, name in zip(images, files, strict=True):
+        image.save(out.path / "samples" / name)
+    grid([images], [request.run.name if request.run else "base"]).save(out.path / "samples" / "grid.png")
+    table = [{"file": name, "prompt": prompt} for name, prompt in zip(files, prompts, strict=True)]
+    out.write_json("samples/prompts.json", table)
+    return {"samples": str(out.path / "samples"), "images": len(images), "strength": request.strength}
+
+
+def _config_of(request: SampleRequest) -> Config:
+    """The run's own settings where there is a run, the defaults elsewhere; what the user gave wins."""
+    config = Config()
+    if request.run is not None:
+        try:
+            config = load_config(settings_file(request.run))
+        except OutputError as error:  # scales alone: the base is checked against their codes, so it can't be a wrong one
+            _say(f"{error.got}: with the settings as they come by default")
+    if request.model is not None:
+        config.model = request.model
+    if request.prompts is not None:
+        config.sample.prompts = request.prompts
+    if request.seed is not None:
+        config.sample.seed = request.seed
+    return config
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,157 @@
+"""What each method of `qzo-diffuse llm` trains, and how: one base model, four sets of numbers, one loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.llm import rivals
+from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
+from qzo_diffusion.llm.gguf_file import is_gguf
+from qzo_diffusion.llm.stored import empty_causal_lm, stored_method
+from qzo_diffusion.quant.base import fingerprint, linears_to_quantize, nothing_to_quantize
+from qzo_diffusion.quant.choose import chosen
+from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
+from qzo_diffusion.quant.unquantized import unquantized_of
+from qzo_diffusion.quant.weights import read_entries
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.loading import Source, load_quantized
+from qzo_diffusion.train.first_order import ExactAdam, first_order_step
+from qzo_diffusion.train.loop import TakeStep
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model with the numbers that a method trains, as they are before a run.
+
+    codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order step.
+    trained: names of the layers whose scales or codes are trained, and of unquantized tensors; none where something else is.
+    """
+
+    lm: CausalLm
+    scales: ScaleSet
+    numbers: Parametrization
+    optimizer: Any
+    codes: str
+    initial: str
+    take_step: TakeStep | None = None
+    trained: Sequence[str] = ()
+
+
+def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
+    """Raises ModelError for a model that can't be loaded or quantized, or is stored in a format that the method can't train."""
+    _check_format(config, folder)
+    lm = _load(config, folder, device, dtype)
+    if config.method == "mezo":
+        lm.model.to(device)
+        layers = _layers(config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, config.quant.blocksize)])
+        weights = rivals.mezo_numbers(lm.model, layers)
+        return Base(lm, weights.scales, weights, build.optimizer(config), "unquantized", _hash(weights.scales))
+    if config.method == "quzo-lora":
+        return _adapters_by_forwards(config, lm, device)
+    _quantize_(config, lm, device)
+    if config.method == "qlora":
+        layers = _layers(config, [handle.name for handle in handles_of(lm.model)])
+        rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        adapters = rivals.lora_numbers(lm.model)
+        step = first_order_step(rivals.lora_gradient(lm.model))
+        return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
+    beside = unquantized_of(lm.model, config.qzo.unquantized)
+    scales, numbers = build.scales_and_numbers(config, lm.model, beside)
+    codes, initial = build.fingerprints(lm.model, scales)
+    trained = tuple(build.trained_of(scales, config.qzo.layers))
+    if config.method == "fo-scales":
+        optimizer, step = build.first_order(lm.model)
+        return Base(lm, scales, numbers, optimizer, codes, initial, step, trained)
+    return Base(lm, scales, numbers, build.optimizer(config), codes, initial, trained=trained)
+
+
+def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
+    """Those of `qzo.layers`, all where it says nothing, for methods that train no scales. Raises ConfigError where it fits none."""
+    if not names:
+        raise nothing_to_quantize(config.quant.skip, config.quant.blocksize)
+    found = chosen(names, config.qzo.layers)
+    if not found:
+        remedy = "correct qzo.layers, or give null for all layers"
+        raise ConfigError(f"qzo.layers = {config.qzo.layers}: no such layer", f"parts of names like {names[0]}", remedy)
+    return found
+
+
+UNDER_LORA = (None, "bitsandbytes")  # formats of folders
+
+
+def _check_format(config: LlmConfig, folder: Path) -> None:
+    method = stored_method(folder)
+    if config.method == "qlora" and method not in UNDER_LORA:
+        got, remedy = f"--method qlora on {folder}, stored as {method}", "use --method qzo, or the model that it was made of"
+        raise ModelError(got, "a plain folder, or one of bitsandbytes: peft knows no other layers", remedy)
+    if config.method == "mezo" and method is not None:
+        got, remedy = f"--method mezo on {folder}, stored as {method}", "give the model that it was made of, or use --method qzo"
+        raise ModelError(got, "a folder that is not quantized: mezo trains the weights themselves", remedy)
+    if config.qzo.unquantized != "none" and is_gguf(folder):
+        got = f"qzo.unquantized={config.qzo.unquantized} with {folder.name}"
+        raise ModelError(got, "qzo.unquantized=none: only factors of blocks go back into a GGUF file", "leave it out")
+
+
+def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:
+    """Quantized while it is read, in the memory of the quantized model, where the method wants that and the folder is not yet."""
+    plain = stored_method(folder) is None and config.method not in ("mezo", "quzo-lora")
+    if not plain or (config.quant.backend == "bnb" and config.quant.type == "int8"):
+        return load_causal_lm(folder, dtype)
+    how, cache = build.quantization(config.quant), build.DEFAULT_CACHE / "quantized"
+
+    def read(place: Path) -> nn.Module:
+        source = Source(read_entries(place), lambda: empty_causal_lm(place, dtype))
+        return load_quantized(source, how, dtype=dtype, device=device, cache=cache)
+
+    return load_causal_lm(folder, dtype, read)
+
+
+def _quantize_(config: LlmConfig, lm: CausalLm, device: torch.device, also_skipped: Sequence[str] = ()) -> None:
+    if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
+        quantize_(
+            lm.model,
+            quant_type=config.quant.type,
+            blocksize=config.quant.blocksize,
+            skip=[*config.quant.skip, *also_skipped],
+            backend=config.quant.backend,
+            activations=config.quant.activations,
+            device=device,
+        )
+    lm.model.to(device)
+
+
+def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device) -> Base:
+    """QuZO's second mode. peft knows plain layers only, so adapters come first and what lies under them is quantized then."""
+    if any(True for _ in handles_of(lm.model)):
+        raise ModelError("a folder that is quantized already", "an unquantized one for quzo-lora", "give the model it was made of")
+    layers = _layers(config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)])
+    rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+    _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
+    adapters = rivals.lora_numbers(lm.model)
+    return Base(lm, adapters.scales, adapters, build.optimizer(config), codes_fingerprint(lm.model), _hash(adapters.scales))
+
+
+def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], run: Path) -> None:
+    """Make the model the one that a run left behind. Raises ModelError when the run was over another base or by another method."""
+    live = base.scales.tensors()
+    fits = facts.get("qzo.codes") == base.codes and tuned.keys() == live.keys()
+    if not fits or any(tensor.shape != tuned[name].shape for name, tensor in live.items()):
+        raise ModelError(
+            f"{run} was tuned on {facts.get('qzo.model', 'an unknown model')} by {facts.get('qzo.method', 'an unknown method')}",
+            "a run of the same model, quantization and method",
+            "leave --model and the settings to the run",
+        )
+    for name, tensor in live.items():
+        tensor.copy_(tuned[name])
+
+
+def _hash(scales: ScaleSet) -> str:
+    return fingerprint(scales.tensors().items())

@@ -1,0 +1,256 @@
+"""What `qzo-diffuse llm` trains and evaluates: a quantized language model on a task. `training_run` does the rest."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qzo_diffusion import devices
+from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
+from qzo_diffusion.core.errors import ConfigError, DataError
+from qzo_diffusion.evaluate.task_score import interval
+from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
+from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
+from qzo_diffusion.llm.gguf_file import is_gguf
+from qzo_diffusion.llm.objectives import mean_metric, objective
+from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
+from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_examples
+from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs.job import Parts, journal_header
+from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
+from qzo_diffusion.runs.llm.methods import apply_, load_base
+from qzo_diffusion.runs.llm.scores import Scores
+from qzo_diffusion.runs.training import say
+from qzo_diffusion.train.distributed import Ranks
+from qzo_diffusion.train.run_folder import RunFolder, load_scales
+from qzo_diffusion.train.tracking import Tracker
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+
+@dataclass(frozen=True)
+class LlmPlan:
+    """`training_run.Plan` of a language model on a task."""
+
+    config: LlmConfig
+    model_folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    spec: TaskSpec
+    splits: Splits
+
+    thing = "example"
+    facts = ("sha256", "split")
+
+    @property
+    def has_journal(self) -> bool:
+        return self.config.method not in FIRST_ORDER
+
+    @property
+    def name(self) -> str:
+        return f"{self.spec.name}-{self.config.method}"
+
+    def describe(self) -> str:
+        first = self.splits.train[0]
+        example = f"reads     {first.prompt!r}\nright     {first.continuations[first.label]!r} of {list(first.continuations)}"
+        return f"{self.config.to_yaml()}\n{self.summary()}\n{example}"
+
+    def summary(self) -> str:
+        splits = self.splits
+        counts = f"{len(splits.train)} to train on, {len(splits.validation)} held out, {len(splits.test)} to test on"
+        lines = [
+            f"task      {self.spec.name}: {counts}",
+            f"method    {self.config.method}, objective {self.config.objective}",
+            f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
+        ]
+        if self.has_journal:
+            lines.insert(2, f"a step    {build.step_in_words(self.config, self.config.data.batch_size, 'examples')}")
+        return "\n".join(lines)
+
+    def data(self) -> list[dict[str, Any]]:
+        return [row for name in PARTS for row in _table(name, getattr(self.splits, name))]
+
+    def settings(self) -> dict[str, Any]:
+        return self.config.model_dump(exclude={"data": {"dir"}, "model": True, "task": True})
+
+    def metadata(self, parts: Parts) -> dict[str, str]:
+        facts = provenance.scales_metadata(self.config, parts.header["codes"])
+        return facts | {"qzo.method": self.config.method, "qzo.task": self.spec.name}
+
+    def load(self, ranks: Ranks) -> Parts:
+        config = self.config
+        if ranks.world > 1 and config.method in FIRST_ORDER:
+            raise ConfigError(f"method {config.method} on {ranks.world} processes", "one process", "start it without torchrun")
+        base = load_base(config, self.model_folder, self.device, self.dtype)
+        base.lm.part_before_(base.trained)
+        encoded = {name: encode(base.lm, getattr(self.splits, name), config.data.max_tokens) for name in PARTS}
+
+        def scores(out: RunFolder, tracker: Tracker) -> Scores:
+            out.write_json("dataset.json", [row for name in encoded for row in self._counted(name, encoded[name])])
+            _tell_of_cuts([one for part in encoded.values() for one in part])
+            size = build.micro_batch_size(config, config.data.batch_size)
+            held_out, test = (evaluation_batches(base.lm, encoded[name], size) for name in ("validation", "test"))
+            return Scores(out, base.lm, self.spec, test, tracker, held_out)
+
+        build.check_share(config.data.batch_size, ranks.world)
+        build.check_scalars(config, config.data.batch_size)
+        return Parts(
+            scales=base.scales,
+            numbers=base.numbers,
+            optimizer=base.optimizer,
+            objective=objective(base.lm, self.spec, config.objective),
+            batches=TextBatches(
+                base.lm,
+                encoded["train"],
+                batch_size=config.data.batch_size,
+                seed=config.train.seed,
+                micro_batch_size=build.micro_batch_size(config, config.data.batch_size),
+                share=ranks.share,
+                keep_in=build.DEFAULT_CACHE if config.data.keep_hidden else None,
+            ),
+            header=journal_header(config, config.data.batch_size, base.codes, base.initial) | _facts(config),
+            extras=scores,
+            take_step=base.take_step,
+        )
+
+    def _counted(self, split: str, encoded: list[Encoded]) -> list[dict[str, Any]]:
+        rows = _table(split, getattr(self.splits, split))
+        return [row | {"tokens": one.length, "cut": one.cut} for row, one in zip(rows, encoded, strict=True)]
+
+
+def _facts(config: LlmConfig) -> dict[str, Any]:
+    """What a journal of a language model says beyond one of a style run."""
+    lora, data = config.lora.model_dump(), config.data.model_dump()
+    beside = {"unquantized": config.qzo.unquantized}
+    return {"kind": "llm", "method": config.method, "task": config.task, "lora": lora, "data": data} | beside
+
+
+def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:
+    """Rows of dataset.json; the hash is of all that an example says."""
+    rows = []
+    for example in examples:
+        content = repr((example.prompt, example.continuations, example.label, example.answers))
+        rows.append({"file": example.place, "split": split, "sha256": hashlib.sha256(content.encode()).hexdigest()})
+    return rows
+
+
+def _tell_of_cuts(encoded: list[Encoded]) -> None:
+    cut = [one.cut for one in encoded if one.cut]
+    if cut:
+        say(f"warning: {len(cut)} of {len(encoded)} texts are longer than data.max_tokens and lost up to {max(cut)} tokens")
+
+
+def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
+    """Resolve the task, the model, the device and the data, and check all of them; parts that are not `needed` may be empty."""
+    spec = read_task(config.task)
+    folder, why = build.choose_lm(config.model)
+    say(why)
+    check_model_folder(folder)
+    device = devices.choose_device(config.compute.device)
+    splits = read_splits(config, spec, needed)
+    _check_objective(config, spec)
+    settled = config.model_copy(deep=True)
+    settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
+    settled.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
+    if Path(config.model).is_dir():
+        settled.model = str(folder.resolve())
+    elif is_gguf(Path(config.model)):
+        settled.model = str(folder.absolute())  # what a link leads to may have another ending
+    if config.task not in shipped_tasks():
+        settled.task = str(Path(config.task).resolve())
+    return LlmPlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits)
+
+
+def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Splits:
+    """Disjoint random choices, the same for every seed of a run; the test examples are chosen first where one file holds all.
+
+    Raises:
+        DataError: a file is missing or wrong, or a part that is asked for is empty.
+    """
+    data = config.data
+    if data.dir is None:
+        raise ConfigError("no folder of data", "the folder of the task's files", "pass --data-dir DIR or set data.dir")
+    folder = data_folder(data.dir)
+    train_path = find_data(folder, [data.train_file] if data.train_file else spec.train)
+    test_path = find_data(folder, [data.test_file] if data.test_file else spec.test)
+
+    def rows(path: Path) -> list[Row]:
+        return read_rows(path, spec.fields, spec.columns)
+
+    if train_path.samefile(test_path):  # however each is written; by the file's own name, which is drawn from, both are
+        wanted = [data.test_examples, data.train_examples, data.validation_examples]
+        test, train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.resolve().name)
+    else:
+        wanted = [data.train_examples, data.validation_examples]
+        train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.name)
+        (test,) = choose_rows(rows(test_path), [data.test_examples], data.split_seed, test_path.name)
+    parts = (("train", train, 1), ("validation", validation, data.validation_examples), ("test", test, data.test_examples))
+    for name, chosen, asked in parts:
+        if not chosen and asked != 0 and name in needed:
+            raise DataError(
+                f"no example is left for {name}: {len(train)} to train on, {len(validation)} held out, {len(test)} to test on",
+                "at least one in each part that is asked for",
+                f"lower another count (data.train_examples=N), or leave the part out (data.{name}_examples=0)",
+            )
+    return Splits(*(make_examples(spec, _named(part, folder)) for part in (train, validation, test)))
+
+
+def _named(rows: list[Row], folder: Path) -> list[Row]:
+    """The place of a row within the data folder: on another machine the folder is elsewhere."""
+    return [Row(row.values, row.place.removeprefix(f"{folder}/"), row.alternatives) for row in rows]
+
+
+def _check_objective(config: LlmConfig, spec: TaskSpec) -> None:
+    fitting = {"choice": ("loss", "accuracy"), "answer": ("loss", "accuracy", "f1"), "text": ("loss",)}[spec.kind]
+    if config.objective not in fitting:
+        raise ConfigError(
+            f"objective {config.objective} for the task {spec.name}",
+            f"{' or '.join(fitting)}: a figure that every example has",
+            f"use --objective {fitting[-1]}",
+        )
+
+
+def evaluate(config: LlmConfig, run: Path | None) -> dict[str, Any]:
+    """The task's metric on its test examples, of the base model or of what a run made of it."""
+    plan = make_plan(config, needed=["test"])
+    tuned = load_scales(run) if run is not None else None
+    base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
+    if tuned is not None:
+        apply_(base, *tuned, run or Path())
+    batches = evaluation_batches(
+        base.lm, _encoded_test(base.lm, plan), build.micro_batch_size(plan.config, plan.config.data.batch_size)
+    )
+    started = time.perf_counter()
+    with base.scales.showing(base.numbers.view()):
+        value = mean_metric(base.lm, batches, plan.spec)
+    count = len(plan.splits.test)
+    return {
+        "task": plan.spec.name,
+        "model": plan.config.model,
+        "method": plan.config.method,
+        "run": str(run) if run is not None else None,
+        "metric": plan.spec.metric,
+        plan.spec.metric: value,
+        **interval(plan.spec.metric, value, count),
+        "test_examples": count,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _encoded_test(lm: CausalLm, plan: LlmPlan) -> list[Encoded]:
+    if not plan.splits.test:
+        raise DataError("no example to test on", "at least one", "set data.test_examples above 0")
+    encoded = encode(lm, plan.splits.test, plan.config.data.max_tokens)
+    _tell_of_cuts(encoded)
+    return encoded

@@ -1,0 +1,93 @@
+"""What a run's files say of where they come from, and whether a journal fits the base that it is replayed over."""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from qzo_diffusion import __version__, resources
+from qzo_diffusion.config.style import RunConfig
+from qzo_diffusion.core.errors import JournalError
+from qzo_diffusion.core.journal import Journal
+
+JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
+DELTA_FORMAT = "delta/1"
+
+
+def config_hash(config: RunConfig) -> str:
+    return hashlib.blake2b(config.to_yaml().encode(), digest_size=16).hexdigest()
+
+
+_SETTLED = (
+    "codes",
+    "initial_scales",
+    "directions",
+    "parametrization",
+    "layers",
+    "units",
+    "regions",
+    "examples",
+    "optimizer",
+    "feedback",
+    "normalize",
+)
+
+
+def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
+    """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
+    if journal.header.get("format") != JOURNAL_FORMAT:
+        raise JournalError(
+            f"a journal whose directions are drawn as in format {journal.header.get('format')}",
+            f"format {JOURNAL_FORMAT}",
+            "use the version that wrote it",
+        )
+    for key in _SETTLED:
+        if journal.header.get(key) != header.get(key):
+            raise JournalError(
+                f"a journal with {key} = {journal.header.get(key)!r}",
+                f"{header.get(key)!r}, as the model and the settings have it here",
+                "give the model, quantization and settings that the journal was written with",
+            )
+
+
+def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
+    """What must be known to apply tuned scales to a base again."""
+    return {
+        "qzo.format": "scales/1",
+        "qzo.model": config.model,
+        "qzo.codes": codes,
+        "qzo.quant_type": config.quant.type,
+        "qzo.blocksize": str(config.quant.blocksize),
+        "qzo.seed": str(config.train.seed),
+        "qzo.version": __version__,
+    }
+
+
+def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Versions, hardware and revision, for environment.json."""
+    packages = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "numpy", "safetensors")
+    return {
+        "qzo_diffusion": __version__,
+        "git_revision": _git_revision(),
+        "model": model,
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(resources.PACKAGE), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

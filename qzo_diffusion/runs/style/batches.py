@@ -1,0 +1,157 @@
+"""From a style folder to batches: everything that needs the text encoders or the VAE's encoder, which are gone afterwards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.noise import derive_key, torch_generator
+from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
+from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
+from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
+from qzo_diffusion.runs import build
+from qzo_diffusion.train.batch_plan import BatchPlan
+from qzo_diffusion.train.distributed import Ranks
+from qzo_diffusion.train.loop import StepBatch
+
+VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)  # every held-out image at each, with noise of its own
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded style folder, on the CPU, and the VAE with its encoder dropped."""
+
+    prompts: dict[str, EncodedPrompt]
+    latents: LatentSet
+    vae: Any
+
+
+def encode(
+    config: Config, folder: Path, style: StyleFolder, sample_prompts: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Encoded:
+    """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder freed before the next."""
+    cache = build.tensor_cache(config)
+    texts = [sample.caption for sample in style.samples] + list(sample_prompts) + ["", config.sample.negative_prompt]
+    unique = list(dict.fromkeys(texts))
+    prompts = build.prompt_encoder(config, folder, device, dtype).encode(unique)
+
+    vae = build.load_vae(config, folder, device)
+    identity = sd3.fingerprint_of_files(folder, ("vae",)) + build.tiles(config, style.samples)
+    count = len(style.samples) * (2 if config.data.flip else 1)
+    with tqdm(total=count, desc="encode images", leave=False) as bar:
+
+        def show(done: int, _total: int) -> None:
+            bar.update(done - bar.n)
+
+        latents = encode_samples(
+            style.samples,
+            sd3.image_encoder(vae),
+            cache=cache,
+            encoder_id=identity,
+            dtype="float32",
+            flip=config.data.flip,
+            progress=show,
+        )
+    sd3.drop_encoder_(vae)
+    return Encoded(prompts, latents, vae)
+
+
+class TrainingBatches:
+    """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise and noise levels."""
+
+    def __init__(self, config: Config, samples: Sequence[Sample], encoded: Encoded, device: torch.device, ranks: Ranks) -> None:
+        build.check_share(config.data.batch_size, ranks.world)
+        items = [(index, (sample.width, sample.height)) for index, sample in enumerate(samples)]
+        seed = config.train.seed
+        self._plan = BatchPlan(items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats)
+        self._config, self._samples, self._encoded, self._device, self._ranks = config, samples, encoded, device, ranks
+        one_of_each_size = {(sample.width, sample.height): sample for sample in samples}.values()
+        regions = [self._regions(encoded.latents.latents(sample.id, False)) for sample in one_of_each_size]
+        build.check_scalars(config, config.data.batch_size, max(regions))
+
+    def __call__(self, step: int) -> StepBatch[Batch]:
+        data = self._config.data
+        chosen = [self._samples[index] for index in self._plan.batch(step)]
+        generator = torch_generator(self._config.train.seed, step, "data")
+        chances = torch.rand(2, len(chosen), generator=generator)
+        flipped = [data.flip and float(chance) < 0.5 for chance in chances[0]]
+        captions = [
+            "" if float(chance) < data.caption_dropout else sample.caption
+            for chance, sample in zip(chances[1], chosen, strict=True)
+        ]
+        latents = torch.stack([self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)])
+        noise = torch.randn(latents.shape, generator=generator)
+        sigma_settings = self._config.sigma
+        sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
+        share, regions = self._ranks.share(len(chosen)), self._regions(latents)
+        whole = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions)
+        mine = whole.part(share).to(self._device)
+        return StepBatch(
+            mine.split(build.micro_batch_size(self._config, len(mine))),
+            float(sigma.mean()),
+            first_example=share.start,
+            examples=len(chosen),
+            regions=regions,
+        )
+
+    def _regions(self, latents: Tensor) -> int:
+        return divisor_up_to(self._config.qzo.regions, patches(latents))
+
+
+def validation_batches(
+    samples: Sequence[Sample], encoded: Encoded, device: torch.device, batch_size: int, seed: int
+) -> list[Batch]:
+    """The same images, noise and noise levels every time, whatever the run's settings: only the seed of the run counts."""
+
+    def noise(sample: Sample, sigma: float) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_key(seed, "validation", sample.sha256, str(sigma), bits=64) >> 1)
+        return torch.randn(encoded.latents.latents(sample.id, False).shape, generator=generator)
+
+    batches = []
+    for entries in _by_shape(samples):
+        for start in range(0, len(entries), batch_size):
+            part = entries[start : start + batch_size]
+            latents = torch.stack([encoded.latents.latents(sample.id, False) for sample, _ in part])
+            sigmas = torch.tensor([sigma for _, sigma in part])
+            captions = [sample.caption for sample, _ in part]
+            noises = torch.stack([noise(sample, sigma) for sample, sigma in part])
+            batches.append(make_batch(encoded.prompts, captions, latents, noises, sigmas, device))
+    return batches
+
+
+def validation_order(samples: Sequence[Sample]) -> list[str]:
+    """The ids of the images behind the examples of `validation_batches`, in their order."""
+    return [sample.id for entries in _by_shape(samples) for sample, _ in entries]
+
+
+def _by_shape(samples: Sequence[Sample]) -> list[list[tuple[Sample, float]]]:
+    """Every held-out image at every noise level, those of one size together."""
+    by_shape: dict[tuple[int, int], list[tuple[Sample, float]]] = {}
+    for sample in samples:
+        by_shape.setdefault((sample.width, sample.height), []).extend((sample, sigma) for sigma in VALIDATION_SIGMAS)
+    return list(by_shape.values())
+
+
+def make_batch(
+    prompts: dict[str, EncodedPrompt],
+    captions: Sequence[str],
+    latents: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    device: torch.device,
+    regions: int = 1,
+) -> Batch:
+    embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
+    return Batch(latents, noise, sigma, embeds, pooled, regions).to(device)
+
+
+def token_counts(style: StyleFolder, prompts: dict[str, EncodedPrompt]) -> dict[str, tuple[int, bool]]:
+    """sample id -> (tokens, truncated), for dataset.json."""
+    return {s.id: (prompts[s.caption].tokens, prompts[s.caption].truncated) for s in style.samples}

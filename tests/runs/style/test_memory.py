@@ -1,0 +1,283 @@
+"""The memory plan and the presets, on the real architectures: configs and headers of full size, and not one weight."""
+
+import json
+import math
+import shlex
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+from qzo_diffusion import devices
+from qzo_diffusion.cli import main
+from qzo_diffusion.commands import doctor
+from qzo_diffusion.config.style import load_config, make_config
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion import memory, text_encoders
+from qzo_diffusion.diffusion.transformer import empty_transformer
+from qzo_diffusion.quant.base import linears_to_quantize
+from qzo_diffusion.resources import shipped, tiny_model
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import memory as planning
+from tests.conftest import failing
+
+CPU = torch.device("cpu")
+BASE = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "qk_norm": "rms_norm"}
+BASE |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048}
+LARGE = BASE | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+MEDIUM = BASE | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+MEDIUM |= {"dual_attention_layers": list(range(13))}
+T5 = {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+T5 |= {"feed_forward_proj": "gated-gelu"}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+TWICE = {"sd3.5_large.safetensors", "text_encoders/clip_g.safetensors", "text_encoders/t5xxl_fp16.safetensors"}
+WANTED = {
+    *("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"),
+    *("text_encoder_3/model-00001-of-00002.safetensors", "tokenizer/merges.txt", "tokenizer_3/spiece.model", "vae/config.json"),
+}
+PRESETS = {"sd35_large_8gb": LARGE, "sd35_large_24gb": LARGE, "sd35_medium": MEDIUM, "sd35_large_paper": LARGE}
+
+
+def hollow(folder, config, make_empty, stem="model"):
+    """A part as it is on disk, of the right length and with no content: a file of holes takes no room."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, tensor in make_empty().state_dict().items():
+        size = tensor.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with (folder / f"{stem}.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """Folders of SD3.5 Large and Medium by their transformers' widths."""
+    from diffusers import AutoencoderKL
+
+    root = tmp_path_factory.mktemp("hollow")
+    vae_config = json.loads((tiny_model() / "vae" / "config.json").read_text()) | {"block_out_channels": [128, 256, 512, 512]}
+    vae_config |= {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+    }
+    vae_config |= {"norm_num_groups": 32}
+    for name, config in {"large": LARGE, "medium": MEDIUM}.items():
+        place = root / name
+        hollow(place / "transformer", config, lambda config=config: empty_transformer(config), "diffusion_pytorch_model")
+
+        def empty_vae():
+            with torch.device("meta"):
+                return AutoencoderKL.from_config(vae_config)
+
+        hollow(place / "vae", vae_config, empty_vae, "diffusion_pytorch_model")
+        for part, settings in {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5}.items():
+            (place / part).mkdir()
+            (place / part / "config.json").write_text(json.dumps(settings))
+            model = text_encoders.empty_text_encoder(place, part)
+            shutil.rmtree(place / part)
+            hollow(place / part, settings, lambda model=model: model)
+    return {json.dumps(LARGE): root / "large", json.dumps(MEDIUM): root / "medium"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_the_real_architecture(preset):
+    config = load_config(shipped("configs") / f"{preset}.yaml")
+    shape = PRESETS[preset]
+    assert ("medium" in preset) == ("medium" in config.model)
+    model = empty_transformer(shape)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    chosen = dict(linears_to_quantize(model, config.quant.skip, config.quant.blocksize))
+    if shape is LARGE:
+        assert count == 8_056_627_520
+        assert {name.split(".")[0] for name in chosen} == {"transformer_blocks"}
+    assert sum(linear.weight.numel() for linear in chosen.values()) > 0.97 * count
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def plan_of(preset, pipelines, **settings):
+    config = load_config(shipped("configs") / f"{preset}.yaml")
+    config = make_config(config.model_dump() | settings) if settings else config
+    folder = pipelines[json.dumps(PRESETS[preset])]
+    dtype = devices.choose_dtype(config.compute.dtype, CPU)
+    return planning.memory_plan(config, build.Place(folder, CPU, dtype), images=20, prompts=30)
+
+
+GIGABYTES = {"sd35_large_8gb": 8, "sd35_large_24gb": 24, "sd35_medium": 6, "sd35_large_paper": 24}
+
+
+@pytest.mark.parametrize(("preset", "gigabytes"), GIGABYTES.items())
+def test_presets_fit_what_their_header_says(pipelines, preset, gigabytes):
+    plan = plan_of(preset, pipelines)
+    assert plan.peak < 0.95e9 * gigabytes, plan.describe()
+
+
+def test_the_plan_counts_what_the_tensors_have(pipelines):
+    """From the facts of the architecture: 8,053,694,464 weights in 4 bits less those that are skipped, and a scale for each 64."""
+    plan = plan_of("sd35_large_8gb", pipelines)
+    weights = next(phase for phase in plan.phases if phase.name == "train").parts["weights"]
+    quantized = sum(
+        linear.weight.numel() for _, linear in linears_to_quantize(empty_transformer(LARGE), make_config({}).quant.skip, 64)
+    )
+    skipped = 8_056_627_520 - quantized + 192 * 192 * 2432
+    assert weights == quantized / 2 + quantized / 64 * 4 + skipped * 2
+
+
+def test_a_device_that_is_too_small_is_told_what_to_change(pipelines, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 7.5e9)
+    plan = plan_of("sd35_large_24gb", pipelines)
+    assert not plan.fits
+    assert plan.changes
+    changed = {key: value for key, _, value in (change.partition("=") for change in plan.changes)}
+    assert "TOO LITTLE" in plan.describe()
+    assert all(f"{key}={value}" in plan.describe() for key, value in changed.items())
+    # What it says is true: with those settings it fits.
+    from qzo_diffusion.config.style import parse_override, set_dotted
+
+    settings = load_config(shipped("configs") / "sd35_large_24gb.yaml").model_dump()
+    for change in plan.changes:
+        set_dotted(settings, *parse_override(change))
+    config = make_config(settings)
+    folder = pipelines[json.dumps(LARGE)]
+    again = planning.memory_plan(config, build.Place(folder, CPU, torch.bfloat16), images=20, prompts=30)
+    assert again.fits
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e9)
+    assert "no setting makes it fit" in plan_of("sd35_large_24gb", pipelines).describe()
+
+
+@pytest.mark.parametrize(("gigabytes", "rows"), [(5.0, 1), (7.0, 2), (8.0, 4), (12.0, 16), (1000.0, 32), (None, 32)])
+def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, gigabytes, rows):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9)
+    config = make_config({"model": "large", "data": {"resolution": 1024}})
+    place = build.Place(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
+    assert planning.fitting_micro_batch(config, place) == rows
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)  # or the plan looks for settings that fit
+
+    def training(count):
+        tried = make_config({"model": "large", "data": {"resolution": 1024}, "train": {"micro_batch_size": count}})
+        return next(phase.total for phase in planning.memory_plan(tried, place).phases if phase.name == "train")
+
+    assert gigabytes is None or rows == 1 or training(rows) <= gigabytes * 1e9
+    assert gigabytes is None or rows == 32 or training(2 * rows) > gigabytes * 1e9
+
+
+@pytest.mark.parametrize(("side", "rows"), [(256, 4), (512, 2), (1024, 2)])
+def test_a_cpu_gets_no_more_than_its_caches_bear(pipelines, monkeypatch, side, rows):
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1e12)
+    place = build.Place(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
+    assert planning.fitting_micro_batch(make_config({"data": {"resolution": side}}), place) == rows
+
+
+@pytest.mark.parametrize(
+    ("width", "tokens", "dtype", "rows"),
+    [
+        (256, 16, torch.float32, 64),  # what 4 MB hold
+        (256, 16, torch.bfloat16, 128),
+        (1024, 256, torch.float32, 16),
+        (1024, 256, torch.bfloat16, 16),
+        (1024, 512, torch.float32, 8),  # 2^24 numbers
+    ],
+)
+def test_small_models_fill_a_cache_and_large_ones_share_their_weights(width, tokens, dtype, rows):
+    assert planning.rows_on_cpu(width, tokens, dtype) == rows
+
+
+@pytest.mark.parametrize(
+    ("key", "small", "large"),
+    [
+        ("data.resolution", 256, 1024),
+        ("train.micro_batch_size", 1, 8),
+        ("train.optimizer", "sgd", "adam"),
+        ("compute.dtype", "bfloat16", "float32"),
+    ],
+)
+def test_what_costs_memory_is_in_the_plan(pipelines, key, small, large):
+    section, _, name = key.partition(".")
+    totals = []
+    for value in (small, large):
+        config = load_config(shipped("configs") / "sd35_large_paper.yaml").model_dump()
+        config[section][name] = value
+        plan = plan_of("sd35_large_paper", pipelines, **config)
+        totals.append(next(phase.total for phase in plan.phases if phase.name == "train"))
+    assert totals[1] > 1.01 * totals[0]
+
+
+def test_a_dry_run_prints_the_plan_and_loads_nothing(train_arguments, capsys, monkeypatch):
+    monkeypatch.setattr(build, "load_base", lambda *args: pytest.fail("loaded"))
+    assert main(train_arguments("--dry-run")) == 0
+    text = capsys.readouterr().out
+    for word in ("memory", "encode", "images", "load", "train", "sample", "enough"):
+        assert word in text
+
+
+def test_doctor_prints_the_plan(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # with a GPU it misses the weights of the large model
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory_plan"]["fits"] is True
+
+
+def test_doctor_plans_as_many_probes_at_once_as_a_run_does(pipelines, monkeypatch):
+    """All 32 of a step in one forward would not fit."""
+    monkeypatch.setattr(build, "_cached_snapshot", lambda name: pipelines[json.dumps(LARGE)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 16e9)
+    facts = doctor.examine()
+    assert facts["memory_plan"]["fits"] is True
+    assert facts["problems"] == []
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 6e9)
+    monkeypatch.setattr(build, "least_memory", lambda folder, device: 5e9)
+    assert any("train --preset sd35_large_8gb" in problem for problem in doctor.examine()["problems"])
+
+
+def test_the_download_of_a_gated_model_leaves_out_what_is_there_twice():
+    words = shlex.split(build.download_command(build.BIG_MODEL))
+    assert words[:3] == ["hf", "download", build.BIG_MODEL]
+    flags, patterns = words[3::2], words[4::2]
+    assert set(flags) == {"--exclude"}  # each with one pattern: hf takes one a flag
+    left_out = {name: any(fnmatch(name, pattern) for pattern in patterns) for name in TWICE | WANTED}
+    assert {name for name, out in left_out.items() if out} == TWICE
+    assert build.download_command("org/name") == "hf download org/name"
+
+
+@pytest.mark.parametrize(("gigabytes", "chosen"), [(30, "large"), (3, "tiny")])
+def test_auto_takes_the_large_model_where_it_fits(pipelines, monkeypatch, gigabytes, chosen):
+    folder = pipelines[json.dumps(LARGE)]
+    monkeypatch.setattr(build, "_cached_snapshot", lambda name: folder)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: gigabytes * 1e9)
+    found, why = build.choose_model("auto")
+    assert found == (folder if chosen == "large" else tiny_model())
+    assert ("found in the local cache" in why) == (chosen == "large")
+    if chosen == "tiny":
+        assert "GB of memory at the least" in why
+
+
+def test_auto_with_a_gpu_and_no_weights_says_both_commands(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(build, "_cached_snapshot", lambda name: None)
+    with pytest.raises(ModelError, match=r"(?s)hf download.*--model tiny"):
+        build.choose_model("auto")
+
+
+def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, images):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    usage = shutil.disk_usage(Path.home())
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage._replace(free=math.floor(5e9)))
+    code = main(["train", "--style-dir", str(images), "--model", "stabilityai/stable-diffusion-3.5-large"])
+    error = failing(capsys, code)
+    for words in ("accept the licence", "hf auth login", "hf download", "5 GB are free", "without network"):
+        assert words in error
