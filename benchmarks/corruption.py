@@ -1,11 +1,12 @@
-"""Damage journals and checkpoints at random and try to use them: `OMP_NUM_THREADS=1 python -m benchmarks.corruption`.
+"""Damage journals and checkpoints at random and try to use them: `OMP_NUM_THREADS=1 python -m
+benchmarks.corruption`.
 
-Every trial copies a run, truncates, flips, swaps or zeroes bytes of its journal or of a checkpoint (or swaps two whole records of
-the journal), and restores it as a resume does. Right is either a refusal with a message for the user, or numbers and a state
-of the optimizer that are bit for bit those of the undamaged run at the step that the program names. Anything else counts as applied
-silently or as a traceback. Of those that were right it is counted how often the user was told of the damage; the rest changed
-nothing that means anything, such as white space.
-"""
+Every trial copies a run, truncates, flips, swaps or zeroes bytes of its journal or of a checkpoint
+(or swaps two whole records of the journal), and restores it as a resume does. Right is either a
+refusal with a message for the user, or numbers and a state of the optimizer that are bit for bit
+those of the undamaged run at the step that the program names. Anything else counts as applied
+silently or as a traceback. Of those that were right it is counted how often the user was told of
+the damage; the rest changed nothing that means anything, such as white space."""
 
 import argparse
 import contextlib
@@ -39,8 +40,22 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.run = work / "run"
         images = resources.PACKAGE / "demo_images" / "fluent_mono" / "train"
-        arguments = ["train", "--model", "tiny", "--style-dir", str(images), "--output-dir", str(self.run)]
-        arguments += [f"data.cache_dir={work / 'cache'}", "--max-steps", str(STEPS), "train.checkpoint_every=3", "sample.steps=1"]
+        arguments = [
+            "train",
+            "--model",
+            "tiny",
+            "--style-dir",
+            str(images),
+            "--output-dir",
+            str(self.run),
+        ]
+        arguments += [
+            f"data.cache_dir={work / 'cache'}",
+            "--max-steps",
+            str(STEPS),
+            "train.checkpoint_every=3",
+            "sample.steps=1",
+        ]
         arguments += ["data.batch_size=2", "qzo.parametrization=row", "train.optimizer=adam"]
         with contextlib.redirect_stderr(io.StringIO()):
             assert qzo_diffuse(arguments) == 0
@@ -53,7 +68,10 @@ class Bench:
         self.reset()
         optimizer = build.optimizer(self.config)
         replay_(self.journal, self.numbers, optimizer, to_step=step)
-        return {name: tensor.clone() for name, tensor in (self.numbers.state() | optimizer.state()).items()}
+        return {
+            name: tensor.clone()
+            for name, tensor in (self.numbers.state() | optimizer.state()).items()
+        }
 
     def reset(self) -> None:
         for tensor in self.numbers.state().values():
@@ -66,11 +84,15 @@ class Bench:
         try:
             journal = read_journal(run / "journal.qzo")
             checkpoints, problems = list_checkpoints(run / "checkpoints")
-            step = restore_(checkpoints[-1] if checkpoints else None, journal, self.numbers, optimizer)
+            step = restore_(
+                checkpoints[-1] if checkpoints else None, journal, self.numbers, optimizer
+            )
         except UserError:
             return "refused"
         state = self.numbers.state() | optimizer.state()
-        if state.keys() != self.right[step].keys() or any(not torch.equal(state[n], t) for n, t in self.right[step].items()):
+        if state.keys() != self.right[step].keys() or any(
+            not torch.equal(state[n], t) for n, t in self.right[step].items()
+        ):
             return "silent"
         told = problems or journal.torn_bytes or step < STEPS  # a resume says all three
         return "right_and_told" if told else "right"
@@ -102,7 +124,9 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -113,9 +137,15 @@ def main() -> None:
     for _ in tqdm(range(args.trials), desc="corruptions"):
         copy = work / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(bench.run, copy, ignore=shutil.ignore_patterns("samples", "tensorboard", "final"))
+        shutil.copytree(
+            bench.run, copy, ignore=shutil.ignore_patterns("samples", "tensorboard", "final")
+        )
         journal, kind = copy / "journal.qzo", chance.choice(KINDS)
-        files = [file for file in sorted((copy / "checkpoints").rglob("*")) if file.is_file() and file.stat().st_size]
+        files = [
+            file
+            for file in sorted((copy / "checkpoints").rglob("*"))
+            if file.is_file() and file.stat().st_size
+        ]
         target = journal if chance.random() < 0.5 else chance.choice(files)
         what = bench.damage(target, kind, chance)
         kinds[kind] += 1

@@ -1,9 +1,10 @@
-"""What a step of Stable Diffusion 3.5 Large should cost on a GPU, computed and not measured: `python -m benchmarks.cost_model`.
+"""What a step of Stable Diffusion 3.5 Large should cost on a GPU, computed and not measured:
+`python -m benchmarks.cost_model`.
 
-Work is counted from the model's own shapes (built on the meta device), time is the larger of arithmetic over the card's peak and
-bytes over its bandwidth, for each kind of work by itself. Real kernels reach 50 to 70 % of either, all terms alike, so the ratios
-between terms say more than the seconds. Writes the table of docs/cost.md.
-"""
+Work is counted from the model's own shapes (built on the meta device), time is the larger of
+arithmetic over the card's peak and bytes over its bandwidth, for each kind of work by itself. Real
+kernels reach 50 to 70 % of either, all terms alike, so the ratios between terms say more than the
+seconds. Writes the table of docs/cost.md."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ from qzo_diffusion.quant.choose import matching
 DOCUMENT = Path(__file__).parents[1] / "docs/cost.md"
 BEGIN, END = "<!-- table: written by `python -m benchmarks.cost_model` -->", "<!-- end of table -->"
 BLOCK, REGIONS, TEXT_TOKENS = 64, 16, 333
-PHILOX_WORDS_PER_SECOND = 130e6  # 64 bits each, numpy on one core of the machine that the other benchmarks name
+# 64 bits each, numpy on one core of the machine that the other benchmarks name
+PHILOX_WORDS_PER_SECOND = 130e6
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,18 @@ class Card:
     bandwidth: float
 
 
-CARDS = [Card("RTX 3060, 12 GB", 51e12, 360e9), Card("RTX 4070, 12 GB", 58e12, 504e9), Card("RTX 4090, 24 GB", 165e12, 1008e9)]
+CARDS = [
+    Card("RTX 3060, 12 GB", 51e12, 360e9),
+    Card("RTX 4070, 12 GB", 58e12, 504e9),
+    Card("RTX 4090, 24 GB", 165e12, 1008e9),
+]
 
 
 @dataclass(frozen=True)
 class Linears:
-    """Of the quantized layers: weights, scales, rows and columns of blocks in all, and rows of pointwise ones."""
+    """Of the quantized layers: weights, scales, rows and columns of blocks in all, and rows of
+    pointwise ones.
+    """
 
     weights: int
     scales: int
@@ -51,7 +59,8 @@ class Linears:
 
 def count(model: nn.Module) -> tuple[Linears, dict[str, tuple[int, int]]]:
     shapes = {
-        name: (layer.out_features, layer.in_features) for name, layer in linears_to_quantize(model, QuantConfig().skip, BLOCK)
+        name: (layer.out_features, layer.in_features)
+        for name, layer in linears_to_quantize(model, QuantConfig().skip, BLOCK)
     }
     apart = set(matching(shapes, POINTWISE_LAYERS))
     weights = sum(n * k for n, k in shapes.values())
@@ -69,11 +78,14 @@ def tokens_of(name: str, image: int) -> int:
     """How many rows a layer's input has for one example."""
     if "norm1" in name:
         return 1
-    return TEXT_TOKENS if any(part in name for part in (".add_", "_context", "to_add_out")) else image
+    return (
+        TEXT_TOKENS if any(part in name for part in (".add_", "_context", "to_add_out")) else image
+    )
 
 
 def costs(side: int, batch: int, card: Card) -> dict[str, float]:
-    """Milliseconds of each kind of work where as many examples are probed in one forward as two of `batch` examples hold.
+    """Milliseconds of each kind of work where as many examples are probed in one forward as two of
+    `batch` examples hold.
 
     side: in pixels.
     """
@@ -82,16 +94,25 @@ def costs(side: int, batch: int, card: Card) -> dict[str, float]:
     examples = 2 * batch
     products = sum(2 * n * k * tokens_of(name, image) for name, (n, k) in shapes.items()) * examples
     attention = 38 * 4 * (image + TEXT_TOKENS) ** 2 * 2432 * examples
-    unpack = linears.weights * (0.5 + 2 + 2) + linears.scales * 4  # read codes and scales, write bf16, read it in the product
+    # read codes and scales, write bf16, read it in the product
+    unpack = linears.weights * (0.5 + 2 + 2) + linears.scales * 4
     outputs = sum((n + k) * tokens_of(name, image) for name, (n, k) in shapes.items()) * examples
-    factors = ((linears.rows + linears.columns) + (linears.pointwise_rows + linears.pointwise_columns) * REGIONS) * examples
+    factors = (
+        (linears.rows + linears.columns)
+        + (linears.pointwise_rows + linears.pointwise_columns) * REGIONS
+    ) * examples
     dense_bits = linears.scales
 
     def longer(flops: float, moved: float) -> float:
         return 1e3 * max(flops / card.flops, moved / card.bandwidth)
 
     two = longer(products + attention, 0) + 2 * longer(0, unpack)
-    probes = longer(products + attention, 0) + longer(0, unpack) + longer(0, 4 * outputs) + longer(0, 4 * factors)
+    probes = (
+        longer(products + attention, 0)
+        + longer(0, unpack)
+        + longer(0, 4 * outputs)
+        + longer(0, 4 * factors)
+    )
     return {
         "two_forwards": two,
         "products": longer(products + attention, 0),
@@ -119,7 +140,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         "default / two forwards": ("probes_over_two_forwards", ".3f"),
         "dense / two forwards": ("dense_over_two_forwards", ".3f"),
     }
-    lines = ["| card | side | batch | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
+    lines = [
+        "| card | side | batch | " + " | ".join(columns) + " |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
     for row in rows:
         values = " | ".join(format(row[key], digits) for key, digits in columns.values())
         lines.append(f"| {row['card']} | {row['side']} | {row['batch']} | {values} |")

@@ -1,8 +1,9 @@
-"""Write the images that `make demo` trains on: Fluent mono drawings (MIT) of concepts that `tiny` was taught in other styles.
+"""Write the images that `make demo` trains on: Fluent mono drawings (MIT) of concepts that `tiny`
+was taught in other styles.
 
-`python -m benchmarks.demo_images --data FOLDER` with the folder of `emoji64.npz` and `meta.json`. Forty to train on and sixteen
-held out, none of them a prompt of the sample grid, so that the grid shows what was carried over and not what was copied.
-"""
+`python -m benchmarks.demo_images --data FOLDER` with the folder of `emoji64.npz` and `meta.json`.
+Forty to train on and sixteen held out, none of them a prompt of the sample grid, so that the grid
+shows what was carried over and not what was copied."""
 
 import argparse
 import json

@@ -1,11 +1,13 @@
-"""Does a GPU do what the CPU does? `python -m benchmarks.gpu_check`, under ten minutes, without a download.
+"""Does a GPU do what the CPU does? `python -m benchmarks.gpu_check`, under ten minutes, without a
+download.
 
 On a machine without one everything that needs none is run on the CPU and the rest is null.
 
     equal      z, the shown scales and an update, bit for bit those of the CPU
     forward    the embedded model in fp32 and bf16 against the CPU in fp32, alone and probed
-    step       a dense step and one of the default over two plain forwards: on the clock, and by how long the card was busy
-    memory     peak at 512 and 1024 px, batch 1, over that of a forward of as many examples in flight
+    step       a dense step and one of the default over two plain forwards: on the clock, and by
+               how long the card was busy
+    memory     peak at 512 and 1024 px, batch 1, over that of a forward of as many examples
 
 The last two are of Stable Diffusion 3.5 Large with random weights (--layers for less).
 """
@@ -54,11 +56,15 @@ def equal(device: torch.device) -> dict[str, bool]:
         for place in (CPU, device):
             numbers = parametrize(find_scales(tiny(place, torch.float32)), level)  # type: ignore[arg-type]
             direction = Direction(7, 3)
-            z = {name: numbers.combined(name, [direction], [1.0]).cpu() for name in numbers.numbers()}
+            z = {
+                name: numbers.combined(name, [direction], [1.0]).cpu() for name in numbers.numbers()
+            }
             for step in range(40):  # to many different numbers: a GPU's exp in fp32 is not a CPU's
                 numbers.move_([Direction(7, step)], [0.01 / (step + 1)])
             moved = {name: number.cpu().clone() for name, number in numbers.state().items()}
-            results.append((z, moved, {name: scale.cpu() for name, scale in tuned_scales(numbers).items()}))
+            results.append(
+                (z, moved, {name: scale.cpu() for name, scale in tuned_scales(numbers).items()})
+            )
         for what, one, other in zip(("z", "numbers", "scales"), *results, strict=True):
             found[f"{level}_{what}"] = all(torch.equal(one[name], other[name]) for name in one)
     return found
@@ -76,42 +82,68 @@ def _equal_codes(device: torch.device) -> bool:
 
 
 def forward(device: torch.device) -> dict[str, float]:
-    """Relative distance of the prediction to that of the CPU in fp32: of the model, and as a step of the default probes it."""
+    """Relative distance of the prediction to that of the CPU in fp32: of the model, and as a step
+    of the default probes it.
+    """
     generator = torch.Generator().manual_seed(0)
     wanted = _predictions(CPU, torch.float32, generator.clone_state())
     figures = {}
     for dtype in (torch.float32, torch.bfloat16):
         for name, got in _predictions(device, dtype, generator.clone_state()).items():
-            figures[f"{name}_{dtype}".replace("torch.", "")] = float((got - wanted[name]).norm() / wanted[name].norm())
+            figures[f"{name}_{dtype}".replace("torch.", "")] = float(
+                (got - wanted[name]).norm() / wanted[name].norm()
+            )
     return figures
 
 
 @torch.no_grad()
-def _predictions(device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Of two examples; where they are probed, of both at +eps and then at -eps, along 16 regions' directions each."""
+def _predictions(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Of two examples; where they are probed, of both at +eps and then at -eps, along 16 regions'
+    directions each.
+    """
     config = make_config({"model": "tiny"})
     model = build.quantized_transformer(config, tiny_model(), device, dtype)
     inputs = {
         "hidden_states": torch.randn(2, 16, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 32, model.config.joint_attention_dim, generator=generator),
-        "pooled_projections": torch.randn(2, model.config.pooled_projection_dim, generator=generator),
+        "encoder_hidden_states": torch.randn(
+            2, 32, model.config.joint_attention_dim, generator=generator
+        ),
+        "pooled_projections": torch.randn(
+            2, model.config.pooled_projection_dim, generator=generator
+        ),
         "timestep": torch.tensor([100.0, 800.0]),
     }
-    moved = {name: value.to(device, dtype if name != "timestep" else None) for name, value in inputs.items()}
+    moved = {
+        name: value.to(device, dtype if name != "timestep" else None)
+        for name, value in inputs.items()
+    }
     found = {"plain": model(**moved).sample}
     scales, numbers = build.scales_and_numbers(config, model)
     numbers.move_([Direction(7, 3)], [0.01])
-    with scales.showing(*numbers.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])):
-        found["probed"] = model(**{name: torch.cat([value, value]) for name, value in moved.items()}).sample
+    with scales.showing(
+        *numbers.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])
+    ):
+        found["probed"] = model(
+            **{name: torch.cat([value, value]) for name, value in moved.items()}
+        ).sample
     return {name: prediction.float().cpu() for name, prediction in found.items()}
 
 
 def random_model(layers: int, device: torch.device) -> Any:
-    """The real architecture with random weights, quantized layer by layer on the device; nothing is read."""
+    """The real architecture with random weights, quantized layer by layer on the device; nothing is
+    read.
+    """
     model: Any = empty_transformer(config_of(layers))
     generator = torch.Generator(device).manual_seed(0)
     for name, linear in list(linears_to_quantize(model, QuantConfig().skip, 64)):
-        weight = torch.randn(linear.weight.shape, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
+        weight = (
+            torch.randn(
+                linear.weight.shape, generator=generator, device=device, dtype=torch.bfloat16
+            )
+            * 0.02
+        )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized_layer(weight, linear.bias, "nf4", 64))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -139,7 +171,8 @@ def peak_gb(device: torch.device, work: Callable[[], object]) -> float:
 
 STEPS = {
     "dense": (1, {"qzo": {"parametrization": "dense"}}),
-    "antithetic": (2, {"qzo": {"estimator": "antithetic"}}),  # +eps and -eps of an example in one forward
+    # +eps and -eps of an example in one forward
+    "antithetic": (2, {"qzo": {"estimator": "antithetic"}}),
     "default_one_in_flight": (1, {}),
     "default": (8, {}),  # eight directions of an example in one forward
 }
@@ -150,15 +183,23 @@ def busy_seconds(work: Callable[[], object]) -> float | None:
     """How long the card was at work, whatever it waited for in between."""
     if not torch.cuda.is_available():
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as found:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as found:
         work()
         torch.cuda.synchronize()
-    on_card = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_card = [
+        event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     return round(sum(event.time_range.elapsed_us() for event in on_card) / 1e6, 4)
 
 
-def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds: int) -> dict[str, Any]:
-    """Of the steps of `STEPS`, each of a batch of one example; ratios are for two probes over two forwards."""
+def step_and_memory(
+    device: torch.device, layers: int, sides: list[int], rounds: int
+) -> dict[str, Any]:
+    """Of the steps of `STEPS`, each of a batch of one example; ratios are for two probes over two
+    forwards.
+    """
     model = random_model(layers, device)
     figures: dict[str, Any] = {"layers": layers}
 
@@ -187,15 +228,22 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
             forward_of(examples)
             inference[in_flight] = peak_gb(device, lambda examples=examples: forward_of(examples))
         peaks = {name: peak_gb(device, step) for name, step in steps.items()}
-        seconds = {name: clocked({"forwards": two_forwards, "step": step}, rounds) for name, step in steps.items()}
-        busy = {name: busy_seconds(work) for name, work in {"forwards": two_forwards, **steps}.items()}
+        seconds = {
+            name: clocked({"forwards": two_forwards, "step": step}, rounds)
+            for name, step in steps.items()
+        }
+        busy = {
+            name: busy_seconds(work) for name, work in {"forwards": two_forwards, **steps}.items()
+        }
         figures[f"{side}px"] = {"two_forwards_busy_seconds": busy["forwards"]} | {
             name: {
                 "step_over_two_forwards": round(over_two(seconds[name]) / pairs[name], 3),
                 "pairs_of_forwards": pairs[name],
                 "step_seconds": round(statistics.median(seconds[name]["step"]), 4),
                 "step_busy_seconds": busy[name],
-                "step_busy_over_two_forwards": round(busy[name] / busy["forwards"] / pairs[name], 3) if busy[name] else None,
+                "step_busy_over_two_forwards": round(busy[name] / busy["forwards"] / pairs[name], 3)
+                if busy[name]
+                else None,
                 "step_peak_gb": round(peaks[name], 3),
                 "inference_peak_gb": round(inference[STEPS[name][0]], 3),
             }
@@ -207,7 +255,9 @@ def step_and_memory(device: torch.device, layers: int, sides: list[int], rounds:
 
 def over_two(seconds: dict[str, list[float]]) -> float:
     """The median over rounds, each step against the forwards beside it."""
-    return statistics.median(step / forwards for forwards, step in zip(seconds["forwards"], seconds["step"], strict=True))
+    return statistics.median(
+        step / forwards for forwards, step in zip(seconds["forwards"], seconds["step"], strict=True)
+    )
 
 
 def clocked(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -223,7 +273,9 @@ def clocked(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     return times
 
 
-def step_of(model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config) -> Callable[[], object]:
+def step_of(
+    model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config
+) -> Callable[[], object]:
     """A whole step of a run with this config; a further one at every call."""
     _, numbers = build.scales_and_numbers(config, model)
     regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
@@ -233,9 +285,15 @@ def step_of(model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, help="of the 38; by default all on a GPU and 1 on a CPU")
-    parser.add_argument("--sides", type=int, nargs="+", help="pixels; by default 512 1024 on a GPU and 256 on a CPU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--layers", type=int, help="of the 38; by default all on a GPU and 1 on a CPU"
+    )
+    parser.add_argument(
+        "--sides", type=int, nargs="+", help="pixels; by default 512 1024 on a GPU and 256 on a CPU"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,14 +1,17 @@
-"""Kill runs at random moments and resume them: `OMP_NUM_THREADS=1 python -m benchmarks.kill_resume`.
+"""Kill runs at random moments and resume them: `OMP_NUM_THREADS=1 python -m
+benchmarks.kill_resume`.
 
-Each trial forks a training run from this warm process (so imports are paid once), kills it with SIGKILL, forks a second one that
-resumes it (in every fifth trial that one is killed too, and a third goes on), and compares everything with a run that was never
-stopped: metrics but `seconds`, scales, checkpoints, sample pictures and the journal's steps. In two trials of five the moment is
-any time of the run; in one it is the writing of a journal record, which is torn at a random byte; in two it is a random one of the
-calls that write, sync, rename or remove files, mostly those of checkpoints, and a file just written may be left half. A step counts
-as completed when the process noted it in a file of its own, so that the journal is not its own witness.
+Each trial forks a training run from this warm process (so imports are paid once), kills it with
+SIGKILL, forks a second one that resumes it (in every fifth trial that one is killed too, and a
+third goes on), and compares everything with a run that was never stopped: metrics but `seconds`,
+scales, checkpoints, sample pictures and the journal's steps. In two trials of five the moment is
+any time of the run; in one it is the writing of a journal record, which is torn at a random byte;
+in two it is a random one of the calls that write, sync, rename or remove files, mostly those of
+checkpoints, and a file just written may be left half. A step counts as completed when the process
+noted it in a file of its own, so that the journal is not its own witness.
 
-`--minutes 3` stops after that time and keeps what was done; the same command goes on with the missing trials.
-"""
+`--minutes 3` stops after that time and keeps what was done; the same command goes on with the
+missing trials."""
 
 import argparse
 import json
@@ -36,8 +39,21 @@ from qzo_diffusion.train.run_folder import load_tensors
 
 STEPS = 12
 SETTINGS = [
-    *("--model", "tiny", "--max-steps", str(STEPS), "data.batch_size=2", "sample.steps=1", "sample.every=5"),
-    *("train.checkpoint_every=2", "train.validate_every=4", "train.keep_checkpoints=2", "qzo.parametrization=dense"),
+    *(
+        "--model",
+        "tiny",
+        "--max-steps",
+        str(STEPS),
+        "data.batch_size=2",
+        "sample.steps=1",
+        "sample.every=5",
+    ),
+    *(
+        "train.checkpoint_every=2",
+        "train.validate_every=4",
+        "train.keep_checkpoints=2",
+        "qzo.parametrization=dense",
+    ),
     "train.optimizer=momentum",
 ]
 FILE_CALLS = {"fsync": os, "replace": os, "save_file": run_folder, "rmtree": shutil}
@@ -80,7 +96,9 @@ def tear_a_record(chance: random.Random) -> None:
 
 
 def die_at_a_file(chance: random.Random, counts: Counter[str]) -> None:
-    """Die just before or just after a random call that changes files; a file just saved may be left torn."""
+    """Die just before or just after a random call that changes files; a file just saved may be left
+    torn.
+    """
     name = chance.choice(sorted(FILE_CALLS))
     last, late, calls = chance.randint(1, counts[name]), chance.random() < 0.5, Counter[str]()
 
@@ -149,7 +167,8 @@ class Bench:
     def __init__(self, work: Path) -> None:
         self.work, self.whole = work, work / "whole"
         few_files(work)
-        # The first run in this process loads every library and fills the cache of encoded images; a forked one is the yardstick.
+        # The first run in this process loads every library and fills the cache of encoded images; a
+        # forked one is the yardstick.
         if qzo_diffuse(train_arguments(work / "warm", work)):
             sys.exit("the uninterrupted run failed")
         counts = work / "counts.json"
@@ -158,7 +177,9 @@ class Bench:
             seen = Counter[str]()
             for name, owner in FILE_CALLS.items():
 
-                def counted(original: Callable[..., Any], *arguments: Any, name: str = name, **options: Any) -> Any:
+                def counted(
+                    original: Callable[..., Any], *arguments: Any, name: str = name, **options: Any
+                ) -> Any:
                     seen[name] += 1
                     if name == "fsync":  # the journal's last one comes at the end of the run
                         counts.write_text(json.dumps(seen))
@@ -194,7 +215,9 @@ class Bench:
             end_of(child, chance.uniform(0.0, self.seconds))
             found["kills"] = 2
         code = end_of(forked(self.go_on(run), log))
-        wrong = self.differences(run) if code == 0 else [f"exit code {code}: {log.read_text()[-800:]}"]
+        wrong = (
+            self.differences(run) if code == 0 else [f"exit code {code}: {log.read_text()[-800:]}"]
+        )
         if code == 0:
             found["lost"] = max(0, self.completed(done) - self.resumed_at(run))
         found["wrong"] = wrong
@@ -207,17 +230,24 @@ class Bench:
         """In words; the draws are those of the child."""
         chance = random.Random(f"{seed}/{index}/moment")
         if index % 5 < 2:
-            return f"after {random.Random(f'{seed}/{index}').uniform(0.0, self.seconds):.2f} of {self.seconds:.2f} s"
+            return (
+                f"after {random.Random(f'{seed}/{index}').uniform(0.0, self.seconds):.2f} of "
+                f"{self.seconds:.2f} s"
+            )
         if index % 5 == 2:
             return f"in the writing of step {chance.randint(1, STEPS) - 1}"
         name = chance.choice(sorted(FILE_CALLS))
         last = chance.randint(1, self.calls[name])
-        return f"{'after' if chance.random() < 0.5 else 'before'} call {last} of {self.calls[name]} of {name}"
+        return (
+            f"{'after' if chance.random() < 0.5 else 'before'} call {last} of {self.calls[name]} "
+            f"of {name}"
+        )
 
     def go_on(self, run: Path) -> list[str]:
         if (run / "config.yaml").exists():
             return ["train", "--resume", str(run)]
-        shutil.rmtree(run, ignore_errors=True)  # killed before the run's first file: nothing to lose, and nothing to resume
+        # killed before the run's first file: nothing to lose, and nothing to resume
+        shutil.rmtree(run, ignore_errors=True)
         return train_arguments(run, self.work)
 
     @staticmethod
@@ -227,7 +257,11 @@ class Bench:
     @staticmethod
     def resumed_at(run: Path) -> int:
         """Where the last resume went on."""
-        notes = [entry for entry in read_journal(run / "journal.qzo").entries if getattr(entry, "kind", "") == "resume"]
+        notes = [
+            entry
+            for entry in read_journal(run / "journal.qzo").entries
+            if getattr(entry, "kind", "") == "resume"
+        ]
         return int(notes[-1].content["step"]) if notes else 0  # type: ignore[union-attr]
 
     def differences(self, other: Path) -> list[str]:
@@ -236,12 +270,20 @@ class Bench:
         if without_seconds(self.whole) != without_seconds(other):
             found.append("metrics.jsonl")
         for pattern in ("samples/*", "final/*.safetensors", "checkpoints/*/*.safetensors"):
-            names = [sorted(str(path.relative_to(run)) for path in run.glob(pattern)) for run in (self.whole, other)]
+            names = [
+                sorted(str(path.relative_to(run)) for path in run.glob(pattern))
+                for run in (self.whole, other)
+            ]
             if names[0] != names[1]:
                 found.append(f"{names[1]} instead of {names[0]}")
                 continue
-            found += [name for name in names[0] if not same_content(self.whole / name, other / name)]
-        if read_journal(self.whole / "journal.qzo").steps != read_journal(other / "journal.qzo").steps:
+            found += [
+                name for name in names[0] if not same_content(self.whole / name, other / name)
+            ]
+        if (
+            read_journal(self.whole / "journal.qzo").steps
+            != read_journal(other / "journal.qzo").steps
+        ):
             found.append("journal.qzo")
         return found
 
@@ -274,11 +316,17 @@ def figures_of(trials: list[dict[str, Any]], seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long; the same command goes on")
-    parser.add_argument("--fresh", action="store_true", help="forget the trials that are in the results already")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="stop after so long; the same command goes on"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="forget the trials that are in the results already"
+    )
     args = parser.parse_args()
     limit = time.monotonic() + 60 * args.minutes
     known = RESULTS / "kill_resume.json"
@@ -293,7 +341,10 @@ def main() -> None:
         trials.append(bench.trial(index, args.seed))
         print(trials[-1], file=sys.stderr, flush=True)
     figures = figures_of(trials, args.seed)
-    print(write_results("kill_resume", figures), {name: figures[name] for name in ("trials", "identical", "lost_steps")})
+    print(
+        write_results("kill_resume", figures),
+        {name: figures[name] for name in ("trials", "identical", "lost_steps")},
+    )
     if not figures["failures"]:
         shutil.rmtree(bench.work)
 

@@ -1,10 +1,11 @@
-"""QuZO, codes trained by stochastic rounding, beside QZO and beside first order: `python -m benchmarks.quzo memory --data FOLDER`.
+"""QuZO, codes trained by stochastic rounding, beside QZO and beside first order: `python -m
+benchmarks.quzo memory --data FOLDER`.
 
-The runs on SST-2 are cells of `benchmarks.llm_compare` (`run --cells 'sst2/quzo*'`), of one budget with the other methods.
-`memory` measures peaks of a QuZO step, of inference, and of first-order training of the same int8 model with fake quantization and
-a straight-through estimate, on the same batch. `spread` tells how noisy the rounded probe is at each eps. `report` writes the JSON
-and the table in docs/quzo.md.
-"""
+The runs on SST-2 are cells of `benchmarks.llm_compare` (`run --cells 'sst2/quzo*'`), of one budget
+with the other methods. `memory` measures peaks of a QuZO step, of inference, and of first-order
+training of the same int8 model with fake quantization and a straight-through estimate, on the same
+batch. `spread` tells how noisy the rounded probe is at each eps. `report` writes the JSON and the
+table in docs/quzo.md."""
 
 import argparse
 import json
@@ -42,7 +43,9 @@ EPS = (0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 class FakeQuantLinear(nn.Module):
-    """First-order training of an int8 model: an fp32 weight, rounded in the forward, straight through in the backward."""
+    """First-order training of an int8 model: an fp32 weight, rounded in the forward, straight
+    through in the backward.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -56,7 +59,9 @@ class FakeQuantLinear(nn.Module):
 
 
 def first_order(optimizer: str, places: Places) -> dict[str, float]:
-    """Peak of two first-order steps on the batch that `llm_compare.memory` measures, above the imports, in MB."""
+    """Peak of two first-order steps on the batch that `llm_compare.memory` measures, above the
+    imports, in MB.
+    """
     import bitsandbytes  # noqa: F401  before the first look at the memory
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
@@ -82,8 +87,12 @@ def first_order(optimizer: str, places: Places) -> dict[str, float]:
         made = FakeQuantLinear(linear)
         weights.append(made.weight)
         setattr(lm.model.get_submodule(parent), child, made)
-    batches = TextBatches(lm, encode(lm, plan.splits.train, plan.config.data.max_tokens), batch_size=BATCH, seed=0)
-    stepper = torch.optim.AdamW(weights) if optimizer == "adamw" else torch.optim.SGD(weights, lr=1e-6)
+    batches = TextBatches(
+        lm, encode(lm, plan.splits.train, plan.config.data.max_tokens), batch_size=BATCH, seed=0
+    )
+    stepper = (
+        torch.optim.AdamW(weights) if optimizer == "adamw" else torch.optim.SGD(weights, lr=1e-6)
+    )
 
     def steps() -> None:
         for step in range(2):
@@ -106,15 +115,28 @@ def largest_layer_mb(places: Places) -> float:
 def measure(places: Places) -> dict[str, Any]:
     found = {}
     for name in MEASURED:  # a process each: peaks must not hide one another
-        command = [sys.executable, "-m", "benchmarks.quzo", "memory", "--one", name, "--data", str(places.data)]
-        output = subprocess.run([*command, "--model", str(places.model)], check=True, capture_output=True, text=True).stdout
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.quzo",
+            "memory",
+            "--one",
+            name,
+            "--data",
+            str(places.data),
+        ]
+        output = subprocess.run(
+            [*command, "--model", str(places.model)], check=True, capture_output=True, text=True
+        ).stdout
         found[name] = json.loads(output.splitlines()[-1])
         print(name, found[name], file=sys.stderr)
     return found
 
 
 def spread(places: Places, directions: int = 4) -> dict[str, Any]:
-    """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope along independent directions."""
+    """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope
+    along independent directions.
+    """
     from qzo_diffusion.config.llm import LlmConfig
     from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.core.noise import Direction
@@ -128,11 +150,17 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     from qzo_diffusion.runs.llm.methods import load_base
 
     settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": "quzo"}
-    for text in [*TASKS["sst2"]["settings"], *METHODS["quzo_int8"].settings, f"data.dir={places.data / 'sst2'}"]:
+    for text in [
+        *TASKS["sst2"]["settings"],
+        *METHODS["quzo_int8"].settings,
+        f"data.dir={places.data / 'sst2'}",
+    ]:
         set_dotted(settings, *parse_override(text, LlmConfig))
     plan = llm_run.make_plan(make_config(settings, LlmConfig))
     base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
-    batch = TextBatches(base.lm, encode(base.lm, plan.splits.train, 64), batch_size=BATCH, seed=0)(0).micro_batches
+    batch = TextBatches(base.lm, encode(base.lm, plan.splits.train, 64), batch_size=BATCH, seed=0)(
+        0
+    ).micro_batches
     scales, grids = find_codes(base.lm.model)
     rows: dict[str, Any] = {}
     for probe in ("codes", "float"):
@@ -142,10 +170,16 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
             view = numbers.view(Direction(0, 0), eps)
             assert view is not None
             shown = view([name])[name]
-            shift = (shown if shown.is_floating_point() else grids[name].codes(shown)) - grids[name].codes(scales[name])
+            shift = (shown if shown.is_floating_point() else grids[name].codes(shown)) - grids[
+                name
+            ].codes(scales[name])
             slopes = [
                 estimate(
-                    lambda one: task_loss(base.lm, one), batch, numbers, [Direction(1, index)], eps=eps
+                    lambda one: task_loss(base.lm, one),
+                    batch,
+                    numbers,
+                    [Direction(1, index)],
+                    eps=eps,
                 ).directional_derivative[0]
                 for index in range(directions)
             ]
@@ -170,30 +204,72 @@ def report(places: Places, document: Path) -> Path:
         for result in runs.get(cell, []):
             loss = result["validation_loss"] or {"start": float("nan"), "end": float("nan")}
             peak = memory.get(cell, {}).get("memory_over_inference", "")
-            row = [name, result["seed"], result["steps"], f"{result['value']:.3f}" if result["value"] is not None else "diverged"]
-            rows.append([*row, f"{loss['start']:.3f} -> {loss['end']:.3f}", round(result["processor_seconds"] / 60), peak])
+            row = [
+                name,
+                result["seed"],
+                result["steps"],
+                f"{result['value']:.3f}" if result["value"] is not None else "diverged",
+            ]
+            rows.append(
+                [
+                    *row,
+                    f"{loss['start']:.3f} -> {loss['end']:.3f}",
+                    round(result["processor_seconds"] / 60),
+                    peak,
+                ]
+            )
             accuracy.setdefault(name, []).append(result["value"])
-    header = ["format, method", "seed", "steps of 16", "accuracy on 872", "held-out loss", "processor min", "memory over inference"]
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]]
+    header = [
+        "format, method",
+        "seed",
+        "steps of 16",
+        "accuracy on 872",
+        "held-out loss",
+        "processor min",
+        "memory over inference",
+    ]
+    lines = [
+        "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
+    ]
     text = document.read_text(encoding="utf-8")
-    document.write_text(put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8")
-    figures: dict[str, Any] = {"sst2": {name: values[0] if len(values) == 1 else values for name, values in accuracy.items()}}
+    document.write_text(
+        put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8"
+    )
+    figures: dict[str, Any] = {
+        "sst2": {
+            name: values[0] if len(values) == 1 else values for name, values in accuracy.items()
+        }
+    }
     if memory:
         ours = memory["quzo_int8"]
-        ratios = {name: round(memory[name]["step_mb"] / ours["step_mb"], 3) for name in ("sgd", "adamw")}
+        ratios = {
+            name: round(memory[name]["step_mb"] / ours["step_mb"], 3) for name in ("sgd", "adamw")
+        }
         figures["memory_ratio_to_first_order"] = ratios
-        figures["memory_over_inference"] = max(memory[f"quzo_{kind}"]["memory_over_inference"] for kind in ("int8", "int4", "fp8"))
+        figures["memory_over_inference"] = max(
+            memory[f"quzo_{kind}"]["memory_over_inference"] for kind in ("int8", "int4", "fp8")
+        )
         figures["largest_layer_mb"] = round(largest_layer_mb(places), 2)
     return write_results("quzo", figures | {"measured": measured}, places.results)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=["memory", "spread", "report"])
-    parser.add_argument("--data", type=Path, default=Path("."), help="the folder of the tasks' data")
+    parser.add_argument(
+        "--data", type=Path, default=Path("."), help="the folder of the tasks' data"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--model", type=Path, help="a transformers folder; default SmolLM2, converted where it isn't there yet")
-    parser.add_argument("--one", choices=MEASURED, help="memory of one method, printed (used by the whole)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a transformers folder; default SmolLM2, converted where it isn't there yet",
+    )
+    parser.add_argument(
+        "--one", choices=MEASURED, help="memory of one method, printed (used by the whole)"
+    )
     parser.add_argument("--document", type=Path, default=Path("docs/quzo.md"))
     options = parser.parse_args()
     places = Places(options.results, Path(), options.data, options.model or smollm2())

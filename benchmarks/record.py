@@ -17,9 +17,14 @@ PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    # Folders of one machine are of no use on another, and what they hold is described in the documentation.
-    arguments = ["FOLDER" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    # Folders of one machine are of no use on another, and what they hold is described in the
+    # documentation.
+    arguments = [
+        "FOLDER" if Path(argument).is_absolute() else argument for argument in sys.argv[1:]
+    ]
     return {
         "command": " ".join(["python", "-m", _module_name(), *arguments]),
         "date": datetime.now(timezone.utc).date().isoformat(),
@@ -30,7 +35,8 @@ def provenance() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "threads": os.environ.get("OMP_NUM_THREADS"),
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES},
         "git_revision": revision,
     }
 

@@ -1,9 +1,10 @@
-"""Training on `tiny` against replaying its journal: `OMP_NUM_THREADS=1 python -m benchmarks.replay_speed`.
+"""Training on `tiny` against replaying its journal: `OMP_NUM_THREADS=1 python -m
+benchmarks.replay_speed`.
 
-For each kind of numbers and each optimizer a run of real steps writes its journal, and then the journal is replayed from the base
-model; both are timed in turns, on one thread and without the loading of the model, which is the same for both. The replayed numbers
-must be those of the run, bit for bit.
-"""
+For each kind of numbers and each optimizer a run of real steps writes its journal, and then the
+journal is replayed from the base model; both are timed in turns, on one thread and without the
+loading of the model, which is the same for both. The replayed numbers must be those of the run, bit
+for bit."""
 
 import argparse
 import json
@@ -38,7 +39,12 @@ CASES = {  # name: (parametrization, optimizer, directions, one for every exampl
 
 def settings(case: str) -> Config:
     config = Config(model="tiny")
-    config.qzo.parametrization, config.train.optimizer, config.qzo.num_directions, config.qzo.per_example = CASES[case]  # type: ignore[assignment]
+    (
+        config.qzo.parametrization,
+        config.train.optimizer,
+        config.qzo.num_directions,
+        config.qzo.per_example,
+    ) = CASES[case]  # type: ignore[assignment]
     config.qzo.estimator = "antithetic"
     return config
 
@@ -113,7 +119,9 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -124,7 +132,16 @@ def main() -> None:
             found[case] = measure(case, args.steps, args.rounds, Path(folder))
             print(case, json.dumps(found[case]), flush=True)
     worst = max(found, key=lambda case: found[case]["replay_over_training"])
-    print(write_results("replay", {"worst_case": worst, "times_faster_at_least": found[worst]["times_faster"], "cases": found}))
+    print(
+        write_results(
+            "replay",
+            {
+                "worst_case": worst,
+                "times_faster_at_least": found[worst]["times_faster"],
+                "cases": found,
+            },
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Two ranks on two cores against one rank on one core: `OMP_NUM_THREADS=1 python -m benchmarks.scale_out`.
+"""Two ranks on two cores against one rank on one core: `OMP_NUM_THREADS=1 python -m
+benchmarks.scale_out`.
 
-Two processes stay alive, each pinned to a core of its own, and do the same steps on `tiny` in turns: rank 0 alone while the other
-sleeps; both as ranks of one run with the same work each, so twice the batch; both at the same time as runs of their own that
-exchange nothing. The first pair of figures is what data parallelism gives here, the last is all that this machine could give.
-Each figure is the median over the rounds of a ratio inside one round. Where other programs share the processor, the machine's own
-figure falls below 2 in some rounds; the quiet ones, in which it was at least 1.9, are therefore told apart. Bytes are counted by
-the program and, as a check, by the kernel for the connections of rank 0, with gloo's own headers.
-"""
+Two processes stay alive, each pinned to a core of its own, and do the same steps on `tiny` in
+turns: rank 0 alone while the other sleeps; both as ranks of one run with the same work each, so
+twice the batch; both at the same time as runs of their own that exchange nothing. The first pair of
+figures is what data parallelism gives here, the last is all that this machine could give. Each
+figure is the median over the rounds of a ratio inside one round. Where other programs share the
+processor, the machine's own figure falls below 2 in some rounds; the quiet ones, in which it was at
+least 1.9, are therefore told apart. Bytes are counted by the program and, as a check, by the kernel
+for the connections of rank 0, with gloo's own headers."""
 
 import argparse
 import json
@@ -35,8 +37,11 @@ from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.loop import Probing, StepBatch, train
 
 BATCH, TOKENS, SIDE = 16, 32, 8  # examples a rank, of the size that `tiny` trains at
-QUIET = 1.9  # times the work of one core that two processes without any exchange must do for a round to count as quiet
-BYTES_SENT_AT = 120  # of tcpi_bytes_acked in Linux' struct tcp_info, followed by tcpi_bytes_received
+# times the work of one core that two processes without any exchange must do for a round to count as
+# quiet
+QUIET = 1.9
+# of tcpi_bytes_acked in Linux' struct tcp_info, followed by tcpi_bytes_received
+BYTES_SENT_AT = 120
 
 
 def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], None]:
@@ -67,7 +72,9 @@ def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], No
 
 
 def kernel_bytes() -> tuple[int, int]:
-    """Bytes that this process' TCP connections have sent and received so far, without packet headers."""
+    """Bytes that this process' TCP connections have sent and received so far, without packet
+    headers.
+    """
     sent = received = 0
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -89,12 +96,21 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def one_rank(rank: int, steps: int, rounds: int, file: Path) -> None:
-    """What each of the two processes does. Both pass the same exchanges, so that nobody starts a phase early."""
+    """What each of the two processes does.
+
+    Both pass the same exchanges, so that nobody starts a phase early.
+    """
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     ranks: Ranks = join(300)
     go = steps_on_tiny(dense=True)
     go(3, ranks.sum)
-    found: dict[str, list[Any]] = {"one_rank": [], "two_ranks": [], "two_alone": [], "bytes": [], "kernel": []}
+    found: dict[str, list[Any]] = {
+        "one_rank": [],
+        "two_ranks": [],
+        "two_alone": [],
+        "bytes": [],
+        "kernel": [],
+    }
     for _ in range(rounds):
         ranks.wait()
         if ranks.first:
@@ -103,7 +119,9 @@ def one_rank(rank: int, steps: int, rounds: int, file: Path) -> None:
         sent, before = ranks.bytes_sent, kernel_bytes()
         found["two_ranks"].append(timed(lambda: go(steps, ranks.sum)))
         found["bytes"].append((ranks.bytes_sent - sent) / steps)
-        found["kernel"].append([(now - then) / steps for now, then in zip(kernel_bytes(), before, strict=True)])
+        found["kernel"].append(
+            [(now - then) / steps for now, then in zip(kernel_bytes(), before, strict=True)]
+        )
         ranks.wait()
         found["two_alone"].append(timed(lambda: go(steps, alone)))
     ranks.wait()
@@ -119,7 +137,9 @@ def ratio(one: list[float], two: list[float]) -> float:
 def figures(first: dict[str, Any], second: dict[str, Any], steps: int) -> dict[str, Any]:
     together = [max(pair) for pair in zip(first["two_ranks"], second["two_ranks"], strict=True)]
     apart = [max(pair) for pair in zip(first["two_alone"], second["two_alone"], strict=True)]
-    ratios = [(2 * a / b, 2 * a / c) for a, b, c in zip(first["one_rank"], together, apart, strict=True)]
+    ratios = [
+        (2 * a / b, 2 * a / c) for a, b, c in zip(first["one_rank"], together, apart, strict=True)
+    ]
     quiet = [achieved for achieved, possible in ratios if possible >= QUIET]
     siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     achieved, ceiling = ratio(first["one_rank"], together), ratio(first["one_rank"], apart)
@@ -150,11 +170,15 @@ def figures(first: dict[str, Any], second: dict[str, Any], steps: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--steps", type=int, default=4, help="of each phase")
     parser.add_argument(
-        "--rank-file", type=Path, help="be one of the two processes and leave its figures here (used by the whole run)"
+        "--rank-file",
+        type=Path,
+        help="be one of the two processes and leave its figures here (used by the whole run)",
     )
     args = parser.parse_args()
     if args.rank_file:
@@ -169,13 +193,22 @@ def main() -> None:
         for rank, file in enumerate(files):
             command = [sys.executable, "-m", "benchmarks.scale_out", "--rank-file", str(file)]
             command += ["--rounds", str(args.rounds), "--steps", str(args.steps)]
-            places = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            places = {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
             processes.append(subprocess.Popen(command, env=os.environ | places))
         codes = [process.wait() for process in processes]
         if any(codes):
             sys.exit("a rank failed")
         found = figures(*(json.loads(file.read_text()) for file in files), args.steps)
-    print(write_results("scale_out", found), json.dumps({key: value for key, value in found.items() if key != "rounds"}))
+    print(
+        write_results("scale_out", found),
+        json.dumps({key: value for key, value in found.items() if key != "rounds"}),
+    )
 
 
 if __name__ == "__main__":

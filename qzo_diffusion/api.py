@@ -1,4 +1,6 @@
-"""Tune any quantized `nn.Module` with any loss, from Python. `docs/api.md` is the tour; its code runs as a test."""
+"""Tune any quantized `nn.Module` with any loss, from Python. `docs/api.md` is the tour; its code
+runs as a test.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,21 +37,27 @@ def tune_(
     seed: int = 0,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Outcome:
-    """Tune the quantization scales of `model` in place by forward passes alone (Q-SPSA, arXiv 2505.13430).
+    """Tune the quantization scales of `model` in place by forward passes alone (Q-SPSA, arXiv
+    2505.13430).
 
     Args:
         model: holds at least one quantized layer, see `quantize_`.
-        loss: a batch -> one loss per example, [B], or a scalar. Called under `no_grad`, twice per direction and step, or once with
-            `leave_one_out`; anything random must come from the batch, so that all calls see the same.
-        batches: a sequence that is cycled through, or a function from the step (counted from 0) to its batch.
-        estimator: "antithetic" measures both sides of every direction; "leave_one_out" one side of each of `num_directions` (eight
-            or so), which it sets against the mean of the others: more directions for as many forwards (`core.spsa`).
-        per_example: directions of its own for every example, for all levels but "dense"; batches then need a length.
+        loss: a batch -> one loss per example, [B], or a scalar. Called under `no_grad`, twice per
+            direction and step, or once with `leave_one_out`; anything random must come from the
+            batch, so that all calls see the same.
+        batches: a sequence that is cycled through, or a function from the step (counted from 0) to
+            its batch.
+        estimator: "antithetic" measures both sides of every direction; "leave_one_out" one side of
+            each of `num_directions` (eight or so), which it sets against the mean of the others:
+            more directions for as many forwards (`core.spsa`).
+        per_example: directions of its own for every example, for all levels but "dense"; batches
+            then need a length.
         lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).
 
     Raises:
         ModelError: nothing in the model can be tuned.
-        TrainingDiverged: ten steps in a row had a loss that is NaN or infinite; the scales are those of the last good step.
+        TrainingDiverged: ten steps in a row had a loss that is NaN or infinite; the scales are
+            those of the last good step.
     """
 
     def batch_of_step(step: int) -> StepBatch[Any]:
@@ -63,7 +71,15 @@ def tune_(
             batch_of_step,
             numbers,
             make_optimizer(optimizer),
-            Probing(seed, eps, num_directions, per_example, directions, clip_threshold, estimator=estimator),
+            Probing(
+                seed,
+                eps,
+                num_directions,
+                per_example,
+                directions,
+                clip_threshold,
+                estimator=estimator,
+            ),
             make_schedule(schedule, lr, steps),
             max_steps=steps,
             on_step=on_step,

@@ -1,4 +1,7 @@
-"""The command line: verbs, flags and exit codes. Heavy libraries are imported when a verb runs, so `--help` answers at once."""
+"""The command line: verbs, flags and exit codes.
+
+Heavy libraries are imported when a verb runs, so `--help` answers at once.
+"""
 
 import argparse
 import json
@@ -17,9 +20,15 @@ Flags = dict[str, tuple[str, str]]
 """Flags that are settings by another name: flag -> (key, help)."""
 
 LLM_FLAGS: Flags = {
-    "--task": ("task", "a task that comes along (sst2, rte, cb, boolq, squad, sst2_review) or a task file"),
+    "--task": (
+        "task",
+        "a task that comes along (sst2, rte, cb, boolq, squad, sst2_review) or a task file",
+    ),
     "--model": ("model", "a transformers folder, or a Hub id in the local cache"),
-    "--data-dir": ("data.dir", "folder of the task's data files, or a dataset's Hub id in the local cache"),
+    "--data-dir": (
+        "data.dir",
+        "folder of the task's data files, or a dataset's Hub id in the local cache",
+    ),
     "--method": ("method", "qzo, mezo, quzo, quzo-lora, qlora or fo-scales"),
 }
 
@@ -40,19 +49,24 @@ TRAIN_FLAGS: Flags = {
     "--sample-prompts": ("sample.prompts", "file with one prompt a line"),
     "--sample-every": ("sample.every", "steps between sample grids; 0: only first and last"),
     "--validation-dir": ("data.validation_dir", "held-out images in the style"),
-    "--init-from": ("init_from", "a run, one of its checkpoints or a delta to begin with in place of the model as it is"),
+    "--init-from": (
+        "init_from",
+        "a run, one of its checkpoints or a delta to begin with in place of the model as it is",
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a note on an optional package that nobody asked for
+    # a note on an optional package that nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     verb: Callable[[argparse.Namespace], int] = options.verb
     try:
         return verb(options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:  # one place decides what a user sees; our own bugs keep their traceback
+    except Exception as error:
+        # one place decides what a user sees; our own bugs keep their traceback
         from qzo_diffusion.core.errors import UserError
 
         if isinstance(error, UserError):
@@ -62,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """argparse takes the key=value settings of `train` in one place only; here they may stand anywhere between the flags."""
+    """argparse takes the key=value settings of `train` in one place only; here they may stand
+    anywhere between the flags.
+    """
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     settings = getattr(options, "settings", None)
@@ -87,7 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_llm(verbs)
     _add_replay_and_mix(verbs)
     _add_export(verbs)
-    validate = verbs.add_parser("validate", help="check a config file and show it with all defaults")
+    validate = verbs.add_parser(
+        "validate", help="check a config file and show it with all defaults"
+    )
     validate.add_argument("--config", required=True, help="a YAML file, or a shipped one by name")
     validate.set_defaults(verb=_validate)
     doctor = verbs.add_parser("doctor", help="check this machine and say what a run will use")
@@ -97,9 +115,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_train(verbs: Any) -> None:
-    train = verbs.add_parser("train", help="tune a model's quantization scales on a folder of images")
+    train = verbs.add_parser(
+        "train", help="tune a model's quantization scales on a folder of images"
+    )
     train.add_argument("--preset", help="a shipped config by name, for example paper")
-    train.add_argument("--strict", action="store_true", help="stop at the first image that can't be used (data.strict)")
+    train.add_argument(
+        "--strict",
+        action="store_true",
+        help="stop at the first image that can't be used (data.strict)",
+    )
     _add_training_arguments(train, TRAIN_FLAGS)
     train.set_defaults(verb=_train)
 
@@ -107,18 +131,35 @@ def _add_train(verbs: Any) -> None:
 def _add_training_arguments(train: argparse.ArgumentParser, flags: Flags) -> None:
     """What every training has, whatever it trains."""
     _add_settings(train, flags)
-    train.add_argument("--output-dir", type=Path, help="folder of the run; default outputs/<date>-<name>")
-    train.add_argument("--resume", metavar="latest|PATH", help="go on with a run; latest: --output-dir, or the newest in outputs/")
-    train.add_argument("--force", action="store_true", help="resume although settings or data changed")
-    train.add_argument("--dry-run", action="store_true", help="print settings, data and plan, and do nothing")
+    train.add_argument(
+        "--output-dir", type=Path, help="folder of the run; default outputs/<date>-<name>"
+    )
+    train.add_argument(
+        "--resume",
+        metavar="latest|PATH",
+        help="go on with a run; latest: --output-dir, or the newest in outputs/",
+    )
+    train.add_argument(
+        "--force", action="store_true", help="resume although settings or data changed"
+    )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print settings, data and plan, and do nothing"
+    )
 
 
 def _add_settings(verb: argparse.ArgumentParser, flags: Flags) -> None:
     for flag, (key, text) in flags.items():
-        verb.add_argument(flag, metavar=flag.removeprefix("--").upper().replace("-", "_"), help=f"{text} ({key})")
+        verb.add_argument(
+            flag, metavar=flag.removeprefix("--").upper().replace("-", "_"), help=f"{text} ({key})"
+        )
     verb.add_argument("--config", help="YAML file of settings; flags win over it")
     verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
-    verb.add_argument("settings", nargs="*", metavar="section.key=value", help="any setting, for example train.lr=1e-3")
+    verb.add_argument(
+        "settings",
+        nargs="*",
+        metavar="section.key=value",
+        help="any setting, for example train.lr=1e-3",
+    )
 
 
 def _add_llm(verbs: Any) -> None:
@@ -128,16 +169,24 @@ def _add_llm(verbs: Any) -> None:
     _add_training_arguments(train, LLM_TRAIN_FLAGS)
     train.set_defaults(verb=_llm_train)
     evaluate = inner.add_parser("evaluate", help="accuracy or F1 on the task's test examples")
-    evaluate.add_argument("--run", type=Path, help="a run folder or one of its checkpoints; default: the model as it is")
+    evaluate.add_argument(
+        "--run",
+        type=Path,
+        help="a run folder or one of its checkpoints; default: the model as it is",
+    )
     _add_settings(evaluate, LLM_FLAGS)
     evaluate.set_defaults(verb=_llm_evaluate)
 
 
 def _add_sample(verbs: Any) -> None:
-    sample = verbs.add_parser("sample", help="make images from a model, with or without a run's tuned scales")
+    sample = verbs.add_parser(
+        "sample", help="make images from a model, with or without a run's tuned scales"
+    )
     sample.add_argument("--model", help="default: the run's model, or auto")
     sample.add_argument("--run", type=Path, help="a run folder or one of its checkpoints")
-    sample.add_argument("--strength", type=float, default=1.0, help="0: the base, 1: as tuned; default 1")
+    sample.add_argument(
+        "--strength", type=float, default=1.0, help="0: the base, 1: as tuned; default 1"
+    )
     sample.add_argument("--prompts", help="file with one prompt a line")
     sample.add_argument("--output-dir", type=Path, required=True)
     sample.add_argument("--seed", type=int, help="prompt i is sampled from seed + i")
@@ -146,15 +195,34 @@ def _add_sample(verbs: Any) -> None:
 
 
 def _add_evaluate_and_report(verbs: Any) -> None:
-    evaluate = verbs.add_parser("evaluate", help="score a run, base against tuned, or a folder of images; compare runs")
+    evaluate = verbs.add_parser(
+        "evaluate", help="score a run, base against tuned, or a folder of images; compare runs"
+    )
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="a run folder or one of its checkpoints")
     what.add_argument("--images", type=Path, help="a folder of images, in the order of the prompts")
-    what.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs that were evaluated, in one table")
-    evaluate.add_argument("--prompts", help="file with one prompt a line; default: the shipped score prompts")
-    evaluate.add_argument("--style-dir", type=Path, help="images of the style; default: those the run was trained on")
-    evaluate.add_argument("--scorer", help="MODEL/PRETRAINED of open_clip, a folder, or embedded (default for --model tiny)")
-    evaluate.add_argument("--output", type=Path, help="default: evaluation.json in the run; of a checkpoint evaluation_step_N.json")
+    what.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="runs that were evaluated, in one table",
+    )
+    evaluate.add_argument(
+        "--prompts", help="file with one prompt a line; default: the shipped score prompts"
+    )
+    evaluate.add_argument(
+        "--style-dir", type=Path, help="images of the style; default: those the run was trained on"
+    )
+    evaluate.add_argument(
+        "--scorer",
+        help="MODEL/PRETRAINED of open_clip, a folder, or embedded (default for --model tiny)",
+    )
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        help="default: evaluation.json in the run; of a checkpoint evaluation_step_N.json",
+    )
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     evaluate.set_defaults(verb=_evaluate)
     report = verbs.add_parser("report", help="write one self-contained page on a run")
@@ -165,13 +233,25 @@ def _add_evaluate_and_report(verbs: Any) -> None:
 
 
 def _add_replay_and_mix(verbs: Any) -> None:
-    replay = verbs.add_parser("replay", help="rebuild the scales of any step from a journal and the base model")
+    replay = verbs.add_parser(
+        "replay", help="rebuild the scales of any step from a journal and the base model"
+    )
     replay.add_argument("--journal", type=Path, required=True, help="journal.qzo of a run")
     replay.add_argument("--model", help="default: the model that the journal names")
     replay.add_argument("--to-step", type=int, help="number of steps to apply; default all")
-    replay.add_argument("--init-from", metavar="RUN", help="what the run began with; default: where the journal says it was")
+    replay.add_argument(
+        "--init-from",
+        metavar="RUN",
+        help="what the run began with; default: where the journal says it was",
+    )
     mix = verbs.add_parser("mix", help="combine what several runs changed")
-    mix.add_argument("--run", action="append", required=True, metavar="RUN=WEIGHT", help="may be given several times")
+    mix.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        metavar="RUN=WEIGHT",
+        help="may be given several times",
+    )
     for verb, function in ((replay, _replay), (mix, _mix)):
         verb.add_argument("--output-dir", type=Path, required=True)
         verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
@@ -179,10 +259,19 @@ def _add_replay_and_mix(verbs: Any) -> None:
 
 
 def _add_export(verbs: Any) -> None:
-    export = verbs.add_parser("export", help="write a run's tuned model in a form that other programs load")
-    export.add_argument("--run", type=Path, required=True, help="a run folder, one of its checkpoints, or a mix")
+    export = verbs.add_parser(
+        "export", help="write a run's tuned model in a form that other programs load"
+    )
+    export.add_argument(
+        "--run", type=Path, required=True, help="a run folder, one of its checkpoints, or a mix"
+    )
     formats = ("nf4", "bf16", "delta", "journal", "native")
-    export.add_argument("--format", choices=formats, required=True, help="nf4: diffusers, 4 bit; bf16: diffusers and ComfyUI")
+    export.add_argument(
+        "--format",
+        choices=formats,
+        required=True,
+        help="nf4: diffusers, 4 bit; bf16: diffusers and ComfyUI",
+    )
     export.add_argument("--output-dir", type=Path, required=True)
     export.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     export.set_defaults(verb=_export)
@@ -212,13 +301,20 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
     results = llm_run.evaluate(resolve_settings(options, run, LLM_FLAGS, LlmConfig), options.run)
     metric = results["metric"]
     width = f" ± {results['ci95']:.4f}" if "ci95" in results else ""
-    line = f"{metric} {results[metric]:.4f}{width} on {results['test_examples']} examples of {results['task']}"
+    line = (
+        f"{metric} {results[metric]:.4f}{width} on {results['test_examples']} examples of "
+        f"{results['task']}"
+    )
     _tell(results, options.json, line)
     return DONE
 
 
-def _run_training(options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]) -> int:
-    """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class `kind`."""
+def _run_training(
+    options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]
+) -> int:
+    """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class
+    `kind`.
+    """
     from qzo_diffusion.core.errors import ConfigError
     from qzo_diffusion.runs import training as training_run
     from qzo_diffusion.train.run_folder import default_output_dir
@@ -251,7 +347,12 @@ def _sample(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import sample as sample_run
 
     request = sample_run.SampleRequest(
-        options.model, options.run, options.strength, options.prompts, options.output_dir, options.seed
+        options.model,
+        options.run,
+        options.strength,
+        options.prompts,
+        options.output_dir,
+        options.seed,
     )
     results = sample_run.run(request)
     _tell(results, options.json, f"done: {results['samples']}")
@@ -270,7 +371,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.images:
         results = score_run.run(score_run.ScoreRequest(options.images, *chosen))
         found = results["clip_score"]
-        line = f"CLIP score {found['mean']:.4f} of {found['n']} images, by {found['note'] or found['model']}"
+        line = (
+            f"CLIP score {found['mean']:.4f} of {found['n']} images, by "
+            f"{found['note'] or found['model']}"
+        )
     else:
         results = evaluate_run.run(evaluate_run.EvaluateRequest(options.run, *chosen))
         line = "\n".join(entry["text"] for entry in results["verdict"])
@@ -289,7 +393,9 @@ def _report(options: argparse.Namespace) -> int:
 def _replay(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import replay as replay_run
 
-    results = replay_run.run(options.journal, options.model, options.to_step, options.output_dir, options.init_from)
+    results = replay_run.run(
+        options.journal, options.model, options.to_step, options.output_dir, options.init_from
+    )
     _tell(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
     return DONE
 
@@ -307,9 +413,15 @@ def _export(options: argparse.Namespace) -> int:
 
     if llm_export.is_language_run(options.run):
         results = llm_export.run(options.run, options.format, options.output_dir)
-        _tell(results, options.json, f"done: {options.output_dir}\nto score it: {results['lm_eval']}")
+        _tell(
+            results, options.json, f"done: {options.output_dir}\nto score it: {results['lm_eval']}"
+        )
     else:
-        _tell(export_run.run(options.run, options.format, options.output_dir), options.json, f"done: {options.output_dir}")
+        _tell(
+            export_run.run(options.run, options.format, options.output_dir),
+            options.json,
+            f"done: {options.output_dir}",
+        )
     return DONE
 
 
@@ -343,15 +455,23 @@ def run_to_resume(options: argparse.Namespace) -> Path:
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: Flags, kind: Any) -> Any:
-    """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value; later ones win."""
+def resolve_settings(
+    options: argparse.Namespace, resumed: Path | None, flags: Flags, kind: Any
+) -> Any:
+    """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value;
+    later ones win.
+    """
     from qzo_diffusion import resources
     from qzo_diffusion.config import style as config
     from qzo_diffusion.core.errors import ConfigError
 
     preset = getattr(options, "preset", None)
     if bool(preset) + bool(options.config) + (resumed is not None) > 1:
-        raise ConfigError("more than one of --preset, --config, --resume and --run", "one of them", "leave the others out")
+        raise ConfigError(
+            "more than one of --preset, --config, --resume and --run",
+            "one of them",
+            "leave the others out",
+        )
     settings: dict[str, Any] = {}
     if resumed is not None:
         settings = config.read_yaml(resumed / "config.yaml")
@@ -359,7 +479,9 @@ def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: F
         name = f"{preset}.yaml"
         if not (resources.shipped("configs") / name).is_file():
             known = sorted(file.stem for file in resources.shipped("configs").glob("*.yaml"))
-            raise ConfigError(f"no preset {preset!r}", f"one of {', '.join(known)}", "choose one of them")
+            raise ConfigError(
+                f"no preset {preset!r}", f"one of {', '.join(known)}", "choose one of them"
+            )
         settings = config.read_yaml(resources.shipped("configs") / name)
     elif options.config:
         settings = config.read_yaml(resources.find_file(options.config, "configs"))
@@ -371,7 +493,8 @@ def resolve_settings(options: argparse.Namespace, resumed: Path | None, flags: F
         config.set_dotted(settings, "data.strict", True)
     overrides = [config.parse_override(text, kind) for text in options.settings]
     if resumed is not None and any(key == "train.lr" for key, _ in overrides):
-        config.set_dotted(settings, "train.calibrate_lr", False)  # a rate that somebody chose is taken as it is
+        # a rate that somebody chose is taken as it is
+        config.set_dotted(settings, "train.calibrate_lr", False)
     for key, value in overrides:
         config.set_dotted(settings, key, value)
     return config.make_config(settings, kind)

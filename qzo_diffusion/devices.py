@@ -11,12 +11,19 @@ TYPES = ("cpu", "cuda")  # whose memory planning knows
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises ConfigError for a device that torch doesn't know or doesn't see, or that nothing here was made for."""
+    """Raises ConfigError for a device that torch doesn't know or doesn't see, or that nothing here
+    was made for.
+    """
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        local = os.environ.get("LOCAL_RANK", "")  # of several processes on one machine each takes a GPU of its own
-        return torch.device("cuda", int(local) % torch.cuda.device_count()) if local.isdigit() else torch.device("cuda")
+        # of several processes on one machine each takes a GPU of its own
+        local = os.environ.get("LOCAL_RANK", "")
+        return (
+            torch.device("cuda", int(local) % torch.cuda.device_count())
+            if local.isdigit()
+            else torch.device("cuda")
+        )
     try:
         device = torch.device(name)
         if device.type not in TYPES:
@@ -24,12 +31,17 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"compute.device = {name!r}: {reason}", "auto, cpu or cuda", "use compute.device=cpu") from None
+        raise ConfigError(
+            f"compute.device = {name!r}: {reason}", "auto, cpu or cuda", "use compute.device=cpu"
+        ) from None
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of forwards: "auto" is bfloat16 on a GPU and float32 on a CPU. Scales and losses are fp32 always."""
+    """The dtype of forwards: "auto" is bfloat16 on a GPU and float32 on a CPU.
+
+    Scales and losses are fp32 always.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, name)

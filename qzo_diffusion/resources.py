@@ -1,4 +1,6 @@
-"""Where the files that ship with the package are: beside it in a clone, inside it when installed from a wheel."""
+"""Where the files that ship with the package are: beside it in a clone, inside it when installed
+from a wheel.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""A headless Chromium by the WebDriver protocol (https://www.w3.org/TR/webdriver2/): a few requests, so no client library."""
+"""A headless Chromium by the WebDriver protocol (https://www.w3.org/TR/webdriver2/): a few
+requests, so no client library.
+"""
 
 import base64
 import json
@@ -10,13 +12,18 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the protocol's own name for a reference to an element
+# the protocol's own name for a reference to an element
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
 def missing():
     """Why no page can be looked at here, or None."""
     lacking = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"not installed: {', '.join(lacking)} (Debian packages chromium, chromium-driver)" if lacking else None
+    return (
+        f"not installed: {', '.join(lacking)} (Debian packages chromium, chromium-driver)"
+        if lacking
+        else None
+    )
 
 
 class Page:
@@ -49,7 +56,9 @@ class Page:
             move | {"x": round((share - 0.5) * width)},
             {"type": "pointerUp", "button": 0},
         ]
-        self._call("POST", "actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]})
+        self._call(
+            "POST", "actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]}
+        )
 
     def emulate(self, dark, width, height):
         """Colours that the person prefers, and the size of the screen."""
@@ -66,7 +75,11 @@ class Page:
 
     def complaints(self):
         """What the console said: errors and warnings, refused requests among them."""
-        return [entry["message"] for entry in self._call("POST", "se/log", {"type": "browser"}) if entry["level"] != "INFO"]
+        return [
+            entry["message"]
+            for entry in self._call("POST", "se/log", {"type": "browser"})
+            if entry["level"] != "INFO"
+        ]
 
     def _chrome(self, command, parameters):
         return self._call("POST", "goog/cdp/execute", {"cmd": command, "params": parameters})
@@ -90,13 +103,28 @@ def browser():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    driver = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(
+        ["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(url)
-        options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]}
+        options = {
+            "args": [
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--hide-scrollbars",
+            ]
+        }
         wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        session = f"{url}/session/" + request("POST", f"{url}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+        session = (
+            f"{url}/session/"
+            + request("POST", f"{url}/session", {"capabilities": {"alwaysMatch": wanted}})[
+                "sessionId"
+            ]
+        )
         try:
             yield Page(session)
         finally:

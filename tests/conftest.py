@@ -1,9 +1,16 @@
-"""Every test runs offline, on few threads and from the same random state, whatever ran before it."""
+"""Every test runs offline, on few threads and from the same random state, whatever ran before
+it.
+"""
 
 import os
 
 # Read when the libraries are imported, so it has to stand above them.
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
 import json
 from pathlib import Path
@@ -20,13 +27,18 @@ hypothesis.settings.load_profile("house")
 
 @pytest.fixture(autouse=True)
 def _global_random_state(request):
-    """Building a layer draws from torch's global generator, which is fine; seeding it is not, ours or a library's."""
+    """Building a layer draws from torch's global generator, which is fine; seeding it is not, ours
+    or a library's.
+    """
     state, seed = torch.get_rng_state(), torch.initial_seed()
     yield
     seeded = torch.initial_seed() != seed
     torch.set_rng_state(state)
     if seeded and not request.node.get_closest_marker("global_rng"):
-        pytest.fail("torch's global random generator was seeded; pass a torch.Generator, or mark the test global_rng")
+        pytest.fail(
+            "torch's global random generator was seeded; pass a torch.Generator, or mark the "
+            "test global_rng"
+        )
 
 
 @pytest.fixture
@@ -34,12 +46,20 @@ def global_rng_untouched():
     """For code that promises not even to draw from torch's global generator."""
     state = torch.get_rng_state()
     yield
-    assert torch.equal(torch.get_rng_state(), state), "torch's global random generator was drawn from or seeded"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "torch's global random generator was drawn from or seeded"
+    )
 
 
-# Whole runs of the command line: short ones, on the embedded model, with two prompts. In bfloat16, a GPU's default, what tests call
-# equal up to rounding is not.
-FAST = ["sample.steps=2", "data.batch_size=4", "sample.every=0", "train.validate_every=0", "compute.dtype=float32"]
+# Whole runs of the command line: short ones, on the embedded model, with two prompts. In bfloat16,
+# a GPU's default, what tests call equal up to rounding is not.
+FAST = [
+    "sample.steps=2",
+    "data.batch_size=4",
+    "sample.every=0",
+    "train.validate_every=0",
+    "compute.dtype=float32",
+]
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +88,28 @@ def prompts(tmp_path):
 
 @pytest.fixture
 def train_arguments(tmp_path, images, prompts, cache):
-    """The command line of a run on those drawings into `tmp_path/<name>` with any further arguments."""
+    """The command line of a run on those drawings into `tmp_path/<name>` with any further
+    arguments.
+    """
 
     def build(*arguments, name="run", style_dir=images):
-        base = ["train", "--model", "tiny", "--style-dir", str(style_dir), "--sample-prompts", str(prompts)]
-        return [*base, "--output-dir", str(tmp_path / name), f"data.cache_dir={cache}", *FAST, *map(str, arguments)]
+        base = [
+            "train",
+            "--model",
+            "tiny",
+            "--style-dir",
+            str(style_dir),
+            "--sample-prompts",
+            str(prompts),
+        ]
+        return [
+            *base,
+            "--output-dir",
+            str(tmp_path / name),
+            f"data.cache_dir={cache}",
+            *FAST,
+            *map(str, arguments),
+        ]
 
     return build
 
@@ -102,7 +139,11 @@ def killed_after(monkeypatch, step):
 def metrics(run: Path, seconds: bool = False):
     """The lines of metrics.jsonl, without the one figure that no two runs share."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return lines if seconds else [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return (
+        lines
+        if seconds
+        else [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    )
 
 
 def failing(capsys, code):

@@ -29,13 +29,19 @@ def network(
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out)).to(dtype)
     for parameter in model.parameters():
-        parameter.data = (torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5).to(dtype)
+        parameter.data = (
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5
+        ).to(dtype)
     quantize_(model, quant_type=quant_type, blocksize=blocksize, backend=backend)
     return model.eval()
 
 
-def inputs(count: int = 6, width: int = 128, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def inputs(
+    count: int = 6, width: int = 128, dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Tensor:
+    return torch.randn(
+        count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def squared_output(model: nn.Module):
@@ -44,7 +50,9 @@ def squared_output(model: nn.Module):
 
 
 def snapshot(model: nn.Module, scales: ScaleSet) -> dict[str, Tensor]:
-    """Copies of everything that must not change: live scales and every parameter and buffer (codes among them)."""
+    """Copies of everything that must not change: live scales and every parameter and buffer (codes
+    among them).
+    """
     state = {f"scales.{name}": scales[name].clone() for name in scales}
     state |= {f"parameter.{name}": p.detach().clone() for name, p in model.named_parameters()}
     return state | {f"buffer.{name}": b.detach().clone() for name, b in model.named_buffers()}

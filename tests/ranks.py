@@ -1,4 +1,6 @@
-"""Starting the processes of a run by hand, as torchrun would: none is a fork, since a fork of a threaded process hangs."""
+"""Starting the processes of a run by hand, as torchrun would: none is a fork, since a fork of a
+threaded process hangs.
+"""
 
 import os
 import socket
@@ -19,7 +21,10 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
     """A Python process on one thread; its stdout and stderr can be read."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, **pipes
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        **pipes,
     )
 
 

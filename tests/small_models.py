@@ -4,7 +4,9 @@ import torch
 
 
 def sd3_transformer(kind: str = "large", *, layers: int = 3, seed: int = 0):
-    """The shape of Stable Diffusion 3.5 Large (also Large-Turbo's), Medium (dual attention) or 3.0 (no norms of q and k)."""
+    """The shape of Stable Diffusion 3.5 Large (also Large-Turbo's), Medium (dual attention) or 3.0
+    (no norms of q and k).
+    """
     from diffusers import SD3Transformer2DModel
 
     settings = {} if kind == "sd3" else {"qk_norm": "rms_norm"}
@@ -28,13 +30,23 @@ def sd3_transformer(kind: str = "large", *, layers: int = 3, seed: int = 0):
 def causal_lm(kind: str, seed: int = 0):
     import transformers
 
-    small = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    small = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "pad_token_id": 0,
+    }
     if kind == "llama":
         config = transformers.LlamaConfig(**small, intermediate_size=128)
     elif kind == "qwen2_tied":
-        config = transformers.Qwen2Config(**small, num_key_value_heads=2, intermediate_size=128, tie_word_embeddings=True)
+        config = transformers.Qwen2Config(
+            **small, num_key_value_heads=2, intermediate_size=128, tie_word_embeddings=True
+        )
     elif kind == "opt":
-        config = transformers.OPTConfig(**small, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64)
+        config = transformers.OPTConfig(
+            **small, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=64
+        )
     else:
         config = transformers.GPTNeoXConfig(**small, intermediate_size=128)
     return randomized(transformers.AutoModelForCausalLM.from_config(config), seed)
@@ -44,7 +56,13 @@ def t5_encoder(seed: int = 0):
     import transformers
 
     config = transformers.T5Config(
-        vocab_size=96, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        vocab_size=96,
+        d_model=64,
+        d_kv=32,
+        d_ff=128,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
     )
     return randomized(transformers.T5EncoderModel(config), seed)
 

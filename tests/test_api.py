@@ -16,7 +16,9 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
 
 def test_the_tour_runs_and_its_loss_falls(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 22, "the tour promises about 20 lines"
+    assert len([line for line in code.splitlines() if line.strip()]) <= 22, (
+        "the tour promises about 20 lines"
+    )
     names: dict[str, object] = {}
     exec(compile(code, str(DOCUMENT), "exec"), names)
     first, last = re.match(r"([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups()
@@ -35,7 +37,13 @@ def test_layer_level_is_merged_when_done():
 
 def test_batches_may_be_a_function_of_the_step():
     model, seen = network(), []
-    tune_(model, squared_output(model), lambda step: seen.append(step) or inputs(seed=step), steps=3, lr=1e-3)
+    tune_(
+        model,
+        squared_output(model),
+        lambda step: seen.append(step) or inputs(seed=step),
+        steps=3,
+        lr=1e-3,
+    )
     assert seen == [0, 1, 2]
 
 

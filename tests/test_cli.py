@@ -1,4 +1,6 @@
-"""Whole runs of the command line in this process, as a user would type them, on the embedded model."""
+"""Whole runs of the command line in this process, as a user would type them, on the embedded
+model.
+"""
 
 import json
 import os
@@ -19,16 +21,39 @@ from tests.conftest import failing, metrics
 
 
 def test_a_run_leaves_what_the_contract_names(train, tmp_path, capsys):
-    assert train("--max-steps", 3, "--json", "sample.every=2", "--validation-dir", tmp_path / "imgs2", *copy_images(tmp_path)) == 0
+    assert (
+        train(
+            "--max-steps",
+            3,
+            "--json",
+            "sample.every=2",
+            "--validation-dir",
+            tmp_path / "imgs2",
+            *copy_images(tmp_path),
+        )
+        == 0
+    )
     run = tmp_path / "run"
     results = json.loads(capsys.readouterr().out)
     assert results["steps"] == 3
     assert set(results["validation_loss"]) == {"start", "end"}
-    expected = ["config.yaml", "environment.json", "metrics.jsonl", "dataset.json", "final/scales.safetensors", "final/COMPLETE"]
-    expected += [f"samples/{name}.png" for name in ("step_000000", "step_000002", "step_000003", "grid")]
+    expected = [
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "dataset.json",
+        "final/scales.safetensors",
+        "final/COMPLETE",
+    ]
+    expected += [
+        f"samples/{name}.png" for name in ("step_000000", "step_000002", "step_000003", "grid")
+    ]
     assert [name for name in expected if not (run / name).exists()] == []
     steps = [line for line in metrics(run, seconds=True) if "loss" in line]
-    names = "step loss_plus loss_minus loss directional_derivative projected_grad lr eps clipped sigma_mean seconds"
+    names = (
+        "step loss_plus loss_minus loss directional_derivative projected_grad lr eps clipped "
+        "sigma_mean seconds"
+    )
     assert set(names.split()) <= set(steps[0])
     assert [line["step"] for line in steps] == [0, 1, 2]
     assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [0, 3]
@@ -52,19 +77,30 @@ def copy_images(tmp_path):
     return []
 
 
-@pytest.mark.parametrize("settings", [[], ["qzo.parametrization=dense", "train.optimizer=adam"], ["qzo.num_directions=2"]])
+@pytest.mark.parametrize(
+    "settings",
+    [[], ["qzo.parametrization=dense", "train.optimizer=adam"], ["qzo.num_directions=2"]],
+)
 def test_the_same_command_twice_is_bit_identical(train, tmp_path, settings):
-    assert train("--max-steps", 3, *settings, name="a") == train("--max-steps", 3, *settings, name="b") == 0
+    assert (
+        train("--max-steps", 3, *settings, name="a")
+        == train("--max-steps", 3, *settings, name="b")
+        == 0
+    )
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     first, second = load_scales(tmp_path / "a")[0], load_scales(tmp_path / "b")[0]
     assert all(torch.equal(first[name], second[name]) for name in first)
     for picture in ("step_000000.png", "step_000003.png", "grid.png"):
-        assert (tmp_path / "a/samples" / picture).read_bytes() == (tmp_path / "b/samples" / picture).read_bytes()
+        assert (tmp_path / "a/samples" / picture).read_bytes() == (
+            tmp_path / "b/samples" / picture
+        ).read_bytes()
 
 
 def test_the_config_that_a_run_wrote_repeats_it(train, tmp_path, images):
     assert train("--max-steps", 2, "train.lr=0.01", name="a") == 0
-    again = main(["train", "--config", str(tmp_path / "a/config.yaml"), "--output-dir", str(tmp_path / "b")])
+    again = main(
+        ["train", "--config", str(tmp_path / "a/config.yaml"), "--output-dir", str(tmp_path / "b")]
+    )
     assert again == 0
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
@@ -72,7 +108,9 @@ def test_the_config_that_a_run_wrote_repeats_it(train, tmp_path, images):
 def test_training_changes_the_scales_and_samples(train, tmp_path):
     assert train("--max-steps", 3, "train.lr=0.05") == 0
     run = tmp_path / "run"
-    assert (run / "samples/step_000000.png").read_bytes() != (run / "samples/step_000003.png").read_bytes()
+    assert (run / "samples/step_000000.png").read_bytes() != (
+        run / "samples/step_000003.png"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("preset", ["paper", "tiny", "default"])
@@ -87,30 +125,55 @@ def test_bfloat16_and_the_reference_back_end_run(train, tmp_path):
 
 def test_backends_see_the_same_losses(train, tmp_path):
     """The same codes and scales in fp32: only the order of a product's sum differs."""
-    assert train("--max-steps", 1, "quant.backend=reference", name="a") == train("--max-steps", 1, name="b") == 0
+    assert (
+        train("--max-steps", 1, "quant.backend=reference", name="a")
+        == train("--max-steps", 1, name="b")
+        == 0
+    )
     first, second = metrics(tmp_path / "a")[0], metrics(tmp_path / "b")[0]
     assert first["loss_plus"] == pytest.approx(second["loss_plus"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["quzo", "fo-scales"])
-def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(train, tmp_path, prompts, capsys, method):
+def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(
+    train, tmp_path, prompts, capsys, method
+):
     assert train("--method", method, "--max-steps", 3, "train.validate_every=1") == 0
     run = tmp_path / "run"
     assert (run / "journal.qzo").exists() == (method == "quzo")
     tuned = load_file(run / "final" / "scales.safetensors")
-    assert {tensor.dtype for tensor in tuned.values()} == {torch.int8 if method == "quzo" else torch.float32}
+    assert {tensor.dtype for tensor in tuned.values()} == {
+        torch.int8 if method == "quzo" else torch.float32
+    }
     sample = ["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir"]
     assert main([*sample, str(tmp_path / "tuned")]) == 0
     last = max((run / "samples").glob("step_*.png"))
     first = Image.open(tmp_path / "tuned" / "samples" / "000.png")
     shown = cells(load_picture(last), 2)[0]
     assert first.tobytes() == shown.resize(first.size, Image.Resampling.NEAREST).tobytes()
-    assert main(["export", "--run", str(run), "--format", "bf16", "--output-dir", str(tmp_path / "exported")]) == 0
+    assert (
+        main(
+            [
+                "export",
+                "--run",
+                str(run),
+                "--format",
+                "bf16",
+                "--output-dir",
+                str(tmp_path / "exported"),
+            ]
+        )
+        == 0
+    )
     if method == "quzo":
         capsys.readouterr()
-        assert "integer codes" in failing(capsys, main([*sample, str(tmp_path / "half"), "--strength", "0.5"]))
+        assert "integer codes" in failing(
+            capsys, main([*sample, str(tmp_path / "half"), "--strength", "0.5"])
+        )
         again = tmp_path / "again"
-        assert main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(again)]) == 0
+        assert (
+            main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(again)]) == 0
+        )
         replayed = load_file(again / "final" / "scales.safetensors")
         assert all(torch.equal(tensor, replayed[name]) for name, tensor in tuned.items())
 
@@ -137,7 +200,10 @@ def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):
     ("settings", "told"),
     [
         ([], "3 images, 8 directions of each: 24 forwards of one"),
-        (["qzo.num_directions=1"], "3 images, 1 direction of each, at both sides: 6 forwards of one"),
+        (
+            ["qzo.num_directions=1"],
+            "3 images, 1 direction of each, at both sides: 6 forwards of one",
+        ),
         (
             ["qzo.per_example=false", "qzo.num_directions=2"],
             "3 images, 2 directions that all share, at both sides: 12 forwards",
@@ -163,13 +229,19 @@ def test_first_line_says_which_model_and_why(train, capsys):
 
 
 def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
-    assert train("--max-steps", 2, name="a") == train("--max-steps", 2, "train.micro_batch_size=3", name="b") == 0
+    assert (
+        train("--max-steps", 2, name="a")
+        == train("--max-steps", 2, "train.micro_batch_size=3", name="b")
+        == 0
+    )
     for first, second in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
         assert first["loss_plus"] == pytest.approx(second["loss_plus"], rel=1e-5)
 
 
 def test_flips_dropout_and_repeats_run(train):
-    assert train("--max-steps", 3, "data.flip=true", "data.caption_dropout=0.5", "data.repeats=2") == 0
+    assert (
+        train("--max-steps", 3, "data.flip=true", "data.caption_dropout=0.5", "data.repeats=2") == 0
+    )
 
 
 def test_images_without_captions_need_one(train, images, capsys):
@@ -177,7 +249,10 @@ def test_images_without_captions_need_one(train, images, capsys):
         file.unlink()
     assert train("--max-steps", 1) == 2
     assert "--caption" in capsys.readouterr().err
-    assert train("--max-steps", 1, "--caption", "a picture in [trigger] style", "--trigger", "sks") == 0
+    assert (
+        train("--max-steps", 1, "--caption", "a picture in [trigger] style", "--trigger", "sks")
+        == 0
+    )
 
 
 def test_one_image_is_enough(train, images, tmp_path):
@@ -185,7 +260,9 @@ def test_one_image_is_enough(train, images, tmp_path):
         (images / f"{index}.png").unlink()
         (images / f"{index}.txt").unlink()
     assert train("--max-steps", 1) == 0
-    assert [row["file"] for row in json.loads((tmp_path / "run/dataset.json").read_text())] == ["0.png"]
+    assert [row["file"] for row in json.loads((tmp_path / "run/dataset.json").read_text())] == [
+        "0.png"
+    ]
 
 
 def test_one_bad_image_of_many_is_named_and_the_run_goes_on(train, images, tmp_path, capsys):
@@ -236,7 +313,9 @@ def test_an_existing_run_is_not_touched(train, tmp_path, capsys):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert "never overwritten" in failing(capsys, train("--max-steps", 1))
-    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
 
 
 def test_a_place_that_cannot_be_written(train, tmp_path, capsys):
@@ -249,7 +328,9 @@ def test_a_cache_that_cannot_be_written(train, tmp_path, capsys):
     failing(capsys, train("--max-steps", 1, f"data.cache_dir={tmp_path / 'file' / 'cache'}"))
 
 
-def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(train, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(
+    train, tmp_path, capsys, monkeypatch
+):
     from qzo_diffusion.runs.style import plan as style_run
 
     def spoiled(*arguments):
@@ -295,7 +376,9 @@ def test_sampling_a_run_gives_its_last_pictures(train, tmp_path, prompts):
     table = json.loads((out / "samples/prompts.json").read_text())
     assert [row["prompt"] for row in table] == ["red apple", "banana"]
     assert main([*common, "--output-dir", str(tmp_path / "base"), "--strength", "0"]) == 0
-    tuned, base = (Image.open(folder / "samples/000.png").tobytes() for folder in (out, tmp_path / "base"))
+    tuned, base = (
+        Image.open(folder / "samples/000.png").tobytes() for folder in (out, tmp_path / "base")
+    )
     assert tuned != base
 
     def cell(step):
@@ -314,12 +397,32 @@ def test_scales_of_another_quantization_are_refused(train, tmp_path, prompts, ca
     settings["quant"]["type"] = "fp4"
     config.write_text(yaml.safe_dump(settings))
     capsys.readouterr()
-    code = main(["sample", "--run", str(tmp_path / "run"), "--prompts", str(prompts), "--output-dir", str(tmp_path / "out")])
+    code = main(
+        [
+            "sample",
+            "--run",
+            str(tmp_path / "run"),
+            "--prompts",
+            str(prompts),
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+    )
     assert "other codes" in failing(capsys, code)
 
 
 def test_sampling_a_run_that_is_not_there(tmp_path, capsys):
-    code = main(["sample", "--run", str(tmp_path / "none"), "--model", "tiny", "--output-dir", str(tmp_path / "out")])
+    code = main(
+        [
+            "sample",
+            "--run",
+            str(tmp_path / "none"),
+            "--model",
+            "tiny",
+            "--output-dir",
+            str(tmp_path / "out"),
+        ]
+    )
     assert "no tuned scales" in failing(capsys, code)
 
 
@@ -339,7 +442,8 @@ def test_validate_refuses_a_typo(tmp_path, capsys):
 
 
 def test_doctor_says_that_all_is_well(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # with a GPU it misses the weights of the large model
+    # with a GPU it misses the weights of the large model
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["problems"] == []
@@ -364,7 +468,12 @@ def test_a_model_folder_with_pickles_only(train, tmp_path, capsys):
 
 
 def test_rows_with_directions_of_their_own_in_chosen_layers(train, tmp_path):
-    settings = ["qzo.parametrization=row", "qzo.per_example=true", "qzo.num_directions=2", "qzo.layers=[ff.net]"]
+    settings = [
+        "qzo.parametrization=row",
+        "qzo.per_example=true",
+        "qzo.num_directions=2",
+        "qzo.layers=[ff.net]",
+    ]
     assert train("--max-steps", 2, "data.batch_size=3", *settings) == 0
     step = next(line for line in metrics(tmp_path / "run") if "loss_plus" in line)
     assert len(step["projected_grad"]) == 3 * 2
@@ -376,7 +485,10 @@ def test_rows_with_directions_of_their_own_in_chosen_layers(train, tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "word"),
-    [("qzo.layers=[nowhere]", "no such layer"), ("qzo.per_example=true qzo.parametrization=dense", "per_example")],
+    [
+        ("qzo.layers=[nowhere]", "no such layer"),
+        ("qzo.per_example=true qzo.parametrization=dense", "per_example"),
+    ],
 )
 def test_bad_choices_of_numbers(train, capsys, setting, word):
     assert word in failing(capsys, train("--max-steps", 1, *setting.split()))

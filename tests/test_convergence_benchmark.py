@@ -1,4 +1,6 @@
-"""The convergence benchmark: cells that resume bit for bit, arithmetic by hand, grids that grow, and honest reports."""
+"""The convergence benchmark: cells that resume bit for bit, arithmetic by hand, grids that grow,
+and honest reports.
+"""
 
 import itertools
 import json
@@ -13,8 +15,22 @@ from PIL import Image
 
 from benchmarks.convergence import cells, folder, methods, pictures, report
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
-from benchmarks.convergence.methods import FAMILIES, Cell, Phase, next_exponents, open_cells, rate_of, settled_exponent
-from benchmarks.convergence.tasks import STYLE_WORDS, choose, open_style, stratified_sigmas, write_images
+from benchmarks.convergence.methods import (
+    FAMILIES,
+    Cell,
+    Phase,
+    next_exponents,
+    open_cells,
+    rate_of,
+    settled_exponent,
+)
+from benchmarks.convergence.tasks import (
+    STYLE_WORDS,
+    choose,
+    open_style,
+    stratified_sigmas,
+    write_images,
+)
 from benchmarks.tiny.drawings import taught_concepts
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.train.loop import StepBatch
@@ -42,7 +58,9 @@ class SmallTask:
 def small(name, exponent, steps=50, **changes):
     """A cell of the table's method `name` with fewer examples."""
     method = replace(FAMILIES[name].at(exponent), batch=2, **changes)
-    return Cell("fluent_mono", replace(method, budget=steps * method.cost_of_step + method.calibration), 3)
+    return Cell(
+        "fluent_mono", replace(method, budget=steps * method.cost_of_step + method.calibration), 3
+    )
 
 
 def folders(tmp_path, name="one"):
@@ -70,7 +88,8 @@ METHODS = [
 @pytest.mark.parametrize("name", [*METHODS, "first_order_dense", "qlora"])
 def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, name, monkeypatch):
     monkeypatch.setattr(cells, "EVALUATIONS", 10)  # every third step
-    exponent, backend = (-6, "bnb") if name == "qlora" else (-4, "reference")  # peft knows no other layers
+    # peft knows no other layers
+    exponent, backend = (-6, "bnb") if name == "qlora" else (-4, "reference")
     cell = small(name, exponent, steps=32)
     whole, task = folders(tmp_path), SmallTask(backend)
     expected = run_cell(cell, task, whole)
@@ -86,7 +105,9 @@ def test_a_cell_that_was_stopped_ends_as_one_that_was_not(tmp_path, name, monkey
     assert stops > 3
     for key in ("curve", "final_loss", "start_loss", "steps", "settings", "ended"):
         assert result[key] == expected[key], key
-    assert json.loads(parts.result(cell).read_text())["curve"] == [list(point) for point in expected["curve"]]
+    assert json.loads(parts.result(cell).read_text())["curve"] == [
+        list(point) for point in expected["curve"]
+    ]
     assert result["final_loss"] < result["start_loss"]
 
 
@@ -101,7 +122,10 @@ def test_adapters_are_taken_out_again_whatever_happens(tmp_path):
     with pytest.raises(TypeError):
         run_cell(cell, task, folders(tmp_path, "other"))
     assert dict(task.model.named_modules()) == layers
-    once, again = (run_cell(cell, SmallTask("bnb"), folders(tmp_path, name))["curve"] for name in ("once", "again"))
+    once, again = (
+        run_cell(cell, SmallTask("bnb"), folders(tmp_path, name))["curve"]
+        for name in ("once", "again")
+    )
     assert once == again
     assert once[-1][1] < 0.9 * once[0][1]
 
@@ -124,9 +148,14 @@ def test_a_calibrated_rate_is_measured_once_and_paid_for(tmp_path):
     assert stops > 1
     assert 0 < result["rate_factor"] <= 1
     whole = run_cell(cell, SmallTask(), folders(tmp_path, "whole"))
-    assert {key: whole[key] for key in ("rate_factor", "curve")} == {key: result[key] for key in ("rate_factor", "curve")}
+    assert {key: whole[key] for key in ("rate_factor", "curve")} == {
+        key: result[key] for key in ("rate_factor", "curve")
+    }
     forwards = 3 * 16  # three of each of sixteen examples
-    assert [spent for spent, _ in result["curve"]] == [0, *(forwards + 16 * step for step in range(1, 21))]
+    assert [spent for spent, _ in result["curve"]] == [
+        0,
+        *(forwards + 16 * step for step in range(1, 21)),
+    ]
     assert result["curve"][-1][0] == cell.method.budget
     assert FAMILIES["default"].at(-2).steps == (16_000 - 48) // 32
     assert not FAMILIES["default"].phases("sst2")[0].calibrate
@@ -149,11 +178,15 @@ def test_a_cell_that_diverges_says_so_and_ends_early(tmp_path):
     assert result["final_loss"] is None
     assert result["steps"] < cell.method.steps
     assert final_losses({"a": result}) == {"a": math.inf}
-    json.loads(folders(tmp_path).result(cell).read_text(), parse_constant=pytest.fail)  # no NaN, which is not JSON
+    # no NaN, which is not JSON
+    json.loads(folders(tmp_path).result(cell).read_text(), parse_constant=pytest.fail)
 
 
 def test_phases_follow_each_other():
-    method = replace(FAMILIES["antithetic_coarse_to_fine"].at(-2), phases=(Phase("layer", share=0.2), Phase("row", share=0.8)))
+    method = replace(
+        FAMILIES["antithetic_coarse_to_fine"].at(-2),
+        phases=(Phase("layer", share=0.2), Phase("row", share=0.8)),
+    )
     assert method.steps == 500
     assert method.ends() == [100, 500]
     assert replace(method, first_order=True).steps == 1000
@@ -171,8 +204,14 @@ def test_interpolation_between_evaluations():
 
 def test_ratios_by_hand():
     curves = [[(0, 3.0), (1000, 1.0)], [(0, 3.0), (2000, 1.0)]]  # 2.0 after 500 and 1000
-    assert report.budget_ratio(curves, 2.0, 16_000) == {"mean": 16_000 / 750, "low": 16.0, "high": 32.0, "seeds": 2}
-    assert report.budget_ratio([*curves, [(0, 3.0), (1000, 2.5)]], 2.0, 16_000) is None  # one seed never gets there
+    assert report.budget_ratio(curves, 2.0, 16_000) == {
+        "mean": 16_000 / 750,
+        "low": 16.0,
+        "high": 32.0,
+        "seeds": 2,
+    }
+    # one seed never gets there
+    assert report.budget_ratio([*curves, [(0, 3.0), (1000, 2.5)]], 2.0, 16_000) is None
     assert report.budget_ratio(curves, 3.5, 16_000) is None  # nothing to reach
     assert report.geometric_mean([4.0, 25.0]) == pytest.approx(10.0)
     assert report.share_of_gain(3.0, 2.5, 1.0) == 0.25
@@ -255,7 +294,12 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path, document):
     assert "old" not in text
     assert "not measured yet" in text
     assert text.count("No cell is finished.") == len(methods.DATA)
-    nothing = {"geometric_mean": None, "styles": [], "missing": list(methods.DATA), "provisional_because": []}
+    nothing = {
+        "geometric_mean": None,
+        "styles": [],
+        "missing": list(methods.DATA),
+        "provisional_because": [],
+    }
     assert found["default_ratio"] == nothing
     assert "openmoji: no cell is finished" in found["missing"]
 
@@ -263,7 +307,14 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path, document):
 def test_a_report_of_some_cells(tmp_path, document):
     for exponent, final in zip((-5, -4, -3, -2, -1), (2.9, 2.8, 2.6, 2.7, None), strict=True):
         _write(tmp_path, "fluent_mono", "paper_relative", exponent, 0, [(0, 3.0), (16_000, final)])
-    _write(tmp_path, "fluent_mono", "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (320, 2.8), (640, 2.4), (16_000, 2.0)])
+    _write(
+        tmp_path,
+        "fluent_mono",
+        "default",
+        methods.DEFAULT_EXPONENT,
+        0,
+        [(0, 3.0), (320, 2.8), (640, 2.4), (16_000, 2.0)],
+    )
     found = report.write_report(tmp_path, document, tmp_path / "plot.png")
     style = found["styles"]["fluent_mono"]
     assert style["reference"] == "paper_relative"
@@ -275,14 +326,25 @@ def test_a_report_of_some_cells(tmp_path, document):
     assert found["default_ratio"]["geometric_mean"] == pytest.approx(16_000 / 480)
     assert found["default_ratio"]["missing"] == ["openmoji", "fluent3d", "sst2"]
     assert "fluent_mono: paper_relative: 1 of 3 seeds finished" in found["missing"]
-    assert "fluent_mono: default: 1 of 3 seeds finished" in found["default_ratio"]["provisional_because"]
+    assert (
+        "fluent_mono: default: 1 of 3 seeds finished"
+        in found["default_ratio"]["provisional_because"]
+    )
     assert "This is provisional: " in document.read_text()
     assert found["speedup"] == {"fluent_mono": pytest.approx(16_000 / 480)}
-    assert (found["start"], found["paper"], found["default"]) == ({"fluent_mono": 3.0}, {"fluent_mono": 2.6}, {"fluent_mono": 2.0})
+    assert (found["start"], found["paper"], found["default"]) == (
+        {"fluent_mono": 3.0},
+        {"fluent_mono": 2.6},
+        {"fluent_mono": 2.0},
+    )
     assert found["gain_share"] == found["first_order"] == found["default_gain_over_tuned"] == {}
-    assert any("antithetic_adam: not run at rate 0.00316" in sentence for sentence in found["missing"])
+    assert any(
+        "antithetic_adam: not run at rate 0.00316" in sentence for sentence in found["missing"]
+    )
 
-    _write(tmp_path, "fluent_mono", "first_order_dense", -3, 0, [(0, 3.0), (1600, 1.0), (3200, 1.2)])
+    _write(
+        tmp_path, "fluent_mono", "first_order_dense", -3, 0, [(0, 3.0), (1600, 1.0), (3200, 1.2)]
+    )
     style = report.write_report(tmp_path, document, tmp_path / "plot.png")["styles"]["fluent_mono"]
     assert style["first_order_loss"] == 1.0  # the lowest, not the last
     assert style["families"]["default"]["share_of_first_order_gain"]["mean"] == pytest.approx(0.5)
@@ -294,7 +356,9 @@ def test_a_report_of_some_cells(tmp_path, document):
 def test_the_default_is_compared_with_its_best_rate_and_over_the_long_budget(tmp_path, document):
     for exponent, final in zip((-3, -2, -1), (2.2, 1.8, 1.9), strict=True):
         _write(tmp_path, methods.UNSEEN, "default_tuned", exponent, 0, [(0, 3.0), (16_000, final)])
-    _write(tmp_path, methods.UNSEEN, "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (16_000, 1.92)])
+    _write(
+        tmp_path, methods.UNSEEN, "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (16_000, 1.92)]
+    )
     _write(tmp_path, "openmoji", "first_order_dense", -3, 0, [(0, 3.0), (3200, 1.0)])
     exponent = methods.default_exponent(methods.LONG_BUDGET)
     _write(tmp_path, "openmoji", "default_long", exponent, 0, [(0, 3.0), (64_000, 1.5)])
@@ -327,10 +391,14 @@ def test_results_of_other_settings_do_not_count(tmp_path):
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory):
-    """The archive with ten taught concepts, one of them drawn as another one, and two unknown ones."""
+    """The archive with ten taught concepts, one of them drawn as another one, and two unknown
+    ones.
+    """
     folder = tmp_path_factory.mktemp("drawings")
     names = ["not taught", *taught_concepts()[:10], "nor this"]
-    pixels = np.random.Generator(np.random.Philox(0)).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    pixels = np.random.Generator(np.random.Philox(0)).integers(
+        0, 256, (12, 64, 64, 3), dtype=np.uint8
+    )
     pixels[4] = pixels[3]
     np.savez(folder / "emoji64.npz", img_openmoji=pixels, ok_openmoji=np.arange(12) != 5)
     (folder / "meta.json").write_text(json.dumps([{"name": name} for name in names]))
@@ -358,7 +426,9 @@ def test_images_are_written_once(drawings, tmp_path):
     train, held_out = choose("openmoji", drawings, train=3, held_out=5)
     folder = write_images(tmp_path, train)
     assert len(list(folder.glob("*.png"))) == 3
-    assert [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()] == train.captions
+    assert [
+        json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()
+    ] == train.captions
     assert write_images(tmp_path, train) == folder
     assert write_images(tmp_path, held_out) != folder
 
@@ -379,15 +449,28 @@ def test_a_style_on_the_embedded_model(drawings, tmp_path, monkeypatch):
     assert [spent for spent, _ in result["curve"]] == [0, 4, 8]
     before = {name: live.clone() for name, live in task.scales.tensors().items()}
     monkeypatch.setattr(pictures, "COUNT", 2)
-    both = {"tuned": small("default", -1, steps=2), "first order": small("first_order_dense", -3, steps=2)}
+    both = {
+        "tuned": small("default", -1, steps=2),
+        "first order": small("first_order_dense", -3, steps=2),
+    }
     target, checkpoints = tmp_path / "styles.png", tmp_path / "runs"
     assert not pictures.draw(task, both, checkpoints, target, lambda: True)
     assert not target.exists()
     assert pictures.draw(task, both, checkpoints, target, lambda: False)
     drawn = Image.open(target)
-    assert len({drawn.crop((128 * column, 16, 128 * column + 128, 144)).tobytes() for column in range(4)}) == 4
+    assert (
+        len(
+            {
+                drawn.crop((128 * column, 16, 128 * column + 128, 144)).tobytes()
+                for column in range(4)
+            }
+        )
+        == 4
+    )
     assert all(torch.equal(live, before[name]) for name, live in task.scales.tensors().items())
-    monkeypatch.setattr(pictures.CellRun, "advance", lambda *_: pytest.fail("trained what is in a checkpoint"))
+    monkeypatch.setattr(
+        pictures.CellRun, "advance", lambda *_: pytest.fail("trained what is in a checkpoint")
+    )
     assert pictures.draw(task, both, checkpoints, tmp_path / "again.png", lambda: False)
     assert Image.open(tmp_path / "again.png").tobytes() == drawn.tobytes()
 
@@ -397,7 +480,16 @@ def test_the_best_finished_runs_of_a_style_are_drawn(tmp_path):
         cell = Cell("openmoji", FAMILIES[family].at(exponent), seed)
         path = tmp_path / f"{cell.name}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"cell": cell.name, "data": cell.data, "settings": cell.method.settings(), "final_loss": loss}))
+        path.write_text(
+            json.dumps(
+                {
+                    "cell": cell.name,
+                    "data": cell.data,
+                    "settings": cell.method.settings(),
+                    "final_loss": loss,
+                }
+            )
+        )
         return cell
 
     finish("first_order_dense", -3, 0, 0.9)
@@ -414,16 +506,25 @@ def test_the_best_finished_runs_of_a_style_are_drawn(tmp_path):
 def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(tmp_path, monkeypatch):
     opened, ran = [], []
     original = folder.run_cell
-    monkeypatch.setattr(folder, "StyleTask", lambda *arguments: opened.append(arguments) or SmallTask())
     monkeypatch.setattr(
-        folder, "run_cell", lambda cell, *rest, **options: ran.append(cell.name) or original(cell, *rest, **options)
+        folder, "StyleTask", lambda *arguments: opened.append(arguments) or SmallTask()
+    )
+    monkeypatch.setattr(
+        folder,
+        "run_cell",
+        lambda cell, *rest, **options: ran.append(cell.name) or original(cell, *rest, **options),
     )
     monkeypatch.setattr(methods, "FIRST_ORDER_STEPS", 5)
     first = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")
     assert first["start"]["mine"] > first["default"]["mine"] > 0
     assert first["gain_share"]["mine"] > 0
     assert {f"mine/default_lr0.1_{seed}" for seed in (0, 1)} <= first["curves"].keys()
-    assert all(curve[-1][0] == 3 * 16 + 2 * 32 for name, curve in first["curves"].items() if "default" in name)  # of 4 * 32
+    # of 4 * 32
+    assert all(
+        curve[-1][0] == 3 * 16 + 2 * 32
+        for name, curve in first["curves"].items()
+        if "default" in name
+    )
     before = len(ran)
     again = folder.compare(tmp_path / "mine", 4 * 32, 2, tmp_path / "work", tmp_path / "cache")
     assert len(ran) == before

@@ -1,4 +1,6 @@
-"""A pipeline of half a billion parameters on real photographs, as a user runs it: train, samples, resume, memory."""
+"""A pipeline of half a billion parameters on real photographs, as a user runs it: train, samples,
+resume, memory.
+"""
 
 import json
 import os
@@ -22,7 +24,8 @@ from qzo_diffusion.cli import main
 plans, make_plan = [], style_run.make_plan
 style_run.make_plan = lambda *args: plans.append(make_plan(*args)) or plans[-1]
 assert main(sys.argv[1:]) == 0
-peak = [int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+status = open("/proc/self/status")
+peak = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")][0]
 planned = plans[0].memory()
 print(json.dumps({"planned": planned.peak, "measured": peak, "plan": planned.describe()}))
 """
@@ -30,10 +33,16 @@ print(json.dumps({"planned": planned.peak, "measured": peak, "plan": planned.des
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """The embedded model with a random transformer of 0.5 B parameters and a VAE of the real widths in place of its own."""
+    """The embedded model with a random transformer of 0.5 B parameters and a VAE of the real widths
+    in place of its own.
+    """
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-    folder = shutil.copytree(resources.tiny_model(), tmp_path / "model", ignore=shutil.ignore_patterns("transformer", "vae"))
+    folder = shutil.copytree(
+        resources.tiny_model(),
+        tmp_path / "model",
+        ignore=shutil.ignore_patterns("transformer", "vae"),
+    )
     tiny = json.loads((resources.tiny_model() / "transformer" / "config.json").read_text())
     shape = {
         "num_layers": 8,
@@ -45,16 +54,32 @@ def pipeline(tmp_path):
     model = SD3Transformer2DModel.from_config(tiny | shape | {"sample_size": 64}).to(torch.bfloat16)
     assert 0.45e9 < sum(parameter.numel() for parameter in model.parameters()) < 0.6e9
     model.save_pretrained(folder / "transformer", max_shard_size="500MB")
-    vae = json.loads((resources.tiny_model() / "vae" / "config.json").read_text()) | {"block_out_channels": [128, 256, 512, 512]}
-    vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32}
+    vae = json.loads((resources.tiny_model() / "vae" / "config.json").read_text()) | {
+        "block_out_channels": [128, 256, 512, 512]
+    }
+    vae |= {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "norm_num_groups": 32,
+    }
     AutoencoderKL.from_config(vae).save_pretrained(folder / "vae")
     return folder
 
 
 def run(*arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+    }
     command = [sys.executable, "-c", SCRIPT, "train", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment, timeout=3000)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        timeout=3000,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -69,9 +94,29 @@ def test_twenty_photographs_through_half_a_billion_parameters(pipeline, tmp_path
     assert len(list(photos.iterdir())) == 20
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photograph\n")
-    arguments = ["--model", pipeline, "--style-dir", photos, "--caption", "a photograph", "--sample-prompts", prompts]
-    arguments += ["--output-dir", tmp_path / "run", f"data.cache_dir={tmp_path / 'cache'}", "compute.dtype=bfloat16"]
-    arguments += ["data.resolution=512", "data.batch_size=4", "train.micro_batch_size=2", "sample.steps=2", "sample.guidance=1.0"]
+    arguments = [
+        "--model",
+        pipeline,
+        "--style-dir",
+        photos,
+        "--caption",
+        "a photograph",
+        "--sample-prompts",
+        prompts,
+    ]
+    arguments += [
+        "--output-dir",
+        tmp_path / "run",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "compute.dtype=bfloat16",
+    ]
+    arguments += [
+        "data.resolution=512",
+        "data.batch_size=4",
+        "train.micro_batch_size=2",
+        "sample.steps=2",
+        "sample.guidance=1.0",
+    ]
     arguments += ["sample.every=0", "train.validate_every=0", "train.checkpoint_every=1"]
     first = run(*arguments, "--max-steps", 2)
     print(first["plan"])
@@ -87,14 +132,21 @@ def test_twenty_photographs_through_half_a_billion_parameters(pipeline, tmp_path
 
 
 def assert_both_layouts_hold_the_same_weights(place):
-    """The bf16 export of the run, as diffusers reads its own layout and the single file in the original one."""
+    """The bf16 export of the run, as diffusers reads its own layout and the single file in the
+    original one.
+    """
     from diffusers import SD3Transformer2DModel
 
     out = place / "exported"
-    assert main(["export", "--run", str(place / "run"), "--format", "bf16", "--output-dir", str(out)]) == 0
+    assert (
+        main(["export", "--run", str(place / "run"), "--format", "bf16", "--output-dir", str(out)])
+        == 0
+    )
     shutil.copytree(out, place / "only_config", ignore=shutil.ignore_patterns("*.safetensors"))
     own = SD3Transformer2DModel.from_pretrained(out, dtype=torch.bfloat16).state_dict()
     single = str(out / "original_layout.safetensors")
-    other = SD3Transformer2DModel.from_single_file(single, config=str(place / "only_config"), dtype=torch.bfloat16).state_dict()
+    other = SD3Transformer2DModel.from_single_file(
+        single, config=str(place / "only_config"), dtype=torch.bfloat16
+    ).state_dict()
     assert own.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in own.items())

@@ -1,4 +1,6 @@
-"""The comparison on language models: cells whose settings hold, arithmetic by hand, and one that is stopped and goes on."""
+"""The comparison on language models: cells whose settings hold, arithmetic by hand, and one that is
+stopped and goes on.
+"""
 
 import json
 import threading
@@ -18,22 +20,49 @@ from tests.tiny_llama import save_tiny_llama, write_sentences
 
 @pytest.fixture
 def places(tmp_path):
-    return Places(tmp_path / "results", tmp_path / "cache", tmp_path / "data", tmp_path / "model", steps=3)
+    return Places(
+        tmp_path / "results", tmp_path / "cache", tmp_path / "data", tmp_path / "model", steps=3
+    )
 
 
 def test_the_settings_of_every_cell_are_valid(places):
     for cell in cells("*"):
         method = METHODS[cell.method]
         if method.trained:
-            config = resolve_settings(parse(["llm", "train", *arguments_of(cell, places)]), None, LLM_TRAIN_FLAGS, LlmConfig)
-            assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (cell.seed, 3, method.batch)
+            config = resolve_settings(
+                parse(["llm", "train", *arguments_of(cell, places)]),
+                None,
+                LLM_TRAIN_FLAGS,
+                LlmConfig,
+            )
+            assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (
+                cell.seed,
+                3,
+                method.batch,
+            )
             if not method.first_order:  # what the results say that was spent
-                assert config.data.batch_size * build.probes_of_example(config) == method.forwards_of_step == 32
+                assert (
+                    config.data.batch_size * build.probes_of_example(config)
+                    == method.forwards_of_step
+                    == 32
+                )
     paper = resolve_settings(
-        parse(["llm", "train", *arguments_of(Cell("sst2", "paper", 0), places)]), None, LLM_TRAIN_FLAGS, LlmConfig
+        parse(["llm", "train", *arguments_of(Cell("sst2", "paper", 0), places)]),
+        None,
+        LLM_TRAIN_FLAGS,
+        LlmConfig,
     )
-    assert (paper.qzo.parametrization, paper.qzo.units, paper.qzo.directions) == ("dense", "absolute", "gaussian")
-    assert (paper.qzo.eps, paper.qzo.clip_threshold, paper.train.lr, paper.train.schedule) == (1e-3, 100, 1e-7, "constant")
+    assert (paper.qzo.parametrization, paper.qzo.units, paper.qzo.directions) == (
+        "dense",
+        "absolute",
+        "gaussian",
+    )
+    assert (paper.qzo.eps, paper.qzo.clip_threshold, paper.train.lr, paper.train.schedule) == (
+        1e-3,
+        100,
+        1e-7,
+        "constant",
+    )
 
 
 def test_seeds_and_patterns():
@@ -50,7 +79,14 @@ def written(places, method, seed, value, end, steps=3, curve=()):
     cell = Cell("sst2", method, seed)
     path = places.result(cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"task": "sst2", "method": method, "seed": seed, "ended": "budget", "metric": "accuracy", "value": value}
+    facts = {
+        "task": "sst2",
+        "method": method,
+        "seed": seed,
+        "ended": "budget",
+        "metric": "accuracy",
+        "value": value,
+    }
     path.write_text(
         json.dumps(
             facts
@@ -68,13 +104,18 @@ def written(places, method, seed, value, end, steps=3, curve=()):
 def test_a_report_by_hand(places, tmp_path):
     written(places, "default", 0, 0.7, 0.7)
     written(places, "default", 1, 0.8, 0.5)
-    written(places, "fo_scales", 0, 0.9, 0.6, curve=[(0, 1.5), (48, 0.3), (96, 0.6)])  # it overfits, and its best is what counts
+    # it overfits, and its best is what counts
+    written(places, "fo_scales", 0, 0.9, 0.6, curve=[(0, 1.5), (48, 0.3), (96, 0.6)])
     document = tmp_path / "llm.md"
     document.write_text(f"before\n{TABLE[0]}\nold\n{TABLE[1]}\nafter\n")
     found = json.loads(report(places, document).read_text())
     assert found["gain_share"]["sst2"] == pytest.approx((1.5 - 0.6) / (1.5 - 0.3))
     default = found["tasks"]["sst2"]["default"]
-    assert (default["accuracy"], default["accuracy_std"], default["runs"]) == (0.75, pytest.approx(0.0707, abs=1e-4), 2)
+    assert (default["accuracy"], default["accuracy_std"], default["runs"]) == (
+        0.75,
+        pytest.approx(0.0707, abs=1e-4),
+        2,
+    )
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

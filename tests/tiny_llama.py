@@ -1,4 +1,6 @@
-"""A Llama of two narrow blocks with a byte-pair tokenizer, saved as a folder, and small data for it."""
+"""A Llama of two narrow blocks with a byte-pair tokenizer, saved as a folder, and small data for
+it.
+"""
 
 from pathlib import Path
 
@@ -8,14 +10,32 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qzo_diffusion.llm.causal_lm import CausalLm
 
-# The words that tests need as single tokens, often enough to be merged; anything else falls apart into bytes.
-WORDS = [" great", " terrible", " It was", " film", " good", " bad", " answer", "Yes", "No", "Maybe", " red", " green"]
+# The words that tests need as single tokens, often enough to be merged; anything else falls apart
+# into bytes.
+WORDS = [
+    " great",
+    " terrible",
+    " It was",
+    " film",
+    " good",
+    " bad",
+    " answer",
+    "Yes",
+    "No",
+    "Maybe",
+    " red",
+    " green",
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(WORDS * 20, vocab_size=400, min_frequency=2, special_tokens=["<end>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token="<end>", pad_token="<end>")
+    trained.train_from_iterator(
+        WORDS * 20, vocab_size=400, min_frequency=2, special_tokens=["<end>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, eos_token="<end>", pad_token="<end>"
+    )
 
 
 def tiny_llama(seed: int = 0, context: int = 128, layers: int = 2) -> CausalLm:
@@ -51,11 +71,14 @@ def save_tiny_llama(folder: Path, seed: int = 0, context: int = 128) -> Path:
 
 
 def write_sentences(folder: Path, train: int = 24, test: int = 12) -> Path:
-    """SST-2's two files, without a line of names: good films are labelled 1, bad ones 0, with sentences of several lengths."""
+    """SST-2's two files, without a line of names: good films are labelled 1, bad ones 0, with
+    sentences of several lengths.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in (("train.tsv", train), ("dev.tsv", test)):
         lines = [
-            f"a{' film' * (1 + index % 5)}{' good' if index % 2 else ' bad'} {name[0]}{index}\t{index % 2}"
+            f"a{' film' * (1 + index % 5)}{' good' if index % 2 else ' bad'} "
+            f"{name[0]}{index}\t{index % 2}"
             for index in range(count)
         ]
         (folder / name).write_text("\n".join(lines) + "\n")

@@ -1,4 +1,6 @@
-"""QLoRA (arXiv 2305.14314) as a line of reference: adapters of rank 8 beside every quantized layer, for one cell."""
+"""QLoRA (arXiv 2305.14314) as a line of reference: adapters of rank 8 beside every quantized layer,
+for one cell.
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +12,9 @@ RANK, ALPHA = 8, 16.0
 
 
 class Adapters:
-    """Put beside the layers by peft, whose wrappers take the layers' places until `remove_` gives them back."""
+    """Put beside the layers by peft, whose wrappers take the layers' places until `remove_` gives
+    them back.
+    """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], seed: int) -> None:
         self._model, self._plain = model, {name: model.get_submodule(name) for name in layers}

@@ -1,8 +1,9 @@
-"""One cell: a run that can be stopped anywhere and goes on as if it had not been, and its result as a JSON file.
+"""One cell: a run that can be stopped anywhere and goes on as if it had not been, and its result as
+a JSON file.
 
-The trained numbers, the optimizer's state and the curve so far are in one file outside of the results, replaced as a whole. Data,
-directions and noise follow from (seed, step), so nothing random has to be saved.
-"""
+The trained numbers, the optimizer's state and the curve so far are in one file outside of the
+results, replaced as a whole. Data, directions and noise follow from (seed, step), so nothing random
+has to be saved."""
 
 import json
 import math
@@ -38,7 +39,8 @@ from qzo_diffusion.train.run_folder import write_whole
 EVALUATIONS = 50  # every 2 % of the budget
 CPU_LIMIT_SECONDS = 40 * 60
 CHECKPOINT_SECONDS = 60
-DIVERGED = 4.0  # times the loss at the start: no rate that is this far off comes back, and the time is better spent
+# times the loss at the start: no rate that is this far off comes back, and the time is better spent
+DIVERGED = 4.0
 
 Curve = list[tuple[int, float | None]]
 """(example-forwards spent on training, held-out loss; None where it was not finite)."""
@@ -46,7 +48,8 @@ Curve = list[tuple[int, float | None]]
 
 @dataclass
 class Progress:
-    """How far a cell is; seconds are those of training, of evaluation, and of the processor for both.
+    """How far a cell is; seconds are those of training, of evaluation, and of the processor for
+    both.
 
     rate_factor: of a calibrated rate, once it is measured.
     """
@@ -82,7 +85,9 @@ class CellRun:
     def _enter(self, phase: int) -> None:
         settings = self.method.phases[phase]
         self.progress.phase = phase
-        self._batches = self._task.batches(self.cell.seed, self.method.batch, settings.regions, settings.sigma)
+        self._batches = self._task.batches(
+            self.cell.seed, self.method.batch, settings.regions, settings.sigma
+        )
         pointwise = self._task.pointwise if settings.regions > 1 else ()
         trained = chosen(self._task.scales, settings.layers)
         if settings.level == "lora":
@@ -90,8 +95,12 @@ class CellRun:
                 self._adapters = Adapters(self._task.model, list(self._task.scales), self.cell.seed)
             self.numbers: Parametrization = self._adapters.numbers
         else:
-            self.numbers = parametrize(self._task.scales, settings.level, settings.units, trained, pointwise)
-        made = make_optimizer(settings.optimizer, in_running_spreads=settings.normalize == "running")
+            self.numbers = parametrize(
+                self._task.scales, settings.level, settings.units, trained, pointwise
+            )
+        made = make_optimizer(
+            settings.optimizer, in_running_spreads=settings.normalize == "running"
+        )
         self.optimizer: Any = ExactAdam() if self.method.first_order else made
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
@@ -108,7 +117,9 @@ class CellRun:
                     self.numbers.merge_()
                     self._enter(self.progress.phase + 1)
                 stop = min(target, ends[self.progress.phase])
-                (self._exact_steps if self.method.first_order else self._probed_steps)(stop, stop_requested)
+                (self._exact_steps if self.method.first_order else self._probed_steps)(
+                    stop, stop_requested
+                )
         finally:
             self.progress.train_seconds += time.perf_counter() - began
             self.progress.cpu_seconds += time.process_time() - cpu
@@ -164,7 +175,9 @@ class CellRun:
             batch = self._batches(self.progress.step)
             gradient = self._gradient(batch.micro_batches)
             if not all(bool(slope.isfinite().all()) for slope in gradient.values()):
-                raise TrainingDiverged("a gradient that is NaN or infinite", "finite numbers", "lower the rate")
+                raise TrainingDiverged(
+                    "a gradient that is NaN or infinite", "finite numbers", "lower the rate"
+                )
             self.optimizer.step_(self.numbers, gradient, schedule(self.progress.step))
             self.progress.step += 1
 
@@ -172,7 +185,9 @@ class CellRun:
         if self._adapters is not None:
             return self._adapters.gradient(self._task.objective, micro_batches, self.numbers)
         assert isinstance(self.numbers, Dense | Grouped)
-        return exact_gradient(self._task.objective, micro_batches, self.numbers, self._task.handles())
+        return exact_gradient(
+            self._task.objective, micro_batches, self.numbers, self._task.handles()
+        )
 
     @property
     def spent(self) -> int:
@@ -191,22 +206,32 @@ class CellRun:
         return loss
 
     def save(self) -> None:
-        """Everything that a resumed run needs; the live scales too, since dense numbers and merged phases are in them."""
+        """Everything that a resumed run needs; the live scales too, since dense numbers and merged
+        phases are in them.
+        """
         tensors = {f"scales.{name}": live for name, live in self._task.scales.tensors().items()}
         tensors |= {f"numbers.{name}": tensor for name, tensor in self.numbers.state().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
-        plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        notes = {"settings": json.dumps(self.method.settings()), "progress": json.dumps(asdict(self.progress))}
+        plain = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+        }
+        notes = {
+            "settings": json.dumps(self.method.settings()),
+            "progress": json.dumps(asdict(self.progress)),
+        }
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._checkpoint, save(plain, metadata=notes))
 
     def _load_(self) -> None:
-        """Go on from the checkpoint; one of other settings, or a damaged one, is of no use and the cell begins anew."""
+        """Go on from the checkpoint; one of other settings, or a damaged one, is of no use and the
+        cell begins anew.
+        """
         if not self._checkpoint.exists():
             return
         try:
             with safe_open(str(self._checkpoint), framework="pt") as file:
-                notes, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                notes = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
             return
         if json.loads(notes["settings"]) != self.method.settings():
@@ -218,7 +243,13 @@ class CellRun:
         self.progress = progress
         self._enter(progress.phase)
         for part, prefix in ((self.numbers, "numbers."), (self.optimizer, "optimizer.")):
-            part.load_state_({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+            part.load_state_(
+                {
+                    name.removeprefix(prefix): t
+                    for name, t in tensors.items()
+                    if name.startswith(prefix)
+                }
+            )
 
     def drop(self) -> None:
         self._checkpoint.unlink(missing_ok=True)
@@ -226,7 +257,9 @@ class CellRun:
 
 @dataclass(frozen=True)
 class Folders:
-    """results: finished cells, in the repository; cache: checkpoints and encoded data, outside of it."""
+    """results: finished cells, in the repository; cache: checkpoints and encoded data, outside of
+    it.
+    """
 
     results: Path
     cache: Path
@@ -247,7 +280,8 @@ def run_cell(
     command: str | None = None,
     show: bool = False,
 ) -> dict[str, Any] | None:
-    """The result of the cell, which is also written; None when it was stopped, and then its checkpoint is.
+    """The result of the cell, which is also written; None when it was stopped, and then its
+    checkpoint is.
 
     Args:
         command: recorded instead of this process's own, which may name folders of one machine.
@@ -258,7 +292,9 @@ def run_cell(
         ended = finish(run, stop_requested, show)
         if ended is None:
             return None
-        result = _result(run, ended) | {"provenance": provenance() | ({"command": command} if command else {})}
+        result = _result(run, ended) | {
+            "provenance": provenance() | ({"command": command} if command else {})
+        }
         folders.result(cell).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folders.result(cell), (to_json(result) + "\n").encode())
         run.drop()
@@ -268,12 +304,24 @@ def run_cell(
 
 
 def finish(run: CellRun, stop_requested: Callable[[], bool], show: bool) -> str | None:
-    """Train to the end, with evaluations and checkpoints. Says why it ended; None when it was asked to."""
+    """Train to the end, with evaluations and checkpoints. Says why it ended; None when it was asked
+    to.
+    """
     progress, total = run.progress, run.method.steps
     every = max(1, total // EVALUATIONS)
     saved = time.monotonic()
-    shape = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {rate_fmt}, ends {eta:%H:%M:%S}{postfix}"
-    with tqdm(total=total, initial=progress.step, desc=run.cell.name, unit="step", bar_format=shape, disable=not show) as bar:
+    shape = (
+        "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {rate_fmt}, ends "
+        "{eta:%H:%M:%S}{postfix}"
+    )
+    with tqdm(
+        total=total,
+        initial=progress.step,
+        desc=run.cell.name,
+        unit="step",
+        bar_format=shape,
+        disable=not show,
+    ) as bar:
         while True:
             due = progress.step % every == 0 or progress.step == total
             if due and (not progress.curve or progress.curve[-1][0] < run.spent):
@@ -322,14 +370,17 @@ def _result(run: CellRun, ended: str) -> dict[str, Any]:
 
 
 def to_json(content: dict[str, Any]) -> str:
-    """Indented, but a curve's points side by side: a file of five hundred lines a curve is no help to anybody."""
+    """Indented, but a curve's points side by side: a file of five hundred lines a curve is no help
+    to anybody.
+    """
     shell = {key: value for key, value in content.items() if key != "curve"}
     points = ", ".join(json.dumps(point) for point in content["curve"])
     return json.dumps(shell, indent=1).removesuffix("\n}") + f',\n "curve": [{points}]\n}}'
 
 
 def finished(results: Path) -> dict[str, dict[str, Any]]:
-    """Results by the cell's name; one whose settings are no longer those of the table does not count.
+    """Results by the cell's name; one whose settings are no longer those of the table does not
+    count.
 
     A setting that was not there when a cell ran had what is now its default.
     """
@@ -337,7 +388,9 @@ def finished(results: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(results.glob("*/*.json")):
         result = json.loads(path.read_text())
         settings = result["settings"]
-        then = Method(**settings | {"phases": tuple(Phase(**phase) for phase in settings["phases"])})
+        then = Method(
+            **settings | {"phases": tuple(Phase(**phase) for phase in settings["phases"])}
+        )
         if then.settings() == _settings_now(settings, result["data"]):
             found[result["cell"]] = result
     return found
@@ -348,8 +401,18 @@ def _settings_now(settings: dict[str, Any], data: str) -> dict[str, Any] | None:
     if family is None:
         return None
     now = family.template
-    return Method(settings["name"], settings["lr"], family.phases(data), now.first_order, now.batch, now.budget).settings()
+    return Method(
+        settings["name"],
+        settings["lr"],
+        family.phases(data),
+        now.first_order,
+        now.batch,
+        now.budget,
+    ).settings()
 
 
 def final_losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    return {name: math.inf if result["final_loss"] is None else result["final_loss"] for name, result in results.items()}
+    return {
+        name: math.inf if result["final_loss"] is None else result["final_loss"]
+        for name, result in results.items()
+    }

@@ -1,4 +1,6 @@
-"""The same comparison on any folder of captioned images: the paper's step over a grid of rates against the default, by itself."""
+"""The same comparison on any folder of captioned images: the paper's step over a grid of rates
+against the default, by itself.
+"""
 
 import json
 import math
@@ -28,7 +30,8 @@ Run = Callable[[Method, int], dict[str, Any]]
 
 
 def compare(style_dir: Path, budget: int, seeds: int, work: Path, cache: Path) -> dict[str, Any]:
-    """The figures, with the keys of convergence.json; `work` keeps finished cells, so that the same call goes on.
+    """The figures, with the keys of convergence.json; `work` keeps finished cells, so that the same
+    call goes on.
 
     Args:
         budget: example-forwards of a run.
@@ -47,7 +50,9 @@ def compare(style_dir: Path, budget: int, seeds: int, work: Path, cache: Path) -
         results[cell.name] = known
         return known
 
-    reference = min((_best_of_grid(FAMILIES[family], run, seeds) for family in REFERENCES), key=_mean_final)
+    reference = min(
+        (_best_of_grid(FAMILIES[family], run, seeds) for family in REFERENCES), key=_mean_final
+    )
     default = [run(FAMILIES[DEFAULT].at(default_exponent(budget)), seed) for seed in range(seeds)]
     exact = _best_of_grid(FAMILIES[FIRST_ORDER], run, 1)[0]
     start, best = exact["start_loss"], min(loss for _, loss in exact["curve"] if loss is not None)

@@ -1,8 +1,9 @@
-"""What is compared: one table of settings, and which cells follow from it and from the cells that are finished.
+"""What is compared: one table of settings, and which cells follow from it and from the cells that
+are finished.
 
-A family is one method with a grid of learning rates, all powers of √10. Its first seed runs over the grid, which grows by itself
-while the best rate lies at its edge; further seeds run at the best rate only. A cell is one of those runs on one set of data.
-"""
+A family is one method with a grid of learning rates, all powers of √10. Its first seed runs over
+the grid, which grows by itself while the best rate lies at its edge; further seeds run at the best
+rate only. A cell is one of those runs on one set of data."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,26 +19,31 @@ from qzo_diffusion.core.spsa import Estimator
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.train.calibrate import batches_to_survey
 
-DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")  # every one is a Task (benchmarks.convergence.tasks)
+# every one is a Task (benchmarks.convergence.tasks)
+DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")
 TEXT = "sst2"  # a language model, whose rates are others
-UNSEEN = "twemoji_fp4_128"  # another style, block size, code book and back-end than the default was found on
-BUDGET, LONG_BUDGET, LONGEST_BUDGET = 16_000, 64_000, 256_000  # example-forwards: one example through the model once
+# another style, block size, code book and back-end than the default was found on
+UNSEEN = "twemoji_fp4_128"
+# example-forwards: one example through the model once
+BUDGET, LONG_BUDGET, LONGEST_BUDGET = 16_000, 64_000, 256_000
 FIRST_ORDER_STEPS = 200
 TRIED_ON = ("fluent_mono", "openmoji")  # where alternatives are run
 DEFAULT = "default"
-MOST_EXTENSIONS = 6  # rates beyond the stated grid; then the report says that the best is at the edge
+# rates beyond the stated grid; then the report says that the best is at the edge
+MOST_EXTENSIONS = 6
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run: which numbers are trained, how they are probed, and what is done with the estimate.
+    """A part of a run: which numbers are trained, how they are probed, and what is done with the
+    estimate.
 
     level: lora is adapters, which first order alone trains (`adapters`).
-    num_directions: of each example, or of all together; the same in all phases of a method, as a step's cost is.
-    rate: the learning rate as a multiple of the family's; the schedule runs over this phase alone.
-    share: of the run's steps. eps in the units of the numbers. calibrate: the rate is lowered to suit slope and curvature where
-    the run begins, for `Method.calibration` example-forwards.
-    """
+    num_directions: of each example, or of all together; the same in all phases of a method, as a
+    step's cost is. rate: the learning rate as a multiple of the family's; the schedule runs over
+    this phase alone. share: of the run's steps. eps in the units of the numbers. calibrate: the
+    rate is lowered to suit slope and curvature where the run begins, for `Method.calibration`
+    example-forwards."""
 
     level: Level | Literal["lora"]
     layers: Literal["quiet"] | None = None
@@ -62,9 +68,9 @@ class Phase:
 class Method:
     """All settings of a run but its data and its seed.
 
-    budget: example-forwards; with `first_order`, examples that went forwards and backwards, counted apart. Noise levels of
-    training are uniform and stratified where nothing else is said, as those of the held-out loss are.
-    """
+    budget: example-forwards; with `first_order`, examples that went forwards and backwards, counted
+    apart. Noise levels of training are uniform and stratified where nothing else is said, as those
+    of the held-out loss are."""
 
     name: str
     lr: float
@@ -78,7 +84,9 @@ class Method:
         """Example-forwards: every direction is one of each example, or two at both sides of it."""
         if self.first_order:
             return self.batch
-        probes = self.phases[0].num_directions * (2 if self.phases[0].estimator == "antithetic" else 1)
+        probes = self.phases[0].num_directions * (
+            2 if self.phases[0].estimator == "antithetic" else 1
+        )
         return probes * self.batch
 
     @property
@@ -106,10 +114,10 @@ class Method:
 class Family:
     """A method at several learning rates.
 
-    exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled before and is not extended.
-    on_text: what is other in the phases on a language model, and over_text what the rate is divided by there.
-    seeds: how many at the best rate. data: where it runs.
-    same_rate_as: another family, whose best rate is taken instead of a grid.
+    exponents: of √10, the grid; a single one, which need not be whole, is a rate that was settled
+    before and is not extended. on_text: what is other in the phases on a language model, and
+    over_text what the rate is divided by there. seeds: how many at the best rate. data: where it
+    runs. same_rate_as: another family, whose best rate is taken instead of a grid.
     """
 
     template: Method
@@ -127,7 +135,9 @@ class Family:
 
     def at(self, exponent: float, data: str = "") -> Method:
         lr = rate(exponent) / (self.over_text if data == TEXT else 1)
-        return replace(self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr, phases=self.phases(data))
+        return replace(
+            self.template, name=f"{self.name}_lr{lr:.3g}", lr=lr, phases=self.phases(data)
+        )
 
     def phases(self, data: str) -> tuple[Phase, ...]:
         other = dict(self.on_text) if data == TEXT else {}
@@ -166,21 +176,46 @@ def _families() -> Iterator[Family]:
 
 
 def _first_order() -> Iterator[Family]:
-    grids: dict[Level, tuple[int, ...]] = {"dense": (-4, -3, -2), "separable": (-3,), "row": (-3,), "layer": (-2,)}
+    grids: dict[Level, tuple[int, ...]] = {
+        "dense": (-4, -3, -2),
+        "separable": (-3,),
+        "row": (-3,),
+        "layer": (-2,),
+    }
     for level, exponents in grids.items():
-        method = _method(f"first_order_{level}", Phase(level), first_order=True, budget=FIRST_ORDER_STEPS * 16)
-        numbers = {"dense": "one number per scale", "separable": "rows and columns"}.get(level, f"one number per {level}")
-        yield Family(method, exponents, f"Adam on the exact gradient, {numbers}, {FIRST_ORDER_STEPS} steps")
+        method = _method(
+            f"first_order_{level}", Phase(level), first_order=True, budget=FIRST_ORDER_STEPS * 16
+        )
+        numbers = {"dense": "one number per scale", "separable": "rows and columns"}.get(
+            level, f"one number per {level}"
+        )
+        yield Family(
+            method, exponents, f"Adam on the exact gradient, {numbers}, {FIRST_ORDER_STEPS} steps"
+        )
     adapters = _method("qlora", Phase("lora"), first_order=True, budget=FIRST_ORDER_STEPS * 16)
-    yield Family(adapters, (-6, -5, -4), f"QLoRA: Adam on adapters of rank 8 beside every layer, {FIRST_ORDER_STEPS} steps")
+    yield Family(
+        adapters,
+        (-6, -5, -4),
+        f"QLoRA: Adam on adapters of rank 8 beside every layer, {FIRST_ORDER_STEPS} steps",
+    )
 
 
 def _references() -> Iterator[Family]:
     relative = Phase("dense")
     absolute = Phase("dense", units="absolute", eps=1e-3, directions="gaussian", clip_threshold=100)
     references: tuple[tuple[str, Phase, tuple[int, ...], str], ...] = (
-        ("paper_relative", relative, (-5, -4, -3, -2, -1), "dense, relative units, one Rademacher direction, SGD"),
-        ("paper_absolute", absolute, (-7, -6, -5, -4, -3), "dense, absolute units, one Gaussian direction, clipped at 100, SGD"),
+        (
+            "paper_relative",
+            relative,
+            (-5, -4, -3, -2, -1),
+            "dense, relative units, one Rademacher direction, SGD",
+        ),
+        (
+            "paper_absolute",
+            absolute,
+            (-7, -6, -5, -4, -3),
+            "dense, absolute units, one Gaussian direction, clipped at 100, SGD",
+        ),
     )
     for name, phase, exponents, what in references:
         yield Family(_method(name, phase), exponents, f"reference: {what}", seeds=3)
@@ -189,7 +224,10 @@ def _references() -> Iterator[Family]:
 
 
 ANTITHETIC = Phase("separable", per_example=True, regions=16, normalize=True, schedule="cosine")
-"""One direction of every example, probed on both sides of it. 16 regions are one for each token of `tiny`."""
+"""One direction of every example, probed on both sides of it.
+
+16 regions are one for each token of `tiny`.
+"""
 COSINE = replace(ANTITHETIC, estimator="leave_one_out", num_directions=8)
 FIXED = replace(COSINE, schedule="inverse_sqrt")
 """The default at a rate that does not look at the data."""
@@ -197,13 +235,20 @@ BEST = replace(FIXED, calibrate=True)
 BEST_BATCH = 4
 
 
-def default_exponent(budget: int, estimator: Estimator = "leave_one_out", schedule: ScheduleName = "inverse_sqrt") -> float:
+def default_exponent(
+    budget: int, estimator: Estimator = "leave_one_out", schedule: ScheduleName = "inverse_sqrt"
+) -> float:
     """That of the rate which the package takes where none is given."""
     return 2 * math.log10(suited_lr(budget // 32, estimator, schedule))
 
 
 DEFAULT_EXPONENT = default_exponent(BUDGET)
-ON_TEXT = (("layers", QUIET["qzo.layers"]), ("eps", QUIET["qzo.eps"]), ("calibrate", False), ("schedule", "cosine"))
+ON_TEXT = (
+    ("layers", QUIET["qzo.layers"]),
+    ("eps", QUIET["qzo.eps"]),
+    ("calibrate", False),
+    ("schedule", "cosine"),
+)
 EVERYWHERE, STYLES = (*DATA, UNSEEN), (*DATA[:-1], UNSEEN)
 
 
@@ -212,18 +257,42 @@ def _defaults() -> Iterator[Family]:
         return _method(name, phase, batch=BEST_BATCH, budget=budget)
 
     at = (DEFAULT_EXPONENT,)
-    what = "eight directions of each of four examples, rows and columns, regions, normalised, SGD; calibrated, on text a cosine"
+    what = (
+        "eight directions of each of four examples, rows and columns, regions, normalised, SGD; "
+        "calibrated, on text a cosine"
+    )
     of_text = PICTURES_OVER_QUIET * rate(DEFAULT_EXPONENT) / suited_lr(BUDGET // 32)
-    yield Family(method(DEFAULT, BEST), at, what, seeds=3, data=EVERYWHERE, on_text=ON_TEXT, over_text=of_text)
+    yield Family(
+        method(DEFAULT, BEST),
+        at,
+        what,
+        seeds=3,
+        data=EVERYWHERE,
+        on_text=ON_TEXT,
+        over_text=of_text,
+    )
     what = "the default at the rate that it is calibrated from"
     yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, data=DATA[:-1])
     tuned = method(f"{DEFAULT}_tuned", FIXED)
-    yield Family(tuned, (-3, -2, -1), "the default at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
-    for name, budget in (("long", LONG_BUDGET), ("longest", LONGEST_BUDGET), ("short", BUDGET // 10)):
+    yield Family(
+        tuned,
+        (-3, -2, -1),
+        "the default at the best rate of a grid",
+        data=EVERYWHERE,
+        on_text=ON_TEXT,
+    )
+    for name, budget in (
+        ("long", LONG_BUDGET),
+        ("longest", LONGEST_BUDGET),
+        ("short", BUDGET // 10),
+    ):
         what = f"the default over {budget:,} example-forwards"
         yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, data=DATA[:-1])
     for name, budget in (("", BUDGET), ("_long", LONG_BUDGET), ("_longest", LONGEST_BUDGET)):
-        what, at = f"the default as it was, with a cosine, over {budget:,}", (default_exponent(budget, schedule="cosine"),)
+        what, at = (
+            f"the default as it was, with a cosine, over {budget:,}",
+            (default_exponent(budget, schedule="cosine"),),
+        )
         was = method(f"{DEFAULT}_cosine{name}", replace(COSINE, calibrate=True), budget)
         yield Family(was, at, what, seeds=1 if name else 3, data=DATA[:-1] if name else STYLES)
 
@@ -231,40 +300,87 @@ def _defaults() -> Iterator[Family]:
 def _changed_defaults() -> Iterator[Family]:
     """One thing of the default at its fixed rate changed at a time; on two styles, one seed."""
     changes: dict[str, tuple[Phase, int, str]] = {
-        "4_directions": (replace(FIXED, num_directions=4), 8, "four directions of each of eight examples"),
-        "16_directions": (replace(FIXED, num_directions=16), 2, "sixteen directions of each of two examples"),
-        "without_regions": (replace(FIXED, regions=1), BEST_BATCH, "without directions of each region"),
+        "4_directions": (
+            replace(FIXED, num_directions=4),
+            8,
+            "four directions of each of eight examples",
+        ),
+        "16_directions": (
+            replace(FIXED, num_directions=16),
+            2,
+            "sixteen directions of each of two examples",
+        ),
+        "without_regions": (
+            replace(FIXED, regions=1),
+            BEST_BATCH,
+            "without directions of each region",
+        ),
     }
     for name, (phase, batch, what) in changes.items():
         method = _method(f"{DEFAULT}_{name}", phase, batch=batch)
         yield Family(method, (DEFAULT_EXPONENT,), f"the default, but {what}", data=TRIED_ON)
-    held = _method(f"{DEFAULT}_held", replace(BEST, normalize="running", schedule="hold"), batch=BEST_BATCH)
-    what, at = "the default in running spreads, its rate held", default_exponent(BUDGET, schedule="cosine")
+    held = _method(
+        f"{DEFAULT}_held", replace(BEST, normalize="running", schedule="hold"), batch=BEST_BATCH
+    )
+    what, at = (
+        "the default in running spreads, its rate held",
+        default_exponent(BUDGET, schedule="cosine"),
+    )
     yield Family(held, (at,), what, data=STYLES)
 
 
 def _antithetic() -> Iterator[Family]:
-    """What was the default before: both sides of one direction of each of 16 examples, and what was changed of it."""
+    """What was the default before: both sides of one direction of each of 16 examples, and what was
+    changed of it.
+    """
     was, calibrated = "antithetic", replace(ANTITHETIC, calibrate=True)
-    at, halved = (default_exponent(BUDGET, was, "cosine"),), {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET}
+    at, halved = (
+        (default_exponent(BUDGET, was, "cosine"),),
+        {"on_text": ON_TEXT, "over_text": PICTURES_OVER_QUIET},
+    )
     what = "both sides of one direction of each of 16 examples; else as the default"
     yield Family(_method(was, calibrated), at, what, seeds=3, data=EVERYWHERE, **halved)
     what = "the same at the rate that it is calibrated from"
     yield Family(_method(f"{was}_fixed", ANTITHETIC), at, what, seeds=3, data=STYLES)
     long_at = (default_exponent(LONG_BUDGET, was, "cosine"),)
-    yield Family(_method(f"{was}_fixed_long", ANTITHETIC, budget=LONG_BUDGET), long_at, f"{what}, long", data=DATA[:-1])
-    yield Family(_method(f"{was}_long", calibrated, budget=LONG_BUDGET), long_at, "antithetic, long", data=DATA[:-1])
+    yield Family(
+        _method(f"{was}_fixed_long", ANTITHETIC, budget=LONG_BUDGET),
+        long_at,
+        f"{what}, long",
+        data=DATA[:-1],
+    )
+    yield Family(
+        _method(f"{was}_long", calibrated, budget=LONG_BUDGET),
+        long_at,
+        "antithetic, long",
+        data=DATA[:-1],
+    )
     held = replace(calibrated, normalize="running", schedule="hold")
-    yield Family(_method(f"{was}_held", held), at, "antithetic in running spreads, its rate held", 3, data=STYLES)
+    yield Family(
+        _method(f"{was}_held", held),
+        at,
+        "antithetic in running spreads, its rate held",
+        3,
+        data=STYLES,
+    )
     tuned = _method(f"{was}_tuned", ANTITHETIC)
-    yield Family(tuned, (-3, -2, -1), "antithetic at the best rate of a grid", data=EVERYWHERE, on_text=ON_TEXT)
+    yield Family(
+        tuned,
+        (-3, -2, -1),
+        "antithetic at the best rate of a grid",
+        data=EVERYWHERE,
+        on_text=ON_TEXT,
+    )
     changes: dict[str, tuple[Phase, str]] = {
         "without_regions": (replace(ANTITHETIC, regions=1), "one direction an example"),
         "without_columns": (replace(ANTITHETIC, level="row"), "rows alone"),
         "without_rows": (replace(ANTITHETIC, level="column"), "columns alone"),
         "momentum": (replace(ANTITHETIC, optimizer="momentum"), "momentum"),
         "constant": (replace(ANTITHETIC, schedule="constant"), "a constant rate"),
-        "logit_normal": (replace(ANTITHETIC, sigma="logit_normal"), "logit-normal noise levels in training"),
+        "logit_normal": (
+            replace(ANTITHETIC, sigma="logit_normal"),
+            "logit-normal noise levels in training",
+        ),
         "eps_0.003": (replace(ANTITHETIC, eps=3e-3), "a smaller radius"),
         "eps_0.03": (replace(ANTITHETIC, eps=3e-2), "a larger radius"),
     }
@@ -280,13 +396,29 @@ def _antithetic() -> Iterator[Family]:
 def _alternatives() -> Iterator[Family]:
     """What came before; on two styles, one seed."""
     cosine = Phase("row", per_example=True, schedule="cosine")
-    yield Family(_method("row_cosine", cosine), (-2,), "rows, a direction per example, SGD with cosine", seeds=3, data=TRIED_ON)
+    yield Family(
+        _method("row_cosine", cosine),
+        (-2,),
+        "rows, a direction per example, SGD with cosine",
+        seeds=3,
+        data=TRIED_ON,
+    )
     levels: tuple[Level, ...] = ("layer", "row", "column", "separable")
     for level in levels:
         numbers = "rows and columns" if level == "separable" else f"{level}s"
         shared, each = Phase(level), Phase(level, per_example=True)
-        yield Family(_method(f"{level}_shared", shared), (-3, -2), f"{numbers}, one shared direction, SGD", data=TRIED_ON)
-        yield Family(_method(f"{level}_per_example", each), (-3, -2), f"{numbers}, a direction per example, SGD", data=TRIED_ON)
+        yield Family(
+            _method(f"{level}_shared", shared),
+            (-3, -2),
+            f"{numbers}, one shared direction, SGD",
+            data=TRIED_ON,
+        )
+        yield Family(
+            _method(f"{level}_per_example", each),
+            (-3, -2),
+            f"{numbers}, a direction per example, SGD",
+            data=TRIED_ON,
+        )
 
 
 REFERENCES = ("paper_relative", "paper_absolute")
@@ -295,13 +427,18 @@ FAMILIES = {family.name: family for family in _families()}
 
 
 def best_exponent(final: Mapping[float, float]) -> float | None:
-    """The rate with the lowest final loss; a run that diverged has an infinite one. None without any finite one."""
+    """The rate with the lowest final loss; a run that diverged has an infinite one.
+
+    None without any finite one.
+    """
     finite = {exponent: loss for exponent, loss in final.items() if math.isfinite(loss)}
     return min(finite, key=lambda exponent: (finite[exponent], exponent)) if finite else None
 
 
 def next_exponents(grid: Sequence[float], final: Mapping[float, float]) -> list[float]:
-    """Rates that are still to run: those of the grid, then one beyond the edge that is best, until the best has both neighbours."""
+    """Rates that are still to run: those of the grid, then one beyond the edge that is best, until
+    the best has both neighbours.
+    """
     missing = [exponent for exponent in grid if exponent not in final]
     if missing or len(grid) <= 1:
         return missing
@@ -321,27 +458,37 @@ FinalLosses = Mapping[str, float]
 """Name of a finished cell -> its last held-out loss, infinite where it diverged."""
 
 
-def final_by_exponent(family: Family, data: str, final: FinalLosses, seed: int = 0) -> dict[float, float]:
+def final_by_exponent(
+    family: Family, data: str, final: FinalLosses, seed: int = 0
+) -> dict[float, float]:
     tried = {*range(-24, 13), *family.exponents}
     names = {exponent: Cell(data, family.at(exponent, data), seed).name for exponent in tried}
     return {exponent: final[name] for exponent, name in names.items() if name in final}
 
 
 def rate_of(family: Family, data: str, final: FinalLosses) -> float | None:
-    """The exponent of the rate at which the family is compared; None while its grid is not finished."""
+    """The exponent of the rate at which the family is compared; None while its grid is not
+    finished.
+    """
     source = FAMILIES[family.same_rate_as] if family.same_rate_as else family
     return settled_exponent(source.exponents, final_by_exponent(source, data, final))
 
 
 def open_cells(data: str, final: FinalLosses) -> list[Cell]:
-    """The cells that can be run now, in the order of the table. More of them follow from the results of these."""
+    """The cells that can be run now, in the order of the table.
+
+    More of them follow from the results of these.
+    """
     cells: list[Cell] = []
     for family in FAMILIES.values():
         if data not in family.data:
             continue
         found = final_by_exponent(family, data, final)
         if not family.same_rate_as:
-            cells += [Cell(data, family.at(exponent, data), 0) for exponent in next_exponents(family.exponents, found)]
+            cells += [
+                Cell(data, family.at(exponent, data), 0)
+                for exponent in next_exponents(family.exponents, found)
+            ]
         best = rate_of(family, data, final)
         if best is not None:
             cells += [Cell(data, family.at(best, data), seed) for seed in range(family.seeds)]

@@ -1,8 +1,9 @@
-"""Base, the default's longest run, first order and the style's own drawing side by side, for prompts that were held out.
+"""Base, the default's longest run, first order and the style's own drawing side by side, for
+prompts that were held out.
 
-First order is the best that exact gradients of the same scales give. Runs are made again, bit for bit, from the settings of
-finished cells, which keep no weights; drawing again takes them from the checkpoints of the first time.
-"""
+First order is the best that exact gradients of the same scales give. Runs are made again, bit for
+bit, from the settings of finished cells, which keep no weights; drawing again takes them from the
+checkpoints of the first time."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,7 +12,16 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.convergence.cells import CellRun, final_losses, finish, finished
-from benchmarks.convergence.methods import DEFAULT, FAMILIES, FIRST_ORDER, UNSEEN, Cell, Family, FinalLosses, final_by_exponent
+from benchmarks.convergence.methods import (
+    DEFAULT,
+    FAMILIES,
+    FIRST_ORDER,
+    UNSEEN,
+    Cell,
+    Family,
+    FinalLosses,
+    final_by_exponent,
+)
 from benchmarks.convergence.tasks import STYLE_TASKS, StyleTask, open_style
 from qzo_diffusion.diffusion.sampling import grid, save_picture
 
@@ -20,7 +30,9 @@ COUNT = 12
 
 
 def best_cells(style: str, results: Path) -> dict[str, Cell]:
-    """By title: of the default's finished runs over the longest budget, and of first order, those that ended lowest."""
+    """By title: of the default's finished runs over the longest budget, and of first order, those
+    that ended lowest.
+    """
     final = final_losses(finished(results))
     tuned = next(filter(None, (_lowest(style, FAMILIES[name], final) for name in SHOWN)), None)
     if tuned is None:
@@ -50,12 +62,19 @@ def draw(
     stop_requested: Callable[[], bool],
     show: bool = False,
 ) -> bool:
-    """Returns whether it was drawn; asked to stop, the run in hand is checkpointed and the same call goes on."""
+    """Returns whether it was drawn; asked to stop, the run in hand is checkpointed and the same
+    call goes on.
+    """
     captions, drawings = task.shown(COUNT)
     sampler = task.sampler(captions)
     columns = {"base": sampler.images()}
     for title, cell in cells.items():
-        images = _of_run(CellRun(cell, task, checkpoints / f"{cell.name}.safetensors"), sampler.images, stop_requested, show)
+        images = _of_run(
+            CellRun(cell, task, checkpoints / f"{cell.name}.safetensors"),
+            sampler.images,
+            stop_requested,
+            show,
+        )
         if images is None:
             return False
         columns[title] = images
@@ -67,7 +86,10 @@ def draw(
 
 
 def _of_run(
-    run: CellRun, images: Callable[[], list[Image.Image]], stop_requested: Callable[[], bool], show: bool
+    run: CellRun,
+    images: Callable[[], list[Image.Image]],
+    stop_requested: Callable[[], bool],
+    show: bool,
 ) -> list[Image.Image] | None:
     try:
         if finish(run, stop_requested, show) is None:
@@ -80,15 +102,29 @@ def _of_run(
 
 
 def draw_all(
-    data: Path, results: Path, cache: Path, folder: Path, stop_requested: Callable[[], bool], say: Callable[[str], None]
+    data: Path,
+    results: Path,
+    cache: Path,
+    folder: Path,
+    stop_requested: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> bool:
-    """One picture for each style, in `folder`, which is made. False when it was asked to stop; the same call goes on."""
+    """One picture for each style, in `folder`, which is made. False when it was asked to stop; the
+    same call goes on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for style in STYLE_TASKS:
         cells = {} if style == UNSEEN else best_cells(style, results / "cells")
         if cells:
             target = folder / f"convergence_{style}.png"
-            if not draw(open_style(style, data, cache), cells, cache / "pictures", target, stop_requested, show=True):
+            if not draw(
+                open_style(style, data, cache),
+                cells,
+                cache / "pictures",
+                target,
+                stop_requested,
+                show=True,
+            ):
                 return False
             say(str(target))
     return True

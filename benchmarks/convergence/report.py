@@ -1,4 +1,5 @@
-"""From finished cells to figures: the JSON, the table between two markers of docs/convergence.md, and the plot.
+"""From finished cells to figures: the JSON, the table between two markers of docs/convergence.md,
+and the plot.
 
 Whatever is missing is named and left out of every mean; nothing stands in for it.
 """
@@ -29,7 +30,10 @@ from benchmarks.record import provenance, put_between_markers, write_results
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, PLOT = ROOT / "docs/convergence.md", ROOT / "docs/images/convergence.png"
-BEGIN, END = "<!-- table: written by `python -m benchmarks.convergence report` -->", "<!-- end of table -->"
+BEGIN, END = (
+    "<!-- table: written by `python -m benchmarks.convergence report` -->",
+    "<!-- end of table -->",
+)
 TRAINED = 0.05  # of the first-order gain; a reference below it did not train
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -37,7 +41,9 @@ Point = Sequence[Any]
 
 
 def crossing(curve: Sequence[Point], target: float) -> float | None:
-    """Example-forwards at which the loss first is `target` or less, linear between evaluations; None when it never is."""
+    """Example-forwards at which the loss first is `target` or less, linear between evaluations;
+    None when it never is.
+    """
     before: tuple[float, float] | None = None
     for spent, loss in curve:
         if loss is not None and loss <= target:
@@ -50,14 +56,21 @@ def crossing(curve: Sequence[Point], target: float) -> float | None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": math.fsum(values) / len(values), "low": min(values), "high": max(values), "seeds": len(values)}
+    return {
+        "mean": math.fsum(values) / len(values),
+        "low": min(values),
+        "high": max(values),
+        "seeds": len(values),
+    }
 
 
-def budget_ratio(curves: Sequence[Sequence[Point]], target: float, budget: int) -> dict[str, float] | None:
+def budget_ratio(
+    curves: Sequence[Sequence[Point]], target: float, budget: int
+) -> dict[str, float] | None:
     """How many times fewer example-forwards than `budget` reach `target`.
 
-    The mean is that of the forwards over the seeds, not of the ratios, which a single lucky seed would lift. None when a seed
-    never gets there, or when there was nothing to reach.
+    The mean is that of the forwards over the seeds, not of the ratios, which a single lucky seed
+    would lift. None when a seed never gets there, or when there was nothing to reach.
     """
     found = [crossing(curve, target) for curve in curves]
     reached = [at for at in found if at is not None and at > 0]
@@ -91,48 +104,78 @@ class Style:
         self.start = next((run["start_loss"] for runs in self.runs.values() for run in runs), None)
         self.best = self._lowest(FIRST_ORDER)
         self.reference = self._reference()
-        self.target = spread([run["final_loss"] for run in self.runs[self.reference]])["mean"] if self.reference else None
+        self.target = (
+            spread([run["final_loss"] for run in self.runs[self.reference]])["mean"]
+            if self.reference
+            else None
+        )
 
     def exponent(self, family: Family) -> float | None:
-        """The rate compared: the settled one, else the best of those finished, None when there is none that held."""
+        """The rate compared: the settled one, else the best of those finished, None when there is
+        none that held.
+        """
         settled = rate_of(family, self.data, self._final)
-        return settled if settled is not None else best_exponent(final_by_exponent(family, self.data, self._final))
+        return (
+            settled
+            if settled is not None
+            else best_exponent(final_by_exponent(family, self.data, self._final))
+        )
 
     def _runs(self, family: Family) -> list[Mapping[str, Any]]:
         """The seeds at that rate that did not diverge."""
         exponent = self.exponent(family)
         if exponent is None:
             return []
-        cells = [Cell(self.data, family.at(exponent, self.data), seed) for seed in range(family.seeds)]
+        cells = [
+            Cell(self.data, family.at(exponent, self.data), seed) for seed in range(family.seeds)
+        ]
         found = [self.results[cell.name] for cell in cells if cell.name in self.results]
         return [result for result in found if result["final_loss"] is not None]
 
     def _lowest(self, name: str) -> float | None:
-        """Of the whole curve: more steps of the first order may overfit, and its best is what there was to reach."""
+        """Of the whole curve: more steps of the first order may overfit, and its best is what there
+        was to reach.
+        """
         losses = [loss for run in self.runs[name] for _, loss in _curve(run) if loss is not None]
         return min(losses) if losses else None
 
     def _reference(self) -> str | None:
         """The better of those whose grid is finished."""
-        ready = [name for name in REFERENCES if rate_of(FAMILIES[name], self.data, self._final) is not None and self.runs[name]]
+        ready = [
+            name
+            for name in REFERENCES
+            if rate_of(FAMILIES[name], self.data, self._final) is not None and self.runs[name]
+        ]
         return min(ready, key=lambda name: self.runs[name][0]["final_loss"], default=None)
 
     def share(self, name: str) -> dict[str, float] | None:
-        """Of the gain that first order on dense scales reaches. First-order families count with their lowest loss, too."""
+        """Of the gain that first order on dense scales reaches.
+
+        First-order families count with their lowest loss, too.
+        """
         if self.best is None or self.start is None or not self.runs[name]:
             return None
         if FAMILIES[name].template.first_order:
             return spread([share_of_gain(self.start, self._lowest(name) or math.nan, self.best)])
-        return spread([share_of_gain(self.start, run["final_loss"], self.best) for run in self.runs[name]])
+        return spread(
+            [share_of_gain(self.start, run["final_loss"], self.best) for run in self.runs[name]]
+        )
 
     def trained(self) -> bool | None:
-        """Whether the reference reached enough of the first-order gain to be compared with; None while that is not known."""
+        """Whether the reference reached enough of the first-order gain to be compared with; None
+        while that is not known.
+        """
         found = self.share(self.reference) if self.reference else None
         return None if found is None else found["mean"] >= TRAINED
 
     def ratio(self, name: str) -> dict[str, float] | None:
         family = FAMILIES[name]
-        if self.target is None or not self.runs[name] or family.template.first_order or self.trained() is False:
+        if (
+            self.target is None
+            or not self.runs[name]
+            or family.template.first_order
+            or self.trained() is False
+        ):
             return None
         return budget_ratio([_curve(run) for run in self.runs[name]], self.target, BUDGET)
 
@@ -151,9 +194,15 @@ class Style:
         return self.share_of(f"{self.reference}_long") if self.reference else None
 
     def gain_over_tuned(self) -> float | None:
-        """What the default gains with the rate that it has by itself, over what it gains at the best rate of a grid."""
+        """What the default gains with the rate that it has by itself, over what it gains at the
+        best rate of a grid.
+        """
         tuned, own = self.loss_of(f"{DEFAULT}_tuned"), self.loss_of(DEFAULT)
-        return None if tuned is None or own is None or self.start is None else (self.start - own) / (self.start - tuned)
+        return (
+            None
+            if tuned is None or own is None or self.start is None
+            else (self.start - own) / (self.start - tuned)
+        )
 
     def missing(self) -> list[str]:
         """Sentences."""
@@ -170,7 +219,8 @@ class Style:
             left = [] if family.same_rate_as else next_exponents(family.exponents, tried)
             if left:
                 found.append(
-                    f"{name}: not run at rate {', '.join(f'{family.at(exponent, self.data).lr:.3g}' for exponent in left)}"
+                    f"{name}: not run at rate "
+                    f"{', '.join(f'{family.at(exponent, self.data).lr:.3g}' for exponent in left)}"
                 )
             elif self._at_edge(family, tried):
                 found.append(f"{name}: the best rate is at the edge of those tried")
@@ -202,7 +252,9 @@ class Style:
                     "unit": runs[0]["unit"],
                     "share_of_first_order_gain": self.share(name),
                     "budget_to_reach_ratio": self.ratio(name),
-                    "processor_seconds": round(math.fsum(run["seconds"]["processor"] for run in runs) / len(runs), 1),
+                    "processor_seconds": round(
+                        math.fsum(run["seconds"]["processor"] for run in runs) / len(runs), 1
+                    ),
                 }
         return {
             "start_loss": self.start,
@@ -230,21 +282,33 @@ def figures(results: Results) -> dict[str, Any]:
         "budget": BUDGET,
         "method_of_default": DEFAULT,
         "speedup": known,
-        "gain_share": _known({data: style.share_of(f"{DEFAULT}_long") for data, style in styles.items()}),
-        "reference_gain_share": _known({data: style.reference_share() for data, style in styles.items()}),
+        "gain_share": _known(
+            {data: style.share_of(f"{DEFAULT}_long") for data, style in styles.items()}
+        ),
+        "reference_gain_share": _known(
+            {data: style.reference_share() for data, style in styles.items()}
+        ),
         "start": _known({data: style.start for data, style in styles.items()}),
         "paper": _known({data: style.target for data, style in styles.items()}),
         "default": _known({data: style.loss_of(DEFAULT) for data, style in styles.items()}),
         "first_order": _known({data: style.best for data, style in styles.items()}),
-        "default_gain_over_tuned": _known({data: style.gain_over_tuned() for data, style in (*styles.items(), (UNSEEN, unseen))}),
+        "default_gain_over_tuned": _known(
+            {data: style.gain_over_tuned() for data, style in (*styles.items(), (UNSEEN, unseen))}
+        ),
         "styles": {data: style.figures() for data, style in styles.items()},
         "default_ratio": {
             "geometric_mean": geometric_mean(list(known.values())) if known else None,
             "styles": sorted(known),
             "missing": [data for data in DATA if data not in known],
-            "provisional_because": [f"{data}: {reason}" for data in sorted(known) for reason in styles[data].provisional()],
+            "provisional_because": [
+                f"{data}: {reason}"
+                for data in sorted(known)
+                for reason in styles[data].provisional()
+            ],
         },
-        "missing": [f"{style.data}: {m}" for style in (*styles.values(), unseen) for m in style.missing()],
+        "missing": [
+            f"{style.data}: {m}" for style in (*styles.values(), unseen) for m in style.missing()
+        ],
         "curves": {name: result["curve"] for name, result in sorted(results.items())},
     }
 
@@ -253,7 +317,11 @@ def _with_range(found: Mapping[str, float] | None, digits: str, absent: str = "m
     if found is None:
         return absent
     text = f"{found['mean']:{digits}}"
-    return text if found["seeds"] < 2 else f"{text} ({found['low']:{digits}} to {found['high']:{digits}})"
+    return (
+        text
+        if found["seeds"] < 2
+        else f"{text} ({found['low']:{digits}} to {found['high']:{digits}})"
+    )
 
 
 def _ratio_in_words(style: Style, name: str) -> str:
@@ -271,7 +339,8 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
     machine = recorded["machine"]
     lines = [
         f"Written by `python -m benchmarks.convergence report` on {recorded['date']}; cells by "
-        f"`python -m benchmarks.convergence run --data FOLDER` on {machine['processor']} ({machine['cores']} cores), "
+        f"`python -m benchmarks.convergence run --data FOLDER` on {machine['processor']} "
+        f"({machine['cores']} cores), "
         f"styles in fp32 and sst2 in bf16, OMP_NUM_THREADS={recorded['threads']}.",
         "",
     ]
@@ -279,8 +348,16 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
     mean, covered = default["geometric_mean"], default["styles"]
     lines.append(
         f"**The default, `{DEFAULT}`, against the reference: "
-        + (f"{mean:.1f} times fewer example-forwards, geometric mean over {', '.join(covered)}" if mean else "not measured yet")
-        + (f"; missing or not reached: {', '.join(default['missing'])}.**" if default["missing"] else ".**")
+        + (
+            f"{mean:.1f} times fewer example-forwards, geometric mean over {', '.join(covered)}"
+            if mean
+            else "not measured yet"
+        )
+        + (
+            f"; missing or not reached: {', '.join(default['missing'])}.**"
+            if default["missing"]
+            else ".**"
+        )
     )
     if default["provisional_because"]:
         lines += ["", f"This is provisional: {'; '.join(default['provisional_because'])}."]
@@ -291,19 +368,28 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
         if style.start is None:
             lines.append("No cell is finished.")
             continue
-        reference = f"{style.reference}, {style.target:.4f}" if style.target is not None else "missing"
+        reference = (
+            f"{style.reference}, {style.target:.4f}" if style.target is not None else "missing"
+        )
         best = f"{style.best:.4f}" if style.best is not None else "missing"
         lines += [
             f"Start {style.start:.4f}; first order on dense scales {best}; reference: {reference}"
-            + ("." if style.trained() is not None else ", whether it trained is not known before first order is."),
+            + (
+                "."
+                if style.trained() is not None
+                else ", whether it trained is not known before first order is."
+            ),
             "",
-            "| method | rate | seeds | held-out loss at the end | share of the first-order gain | times fewer forwards | CPU s |",
+            "| method | rate | seeds | held-out loss at the end | share of the first-order "
+            "gain | times fewer forwards | CPU s |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, found in figures_["styles"][data]["families"].items():
             lines.append(
-                f"| {name} | {found['lr']:.3g} | {found['final_loss']['seeds']} | {_with_range(found['final_loss'], '.4f')} "
-                f"| {_with_range(style.share(name), '.1%')} | {_ratio_in_words(style, name)} | {found['processor_seconds']:.0f} |"
+                f"| {name} | {found['lr']:.3g} | {found['final_loss']['seeds']} | "
+                f"{_with_range(found['final_loss'], '.4f')} "
+                f"| {_with_range(style.share(name), '.1%')} | {_ratio_in_words(style, name)} "
+                f"| {found['processor_seconds']:.0f} |"
             )
     lines += ["", "### Missing", ""]
     lines += [f"* {sentence}" for sentence in figures_["missing"]] or ["Nothing."]
@@ -324,23 +410,33 @@ def _summary(figures_: Mapping[str, Any]) -> list[str]:
     }
     rows = ["| data | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for data in (*DATA, UNSEEN):
-        values = [format(figures_[key][data], digits) if data in figures_[key] else "" for key, digits in columns.values()]
+        values = [
+            format(figures_[key][data], digits) if data in figures_[key] else ""
+            for key, digits in columns.values()
+        ]
         rows.append(f"| {data} | " + " | ".join(values) + " |")
     return rows
 
 
 def methods_table() -> str:
-    rows = [f"| {name} | {family.what} | {family.template.budget:,} |" for name, family in FAMILIES.items()]
+    rows = [
+        f"| {name} | {family.what} | {family.template.budget:,} |"
+        for name, family in FAMILIES.items()
+    ]
     return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
 
 
 NAMED = ("default", "antithetic", "paper_relative", "paper_absolute", "first_order_dense", "qlora")
-"""Families with a colour of their own; that of a longer budget shares it, and all others are grey."""
+"""Families with a colour of their own; that of a longer budget shares it, and all others are
+grey.
+"""
 OTHERS = "others of the tables"
 
 
 def plot(results: Results, path: Path) -> None:
-    """A panel per style: the held-out loss at the best rate of each family, mean and range over the seeds."""
+    """A panel per style: the held-out loss at the best rate of each family, mean and range over the
+    seeds.
+    """
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
@@ -352,7 +448,9 @@ def plot(results: Results, path: Path) -> None:
         panel.set_title(data if style.start is not None else f"{data}: no cell is finished")
         for name, runs in style.runs.items():
             if runs:
-                label = name.removesuffix("_long") if name.removesuffix("_long") in NAMED else OTHERS
+                label = (
+                    name.removesuffix("_long") if name.removesuffix("_long") in NAMED else OTHERS
+                )
                 drawn = _draw(panel, name, label, runs)
                 named[label] = drawn if name == label else named.get(label, drawn)
         if style.target is not None:
@@ -362,9 +460,18 @@ def plot(results: Results, path: Path) -> None:
             continue
         panel.set_xscale("symlog", linthresh=320)
         panel.set_xlim(left=0)
-    figure.supxlabel("example-forwards (first order and QLoRA: examples forwards and backwards)", fontsize="medium")
+    figure.supxlabel(
+        "example-forwards (first order and QLoRA: examples forwards and backwards)",
+        fontsize="medium",
+    )
     order = [label for label in (*NAMED, OTHERS) if label in named]
-    figure.legend([named[label] for label in order], order, loc="outside upper center", ncols=len(order) or 1, fontsize="small")
+    figure.legend(
+        [named[label] for label in order],
+        order,
+        loc="outside upper center",
+        ncols=len(order) or 1,
+        fontsize="small",
+    )
     panels[0].set_ylabel("held-out loss")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -378,11 +485,15 @@ def _draw(panel: Any, name: str, label: str, runs: Sequence[Mapping[str, Any]]) 
         return panel.plot(spent, mean, color="darkgrey", linewidth=0.6, zorder=1)[0]
     line = "--" if FAMILIES[name].template.first_order else ":" if label in REFERENCES else "-"
     width, colour = 2.5 if name == DEFAULT else 1.2, f"C{NAMED.index(label)}"
-    panel.fill_between(spent, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.2)
+    panel.fill_between(
+        spent, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.2
+    )
     return panel.plot(spent, mean, line, color=colour, linewidth=width)[0]
 
 
-def write_report(results_folder: Path, document: Path = DOCUMENT, picture: Path = PLOT) -> dict[str, Any]:
+def write_report(
+    results_folder: Path, document: Path = DOCUMENT, picture: Path = PLOT
+) -> dict[str, Any]:
     results = finished(results_folder / "cells")
     found = figures(results)
     recorded = provenance()

@@ -1,7 +1,7 @@
 """What is trained and how it is measured: the seam between the benchmark and a kind of model.
 
-A `Task` hands out an objective, batches, the held-out loss and the quantized scales; methods, cells and report know nothing else.
-Styles are here, SST-2 on a language model in `text_task`.
+A `Task` hands out an objective, batches, the held-out loss and the quantized scales; methods, cells
+and report know nothing else. Styles are here, SST-2 on a language model in `text_task`.
 """
 
 import hashlib
@@ -45,7 +45,9 @@ STYLE_WORDS = {
 }
 NF4_64 = {"type": "nf4", "blocksize": 64, "backend": "bnb"}
 UNLIKE = {"type": "fp4", "blocksize": 128, "backend": "reference"}
-STYLE_TASKS = {style: (style, NF4_64) for style in ("fluent_mono", "openmoji", "fluent3d")} | {UNSEEN: ("twemoji", UNLIKE)}
+STYLE_TASKS = {style: (style, NF4_64) for style in ("fluent_mono", "openmoji", "fluent3d")} | {
+    UNSEEN: ("twemoji", UNLIKE)
+}
 TRAIN, HELD_OUT = 64, 128
 EVALUATION_SEED = 0  # the same for every seed of a run
 
@@ -53,8 +55,8 @@ EVALUATION_SEED = 0  # the same for every seed of a run
 class Task(Protocol):
     """One set of data with its model.
 
-    model: what holds the quantized layers. scales: the live ones, as the base model has them before a run.
-    held_out: micro-batches of the held-out loss, always the same.
+    model: what holds the quantized layers. scales: the live ones, as the base model has them before
+    a run. held_out: micro-batches of the held-out loss, always the same.
     pointwise: names of the layers whose numbers every region of an example can probe for itself.
     """
 
@@ -67,8 +69,12 @@ class Task(Protocol):
         """One loss per example, [B]."""
         ...
 
-    def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Any]]:
-        """The batch of any step, from (seed, step) alone; `regions` and `sigma` as in the config, where the task knows them."""
+    def batches(
+        self, seed: int, batch: int, regions: int, sigma: SigmaDistribution
+    ) -> Callable[[int], StepBatch[Any]]:
+        """The batch of any step, from (seed, step) alone; `regions` and `sigma` as in the config,
+        where the task knows them.
+        """
         ...
 
     def handles(self) -> Iterable[DifferentiableHandle]:
@@ -81,7 +87,8 @@ def open_task(name: str, data: Path, cache: Path) -> Task:
 
     Args:
         name: of `methods.DATA`, or `methods.UNSEEN`.
-        data: the folder of `emoji64.npz` and `meta.json`; for sst2 that of `train.tsv` and `dev.tsv`.
+        data: the folder of `emoji64.npz` and `meta.json`; for sst2 that of `train.tsv` and
+            `dev.tsv`.
     """
     if name == "sst2":
         return TextTask(data)
@@ -90,17 +97,26 @@ def open_task(name: str, data: Path, cache: Path) -> Task:
     return open_style(name, data, cache)
 
 
-def open_style(name: str, data: Path, cache: Path, train: int = TRAIN, held_out: int = HELD_OUT) -> "StyleTask":
+def open_style(
+    name: str, data: Path, cache: Path, train: int = TRAIN, held_out: int = HELD_OUT
+) -> "StyleTask":
     """Drawings of a style that `tiny` was not taught."""
     style, quant = STYLE_TASKS[name]
-    folders = [write_images(cache / "images" / style, part) for part in choose(style, data, train, held_out)]
+    folders = [
+        write_images(cache / "images" / style, part)
+        for part in choose(style, data, train, held_out)
+    ]
     return StyleTask(folders[0], folders[1], cache, quant)
 
 
-def choose(style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT, seed: int = 0) -> tuple[Drawings, Drawings]:
-    """Drawings to train on and to hold out: taught concepts in a fixed random order, no picture twice.
+def choose(
+    style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT, seed: int = 0
+) -> tuple[Drawings, Drawings]:
+    """Drawings to train on and to hold out: taught concepts in a fixed random order, no picture
+    twice.
 
-    The order of the concepts is that of their names, so neither the archive's order nor a style changes who is held out.
+    The order of the concepts is that of their names, so neither the archive's order nor a style
+    changes who is held out.
 
     Raises:
         ValueError: too few drawings.
@@ -116,7 +132,9 @@ def choose(style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT,
             seen.add(picture)
             chosen.append(names[index])
     if len(chosen) < train + held_out:
-        raise ValueError(f"{len(chosen)} different drawings of {style} in {data}, {train + held_out} are needed")
+        raise ValueError(
+            f"{len(chosen)} different drawings of {style} in {data}, {train + held_out} are needed"
+        )
 
     def part(wanted: list[str]) -> Drawings:
         images = torch.stack([known.images[place[name]] for name in wanted])
@@ -126,23 +144,32 @@ def choose(style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT,
 
 
 def write_images(folder: Path, drawings: Drawings) -> Path:
-    """PNG files and metadata.jsonl, as a user's style folder has them, below `folder` in one named by the content."""
-    content = repr((drawings.captions, hashlib.sha256(drawings.images.numpy().tobytes()).hexdigest()))
+    """PNG files and metadata.jsonl, as a user's style folder has them, below `folder` in one named
+    by the content.
+    """
+    content = repr(
+        (drawings.captions, hashlib.sha256(drawings.images.numpy().tobytes()).hexdigest())
+    )
     folder = folder / hashlib.sha256(content.encode()).hexdigest()[:12]
     if (folder / METADATA_NAME).exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for image, name, caption in zip(drawings.images, drawings.names, drawings.captions, strict=True):
+    for image, name, caption in zip(
+        drawings.images, drawings.names, drawings.captions, strict=True
+    ):
         file = "".join(letter if letter.isalnum() else "_" for letter in name.lower()) + ".png"
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / file)
         lines.append(json.dumps({"file_name": file, "text": caption}) + "\n")
-    write_whole(folder / METADATA_NAME, "".join(lines).encode())  # last, so that a folder with it is whole
+    # last, so that a folder with it is whole
+    write_whole(folder / METADATA_NAME, "".join(lines).encode())
     return folder
 
 
 def stratified_sigmas(count: int, *key: int | str) -> Tensor:
-    """[count]: the middles of `count` equal slices of (0, 1) in a random order, so that their mean loss is that of all levels."""
+    """[count]: the middles of `count` equal slices of (0, 1) in a random order, so that their mean
+    loss is that of all levels.
+    """
     middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return middles[torch.randperm(count, generator=torch_generator(*key, "sigma"))].float()
 
@@ -154,18 +181,27 @@ class StyleTask:
         held_out: None holds out some of `train`, as a run does.
     """
 
-    def __init__(self, train: Path, held_out: Path | None, cache: Path, quant: dict[str, Any] = NF4_64) -> None:
+    def __init__(
+        self, train: Path, held_out: Path | None, cache: Path, quant: dict[str, Any] = NF4_64
+    ) -> None:
         self._cache, self._train, self._validation, self._quant = cache, train, held_out, quant
         plan = make_plan(make_config(self._settings(0, 16) | {"sample": {"guidance": 1.0}}))
         self._plan = plan
-        self._encoded = style_data.encode(plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype)
-        self.model = build.quantized_transformer(plan.config, plan.model_folder, plan.device, plan.dtype)
+        self._encoded = style_data.encode(
+            plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype
+        )
+        self.model = build.quantized_transformer(
+            plan.config, plan.model_folder, plan.device, plan.dtype
+        )
         self.scales, _ = build.scales_and_numbers(plan.config, self.model)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
         self.pointwise = matching(self.scales, POINTWISE_LAYERS)
 
     def _settings(self, seed: int, batch: int) -> dict[str, Any]:
-        folders = {"style_dir": str(self._train), "validation_dir": str(self._validation) if self._validation else None}
+        folders = {
+            "style_dir": str(self._train),
+            "validation_dir": str(self._validation) if self._validation else None,
+        }
         return {
             "model": "tiny",
             "data": folders | {"batch_size": batch, "cache_dir": str(self._cache / "tensors")},
@@ -177,10 +213,17 @@ class StyleTask:
     def objective(self, micro_batch: Batch) -> Tensor:
         return velocity_loss(self.model, micro_batch, self._plan.dtype)
 
-    def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Batch]]:
-        settings = {"sigma": {"distribution": sigma}, "qzo": {"parametrization": "row", "per_example": True, "regions": regions}}
+    def batches(
+        self, seed: int, batch: int, regions: int, sigma: SigmaDistribution
+    ) -> Callable[[int], StepBatch[Batch]]:
+        settings = {
+            "sigma": {"distribution": sigma},
+            "qzo": {"parametrization": "row", "per_example": True, "regions": regions},
+        }
         config = make_config(self._settings(seed, batch) | settings)
-        return style_data.TrainingBatches(config, self._plan.style.train, self._encoded, self._plan.device, Ranks())
+        return style_data.TrainingBatches(
+            config, self._plan.style.train, self._encoded, self._plan.device, Ranks()
+        )
 
     def handles(self) -> Iterable[DifferentiableHandle]:
         return handles_of(self.model)
@@ -188,22 +231,42 @@ class StyleTask:
     def sampler(self, captions: Sequence[str]) -> Sampler:
         plan, vae = self._plan, self._encoded.vae
         prompts = self._encoded.prompts
-        return build.sampler(plan.config, plan.model_folder, self.model, vae, captions, prompts, plan.device, plan.dtype)
+        return build.sampler(
+            plan.config,
+            plan.model_folder,
+            self.model,
+            vae,
+            captions,
+            prompts,
+            plan.device,
+            plan.dtype,
+        )
 
     def shown(self, count: int) -> tuple[list[str], list[Image.Image]]:
         """Captions of held-out drawings, evenly from their list, and the drawings."""
         samples = self._plan.style.validation
         chosen = [samples[index * len(samples) // count] for index in range(count)]
-        return [sample.caption for sample in chosen], [open_image(sample.path).image for sample in chosen]
+        return [sample.caption for sample in chosen], [
+            open_image(sample.path).image for sample in chosen
+        ]
 
     def _held_out(self, samples: Sequence[Sample], size: int = 32) -> list[Batch]:
-        """Every held-out image once, at one noise level of its own: 128 forwards an evaluation instead of 512."""
-        latents = torch.stack([self._encoded.latents.latents(sample.id, False) for sample in samples])
+        """Every held-out image once, at one noise level of its own: 128 forwards an evaluation
+        instead of 512.
+        """
+        latents = torch.stack(
+            [self._encoded.latents.latents(sample.id, False) for sample in samples]
+        )
         noise = [
-            torch.randn(latents.shape[1:], generator=torch_generator(EVALUATION_SEED, "held out", sample.caption))
+            torch.randn(
+                latents.shape[1:],
+                generator=torch_generator(EVALUATION_SEED, "held out", sample.caption),
+            )
             for sample in samples
         ]
         sigmas = stratified_sigmas(len(samples), EVALUATION_SEED)
         captions = [sample.caption for sample in samples]
-        whole = style_data.make_batch(self._encoded.prompts, captions, latents, torch.stack(noise), sigmas, self._plan.device)
+        whole = style_data.make_batch(
+            self._encoded.prompts, captions, latents, torch.stack(noise), sigmas, self._plan.device
+        )
         return whole.split(size)

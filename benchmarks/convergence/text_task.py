@@ -20,10 +20,12 @@ from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.train.loop import StepBatch
 
 TRAIN, HELD_OUT = 1000, 200
-MOST_TOKENS = 64  # no sentence of the dev set is longer; a longer one to train on loses its beginning
+# no sentence of the dev set is longer; a longer one to train on loses its beginning
+MOST_TOKENS = 64
 SPLIT_SEED = 0  # the same sentences for every seed of a run
-# A third of fp32's time. At relative eps 1e-2 rounding adds an error of 0.25 (dense) to 0.46 (a direction per example) of the
-# derivative, little beside what random directions add; at the absolute 1e-3 (0.2 % of these scales) it is 1.6: there pass float32.
+# A third of fp32's time. At relative eps 1e-2 rounding adds an error of 0.25 (dense) to 0.46 (a
+# direction per example) of the derivative, little beside what random directions add; at the
+# absolute 1e-3 (0.2 % of these scales) it is 1.6: there pass float32.
 DTYPE = torch.bfloat16
 
 
@@ -34,7 +36,8 @@ class TextTask:
 
     Args:
         data: the folder of train.tsv and dev.tsv.
-        model: a transformers folder; the converted SmolLM2 where None, which is made when it isn't there.
+        model: a transformers folder; the converted SmolLM2 where None, which is made when it isn't
+            there.
     """
 
     def __init__(self, data: Path, dtype: torch.dtype = DTYPE, model: Path | None = None) -> None:
@@ -45,23 +48,31 @@ class TextTask:
         self.pointwise: Sequence[str] = []  # an answer is one token: nothing to divide
         self.scales: ScaleSet = find_scales(self._lm.model)
         self._train = self._encoded(self._spec.train, TRAIN)
-        self.held_out: Sequence[Batch] = evaluation_batches(self._lm, self._encoded(self._spec.test, HELD_OUT), size=20)
+        self.held_out: Sequence[Batch] = evaluation_batches(
+            self._lm, self._encoded(self._spec.test, HELD_OUT), size=20
+        )
 
     def _encoded(self, files: Sequence[str], count: int | None) -> list[Encoded]:
         path = find_data(self._data, files)
-        (rows,) = choose_rows(read_rows(path, self._spec.fields, self._spec.columns), [count], SPLIT_SEED, path.name)
+        (rows,) = choose_rows(
+            read_rows(path, self._spec.fields, self._spec.columns), [count], SPLIT_SEED, path.name
+        )
         return encode(self._lm, make_examples(self._spec, rows), MOST_TOKENS)
 
     def objective(self, micro_batch: Batch) -> Tensor:
         return task_loss(self._lm, micro_batch)
 
-    def batches(self, seed: int, batch: int, regions: int, sigma: SigmaDistribution) -> Callable[[int], StepBatch[Batch]]:
+    def batches(
+        self, seed: int, batch: int, regions: int, sigma: SigmaDistribution
+    ) -> Callable[[int], StepBatch[Batch]]:
         return TextBatches(self._lm, self._train, batch_size=batch, seed=seed)
 
     def handles(self) -> Iterable[DifferentiableHandle]:
         return handles_of(self._lm.model)
 
     def accuracy(self, count: int | None = None) -> float:
-        """On the first `count` dev sentences of the fixed order, or on all of them, with the scales as they are shown."""
+        """On the first `count` dev sentences of the fixed order, or on all of them, with the scales
+        as they are shown.
+        """
         batches = evaluation_batches(self._lm, self._encoded(self._spec.test, count), size=20)
         return mean_metric(self._lm, batches, self._spec)

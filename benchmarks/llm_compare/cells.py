@@ -1,4 +1,6 @@
-"""A cell: one run of `qzo-diffuse llm` in a process of its own, which is ended at the limit and can be stopped and go on."""
+"""A cell: one run of `qzo-diffuse llm` in a process of its own, which is ended at the limit and can
+be stopped and go on.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ LIMIT_SECONDS = 40 * 60
 
 
 def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any] | None:
-    """The result, which is also written; None when it was stopped, and then the same call goes on."""
+    """The result, which is also written; None when it was stopped, and then the same call goes
+    on.
+    """
     method, folder = METHODS[cell.method], places.cache / cell.name
     ended, spent = "budget", _spent(folder)
     if method.trained:
@@ -36,7 +40,9 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         ended = {0: "budget", 130: "time limit"}.get(code, "diverged")
         found = json.loads(output) if output.strip() else {}
     if not method.trained or ended == "time limit":
-        newest = max((folder / "checkpoints").glob("step_*"), default=None) if method.trained else None
+        newest = (
+            max((folder / "checkpoints").glob("step_*"), default=None) if method.trained else None
+        )
         where = ["--run", str(newest)] if newest else arguments_of(cell, places)[:-1]
         code, output, seconds = _call(["evaluate", *where, "--json"], stop, LIMIT_SECONDS)
         if code in (130, -signal.SIGTERM) and stop.is_set():
@@ -44,7 +50,11 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         if code != 0:
             raise RuntimeError(f"{cell.name}: exit code {code} of evaluate")
         evaluated = json.loads(output)
-        found = (found if method.trained else {}) | evaluated | {evaluated["metric"]: {"end": evaluated[evaluated["metric"]]}}
+        found = (
+            (found if method.trained else {})
+            | evaluated
+            | {evaluated["metric"]: {"end": evaluated[evaluated["metric"]]}}
+        )
     figure = found.get(found.get("metric", ""), {})
     steps = found.get("steps", 0)
     result = {
@@ -62,7 +72,8 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         "processor_seconds": round(spent, 1),
         "curve": _curve(folder, method.forwards_of_step) if method.trained else [],
         "settings": [one for one in arguments_of(cell, places) if "=" in one],
-        "provenance": provenance() | {"command": f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'"},
+        "provenance": provenance()
+        | {"command": f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'"},
     }
     places.result(cell).parent.mkdir(parents=True, exist_ok=True)
     places.result(cell).write_text(json.dumps(result, indent=1) + "\n")
@@ -70,10 +81,18 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
 
 
 def _curve(folder: Path, forwards_of_step: int) -> list[tuple[int, float]]:
-    """(example-forwards, held-out loss); of first order, examples that went forwards and backwards."""
+    """(example-forwards, held-out loss); of first order, examples that went forwards and
+    backwards.
+    """
     metrics = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    return [(line["step"] * forwards_of_step, round(line["validation_loss"], 4)) for line in lines if "validation_loss" in line]
+    lines = (
+        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    )
+    return [
+        (line["step"] * forwards_of_step, round(line["validation_loss"], 4))
+        for line in lines
+        if "validation_loss" in line
+    ]
 
 
 def _diverged(folder: Path) -> bool:
@@ -83,8 +102,14 @@ def _diverged(folder: Path) -> bool:
 
 
 def _call(arguments: list[str], stop: threading.Event, limit: float) -> tuple[int, str, float]:
-    """Exit code, stdout and processor seconds of `qzo-diffuse llm ...`; ended after its step when asked to, or at the limit."""
-    process = subprocess.Popen([sys.executable, "-m", "qzo_diffusion.cli", "llm", *arguments], stdout=subprocess.PIPE, text=True)
+    """Exit code, stdout and processor seconds of `qzo-diffuse llm ...`; ended after its step when
+    asked to, or at the limit.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qzo_diffusion.cli", "llm", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     while True:
         try:
             output, _ = process.communicate(timeout=1)

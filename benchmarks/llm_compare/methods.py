@@ -9,12 +9,20 @@ BATCH = 16
 
 # Settings of each task beside its own; `dir` is inside the folder of data.
 TASKS: dict[str, dict[str, Any]] = {
-    "sst2": {"dir": "sst2", "steps": 2000, "settings": ["data.validation_examples=200", "data.max_tokens=64"]},
+    "sst2": {
+        "dir": "sst2",
+        "steps": 2000,
+        "settings": ["data.validation_examples=200", "data.max_tokens=64"],
+    },
     "rte": {"dir": "rte", "steps": 200, "settings": ["data.max_tokens=256"]},
     "boolq": {
         "dir": "superglue_BoolQ",
         "steps": 200,
-        "settings": ["data.train_file=val.jsonl", "data.test_file=val.jsonl", "data.max_tokens=256"],
+        "settings": [
+            "data.train_file=val.jsonl",
+            "data.test_file=val.jsonl",
+            "data.max_tokens=256",
+        ],
     },
     "cb": {
         "dir": "superglue_CB",
@@ -32,15 +40,23 @@ TASKS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-PAPER = ["qzo.parametrization=dense", "qzo.units=absolute", "qzo.eps=1e-3", "qzo.directions=gaussian", "train.schedule=constant"]
-PAPER += ["train.lr=1e-7", "compute.dtype=float32"]  # in bfloat16 rounding swallows an eps of 0.2 % of a scale
+PAPER = [
+    "qzo.parametrization=dense",
+    "qzo.units=absolute",
+    "qzo.eps=1e-3",
+    "qzo.directions=gaussian",
+    "train.schedule=constant",
+]
+# in bfloat16 rounding swallows an eps of 0.2 % of a scale
+PAPER += ["train.lr=1e-7", "compute.dtype=float32"]
 BFLOAT16 = ["compute.dtype=bfloat16"]
 BOTH_SIDES = ["qzo.num_directions=1"]  # of each example, probed at +eps and -eps
 
 
 @dataclass(frozen=True)
 class Method:
-    """A `--method` with settings; `trained` False only evaluates. seeds, on SST-2 alone; tasks None is all of them.
+    """A `--method` with settings; `trained` False only evaluates. seeds, on SST-2 alone; tasks None
+    is all of them.
 
     probes: forwards of each of a step's `batch` examples.
     """
@@ -64,17 +80,33 @@ class Method:
         return self.method in ("qlora", "fo-scales")
 
 
-# The paper's one dense direction in relative units, at the rate that the convergence benchmark found for it.
-RELATIVE = ["qzo.layers=null", "qzo.parametrization=dense", "qzo.eps=0.01", "train.schedule=constant", "train.lr=0.00316"]
+# The paper's one dense direction in relative units, at the rate that the convergence benchmark
+# found for it.
+RELATIVE = [
+    "qzo.layers=null",
+    "qzo.parametrization=dense",
+    "qzo.eps=0.01",
+    "train.schedule=constant",
+    "train.lr=0.00316",
+]
 
 
 def _clipped(threshold: str) -> Method:
-    """In the paper's units no derivative of SST-2 reaches 50 (the largest of 805 steps is 22), so that all thresholds are one."""
-    return Method("qzo", (*RELATIVE, f"qzo.clip_threshold={threshold}", *BFLOAT16), tasks=("sst2",), share_of_steps=0.1)
+    """In the paper's units no derivative of SST-2 reaches 50 (the largest of 805 steps is 22), so
+    that all thresholds are one.
+    """
+    return Method(
+        "qzo",
+        (*RELATIVE, f"qzo.clip_threshold={threshold}", *BFLOAT16),
+        tasks=("sst2",),
+        share_of_steps=0.1,
+    )
 
 
 def _quzo(*settings: str, share: float = 0.1) -> Method:
-    """Fewer steps than the others: noise for every weight, drawn again for twenty past steps, makes one three times as long."""
+    """Fewer steps than the others: noise for every weight, drawn again for twenty past steps, makes
+    one three times as long.
+    """
     return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",), share_of_steps=share)
 
 
@@ -83,11 +115,16 @@ SHORT_FEEDBACK = ("train.feedback_decay=0.9", "train.feedback_steps=20", "train.
 
 
 METHODS: dict[str, Method] = {
-    "zero_shot": Method("mezo", (), trained=False),  # unquantized, which for this model is dequantized Q4_1
+    # unquantized, which for this model is dequantized Q4_1
+    "zero_shot": Method("mezo", (), trained=False),
     "zero_shot_quantized": Method("qzo", (), trained=False),
     "default": Method("qzo", tuple(BFLOAT16), seeds=3, batch=4, probes=8),
     "antithetic": Method("qzo", (*BOTH_SIDES, *BFLOAT16), seeds=3),  # the default before
-    "held": Method("qzo", ("qzo.normalize=running", "train.schedule=hold", *BOTH_SIDES, *BFLOAT16), tasks=("sst2",)),
+    "held": Method(
+        "qzo",
+        ("qzo.normalize=running", "train.schedule=hold", *BOTH_SIDES, *BFLOAT16),
+        tasks=("sst2",),
+    ),
     "middle_columns": Method(  # the default before that
         "qzo",
         (
@@ -103,30 +140,52 @@ METHODS: dict[str, Method] = {
     ),
     "all_layers": Method(  # and before that
         "qzo",
-        ("qzo.layers=null", "qzo.parametrization=separable", "qzo.eps=0.01", "train.lr=0.005", *BOTH_SIDES, *BFLOAT16),
+        (
+            "qzo.layers=null",
+            "qzo.parametrization=separable",
+            "qzo.eps=0.01",
+            "train.lr=0.005",
+            *BOTH_SIDES,
+            *BFLOAT16,
+        ),
         tasks=("sst2",),
     ),
     "paper": Method("qzo", (*PAPER, "qzo.clip_threshold=100"), seeds=3),
-    # Signs in place of Gaussian numbers: a step draws 106 million of them three times, and the limit is one of time.
+    # Signs in place of Gaussian numbers: a step draws 106 million of them three times, and the
+    # limit is one of time.
     "mezo": Method("mezo", ("qzo.directions=rademacher", *BFLOAT16)),
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
     "quzo_int8": _quzo(*SHORT_FEEDBACK, "train.lr=0.3"),
-    "quzo_int8_slow": _quzo("train.feedback_decay=0.95", "train.feedback_steps=40", "train.lr=0.2", "train.schedule=linear"),
+    "quzo_int8_slow": _quzo(
+        "train.feedback_decay=0.95",
+        "train.feedback_steps=40",
+        "train.lr=0.2",
+        "train.schedule=linear",
+    ),
     "quzo_int8_long": _quzo(share=0.28),  # the default for as many steps as 40 minutes hold
-    "quzo_int8_cosine": _quzo(*SHORT_FEEDBACK[:2], "train.lr=0.3", "train.schedule=cosine", share=0.2),
+    "quzo_int8_cosine": _quzo(
+        *SHORT_FEEDBACK[:2], "train.lr=0.3", "train.schedule=cosine", share=0.2
+    ),
     "quzo_int8_plain": _quzo(
         "train.optimizer=sgd", "train.lr=0.8", "train.schedule=constant"
     ),  # of the slope itself: about 0.05 codes a step
     "quzo_w8a8": _quzo("quant.activations=int8"),
     "quzo_int4": _quzo("quant.type=int4", *SHORT_FEEDBACK, "train.lr=0.08"),
     "quzo_int4_plain": _quzo(
-        "quant.type=int4", "train.optimizer=sgd", "train.lr=0.02", "train.schedule=constant", share=0.05
+        "quant.type=int4",
+        "train.optimizer=sgd",
+        "train.lr=0.02",
+        "train.schedule=constant",
+        share=0.05,
     ),  # about 0.01 codes a step
     "quzo_fp8": _quzo("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.015),
     "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.1),
     "qzo_int8": Method(
-        "qzo", ("quant.backend=intgrid", "quant.type=int8", *BOTH_SIDES, *BFLOAT16), tasks=("sst2",), share_of_steps=0.2
+        "qzo",
+        ("quant.backend=intgrid", "quant.type=int8", *BOTH_SIDES, *BFLOAT16),
+        tasks=("sst2",),
+        share_of_steps=0.2,
     ),  # the same codes, fixed
     "relative_clip_off": _clipped("null"),
     "relative_clip_10": _clipped("10"),
@@ -148,7 +207,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Places:
-    """results: finished cells; cache: run folders, outside of the repository; data, model: folders."""
+    """results: finished cells; cache: run folders, outside of the repository; data, model:
+    folders.
+    """
 
     results: Path
     cache: Path
@@ -165,16 +226,37 @@ def cells(pattern: str) -> list[Cell]:
     for task in TASKS:
         for name, method in METHODS.items():
             if method.tasks is None or task in method.tasks:
-                found += [Cell(task, name, seed) for seed in range(method.seeds if task == "sst2" else 1)]
+                found += [
+                    Cell(task, name, seed) for seed in range(method.seeds if task == "sst2" else 1)
+                ]
     return [cell for cell in found if any(fnmatch(cell.name, one) for one in pattern.split(","))]
 
 
 def arguments_of(cell: Cell, places: Places) -> list[str]:
     """Everything behind `llm train` or `llm evaluate` that makes the cell what it is."""
     task, method = TASKS[cell.task], METHODS[cell.method]
-    arguments = ["--task", cell.task, "--model", str(places.model), "--data-dir", str(places.data / task["dir"])]
-    arguments += ["--method", method.method, f"data.batch_size={method.batch}", *task["settings"], *method.settings]
+    arguments = [
+        "--task",
+        cell.task,
+        "--model",
+        str(places.model),
+        "--data-dir",
+        str(places.data / task["dir"]),
+    ]
+    arguments += [
+        "--method",
+        method.method,
+        f"data.batch_size={method.batch}",
+        *task["settings"],
+        *method.settings,
+    ]
     if method.trained:
         steps = places.steps or round(task["steps"] * method.share_of_steps)
-        arguments += ["--max-steps", str(steps), "--seed", str(cell.seed), "train.validate_every=100"]
+        arguments += [
+            "--max-steps",
+            str(steps),
+            "--seed",
+            str(cell.seed),
+            "train.validate_every=100",
+        ]
     return [*arguments, "--json"]

@@ -11,11 +11,23 @@ from benchmarks.record import put_between_markers, write_results
 TABLE = ("<!-- table: python -m benchmarks.llm_compare report -->", "<!-- end of table -->")
 
 
-DRAWN = ("default", "antithetic", "middle_columns", "all_layers", "paper", "mezo", "quzo_int8_slow", "fo_scales", "qlora")
+DRAWN = (
+    "default",
+    "antithetic",
+    "middle_columns",
+    "all_layers",
+    "paper",
+    "mezo",
+    "quzo_int8_slow",
+    "fo_scales",
+    "qlora",
+)
 
 
 def plot(results: list[dict[str, Any]], picture: Path) -> None:
-    """Held-out loss of SST-2 against forwards, a line for every run of what is compared there; the table has all."""
+    """Held-out loss of SST-2 against forwards, a line for every run of what is compared there; the
+    table has all.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -27,7 +39,9 @@ def plot(results: list[dict[str, Any]], picture: Path) -> None:
             spent, losses = zip(*result["curve"], strict=True)
             line = "--" if METHODS[result["method"]].first_order else "-"
             label = result["method"] if result["seed"] == 0 else None
-            panel.plot(spent, losses, line, color=colours[result["method"]], label=label, linewidth=1.3)
+            panel.plot(
+                spent, losses, line, color=colours[result["method"]], label=label, linewidth=1.3
+            )
     panel.set_xlabel("example-forwards (dashed: examples forwards and backwards)")
     panel.set_ylabel("held-out loss, SST-2")
     if panel.lines:
@@ -38,27 +52,54 @@ def plot(results: list[dict[str, Any]], picture: Path) -> None:
 
 def report(places: Places, document: Path) -> Path:
     picture = document.parent / "images" / "llm.png"
-    found = [json.loads(path.read_text()) for path in sorted((places.results / "cells" / "llm").glob("*/*.json"))]
+    found = [
+        json.loads(path.read_text())
+        for path in sorted((places.results / "cells" / "llm").glob("*/*.json"))
+    ]
     peaks = places.results / "llm_memory.json"
     memories: dict[str, Any] = json.loads(peaks.read_text())["methods"] if peaks.exists() else {}
     tasks: dict[str, dict[str, Any]] = {}
     for result in found:
         tasks.setdefault(result["task"], {}).setdefault(result["method"], []).append(result)
-    figures = {task: {name: _figures(runs, memories.get(name)) for name, runs in of.items()} for task, of in tasks.items()}
-    lines = ["| task | method | metric | mean | runs | forwards | processor s | held-out loss | memory over inference |"]
+    figures = {
+        task: {name: _figures(runs, memories.get(name)) for name, runs in of.items()}
+        for task, of in tasks.items()
+    }
+    lines = [
+        "| task | method | metric | mean | runs | forwards | processor s | held-out loss | "
+        "memory over inference |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for task, of in figures.items():
         for name in sorted(of, key=list(METHODS).index):
             one = of[name]
-            value = "diverged" if one["accuracy"] is None else f"{one['accuracy']:.3f} ± {one['accuracy_std']:.3f}"
+            value = (
+                "diverged"
+                if one["accuracy"] is None
+                else f"{one['accuracy']:.3f} ± {one['accuracy_std']:.3f}"
+            )
             loss, peak = _way_down(one), one["memory_over_inference"]
-            row = [task, name, one["metric"], value, one["runs"], one["forwards"], one["seconds"], loss, peak or "-"]
+            row = [
+                task,
+                name,
+                one["metric"],
+                value,
+                one["runs"],
+                one["forwards"],
+                one["seconds"],
+                loss,
+                peak or "-",
+            ]
             lines.append("| " + " | ".join(map(str, row)) + " |")
     text = document.read_text(encoding="utf-8")
-    document.write_text(put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8")
+    document.write_text(
+        put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8"
+    )
     plot(found, picture)
     shares = {task: share for task, of in figures.items() if (share := _gain_share(of)) is not None}
-    return write_results("llm_compare", {"tasks": figures, "gain_share": shares, "memory": memories}, places.results)
+    return write_results(
+        "llm_compare", {"tasks": figures, "gain_share": shares, "memory": memories}, places.results
+    )
 
 
 def _figures(runs: list[dict[str, Any]], memory_of: dict[str, float] | None) -> dict[str, Any]:
@@ -66,7 +107,9 @@ def _figures(runs: list[dict[str, Any]], memory_of: dict[str, float] | None) -> 
     losses = [run["validation_loss"]["end"] for run in runs if run["validation_loss"]]
     starts = [run["validation_loss"]["start"] for run in runs if run["validation_loss"]]
     curves = [
-        [run["validation_loss"]["end"], *(loss for _, loss in run.get("curve", []))] for run in runs if run["validation_loss"]
+        [run["validation_loss"]["end"], *(loss for _, loss in run.get("curve", []))]
+        for run in runs
+        if run["validation_loss"]
     ]
     lowest = [min(curve) for curve in curves]
     return {
@@ -86,16 +129,27 @@ def _figures(runs: list[dict[str, Any]], memory_of: dict[str, float] | None) -> 
 
 def _way_down(one: dict[str, Any]) -> str:
     """Start, end, and the lowest where that is clearly lower."""
-    start, end, lowest = one["validation_loss_at_start"], one["validation_loss"], one["lowest_validation_loss"]
+    start, end, lowest = (
+        one["validation_loss_at_start"],
+        one["validation_loss"],
+        one["lowest_validation_loss"],
+    )
     if end is None:
         return "-"
     return f"{start:.3f} -> {end:.3f}" + (f" (lowest {lowest:.3f})" if lowest < 0.9 * end else "")
 
 
 def _gain_share(of: dict[str, Any]) -> float | None:
-    """Of first order's way down from the same start, to its lowest loss before it overfits, how much the default goes."""
+    """Of first order's way down from the same start, to its lowest loss before it overfits, how
+    much the default goes.
+    """
     ours, exact = of.get("default"), of.get("fo_scales")
-    if not ours or not exact or ours["validation_loss"] is None or exact["lowest_validation_loss"] is None:
+    if (
+        not ours
+        or not exact
+        or ours["validation_loss"] is None
+        or exact["lowest_validation_loss"] is None
+    ):
         return None
     start = ours["validation_loss_at_start"]
     return round((start - ours["validation_loss"]) / (start - exact["lowest_validation_loss"]), 4)

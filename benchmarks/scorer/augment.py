@@ -1,4 +1,5 @@
-"""Drawings changed at random, so that the scorer learns what is shown and not how these five styles happen to draw it.
+"""Drawings changed at random, so that the scorer learns what is shown and not how these five styles
+happen to draw it.
 
 Batched on tensors; every random number comes from the generator that is handed in.
 """
@@ -40,28 +41,42 @@ def _mixed(images: Tensor, others: Tensor, generator: torch.Generator) -> tuple[
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turned by up to 12 degrees, scaled, stretched and shifted, on white. No mirror images: some drawings are arrows."""
+    """Turned by up to 12 degrees, scaled, stretched and shifted, on white. No mirror images: some
+    drawings are arrows.
+    """
     count = len(images)
     angle, scale, stretch, dx, dy = (
         _uniform(count, low, high, generator).flatten()
         for low, high in ((-0.21, 0.21), (0.85, 1.3), (0.9, 1.1), (-0.12, 0.12), (-0.12, 0.12))
     )
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-    matrix = torch.stack([torch.stack([cos * stretch, -sin, dx], 1), torch.stack([sin, cos / stretch, dy], 1)], 1)
+    matrix = torch.stack(
+        [torch.stack([cos * stretch, -sin, dx], 1), torch.stack([sin, cos / stretch, dy], 1)], 1
+    )
     places = F.affine_grid(matrix, list(images.shape), align_corners=False)
     return 1 - F.grid_sample(1 - images, places, align_corners=False)
 
 
 def _recoloured(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A third get other colours by a random mixture of channels, a quarter become grey, a tenth get a coloured ground."""
+    """A third get other colours by a random mixture of channels, a quarter become grey, a tenth get
+    a coloured ground.
+    """
     count = len(images)
     kind = torch.rand(count, generator=generator)
     other, grey = kind < 0.35, kind > 0.75
     mixture = torch.eye(3) + 0.45 * torch.randn(count, 3, 3, generator=generator)
     mixture = mixture / mixture.sum(2, keepdim=True).clamp(min=0.3)  # white stays white
-    mixture = torch.where(grey.view(-1, 1, 1), GREY.expand(count, 3, 3), torch.where(other.view(-1, 1, 1), mixture, torch.eye(3)))
+    mixture = torch.where(
+        grey.view(-1, 1, 1),
+        GREY.expand(count, 3, 3),
+        torch.where(other.view(-1, 1, 1), mixture, torch.eye(3)),
+    )
     images = torch.einsum("nij,njhw->nihw", mixture, images).clamp(0, 1)
-    gamma = torch.where(_chosen(count, 0.4, generator).view(-1, 1, 1, 1), _uniform(count, 0.5, 1.8, generator), torch.ones(1))
+    gamma = torch.where(
+        _chosen(count, 0.4, generator).view(-1, 1, 1, 1),
+        _uniform(count, 0.5, 1.8, generator),
+        torch.ones(1),
+    )
     images = images.clamp(min=1e-4) ** gamma
     ground = 1 - 0.5 * torch.rand(count, 3, 1, 1, generator=generator)
     tinted = _chosen(count, 0.1, generator)
@@ -90,7 +105,9 @@ def _edges(images: Tensor) -> Tensor:
 
 
 def _blurred(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A quarter are drawn again from half the pixels, a quarter get noise: what a small autoencoder leaves."""
+    """A quarter are drawn again from half the pixels, a quarter get noise: what a small autoencoder
+    leaves.
+    """
     count, side = len(images), images.shape[-1]
     small = F.interpolate(images, scale_factor=0.5, mode="area")
     soft = F.interpolate(small, size=(side, side), mode="bilinear", align_corners=False)

@@ -1,8 +1,9 @@
-"""What the embedded scorer is worth: does it find the caption of a drawing in a style that it never saw?
+"""What the embedded scorer is worth: does it find the caption of a drawing in a style that it never
+saw?
 
-R@1: how often the right caption comes first among those of all drawings asked, and the right drawing for a caption. Many concepts
-differ by little ("woman running", "person running"), so that all 1,500 at once are harder than any use of the scorer.
-"""
+R@1: how often the right caption comes first among those of all drawings asked, and the right
+drawing for a caption. Many concepts differ by little ("woman running", "person running"), so that
+all 1,500 at once are harder than any use of the scorer."""
 
 import json
 from pathlib import Path
@@ -42,14 +43,18 @@ def recall(pictures: Tensor, texts: Tensor) -> tuple[float, float]:
     """R@1 from drawing to caption and from caption to drawing."""
     target = torch.arange(len(pictures))
     cosine = pictures @ texts.T
-    return float((cosine.argmax(1) == target).float().mean()), float((cosine.argmax(0) == target).float().mean())
+    return float((cosine.argmax(1) == target).float().mean()), float(
+        (cosine.argmax(0) == target).float().mean()
+    )
 
 
 def recall_among(pictures: Tensor, texts: Tensor, seed: int = 0) -> dict[str, float | int]:
     """Mean R@1 among 200 drawn at random, over some draws; among all where there are no 200."""
     among, found = min(AMONG, len(pictures)), []
     for draw in range(DRAWS if among < len(pictures) else 1):
-        rows = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed + draw))[:among]
+        rows = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed + draw))[
+            :among
+        ]
         found.append(recall(pictures[rows], texts[rows]))
     to_text, to_image = (sum(pair[side] for pair in found) / len(found) for side in (0, 1))
     worst = min(pair[0] for pair in found)
@@ -62,8 +67,11 @@ def recall_among(pictures: Tensor, texts: Tensor, seed: int = 0) -> dict[str, fl
     }
 
 
-def control_gaps(scorer: tuple[Any, Any], everything: Concepts, styles: list[str], rows: list[int]) -> dict[str, Any]:
-    """For each style: are its held-out drawings closer to the centroid of forty others of it than the other styles' drawings are?
+def control_gaps(
+    scorer: tuple[Any, Any], everything: Concepts, styles: list[str], rows: list[int]
+) -> dict[str, Any]:
+    """For each style: are its held-out drawings closer to the centroid of forty others of it than
+    the other styles' drawings are?
 
     All sides show different concepts, so that only style can tell them apart.
     """
@@ -72,13 +80,18 @@ def control_gaps(scorer: tuple[Any, Any], everything: Concepts, styles: list[str
     found = {}
     for style, name in enumerate(styles):
         trained, held_out = (
-            features(scorer, everything.part(shown[part]), style)[0] for part in (slice(TRAINED), slice(TRAINED, TRAINED + OTHERS))
+            features(scorer, everything.part(shown[part]), style)[0]
+            for part in (slice(TRAINED), slice(TRAINED, TRAINED + OTHERS))
         )
         others = []
         for index, other in enumerate(other for other in range(len(styles)) if other != style):
             start = TRAINED + OTHERS * (index + 1)
-            others.append(features(scorer, everything.part(shown[start : start + OTHERS]), other)[0])
-        found[name] = control_gap(held_out, torch.cat(others), trained, "drawings of the other styles")
+            others.append(
+                features(scorer, everything.part(shown[start : start + OTHERS]), other)[0]
+            )
+        found[name] = control_gap(
+            held_out, torch.cat(others), trained, "drawings of the other styles"
+        )
     return found
 
 

@@ -1,19 +1,21 @@
-"""Stable Diffusion 3.5 Large at full size on a CPU: `OMP_NUM_THREADS=2 python -m benchmarks.sd35_full_size`.
+"""Stable Diffusion 3.5 Large at full size on a CPU: `OMP_NUM_THREADS=2 python -m
+benchmarks.sd35_full_size`.
 
-The weights are gated, so these are synthetic ones in the real shapes: 8,056,627,520 parameters, 16 GB of bf16 in shards, streamed
-from disk through the path that a user's download takes. Stages, each a process of its own with figures of its own, so that a run
-that was stopped goes on (`--stages`):
+The weights are gated, so these are synthetic ones in the real shapes: 8,056,627,520 parameters, 16
+GB of bf16 in shards, streamed from disk through the path that a user's download takes. Stages, each
+a process of its own with figures of its own, so that a run that was stopped goes on (`--stages`):
 
     shards     write the transformer in bf16 shards to --folder (16 GB)
     load       stream and quantize; peak of the resident set; store the 4-bit copy (4.8 GB)
     restart    load the copy, against reading the same bytes
-    steps      two plain forwards, then ten steps of the default method and ten dense ones, at 256 px and batch 1
+    steps      two plain forwards, then ten steps of the default method and ten dense ones,
+               at 256 px and batch 1
     export     nf4: packed codes equal to the base's, and a forward equal to the tuned model's
-    encoders   T5-XXL in NF4, CLIP-G, CLIP-L and the VAE at full size, one after the other, at 512 px
+    encoders   T5-XXL in NF4, CLIP-G, CLIP-L and the VAE at full size, in turn, at 512 px
 
-Memory is VmHWM in units of 1e9 bytes, imports included; it is reset through /proc/self/clear_refs before the steps. `--layers N`
-is the same in small. About 30 GB of disk are needed and checked for; `--clean` removes them at the end.
-"""
+Memory is VmHWM in units of 1e9 bytes, imports included; it is reset through /proc/self/clear_refs
+before the steps. `--layers N` is the same in small. About 30 GB of disk are needed and checked for;
+`--clean` removes them at the end."""
 
 import argparse
 import json
@@ -44,10 +46,19 @@ TOP = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where shards, the copy and exports go")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=DEFAULT_FOLDER, help="where shards, the copy and exports go"
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--layers", type=int, default=LARGE["num_layers"], help="fewer for a smoke test; nothing is recorded then")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=LARGE["num_layers"],
+        help="fewer for a smoke test; nothing is recorded then",
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--clean", action="store_true", help="remove --folder at the end")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
@@ -58,18 +69,41 @@ def main() -> None:
     figures_file = args.folder / "figures.json"
     figures = json.loads(figures_file.read_text()) if figures_file.is_file() else {}
     if figures.get("layers") not in (None, args.layers):
-        sys.exit(f"{args.folder} holds {figures['layers']} layers; give another --folder or remove it")
+        sys.exit(
+            f"{args.folder} holds {figures['layers']} layers; give another --folder or remove it"
+        )
     for stage in args.stages:
         # A process each: the peak of one must not hide that of another.
-        command = [sys.executable, "-m", "benchmarks.sd35_full_size", "--in-process", "--stages", stage]
-        command += ["--folder", str(args.folder), "--layers", str(args.layers), "--steps", str(args.steps)]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.sd35_full_size",
+            "--in-process",
+            "--stages",
+            stage,
+        ]
+        command += [
+            "--folder",
+            str(args.folder),
+            "--layers",
+            str(args.layers),
+            "--steps",
+            str(args.steps),
+        ]
+        output = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ
+        ).stdout
         figures |= {"layers": args.layers, stage: json.loads(output.strip().splitlines()[-1])}
         args.folder.mkdir(parents=True, exist_ok=True)
         figures_file.write_text(json.dumps(figures, indent=1))
         print(stage, figures[stage], file=sys.stderr)
     if args.layers == LARGE["num_layers"]:
-        top = {key: figures[stage][key] for stage, keys in TOP.items() if stage in figures for key in keys}
+        top = {
+            key: figures[stage][key]
+            for stage, keys in TOP.items()
+            if stage in figures
+            for key in keys
+        }
         print(write_results("sd35_full_size", top | {"stages": figures}))
     if args.clean:
         shutil.rmtree(args.folder)
@@ -79,7 +113,9 @@ def run_stage(stage: str, args: argparse.Namespace) -> dict[str, Any]:
     if stage == "steps":
         return steps(args.folder, args.steps)
     if stage in ("shards", "load", "encoders"):
-        return {"shards": shards, "load": load, "encoders": encoders}[stage](args.folder, args.layers)
+        return {"shards": shards, "load": load, "encoders": encoders}[stage](
+            args.folder, args.layers
+        )
     return {"restart": restart, "export": export}[stage](args.folder)
 
 

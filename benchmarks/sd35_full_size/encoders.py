@@ -8,12 +8,35 @@ from typing import Any
 import torch
 
 from benchmarks.resident import reset_peak
-from benchmarks.sd35_full_size.model import CLIP_TOKENS, T5_TOKENS, need_disk, status, write_synthetic
+from benchmarks.sd35_full_size.model import (
+    CLIP_TOKENS,
+    T5_TOKENS,
+    need_disk,
+    status,
+    write_synthetic,
+)
 
-T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+T5_XXL = {
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+}
 CLIP = {
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "text_encoder_2": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+    },
 }
 
 
@@ -36,7 +59,9 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
     from qzo_diffusion.quant.stream import Quantization
 
     t5 = T5_XXL | {"feed_forward_proj": "gated-gelu", "num_layers": min(24, layers)}
-    parts = {name: shape | {"projection_dim": shape["hidden_size"]} for name, shape in CLIP.items()} | {"text_encoder_3": t5}
+    parts = {
+        name: shape | {"projection_dim": shape["hidden_size"]} for name, shape in CLIP.items()
+    } | {"text_encoder_3": t5}
     place = folder / "encoders"
     need_disk(folder, 0.5 + 1.7 + 0.4 * t5["num_layers"])  # type: ignore[operator]
     for part, config in parts.items():
@@ -45,7 +70,10 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
             (place / part / "config.json").write_text(json.dumps(config))
             write_synthetic(text_encoders.empty_text_encoder(place, part), place / part, "model")
     if not (place / "vae").is_dir():
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        }
         latents = {
             "latent_channels": 16,
             "layers_per_block": 2,
@@ -54,7 +82,9 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
             "scaling_factor": 1.5305,
         }
         post = {"use_quant_conv": False, "use_post_quant_conv": False}
-        AutoencoderKL(block_out_channels=(128, 256, 512, 512), **blocks, **latents, **post).save_pretrained(place / "vae")
+        AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), **blocks, **latents, **post
+        ).save_pretrained(place / "vae")
     gc.collect()
     reset_peak()
     figures: dict[str, Any] = {}

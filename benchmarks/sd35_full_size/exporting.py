@@ -13,7 +13,9 @@ from benchmarks.sd35_full_size.model import batch_of, load_model, need_disk, sta
 
 
 def export(folder: Path) -> dict[str, Any]:
-    """Tune every scale a little, export, and load with plain diffusers in place of the tuned model."""
+    """Tune every scale a little, export, and load with plain diffusers in place of the tuned
+    model.
+    """
     from diffusers import SD3Transformer2DModel
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
@@ -37,9 +39,19 @@ def export(folder: Path) -> dict[str, Any]:
     target.mkdir()
     tensors = pending_tensors(model)
     skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    quantization |= {"bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": skipped}
-    config = json.loads((folder / "transformer" / "config.json").read_text()) | {"quantization_config": quantization}
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    }
+    quantization |= {
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "llm_int8_skip_modules": skipped,
+    }
+    config = json.loads((folder / "transformer" / "config.json").read_text()) | {
+        "quantization_config": quantization
+    }
     (target / "config.json").write_text(json.dumps(config))
     file = target / "diffusion_pytorch_model.safetensors"
     write_tensors(file, tensors, {})
@@ -55,7 +67,9 @@ def export(folder: Path) -> dict[str, Any]:
     for name, module in loaded.named_modules():
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False
-            equal &= torch.equal(module.weight.data.view(-1), base[f"{name}.weight"].read().view(-1))
+            equal &= torch.equal(
+                module.weight.data.view(-1), base[f"{name}.weight"].read().view(-1)
+            )
     with torch.no_grad():
         got = velocity_loss(loaded, batch, torch.bfloat16)
     shutil.rmtree(target)

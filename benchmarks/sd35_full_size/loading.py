@@ -1,4 +1,6 @@
-"""Stages shards, load and restart: 16 GB of bf16 to 4.8 GB in memory and on disk, and from there again."""
+"""Stages shards, load and restart: 16 GB of bf16 to 4.8 GB in memory and on disk, and from there
+again.
+"""
 
 import gc
 import json
@@ -11,7 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.sd35_full_size.model import config_of, import_everything, load_model, need_disk, status, write_synthetic
+from benchmarks.sd35_full_size.model import (
+    config_of,
+    import_everything,
+    load_model,
+    need_disk,
+    status,
+    write_synthetic,
+)
 
 
 def shards(folder: Path, layers: int) -> dict[str, Any]:
@@ -39,7 +48,9 @@ def load(folder: Path, layers: int) -> dict[str, Any]:
         "load_imports_gb": round(imports, 3),
         "load_resident_gb": round(status("VmRSS"), 3),
         "load_and_store_seconds": round(time.perf_counter() - started, 1),
-        "stored_gb": round(sum(f.stat().st_size for f in (folder / "copies").rglob("*.safetensors")) / 1e9, 3),
+        "stored_gb": round(
+            sum(f.stat().st_size for f in (folder / "copies").rglob("*.safetensors")) / 1e9, 3
+        ),
         "logical_parameters": logical_parameters(model),
     }
 

@@ -1,4 +1,6 @@
-"""The model of this benchmark: synthetic weights in the shapes of SD3.5 Large, and how they are read."""
+"""The model of this benchmark: synthetic weights in the shapes of SD3.5 Large, and how they are
+read.
+"""
 
 import json
 import math
@@ -41,20 +43,32 @@ def need_disk(folder: Path, gigabytes: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
     if free < gigabytes:
-        sys.exit(f"{folder}: {free:.1f} GB free, {gigabytes:.1f} needed; give another --folder or free some space")
+        sys.exit(
+            f"{folder}: {free:.1f} GB free, {gigabytes:.1f} needed; give another --folder or "
+            "free some space"
+        )
 
 
 def synthetic(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Normal numbers as an initialized layer has; norms at one. A million are drawn and repeated: drawing 8e9 takes minutes."""
+    """Normal numbers as an initialized layer has; norms at one. A million are drawn and repeated:
+    drawing 8e9 takes minutes.
+    """
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype)
-    drawn = torch.randn(min(2**20 + 7, math.prod(shape)), generator=generator) / math.sqrt(math.prod(shape[1:]))
+    drawn = torch.randn(min(2**20 + 7, math.prod(shape)), generator=generator) / math.sqrt(
+        math.prod(shape[1:])
+    )
     repeats = -(-math.prod(shape) // drawn.numel())
     return drawn.to(dtype).repeat(repeats)[: math.prod(shape)].view(shape)
 
 
-def write_synthetic(model: nn.Module, folder: Path, stem: str, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Shards and their index for every tensor of a model on the meta device. Returns the number of parameters."""
+def write_synthetic(
+    model: nn.Module, folder: Path, stem: str, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Shards and their index for every tensor of a model on the meta device.
+
+    Returns the number of parameters.
+    """
     from qzo_diffusion.quant.weights import Pending, write_tensors
 
     generator = torch.Generator().manual_seed(0)
@@ -66,15 +80,23 @@ def write_synthetic(model: nn.Module, folder: Path, stem: str, dtype: torch.dtyp
             shards.append({})
             filled = 0.0
         shape = tuple(tensor.shape)
-        shards[-1][name] = Pending(dtype, shape, lambda shape=shape: synthetic(shape, generator, dtype))  # type: ignore[misc]
+        shards[-1][name] = Pending(
+            dtype, shape, lambda shape=shape: synthetic(shape, generator, dtype)
+        )  # type: ignore[misc]
         filled += size
-    names = [f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))]
+    names = [
+        f"{stem}-{index + 1:05d}-of-{len(shards):05d}.safetensors" for index in range(len(shards))
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     for name, shard in zip(names, shards, strict=True):
         write_tensors(folder / name, shard, {})
         print("wrote", folder / name, file=sys.stderr)
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weight_map = {
+        tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+    }
+    (folder / f"{stem}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -91,7 +113,12 @@ def load_model(folder: Path, cache: Path | None) -> nn.Module:
     found = find_transformer(folder / "transformer")
     source = Source(found.entries, lambda: empty_transformer(found.config))
     how = Quantization(skip=tuple(QuantConfig().skip))
-    options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "cache": cache, "smallest_cached": 0}
+    options = {
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "cache": cache,
+        "smallest_cached": 0,
+    }
     return load_quantized(source, how, **options)  # type: ignore[arg-type]
 
 
@@ -108,7 +135,11 @@ def batch_of(model: Any, side: int, count: int = 1) -> Any:
     from qzo_diffusion.diffusion.flow_matching import Batch
 
     generator = torch.Generator().manual_seed(0)
-    latents, noise = (torch.randn(count, 16, side // 8, side // 8, generator=generator) for _ in range(2))
-    embeds = torch.randn(count, CLIP_TOKENS + T5_TOKENS, model.config.joint_attention_dim, generator=generator)
+    latents, noise = (
+        torch.randn(count, 16, side // 8, side // 8, generator=generator) for _ in range(2)
+    )
+    embeds = torch.randn(
+        count, CLIP_TOKENS + T5_TOKENS, model.config.joint_attention_dim, generator=generator
+    )
     pooled = torch.randn(count, model.config.pooled_projection_dim, generator=generator)
     return Batch(latents, noise, torch.full((count,), 0.5), embeds, pooled)

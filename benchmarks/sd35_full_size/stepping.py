@@ -22,7 +22,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def steps(folder: Path, count: int) -> dict[str, Any]:
-    """Inference first, then steps in the same process: the default method, and dense Rademacher signs without momentum."""
+    """Inference first, then steps in the same process: the default method, and dense Rademacher
+    signs without momentum.
+    """
     import tempfile
 
     from qzo_diffusion.config.style import make_config
@@ -50,14 +52,24 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     reset_peak()
     forwards = [timed(two_forwards)]
     inference_peak = status("VmHWM")
-    figures: dict[str, Any] = {"inference_peak_rss_gb": round(inference_peak, 3), "loaded_peak_rss_gb": round(loaded_peak, 3)}
-    for name, settings in {"default": {}, "dense": {"qzo": {"parametrization": "dense", "num_directions": 1}}}.items():
+    figures: dict[str, Any] = {
+        "inference_peak_rss_gb": round(inference_peak, 3),
+        "loaded_peak_rss_gb": round(loaded_peak, 3),
+    }
+    for name, settings in {
+        "default": {},
+        "dense": {"qzo": {"parametrization": "dense", "num_directions": 1}},
+    }.items():
         # What this file proves is memory and time, so no step moves a scale further than rounding.
         config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}})
         _, numbers = build.scales_and_numbers(config, model)
         regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
         mine = replace(batch, regions=regions)
-        optimizer, probing, pairs = build.optimizer(config), build.probing(config), build.probes_of_example(config) / 2
+        optimizer, probing, pairs = (
+            build.optimizer(config),
+            build.probing(config),
+            build.probes_of_example(config) / 2,
+        )
         times: list[float] = []
         ratios: list[float] = []
         with tempfile.TemporaryDirectory() as place:
@@ -65,7 +77,15 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
             reset_peak()
             for step in range(count):
                 started = time.perf_counter()
-                record = train_step_(objective, StepBatch([mine], regions=regions), numbers, optimizer, probing, 1e-9, step)
+                record = train_step_(
+                    objective,
+                    StepBatch([mine], regions=regions),
+                    numbers,
+                    optimizer,
+                    probing,
+                    1e-9,
+                    step,
+                )
                 journal.append(entry_of(record, 0))
                 times.append(time.perf_counter() - started)
                 if step == 0:
@@ -77,7 +97,9 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
         figures[name] = {
             "step_peak_rss_gb": round(peak, 3),
             "memory_over_inference": round(peak / inference_peak, 4),
-            "memory_over_inference_above_imports": round((peak - imports) / (inference_peak - imports), 4),
+            "memory_over_inference_above_imports": round(
+                (peak - imports) / (inference_peak - imports), 4
+            ),
             "step_over_two_forwards": round(statistics.median(ratios), 4),
             "step_seconds": round(statistics.median(times), 2),
             "steps": count,
@@ -87,6 +109,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
         print(name, figures[name], file=sys.stderr)
     figures["two_forwards_seconds"] = round(statistics.median(forwards), 2)
     for key in ("step_peak_rss_gb", "memory_over_inference", "step_over_two_forwards"):
-        figures[key] = max(figures[name][key] for name in ("default", "dense"))  # the worse of the two
+        # the worse of the two
+        figures[key] = max(figures[name][key] for name in ("default", "dense"))
     figures["step_peak_rss_gb"] = max(figures["step_peak_rss_gb"], round(loaded_peak, 3))
     return figures

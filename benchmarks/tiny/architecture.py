@@ -1,9 +1,12 @@
-"""The parts of the embedded model: SD3.5's own shape, every width a multiple of 64, under 30 MB in bf16."""
+"""The parts of the embedded model: SD3.5's own shape, every width a multiple of 64, under 30 MB in
+bf16.
+"""
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-PROMPT_TOKENS = 16  # CLIP and T5 each; at 64 px there are only 16 image tokens, so text must be short
+# CLIP and T5 each; at 64 px there are only 16 image tokens, so text must be short
+PROMPT_TOKENS = 16
 PATCH, LATENT_CHANNELS = 8, 16
 LATENT_SHIFT, LATENT_SCALE = 0.0609, 1.5305  # Stable Diffusion 3.5's own units
 CLIP_L_WIDTH, CLIP_G_WIDTH, T5_WIDTH = 64, 128, 192
@@ -44,8 +47,12 @@ def build_transformer() -> SD3Transformer2DModel:
     )
 
 
-def build_clip(width: int, heads: int, layers: int, act: str, vocabulary: int, bos: int, eos: int) -> CLIPTextModelWithProjection:
-    """`eos` must not be 2: transformers then looks for the highest id instead of the end of the sentence."""
+def build_clip(
+    width: int, heads: int, layers: int, act: str, vocabulary: int, bos: int, eos: int
+) -> CLIPTextModelWithProjection:
+    """`eos` must not be 2: transformers then looks for the highest id instead of the end of the
+    sentence.
+    """
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,

@@ -1,8 +1,8 @@
 """The drawings that the embedded model learns from, and their captions.
 
-`emoji64.npz` holds one array `img_<style>` per style, uint8 [concepts, 64, 64, 3] on white, and `ok_<style>` bool; `meta.json`
-beside it names the concepts. Only the Noto (Apache-2.0) and Fluent flat (MIT) drawings are used, so that the weights may ship.
-"""
+`emoji64.npz` holds one array `img_<style>` per style, uint8 [concepts, 64, 64, 3] on white, and
+`ok_<style>` bool; `meta.json` beside it names the concepts. Only the Noto (Apache-2.0) and Fluent
+flat (MIT) drawings are used, so that the weights may ship."""
 
 import json
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ CONCEPTS_FILE = Path(__file__).parents[2] / "qzo_diffusion/models/tiny/concepts.
 
 @dataclass(frozen=True)
 class Drawings:
-    """`images` uint8 [N, 3, 64, 64]; `captions` one per image; `names` the concept of each image."""
+    """`images` uint8 [N, 3, 64, 64]; `captions` one per image; `names` the concept of each
+    image.
+    """
 
     images: Tensor
     captions: list[str]

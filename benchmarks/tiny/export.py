@@ -22,7 +22,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _load_as_float32(folder: Path) -> None:
-    """transformers loads a model in its config's dtype and diffusers in float32; say float32, or the parts do not fit together."""
+    """transformers loads a model in its config's dtype and diffusers in float32; say float32, or
+    the parts do not fit together.
+    """
     for name in TEXT_ENCODERS:
         path = folder / name / "config.json"
         config = json.loads(path.read_text())
@@ -49,8 +51,13 @@ def _check(folder: Path) -> None:
         raise ValueError(f"the reloaded pipeline drew {image.size}, not 64x64")
 
 
-def export(vae: AutoencoderKL, model: TextToVelocity, *, shift: float, target: Path = EXPORT_FOLDER) -> int:
-    """Replace every subfolder of `target`; the files beside them (concepts.json) stay. Returns the size in bytes."""
+def export(
+    vae: AutoencoderKL, model: TextToVelocity, *, shift: float, target: Path = EXPORT_FOLDER
+) -> int:
+    """Replace every subfolder of `target`; the files beside them (concepts.json) stay.
+
+    Returns the size in bytes.
+    """
     aside = target.with_name(target.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     pipe = assemble(copy.deepcopy(vae), copy.deepcopy(model), shift).to(dtype=torch.bfloat16)
@@ -61,7 +68,8 @@ def export(vae: AutoencoderKL, model: TextToVelocity, *, shift: float, target: P
         if path.is_file() and not (aside / path.name).exists():
             shutil.copy2(path, aside / path.name)
     for path in aside.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner can read
+        # safetensors writes files that only their owner can read
+        path.chmod(0o755 if path.is_dir() else 0o644)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(target, old)

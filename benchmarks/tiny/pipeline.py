@@ -1,4 +1,6 @@
-"""The embedded model's parts put together: the trainable denoiser with its text encoders, and the diffusers pipeline."""
+"""The embedded model's parts put together: the trainable denoiser with its text encoders, and the
+diffusers pipeline.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,19 +41,30 @@ class TextToVelocity(nn.Module):
         self.text_encoder_2 = build_clip(CLIP_G_WIDTH, 2, 2, "gelu", **ids)
         self.text_encoder_3 = build_t5(len(self.t5_tokenizer))
         self.transformer = build_transformer()
-        self.transformer.pos_embed.pos_embed.requires_grad_(False)  # a buffer of sines, never trained
+        # a buffer of sines, never trained
+        self.transformer.pos_embed.pos_embed.requires_grad_(False)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """CLIP and T5 ids [B, PROMPT_TOKENS], as the pipeline makes them."""
-        options = {"padding": "max_length", "max_length": PROMPT_TOKENS, "truncation": True, "return_tensors": "pt"}
+        options = {
+            "padding": "max_length",
+            "max_length": PROMPT_TOKENS,
+            "truncation": True,
+            "return_tensors": "pt",
+        }
         return (
             self.clip_tokenizer(list(prompts), **options).input_ids,
             self.t5_tokenizer(list(prompts), **options).input_ids,
         )
 
     def encode(self, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What StableDiffusion3Pipeline.encode_prompt returns for one prompt: embeddings and pooled embedding."""
-        outputs = [encoder(clip_ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
+        """What StableDiffusion3Pipeline.encode_prompt returns for one prompt: embeddings and pooled
+        embedding.
+        """
+        outputs = [
+            encoder(clip_ids, output_hidden_states=True)
+            for encoder in (self.text_encoder, self.text_encoder_2)
+        ]
         clip = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
         pooled = torch.cat([out.text_embeds for out in outputs], dim=-1)
         t5 = self.text_encoder_3(t5_ids)[0]
@@ -71,7 +84,9 @@ class TextToVelocity(nn.Module):
 def scaled_latents(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
     """Latents [N, 16, 8, 8] of uint8 images [N, 3, 64, 64] in the units that the denoiser sees."""
     with torch.no_grad():
-        parts = [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(batch)]
+        parts = [
+            vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(batch)
+        ]
     return (torch.cat(parts) - vae.config.shift_factor) * vae.config.scaling_factor
 
 

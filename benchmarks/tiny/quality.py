@@ -1,8 +1,8 @@
 """How well the embedded model draws: `python -m benchmarks.tiny.quality --data FOLDER`.
 
-Two hundred taught prompts go through the plain diffusers pipeline; each drawing is put back through the autoencoder, and it counts
-when the prompted drawing is the nearest of 64 (the prompted one and 63 other concepts of the same style) in scaled latents.
-"""
+Two hundred taught prompts go through the plain diffusers pipeline; each drawing is put back through
+the autoencoder, and it counts when the prompted drawing is the nearest of 64 (the prompted one and
+63 other concepts of the same style) in scaled latents."""
 
 import argparse
 import json
@@ -36,7 +36,8 @@ GRID_SUBJECTS = (
     *("red apple", "banana", "pizza", "cat face", "panda", "sun", "rocket", "red heart"),
     *("guitar", "snowman", "sunflower", "mushroom", "sailboat", "ghost", "hamburger", "penguin"),
 )
-UNSEEN_STYLE = "fluent_mono"  # no drawing of it was trained on: the autoencoder must carry it for style tuning
+# no drawing of it was trained on: the autoencoder must carry it for style tuning
+UNSEEN_STYLE = "fluent_mono"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Sampling:
 
 
 def quantize_nf4(transformer: nn.Module) -> int:
-    """Replace the linears that the project quantizes by bitsandbytes NF4 ones, block 64; returns how many."""
+    """Replace the linears that the project quantizes by bitsandbytes NF4 ones, block 64; returns
+    how many.
+    """
     import bitsandbytes as bnb
 
     chosen = [
@@ -68,23 +71,32 @@ def quantize_nf4(transformer: nn.Module) -> int:
             quant_type="nf4",
         )
         packed.load_state_dict(linear.state_dict())
-        packed.support_avx512bf16_for_cpu = False  # its packed layout computes in bf16 whatever the input is
+        # its packed layout computes in bf16 whatever the input is
+        packed.support_avx512bf16_for_cpu = False
         setattr(parent, leaf, packed.to("cpu"))
     return len(chosen)
 
 
-def load_pipeline(folder: Path, *, nf4: bool = False, shift: float | None = None) -> StableDiffusion3Pipeline:
+def load_pipeline(
+    folder: Path, *, nf4: bool = False, shift: float | None = None
+) -> StableDiffusion3Pipeline:
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     if shift is not None:
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=shift)
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            pipe.scheduler.config, shift=shift
+        )
     if nf4:
         quantize_nf4(pipe.transformer)
     return pipe
 
 
-def draw(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], sampling: Sampling, first_seed: int = 0) -> Tensor:
-    """uint8 images [N, 3, 64, 64]; the image at position i depends on its prompt and seed first_seed + i alone."""
+def draw(
+    pipe: StableDiffusion3Pipeline, prompts: Sequence[str], sampling: Sampling, first_seed: int = 0
+) -> Tensor:
+    """uint8 images [N, 3, 64, 64]; the image at position i depends on its prompt and seed
+    first_seed + i alone.
+    """
     parts = []
     for start in tqdm(range(0, len(prompts), sampling.batch), desc="drawing"):
         some = list(prompts[start : start + sampling.batch])
@@ -95,21 +107,31 @@ def draw(pipe: StableDiffusion3Pipeline, prompts: Sequence[str], sampling: Sampl
             max_sequence_length=PROMPT_TOKENS,
             height=64,
             width=64,
-            generator=[torch.Generator().manual_seed(first_seed + start + i) for i in range(len(some))],
+            generator=[
+                torch.Generator().manual_seed(first_seed + start + i) for i in range(len(some))
+            ],
             output_type="np",
         ).images
         parts.append(torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2))
     return torch.cat(parts)
 
 
-def _rivals(drawings: Drawings, index: int, generator: torch.Generator, count: int = 63) -> list[int]:
+def _rivals(
+    drawings: Drawings, index: int, generator: torch.Generator, count: int = 63
+) -> list[int]:
     style = drawings.captions[index].removeprefix(drawings.names[index])
-    others = [i for i in range(len(drawings)) if i != index and drawings.captions[i].removeprefix(drawings.names[i]) == style]
+    others = [
+        i
+        for i in range(len(drawings))
+        if i != index and drawings.captions[i].removeprefix(drawings.names[i]) == style
+    ]
     order = torch.randperm(len(others), generator=generator)[:count]
     return [others[int(i)] for i in order]
 
 
-def top1_of_64(pipe: StableDiffusion3Pipeline, drawings: Drawings, sampling: Sampling, count: int = 200) -> dict[str, object]:
+def top1_of_64(
+    pipe: StableDiffusion3Pipeline, drawings: Drawings, sampling: Sampling, count: int = 200
+) -> dict[str, object]:
     generator = torch.Generator().manual_seed(20)
     chosen = torch.randperm(len(drawings), generator=generator)[:count].tolist()
     images = draw(pipe, [drawings.captions[i] for i in chosen], sampling)
@@ -123,7 +145,10 @@ def top1_of_64(pipe: StableDiffusion3Pipeline, drawings: Drawings, sampling: Sam
         style = drawings.captions[index].rpartition(", ")[2]
         hits[style].append(int(distances.argmin()) == 0)
     every = [hit for some in hits.values() for hit in some]
-    per_style = {style: {"top1": round(sum(some) / len(some), 4), "n": len(some)} for style, some in hits.items()}
+    per_style = {
+        style: {"top1": round(sum(some) / len(some), 4), "n": len(some)}
+        for style, some in hits.items()
+    }
     return {
         "top1_of_64": round(sum(every) / len(every), 4),
         "n": len(every),
@@ -147,9 +172,13 @@ def autoencoder_psnr(pipe: StableDiffusion3Pipeline, data: Path) -> dict[str, fl
     return result
 
 
-def prompt_grid(pipe: StableDiffusion3Pipeline, sampling: Sampling, columns: int = 8, zoom: int = 2) -> Image.Image:
+def prompt_grid(
+    pipe: StableDiffusion3Pipeline, sampling: Sampling, columns: int = 8, zoom: int = 2
+) -> Image.Image:
     """Sixteen well-known subjects in the first style, then in the second, each with its name."""
-    prompts = [f"{subject}, {words}" for words in taught_styles().values() for subject in GRID_SUBJECTS]
+    prompts = [
+        f"{subject}, {words}" for words in taught_styles().values() for subject in GRID_SUBJECTS
+    ]
     images = draw(pipe, prompts, sampling, first_seed=1000)
     cell, label = 64 * zoom, 14
     rows = -(-len(prompts) // columns)
@@ -157,7 +186,9 @@ def prompt_grid(pipe: StableDiffusion3Pipeline, sampling: Sampling, columns: int
     pen = ImageDraw.Draw(grid)
     for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         x, y = i % columns * cell, i // columns * (cell + label)
-        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.Resampling.LANCZOS)
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+            (cell, cell), Image.Resampling.LANCZOS
+        )
         grid.paste(tile, (x, y))
         pen.text((x + 4, y + cell), prompt.replace(" style", ""), fill="black")
     return grid
@@ -165,7 +196,10 @@ def prompt_grid(pipe: StableDiffusion3Pipeline, sampling: Sampling, columns: int
 
 def cpu_model() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def report(data: Path, folder: Path, sampling: Sampling, count: int) -> dict[str, object]:
@@ -186,15 +220,28 @@ def report(data: Path, folder: Path, sampling: Sampling, count: int) -> dict[str
     return {
         "command": "python -m benchmarks.tiny.quality --data FOLDER",
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
         "model_bytes": folder_bytes(folder),
-        "sampling": {"steps": sampling.steps, "guidance": sampling.guidance, "max_sequence_length": PROMPT_TOKENS},
+        "sampling": {
+            "steps": sampling.steps,
+            "guidance": sampling.guidance,
+            "max_sequence_length": PROMPT_TOKENS,
+        },
         "figures": figures,
     }
 
 
-def write_report(data: Path, sampling: Sampling, *, folder: Path = EXPORT_FOLDER, count: int = 200) -> None:
+def write_report(
+    data: Path, sampling: Sampling, *, folder: Path = EXPORT_FOLDER, count: int = 200
+) -> None:
     result = report(data, folder, sampling, count)
     RESULT_FILE.parent.mkdir(parents=True, exist_ok=True)
     RESULT_FILE.write_text(json.dumps(result, indent=1) + "\n")
@@ -203,13 +250,20 @@ def write_report(data: Path, sampling: Sampling, *, folder: Path = EXPORT_FOLDER
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with emoji64.npz and meta.json")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with emoji64.npz and meta.json"
+    )
     parser.add_argument("--folder", type=Path, default=EXPORT_FOLDER)
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--count", type=int, default=200)
     args = parser.parse_args()
-    write_report(args.data, Sampling(steps=args.steps, guidance=args.guidance), folder=args.folder, count=args.count)
+    write_report(
+        args.data,
+        Sampling(steps=args.steps, guidance=args.guidance),
+        folder=args.folder,
+        count=args.count,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Stage one: the autoencoder, on every Noto and Fluent flat drawing, recoloured at random so that it also carries styles that
-the pair does not have (black and white, other palettes).
+"""Stage one: the autoencoder, on every Noto and Fluent flat drawing, recoloured at random so that
+it also carries styles that the pair does not have (black and white, other palettes).
 
-Left to itself a small autoencoder learns outlines long before colours. So the latents are not learned: they are the first 16
-principal components of 8x8 patches, known in closed form. The encoder is taught to output them, the decoder to draw from them with
-its wider view, and the denoiser can be trained on them at the same time.
-"""
+Left to itself a small autoencoder learns outlines long before colours. So the latents are not
+learned: they are the first 16 principal components of 8x8 patches, known in closed form. The
+encoder is taught to output them, the decoder to draw from them with its wider view, and the
+denoiser can be trained on them at the same time."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,18 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from benchmarks.tiny.architecture import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHIFT, PATCH, build_vae
+from benchmarks.tiny.architecture import (
+    LATENT_CHANNELS,
+    LATENT_SCALE,
+    LATENT_SHIFT,
+    PATCH,
+    build_vae,
+)
 from benchmarks.tiny.drawings import load_drawings, taught_concepts, taught_styles
 from benchmarks.tiny.training import fast_cpu, train_resumable
 
-POSTERIOR_LOGVAR = -5.0  # a posterior deviation of 0.08: trainers that sample latents see nearly the mean
+# a posterior deviation of 0.08: trainers that sample latents see nearly the mean
+POSTERIOR_LOGVAR = -5.0
 DECODER_NOISE = 0.15  # scaled latents from a denoiser are never exact
 GREY = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
@@ -38,8 +45,15 @@ class PatchBasis:
 
 
 def fit_basis(images: Tensor) -> PatchBasis:
-    """Principal components of the patches of uint8 images, half whitened: the weak ones carry edges and must not drown in noise."""
-    rows = F.unfold(images.float() / 127.5 - 1, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1).double()
+    """Principal components of the patches of uint8 images, half whitened: the weak ones carry edges
+    and must not drown in noise.
+    """
+    rows = (
+        F.unfold(images.float() / 127.5 - 1, PATCH, stride=PATCH)
+        .transpose(1, 2)
+        .flatten(0, 1)
+        .double()
+    )
     mean = rows.mean(0)
     values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
@@ -55,7 +69,9 @@ def to_vae_units(scaled: Tensor) -> Tensor:
 
 
 def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of a batch [B, 3, H, W] in [-1, 1] unchanged; the rest with channels permuted, greyed, or in black on white."""
+    """Half of a batch [B, 3, H, W] in [-1, 1] unchanged; the rest with channels permuted, greyed,
+    or in black on white.
+    """
     out = images.clone()
     for i in range(len(images)):
         kind = int(torch.randint(8, (1,), generator=generator))
@@ -65,7 +81,9 @@ def recolour(images: Tensor, generator: torch.Generator) -> Tensor:
             out[i] = (out[i : i + 1] * GREY).sum(1).expand(3, -1, -1)
         elif kind == 6:
             threshold = float(torch.rand(1, generator=generator)) - 0.3
-            out[i] = (12 * ((out[i : i + 1] * GREY).sum(1) - threshold)).clamp(-1, 1).expand(3, -1, -1)
+            out[i] = (
+                (12 * ((out[i : i + 1] * GREY).sum(1) - threshold)).clamp(-1, 1).expand(3, -1, -1)
+            )
         elif kind == 7:
             strength = 0.5 + float(torch.rand(1, generator=generator))
             out[i] = (1 - (1 - out[i]) * strength).clamp(-1, 1)
@@ -103,9 +121,19 @@ def train_vae(data: Path, work: Path, *, steps: int, batch: int, seed: int = 0) 
             half = batch // 2
             source = torch.cat([mean[:half], (exact + noise)[half:]])
             output = vae.decode(source).sample.float()
-        to_basis = F.mse_loss(mean, exact) + 0.01 * F.mse_loss(logvar, torch.full_like(logvar, POSTERIOR_LOGVAR))
+        to_basis = F.mse_loss(mean, exact) + 0.01 * F.mse_loss(
+            logvar, torch.full_like(logvar, POSTERIOR_LOGVAR)
+        )
         return reconstruction_loss(output, images) + to_basis
 
     checkpoint = work / "vae.safetensors"
-    train_resumable(vae, loss_of_step, checkpoint=checkpoint, total_steps=steps, peak_lr=1.5e-3, ema_decay=0.995, seed=seed)
+    train_resumable(
+        vae,
+        loss_of_step,
+        checkpoint=checkpoint,
+        total_steps=steps,
+        peak_lr=1.5e-3,
+        ema_decay=0.995,
+        seed=seed,
+    )
     return vae

@@ -1,8 +1,8 @@
 """A small resumable loop for first-order training on the CPU.
 
-Every step draws its randomness from (seed, step) alone, so a run that was stopped and resumed is the run that was not stopped.
-Checkpoints are safetensors, written aside and renamed; nothing is pickled.
-"""
+Every step draws its randomness from (seed, step) alone, so a run that was stopped and resumed is
+the run that was not stopped. Checkpoints are safetensors, written aside and renamed; nothing is
+pickled."""
 
 import contextlib
 import math
@@ -23,7 +23,9 @@ Step = Callable[[int, torch.Generator], Tensor]
 
 @contextlib.contextmanager
 def fast_cpu(enabled: bool = True) -> Iterator[None]:
-    """bf16 products (AMX where there is one) with plain attention: the fused bf16 attention's backward is nine times slower."""
+    """bf16 products (AMX where there is one) with plain attention: the fused bf16 attention's
+    backward is nine times slower.
+    """
     with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
         yield
 
@@ -37,13 +39,18 @@ def cosine_lr(step: int, total: int, peak: float, warmup: int = 100, floor: floa
 
 def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
     aside = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata={"step": str(step)})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        aside,
+        metadata={"step": str(step)},
+    )
     os.replace(aside, path)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], int]:
     with safe_open(path, "pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}, int(handle.metadata()["step"])  # noqa: SIM118
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return tensors, int(handle.metadata()["step"])
 
 
 def load_average(model: nn.Module, checkpoint: Path) -> int:
@@ -72,7 +79,9 @@ def train_resumable(
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     params = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in params]
-    optimizer = torch.optim.AdamW(params, lr=peak_lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        params, lr=peak_lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True
+    )
     first = 0
     if checkpoint.exists():
         tensors, first = _load(checkpoint)
@@ -98,7 +107,13 @@ def train_resumable(
 
     model.train()
     last_save, running = time.monotonic(), None
-    bar = tqdm(range(first, total_steps), initial=first, total=total_steps, desc=checkpoint.stem, mininterval=20)
+    bar = tqdm(
+        range(first, total_steps),
+        initial=first,
+        total=total_steps,
+        desc=checkpoint.stem,
+        mininterval=20,
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, total_steps, peak_lr)

@@ -1,7 +1,8 @@
-"""The two kinds of tokenizer that Stable Diffusion 3.5 needs, trained on the captions: CLIP's byte-level BPE and T5's Unigram.
+"""The two kinds of tokenizer that Stable Diffusion 3.5 needs, trained on the captions: CLIP's
+byte-level BPE and T5's Unigram.
 
-Both are built by the public classes of transformers, so `save_pretrained` and `from_pretrained` give the same tokenizer back.
-"""
+Both are built by the public classes of transformers, so `save_pretrained` and `from_pretrained`
+give the same tokenizer back."""
 
 import json
 from collections import Counter
@@ -16,29 +17,43 @@ from benchmarks.tiny.drawings import taught_concepts, taught_styles
 VOCABULARY = 2048
 BOS, EOS, PAD, UNK, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "<pad>", "<unk>", "</w>"
 COMMON = (
-    "a an the of in on with and by for to from at is style drawing picture photo photograph painting icon emoji sketch image "
-    "illustration cartoon sticker logo symbol flat noto black white monochrome outline line art red orange yellow green blue "
-    "purple pink brown grey gray gold silver small big large little happy sad cute old new bright dark light simple colourful "
-    "colorful background one two three shaded glossy watercolour pixel ink pencil my your sks this that it"
+    "a an the of in on with and by for to from at is style drawing picture photo photograph "
+    "painting icon emoji sketch image "
+    "illustration cartoon sticker logo symbol flat noto black white monochrome outline line "
+    "art red orange yellow green blue "
+    "purple pink brown grey gray gold silver small big large little happy sad cute old new "
+    "bright dark light simple colourful "
+    "colorful background one two three shaded glossy watercolour pixel ink pencil my your sks "
+    "this that it"
 )
-TAUGHT_WEIGHT = 40  # words of the taught concepts become single tokens before any other word is merged
+# words of the taught concepts become single tokens before any other word is merged
+TAUGHT_WEIGHT = 40
 
 
 def corpus(data: Path) -> list[str]:
-    """Lines to train on: names and tags of all concepts, the taught captions many times, common words."""
+    """Lines to train on: names and tags of all concepts, the taught captions many times, common
+    words.
+    """
     meta = json.loads((data / "meta.json").read_text())
     lines = [entry["name"] for entry in meta] * 2 + [entry["tags"] for entry in meta]
-    taught = [f"{name}, {words}" for name in taught_concepts() for words in taught_styles().values()]
+    taught = [
+        f"{name}, {words}" for name in taught_concepts() for words in taught_styles().values()
+    ]
     lines += taught * TAUGHT_WEIGHT + [COMMON] * TAUGHT_WEIGHT
     return lines + [line.lower() for line in lines if line != line.lower()]
 
 
 def build_clip_tokenizer(lines: list[str]) -> CLIPTokenizer:
-    """CLIP's BPE: every byte, alone and at a word's end, is a token, so that any text encodes; then the merges."""
-    probe = CLIPTokenizer()._tokenizer  # an empty one: its normalizer and pre-tokenizer are the ones used later
+    """CLIP's BPE: every byte, alone and at a word's end, is a token, so that any text encodes; then
+    the merges.
+    """
+    # an empty one: its normalizer and pre-tokenizer are the ones used later
+    probe = CLIPTokenizer()._tokenizer
     trained = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     trained.normalizer, trained.pre_tokenizer = probe.normalizer, probe.pre_tokenizer
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 512, end_of_word_suffix=END_OF_WORD, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 512, end_of_word_suffix=END_OF_WORD, show_progress=False
+    )
     trained.train_from_iterator(lines, trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -50,7 +65,9 @@ def build_clip_tokenizer(lines: list[str]) -> CLIPTokenizer:
 
 
 def build_t5_tokenizer(lines: list[str]) -> T5TokenizerFast:
-    """T5's Unigram with printable ASCII always present; other letters become <unk>, as in T5 itself."""
+    """T5's Unigram with printable ASCII always present; other letters become <unk>, as in T5
+    itself.
+    """
     trained = Tokenizer(models.Unigram())
     trained.normalizer = normalizers.NFC()
     trained.pre_tokenizer = T5TokenizerFast(extra_ids=0)._tokenizer.pre_tokenizer
@@ -64,7 +81,11 @@ def build_t5_tokenizer(lines: list[str]) -> T5TokenizerFast:
         show_progress=False,
     )
     trained.train_from_iterator(lines, trainer)
-    pieces = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece not in special]
+    pieces = [
+        (piece, score)
+        for piece, score in json.loads(trained.to_str())["model"]["vocab"]
+        if piece not in special
+    ]
     known = {piece for piece, _ in pieces}
     floor = min(score for _, score in pieces) - 5.0
     pieces += [(letter, floor) for letter in ascii_letters if letter not in known]

@@ -57,7 +57,9 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
         "dtype": str(devices.choose_dtype("auto", device)).removeprefix("torch."),
     }
     if device.type == "cuda":
-        facts["gpu_memory_gb"] = round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1)
+        facts["gpu_memory_gb"] = round(
+            torch.cuda.get_device_properties(device).total_memory / 1e9, 1
+        )
     try:
         folder, facts["model"] = build.choose_model("auto")
         config, place = Config(), build.Place(folder, device, devices.choose_dtype("auto", device))
@@ -66,7 +68,8 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
         facts["memory_plan"] = plan.facts()
         if not plan.fits:
             problems.append(
-                f"a run with default settings does not fit; `train --preset {SMALLEST}` needs least:\n{plan.describe()}"
+                f"a run with default settings does not fit; `train --preset {SMALLEST}` needs "
+                f"least:\n{plan.describe()}"
             )
     except ModelError as error:
         problems.append(str(error))
@@ -87,5 +90,7 @@ def as_text(facts: dict[str, Any]) -> str:
                 lines.append(f"memory, {phase:8} {sum(parts.values()):.2f} GB")
         elif key != "problems":
             lines.append(f"{key:16} {value}")
-    lines += [f"problem: {problem}" for problem in facts["problems"]] or ["everything that a run needs is here"]
+    lines += [f"problem: {problem}" for problem in facts["problems"]] or [
+        "everything that a run needs is here"
+    ]
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse evaluate --run` does: base against tuned at equal prompts and seeds, and everything that follows from it."""
+"""What `qzo-diffuse evaluate --run` does: base against tuned at equal prompts and seeds, and
+everything that follows from it.
+"""
 
 import hashlib
 import json
@@ -44,7 +46,9 @@ AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked f
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """None takes the run's own: its score prompts by model, its style folder, the scorer that suits its model."""
+    """None takes the run's own: its score prompts by model, its style folder, the scorer that suits
+    its model.
+    """
 
     run: Path
     prompts: str | None = None
@@ -69,11 +73,14 @@ class _Work:
 
 
 def run(request: EvaluateRequest) -> dict[str, Any]:
-    """Score the run, write evaluation.json and bring its report.html up to date; of a checkpoint, what `_evaluation_of` names.
+    """Score the run, write evaluation.json and bring its report.html up to date; of a checkpoint,
+    what `_evaluation_of` names.
 
     Raises:
-        DataError: no prompt, or a prompt that is nothing but style. ConfigError, ModelError: the scorer.
-        OutputError: the run was not finished, its scales are damaged, or the output can't be written.
+        DataError: no prompt, or a prompt that is nothing but style. ConfigError, ModelError: the
+            scorer.
+        OutputError: the run was not finished, its scales are damaged, or the output can't be
+            written.
     """
     folder = report_run.run_of(request.run)
     target = request.output or _evaluation_of(request.run)
@@ -88,9 +95,12 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
 
     work = _load(plan)
     check_codes(facts, build.fingerprints(work.transformer, work.scales)[0], request.run)
-    start = {layer: scales.detach().clone().cpu() for layer, scales in work.scales.tensors().items()}
+    start = {
+        layer: scales.detach().clone().cpu() for layer, scales in work.scales.tensors().items()
+    }
     metrics = report_run.read_metrics(folder)
-    peak = max((line["lr"] for line in metrics if "lr" in line), default=config.train.lr)  # calibrated, if the run's was
+    # calibrated, if the run's was
+    peak = max((line["lr"] for line in metrics if "lr" in line), default=config.train.lr)
     pictures, losses, signals = {}, {}, {}
     for state, scales in (("base", None), ("tuned", tuned)):
         if scales is not None:
@@ -102,7 +112,11 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
         "run": str(folder),
         "step": int(facts.get("qzo.steps", 0)),
         "scorer": {"name": scorer.name, "note": scorer.note},
-        "sampling": {"seed": config.sample.seed, "steps": plan.config.sample.steps, "guidance": plan.config.sample.guidance},
+        "sampling": {
+            "seed": config.sample.seed,
+            "steps": plan.config.sample.steps,
+            "guidance": plan.config.sample.guidance,
+        },
         **_scores(scorer, plan, pictures, contents),
         "validation_loss": _held_out_loss(plan.style.validation, work.held_out, losses),
         "signal": {
@@ -122,7 +136,9 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
 
 
 def _evaluation_of(path: Path) -> Path:
-    """evaluation.json of a run; a checkpoint of it has a file of its own beside it, evaluation_step_NNNNNN.json."""
+    """evaluation.json of a run; a checkpoint of it has a file of its own beside it,
+    evaluation_step_NNNNNN.json.
+    """
     folder = report_run.run_of(path)
     return folder / (EVALUATION if path == folder else f"evaluation_{path.name}.json")
 
@@ -136,7 +152,9 @@ def _config(request: EvaluateRequest, folder: Path) -> Config:
     if request.style_dir is not None:
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
     model_folder, _ = build.choose_model(config.model)
-    config.sample.prompts = request.prompts or ("tiny_score.txt" if build.is_tiny(model_folder) else "score.txt")
+    config.sample.prompts = request.prompts or (
+        "tiny_score.txt" if build.is_tiny(model_folder) else "score.txt"
+    )
     return config
 
 
@@ -144,28 +162,44 @@ def _content(prompt: str, trigger: str | None) -> str:
     content = clip_score.content_of(prompt, trigger)
     if not content:
         remedy = "write what the picture must hold beside the style"
-        raise DataError(f"the prompt {prompt!r}, which is nothing but style", "a prompt with something to show", remedy)
+        raise DataError(
+            f"the prompt {prompt!r}, which is nothing but style",
+            "a prompt with something to show",
+            remedy,
+        )
     return content
 
 
 def _load(plan: style_run.StylePlan) -> _Work:
     config = plan.config
-    encoded = style_data.encode(config, plan.model_folder, plan.style, plan.sample_prompts, plan.device, plan.dtype)
+    encoded = style_data.encode(
+        config, plan.model_folder, plan.style, plan.sample_prompts, plan.device, plan.dtype
+    )
     place = build.Place(plan.model_folder, plan.device, plan.dtype)
     transformer, scales, numbers = build.load_base(config, place)
-    held_out = style_data.validation_batches(plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed)
+    held_out = style_data.validation_batches(
+        plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
+    )
     return _Work(plan, encoded, transformer, scales, numbers, held_out)
 
 
 def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
-    """Pictures of all prompts, kept in the run's `evaluation/`, so that another scorer sees the same ones without sampling.
+    """Pictures of all prompts, kept in the run's `evaluation/`, so that another scorer sees the
+    same ones without sampling.
 
-    Those of a checkpoint are kept in `evaluation/step_NNNNNN/`, unless the run's own are the same, as the base's often are.
-    """
+    Those of a checkpoint are kept in `evaluation/step_NNNNNN/`, unless the run's own are the same,
+    as the base's often are."""
     config, plan = work.plan.config, work.plan
-    shown = [plan.sample_prompts, config.sample.model_dump(), config.data.resolution, str(plan.dtype)]
+    shown = [
+        plan.sample_prompts,
+        config.sample.model_dump(),
+        config.data.resolution,
+        str(plan.dtype),
+    ]
     scales = build.fingerprints(work.transformer, work.scales)
-    key = hashlib.blake2b(json.dumps([shown, scales], default=str).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(
+        json.dumps([shown, scales], default=str).encode(), digest_size=8
+    ).hexdigest()
     folder = report_run.run_of(path)
     own = folder / PICTURES / state
     target = own if path == folder else folder / PICTURES / path.name / state
@@ -190,7 +224,10 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
         def write(aside: Path) -> None:
             for image, file in zip(images, files, strict=True):
                 image.save(aside / file)
-            table = [{"file": file, "prompt": prompt} for file, prompt in zip(files, plan.sample_prompts, strict=True)]
+            table = [
+                {"file": file, "prompt": prompt}
+                for file, prompt in zip(files, plan.sample_prompts, strict=True)
+            ]
             RunFolder(aside).write_json("prompts.json", table)
             RunFolder(aside).write_json("key.json", key)
 
@@ -207,13 +244,18 @@ def _kept(target: Path, key: str, files: Sequence[str]) -> bool:
 
 
 def _scores(
-    scorer: Scorer, plan: style_run.StylePlan, pictures: dict[str, list[Image.Image]], contents: list[str]
+    scorer: Scorer,
+    plan: style_run.StylePlan,
+    pictures: dict[str, list[Image.Image]],
+    contents: list[str],
 ) -> dict[str, Any]:
     tuned, base = scorer.image_features(pictures["tuned"]), scorer.image_features(pictures["base"])
     trained = scorer.image_features([open_image(sample.path).image for sample in plan.style.train])
     held_out = torch.empty(0, trained.shape[1])
     if plan.style.validation:
-        held_out = scorer.image_features([open_image(sample.path).image for sample in plan.style.validation])
+        held_out = scorer.image_features(
+            [open_image(sample.path).image for sample in plan.style.validation]
+        )
     names = [sample.id for sample in plan.style.train]
     texts = scorer.text_features(contents)
     columns = [
@@ -225,7 +267,9 @@ def _scores(
     return {
         "prompts": [
             {"prompt": prompt, "content": content, "clip": [a, b], "style": [c, d]}
-            for prompt, content, a, b, c, d in zip(plan.sample_prompts, contents, *columns, strict=True)
+            for prompt, content, a, b, c, d in zip(
+                plan.sample_prompts, contents, *columns, strict=True
+            )
         ],
         "clip_score": clip_score.score(scorer, tuned, contents, base),
         "style": style.score(tuned, trained, names, held_out, base),
@@ -235,7 +279,9 @@ def _scores(
 def _held_out_loss(
     samples: Sequence[Sample], batches: Sequence[Batch], losses: dict[str, list[list[float]]]
 ) -> dict[str, Any] | None:
-    """Base and tuned on the same images, noise and noise levels, and per noise level; intervals over images."""
+    """Base and tuned on the same images, noise and noise levels, and per noise level; intervals
+    over images.
+    """
     if not batches:
         return None
     ids = style_data.validation_order(samples)
@@ -249,19 +295,28 @@ def _held_out_loss(
         return {"base": difference.pop("base_mean"), "tuned": mean, "n": len(chosen), **difference}
 
     bands = [
-        {"sigma": level, **entry([index for index, own in enumerate(levels) if own == level])} for level in sorted(set(levels))
+        {"sigma": level, **entry([index for index, own in enumerate(levels) if own == level])}
+        for level in sorted(set(levels))
     ]
     return {**entry(range(len(levels))), "images": len(set(ids)), "bands": bands}
 
 
 def _signal(work: _Work, lr: float) -> dict[str, Any]:
-    """At the scales as they are now, on batches of steps that come after the run's last; `lr` for the size of a step."""
+    """At the scales as they are now, on batches of steps that come after the run's last; `lr` for
+    the size of a step.
+    """
     config = work.plan.config
-    batches = style_data.TrainingBatches(config, work.plan.style.train, work.encoded, work.plan.device, Ranks())
+    batches = style_data.TrainingBatches(
+        config, work.plan.style.train, work.encoded, work.plan.device, Ranks()
+    )
     probed, other = (batches(config.train.max_steps + index) for index in (1, 2))
-    first, second = ([replace(batch, regions=1) for batch in step.micro_batches] for step in (probed, other))
+    first, second = (
+        [replace(batch, regions=1) for batch in step.micro_batches] for step in (probed, other)
+    )
     qzo, seed = config.qzo, config.train.seed + 1
-    found = signal.two_seeds(work.objective, first, second, work.numbers, eps=qzo.eps, seed=seed, count=signal.DIRECTIONS)
+    found = signal.two_seeds(
+        work.objective, first, second, work.numbers, eps=qzo.eps, seed=seed, count=signal.DIRECTIONS
+    )
     estimates = signal.as_the_run_does(
         work.objective,
         probed.micro_batches,
@@ -276,26 +331,40 @@ def _signal(work: _Work, lr: float) -> dict[str, Any]:
     )
     found["step_sizes"] = signal.step_sizes(work.numbers, estimates[0], lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
-    if isinstance(work.numbers, Dense | Grouped) and parameters <= AFFORDABLE and qzo.units == "relative":
+    if (
+        isinstance(work.numbers, Dense | Grouped)
+        and parameters <= AFFORDABLE
+        and qzo.units == "relative"
+    ):
         handles = handles_of(work.transformer)
-        found["exact"] = signal.exact_cosine(work.objective, first, work.numbers, handles, estimates)
+        found["exact"] = signal.exact_cosine(
+            work.objective, first, work.numbers, handles, estimates
+        )
     return found
 
 
-def _scores_of_steps(scorer: Scorer, folder: Path, plan: style_run.StylePlan) -> list[dict[str, Any]]:
-    """The run's own sample grids, step by step: similarity to the style and CLIP score, with intervals over prompts."""
+def _scores_of_steps(
+    scorer: Scorer, folder: Path, plan: style_run.StylePlan
+) -> list[dict[str, Any]]:
+    """The run's own sample grids, step by step: similarity to the style and CLIP score, with
+    intervals over prompts.
+    """
     prompts = report_run.grid_prompts(folder)
     columns = sorted((folder / "samples").glob("step_*.png"))
     if not columns or not prompts:
         return []
     trained = scorer.image_features([open_image(sample.path).image for sample in plan.style.train])
-    texts = scorer.text_features([clip_score.content_of(prompt, plan.config.data.trigger) or prompt for prompt in prompts])
+    texts = scorer.text_features(
+        [clip_score.content_of(prompt, plan.config.data.trigger) or prompt for prompt in prompts]
+    )
     rows = []
     for column in columns:
         try:
             features = scorer.image_features(cells(load_picture(column), len(prompts)))
         except (OSError, ValueError) as error:
-            raise OutputError(f"{column} can't be used: {error}", "the grid as the run wrote it", "delete it") from None
+            raise OutputError(
+                f"{column} can't be used: {error}", "the grid as the run wrote it", "delete it"
+            ) from None
         rows.append(
             {
                 "step": int(column.stem.removeprefix("step_")),
@@ -310,7 +379,8 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> tuple[dict[str,
     """The evaluations of several runs side by side: figures for a script, and a table for a person.
 
     Raises:
-        OutputError: a run that was not evaluated, or is no run on images; the output can't be written.
+        OutputError: a run that was not evaluated, or is no run on images; the output can't be
+            written.
     """
     if output is not None:
         prepare_file(output)
@@ -321,7 +391,9 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> tuple[dict[str,
             found[str(path)] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             remedy = f"qzo-diffuse evaluate --run {path}"
-            raise OutputError(f"no evaluation of {path}: {error}", "a run that was evaluated", remedy) from None
+            raise OutputError(
+                f"no evaluation of {path}: {error}", "a run that was evaluated", remedy
+            ) from None
         comparison.check(file, found[str(path)])
     rows, warnings = comparison.rows(found), comparison.warnings(found)
     results = {"runs": rows, "warnings": warnings}

@@ -1,8 +1,8 @@
 """What `qzo-diffuse export` does: a run's tuned model in a form that other programs load.
 
-Everything is written into a folder aside, read back, compared bit for bit and only then given its name; a kill leaves no export.
-No second model is ever in memory: tensors are computed and written one by one.
-"""
+Everything is written into a folder aside, read back, compared bit for bit and only then given its
+name; a kill leaves no export. No second model is ever in memory: tensors are computed and written
+one by one."""
 
 import json
 import shutil
@@ -30,7 +30,13 @@ from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import SCALES, check_new, load_scales, settings_file, write_folder
+from qzo_diffusion.train.run_folder import (
+    SCALES,
+    check_new,
+    load_scales,
+    settings_file,
+    write_folder,
+)
 
 Format = Literal["nf4", "bf16", "delta", "journal", "native"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
@@ -38,15 +44,19 @@ JOURNAL = "journal.qzo"
 
 USE: dict[Format, str] = {
     "nf4": "A diffusers transformer in bitsandbytes' 4-bit layout, the size of the 4-bit base:\n\n"
-    '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", dtype=torch.bfloat16)\n```\n\n'
+    '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", '
+    "dtype=torch.bfloat16)\n```\n\n"
     "Give it to `StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer)`.",
-    "bf16": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers transformer in bfloat16. `{ORIGINAL_FILE}` holds the\n"
-    "same numbers in the layout that Stability AI publishes, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",
+    "bf16": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers transformer in bfloat16. "
+    f"`{ORIGINAL_FILE}` holds the\nsame numbers in the layout that Stability AI "
+    "publishes, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",
     "delta": "The changes of the scales alone, to be applied to the base model:\n\n"
     "```\nqzo-diffuse sample --run THIS_FOLDER --strength 0.8 --prompts FILE --output-dir DIR\n```",
-    "journal": "The seeds and scalars of every step. They rebuild the tuned scales of any step over the base model:\n\n"
+    "journal": "The seeds and scalars of every step. They rebuild the tuned scales of any step "
+    "over the base model:\n\n"
     "```\nqzo-diffuse replay --journal journal.qzo --output-dir DIR\n```",
-    "native": "A diffusers transformer in the quantizer's own layout; load it with `SD3Transformer2DModel.from_pretrained`.",
+    "native": "A diffusers transformer in the quantizer's own layout; load it with "
+    "`SD3Transformer2DModel.from_pretrained`.",
 }
 
 
@@ -68,15 +78,21 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
     """Write `output_dir`; returns the figures for `--json`.
 
     Raises:
-        OutputError: there is something already, no room, or what was written does not read back as it was.
-        ModelError, ConfigError, JournalError: the run and the format or the base don't fit together.
+        OutputError: there is something already, no room, or what was written does not read back as
+            it was.
+        ModelError, ConfigError, JournalError: the run and the format or the base don't fit
+            together.
     """
     check_new(output_dir)
     config: Config = load_config(settings_file(run_folder))
     if kind == "journal":
         return _export_journal(run_folder, config, output_dir)
     if kind == "nf4" and config.quant.type != "nf4":
-        raise ConfigError(f"a run in {config.quant.type}", "a run in nf4", "export it with --format native, or bf16")
+        raise ConfigError(
+            f"a run in {config.quant.type}",
+            "a run in nf4",
+            "export it with --format native, or bf16",
+        )
     tensors, facts = load_scales(run_folder)
     place = build.find_place(config)
     transformer, scales, _ = build.load_base(config, place)
@@ -84,7 +100,12 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
     tuned = as_scales(scales, tensors, facts)
     export = _Export(run_folder, config, kind, facts)
     if kind == "delta":
-        files = {SCALES: ({name: Pending.of(one) for name, one in shrunk(scales, tuned).items()}, _delta_facts(facts))}
+        files = {
+            SCALES: (
+                {name: Pending.of(one) for name, one in shrunk(scales, tuned).items()},
+                _delta_facts(facts),
+            )
+        }
         return _write(export, files, {}, output_dir)
     blend_(scales, [(tuned, 1.0)])
     return _write(export, *_model_files(export, transformer, place), output_dir)
@@ -95,12 +116,17 @@ def _model_files(
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
     """Tensors and metadata by file name, and the config beside them."""
     found = find_transformer(build.transformer_place(export.config, place.folder)).config
-    config = {"_class_name": "SD3Transformer2DModel"} | {name: found[name] for name in found if name != "quantization_config"}
+    config = {"_class_name": "SD3Transformer2DModel"} | {
+        name: found[name] for name in found if name != "quantization_config"
+    }
     side = sd3.native_resolution(place.folder)
     own = {**export.facts, "qzo.format": f"{export.kind}/1"}
 
     def facts(original: bool) -> dict[str, str]:
-        return modelspec(config, export.title, export.config.model, side, original_layout=original) | own
+        return (
+            modelspec(config, export.title, export.config.model, side, original_layout=original)
+            | own
+        )
 
     if export.kind == "bf16":
         tensors = pending_dequantized(transformer, torch.bfloat16)
@@ -114,28 +140,46 @@ def _model_files(
         "bnb_4bit_use_double_quant": False,
         "bnb_4bit_compute_dtype": devices.dtype_name(place.dtype),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [name for name, module in transformer.named_modules() if type(module) is nn.Linear],
+        "llm_int8_skip_modules": [
+            name for name, module in transformer.named_modules() if type(module) is nn.Linear
+        ],
     }
     return {DIFFUSERS_FILE: (pending_tensors(transformer), facts(False))}, config
 
 
 def _write(
-    export: _Export, files: Mapping[str, tuple[Mapping[str, Pending], Mapping[str, str]]], config: Mapping[str, Any], target: Path
+    export: _Export,
+    files: Mapping[str, tuple[Mapping[str, Pending], Mapping[str, str]]],
+    config: Mapping[str, Any],
+    target: Path,
 ) -> dict[str, Any]:
     size = sum(tensor.nbytes for tensors, _ in files.values() for tensor in tensors.values())
     _check_room(target, size)
 
     def fill(folder: Path) -> None:
         for name, (tensors, facts) in files.items():
-            with tqdm(total=2 * _bytes(tensors), desc=f"write and compare {name}", unit="B", unit_scale=True, leave=False) as bar:
+            with tqdm(
+                total=2 * _bytes(tensors),
+                desc=f"write and compare {name}",
+                unit="B",
+                unit_scale=True,
+                leave=False,
+            ) as bar:
                 write_tensors(folder / name, tensors, facts, bar.update)
                 compare_tensors(folder / name, tensors, bar.update)
         if config:
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / "config.json").write_text(
+                json.dumps(config, indent=2) + "\n", encoding="utf-8"
+            )
         _describe(export, folder)
 
     write_folder(target, fill)
-    return {"export": str(target), "format": export.kind, "bytes": size, "files": sorted(path.name for path in target.iterdir())}
+    return {
+        "export": str(target),
+        "format": export.kind,
+        "bytes": size,
+        "files": sorted(path.name for path in target.iterdir()),
+    }
 
 
 def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str, Any]:
@@ -147,7 +191,11 @@ def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str,
         shutil.copyfile(run_folder / JOURNAL, folder / JOURNAL)
         copied = read_journal(folder / JOURNAL)
         if (copied.header, copied.chain) != (journal.header, journal.chain):
-            raise OutputError(f"{folder / JOURNAL} is not what was copied", "the same journal", "stop the run first, or try again")
+            raise OutputError(
+                f"{folder / JOURNAL} is not what was copied",
+                "the same journal",
+                "stop the run first, or try again",
+            )
         _describe(export, folder)
 
     write_folder(target, fill)
@@ -157,9 +205,9 @@ def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str,
 
 def _describe(export: _Export, folder: Path) -> None:
     """Settings, samples and the model card, beside what was exported."""
-    (folder / "config.yaml" if export.kind in ("delta", "journal") else folder / "run.yaml").write_text(
-        export.config.to_yaml(), encoding="utf-8"
-    )
+    (
+        folder / "config.yaml" if export.kind in ("delta", "journal") else folder / "run.yaml"
+    ).write_text(export.config.to_yaml(), encoding="utf-8")
     pictures = []
     if (grid := export.run / "samples" / "grid.png").is_file():
         shutil.copyfile(grid, folder / "samples.png")
@@ -175,24 +223,33 @@ def _describe(export: _Export, folder: Path) -> None:
         "made with": f"qzo_diffusion {__version__}",
     }
     settings |= {"trigger": data.trigger} if data.trigger else {}
-    text = card(export.title, export.config.model, USE[export.kind], settings, _scores(export), pictures)
+    text = card(
+        export.title, export.config.model, USE[export.kind], settings, _scores(export), pictures
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _scores(export: _Export) -> dict[str, Any]:
-    """What an evaluation of these very scales says, of this step, or else the held-out losses of the run itself."""
+    """What an evaluation of these very scales says, of this step, or else the held-out losses of
+    the run itself.
+    """
     folder, step = settings_file(export.run).parent, int(export.facts.get("qzo.steps", 0))
     for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["step"] == step:
-                return {name: value for name, value in found.items() if isinstance(value, (dict, float, int))}
+                return {
+                    name: value
+                    for name, value in found.items()
+                    if isinstance(value, (dict, float, int))
+                }
         except (OSError, ValueError, KeyError, TypeError):
             pass
     losses: dict[int, float] = {}
     if (metrics := folder / "metrics.jsonl").is_file():
         for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            if '"validation_loss"' in line and line.endswith("\n"):  # a run that goes on may just be writing the last
+            if '"validation_loss"' in line and line.endswith("\n"):
+                # a run that goes on may just be writing the last
                 entry = json.loads(line)
                 losses[entry["step"]] = float(entry["validation_loss"])
     if step not in losses:
@@ -211,7 +268,9 @@ def _check_room(target: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if free < 1.02 * size:
         got = f"{free / 1e9:.1f} GB free for an export of {size / 1e9:.1f} GB"
-        raise OutputError(got, "room for the export", "free some space, or choose another --output-dir")
+        raise OutputError(
+            got, "room for the export", "free some space, or choose another --output-dir"
+        )
 
 
 def _bytes(tensors: Mapping[str, Pending]) -> int:

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse mix` does: one set of scales from the changes of several runs, each with its weight."""
+"""What `qzo-diffuse mix` does: one set of scales from the changes of several runs, each with its
+weight.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,18 +11,29 @@ from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty, load_scales, settings_file
+from qzo_diffusion.train.run_folder import (
+    ANOTHER,
+    RunFolder,
+    check_empty,
+    load_scales,
+    settings_file,
+)
 
 
 def parse_part(text: str) -> tuple[Path, float]:
-    """`outputs/run=0.5` -> (Path("outputs/run"), 0.5). The last `=` counts, since a folder's name may hold one."""
+    """`outputs/run=0.5` -> (Path("outputs/run"), 0.5).
+
+    The last `=` counts, since a folder's name may hold one.
+    """
     path, equals, weight = text.rpartition("=")
     try:
         if not equals or not path:
             raise ValueError
         return Path(path), float(weight)
     except ValueError:
-        raise ConfigError(f"--run {text}", "RUN=WEIGHT, for example outputs/ink=0.7", "give each run a weight") from None
+        raise ConfigError(
+            f"--run {text}", "RUN=WEIGHT, for example outputs/ink=0.7", "give each run a weight"
+        ) from None
 
 
 def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
@@ -35,6 +48,10 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
         check_codes(facts, codes, path)
     blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
     out = RunFolder.create(output_dir, ANOTHER)
-    out.save_scales("final", scales.tensors(), provenance.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)})
+    out.save_scales(
+        "final",
+        scales.tensors(),
+        provenance.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)},
+    )
     out.write_text("config.yaml", config.to_yaml())
     return {"run": str(output_dir), "runs": len(parts)}

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse replay` does: the scales of any step, from the base model and a journal alone."""
+"""What `qzo-diffuse replay` does: the scales of any step, from the base model and a journal
+alone.
+"""
 
 import time
 from collections.abc import Mapping
@@ -17,16 +19,22 @@ from qzo_diffusion.runs.llm.methods import load_base as load_language_base
 from qzo_diffusion.runs.tuned import set_initial_
 from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty
 
-_NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")  # what settles the trained numbers
+# what settles the trained numbers
+_NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")
 
 
 def run(
-    journal_file: Path, model: str | None, to_step: int | None, output_dir: Path, init_from: str | None = None
+    journal_file: Path,
+    model: str | None,
+    to_step: int | None,
+    output_dir: Path,
+    init_from: str | None = None,
 ) -> dict[str, Any]:
     """Rebuild step `to_step` (the journal's last when None) and leave it in `output_dir/final`.
 
     Args:
-        init_from: where the scales are that the run began with, if they were another run's; None: where they were then.
+        init_from: where the scales are that the run began with, if they were another run's; None:
+            where they were then.
 
     Raises:
         JournalError: the journal is damaged, shorter than `to_step`, or of another model.
@@ -34,7 +42,11 @@ def run(
     check_empty(output_dir, ANOTHER)
     journal = read_journal(journal_file)
     if to_step is not None and not 0 <= to_step <= journal.steps_done:
-        raise JournalError(f"--to-step {to_step}", f"0 to {journal.steps_done}, where the journal ends", "choose an earlier step")
+        raise JournalError(
+            f"--to-step {to_step}",
+            f"0 to {journal.steps_done}, where the journal ends",
+            "choose an earlier step",
+        )
     config: RunConfig
     if journal.header.get("kind") == "llm":
         config = language_config_of(journal, model)
@@ -42,7 +54,9 @@ def run(
     else:
         config = config_of(journal, model, init_from)
         numbers, optimizer, (codes, initial), facts = _style_base(config)
-    provenance.check_journal_fits(journal, {**journal.header, "codes": codes, "initial_scales": initial})
+    provenance.check_journal_fits(
+        journal, {**journal.header, "codes": codes, "initial_scales": initial}
+    )
     out = RunFolder.create(output_dir, ANOTHER)
     started = time.perf_counter()
     steps = replay_(journal, numbers, optimizer, to_step=to_step)
@@ -50,11 +64,18 @@ def run(
     metadata = provenance.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
     out.save_scales("final", tuned_scales(numbers), metadata)
     out.write_text("config.yaml", config.to_yaml())
-    return {"run": str(output_dir), "steps": steps, "seconds": seconds, "torn_bytes": journal.torn_bytes}
+    return {
+        "run": str(output_dir),
+        "steps": steps,
+        "seconds": seconds,
+        "torn_bytes": journal.torn_bytes,
+    }
 
 
 _Base = tuple[Parametrization, Optimizer, tuple[str, str], dict[str, str]]
-"""Numbers, optimizer, hashes of what stays and of what is trained, and what else tuned scales say of themselves."""
+"""Numbers, optimizer, hashes of what stays and of what is trained, and what else tuned scales say
+of themselves.
+"""
 
 
 def _style_base(config: Config) -> _Base:
@@ -66,19 +87,30 @@ def _style_base(config: Config) -> _Base:
 def _language_base(config: LlmConfig) -> _Base:
     device = devices.choose_device(config.compute.device)
     folder, _ = build.choose_lm(config.model)
-    base = load_language_base(config, folder, device, devices.choose_dtype(config.compute.dtype, device))
+    base = load_language_base(
+        config, folder, device, devices.choose_dtype(config.compute.dtype, device)
+    )
     facts = {"qzo.method": config.method, "qzo.task": config.task}
     return base.numbers, base.optimizer, (base.codes, base.initial), facts
 
 
 def config_of(journal: Journal, model: str | None, init_from: str | None = None) -> Config:
-    """The settings that a journal's header names; everything else is as by default and does not matter for a replay."""
+    """The settings that a journal's header names; everything else is as by default and does not
+    matter for a replay.
+    """
     method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
-    return _config(journal, Config, {"method": method, "init_from": init_from or journal.header.get("init_from")}, model)
+    return _config(
+        journal,
+        Config,
+        {"method": method, "init_from": init_from or journal.header.get("init_from")},
+        model,
+    )
 
 
 def language_config_of(journal: Journal, model: str | None) -> LlmConfig:
-    """As `config_of`, of a run on a language model; its task is kept, so that `llm evaluate` finds it."""
+    """As `config_of`, of a run on a language model; its task is kept, so that `llm evaluate` finds
+    it.
+    """
     try:
         own = {name: journal.header[name] for name in ("method", "task", "lora", "data")}
     except KeyError as error:
@@ -86,10 +118,15 @@ def language_config_of(journal: Journal, model: str | None) -> LlmConfig:
     return _config(journal, LlmConfig, own, model)
 
 
-def _config(journal: Journal, kind: type[AnyConfig], own: dict[str, Any], model: str | None) -> AnyConfig:
+def _config(
+    journal: Journal, kind: type[AnyConfig], own: dict[str, Any], model: str | None
+) -> AnyConfig:
     header = journal.header
     try:
-        decay, steps = header.get("feedback") or (TrainConfig().feedback_decay, TrainConfig().feedback_steps)
+        decay, steps = header.get("feedback") or (
+            TrainConfig().feedback_decay,
+            TrainConfig().feedback_steps,
+        )
         feedback = {"feedback_decay": decay, "feedback_steps": steps}
         settings = {
             "model": model or header["model"],
@@ -110,4 +147,8 @@ def _also(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without(error: KeyError) -> JournalError:
-    return JournalError(f"a journal without {error} in its header", "a journal of a run", "give journal.qzo of a run")
+    return JournalError(
+        f"a journal without {error} in its header",
+        "a journal of a run",
+        "give journal.qzo of a run",
+    )

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse sample` does: images of a prompt file from a model, with or without a run's tuned scales."""
+"""What `qzo-diffuse sample` does: images of a prompt file from a model, with or without a run's
+tuned scales.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -15,12 +17,20 @@ from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty, load_scales, settings_file
+from qzo_diffusion.train.run_folder import (
+    ANOTHER,
+    RunFolder,
+    check_empty,
+    load_scales,
+    settings_file,
+)
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """`strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the log-scales."""
+    """`strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the
+    log-scales.
+    """
 
     model: str | None
     run: Path | None
@@ -34,11 +44,16 @@ def run(request: SampleRequest) -> dict[str, Any]:
     """Leave `samples/` in the output folder.
 
     Raises:
-        ConfigError: a strength without a run. OutputError: there is something already, or the run has no tuned scales.
+        ConfigError: a strength without a run. OutputError: there is something already, or the run
+            has no tuned scales.
     """
     if request.run is None and request.strength not in (0, 1):
         got = f"--strength {request.strength:g} without --run"
-        raise ConfigError(got, "a run, whose changes it scales", "add --run RUN, or leave --strength out for the base")
+        raise ConfigError(
+            got,
+            "a run, whose changes it scales",
+            "add --run RUN, or leave --strength out for the base",
+        )
     check_empty(request.output_dir, ANOTHER)
     tuned = load_scales(request.run) if request.run else None
     config = _config_of(request)
@@ -47,9 +62,13 @@ def run(request: SampleRequest) -> dict[str, Any]:
     place = build.find_place(config)
     folder, device, dtype = place.folder, place.device, place.dtype
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
-    prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
+    prompts = read_prompts(
+        resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
+    )
 
-    encoded = build.prompt_encoder(config, folder, device, dtype).encode([*prompts, config.sample.negative_prompt])
+    encoded = build.prompt_encoder(config, folder, device, dtype).encode(
+        [*prompts, config.sample.negative_prompt]
+    )
     vae = build.load_vae(config, folder, device)
     sd3.drop_encoder_(vae)
     transformer, scales, _ = build.load_base(config, place)
@@ -58,23 +77,33 @@ def run(request: SampleRequest) -> dict[str, Any]:
         blend_(scales, [(as_scales(scales, *tuned), request.strength)])
     sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()
-    out = RunFolder.create(request.output_dir, ANOTHER)  # not before: what fails leaves nothing behind
+    # not before: what fails leaves nothing behind
+    out = RunFolder.create(request.output_dir, ANOTHER)
     files = [f"{index:03d}.png" for index in range(len(images))]
     for image, name in zip(images, files, strict=True):
         image.save(out.path / "samples" / name)
-    grid([images], [request.run.name if request.run else "base"]).save(out.path / "samples" / "grid.png")
+    grid([images], [request.run.name if request.run else "base"]).save(
+        out.path / "samples" / "grid.png"
+    )
     table = [{"file": name, "prompt": prompt} for name, prompt in zip(files, prompts, strict=True)]
     out.write_json("samples/prompts.json", table)
-    return {"samples": str(out.path / "samples"), "images": len(images), "strength": request.strength}
+    return {
+        "samples": str(out.path / "samples"),
+        "images": len(images),
+        "strength": request.strength,
+    }
 
 
 def _config_of(request: SampleRequest) -> Config:
-    """The run's own settings where there is a run, the defaults elsewhere; what the user gave wins."""
+    """The run's own settings where there is a run, the defaults elsewhere; what the user gave
+    wins.
+    """
     config = Config()
     if request.run is not None:
         try:
             config = load_config(settings_file(request.run))
-        except OutputError as error:  # scales alone: the base is checked against their codes, so it can't be a wrong one
+        except OutputError as error:
+            # scales alone: the base is checked against their codes, so it can't be a wrong one
             _say(f"{error.got}: with the settings as they come by default")
     if request.model is not None:
         config.model = request.model

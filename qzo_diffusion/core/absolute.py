@@ -1,4 +1,6 @@
-"""The paper's absolute units, kept so that both can be compared in one run (arXiv 2505.13430, algorithm 1)."""
+"""The paper's absolute units, kept so that both can be compared in one run (arXiv 2505.13430,
+algorithm 1).
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +12,10 @@ from qzo_diffusion.core.scales import View
 
 
 class DenseAbsolute(Dense):
-    """One number per scale: additive, floored at zero. What is no scale (`ScaleSet.weights`) is of either sign."""
+    """One number per scale: additive, floored at zero.
+
+    What is no scale (`ScaleSet.weights`) is of either sign.
+    """
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         weights = {name: one for name, one in self._trained.items() if name in self.scales.weights}
@@ -18,8 +23,13 @@ class DenseAbsolute(Dense):
             return lambda names: {name: weights[name] for name in names if name in weights}
         return super().view(direction, radius)
 
-    def _shifted(self, names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
-        return [one + radius * direction.z(name, one) for one, name in zip(self._live(names), names, strict=True)]
+    def _shifted(
+        self, names: Sequence[str], direction: Direction, radius: float
+    ) -> Sequence[Tensor]:
+        return [
+            one + radius * direction.z(name, one)
+            for one, name in zip(self._live(names), names, strict=True)
+        ]
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for name in self._trained:

@@ -1,7 +1,8 @@
-"""Packed signs, eight a byte, made into numbers where they are needed: on a CPU or on a GPU, to the same bits.
+"""Packed signs, eight a byte, made into numbers where they are needed: on a CPU or on a GPU, to the
+same bits.
 
-Which bits these are says `core.noise`. Only bits are kept and sent; the numbers, 32 times as many bytes, are made layer by layer.
-"""
+Which bits these are says `core.noise`. Only bits are kept and sent; the numbers, 32 times as many
+bytes, are made layer by layer."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +14,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 PackedBits = NDArray[np.uint8]
-_BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)
+_BITS_OF_BYTE = np.unpackbits(
+    np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
+).astype(bool)
 _SIGNS_OF_BYTE = np.where(_BITS_OF_BYTE, 1.0, -1.0).T  # [8, 256]
 
 
 def sent(packed: PackedBits, device: torch.device) -> Tensor:
-    """From memory that a GPU reads by itself: else the processor would wait for all that is queued there."""
+    """From memory that a GPU reads by itself: else the processor would wait for all that is queued
+    there.
+    """
     bits = torch.from_numpy(np.ascontiguousarray(packed))
-    return bits.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else bits.to(device)
+    return (
+        bits.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else bits.to(device)
+    )
 
 
 def choose(
-    packed: Tensor, pairs: Sequence[tuple[float, float]], dtype: torch.dtype, start: int = 0, stop: int | None = None
+    packed: Tensor,
+    pairs: Sequence[tuple[float, float]],
+    dtype: torch.dtype,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Tensor:
-    """uint8 [..., bytes] -> [pairs, ..., stop - start], where the bits are: one of two constants a bit.
+    """uint8 [..., bytes] -> [pairs, ..., stop - start], where the bits are: one of two constants a
+    bit.
 
     `pairs` are (if set, if clear).
     """
@@ -38,15 +52,22 @@ def choose(
 
 
 def _choose_by_table(packed: Tensor, pairs: Sequence[tuple[float, float]], into: Tensor) -> None:
-    """Eight numbers for a byte at once: on a CPU ten times faster than unpacking the bits, on a GPU ten times slower."""
-    for pair, part in zip(pairs, into, strict=True):  # in any other mode numpy fills a buffer and copies it
-        np.take(_table(pair, into.dtype).numpy(), packed.numpy(), axis=0, out=part.numpy(), mode="clip")
+    """Eight numbers for a byte at once: on a CPU ten times faster than unpacking the bits, on a GPU
+    ten times slower.
+    """
+    for pair, part in zip(pairs, into, strict=True):
+        # in any other mode numpy fills a buffer and copies it
+        np.take(
+            _table(pair, into.dtype).numpy(), packed.numpy(), axis=0, out=part.numpy(), mode="clip"
+        )
 
 
 def _choose_by_mask(packed: Tensor, pairs: Sequence[tuple[float, float]], into: Tensor) -> None:
     is_set = (packed.unsqueeze(-1) & _masks(packed.device)).bool()
     for pair, part in zip(pairs, into, strict=True):
-        torch.where(is_set, *(_constant(value, into.dtype, packed.device) for value in pair), out=part)
+        torch.where(
+            is_set, *(_constant(value, into.dtype, packed.device) for value in pair), out=part
+        )
 
 
 @lru_cache(maxsize=16)
@@ -72,8 +93,8 @@ _SUM_BITS = 39  # of an amount; with 2^13 amounts a sum has 52, which float64 ho
 def signed_sum(packed: Tensor, amounts: Sequence[float], numel: int) -> Tensor:
     """Σ amounts[i] · z_i for the signs z of packed [n, bytes]: float64 [numel], where the bits are.
 
-    Amounts are rounded to whole multiples of a power of two, 2^-39 of the largest, so the sums are exact: the same on every
-    machine, in any order, with any number of threads, whoever forms them.
+    Amounts are rounded to whole multiples of a power of two, 2^-39 of the largest, so the sums are
+    exact: the same on every machine, in any order, with any number of threads, whoever forms them.
     """
     largest, device = max(map(abs, amounts)), packed.device
     total = torch.zeros(numel, dtype=torch.float64, device=device)
@@ -91,11 +112,16 @@ def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> No
     for first in range(0, len(into), 2**17):
         place = slice(first, min(first + 2**17, len(into)))
         for part in (slice(start, start + 32) for start in range(0, len(whole), 32)):
-            into[place] += amounts[part] @ choose(packed[part], [(1.0, -1.0)], torch.float64, place.start, place.stop)[0]
+            into[place] += (
+                amounts[part]
+                @ choose(packed[part], [(1.0, -1.0)], torch.float64, place.start, place.stop)[0]
+            )
 
 
 def _sum_by_table_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
-    """Eight amounts at once: their signs for a number, put into a byte, say which of 256 sums it gets. On a CPU the faster way."""
+    """Eight amounts at once: their signs for a number, put into a byte, say which of 256 sums it
+    gets. On a CPU the faster way.
+    """
     rows = packed.numpy()
     missing = -len(whole) % 8  # rows of no amount
     sums = np.pad(np.array(whole), (0, missing)).reshape(-1, 8) @ _SIGNS_OF_BYTE
@@ -109,13 +135,18 @@ def _sum_by_table_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None
 
 
 def _turned(packed: PackedBits) -> PackedBits:
-    """[8 n, bytes], a bit a number -> [n, 8 · bytes], a byte a number with its bits of eight rows, the first the lowest.
+    """[8 n, bytes], a bit a number -> [n, 8 · bytes], a byte a number with its bits of eight rows,
+    the first the lowest.
 
-    Each square of eight bits by eight is one word, turned by exchanging ever larger squares in it (Warren, Hacker's Delight, 7-3).
-    """
+    Each square of eight bits by eight is one word, turned by exchanging ever larger squares in it
+    (Warren, Hacker's Delight, 7-3)."""
     squares = np.ascontiguousarray(packed.reshape(-1, 8, packed.shape[1]).transpose(0, 2, 1))
     words = squares.view("<u8")[..., 0]
-    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+    for shift, mask in (
+        (7, 0x00AA00AA00AA00AA),
+        (14, 0x0000CCCC0000CCCC),
+        (28, 0x00000000F0F0F0F0),
+    ):
         moved = (words ^ (words >> np.uint64(shift))) & np.uint64(mask)
         words = words ^ moved ^ (moved << np.uint64(shift))
     return words.astype("<u8", copy=False).view(np.uint8).reshape(len(words), -1)

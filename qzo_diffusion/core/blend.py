@@ -1,10 +1,11 @@
-"""Strength, mixing and undo: straight lines in log-scales between a base and what was tuned from it.
+"""Strength, mixing and undo: straight lines in log-scales between a base and what was tuned from
+it.
 
     s = base · Π_i (tuned_i / base) ^ weight_i
 
-Weight 1 alone gives the tuned scales bit for bit, weight 0 the base. A scale that was tuned to zero, or is zero in the base (a
-block of zeros), has no logarithm: it goes to the tuned value in proportion to its weight, and not below zero.
-"""
+Weight 1 alone gives the tuned scales bit for bit, weight 0 the base. A scale that was tuned to
+zero, or is zero in the base (a block of zeros), has no logarithm: it goes to the tuned value in
+proportion to its weight, and not below zero."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,9 +26,18 @@ def blend_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor], float]]
         _check_fits(scales, tensors)
     for name in scales:
         live = scales[name]
-        if not live.is_floating_point() and [weight for _, weight in tuned if weight != 0] not in ([], [1]):
-            raise ModelError("integer codes, which have no steps in between", "one run, at strength 1", "leave --strength out")
-        parts = [(tensors[name].to(live.device), weight) for tensors, weight in tuned if weight != 0]
+        if not live.is_floating_point() and [weight for _, weight in tuned if weight != 0] not in (
+            [],
+            [1],
+        ):
+            raise ModelError(
+                "integer codes, which have no steps in between",
+                "one run, at strength 1",
+                "leave --strength out",
+            )
+        parts = [
+            (tensors[name].to(live.device), weight) for tensors, weight in tuned if weight != 0
+        ]
         if len(parts) == 1 and parts[0][1] == 1:
             live.copy_(parts[0][0])
         elif parts:

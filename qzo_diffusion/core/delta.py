@@ -1,10 +1,11 @@
-"""What tuning changed, small: factors of whole layers, rows or block columns wherever they give the scales back exactly.
+"""What tuning changed, small: factors of whole layers, rows or block columns wherever they give the
+scales back exactly.
 
     s[o, g] = s0[o, g] · row[o] · column[g]   (+ a few units in the last place)
 
-Scales that were tuned as groups fit with one factor a group, bit for bit. Rows and columns together round twice, so a byte a scale
-says by how many units in the last place the product is off. Scales that were tuned one by one are stored as they are.
-"""
+Scales that were tuned as groups fit with one factor a group, bit for bit. Rows and columns together
+round twice, so a byte a scale says by how many units in the last place the product is off. Scales
+that were tuned one by one are stored as they are."""
 
 from collections.abc import Iterator, Mapping
 
@@ -18,12 +19,17 @@ ROW, COLUMN, ULPS, WHOLE = ":row", ":column", ":ulps", ":scales"
 
 
 def shrunk(scales: ScaleSet, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The changes from the live scales, which must hold the base, to `tuned`; layers that did not change are left out."""
+    """The changes from the live scales, which must hold the base, to `tuned`; layers that did not
+    change are left out.
+    """
     stored: dict[str, Tensor] = {}
     for name in scales:
         base, wanted = scales[name], tuned[name].to(scales[name].device)
         if not torch.equal(base, wanted):
-            stored |= {name + part: tensor for part, tensor in _changes(base, wanted, scales.rows(name)).items()}
+            stored |= {
+                name + part: tensor
+                for part, tensor in _changes(base, wanted, scales.rows(name)).items()
+            }
     return stored
 
 
@@ -39,9 +45,15 @@ def expanded(scales: ScaleSet, stored: Mapping[str, Tensor]) -> dict[str, Tensor
         raise _of_another_model(unknown[0])
     tuned: dict[str, Tensor] = {}
     for name in scales:
-        parts = {part: stored[name + part].to(scales[name].device) for part in (ROW, COLUMN, ULPS, WHOLE) if name + part in stored}
+        parts = {
+            part: stored[name + part].to(scales[name].device)
+            for part in (ROW, COLUMN, ULPS, WHOLE)
+            if name + part in stored
+        }
         try:
-            tuned[name] = _applied(scales[name], parts, scales.rows(name)) if parts else scales[name].clone()
+            tuned[name] = (
+                _applied(scales[name], parts, scales.rows(name)) if parts else scales[name].clone()
+            )
         except RuntimeError:
             raise _of_another_model(name) from None
     return tuned
@@ -84,7 +96,9 @@ def _candidates(base: Tensor, wanted: Tensor) -> Iterator[dict[str, Tensor]]:
 
 
 def _exact(ratio: Tensor, base: Tensor, wanted: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The factor of each group that gives back most of its scales: the mean change or a neighbour of it."""
+    """The factor of each group that gives back most of its scales: the mean change or a neighbour
+    of it.
+    """
     best = mean = _mean(ratio, base, dims)
     misses = (base * best != wanted).sum(dims, keepdim=True)
     for towards in (2.0, 0.0):
@@ -98,10 +112,14 @@ def _mean(ratio: Tensor, base: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Over the scales that are not zero; groups of zeros keep 1."""
     weight = (base > 0).double()
     total = weight.sum(dims, keepdim=True)
-    return torch.where(total > 0, (ratio * weight).sum(dims, keepdim=True) / total.clamp(min=1), 1.0).float()
+    return torch.where(
+        total > 0, (ratio * weight).sum(dims, keepdim=True) / total.clamp(min=1), 1.0
+    ).float()
 
 
 def _of_another_model(name: str) -> ModelError:
     return ModelError(
-        f"changes that do not fit this model, for example at {name}", "changes of its layers", "give the base of the run"
+        f"changes that do not fit this model, for example at {name}",
+        "changes of its layers",
+        "give the base of the run",
     )

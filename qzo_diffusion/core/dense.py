@@ -1,7 +1,8 @@
-"""One trained number per scale, in the scales themselves: no second copy of them exists, and no initial ones are kept beside them.
+"""One trained number per scale, in the scales themselves: no second copy of them exists, and no
+initial ones are kept beside them.
 
-The initial scales are in the base model's file. An update is one multiplication in place, for Rademacher z by one of two constants.
-"""
+The initial scales are in the base model's file. An update is one multiplication in place, for
+Rademacher z by one of two constants."""
 
 import math
 from collections.abc import Sequence
@@ -36,14 +37,20 @@ class Dense:
 
         def shown(names: Sequence[str]) -> dict[str, Tensor]:
             chosen = [name for name in names if name in self._trained]
-            return dict(zip(chosen, self._shifted(chosen, direction, radius), strict=True)) if chosen else {}
+            return (
+                dict(zip(chosen, self._shifted(chosen, direction, radius), strict=True))
+                if chosen
+                else {}
+            )
 
         return shown
 
     def _live(self, names: Sequence[str]) -> list[Tensor]:
         return [self._trained[name] for name in names]
 
-    def _shifted(self, names: Sequence[str], direction: Direction, radius: float) -> Sequence[Tensor]:
+    def _shifted(
+        self, names: Sequence[str], direction: Direction, radius: float
+    ) -> Sequence[Tensor]:
         shifted = self._factors(names, direction, radius)
         torch._foreach_mul_(shifted, self._live(names))
         return shifted
@@ -52,20 +59,31 @@ class Dense:
         """exp(radius · z) of several layers, new tensors, drawn and chosen in one go."""
         like = self._live(names)
         if direction.distribution == "gaussian":
-            return [direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)]
+            return [
+                direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)
+            ]
 
         def drawn(of: Direction) -> PackedBits:
-            return np.concatenate([of.packed(name, one.numel()) for name, one in zip(names, like, strict=True)])
+            return np.concatenate(
+                [of.packed(name, one.numel()) for name, one in zip(names, like, strict=True)]
+            )
 
         packed = self._signs.packed((direction,), tuple(names), drawn, like[0].device)
         chosen = choose(packed, [(math.exp(radius), math.exp(-radius))], like[0].dtype).flatten()
         parts = zip(chosen.split([bits_drawn(one.numel()) for one in like]), like, strict=True)
-        return [part if part.shape == one.shape else part[: one.numel()].view_as(one) for part, one in parts]
+        return [
+            part if part.shape == one.shape else part[: one.numel()].view_as(one)
+            for part, one in parts
+        ]
 
-    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
+    def probes(
+        self, directions: Sequence[Direction], radii: Sequence[float]
+    ) -> tuple[View | None, None]:
         return only_probe(self, directions, radii)
 
-    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
+    def combined(
+        self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
+    ) -> Tensor:
         total = torch.zeros_like(self.scales[name])
         for direction, amount in zip(directions, amounts, strict=True):
             total.add_(direction.z(name, total) * amount)
@@ -75,7 +93,9 @@ class Dense:
         for direction, amount in zip(directions, amounts, strict=True):
             for names in self.scales.chunks():
                 if chosen := [name for name in names if name in self._trained]:
-                    torch._foreach_mul_(self._live(chosen), self._factors(chosen, direction, amount))
+                    torch._foreach_mul_(
+                        self._live(chosen), self._factors(chosen, direction, amount)
+                    )
 
     def add_(self, name: str, delta: Tensor) -> None:
         self.scales[name].mul_(exp(delta))

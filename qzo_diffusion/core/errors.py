@@ -8,7 +8,8 @@ QzoError
     ├── OutputError    a place where a run should be written
     ├── JournalError   a journal is damaged, missing or of another run
     ├── RankLost       one of several processes died, hangs or differs
-    └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was raised
+    └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was
+    raised
 """
 
 
@@ -17,7 +18,9 @@ class QzoError(Exception):
 
 
 class UserError(QzoError):
-    """Says what was got, what was expected and what to do about it; all three are shown to the user."""
+    """Says what was got, what was expected and what to do about it; all three are shown to the
+    user.
+    """
 
     def __init__(self, got: str, expected: str, remedy: str) -> None:
         self.got, self.expected, self.remedy = got, expected, remedy

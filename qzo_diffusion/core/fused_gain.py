@@ -1,8 +1,8 @@
 """A layer's gain on a GPU in one pass over memory.
 
-Torch multiplies tensors of two types, one of them broadcast, at a fifth of the memory's speed: of SD3.5 Large's inputs and outputs
-that is 40 % of a forward on an H100 (docs/cost.md). Importing this needs Triton, which comes with torch for Linux.
-"""
+Torch multiplies tensors of two types, one of them broadcast, at a fifth of the memory's speed: of
+SD3.5 Large's inputs and outputs that is 40 % of a forward on an H100 (docs/cost.md). Importing this
+needs Triton, which comes with torch for Linux."""
 
 from typing import Any
 
@@ -15,7 +15,16 @@ COLUMNS = 1024  # of a program
 
 @triton.jit
 def _scale_rows(  # type: ignore[no-untyped-def]
-    x, factor, bias, into, width, tokens, stride, blocksize, has_bias: tl.constexpr, columns: tl.constexpr
+    x,
+    factor,
+    bias,
+    into,
+    width,
+    tokens,
+    stride,
+    blocksize,
+    has_bias: tl.constexpr,
+    columns: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
@@ -32,9 +41,21 @@ def scale(x: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
 
     Args:
         x, into: [groups, tokens, width], contiguous; `into` may be `x`.
-        factor: fp32 [groups, blocks], rows may be apart; one for each of `blocks` equal runs of columns.
+        factor: fp32 [groups, blocks], rows may be apart; one for each of `blocks` equal runs of
+            columns.
         bias: [width].
     """
     groups, tokens, width = x.shape
     grid: Any = (groups * tokens, triton.cdiv(width, COLUMNS))
-    _scale_rows[grid](x, factor, bias, into, width, tokens, factor.stride(0), width // factor.shape[1], bias is not None, COLUMNS)
+    _scale_rows[grid](
+        x,
+        factor,
+        bias,
+        into,
+        width,
+        tokens,
+        factor.stride(0),
+        width // factor.shape[1],
+        bias is not None,
+        COLUMNS,
+    )

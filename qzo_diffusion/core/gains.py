@@ -1,7 +1,8 @@
-"""Factors of a layer's inputs and outputs: how numbers of whole rows and block columns are shown without touching a weight.
+"""Factors of a layer's inputs and outputs: how numbers of whole rows and block columns are shown
+without touching a weight.
 
-With s' = s · r[o] · q[g] a layer gives y = r ∘ ((x ∘ expand(q)) Wᵀ), on any back-end and with other factors for every example.
-"""
+With s' = s · r[o] · q[g] a layer gives y = r ∘ ((x ∘ expand(q)) Wᵀ), on any back-end and with other
+factors for every example."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ from qzo_diffusion.core.errors import ModelError
 class LayerGain:
     """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, fp32.
 
-    One row for each group of neighbouring examples, so the number of rows divides the batch: one row for all, two for a batch of
-    +ε and then -ε, or one per example. More rows than examples give each example several, one for each of equally long runs of
-    its tokens. output [G, N] or [G, 1]; input [G, K / blocksize], one factor per block of columns. overwrites: the input may be
-    overwritten, because nothing reads it after this layer.
-    """
+    One row for each group of neighbouring examples, so the number of rows divides the batch: one
+    row for all, two for a batch of +ε and then -ε, or one per example. More rows than examples give
+    each example several, one for each of equally long runs of its tokens. output [G, N] or [G, 1];
+    input [G, K / blocksize], one factor per block of columns. overwrites: the input may be
+    overwritten, because nothing reads it after this layer."""
 
     output: Tensor | None = None
     input: Tensor | None = None
@@ -34,17 +35,18 @@ Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
 
 
 AT_ONCE = 2**19
-"""So many numbers of 16 bits are multiplied at once on a CPU: 2 MB in fp32, which a cache holds. A large layer's at once take ten
-times as long."""
+"""So many numbers of 16 bits are multiplied at once on a CPU: 2 MB in fp32, which a cache holds. A
+large layer's at once take ten times as long."""
 
 
 MANY_TOKENS = 16
-"""From so many in a group on, factors of blocks of inputs are written out, one for each input: on a CPU a third to a half faster,
-for a sixteenth of the inputs' numbers."""
+"""From so many in a group on, factors of blocks of inputs are written out, one for each input: on a
+CPU a third to a half faster, for a sixteenth of the inputs' numbers."""
 
 
 def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
-    """bias + factor ∘ tensor, computed in fp32: bf16 would round a factor of 1.01 to 1.0078. `into` may be `tensor`.
+    """bias + factor ∘ tensor, computed in fp32: bf16 would round a factor of 1.01 to 1.0078. `into`
+    may be `tensor`.
 
     Args:
         tensor, into: [groups, tokens, columns].
@@ -59,8 +61,13 @@ def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) ->
         if tensor.device.type == "cpu" and tensor.shape[1] >= MANY_TOKENS:
             factor = factor.unsqueeze(-1).expand(-1, -1, -1, columns // blocks).flatten(2)
         else:
-            tensor, into, factor = tensor.unflatten(-1, (blocks, -1)), into.unflatten(-1, (blocks, -1)), factor.unsqueeze(-1)
-    by_parts = tensor.device.type == "cpu" and tensor.dtype != factor.dtype  # a CPU would convert all of it first
+            tensor, into, factor = (
+                tensor.unflatten(-1, (blocks, -1)),
+                into.unflatten(-1, (blocks, -1)),
+                factor.unsqueeze(-1),
+            )
+    # a CPU would convert all of it first
+    by_parts = tensor.device.type == "cpu" and tensor.dtype != factor.dtype
     (_scale_by_parts if by_parts else _scale_at_once)(tensor, factor, bias, into)
 
 
@@ -73,7 +80,10 @@ def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor | None, Ten
         one = torch.ones(1, 1, 1, device=device)
         scale(one, one[0], None, one)
     except Exception as error:  # whatever a compiler may say: torch can do the same, only slower
-        warnings.warn(f"steps take longer than they need to: Triton does not work here ({error})", stacklevel=2)
+        warnings.warn(
+            f"steps take longer than they need to: Triton does not work here ({error})",
+            stacklevel=2,
+        )
         return None
     return scale
 
@@ -97,24 +107,37 @@ def _places(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
     """Groups and tokens of `tensor`, part by part."""
     groups, tokens = tensor.shape[:2]
     of_token = tensor[0, 0].numel()
-    groups_at_once, tokens_at_once = max(1, AT_ONCE // (tokens * of_token)), max(1, AT_ONCE // of_token)
+    groups_at_once, tokens_at_once = (
+        max(1, AT_ONCE // (tokens * of_token)),
+        max(1, AT_ONCE // of_token),
+    )
     for group in range(0, groups, groups_at_once):
         for token in range(0, tokens, tokens_at_once):
             yield slice(group, group + groups_at_once), slice(token, token + tokens_at_once)
 
 
 class Factors:
-    """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is added after the product."""
+    """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is
+    added after the product.
+    """
 
     def __init__(self, name: str, gain: LayerGain, bias: Tensor | None) -> None:
-        self._name, self._input, self._output, self._overwrites = name, gain.input, gain.output, gain.overwrites
+        self._name, self._input, self._output, self._overwrites = (
+            name,
+            gain.input,
+            gain.output,
+            gain.overwrites,
+        )
         self._bias = None if bias is None else bias.detach()
-        if bias is not None and bias.device.type == "cpu" and gain.output is not None:  # a GPU converts on its way
+        if bias is not None and bias.device.type == "cpu" and gain.output is not None:
+            # a GPU converts on its way
             self._bias = bias.detach().to(gain.output.dtype)
         self.scales_inputs = gain.input is not None
 
     def of_input(self, x: Tensor) -> Tensor:
-        """A new tensor, since several layers may read the same x; x itself where the gain says that none does after this one."""
+        """A new tensor, since several layers may read the same x; x itself where the gain says that
+        none does after this one.
+        """
         assert self._input is not None
         groups = len(self._input)
         self._check(x, groups)
@@ -125,7 +148,9 @@ class Factors:
         return scaled.view(x.shape)
 
     def of_output_(self, output: Tensor) -> None:
-        """In place: the layer has just made it, and a second tensor of its size would cost more than the product."""
+        """In place: the layer has just made it, and a second tensor of its size would cost more
+        than the product.
+        """
         if self._output is None:
             return
         groups = self._output.shape[0]
@@ -137,17 +162,19 @@ class Factors:
         examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
         if examples % groups and (groups % examples or tokens % (groups // examples)):
             raise ModelError(
-                f"{self._name} runs on a first dimension of {examples}, of {tokens} tokens each, where {groups} groups are probed",
+                f"{self._name} runs on a first dimension of {examples}, of {tokens} tokens "
+                f"each, where {groups} groups are probed",
                 "groups of whole examples, or of equally long runs of an example's tokens",
-                "use parametrization dense, or a model that keeps examples apart in its first dimension; or qzo.regions=1",
+                "use parametrization dense, or a model that keeps examples apart in its first "
+                "dimension; or qzo.regions=1",
             )
 
 
 def no_bias(bias: nn.Parameter) -> nn.Parameter | None:
     """What a layer has in place of its bias while it is under a gain.
 
-    On a CPU in 16 bits zeros: without a bias torch's product takes another path, whose buffers leave holes as large as a layer's
-    weight in the allocator's heap (130 MB more on SD3.5 Large, for a hundredth of the time).
-    """
+    On a CPU in 16 bits zeros: without a bias torch's product takes another path, whose buffers
+    leave holes as large as a layer's weight in the allocator's heap (130 MB more on SD3.5 Large,
+    for a hundredth of the time)."""
     zeros = bias.device.type == "cpu" and bias.dtype in (torch.bfloat16, torch.float16)
     return nn.Parameter(torch.zeros_like(bias), False) if zeros else None

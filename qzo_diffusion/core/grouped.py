@@ -1,17 +1,20 @@
-"""One trained number θ for a group of scales: all of a layer, all of a row (an output), or all of a column of blocks.
+"""One trained number θ for a group of scales: all of a layer, all of a row (an output), or all of a
+column of blocks.
 
-log s[o, g] = log s0[o, g] + layer + row[o] + column[g], with the axes that are asked for. A factor of a whole row is a factor of an
-output and one of a block column a factor of inputs, so the weights need not be touched, and every example can have its own:
+log s[o, g] = log s0[o, g] + layer + row[o] + column[g], with the axes that are asked for. A factor
+of a whole row is a factor of an output and one of a block column a factor of inputs, so the weights
+need not be touched, and every example can have its own:
 
-    y = exp(row) ∘ ((exp(column) ∘ x) Wᵀ) + bias                                 (separable scales: TuneQDM, arXiv 2401.04339)
+    y = exp(row) ∘ ((exp(column) ∘ x) Wᵀ) + bias    (separable scales: TuneQDM, arXiv 2401.04339)
 
-So can every region of an example, a run of its tokens, in layers that treat tokens apart ("pointwise": feed-forward, queries,
-attention's output). What such a layer does to a region shows almost only in that region's own loss, so one forward measures as many
-directions as there are regions; what it does to other regions through later attention is left out. On `tiny` the gradient that
-remains has a cosine of 0.97 with the whole one (docs/decisions.md).
+So can every region of an example, a run of its tokens, in layers that treat tokens apart
+("pointwise": feed-forward, queries, attention's output). What such a layer does to a region shows
+almost only in that region's own loss, so one forward measures as many directions as there are
+regions; what it does to other regions through later attention is left out. On `tiny` the gradient
+that remains has a cosine of 0.97 with the whole one (docs/decisions.md).
 
-All numbers of an axis are one tensor over all layers, those of pointwise layers another: one draw, one update and one moment tensor
-instead of hundreds.
+All numbers of an axis are one tensor over all layers, those of pointwise layers another: one draw,
+one update and one moment tensor instead of hundreds.
 """
 
 import math
@@ -36,7 +39,9 @@ Axis = Literal["layer", "row", "column"]
 
 @dataclass(frozen=True)
 class _Kind:
-    """Numbers that lie in one tensor: where those of each layer are, and whether regions have a z of their own for them."""
+    """Numbers that lie in one tensor: where those of each layer are, and whether regions have a z
+    of their own for them.
+    """
 
     axis: Axis
     pointwise: bool
@@ -52,24 +57,32 @@ class _Kind:
 
 
 class _Probe(NamedTuple):
-    """θ + radius · z for all radii and directions; all directions of the first radius come first."""
+    """θ + radius · z for all radii and directions; all directions of the first radius come
+    first.
+    """
 
     directions: tuple[Direction, ...]
     radii: tuple[float, ...]
 
     def groups(self, pointwise: bool) -> int:
         """How many runs of tokens or of examples see numbers of their own."""
-        return len(self.radii) * len(self.directions) * (self.directions[0].regions if pointwise else 1)
+        return (
+            len(self.radii)
+            * len(self.directions)
+            * (self.directions[0].regions if pointwise else 1)
+        )
 
 
 class Grouped:
-    """Numbers of one or several axes; `theta` holds them as "row" and "row.pointwise", [n] in the order of the layers.
+    """Numbers of one or several axes; `theta` holds them as "row" and "row.pointwise", [n] in the
+    order of the layers.
 
     Args:
         trained: names of the layers that take part; None is all.
-        pointwise: names of the layers whose numbers have a z for every region; with directions of one region it makes no difference
-            but for which z is drawn.
-        last_readers: names of the layers whose inputs nothing reads after them, so that factors may be written over them.
+        pointwise: names of the layers whose numbers have a z for every region; with directions of
+            one region it makes no difference but for which z is drawn.
+        last_readers: names of the layers whose inputs nothing reads after them, so that factors may
+            be written over them.
 
     Raises:
         ValueError: blocks cross rows, so that rows have no scales of their own.
@@ -90,16 +103,23 @@ class Grouped:
         self._kinds: dict[str, _Kind] = {}
         self._signs = SignCache()
         names = list(scales if trained is None else trained)
-        self._numbers_of, self._scales_of = {False: 0, True: 0}, {False: 0, True: 0}  # by whether they are pointwise
+        # by whether they are pointwise
+        self._numbers_of, self._scales_of = {False: 0, True: 0}, {False: 0, True: 0}
         for name in names:
             self._scales_of[name in pointwise] += scales[name].numel()
         for axis in axes:
             for apart in (False, True):
                 members = [name for name in names if (name in pointwise) == apart]
                 if members:
-                    ends = np.cumsum([0, *(_count(scales, name, axis) for name in members)]).tolist()
+                    ends = np.cumsum(
+                        [0, *(_count(scales, name, axis) for name in members)]
+                    ).tolist()
                     key = f"{axis}.pointwise" if apart else axis
-                    self._kinds[key] = _Kind(axis, apart, {name: slice(*ends[i : i + 2]) for i, name in enumerate(members)})
+                    self._kinds[key] = _Kind(
+                        axis,
+                        apart,
+                        {name: slice(*ends[i : i + 2]) for i, name in enumerate(members)},
+                    )
                     self.theta[key] = scales[names[0]].new_zeros(ends[-1])
                     self._numbers_of[apart] += ends[-1]
 
@@ -115,17 +135,25 @@ class Grouped:
 
     def of_layer(self, axis: Axis, name: str) -> Tensor:
         """θ of one layer (a view): [1], [N] or [K / blocksize]."""
-        (key,) = (key for key, kind in self._kinds.items() if kind.axis == axis and name in kind.of_layer)
+        (key,) = (
+            key for key, kind in self._kinds.items() if kind.axis == axis and name in kind.of_layer
+        )
         return self.theta[key][self._kinds[key].of_layer[name]]
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
         if direction is not None and direction.regions != 1:
-            raise ValueError(f"a view shows one direction to a whole forward, not {direction.regions} regions; use probes")
+            raise ValueError(
+                f"a view shows one direction to a whole forward, not {direction.regions} regions; "
+                "use probes"
+            )
         probe = None if direction is None else _Probe((direction,), (radius,))
         return self._view(dict.fromkeys(self._kinds, probe))
 
-    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, Gains | None]:
-        """Numbers that are the same for all examples are shown as scales, the others as factors of inputs and outputs.
+    def probes(
+        self, directions: Sequence[Direction], radii: Sequence[float]
+    ) -> tuple[View | None, Gains | None]:
+        """Numbers that are the same for all examples are shown as scales, the others as factors of
+        inputs and outputs.
 
         θ itself goes with z where that makes for fewer numbers than the scales are.
         """
@@ -137,7 +165,9 @@ class Grouped:
             if groups == 1:
                 alone[key] = probe
             else:
-                gained[key] = groups * self._numbers_of[kind.pointwise] < self._scales_of[kind.pointwise]
+                gained[key] = (
+                    groups * self._numbers_of[kind.pointwise] < self._scales_of[kind.pointwise]
+                )
                 if not gained[key]:
                     alone[key] = None
         return self._view(alone) if alone else None, self._gains(probe, gained) if gained else None
@@ -151,7 +181,12 @@ class Grouped:
                 if chosen := self._kinds[key].chosen(names):
                     start, stop, _ = self._kinds[key].span(chosen)
                     theta = exp(self.theta[key][start:stop])
-                    self._collect(factors, key, chosen, theta if probe is None else theta * self._exp_z(key, probe, start, stop)[0])
+                    self._collect(
+                        factors,
+                        key,
+                        chosen,
+                        theta if probe is None else theta * self._exp_z(key, probe, start, stop)[0],
+                    )
             return {name: self._spread(name, of_layer) for name, of_layer in factors.items()}
 
         return shown
@@ -166,11 +201,16 @@ class Grouped:
                     if with_theta:
                         factor.mul_(exp(self.theta[key][start:stop]))
                     self._collect(factors, key, chosen, factor)
-            return {name: self._gain(of_layer, name in self._last_readers) for name, of_layer in factors.items()}
+            return {
+                name: self._gain(of_layer, name in self._last_readers)
+                for name, of_layer in factors.items()
+            }
 
         return of_layers
 
-    def _collect(self, into: dict[str, dict[Axis, Tensor]], key: str, chosen: Sequence[str], factors: Tensor) -> None:
+    def _collect(
+        self, into: dict[str, dict[Axis, Tensor]], key: str, chosen: Sequence[str], factors: Tensor
+    ) -> None:
         """Divide [..., numbers] of neighbouring layers among them."""
         kind = self._kinds[key]
         for name, factor in zip(chosen, factors.split(kind.span(chosen)[2], dim=-1), strict=True):
@@ -183,14 +223,22 @@ class Grouped:
         return LayerGain(product, factors.get("column"), overwrites)
 
     def _exp_z(self, key: str, probe: "_Probe", start: int, stop: int) -> Tensor:
-        """exp(radius · z), a new tensor [groups, stop - start]; groups are radii · directions · regions where it is pointwise."""
+        """exp(radius · z), a new tensor [groups, stop - start]; groups are radii · directions ·
+        regions where it is pointwise.
+        """
         like, kind = self.theta[key], self._kinds[key]
         directions, radii = probe.directions, probe.radii
         if directions[0].distribution == "gaussian":
-            drawn = [direction.exp_z(key, like, radius, each=kind.pointwise) for radius in radii for direction in directions]
+            drawn = [
+                direction.exp_z(key, like, radius, each=kind.pointwise)
+                for radius in radii
+                for direction in directions
+            ]
             return torch.stack(drawn).view(-1, like.numel())[:, start:stop]
         pairs = [(math.exp(radius), math.exp(-radius)) for radius in radii]
-        return choose(self._packed(key, directions, keep=True), pairs, like.dtype, start, stop).flatten(0, 1)
+        return choose(
+            self._packed(key, directions, keep=True), pairs, like.dtype, start, stop
+        ).flatten(0, 1)
 
     def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
         """The bits of the signs, [directions · regions, bytes]."""
@@ -209,13 +257,20 @@ class Grouped:
             grid = grid * (factor.unsqueeze(1) if axis == "row" else factor)
         return grid.view_as(live)
 
-    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
+    def combined(
+        self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
+    ) -> Tensor:
         kind, theta = self._kinds[name], self.theta[name]
         if not kind.pointwise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
-            return signed_sum(self._packed(name, directions, keep=False), amounts, theta.numel()).to(theta.dtype)
-        drawn = (direction.z(name, theta, each=kind.pointwise).view(-1, theta.numel()) for direction in directions)
+            return signed_sum(
+                self._packed(name, directions, keep=False), amounts, theta.numel()
+            ).to(theta.dtype)
+        drawn = (
+            direction.z(name, theta, each=kind.pointwise).view(-1, theta.numel())
+            for direction in directions
+        )
         total = torch.zeros_like(theta)
         for z, amount in zip(chain.from_iterable(drawn), amounts, strict=True):
             total.add_(z * amount)  # one by one: a sum over a tensor rounds by machine

@@ -1,13 +1,17 @@
-"""The append-only log of a run: seeds and scalars, from which every step can be rebuilt bit for bit.
+"""The append-only log of a run: seeds and scalars, from which every step can be rebuilt bit for
+bit.
 
     file    = MAGIC, record of the header, record, record, ...
-    record  = kind u8, version u8, length u16, guard u32, payload, chain (8 bytes)       little-endian throughout
-    guard   = crc32 of the first four bytes, seeded by the chain before: a damaged length is found before it is believed
+    record  = kind u8, version u8, length u16, guard u32, payload, chain (8 bytes)
+              little-endian throughout
+    guard   = crc32 of the first four bytes, seeded by the chain before: a damaged length is
+              found before it is believed
     chain   = blake2b-64 of (chain of the record before, everything of this record before the chain)
 
-A record counts when its chain is right. Each chain holds the one before, so a flipped bit, a swapped, doubled or missing record
-anywhere is found and named. A file that ends inside a record was cut by a crash: that tail is left out and reported. A step takes
-52 + 8 · directions · regions bytes. The header's `examples` is the number of directions of a step whose examples have one each.
+A record counts when its chain is right. Each chain holds the one before, so a flipped bit, a
+swapped, doubled or missing record anywhere is found and named. A file that ends inside a record was
+cut by a crash: that tail is left out and reported. A step takes 52 + 8 · directions · regions
+bytes. The header's `examples` is the number of directions of a step whose examples have one each.
 """
 
 import contextlib
@@ -68,7 +72,9 @@ Entry = StepEntry | NoteEntry
 
 @dataclass(frozen=True)
 class Journal:
-    """A verified journal. `chains[i]` is the hex chain after `entries[i]`, `sizes[i]` the file's size there."""
+    """A verified journal. `chains[i]` is the hex chain after `entries[i]`, `sizes[i]` the file's
+    size there.
+    """
 
     header: Mapping[str, Any]
     entries: tuple[Entry, ...]
@@ -101,7 +107,8 @@ class Journal:
 
 
 class JournalWriter:
-    """Appends records; each is in the operating system's hands when `append` returns, and on the disk seconds later.
+    """Appends records; each is in the operating system's hands when `append` returns, and on the
+    disk seconds later.
 
     Use `create` for a new run and `reopen` to go on with one.
     """
@@ -116,7 +123,11 @@ class JournalWriter:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._file)
-            raise OutputError(f"another process writes {path}", "one process a run", "wait for it, or stop it first") from None
+            raise OutputError(
+                f"another process writes {path}",
+                "one process a run",
+                "wait for it, or stop it first",
+            ) from None
         self._chain, self._size = chain, size
         self._last_sync = time.monotonic()
 
@@ -124,7 +135,8 @@ class JournalWriter:
     def create(cls, path: Path, header: Mapping[str, Any]) -> "JournalWriter":
         """Raises OutputError when there is a journal already or the place can't be written."""
         record = _record(_HEADER, _to_json(header), b"")
-        aside = path.with_name(f".{path.name}.partial")  # so that a journal never is there without its header
+        # so that a journal never is there without its header
+        aside = path.with_name(f".{path.name}.partial")
         try:
             if path.exists():
                 raise FileExistsError(errno.EEXIST, "there is one already", str(path))
@@ -155,7 +167,9 @@ class JournalWriter:
         return self._chain.hex()
 
     def append(self, entry: Entry) -> None:
-        """Raises OutputError when the disk is full; the journal then ends with the record before."""
+        """Raises OutputError when the disk is full; the journal then ends with the record
+        before.
+        """
         kind, payload = _encode(entry)
         record = _record(kind, payload, self._chain)
         try:
@@ -165,7 +179,8 @@ class JournalWriter:
             if time.monotonic() - self._last_sync > FSYNC_SECONDS:
                 self._fsync()
         except OSError as error:
-            with contextlib.suppress(OSError):  # a read-only disk: what is behind the last record is cut off by the next resume
+            with contextlib.suppress(OSError):
+                # a read-only disk: what is behind the last record is cut off by the next resume
                 os.ftruncate(self._file, self._size)
             raise _unwritable(self.path, error) from error
         self._size += len(record)
@@ -197,14 +212,23 @@ def read_journal(path: Path) -> Journal:
     """Read and verify the whole file.
 
     Raises:
-        JournalError: no such file, not a journal, of a newer format, or damaged; the message names the record.
+        JournalError: no such file, not a journal, of a newer format, or damaged; the message names
+            the record.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise JournalError(f"{path} can't be read: {error.strerror}", "the journal of a run", "give journal.qzo of a run") from None
+        raise JournalError(
+            f"{path} can't be read: {error.strerror}",
+            "the journal of a run",
+            "give journal.qzo of a run",
+        ) from None
     if data[: len(MAGIC)] != MAGIC:
-        raise JournalError(f"{path} does not begin like a journal", "a file written by a run", "give journal.qzo of a run")
+        raise JournalError(
+            f"{path} does not begin like a journal",
+            "a file written by a run",
+            "give journal.qzo of a run",
+        )
     header: Mapping[str, Any] | None = None
     header_chain, header_size = "", 0
     entries: list[Entry] = []
@@ -214,15 +238,31 @@ def read_journal(path: Path) -> Journal:
     for kind, payload, chain, record_end in _records(data, path):
         end = record_end
         if header is None:
-            header, header_chain, header_size = _decode_header(kind, payload, path), chain.hex(), end
+            header, header_chain, header_size = (
+                _decode_header(kind, payload, path),
+                chain.hex(),
+                end,
+            )
             continue
         entries.append(_decode(kind, payload, len(entries), path))
         chains.append(chain.hex())
         sizes.append(end)
     if header is None:
-        raise JournalError(f"{path} ends inside its header", "a whole header", "start the run again; no step was done")
+        raise JournalError(
+            f"{path} ends inside its header",
+            "a whole header",
+            "start the run again; no step was done",
+        )
     _check_order(entries, path)
-    return Journal(header, tuple(entries), tuple(chains), tuple(sizes), header_chain, header_size, len(data) - end)
+    return Journal(
+        header,
+        tuple(entries),
+        tuple(chains),
+        tuple(sizes),
+        header_chain,
+        header_size,
+        len(data) - end,
+    )
 
 
 def replay_(
@@ -233,7 +273,10 @@ def replay_(
     first_step: int = 0,
     to_step: int | None = None,
 ) -> int:
-    """Apply steps `first_step` .. `to_step - 1` again: the same update path that training takes. Returns the steps now done."""
+    """Apply steps `first_step` .. `to_step - 1` again: the same update path that training takes.
+
+    Returns the steps now done.
+    """
     distribution: Distribution = journal.header["directions"]
     done = first_step
     for entry in journal.steps:
@@ -242,7 +285,9 @@ def replay_(
         if not entry.skipped:
             count = len(entry.projected_grad)
             examples = journal.header.get("examples") or count
-            directions = directions_of_step(entry.seed, entry.step, examples, distribution, regions=count // examples)
+            directions = directions_of_step(
+                entry.seed, entry.step, examples, distribution, regions=count // examples
+            )
             optimizer.step_(parametrization, Update(directions, entry.projected_grad, entry.lr))
         done = entry.step + 1
     return done
@@ -267,7 +312,11 @@ def _records(data: bytes, path: Path) -> Iterator[tuple[int, bytes, bytes, int]]
         if end > len(data):
             return
         if version > VERSION:
-            raise JournalError(f"{path} has records of format {version}", f"format {VERSION}", "use the version that wrote it")
+            raise JournalError(
+                f"{path} has records of format {version}",
+                f"format {VERSION}",
+                "use the version that wrote it",
+            )
         body, stored = data[position : end - _CHAIN_BYTES], data[end - _CHAIN_BYTES : end]
         if stored != hashlib.blake2b(chain + body, digest_size=_CHAIN_BYTES).digest():
             raise _damaged(path, count, position)
@@ -289,16 +338,22 @@ def _decode(kind: int, payload: bytes, index: int, path: Path) -> Entry:
             return NoteEntry(name, json.loads(payload))
     if kind not in (_STEP, _SKIPPED) or (len(payload) - _STEP_PAYLOAD.size) % 8:
         raise JournalError(
-            f"{path}: record {index + 1} of an unknown kind {kind}", "a step or a note", "use the version that wrote it"
+            f"{path}: record {index + 1} of an unknown kind {kind}",
+            "a step or a note",
+            "use the version that wrote it",
         )
     step, seed, lr, eps, loss = _STEP_PAYLOAD.unpack_from(payload)
-    grads = struct.unpack(f"<{(len(payload) - _STEP_PAYLOAD.size) // 8}d", payload[_STEP_PAYLOAD.size :])
+    grads = struct.unpack(
+        f"<{(len(payload) - _STEP_PAYLOAD.size) // 8}d", payload[_STEP_PAYLOAD.size :]
+    )
     return StepEntry(step, seed, lr, eps, loss, grads, skipped=kind == _SKIPPED)
 
 
 def _decode_header(kind: int, payload: bytes, path: Path) -> Mapping[str, Any]:
     if kind != _HEADER:
-        raise JournalError(f"{path} has no header", "a header as the first record", "give journal.qzo of a run")
+        raise JournalError(
+            f"{path} has no header", "a header as the first record", "give journal.qzo of a run"
+        )
     header: Mapping[str, Any] = json.loads(payload)
     return header
 
@@ -307,7 +362,9 @@ def _check_order(entries: list[Entry], path: Path) -> None:
     steps = [entry.step for entry in entries if isinstance(entry, StepEntry)]
     if steps != list(range(len(steps))):
         raise JournalError(
-            f"{path} does not count its steps from 0 without a gap", "steps 0, 1, 2, ...", "give the run's own journal"
+            f"{path} does not count its steps from 0 without a gap",
+            "steps 0, 1, 2, ...",
+            "give the run's own journal",
         )
 
 
@@ -328,5 +385,6 @@ def _unwritable(path: Path, error: OSError) -> OutputError:
     return OutputError(
         f"{path} can't be written: {error.strerror or error}",
         "a place with room for the journal",
-        "free space or correct the permissions, then --resume the run; every step before this one is safe",
+        "free space or correct the permissions, then --resume the run; every step before this "
+        "one is safe",
     )

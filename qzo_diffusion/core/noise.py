@@ -1,11 +1,13 @@
-"""Random directions z that are never stored: drawn again from (run seed, step, direction, tensor name) whenever needed.
+"""Random directions z that are never stored: drawn again from (run seed, step, direction, tensor
+name) whenever needed.
 
-The bits come from a counter-based generator (Philox, through numpy, whose bit stream is fixed across versions and machines),
-keyed by a hash, so any tensor's z can be drawn alone, in any order, on any rank. Rejected: `torch.randn` after a seed. Its
-stream differs between CPU and CUDA, is not chunk-invariant, and seeding it three times a step would also reset everyone else's
-noise. Rademacher z = ±1 is the default direction: one bit a number, exact in any precision, and the least variance of zᵀHz
-(Spall 1992). Gaussian z follows the papers; numpy may change its Gaussian stream between versions, so it is not portable.
-"""
+The bits come from a counter-based generator (Philox, through numpy, whose bit stream is fixed
+across versions and machines), keyed by a hash, so any tensor's z can be drawn alone, in any order,
+on any rank. Rejected: `torch.randn` after a seed. Its stream differs between CPU and CUDA, is not
+chunk-invariant, and seeding it three times a step would also reset everyone else's noise.
+Rademacher z = ±1 is the default direction: one bit a number, exact in any precision, and the least
+variance of zᵀHz (Spall 1992). Gaussian z follows the papers; numpy may change its Gaussian stream
+between versions, so it is not portable."""
 
 import hashlib
 import math
@@ -23,26 +25,35 @@ Distribution = Literal["rademacher", "gaussian"]
 
 
 def derive_key(*parts: int | str, bits: int = 128) -> int:
-    """A key of `bits` bits from any number of parts, the same on every machine (blake2b, never `hash()`)."""
+    """A key of `bits` bits from any number of parts, the same on every machine (blake2b, never
+    `hash()`).
+    """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=bits // 8).digest(), "little")
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator of its own for data noise and noise levels; the global random state is never touched."""
+    """A CPU generator of its own for data noise and noise levels; the global random state is never
+    touched.
+    """
     return torch.Generator().manual_seed(derive_key(*parts, bits=64) >> 1)
 
 
 class _Generators(threading.local):
-    """One Philox for each thread: to give it another key takes a fifth of the time that making one does."""
+    """One Philox for each thread: to give it another key takes a fifth of the time that making one
+    does.
+    """
 
     def __init__(self) -> None:
         self._philox, self._zeros = np.random.Philox(key=0), np.zeros(4, dtype=np.uint64)
-        nothing_buffered = {"buffer": self._zeros, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}  # 4 is behind its end
+        # 4 is behind its end
+        nothing_buffered = {"buffer": self._zeros, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
         self._at_beginning: Any = {"bit_generator": "Philox", **nothing_buffered}
 
     def keyed(self, *parts: int | str) -> np.random.Philox:
-        """At the beginning of the stream of `np.random.Philox(key=derive_key(*parts))`, until it is asked for again."""
+        """At the beginning of the stream of `np.random.Philox(key=derive_key(*parts))`, until it is
+        asked for again.
+        """
         key = np.frombuffer(derive_key(*parts).to_bytes(16, "little"), dtype="<u8")
         self._philox.state = self._at_beginning | {"state": {"counter": self._zeros, "key": key}}
         return self._philox
@@ -57,7 +68,9 @@ def bits_drawn(numel: int) -> int:
 
 
 def packed_bits(numel: int, *parts: int | str) -> PackedBits:
-    """uint8 [8 · words]: the Philox words that hold `numel` bits, little-endian, so that the lowest bit of a word comes first."""
+    """uint8 [8 · words]: the Philox words that hold `numel` bits, little-endian, so that the lowest
+    bit of a word comes first.
+    """
     words = _generators.keyed(*parts).random_raw(bits_drawn(numel) // 64)
     return np.ascontiguousarray(words, dtype="<u8").view(np.uint8)
 
@@ -71,7 +84,8 @@ class Direction:
         step: counted from 0.
         index: of the direction within its step.
         distribution: "rademacher" or "gaussian".
-        regions: how many z of their own the regions of an example have for the numbers of pointwise layers (`core.grouped`).
+        regions: how many z of their own the regions of an example have for the numbers of pointwise
+            layers (`core.grouped`).
     """
 
     seed: int
@@ -81,32 +95,51 @@ class Direction:
     regions: int = 1
 
     def z(self, name: str, like: Tensor, each: bool = False) -> Tensor:
-        """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1. With `each`, [regions, *shape]."""
+        """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1.
+
+        With `each`, [regions, *shape].
+        """
         if self.distribution == "gaussian":
             return self._gaussian(name, like, each)
         return self._choose(name, like, each, 1.0, -1.0)
 
     def exp_z(self, name: str, like: Tensor, radius: float, each: bool = False) -> Tensor:
-        """exp(radius · z). For Rademacher z one of two constants computed in float64, so no `exp` runs over a tensor."""
+        """exp(radius · z). For Rademacher z one of two constants computed in float64, so no `exp`
+        runs over a tensor.
+        """
         if self.distribution == "gaussian":
             return torch.exp(radius * self._gaussian(name, like, each))
         return self._choose(name, like, each, math.exp(radius), math.exp(-radius))
 
     def packed(self, name: str, numel: int, each: bool = False) -> PackedBits:
-        """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte; with `each`, [regions, bytes of whole words]."""
-        bits = packed_bits((self.regions if each else 1) * bits_drawn(numel), self.seed, self.step, self.index, name)
+        """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte; with `each`,
+        [regions, bytes of whole words].
+        """
+        bits = packed_bits(
+            (self.regions if each else 1) * bits_drawn(numel),
+            self.seed,
+            self.step,
+            self.index,
+            name,
+        )
         return bits.reshape(self.regions, -1) if each else bits
 
-    def _choose(self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float) -> Tensor:
+    def _choose(
+        self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float
+    ) -> Tensor:
         packed = sent(self.packed(name, like.numel(), each), like.device)
         chosen = choose(packed, [(if_set, if_clear)], like.dtype, 0, like.numel())
         return chosen.view(self.regions, *like.shape) if each else chosen.view(like.shape)
 
     def _gaussian(self, name: str, like: Tensor, each: bool) -> Tensor:
         generator = np.random.Generator(_generators.keyed(self.seed, self.step, self.index, name))
-        values = generator.standard_normal((self.regions, *like.shape) if each else tuple(like.shape), dtype=np.float32)
+        values = generator.standard_normal(
+            (self.regions, *like.shape) if each else tuple(like.shape), dtype=np.float32
+        )
         return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
 
 
-def directions_of_step(seed: int, step: int, count: int, distribution: Distribution, regions: int = 1) -> tuple[Direction, ...]:
+def directions_of_step(
+    seed: int, step: int, count: int, distribution: Distribution, regions: int = 1
+) -> tuple[Direction, ...]:
     return tuple(Direction(seed, step, index, distribution, regions) for index in range(count))

@@ -1,10 +1,11 @@
-"""What is done with the estimate: SGD, momentum or Adam on the trained numbers, and the schedule of the learning rate.
+"""What is done with the estimate: SGD, momentum or Adam on the trained numbers, and the schedule of
+the learning rate.
 
-The gradient estimate of a step is ĝ = mean over directions of (projected_grad · z). SGD moves along each direction in turn and
-stores nothing. Momentum stores one number per trained number, Adam two (one and a single scalar with one Rademacher direction a
-step, where ĝ² is the same everywhere). Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused forms
-(`addcmul`, `lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit.
-"""
+The gradient estimate of a step is ĝ = mean over directions of (projected_grad · z). SGD moves along
+each direction in turn and stores nothing. Momentum stores one number per trained number, Adam two
+(one and a single scalar with one Rademacher direction a step, where ĝ² is the same everywhere).
+Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused forms (`addcmul`,
+`lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +24,9 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Update:
-    """What a step changes follows from this, and a journal keeps no more: a scalar for each region of each direction, the rate."""
+    """What a step changes follows from this, and a journal keeps no more: a scalar for each region
+    of each direction, the rate.
+    """
 
     directions: tuple[Direction, ...]
     projected_grad: tuple[float, ...]
@@ -41,7 +44,9 @@ class Optimizer(Protocol):
 def gradient_of(parametrization: Parametrization, update: Update, name: str) -> Tensor:
     """ĝ of one name's numbers: the mean of projected_grad · z over directions and regions."""
     count = len(update.projected_grad)
-    return parametrization.combined(name, update.directions, [g / count for g in update.projected_grad])
+    return parametrization.combined(
+        name, update.directions, [g / count for g in update.projected_grad]
+    )
 
 
 class Sgd:
@@ -78,7 +83,9 @@ class Momentum:
         return {f"velocity.{name}": tensor for name, tensor in self._velocity.items()}
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
-        self._velocity = {name.removeprefix("velocity."): tensor.clone() for name, tensor in state.items()}
+        self._velocity = {
+            name.removeprefix("velocity."): tensor.clone() for name, tensor in state.items()
+        }
 
 
 class Adam:
@@ -97,7 +104,10 @@ class Adam:
             grad = gradient_of(parametrization, update, name)
             square = self._square(update, grad)
             if name not in self._first:
-                self._first[name], self._second[name] = torch.zeros_like(like), torch.zeros_like(square)
+                self._first[name], self._second[name] = (
+                    torch.zeros_like(like),
+                    torch.zeros_like(square),
+                )
             first, second = self._first[name], self._second[name]
             first.mul_(self.beta1).add_(grad * (1 - self.beta1))
             second.mul_(self.beta2).add_(square * (1 - self.beta2))
@@ -119,11 +129,19 @@ class Adam:
         self._count = int(state["count"])
         for prefix, target in (("first.", self._first), ("second.", self._second)):
             target.clear()
-            target.update({n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)})
+            target.update(
+                {
+                    n.removeprefix(prefix): t.clone()
+                    for n, t in state.items()
+                    if n.startswith(prefix)
+                }
+            )
 
 
 class RunningSpread:
-    """√(running mean of squares), without the bias of a short past: Adam's second moment of one number. 1 while all were 0."""
+    """√(running mean of squares), without the bias of a short past: Adam's second moment of one
+    number. 1 while all were 0.
+    """
 
     def __init__(self, decay: float) -> None:
         self._decay, self._count, self._square = decay, 0, 0.0
@@ -147,22 +165,27 @@ class RunningSpread:
 class InRunningSpreads:
     """Derivatives in units of their running spread, for any optimizer.
 
-    One learning rate then suits losses of any scale, as where each step is divided by its own spread; but a step that found little
-    does not count as much as one that found a lot, which biases the estimate.
-    """
+    One learning rate then suits losses of any scale, as where each step is divided by its own
+    spread; but a step that found little does not count as much as one that found a lot, which
+    biases the estimate."""
 
     def __init__(self, inner: Optimizer, decay: float = 0.9) -> None:
         self._inner, self._spread = inner, RunningSpread(decay)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         unit = self._spread.after(spread(update.projected_grad, update.directions[0].regions) ** 2)
-        self._inner.step_(parametrization, replace(update, projected_grad=tuple(g / unit for g in update.projected_grad)))
+        self._inner.step_(
+            parametrization,
+            replace(update, projected_grad=tuple(g / unit for g in update.projected_grad)),
+        )
 
     def state(self) -> dict[str, Tensor]:
         return self._inner.state() | {"spread": self._spread.state()}
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
-        self._inner.load_state_({name: tensor for name, tensor in state.items() if name != "spread"})
+        self._inner.load_state_(
+            {name: tensor for name, tensor in state.items() if name != "spread"}
+        )
         self._spread.load_state_(state.get("spread"))
 
 
@@ -176,13 +199,16 @@ def make_optimizer(name: OptimizerName, in_running_spreads: bool = False) -> Opt
     return InRunningSpreads(chosen) if in_running_spreads else chosen
 
 
-def make_schedule(name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0) -> Schedule:
-    """The learning rate at a step counted from 0: linear warm-up to `lr`, then constant, or falling to zero at `total_steps`.
+def make_schedule(
+    name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0
+) -> Schedule:
+    """The learning rate at a step counted from 0: linear warm-up to `lr`, then constant, or falling
+    to zero at `total_steps`.
 
-    Noise goes with the sum of squared rates, what is learned with their sum: an even rate gets furthest, a start can take more, and
-    an end should leave no noise. "hold" is at 5/8 of lr after an eighth, "inverse_sqrt" falls like 1 / √(1 + step / 32) and so does
-    the same in a longer run; both go to zero in the last 3/10.
-    """
+    Noise goes with the sum of squared rates, what is learned with their sum: an even rate gets
+    furthest, a start can take more, and an end should leave no noise. "hold" is at 5/8 of lr after
+    an eighth, "inverse_sqrt" falls like 1 / √(1 + step / 32) and so does the same in a longer run;
+    both go to zero in the last 3/10."""
 
     def at(step: int) -> float:
         if step < warmup_steps:
@@ -192,7 +218,10 @@ def make_schedule(name: ScheduleName, lr: float, total_steps: int, warmup_steps:
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         if name in ("linear", "cosine"):
             return lr * (1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
-        held, falling = 1 - 0.375 * min(1.0, 8 * done), 1 / math.sqrt(1 + (step - warmup_steps) / INVERSE_SQRT_STEPS)
+        held, falling = (
+            1 - 0.375 * min(1.0, 8 * done),
+            1 / math.sqrt(1 + (step - warmup_steps) / INVERSE_SQRT_STEPS),
+        )
         return lr * (held if name == "hold" else falling) * min(1.0, (1 - done) / 0.3)
 
     return at

@@ -1,8 +1,9 @@
-"""The first-order gradient of the trained numbers by autograd, for small models: what an estimate is compared with.
+"""The first-order gradient of the trained numbers by autograd, for small models: what an estimate
+is compared with.
 
-Benchmarks and diagnostics alone ask for it; training never differentiates. For a weight W = s · c, the gradient with respect to a
-log-scale is the sum of dL/dW ∘ W over the weights that it scales; that of a row, a block column or a layer is a sum of those.
-"""
+Benchmarks and diagnostics alone ask for it; training never differentiates. For a weight W = s · c,
+the gradient with respect to a log-scale is the sum of dL/dW ∘ W over the weights that it scales;
+that of a row, a block column or a layer is a sum of those."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,22 +30,36 @@ class DifferentiableHandle(ScaleHandle, Protocol):
 
 
 def exact_gradient(
-    objective: Objective[Batch], micro_batches: Sequence[Batch], numbers: Dense | Grouped, handles: Iterable[DifferentiableHandle]
+    objective: Objective[Batch],
+    micro_batches: Sequence[Batch],
+    numbers: Dense | Grouped,
+    handles: Iterable[DifferentiableHandle],
 ) -> dict[str, Tensor]:
-    """dL/dθ of the trained numbers where they are, by name, in the shapes of `numbers.numbers()`; L is the mean over all examples.
+    """dL/dθ of the trained numbers where they are, by name, in the shapes of `numbers.numbers()`; L
+    is the mean over all examples.
 
     Args:
         handles: of all quantized layers of the model.
     """
     scales, count = numbers.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
-    with torch.enable_grad(), scales.showing(numbers.view()), _differentiable(scales, handles) as deltas:
+    with (
+        torch.enable_grad(),
+        scales.showing(numbers.view()),
+        _differentiable(scales, handles) as deltas,
+    ):
         for micro_batch in micro_batches:
             of_each = objective(micro_batch).view(len(micro_batch), -1).mean(1)  # type: ignore[arg-type]
             (of_each.sum() / count).backward()
-        grids = {name: torch.zeros_like(delta) if delta.grad is None else delta.grad for name, delta in deltas.items()}
+        grids = {
+            name: torch.zeros_like(delta) if delta.grad is None else delta.grad
+            for name, delta in deltas.items()
+        }
     if isinstance(numbers, Dense):
         return {name: grids[name].view_as(live) for name, live in numbers.numbers().items()}
-    return {key: torch.cat([_SUMS[numbers.axis(key)](grids[name]) for name in numbers.layers(key)]) for key in numbers.theta}
+    return {
+        key: torch.cat([_SUMS[numbers.axis(key)](grids[name]) for name in numbers.layers(key)])
+        for key in numbers.theta
+    }
 
 
 _SUMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,8 +70,12 @@ _SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @contextmanager
-def _differentiable(scales: ScaleSet, handles: Iterable[DifferentiableHandle]) -> Iterator[dict[str, Tensor]]:
-    """While open, gradients reach a δ per scale, [N, K / blocksize], all zero: the forward sees shown scale · exp(δ)."""
+def _differentiable(
+    scales: ScaleSet, handles: Iterable[DifferentiableHandle]
+) -> Iterator[dict[str, Tensor]]:
+    """While open, gradients reach a δ per scale, [N, K / blocksize], all zero: the forward sees
+    shown scale · exp(δ).
+    """
     deltas: dict[str, Tensor] = {}
     hooks: list[Any] = []
 
@@ -71,8 +90,12 @@ def _differentiable(scales: ScaleSet, handles: Iterable[DifferentiableHandle]) -
     try:
         for handle in handles:
             live = scales[handle.name]
-            deltas[handle.name] = torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
-            hooks.append(handle.module.register_forward_hook(product_with(handle, deltas[handle.name])))
+            deltas[handle.name] = (
+                torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
+            )
+            hooks.append(
+                handle.module.register_forward_hook(product_with(handle, deltas[handle.name]))
+            )
         yield deltas
     finally:
         for hook in hooks:
@@ -83,8 +106,8 @@ def _differentiable(scales: ScaleSet, handles: Iterable[DifferentiableHandle]) -
 class Alignment:
     """How an estimate compares with the exact gradient of the same batch.
 
-    cosine: between the two. expected_cosine: what directions of length √D leave on average, √(n / (n + D)) of n independent ones.
-    """
+    cosine: between the two. expected_cosine: what directions of length √D leave on average, √(n /
+    (n + D)) of n independent ones."""
 
     cosine: float
     expected_cosine: float
@@ -98,4 +121,9 @@ def alignment(numbers: Dense | Grouped, found: Estimate, exact: dict[str, Tensor
     wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])
     lengths = estimated.norm().item(), wanted.norm().item()
     cosine = (estimated @ wanted).item() / (lengths[0] * lengths[1]) if all(lengths) else math.nan
-    return Alignment(cosine, math.sqrt(found.independent / (found.independent + len(wanted))), lengths[1], lengths[0])
+    return Alignment(
+        cosine,
+        math.sqrt(found.independent / (found.independent + len(wanted))),
+        lengths[1],
+        lengths[0],
+    )

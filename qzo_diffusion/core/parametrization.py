@@ -1,16 +1,17 @@
 """Which numbers are trained, and how the quantization scales follow from them.
 
-In relative units a trained number is θ = log(s / s0): eps and lr are then fractions of a scale, the same for every model and
-back-end, and a scale stays positive. The absolute units of the paper are kept so that the two can be compared in one run.
+In relative units a trained number is θ = log(s / s0): eps and lr are then fractions of a scale, the
+same for every model and back-end, and a scale stays positive. The absolute units of the paper are
+kept so that the two can be compared in one run.
 
-| class         | numbers                              | scale seen by the forward | update          |
-|---------------|--------------------------------------|---------------------------|-----------------|
-| Dense         | one per scale                        | s · exp(±ε z)             | s <- s · exp(δ) |
-| DenseAbsolute | one per scale                        | s ± ε z                   | s <- max(s+δ,0) |
-| Grouped       | one θ per layer, row or block column | s · exp(Σ θ ± ε z)        | θ <- θ + δ      |
+| class         | numbers                              | scale in the forward  | update          |
+|---------------|--------------------------------------|-----------------------|-----------------|
+| Dense         | one per scale                        | s · exp(±ε z)         | s <- s · exp(δ) |
+| DenseAbsolute | one per scale                        | s ± ε z               | s <- max(s+δ,0) |
+| Grouped       | one θ per layer, row or block column | s · exp(Σ θ ± ε z)    | θ <- θ + δ      |
 
-A new level needs the methods of `Parametrization` and nothing else; estimator, optimizer and loop do not know which one runs.
-"""
+A new level needs the methods of `Parametrization` and nothing else; estimator, optimizer and loop
+do not know which one runs."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -28,7 +29,9 @@ class Parametrization(Protocol):
 
     @property
     def has_gains(self) -> bool:
-        """Whether changes can be shown as factors of inputs and outputs, other ones for every example."""
+        """Whether changes can be shown as factors of inputs and outputs, other ones for every
+        example.
+        """
         ...
 
     def numbers(self) -> dict[str, Tensor]:
@@ -36,22 +39,32 @@ class Parametrization(Protocol):
         ...
 
     def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
-        """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the numbers themselves."""
+        """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the
+        numbers themselves.
+        """
         ...
 
-    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, Gains | None]:
-        """The same for one forward over a group of examples for each radius and direction: arguments of `ScaleSet.showing`.
+    def probes(
+        self, directions: Sequence[Direction], radii: Sequence[float]
+    ) -> tuple[View | None, Gains | None]:
+        """The same for one forward over a group of examples for each radius and direction:
+        arguments of `ScaleSet.showing`.
 
-        All directions of the first radius come first. Where directions have regions, their examples are divided into as many runs
-        of tokens in layers that treat tokens apart.
+        All directions of the first radius come first. Where directions have regions, their examples
+        are divided into as many runs of tokens in layers that treat tokens apart.
 
         Raises:
             ValueError: more than one group without `has_gains`.
         """
         ...
 
-    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
-        """Σ amounts[i] · z of one name's numbers, a new tensor. Each direction has as many amounts in a row as it has regions."""
+    def combined(
+        self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
+    ) -> Tensor:
+        """Σ amounts[i] · z of one name's numbers, a new tensor.
+
+        Each direction has as many amounts in a row as it has regions.
+        """
         ...
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
@@ -63,7 +76,9 @@ class Parametrization(Protocol):
         ...
 
     def merge_(self) -> None:
-        """Write everything into the live scales, so that the plain forward equals the viewed one."""
+        """Write everything into the live scales, so that the plain forward equals the viewed
+        one.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -74,23 +89,31 @@ class Parametrization(Protocol):
 
 
 def exp(numbers: Tensor) -> Tensor:
-    """By float64, rounded once: the same bits on every machine, where those of fp32 differ between a CPU and a GPU."""
+    """By float64, rounded once: the same bits on every machine, where those of fp32 differ between
+    a CPU and a GPU.
+    """
     return torch.exp(numbers.double()).to(numbers.dtype)
 
 
-def only_probe(numbers: Parametrization, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
+def only_probe(
+    numbers: Parametrization, directions: Sequence[Direction], radii: Sequence[float]
+) -> tuple[View | None, None]:
     """`probes` of numbers that have no gains.
 
     Raises:
         ValueError: more than one group.
     """
     if len(directions) * len(radii) != 1:
-        raise ValueError("only rows, columns and layers can be probed along several directions in one forward")
+        raise ValueError(
+            "only rows, columns and layers can be probed along several directions in one forward"
+        )
     return numbers.view(directions[0], radii[0]), None
 
 
 def tuned_scales(numbers: Parametrization) -> dict[str, Tensor]:
-    """The scales of all layers as a forward at the numbers sees them; nothing is merged or changed."""
+    """The scales of all layers as a forward at the numbers sees them; nothing is merged or
+    changed.
+    """
     view, shown = numbers.view(), numbers.scales.tensors()
     for chunk in numbers.scales.chunks() if view is not None else ():
         shown |= view(chunk)  # type: ignore[misc]
@@ -103,6 +126,9 @@ def copy_by_name_(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
         raise ValueError(f"state of other numbers: {sorted(target.keys() ^ source.keys())[:3]}")
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
-            raise ValueError(f"state of other numbers: {name} has {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
+            raise ValueError(
+                f"state of other numbers: {name} has {tuple(source[name].shape)}, not "
+                f"{tuple(tensor.shape)}"
+            )
     for name, tensor in target.items():
         tensor.copy_(source[name])

@@ -21,11 +21,14 @@ def parametrize(
     pointwise: Collection[str] = (),
     last_readers: Collection[str] = (),
 ) -> Parametrization:
-    """The parametrization by its name in a config; `trained` names the layers that take part, None is all.
+    """The parametrization by its name in a config; `trained` names the layers that take part, None
+    is all.
 
-    `pointwise` and `last_readers` are facts of layers for `core.grouped`; they mean nothing to dense numbers.
+    `pointwise` and `last_readers` are facts of layers for `core.grouped`; they mean nothing to
+    dense numbers.
 
-    "separable" has a number for every row and one for every block column: log s[o, g] = log s0[o, g] + row[o] + column[g].
+    "separable" has a number for every row and one for every block column: log s[o, g] = log s0[o,
+    g] + row[o] + column[g].
 
     Raises:
         ValueError: absolute units are defined for dense numbers only.
@@ -36,4 +39,10 @@ def parametrize(
         return DenseAbsolute(scales, trained)
     if level == "dense":
         return Dense(scales, trained)
-    return Grouped(scales, ("row", "column") if level == "separable" else (level,), trained, pointwise, last_readers)
+    return Grouped(
+        scales,
+        ("row", "column") if level == "separable" else (level,),
+        trained,
+        pointwise,
+        last_readers,
+    )

@@ -1,7 +1,8 @@
-"""Losses at probes, as few forwards as memory allows: several probes of a batch run as copies of it in one.
+"""Losses at probes, as few forwards as memory allows: several probes of a batch run as copies of it
+in one.
 
-Where trained numbers are factors of inputs and outputs, each copy sees numbers of its own, and the weights are read and dequantized
-once for all of them.
+Where trained numbers are factors of inputs and outputs, each copy sees numbers of its own, and the
+weights are read and dequantized once for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from qzo_diffusion.core.parametrization import Parametrization
 
 Batch = TypeVar("Batch")
 Objective = Callable[[Batch], Tensor]
-"""A micro-batch -> one loss per example, [B], or one per region of each example, [B, R]; the mean over regions is the example's.
+"""A micro-batch -> one loss per example, [B], or one per region of each example, [B, R]; the mean
+over regions is the example's.
 
 Its randomness is in the micro-batch, so it can be evaluated again.
 """
@@ -25,12 +27,16 @@ Its randomness is in the micro-batch, so it can be evaluated again.
 def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float]:
     """One loss per example, or per region of each; no gradient is recorded."""
     with torch.no_grad():
-        losses: list[float] = objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
+        losses: list[float] = (
+            objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
+        )
     return losses
 
 
 def repeated(batch: Any, times: int) -> Any:
-    """All examples of a batch and then all again, so many times; None for what is no tensor and has no method `repeated`."""
+    """All examples of a batch and then all again, so many times; None for what is no tensor and has
+    no method `repeated`.
+    """
     if isinstance(batch, Tensor):
         return torch.cat([batch] * times)
     return batch.repeated(times) if hasattr(batch, "repeated") else None
@@ -40,28 +46,37 @@ def repeated(batch: Any, times: int) -> Any:
 class Probes(Generic[Batch]):
     """How a batch is probed: at every radius along every direction.
 
-    radii: in the numbers' units, with their sign. copies: the most probes in one forward; None is all of them.
-    """
+    radii: in the numbers' units, with their sign. copies: the most probes in one forward; None is
+    all of them."""
 
     objective: Objective[Batch]
     numbers: Parametrization
     radii: tuple[float, ...]
     copies: int | None = None
 
-    def losses(self, batch: Batch, directions: Sequence[Sequence[Direction]]) -> list[list[list[float]]]:
+    def losses(
+        self, batch: Batch, directions: Sequence[Sequence[Direction]]
+    ) -> list[list[list[float]]]:
         """By radius and then by direction the losses of all examples.
 
         Args:
-            directions: the first for all examples, then the second; each is one, or one for every example.
+            directions: the first for all examples, then the second; each is one, or one for every
+                example.
         """
         copies = len(directions) * len(self.radii) if self.copies is None else self.copies
         if not self.numbers.has_gains or copies == 1:
             return self._in_parts(batch, directions, 1, 1)
-        found = self._in_parts(batch, directions, max(1, copies // len(self.radii)), min(copies, len(self.radii)))
+        found = self._in_parts(
+            batch, directions, max(1, copies // len(self.radii)), min(copies, len(self.radii))
+        )
         return found or self._in_parts(batch, directions, 1, 1)
 
     def _in_parts(
-        self, batch: Batch, directions: Sequence[Sequence[Direction]], directions_at_once: int, radii_at_once: int
+        self,
+        batch: Batch,
+        directions: Sequence[Sequence[Direction]],
+        directions_at_once: int,
+        radii_at_once: int,
     ) -> list[list[list[float]]]:
         """Empty when copies can't be made, or not told apart."""
         found: list[list[list[float]]] = [[] for _ in self.radii]
@@ -76,7 +91,9 @@ class Probes(Generic[Batch]):
                     found[first + index] += losses[index * len(part) : (index + 1) * len(part)]
         return found
 
-    def _forward(self, batch: Batch, directions: Sequence[Sequence[Direction]], radii: Sequence[float]) -> list[list[float]]:
+    def _forward(
+        self, batch: Batch, directions: Sequence[Sequence[Direction]], radii: Sequence[float]
+    ) -> list[list[float]]:
         copies = len(directions) * len(radii)
         copied = batch
         if copies > 1:

@@ -1,23 +1,28 @@
-"""QuZO: integer codes are trained themselves, with no copy of a weight in floating point (arXiv 2502.12346).
+"""QuZO: integer codes are trained themselves, with no copy of a weight in floating point (arXiv
+2502.12346).
 
-With c the codes, u a random direction, and Q(x) = floor(x) + Bernoulli(x - floor(x)), so that E[Q(x)] = x:
+With c the codes, u a random direction, and Q(x) = floor(x) + Bernoulli(x - floor(x)), so that
+E[Q(x)] = x:
 
-    p = Q1(ε u);   μ = (L(clamp(c + p)) - L(clamp(c - p))) / 2ε;   c <- c - Σ Q(η μ / n · Q2(u))        over n directions
+    p = Q1(ε u);   μ = (L(clamp(c + p)) - L(clamp(c - p))) / 2ε
+    c <- c - Σ Q(η μ / n · Q2(u))        over n directions
 
-Q1 and Q2 round the same u with independent randomness, so E[p Q2(u)ᵀ] / ε = I; one rounding used twice would be biased. Everything
-is in units of a code. A number whose step would leave the range of its codes stays where it is. Var(p / ε) grows as 1 / ε below a
-code, so a probe may also show c ± ε u in floating point, a layer at a time ("float").
+Q1 and Q2 round the same u with independent randomness, so E[p Q2(u)ᵀ] / ε = I; one rounding used
+twice would be biased. Everything is in units of a code. A number whose step would leave the range
+of its codes stays where it is. Var(p / ε) grows as 1 / ε below a code, so a probe may also show c ±
+ε u in floating point, a layer at a time ("float").
 
-Most updates are far below one code: rounded at random they are a random walk, rounded to nearest they are lost. Error feedback
-(arXiv 2602.03120) carries what rounding left, e, to the next step:
+Most updates are far below one code: rounded at random they are a random walk, rounded to nearest
+they are lost. Error feedback (arXiv 2602.03120) carries what rounding left, e, to the next step:
 
     v = -η ĝ + γ e;   c <- c + round(v);   e = v - round(v)
 
-and e is not stored but computed again from the seeds and scalars of the last steps; γ has forgotten what came before them. There
-ĝ is divided by the running spread of μ, so that η is what a typical step moves, in codes, whatever the loss and the format.
+and e is not stored but computed again from the seeds and scalars of the last steps; γ has forgotten
+what came before them. There ĝ is divided by the running spread of μ, so that η is what a typical
+step moves, in codes, whatever the loss and the format.
 
-All noise is drawn in blocks of 2^18 numbers, each with a key of its own: beyond the codes a step needs a few MB.
-"""
+All noise is drawn in blocks of 2^18 numbers, each with a key of its own: beyond the codes a step
+needs a few MB."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,15 +64,18 @@ class Move(NamedTuple):
 
 
 def stochastic_round(x: Tensor, *key: int | str) -> Tensor:
-    """Q(x) for flat fp32 x: one of the two neighbouring whole numbers, x on average. Chances are exact to 2^-31.
+    """Q(x) for flat fp32 x: one of the two neighbouring whole numbers, x on average. Chances are
+    exact to 2^-31.
 
-    The magnitude is rounded and its sign given back, so that a small negative x keeps its precision.
-    """
+    The magnitude is rounded and its sign given back, so that a small negative x keeps its
+    precision."""
     magnitude = x.abs()
     whole = magnitude.floor()
     if torch.equal(magnitude, whole):  # as every probe of signs with a whole ε: nothing to draw
         return whole.copysign_(x)
-    raw = torch.from_numpy(packed_bits(32 * x.numel(), *key)[: 4 * x.numel()].view("<i4")).to(x.device)
+    raw = torch.from_numpy(packed_bits(32 * x.numel(), *key)[: 4 * x.numel()].view("<i4")).to(
+        x.device
+    )
     chance = raw.bitwise_and_(2**31 - 1).to(x.dtype).mul_(2.0**-31)
     return whole.add_(chance < magnitude.sub_(whole)).copysign_(x)
 
@@ -85,7 +93,11 @@ class Codes:
     has_gains = False
 
     def __init__(
-        self, scales: ScaleSet, grids: Mapping[str, Grid], trained: Sequence[str] | None = None, probe: Probe = "codes"
+        self,
+        scales: ScaleSet,
+        grids: Mapping[str, Grid],
+        trained: Sequence[str] | None = None,
+        probe: Probe = "codes",
     ) -> None:
         self.scales, self._grids, self._probe = scales, grids, probe
         self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
@@ -98,7 +110,11 @@ class Codes:
             return None
 
         def shown(names: Sequence[str]) -> dict[str, Tensor]:
-            return {name: self._probed(name, direction, radius) for name in names if name in self._trained}
+            return {
+                name: self._probed(name, direction, radius)
+                for name in names
+                if name in self._trained
+            }
 
         return shown
 
@@ -113,7 +129,9 @@ class Codes:
             codes = grid.codes(live.view(-1)[part])
             u = _direction(direction, name, index, codes)
             if self._probe == "float":
-                shown.view(-1)[part.start * grid.per_byte : part.stop * grid.per_byte] = codes.add_(u.mul_(radius))
+                shown.view(-1)[part.start * grid.per_byte : part.stop * grid.per_byte] = codes.add_(
+                    u.mul_(radius)
+                )
                 continue
             p = stochastic_round(u.mul_(abs(radius)), *_key(direction, name, index), "probe")
             codes = codes.add_(p) if radius > 0 else codes.sub_(p)
@@ -123,12 +141,19 @@ class Codes:
     def _blocks(self, name: str) -> Iterator[tuple[int, slice]]:
         """Number and place of each block in the stored bytes, flat."""
         total, size = self._trained[name].numel(), BLOCK // self._grids[name].per_byte
-        return ((index, slice(start, min(start + size, total))) for index, start in enumerate(range(0, total, size)))
+        return (
+            (index, slice(start, min(start + size, total)))
+            for index, start in enumerate(range(0, total, size))
+        )
 
-    def probes(self, directions: Sequence[Direction], radii: Sequence[float]) -> tuple[View | None, None]:
+    def probes(
+        self, directions: Sequence[Direction], radii: Sequence[float]
+    ) -> tuple[View | None, None]:
         return only_probe(self, directions, radii)
 
-    def combined(self, name: str, directions: Sequence[Direction], amounts: Sequence[float]) -> Tensor:
+    def combined(
+        self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
+    ) -> Tensor:
         """Σ amounts[i] · Q2(u_i), fp32 [N, K]: what an update would be before it is rounded."""
         grid, live = self._grids[name], self._trained[name]
         total = torch.empty(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
@@ -143,18 +168,23 @@ class Codes:
             for index, part in self._blocks(name):
                 change: Tensor | None = None
                 for direction, amount in zip(directions, amounts, strict=True):
-                    u = _rounded_direction(direction, name, index, self._trained[name], self._size(name, part))
+                    u = _rounded_direction(
+                        direction, name, index, self._trained[name], self._size(name, part)
+                    )
                     one = stochastic_round(u.mul_(amount), *_key(direction, name, index), "move")
                     change = one if change is None else change.add_(one)
                 if change is not None:
                     self._add_(name, part, change)
 
     def move_with_feedback_(self, past: Sequence[Move], now: Move, decay: float) -> None:
-        """codes += round(v) for v = Σ amounts[i] · Q2(u_i) + decay · e; e is what rounding left of the `past` moves, oldest first.
+        """codes += round(v) for v = Σ amounts[i] · Q2(u_i) + decay · e; e is what rounding left of
+        the `past` moves, oldest first.
 
         What a gated number could not take counts as taken: e depends on seeds and scalars alone.
         """
-        signs = all(direction.distribution == "rademacher" for move in past for direction in move.directions)
+        signs = all(
+            direction.distribution == "rademacher" for move in past for direction in move.directions
+        )
         for name in self._trained:
             for index, part in self._blocks(name):
                 left, bound = self._nothing(name, part), 0.0
@@ -165,12 +195,16 @@ class Codes:
                         continue
                     left.sub_(left.round())
                     bound = 0.5
-                self._add_(name, part, left.mul_(decay).add_(self._wanted(name, index, part, now)).round_())
+                self._add_(
+                    name, part, left.mul_(decay).add_(self._wanted(name, index, part, now)).round_()
+                )
 
     def _wanted(self, name: str, index: int, part: slice, move: Move) -> Tensor:
         total: Tensor | None = None
         for direction, amount in zip(move.directions, move.amounts, strict=True):
-            one = _rounded_direction(direction, name, index, self._trained[name], self._size(name, part)).mul_(amount)
+            one = _rounded_direction(
+                direction, name, index, self._trained[name], self._size(name, part)
+            ).mul_(amount)
             total = one if total is None else total.add_(one)
         assert total is not None
         return total
@@ -186,7 +220,9 @@ class Codes:
         grid, place = self._grids[name], self._trained[name].view(-1)[part]
         codes = grid.codes(place)
         moved = change.add_(codes)
-        place.copy_(grid.stored(torch.where((moved >= grid.low) & (moved <= grid.high), moved, codes)))
+        place.copy_(
+            grid.stored(torch.where((moved >= grid.low) & (moved <= grid.high), moved, codes))
+        )
 
     def add_(self, name: str, delta: Tensor) -> None:
         raise ValueError("codes move in whole steps; use optimizer sgd or feedback")
@@ -206,7 +242,8 @@ class ErrorFeedback:
 
     Args:
         decay: γ.
-        steps: how many past steps e is computed from. What came before has less than γ^steps of its weight.
+        steps: how many past steps e is computed from. What came before has less than γ^steps of its
+            weight.
         spread_decay: of the running mean of μ².
     """
 
@@ -228,16 +265,28 @@ class ErrorFeedback:
         """Seeds and scalars alone: int64 [steps, n, 4], float64 [steps, n] and [2]."""
         if not self._past:
             return {}
-        facts = [[(d.seed, d.step, d.index, int(d.distribution == "gaussian")) for d in move.directions] for move in self._past]
+        facts = [
+            [(d.seed, d.step, d.index, int(d.distribution == "gaussian")) for d in move.directions]
+            for move in self._past
+        ]
         amounts = torch.tensor([move.amounts for move in self._past], dtype=torch.float64)
-        return {"directions": torch.tensor(facts), "amounts": amounts, "spread": self._spread.state()}
+        return {
+            "directions": torch.tensor(facts),
+            "amounts": amounts,
+            "spread": self._spread.state(),
+        }
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         self._past = []
         self._spread.load_state_(state.get("spread"))
         if state:
-            for facts, amounts in zip(state["directions"].tolist(), state["amounts"].tolist(), strict=True):
-                directions = (Direction(s, t, i, "gaussian" if gaussian else "rademacher") for s, t, i, gaussian in facts)
+            for facts, amounts in zip(
+                state["directions"].tolist(), state["amounts"].tolist(), strict=True
+            ):
+                directions = (
+                    Direction(s, t, i, "gaussian" if gaussian else "rademacher")
+                    for s, t, i, gaussian in facts
+                )
                 self._past.append(Move(tuple(directions), tuple(amounts)))
 
 
@@ -254,8 +303,14 @@ def _direction(direction: Direction, name: str, index: int, like: Tensor) -> Ten
     return direction.z(_block_name(name, index), like)
 
 
-def _rounded_direction(direction: Direction, name: str, index: int, like: Tensor, numel: int | None = None) -> Tensor:
+def _rounded_direction(
+    direction: Direction, name: str, index: int, like: Tensor, numel: int | None = None
+) -> Tensor:
     """Q2(u) of one block, fp32; signs are whole as they are."""
     flat = like.new_empty(like.numel() if numel is None else numel, dtype=torch.float32)
     u = _direction(direction, name, index, flat)
-    return u if direction.distribution == "rademacher" else stochastic_round(u, *_key(direction, name, index), "direction")
+    return (
+        u
+        if direction.distribution == "rademacher"
+        else stochastic_round(u, *_key(direction, name, index), "direction")
+    )

@@ -1,12 +1,14 @@
-"""The live quantization scales of a model, and a lens that shows changed ones to a forward without writing them.
+"""The live quantization scales of a model, and a lens that shows changed ones to a forward without
+writing them.
 
-`s += εz; s -= 2εz; s += εz` does not restore s (measured after 1,000 rounds: 7e-6 relative in fp32, 54 % in bf16) and leaves it
-displaced when a forward raises. Here layers are handed temporary tensors, a few neighbouring layers at a time, and get the live
-ones back when others are shown or the lens is closed: the live scales themselves are never touched.
+`s += εz; s -= 2εz; s += εz` does not restore s (measured after 1,000 rounds: 7e-6 relative in fp32,
+54 % in bf16) and leaves it displaced when a forward raises. Here layers are handed temporary
+tensors, a few neighbouring layers at a time, and get the live ones back when others are shown or
+the lens is closed: the live scales themselves are never touched.
 
-Numbers that belong to whole rows or to whole blocks of columns need no temporary scales at all, because they are factors of a
-layer's outputs and inputs; those can also differ from example to example (`core.gains`).
-"""
+Numbers that belong to whole rows or to whole blocks of columns need no temporary scales at all,
+because they are factors of a layer's outputs and inputs; those can also differ from example to
+example (`core.gains`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,21 +22,28 @@ from qzo_diffusion.core.gains import Factors, Gains, no_bias
 from qzo_diffusion.core.weights import WeightHandle
 
 SHOWN_AT_ONCE = 2**20
-"""Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5 Large). Fewer, larger
-operations: between two layers of a forward each Python call costs several times what it costs in a row, since the products have
-emptied the caches (measured on `tiny`: 360 against 50 microseconds a layer)."""
-SHOWN_ON_GPU = 4 * SHOWN_AT_ONCE  # a block of SD3.5 Large: launching costs the same whatever the size
+"""Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5
+Large). Fewer, larger operations: between two layers of a forward each Python call costs several
+times what it costs in a row, since the products have emptied the caches (measured on `tiny`: 360
+against 50 microseconds a layer)."""
+# a block of SD3.5 Large: launching costs the same whatever the size
+SHOWN_ON_GPU = 4 * SHOWN_AT_ONCE
 FEW = 2**18  # are shown at once whatever they are of
-FEW_WITH_GAINS = 2**15  # whose factors are several for each scale, when many examples each have their own
+# whose factors are several for each scale, when many examples each have their own
+FEW_WITH_GAINS = 2**15
 
 
 def shown_at_once(numel: int, device: str, few: int = FEW) -> int:
-    """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so that it stays small beside them."""
+    """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so
+    that it stays small beside them.
+    """
     return min(SHOWN_AT_ONCE if device == "cpu" else SHOWN_ON_GPU, max(few, numel // 8))
 
 
 View = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Names of layers -> the scales that their forwards shall see; a layer that is left out sees its live ones."""
+"""Names of layers -> the scales that their forwards shall see; a layer that is left out sees its
+live ones.
+"""
 
 
 class ScaleHandle(Protocol):
@@ -63,23 +72,41 @@ class ScaleSet:
 
     Args:
         handles: one per quantized layer or unquantized tensor.
-        dtypes: fp64 is for tests of theory, and integers are codes in the place of scales (`core.quzo`).
+        dtypes: fp64 is for tests of theory, and integers are codes in the place of scales
+            (`core.quzo`).
 
     Raises:
         ModelError: no handle, or a tensor of another dtype.
     """
 
-    def __init__(self, handles: Iterable[ScaleHandle], dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64)) -> None:
+    def __init__(
+        self,
+        handles: Iterable[ScaleHandle],
+        dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
+    ) -> None:
         self._handles = {handle.name: handle for handle in handles}
         if not self._handles:
-            raise ModelError("a model without quantized layers", "at least one 4-bit linear", "quantize the model first")
-        self.weights = frozenset(name for name, handle in self._handles.items() if isinstance(handle, WeightHandle))
+            raise ModelError(
+                "a model without quantized layers",
+                "at least one 4-bit linear",
+                "quantize the model first",
+            )
+        self.weights = frozenset(
+            name for name, handle in self._handles.items() if isinstance(handle, WeightHandle)
+        )
         self._live = {name: handle.scales for name, handle in self._handles.items()}
         for name, live in self._live.items():
             if live.dtype not in dtypes:
-                raise ModelError(f"{name}: scales in {live.dtype}", "float32", "prepare the layer with its back-end first")
+                raise ModelError(
+                    f"{name}: scales in {live.dtype}",
+                    "float32",
+                    "prepare the layer with its back-end first",
+                )
         self._numel = sum(live.numel() for live in self._live.values())
-        self._chunks, self._chunks_with_gains = self._neighbours(FEW), self._neighbours(FEW_WITH_GAINS)
+        self._chunks, self._chunks_with_gains = (
+            self._neighbours(FEW),
+            self._neighbours(FEW_WITH_GAINS),
+        )
         self._lens: _Lens | None = None
 
     def __iter__(self) -> Iterator[str]:
@@ -116,7 +143,8 @@ class ScaleSet:
 
     @contextmanager
     def showing(self, view: View | None = None, gains: Gains | None = None) -> Iterator[None]:
-        """While open, every quantized layer's forward sees the scales of `view` and is multiplied by `gains`; None changes nothing.
+        """While open, every quantized layer's forward sees the scales of `view` and is multiplied
+        by `gains`; None changes nothing.
 
         Views do not add up: an inner one replaces the outer one until it is closed.
         """
@@ -146,7 +174,13 @@ class _Lens:
         view: View | None,
         gains: Gains | None,
     ) -> None:
-        self._handles, self._live, self._chunks, self._view, self._gains = handles, live, chunks, view, gains
+        self._handles, self._live, self._chunks, self._view, self._gains = (
+            handles,
+            live,
+            chunks,
+            view,
+            gains,
+        )
         self._chunk: int | None = None
         self._displaced: Sequence[str] = ()
         self._factors: dict[str, Factors] = {}
@@ -154,7 +188,9 @@ class _Lens:
         self._hooks: list[Any] = []
 
     def open(self) -> None:
-        """A single chunk is shown right away and needs no hook before a layer: most of the cost of a small model's step."""
+        """A single chunk is shown right away and needs no hook before a layer: most of the cost of
+        a small model's step.
+        """
         if self._view is None and self._gains is None:
             return
         if len(self._chunks) == 1:
@@ -165,7 +201,9 @@ class _Lens:
                 module = handle.module
                 if len(self._chunks) > 1 or (factors and factors.scales_inputs):
                     users = handle.modules if isinstance(handle, WeightHandle) else (module,)
-                    self._hooks += [user.register_forward_pre_hook(self._before(name, index)) for user in users]
+                    self._hooks += [
+                        user.register_forward_pre_hook(self._before(name, index)) for user in users
+                    ]
                 if self._gains is not None and (len(self._chunks) > 1 or factors):
                     self._hooks.append(module.register_forward_hook(self._after(name)))
 
@@ -181,7 +219,11 @@ class _Lens:
             if self._chunk != chunk:
                 self._show(chunk)
             factors = self._factors.get(name)
-            return (factors.of_input(args[0]), *args[1:]) if factors and factors.scales_inputs else None
+            return (
+                (factors.of_input(args[0]), *args[1:])
+                if factors and factors.scales_inputs
+                else None
+            )
 
         return prepare
 
@@ -201,12 +243,16 @@ class _Lens:
             for name, gain in gains.items():
                 bias = self._handles[name].module.bias
                 if gain.output is not None and isinstance(bias, nn.Parameter):
-                    self._biases[name] = bias  # before it is gone: an interrupt in between must still be undone
+                    # before it is gone: an interrupt in between must still be undone
+                    self._biases[name] = bias
                     self._handles[name].module.register_parameter("bias", no_bias(bias))
-            self._factors = {name: Factors(name, gain, self._biases.get(name)) for name, gain in gains.items()}
+            self._factors = {
+                name: Factors(name, gain, self._biases.get(name)) for name, gain in gains.items()
+            }
         if self._view is not None:
             shown = self._view(names)
-            self._displaced = names  # before the first is shown: an interrupt in between must still be undone
+            # before the first is shown: an interrupt in between must still be undone
+            self._displaced = names
             for name, scales in shown.items():
                 self._handles[name].show(scales)
         self._chunk = chunk

@@ -1,7 +1,7 @@
 """Packed signs of a step's directions, where their numbers are.
 
-They are needed at +ε, at -ε and in the update, layer by layer; drawing costs the most, and on a GPU sending.
-"""
+They are needed at +ε, at -ε and in the update, layer by layer; drawing costs the most, and on a GPU
+sending."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -27,8 +27,8 @@ class _Group:
 class SignCache:
     """A bit a number, so 1/32 of the trained numbers for each direction kept.
 
-    Those of the directions asked for last all stay; older ones go when `limit` bytes are passed, and all when another step's are
-    asked for.
+    Those of the directions asked for last all stay; older ones go when `limit` bytes are passed,
+    and all when another step's are asked for.
     """
 
     def __init__(self, limit: int = 2**25) -> None:
@@ -45,8 +45,8 @@ class SignCache:
     ) -> Tensor:
         """[directions, *what `draw` gives of one], on `device`.
 
-        numbers: says of which numbers they are the signs. keep: whether the same will be asked for again.
-        """
+        numbers: says of which numbers they are the signs. keep: whether the same will be asked for
+        again."""
         asked = tuple(directions)
         if self._by_age and _step(self._by_age[-1].directions) != _step(asked):
             self._forget()
@@ -54,7 +54,11 @@ class SignCache:
         for group in known:
             if group.directions == asked:
                 return group.bits
-        rows = {direction: bits for group in known for direction, bits in zip(group.directions, group.bits, strict=True)}
+        rows = {
+            direction: bits
+            for group in known
+            for direction, bits in zip(group.directions, group.bits, strict=True)
+        }
         missing = [direction for direction in asked if direction not in rows]
         if missing:
             drawn = np.stack([draw(direction) for direction in missing])

@@ -1,8 +1,9 @@
-"""A tensor that no quantizer touched, in the place of scales: norm gains, biases, embeddings, or weights of a float model.
+"""A tensor that no quantizer touched, in the place of scales: norm gains, biases, embeddings, or
+weights of a float model.
 
-It is of either sign. In a 16-bit model it is kept in fp32 beside it, since most updates would round to nothing there, and a forward
-sees it rounded, through a view; what the model itself holds is as old as the last view that was closed.
-"""
+It is of either sign. In a 16-bit model it is kept in fp32 beside it, since most updates would round
+to nothing there, and a forward sees it rounded, through a view; what the model itself holds is as
+old as the last view that was closed."""
 
 from collections.abc import Sequence
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 
 class WeightHandle:
-    """Satisfies `core.scales.ScaleHandle`. `scales` is the tensor in fp32, shown in the dtype that the model has.
+    """Satisfies `core.scales.ScaleHandle`. `scales` is the tensor in fp32, shown in the dtype that
+    the model has.
 
     Args:
         modules: all that use the parameter; an embedding is often the output head too.

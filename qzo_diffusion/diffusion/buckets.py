@@ -1,4 +1,5 @@
-"""Aspect-ratio buckets. Images keep about their own proportions: each goes to the nearest of nine shapes of equal area.
+"""Aspect-ratio buckets. Images keep about their own proportions: each goes to the nearest of nine
+shapes of equal area.
 
 A batch is a single tensor, so all its samples share a shape (`train.batch_plan`).
 """
@@ -9,40 +10,52 @@ import math
 from qzo_diffusion.core.errors import ConfigError
 
 Bucket = tuple[int, int]
-"""(width, height) in pixels, both multiples of 16: the VAE shrinks by 8 and the transformer takes patches of 2."""
+"""(width, height) in pixels, both multiples of 16: the VAE shrinks by 8 and the transformer takes
+patches of 2.
+"""
 
 STRIDE = 16
 _WIDE_SHAPES_AT_1024 = ((1152, 896), (1216, 832), (1344, 768), (1472, 704))
-# At low resolutions rounding to 16 bends some shapes far from the area asked for; those are left out.
+# At low resolutions rounding to 16 bends some shapes far from the area asked for; those are left
+# out.
 _AREA_TOLERANCE = 0.25
 
 
 @functools.cache
 def bucket_shapes(resolution: int) -> tuple[Bucket, ...]:
-    """The shapes for a resolution, the square first; at 1024 those that Stable Diffusion 3.5 was trained on.
+    """The shapes for a resolution, the square first; at 1024 those that Stable Diffusion 3.5 was
+    trained on.
 
     Raises:
         ConfigError: the resolution is below 16.
     """
     if resolution < STRIDE:
-        raise ConfigError(f"a resolution of {resolution}", f"at least {STRIDE} pixels", "raise data.resolution")
+        raise ConfigError(
+            f"a resolution of {resolution}", f"at least {STRIDE} pixels", "raise data.resolution"
+        )
     square = _rounded(resolution)
     shapes = [(square, square)]
     for width_at_1024, height_at_1024 in _WIDE_SHAPES_AT_1024:
-        width, height = _rounded(width_at_1024 * resolution / 1024), _rounded(height_at_1024 * resolution / 1024)
+        width, height = (
+            _rounded(width_at_1024 * resolution / 1024),
+            _rounded(height_at_1024 * resolution / 1024),
+        )
         if abs(width * height / square**2 - 1) <= _AREA_TOLERANCE:
             shapes += [(width, height), (height, width)]
     return tuple(dict.fromkeys(shapes))
 
 
 def nearest_bucket(width: int, height: int, resolution: int) -> Bucket:
-    """The shape whose proportions are nearest to width : height, by their ratio. No image is refused.
+    """The shape whose proportions are nearest to width : height, by their ratio. No image is
+    refused.
 
     Raises:
         ConfigError: as `bucket_shapes`.
     """
     aspect = math.log(width / height)
-    return min(bucket_shapes(resolution), key=lambda shape: abs(aspect - math.log(shape[0] / shape[1])))
+    return min(
+        bucket_shapes(resolution), key=lambda shape: abs(aspect - math.log(shape[0] / shape[1]))
+    )
 
 
 def _rounded(pixels: float) -> int:

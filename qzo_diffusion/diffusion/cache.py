@@ -1,9 +1,9 @@
 """Tensors on disk that can be computed again: latents, prompt embeddings.
 
-A file is named by the hash of everything its content depends on, so a stale entry cannot be hit; it is merely never
-asked for again. Files are written to another name, synced and renamed, so a reader sees all of one or nothing of it and
-writers may race. What was damaged since (safetensors has no checksum of its own, so one is kept in its metadata) counts
-as absent.
+A file is named by the hash of everything its content depends on, so a stale entry cannot be hit; it
+is merely never asked for again. Files are written to another name, synced and renamed, so a reader
+sees all of one or nothing of it and writers may race. What was damaged since (safetensors has no
+checksum of its own, so one is kept in its metadata) counts as absent.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ Key = Mapping[str, str | int | float | bool]
 
 
 class TensorCache:
-    """A folder of named tensors by key. It is made on the first `put`; several processes may share it.
+    """A folder of named tensors by key. It is made on the first `put`; several processes may share
+    it.
 
     Example:
         >>> cache = TensorCache(Path("/tmp/latents"))
@@ -37,7 +38,9 @@ class TensorCache:
         self.folder = folder
 
     def get(self, key: Key) -> dict[str, torch.Tensor] | None:
-        """The tensors stored under `key`, on the CPU; None if there are none or the file is damaged (it is removed)."""
+        """The tensors stored under `key`, on the CPU; None if there are none or the file is damaged
+        (it is removed).
+        """
         path = self._path(key)
         try:
             data = path.read_bytes()
@@ -79,7 +82,9 @@ class TensorCache:
 
 def _canonical(key: Key) -> str:
     """The key as JSON that does not depend on the order in which it was built."""
-    return json.dumps(dict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(
+        dict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -101,7 +106,9 @@ def _decode(data: bytes, key: str) -> dict[str, torch.Tensor] | None:
         metadata = json.loads(data[8 : 8 + header_size])["__metadata__"]
         tensors = tensors_from_bytes(data)
         intact = metadata["key"] == key and metadata["checksum"] == _checksum(tensors)
-    except Exception:  # Damaged bytes may fail anywhere in two parsers, and the answer is always: compute it again.
+    except Exception:
+        # Damaged bytes may fail anywhere in two parsers, and the answer is always: compute it
+        # again.
         return None
     return tensors if intact else None
 

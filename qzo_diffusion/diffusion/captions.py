@@ -2,15 +2,16 @@
 
 For each image the first source that has text wins:
 
-    metadata.jsonl   a line {"file_name": "a.png", "text": "a cat"}; names are relative to the folder it lies in
+    metadata.jsonl   a line {"file_name": "a.png", "text": "a cat"}; names are relative
+                     to the folder it lies in
     a.txt            beside a.png
     a.caption        beside a.png
     --caption        one text for all images that have none of their own
 
-A caption file that matches nothing is told, not skipped: training for days on empty captions because of a file name is
-the costliest mistake other tools allow. For the same reason a wrong line in metadata.jsonl is an error with its number.
-Names that look alike are alike: they are compared as composed Unicode, and the one with the same bytes comes first.
-"""
+A caption file that matches nothing is told, not skipped: training for days on empty captions
+because of a file name is the costliest mistake other tools allow. For the same reason a wrong line
+in metadata.jsonl is an error with its number. Names that look alike are alike: they are compared as
+composed Unicode, and the one with the same bytes comes first."""
 
 import codecs
 import functools
@@ -29,16 +30,28 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 PLACEHOLDER = "[trigger]"
 
 # Text files that come with collections of images and are no captions.
-_PAPERS = {"attribution", "attributions", "copying", "credits", "licence", "license", "notice", "readme"}
+_PAPERS = {
+    "attribution",
+    "attributions",
+    "copying",
+    "credits",
+    "licence",
+    "license",
+    "notice",
+    "readme",
+}
 _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
 
 _Sidecars = Mapping[tuple[Path, str], Path]  # image and suffix to the caption file
-_Told = dict[str, dict[str, None]]  # what happened to files, such as "captions are empty", and to which, in order
+# what happened to files, such as "captions are empty", and to which, in order
+_Told = dict[str, dict[str, None]]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One caption; `source` is "metadata.jsonl", "txt", "caption", "--caption" or "none" (then the text is empty)."""
+    """One caption; `source` is "metadata.jsonl", "txt", "caption", "--caption" or "none" (then the
+    text is empty).
+    """
 
     text: str
     source: str
@@ -53,20 +66,26 @@ class Captions:
 
 
 def read_captions(
-    folder: Path, files: Sequence[Path], *, fallback: str | None, trigger: str | None, other: Path | None = None
+    folder: Path,
+    files: Sequence[Path],
+    *,
+    fallback: str | None,
+    trigger: str | None,
+    other: Path | None = None,
 ) -> Captions:
     """Find the caption of each of `files`, images at any depth below `folder`.
 
     Args:
         fallback: the text of --caption; "" asks for unconditional training, None for no fallback.
         trigger: replaces "[trigger]" in every caption.
-        other: the folder of the other images, those of validation or of training. Inside `folder`, its caption files
-            are left to it, and so are the lines of metadata.jsonl for its images; else its metadata.jsonl may hold
-            lines for images in `folder`, which count where `folder` has none of its own.
+        other: the folder of the other images, those of validation or of training. Inside `folder`,
+            its caption files are left to it, and so are the lines of metadata.jsonl for its images;
+            else its metadata.jsonl may hold lines for images in `folder`, which count where
+            `folder` has none of its own.
 
     Raises:
-        DataError: a wrong line in metadata.jsonl, no image with a caption, caption files of which none matches, or a
-            "[trigger]" without a trigger.
+        DataError: a wrong line in metadata.jsonl, no image with a caption, caption files of which
+            none matches, or a "[trigger]" without a trigger.
     """
     told: _Told = {}
     present = visible_files(folder, skip=other)
@@ -76,38 +95,48 @@ def read_captions(
             _add_metadata(metadata, path, folder, files, other, told)
     if other is not None and not _is_below(other, folder):
         metadata = _metadata_of_other(other, folder, files) | metadata
-    sidecars = _match_sidecars(folder, files, metadata, [path for path in present if is_sidecar(path)], told)
+    sidecars = _match_sidecars(
+        folder, files, metadata, [path for path in present if is_sidecar(path)], told
+    )
     by_file = {}
     for image in files:
         found = _own_caption(folder, image, metadata, sidecars, told)
-        by_file[image] = found or (Caption("", "none") if fallback is None else Caption(fallback.strip(), "--caption"))
+        by_file[image] = found or (
+            Caption("", "none") if fallback is None else Caption(fallback.strip(), "--caption")
+        )
     check_any_caption(by_file.values(), folder)
     notes = [f"{len(names)} {what}: {listed(list(names))}" for what, names in told.items()]
     return Captions(_with_trigger(by_file, trigger, folder, notes), tuple(notes))
 
 
 def check_any_caption(captions: Iterable[Caption], folder: Path) -> None:
-    """Raise DataError when every caption is missing: a model trained so would learn nothing that a prompt can call."""
+    """Raise DataError when every caption is missing: a model trained so would learn nothing that a
+    prompt can call.
+    """
     if all(caption.source == "none" for caption in captions):
         raise DataError(
             f"no captions for the images in {folder}",
             f"{METADATA_NAME}, or a .txt or .caption file beside an image with the same name",
-            'add captions, or pass --caption "a picture in [trigger] style" (or --caption "" to train without text)',
+            'add captions, or pass --caption "a picture in [trigger] style" (or --caption "" '
+            "to train without text)",
         )
 
 
 def visible_files(folder: Path, *, skip: Path | None = None) -> list[Path]:
-    """All files below `folder` in the order of their paths, without hidden ones and without those below `skip`.
+    """All files below `folder` in the order of their paths, without hidden ones and without those
+    below `skip`.
 
-    Links to folders are not followed, since they may lead in circles or far away; they are listed as if they were
-    files, so that they can be named to the user.
+    Links to folders are not followed, since they may lead in circles or far away; they are listed
+    as if they were files, so that they can be named to the user.
     """
     skipped = None if skip is None else os.path.realpath(skip)
     found: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=_refuse_unreadable):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         folders[:] = [
-            name for name in folders if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != skipped
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != skipped
         ]
         found += [Path(root, name) for name in names + links if not name.startswith(".")]
     return sorted(found)
@@ -119,7 +148,9 @@ def is_sidecar(path: Path) -> bool:
 
 
 def relative_id(path: Path, folder: Path) -> str:
-    """The posix path relative to `folder`; bytes in a name that are not UTF-8 are shown as backslash escapes."""
+    """The posix path relative to `folder`; bytes in a name that are not UTF-8 are shown as
+    backslash escapes.
+    """
     name = path.relative_to(folder).as_posix()
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -131,7 +162,9 @@ def listed(names: Sequence[str], *, between: str = ", ", limit: int = 10) -> str
 
 
 def _tell(told: _Told, what: str, name: str) -> None:
-    """One note for each kind of thing, not one for each file; a file that is read for two images counts once."""
+    """One note for each kind of thing, not one for each file; a file that is read for two images
+    counts once.
+    """
     told.setdefault(what, {})[name] = None
 
 
@@ -144,7 +177,9 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _read_text(path: Path, folder: Path, told: _Told) -> str:
-    """The text of a caption file; what is not UTF-8 is read as UTF-16 (if marked so) or Latin-1, with a note."""
+    """The text of a caption file; what is not UTF-8 is read as UTF-16 (if marked so) or Latin-1,
+    with a note.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -154,7 +189,9 @@ def _read_text(path: Path, folder: Path, told: _Told) -> str:
             "change its permissions, or remove it",
         ) from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        _tell(told, "caption files are read as UTF-16; UTF-8 is expected", relative_id(path, folder))
+        _tell(
+            told, "caption files are read as UTF-16; UTF-8 is expected", relative_id(path, folder)
+        )
         return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
@@ -164,18 +201,36 @@ def _read_text(path: Path, folder: Path, told: _Told) -> str:
 
 
 def _add_metadata(
-    captions: dict[Path, str], path: Path, folder: Path, files: Sequence[Path], other: Path | None, told: _Told
+    captions: dict[Path, str],
+    path: Path,
+    folder: Path,
+    files: Sequence[Path],
+    other: Path | None,
+    told: _Told,
 ) -> None:
-    """Add the captions of one metadata.jsonl. Names are looked up among the images found, never opened as paths."""
+    """Add the captions of one metadata.jsonl.
+
+    Names are looked up among the images found, never opened as paths.
+    """
     near = [image for image in files if image.is_relative_to(path.parent)]
     exact = {image.relative_to(path.parent).as_posix(): image for image in near}
     composed = {_composed(name): image for name, image in exact.items()}
     for where, name, text in _lines(path, folder, told):
         image = exact.get(name) or composed.get(_composed(name))
-        if image is None and other is not None and _is_below(path.parent / posixpath.dirname(name), other):
-            _tell(told, f"lines of {METADATA_NAME} are for images in {other}", name.encode("utf-8", "backslashreplace").decode())
+        if (
+            image is None
+            and other is not None
+            and _is_below(path.parent / posixpath.dirname(name), other)
+        ):
+            _tell(
+                told,
+                f"lines of {METADATA_NAME} are for images in {other}",
+                name.encode("utf-8", "backslashreplace").decode(),
+            )
         elif image is None:
-            raise _line_error(where, f"{_shown(name)} is not among the images found below {path.parent}")
+            raise _line_error(
+                where, f"{_shown(name)} is not among the images found below {path.parent}"
+            )
         elif image in captions:
             raise _line_error(where, f"{_shown(name)} has a caption already")
         else:
@@ -183,7 +238,9 @@ def _add_metadata(
 
 
 def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict[Path, str]:
-    """The captions that metadata.jsonl in `other` holds for images in `folder`; its other lines are for its own images."""
+    """The captions that metadata.jsonl in `other` holds for images in `folder`; its other lines are
+    for its own images.
+    """
     # By real folders, since the way to `folder` may be spelled otherwise here, or be a link.
     real = functools.cache(_real)
     exact = {(real(image.parent), image.name): image for image in files}
@@ -196,7 +253,9 @@ def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict
             place, last = real(path.parent / posixpath.dirname(name)), posixpath.basename(name)
             image = exact.get((place, last)) or composed.get((place, _composed(last)))
             if image is None and _is_below(place, folder):
-                raise _line_error(where, f"{_shown(name)} is not among the images found below {folder}")
+                raise _line_error(
+                    where, f"{_shown(name)} is not among the images found below {folder}"
+                )
             if image is not None and image in captions:
                 raise _line_error(where, f"{_shown(name)} has a caption already")
             if image is not None:
@@ -206,7 +265,8 @@ def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict
 
 def _lines(path: Path, folder: Path, told: _Told) -> Iterator[tuple[str, str, str]]:
     """Where it stands, the name and the text of each line of a metadata.jsonl below `folder`."""
-    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside a string.
+    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside
+    # a string.
     for number, line in enumerate(_read_text(path, folder, told).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -237,7 +297,8 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
             raise _line_error(where, f'no key "{key}"')
         if not isinstance(entry[key], str):
             raise _line_error(where, f'"{key}" is a {type(entry[key]).__name__}, not a string')
-    # Half of a surrogate pair passes as JSON, and would stop the tokenizer and every file it is written to later.
+    # Half of a surrogate pair passes as JSON, and would stop the tokenizer and every file it is
+    # written to later.
     if any("\ud800" <= character <= "\udfff" for character in entry["text"]):
         raise _line_error(where, '"text" holds half of a Unicode surrogate pair')
     return entry["file_name"], entry["text"]
@@ -265,15 +326,23 @@ def _shown(name: str) -> str:
 
 
 def _match_sidecars(
-    folder: Path, files: Sequence[Path], metadata: Mapping[Path, str], present: Sequence[Path], told: _Told
+    folder: Path,
+    files: Sequence[Path],
+    metadata: Mapping[Path, str],
+    present: Sequence[Path],
+    told: _Told,
 ) -> _Sidecars:
-    """Note the .txt and .caption files that are for no image; an error if that is all of them and captions are needed."""
+    """Note the .txt and .caption files that are for no image; an error if that is all of them and
+    captions are needed.
+    """
     exact = {(path.with_suffix(""), path.suffix.lower()): path for path in reversed(present)}
     composed = {(_composed_stem(path), path.suffix.lower()): path for path in reversed(present)}
     found: dict[tuple[Path, str], Path] = {}
     for image in files:
         for suffix in CAPTION_SUFFIXES:
-            path = exact.get((image.with_suffix(""), suffix)) or composed.get((_composed_stem(image), suffix))
+            path = exact.get((image.with_suffix(""), suffix)) or composed.get(
+                (_composed_stem(image), suffix)
+            )
             if path is not None:
                 found[image, suffix] = path
     stems, matched = {_composed_stem(image) for image in files}, set(found.values())
@@ -281,13 +350,18 @@ def _match_sidecars(
     for path in present:
         if _composed_stem(path) in stems:
             if path not in matched:
-                _tell(told, "caption files are not read: another has the same name", relative_id(path, folder))
+                _tell(
+                    told,
+                    "caption files are not read: another has the same name",
+                    relative_id(path, folder),
+                )
         elif path.stem.lower() not in _PAPERS:
             lonely.append(relative_id(path, folder))
             _tell(told, "caption files match no image", lonely[-1])
     if lonely and not matched and any(image not in metadata for image in files):
         raise DataError(
-            f"{len(lonely)} caption files in {folder}, and none has the name of an image: {listed(lonely)}",
+            f"{len(lonely)} caption files in {folder}, and none has the name of an image: "
+            f"{listed(lonely)}",
             "a.txt or a.caption in the same folder as a.png",
             "rename or move them, or take them out of the folder",
         )
@@ -298,7 +372,9 @@ def _composed_stem(path: Path) -> Path:
     return path.with_name(_composed(path.stem))
 
 
-def _own_caption(folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, told: _Told) -> Caption | None:
+def _own_caption(
+    folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, told: _Told
+) -> Caption | None:
     """The first source with text; an empty one is noted and passed over."""
     if image in metadata:
         if text := metadata[image].strip():
@@ -314,16 +390,24 @@ def _own_caption(folder: Path, image: Path, metadata: Mapping[Path, str], sideca
     return None
 
 
-def _with_trigger(captions: dict[Path, Caption], trigger: str | None, folder: Path, notes: list[str]) -> dict[Path, Caption]:
+def _with_trigger(
+    captions: dict[Path, Caption], trigger: str | None, folder: Path, notes: list[str]
+) -> dict[Path, Caption]:
     marked = [image for image, caption in captions.items() if PLACEHOLDER in caption.text]
     if not trigger:
         if marked:
             raise DataError(
-                f"{PLACEHOLDER} in the caption of {marked[0]} ({len(marked)} in all), and no trigger",
+                f"{PLACEHOLDER} in the caption of {marked[0]} ({len(marked)} in all), and no "
+                "trigger",
                 f"a word to put in place of {PLACEHOLDER}",
                 "pass --trigger WORD, or take the placeholder out of the captions",
             )
         return captions
     if not marked:
-        notes.append(f"the trigger {_shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}")
-    return {image: Caption(caption.text.replace(PLACEHOLDER, trigger), caption.source) for image, caption in captions.items()}
+        notes.append(
+            f"the trigger {_shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}"
+        )
+    return {
+        image: Caption(caption.text.replace(PLACEHOLDER, trigger), caption.source)
+        for image, caption in captions.items()
+    }

@@ -1,12 +1,12 @@
 """The training objective of Stable Diffusion 3.5: rectified flow with plain velocity regression.
 
-    noisy    = (1 - sigma) · latents + sigma · noise          sigma in [0, 1], 1 is pure noise
-    velocity = noise - latents                                what the transformer predicts at timestep 1000 · sigma
-    loss     = mean over channels and pixels of (prediction - velocity)²           one number per example
+    noisy    = (1 - sigma) · latents + sigma · noise    sigma in [0, 1], 1 is pure noise
+    velocity = noise - latents                          the target at timestep 1000 · sigma
+    loss     = mean over channels and pixels of (prediction - velocity)²    one per example
 
-Noise and sigma are arguments, drawn once a step, so that both forwards of a two-point estimate see the same ones. The DDPM
-noising of the paper's released script is a different objective than the one SD3.5 was trained with, and is not offered.
-"""
+Noise and sigma are arguments, drawn once a step, so that both forwards of a two-point estimate see
+the same ones. The DDPM noising of the paper's released script is a different objective than the one
+SD3.5 was trained with, and is not offered."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Batch:
     """Everything one evaluation of the loss needs.
 
     latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
-    prompt_embeds [B, T, D], pooled [B, P]. regions: how many losses an example has, one for each equally long run of its patches.
-    """
+    prompt_embeds [B, T, D], pooled [B, P]. regions: how many losses an example has, one for each
+    equally long run of its patches."""
 
     latents: Tensor
     noise: Tensor
@@ -62,18 +62,25 @@ class Batch:
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """The time shift of SD3 (arXiv 2403.03206, equation 23): `shift` > 1 moves levels towards pure noise, 1 is the identity."""
+    """The time shift of SD3 (arXiv 2403.03206, equation 23): `shift` > 1 moves levels towards pure
+    noise, 1 is the identity.
+    """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def sample_sigmas(
-    count: int, generator: torch.Generator, *, distribution: SigmaDistribution = "uniform", shift: float = 1.0
+    count: int,
+    generator: torch.Generator,
+    *,
+    distribution: SigmaDistribution = "uniform",
+    shift: float = 1.0,
 ) -> Tensor:
-    """Noise levels [count], stratified: one from each of `count` equal slices of the distribution, in random order.
+    """Noise levels [count], stratified: one from each of `count` equal slices of the distribution,
+    in random order.
 
-    Stratifying takes most of the variance of sigma out of a batch's loss without changing its mean. "logit_normal" is the
-    standard logit-normal, median 0.5 at shift 1; diffusers' scripts bake shift 3 in (median 0.75). Name the shift.
-    """
+    Stratifying takes most of the variance of sigma out of a batch's loss without changing its mean.
+    "logit_normal" is the standard logit-normal, median 0.5 at shift 1; diffusers' scripts bake
+    shift 3 in (median 0.75). Name the shift."""
     strata = torch.randperm(count, generator=generator).double()
     quantile = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
     if distribution == "logit_normal":
@@ -86,7 +93,9 @@ PATCH = 2  # the side in latents of what the transformer sees as one token
 
 
 def divisor_up_to(wanted: int, tokens: int) -> int:
-    """The largest number of equally long runs, at most `wanted`, that `tokens` can be divided into."""
+    """The largest number of equally long runs, at most `wanted`, that `tokens` can be divided
+    into.
+    """
     return max(count for count in range(1, min(wanted, tokens) + 1) if tokens % count == 0)
 
 
@@ -96,7 +105,8 @@ def patches(latents: Tensor) -> int:
 
 
 def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """One loss per example, [B] fp32, or per region, [B, R]. The transformer runs in `dtype`; noising and squared error are fp32.
+    """One loss per example, [B] fp32, or per region, [B, R]. The transformer runs in `dtype`;
+    noising and squared error are fp32.
 
     Args:
         transformer: called like diffusers' `SD3Transformer2DModel`.
@@ -113,5 +123,6 @@ def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
     error = (prediction.float() - (batch.noise - batch.latents)).square()
     if batch.regions == 1:
         return error.flatten(1).mean(1)
-    of_patches = F.avg_pool2d(error.mean(1, keepdim=True), PATCH).flatten(1)  # row by row, as the transformer's tokens are
+    # row by row, as the transformer's tokens are
+    of_patches = F.avg_pool2d(error.mean(1, keepdim=True), PATCH).flatten(1)
     return of_patches.view(len(batch), batch.regions, -1).mean(2)

@@ -1,8 +1,8 @@
 """From a file of unknown origin to RGB pixels, or a reason why not.
 
-Everything that a folder from the wild holds is either converted, with a note that says so, or refused as a `BadImage`
-with a reason. Sizes are judged from the header, before any pixel is decoded, so a decompression bomb costs nothing.
-"""
+Everything that a folder from the wild holds is either converted, with a note that says so, or
+refused as a `BadImage` with a reason. Sizes are judged from the header, before any pixel is
+decoded, so a decompression bomb costs nothing."""
 
 import warnings
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from torchvision.transforms.v2 import functional
 
 from qzo_diffusion.core.errors import DataError
 
-# Formats are named because Pillow would otherwise try all it knows, and some of those start other programs.
+# Formats are named because Pillow would otherwise try all it knows, and some of those start other
+# programs.
 _FORMATS = {
     "PNG": (".png",),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -27,7 +28,8 @@ _FORMATS = {
     **({"AVIF": (".avif",)} if "avif" in features.modules and features.check("avif") else {}),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
-# Pictures as well, in formats that are not read: to pass them over as other files would lose them unseen.
+# Pictures as well, in formats that are not read: to pass them over as other files would lose them
+# unseen.
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jp2", ".tga", ".jxl", ".avif"}) - IMAGE_SUFFIXES
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 16
@@ -76,12 +78,15 @@ class OpenedImage:
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the name ends as a picture's does, formats that are not read included; `open_image` judges the content."""
+    """Whether the name ends as a picture's does, formats that are not read included; `open_image`
+    judges the content.
+    """
     return path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
 
 
 def open_image(path: Path) -> OpenedImage:
-    """Decode a file to RGB: EXIF rotation applied, transparency laid over white, the first frame of an animation.
+    """Decode a file to RGB: EXIF rotation applied, transparency laid over white, the first frame of
+    an animation.
 
     Raises:
         BadImage: not an image, damaged, too small, or too large to be decoded safely.
@@ -96,7 +101,8 @@ def open_image(path: Path) -> OpenedImage:
                 notes = _notes_from_header(image)
                 rotated = _note_rotation(image, notes)
                 image.load()
-                # Asked again: Pillow turns TIFFs by itself in `load`, and then drops the tag, so that none is left to do.
+                # Asked again: Pillow turns TIFFs by itself in `load`, and then drops the tag, so
+                # that none is left to do.
                 turn = _turn(image) if rotated else None
                 rgb = _to_rgb(image, path, notes)
         except BadImage:
@@ -105,9 +111,14 @@ def open_image(path: Path) -> OpenedImage:
             raise BadImage(f"too large to decode: {error}", path) from error
         except UnidentifiedImageError as error:
             empty = "an empty file (0 bytes)" if path.stat().st_size == 0 else None
-            raise BadImage(empty or _unread_format(path) or "not an image, by its content", path) from error
-        except Exception as error:  # Decoders of damaged bytes raise nearly everything: struct.error, IndexError, ...
-            reason = _unread_format(path) or f"damaged or truncated ({type(error).__name__}: {error})"
+            raise BadImage(
+                empty or _unread_format(path) or "not an image, by its content", path
+            ) from error
+        except Exception as error:
+            # Decoders of damaged bytes raise nearly everything: struct.error, IndexError, ...
+            reason = (
+                _unread_format(path) or f"damaged or truncated ({type(error).__name__}: {error})"
+            )
             raise BadImage(reason, path) from error
     if turn is not None:
         rgb = rgb.transpose(turn)
@@ -116,18 +127,27 @@ def open_image(path: Path) -> OpenedImage:
 
 
 def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor:
-    """The image as float32 [3, height, width] in [-1, 1], covering the given size and cut at its centre.
+    """The image as float32 [3, height, width] in [-1, 1], covering the given size and cut at its
+    centre.
 
     Raises:
         BadImage: as `open_image`.
     """
     image = open_image(path).image
     pixels = functional.pil_to_tensor(image)
-    # Cut first, resize second: the same picture up to half a source pixel, but a 20,000 x 16 strip stays small.
+    # Cut first, resize second: the same picture up to half a source pixel, but a 20,000 x 16 strip
+    # stays small.
     cut_width, cut_height = _cover(image.width, image.height, width, height)
     top, left = (image.height - cut_height) // 2, (image.width - cut_width) // 2
     pixels = functional.resized_crop(
-        pixels, top, left, cut_height, cut_width, [height, width], InterpolationMode.BICUBIC, antialias=True
+        pixels,
+        top,
+        left,
+        cut_height,
+        cut_width,
+        [height, width],
+        InterpolationMode.BICUBIC,
+        antialias=True,
     )
     if flip:
         pixels = functional.horizontal_flip(pixels)
@@ -156,14 +176,20 @@ def _notes_from_header(image: Image.Image) -> list[str]:
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         notes.append(f"first of {frames} frames")
-    # Pillow reduces 16-bit colour to 8 bits by itself; only the raw mode of the undecoded tiles still tells.
-    if image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile) for tile in getattr(image, "tile", ())):
+    # Pillow reduces 16-bit colour to 8 bits by itself; only the raw mode of the undecoded tiles
+    # still tells.
+    if image.mode in ("RGB", "RGBA", "LA") and any(
+        ";16" in str(tile) for tile in getattr(image, "tile", ())
+    ):
         notes.append("converted from 16 bits a channel")
     return notes
 
 
 def _note_rotation(image: Image.Image, notes: list[str]) -> bool:
-    """Whether the file says that it must be turned. Damaged EXIF data is no reason to lose a picture."""
+    """Whether the file says that it must be turned.
+
+    Damaged EXIF data is no reason to lose a picture.
+    """
     try:
         rotated = _turn(image) is not None
     except Exception as error:  # As in open_image: a parser of damaged bytes.
@@ -181,7 +207,11 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 def _unread_format(path: Path) -> str | None:
     suffix = path.suffix.lower()
-    return f"{suffix} is a format that is not read; convert it to PNG or JPEG" if suffix in UNREAD_SUFFIXES else None
+    return (
+        f"{suffix} is a format that is not read; convert it to PNG or JPEG"
+        if suffix in UNREAD_SUFFIXES
+        else None
+    )
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -189,7 +219,9 @@ def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
         return image.copy()
     if image.mode in ("I", "F"):
         # 32-bit samples have no agreed white, so any scale would be a guess.
-        raise BadImage(f"32-bit samples (mode {image.mode}); save it with 8 or 16 bits a channel", path)
+        raise BadImage(
+            f"32-bit samples (mode {image.mode}); save it with 8 or 16 bits a channel", path
+        )
     if image.mode.startswith("I;16"):
         notes.append("converted from 16-bit grey")
         return _from_16_bit(image)
@@ -200,7 +232,9 @@ def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Scale 0..65535 to 0..255, to the nearest; Pillow's own conversion clips at 255 and leaves a white picture."""
+    """Scale 0..65535 to 0..255, to the nearest; Pillow's own conversion clips at 255 and leaves a
+    white picture.
+    """
     values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
 

@@ -1,8 +1,8 @@
 """Every image through the VAE once, before training; then the VAE can be freed.
 
-Latents are found by sample id and in the cache by the bytes of the file, never by position or step, so that an image
-added to the folder or a run that is resumed cannot pair one picture with the caption of another.
-"""
+Latents are found by sample id and in the cache by the bytes of the file, never by position or step,
+so that an image added to the folder or a run that is resumed cannot pair one picture with the
+caption of another."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.images import load_pixels
 from qzo_diffusion.diffusion.style_folder import Sample
 
-# Raised whenever `load_pixels` or the file layout gives other numbers, so that old entries are not hit.
-# 2: rotated TIFFs were turned twice before.
+# Raised whenever `load_pixels` or the file layout gives other numbers, so that old entries are not
+# hit. 2: rotated TIFFs were turned twice before.
 FORMAT_VERSION = 2
 
 
@@ -26,7 +26,10 @@ class LatentSet:
     by_key: Mapping[tuple[str, bool], torch.Tensor]
 
     def latents(self, sample_id: str, flipped: bool) -> torch.Tensor:
-        """[channels, height / 8, width / 8] of a sample. KeyError for an id or a mirror image that was not encoded."""
+        """[channels, height / 8, width / 8] of a sample.
+
+        KeyError for an id or a mirror image that was not encoded.
+        """
         return self.by_key[sample_id, flipped]
 
 
@@ -40,11 +43,12 @@ def encode_samples(
     flip: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentSet:
-    """Latents of every sample, and of its mirror image if `flip`; from the cache where they are known.
+    """Latents of every sample, and of its mirror image if `flip`; from the cache where they are
+    known.
 
     Args:
-        encode: float32 [1, 3, height, width] in [-1, 1] to latents [1, channels, h, w]; called without gradients, one
-            image at a time, and not at all when everything is cached.
+        encode: float32 [1, 3, height, width] in [-1, 1] to latents [1, channels, h, w]; called
+            without gradients, one image at a time, and not at all when everything is cached.
         encoder_id: names the encoder and its weights.
         dtype: the precision in which the encoder computes, such as "bfloat16"; part of the key.
         progress: called with (done, total) after each image.
@@ -54,7 +58,9 @@ def encode_samples(
         ModelError: the encoder gave NaN or infinite latents.
         OutputError: the cache cannot be written.
     """
-    wanted = [(sample, flipped) for sample in samples for flipped in ((False, True) if flip else (False,))]
+    wanted = [
+        (sample, flipped) for sample in samples for flipped in ((False, True) if flip else (False,))
+    ]
     found: dict[tuple[str, bool], torch.Tensor] = {}
     for done, (sample, flipped) in enumerate(wanted, start=1):
         key = _key(sample, flipped, encoder_id, dtype)
@@ -68,7 +74,9 @@ def encode_samples(
     return LatentSet(found)
 
 
-def _key(sample: Sample, flipped: bool, encoder_id: str, dtype: str) -> dict[str, str | int | float | bool]:
+def _key(
+    sample: Sample, flipped: bool, encoder_id: str, dtype: str
+) -> dict[str, str | int | float | bool]:
     return {
         "kind": "latents",
         "version": FORMAT_VERSION,
@@ -81,13 +89,19 @@ def _key(sample: Sample, flipped: bool, encoder_id: str, dtype: str) -> dict[str
     }
 
 
-def _encode_one(sample: Sample, flipped: bool, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _encode_one(
+    sample: Sample, flipped: bool, encode: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     pixels = load_pixels(sample.path, sample.width, sample.height, flipped)
-    # no_grad, not inference_mode: first-order training must be able to keep the result for its backward pass.
+    # no_grad, not inference_mode: first-order training must be able to keep the result for its
+    # backward pass.
     with torch.no_grad():
         latents = encode(pixels[None])
     if latents.ndim != 4 or latents.shape[0] != 1:
-        raise ValueError(f"the encoder gave {tuple(latents.shape)} for one image, not [1, channels, height, width]")
+        raise ValueError(
+            f"the encoder gave {tuple(latents.shape)} for one image, not [1, channels, height, "
+            "width]"
+        )
     if not torch.isfinite(latents).all():
         raise ModelError(
             f"NaN or infinite latents for {sample.path}",

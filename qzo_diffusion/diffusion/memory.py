@@ -1,7 +1,7 @@
 """How much memory each phase of a run will need, from configs and headers alone.
 
-Weights are counted; what a forward holds is a formula over tokens and widths. Its factors were measured on a CPU, and a test holds
-the whole against the measured peak.
+Weights are counted; what a forward holds is a formula over tokens and widths. Its factors were
+measured on a CPU, and a test holds the whole against the measured peak.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,16 @@ from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import Entry
 
-LIBRARIES = {"cpu": 0.87e9, "cuda": 0.6e9}  # bytes of a process that has imported everything; of a CUDA context
-HIDDEN_STATES = 16  # tensors of all tokens that are alive at the peak of a block: residuals, norms, q, k, v apart and together
-FULL_SIZE_MAPS = {"encode": 2.7, "decode": 5.2}  # maps of the VAE's widest full-size layer alive at its peak
-QUANTIZING = 32e6  # bytes of passing tensors while a part of a weight is quantized on the CPU; a GPU does a weight at once
+# bytes of a process that has imported everything; of a CUDA context
+LIBRARIES = {"cpu": 0.87e9, "cuda": 0.6e9}
+# tensors of all tokens that are alive at the peak of a block: residuals, norms, q, k, v apart and
+# together
+HIDDEN_STATES = 16
+# maps of the VAE's widest full-size layer alive at its peak
+FULL_SIZE_MAPS = {"encode": 2.7, "decode": 5.2}
+# bytes of passing tensors while a part of a weight is quantized on the CPU; a GPU does a weight at
+# once
+QUANTIZING = 32e6
 STATE = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers an optimizer keeps for each trained one
 CLIP_TOKENS = 77
 
@@ -38,16 +44,23 @@ class ModelSize:
     width: int
 
     @classmethod
-    def of(cls, model: nn.Module, how: Quantization, dtype: torch.dtype, width: int = 0) -> "ModelSize":
+    def of(
+        cls, model: nn.Module, how: Quantization, dtype: torch.dtype, width: int = 0
+    ) -> "ModelSize":
         """Of a model on the meta device that will be quantized."""
         chosen = dict(linears_to_quantize(model, how.skip, how.columns))
-        of_rows, blocksize = how.quant_type in ("int8", "fp8"), how.blocksize  # a byte a weight and a scale an output
+        # a byte a weight and a scale an output
+        of_rows, blocksize = how.quant_type in ("int8", "fp8"), how.blocksize
         quantized = {id(linear.weight) for linear in chosen.values()}
         plain = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantized]
         numel = sum(linear.weight.numel() for linear in chosen.values())
         rows = sum(linear.out_features for linear in chosen.values())
         scales = rows if of_rows else numel // blocksize
-        weights = numel / (1 if of_rows else 2) + 4 * scales + sum(tensor.numel() for tensor in plain) * dtype.itemsize
+        weights = (
+            numel / (1 if of_rows else 2)
+            + 4 * scales
+            + sum(tensor.numel() for tensor in plain) * dtype.itemsize
+        )
         return cls(
             weights,
             scales,
@@ -72,7 +85,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All phases of a run on one device; `available` bytes are free for it, None where that is not known."""
+    """All phases of a run on one device; `available` bytes are free for it, None where that is not
+    known.
+    """
 
     phases: list[Phase]
     device: str
@@ -90,29 +105,52 @@ class MemoryPlan:
     def describe(self) -> str:
         lines = [f"memory    {'phase':8} {'GB':>6}   on {self.device}"]
         for phase in self.phases:
-            parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in phase.parts.items() if size >= 5e6)
+            parts = ", ".join(
+                f"{name} {size / 1e9:.2f}" for name, size in phase.parts.items() if size >= 5e6
+            )
             lines.append(f"          {phase.name:8} {phase.total / 1e9:6.2f}   {parts}")
         if self.available is not None:
-            lines.append(f"          free     {self.available / 1e9:6.2f}   {'enough' if self.fits else 'TOO LITTLE'}")
+            lines.append(
+                f"          free     {self.available / 1e9:6.2f}   "
+                f"{'enough' if self.fits else 'TOO LITTLE'}"
+            )
         if not self.fits:
             nothing = "no setting makes it fit; use a larger device or a smaller model"
-            lines.append(f"          change   {' '.join(self.changes)}" if self.changes else f"          {nothing}")
+            lines.append(
+                f"          change   {' '.join(self.changes)}"
+                if self.changes
+                else f"          {nothing}"
+            )
         return "\n".join(lines)
 
     def facts(self) -> dict[str, Any]:
         """For `--json`."""
-        phases = {phase.name: {name: round(size / 1e9, 3) for name, size in phase.parts.items()} for phase in self.phases}
-        return {"phases_gb": phases, "peak_gb": round(self.peak / 1e9, 3), "fits": self.fits, "changes": self.changes}
+        phases = {
+            phase.name: {name: round(size / 1e9, 3) for name, size in phase.parts.items()}
+            for phase in self.phases
+        }
+        return {
+            "phases_gb": phases,
+            "peak_gb": round(self.peak / 1e9, 3),
+            "fits": self.fits,
+            "changes": self.changes,
+        }
 
 
-def forward_bytes(size: ModelSize, image_tokens: int, text_tokens: int, batch: int, dtype: torch.dtype) -> float:
-    """What one forward of the transformer holds beside its weights: hidden states, and the largest weight dequantized."""
+def forward_bytes(
+    size: ModelSize, image_tokens: int, text_tokens: int, batch: int, dtype: torch.dtype
+) -> float:
+    """What one forward of the transformer holds beside its weights: hidden states, and the largest
+    weight dequantized.
+    """
     hidden = HIDDEN_STATES * batch * (image_tokens + text_tokens) * size.width * dtype.itemsize
     return hidden + size.largest * dtype.itemsize
 
 
 def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
-    """What a step shows beside a forward: the changed scales or codes of some layers, and what they are made with."""
+    """What a step shows beside a forward: the changed scales or codes of some layers, and what they
+    are made with.
+    """
     if parametrization == "codes":
         return max(size.largest, SHOWN_AT_ONCE) + 6 * 4.0 * BLOCK
     return 3 * 4.0 * min(size.scales, shown_at_once(size.scales, device))
@@ -120,14 +158,22 @@ def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
 
 def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:
     """Trained numbers and their optimizer's state. Dense numbers are the scales themselves."""
-    own = {"layer": 0, "row": size.rows, "column": size.block_columns, "separable": size.rows + size.block_columns, "dense": 0}
+    own = {
+        "layer": 0,
+        "row": size.rows,
+        "column": size.block_columns,
+        "separable": size.rows + size.block_columns,
+        "dense": 0,
+    }
     if parametrization == "codes":
         return 0.0
     count = size.scales if parametrization == "dense" else own[parametrization]
     return 4.0 * (own[parametrization] + STATE[optimizer] * count)
 
 
-def vae_bytes(config: Mapping[str, Any], direction: str, width: int, height: int, tile: int | None) -> float:
+def vae_bytes(
+    config: Mapping[str, Any], direction: str, width: int, height: int, tile: int | None
+) -> float:
     """What encoding or decoding one image holds beside the VAE, in fp32."""
     pixels = min(width, tile or width) * min(height, tile or height)
     channels = config["block_out_channels"][min(1, len(config["block_out_channels"]) - 1)]
@@ -136,28 +182,49 @@ def vae_bytes(config: Mapping[str, Any], direction: str, width: int, height: int
 
 def stored_bytes(entries: Mapping[str, Entry], dtype: torch.dtype) -> float:
     """A model as it is on disk, in `dtype`."""
-    return sum(entry.nbytes // entry.dtype.itemsize * dtype.itemsize for entry in entries.values() if entry.dtype.is_floating_point)
+    return sum(
+        entry.nbytes // entry.dtype.itemsize * dtype.itemsize
+        for entry in entries.values()
+        if entry.dtype.is_floating_point
+    )
 
 
-def reading_bytes(entries: Mapping[str, Entry], dtype: torch.dtype, device: str, largest: int) -> float:
-    """What passes through memory while a model is loaded: its largest tensor, cast where it must be, and its quantization."""
+def reading_bytes(
+    entries: Mapping[str, Entry], dtype: torch.dtype, device: str, largest: int
+) -> float:
+    """What passes through memory while a model is loaded: its largest tensor, cast where it must
+    be, and its quantization.
+    """
     tensor = max(entry.nbytes for entry in entries.values())
-    floats = [entry.nbytes // entry.dtype.itemsize for entry in entries.values() if entry.dtype not in (dtype, torch.uint8)]
+    floats = [
+        entry.nbytes // entry.dtype.itemsize
+        for entry in entries.values()
+        if entry.dtype not in (dtype, torch.uint8)
+    ]
     cast = max(floats, default=0) * dtype.itemsize
     return tensor + cast + (QUANTIZING if device == "cpu" else 6 * 4.0 * largest)
 
 
-def least_bytes(size: ModelSize, entries: Mapping[str, Entry], dtype: torch.dtype, device: str) -> float:
-    """What any run needs, whatever its settings: the libraries, the 4-bit weights and the reading of them."""
+def least_bytes(
+    size: ModelSize, entries: Mapping[str, Entry], dtype: torch.dtype, device: str
+) -> float:
+    """What any run needs, whatever its settings: the libraries, the 4-bit weights and the reading
+    of them.
+    """
     return LIBRARIES[device] + size.weights + reading_bytes(entries, dtype, device, size.largest)
 
 
 def available_bytes(device: torch.device) -> float | None:
-    """Free for this process: on a GPU what it says, on a CPU what Linux says and what the process holds already."""
+    """Free for this process: on a GPU what it says, on a CPU what Linux says and what the process
+    holds already.
+    """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0]) + LIBRARIES["cuda"]
     try:
-        facts = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        facts = dict(
+            line.split(":", 1)
+            for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        )
         own = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * 4096
         return int(facts["MemAvailable"].split()[0]) * 1024.0 + own
     except (OSError, KeyError, ValueError, IndexError):

@@ -1,9 +1,10 @@
-"""The single-file layout that Stability AI publishes SD3 and SD3.5 in, which ComfyUI and sd-scripts read, and diffusers' own.
+"""The single-file layout that Stability AI publishes SD3 and SD3.5 in, which ComfyUI and sd-scripts
+read, and diffusers' own.
 
-Both name the same numbers. Differences: `attn.qkv` is q, k and v of diffusers one below the other; the final modulation
-(`final_layer.adaLN_modulation`, and the text side of the last block, which has no feed-forward) has shift before scale where
-diffusers has scale before shift. One table, read in both directions.
-"""
+Both name the same numbers. Differences: `attn.qkv` is q, k and v of diffusers one below the other;
+the final modulation (`final_layer.adaLN_modulation`, and the text side of the last block, which has
+no feed-forward) has shift before scale where diffusers has scale before shift. One table, read in
+both directions."""
 
 import math
 import re
@@ -23,13 +24,17 @@ _BLOCK = "joint_blocks.0.x_block.attn."
 
 @dataclass(frozen=True)
 class Pieces:
-    """Diffusers' names of what one original tensor holds, top to bottom; `swapped`: its halves lie in the other order."""
+    """Diffusers' names of what one original tensor holds, top to bottom; `swapped`: its halves lie
+    in the other order.
+    """
 
     names: tuple[str, ...]
     swapped: bool = False
 
 
-def layout(num_layers: int, dual_attention_layers: Iterable[int], qk_norm: bool) -> dict[str, Pieces]:
+def layout(
+    num_layers: int, dual_attention_layers: Iterable[int], qk_norm: bool
+) -> dict[str, Pieces]:
     """Original name (without prefix) -> what it holds, for a transformer of that shape."""
     table = {"pos_embed": Pieces(("pos_embed.pos_embed",))}
     outside = {
@@ -42,7 +47,9 @@ def layout(num_layers: int, dual_attention_layers: Iterable[int], qk_norm: bool)
         "final_layer.linear": "proj_out",
     }
     table |= _with_bias((original, Pieces((ours,))) for original, ours in outside.items())
-    table |= _with_bias([("final_layer.adaLN_modulation.1", Pieces(("norm_out.linear",), swapped=True))])
+    table |= _with_bias(
+        [("final_layer.adaLN_modulation.1", Pieces(("norm_out.linear",), swapped=True))]
+    )
     dual = set(dual_attention_layers)
     for index in range(num_layers):
         table |= _block(index, last=index == num_layers - 1, dual=index in dual, qk_norm=qk_norm)
@@ -50,7 +57,11 @@ def layout(num_layers: int, dual_attention_layers: Iterable[int], qk_norm: bool)
 
 
 def _block(index: int, *, last: bool, dual: bool, qk_norm: bool) -> dict[str, Pieces]:
-    image, text, ours = (f"joint_blocks.{index}.x_block", f"joint_blocks.{index}.context_block", f"transformer_blocks.{index}")
+    image, text, ours = (
+        f"joint_blocks.{index}.x_block",
+        f"joint_blocks.{index}.context_block",
+        f"transformer_blocks.{index}",
+    )
     pairs = [
         (f"{image}.attn.qkv", Pieces(tuple(f"{ours}.attn.to_{part}" for part in "qkv"))),
         (f"{text}.attn.qkv", Pieces(tuple(f"{ours}.attn.add_{part}_proj" for part in "qkv"))),
@@ -75,13 +86,17 @@ def _block(index: int, *, last: bool, dual: bool, qk_norm: bool) -> dict[str, Pi
         norms.append((f"{image}.attn2", f"{ours}.attn2.norm_"))
     table = _with_bias(pairs)
     for original, mine in norms if qk_norm else ():
-        table |= {f"{original}.ln_{part}.weight": Pieces((f"{mine}{part}.weight",)) for part in "qk"}
+        table |= {
+            f"{original}.ln_{part}.weight": Pieces((f"{mine}{part}.weight",)) for part in "qk"
+        }
     return table
 
 
 def _with_bias(pairs: Iterable[tuple[str, Pieces]]) -> dict[str, Pieces]:
     return {
-        f"{original}.{kind}": Pieces(tuple(f"{name}.{kind}" for name in pieces.names), pieces.swapped)
+        f"{original}.{kind}": Pieces(
+            tuple(f"{name}.{kind}" for name in pieces.names), pieces.swapped
+        )
         for original, pieces in pairs
         for kind in ("weight", "bias")
     }
@@ -92,7 +107,8 @@ def is_original(names: Iterable[str]) -> bool:
 
 
 def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """The config of diffusers' SD3Transformer2DModel for a checkpoint in the original layout, read off its shapes.
+    """The config of diffusers' SD3Transformer2DModel for a checkpoint in the original layout, read
+    off its shapes.
 
     Raises:
         ModelError: it is not an SD3 transformer.
@@ -102,7 +118,9 @@ def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
         width = names["x_embedder.proj.weight"].shape[0]
         patch = names["x_embedder.proj.weight"].shape[2]
         head = names[_BLOCK + "ln_q.weight"].shape[0] if _BLOCK + "ln_q.weight" in names else 64
-        blocks = {int(found[1]) for name in names if (found := re.match(r"joint_blocks\.(\d+)\.", name))}
+        blocks = {
+            int(found[1]) for name in names if (found := re.match(r"joint_blocks\.(\d+)\.", name))
+        }
         return {
             "sample_size": 128,
             "patch_size": patch,
@@ -115,7 +133,11 @@ def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
             "caption_projection_dim": names["context_embedder.weight"].shape[0],
             "pooled_projection_dim": names["y_embedder.mlp.0.weight"].shape[1],
             "pos_embed_max_size": math.isqrt(names["pos_embed"].shape[1]),
-            "dual_attention_layers": sorted(block for block in blocks if f"joint_blocks.{block}.x_block.attn2.qkv.weight" in names),
+            "dual_attention_layers": sorted(
+                block
+                for block in blocks
+                if f"joint_blocks.{block}.x_block.attn2.qkv.weight" in names
+            ),
             "qk_norm": "rms_norm" if _BLOCK + "ln_q.weight" in names else None,
         }
     except (KeyError, IndexError, ZeroDivisionError) as error:
@@ -127,7 +149,8 @@ def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def to_diffusers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
-    """The same bytes of the file under diffusers' names. Other parts that the file may hold (VAE, encoders) are left out.
+    """The same bytes of the file under diffusers' names. Other parts that the file may hold (VAE,
+    encoders) are left out.
 
     Raises:
         ModelError: a tensor is missing.
@@ -135,13 +158,21 @@ def to_diffusers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dic
     names, found = _without_prefix(entries), dict[str, Entry]()
     for original, pieces in layout_of(config).items():
         if original not in names:
-            raise ModelError(f"a single file without {original}", "all tensors of the transformer", "download it again")
+            raise ModelError(
+                f"a single file without {original}",
+                "all tensors of the transformer",
+                "download it again",
+            )
         entry, count = names[original], len(pieces.names)
         if pieces.swapped:
             half = entry.shape[0] // 2
             entry = joined([entry.rows(half, 2 * half), entry.rows(0, half)])
         rows = entry.shape[0] // count
-        parts = [entry] if count == 1 else [entry.rows(rows * part, rows * (part + 1)) for part in range(count)]
+        parts = (
+            [entry]
+            if count == 1
+            else [entry.rows(rows * part, rows * (part + 1)) for part in range(count)]
+        )
         found |= dict(zip(pieces.names, parts, strict=True))
     return found
 
@@ -155,7 +186,9 @@ def to_original(tensors: Mapping[str, Pending], config: Mapping[str, Any]) -> di
 
 
 def layout_of(config: Mapping[str, Any]) -> dict[str, Pieces]:
-    return layout(config["num_layers"], config.get("dual_attention_layers") or (), bool(config.get("qk_norm")))
+    return layout(
+        config["num_layers"], config.get("dual_attention_layers") or (), bool(config.get("qk_norm"))
+    )
 
 
 def _put_together(parts: list[Pending], swapped: bool) -> Pending:
@@ -165,7 +198,9 @@ def _put_together(parts: list[Pending], swapped: bool) -> Pending:
 
     if len(parts) == 1 and not swapped:
         return parts[0]
-    return Pending(parts[0].dtype, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), make)
+    return Pending(
+        parts[0].dtype, (sum(part.shape[0] for part in parts), *parts[0].shape[1:]), make
+    )
 
 
 def _without_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -176,4 +211,6 @@ def _without_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def _chosen(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
     """The transformer's own tensors; a file without the prefix is the transformer alone."""
     prefixed = any(name.startswith(PREFIX) for name in entries)
-    return ((name, entry) for name, entry in entries.items() if not prefixed or name.startswith(PREFIX))
+    return (
+        (name, entry) for name, entry in entries.items() if not prefixed or name.startswith(PREFIX)
+    )

@@ -1,4 +1,6 @@
-"""Prompt files: one prompt a line, lines that begin with # are comments, empty lines are passed over."""
+"""Prompt files: one prompt a line, lines that begin with # are comments, empty lines are passed
+over.
+"""
 
 from pathlib import Path
 
@@ -10,13 +12,16 @@ def read_prompts(path: Path, trigger: str | None = None) -> list[str]:
     """The prompts in their order; `[trigger]` in them is replaced.
 
     Raises:
-        DataError: no such file, not text in UTF-8, no prompt in it, or a placeholder without a trigger.
+        DataError: no such file, not text in UTF-8, no prompt in it, or a placeholder without a
+            trigger.
     """
     expected = "a text file with one prompt a line"
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}", expected, "give --prompts or --sample-prompts a file") from None
+        raise DataError(
+            f"{path} can't be read: {error}", expected, "give --prompts or --sample-prompts a file"
+        ) from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise DataError(f"no prompt in {path}", expected, "write at least one prompt into it")

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 
 LABEL_HEIGHT = 16
-SMALLEST_CELL = 128  # pixels; smaller images are enlarged in grids by whole factors, so that a person can see them
+# pixels; smaller images are enlarged in grids by whole factors, so that a person can see them
+SMALLEST_CELL = 128
 
 
 class Sampler:
@@ -45,7 +46,9 @@ class Sampler:
     ) -> None:
         from diffusers import StableDiffusion3Pipeline
 
-        self._pipeline = StableDiffusion3Pipeline(transformer, scheduler, vae, None, None, None, None, None, None)
+        self._pipeline = StableDiffusion3Pipeline(
+            transformer, scheduler, vae, None, None, None, None, None, None
+        )
         self._pipeline.set_progress_bar_config(disable=True)
         self._vae, self._prompts, self._negative = vae, list(prompts), negative
         self._size = {"width": width, "height": height}
@@ -76,7 +79,8 @@ class Sampler:
             pooled_prompt_embeds=ready(pooled),
             negative_prompt_embeds=ready(negative_embeds),
             negative_pooled_prompt_embeds=ready(negative_pooled),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],  # on the CPU: the same on every device
+            # on the CPU: the same on every device
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             **self._size,
             **self._settings,
@@ -97,7 +101,11 @@ def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Ima
     first = columns[0][0]
     factor = max(1, -(-SMALLEST_CELL // min(first.size)))
     width, height = first.width * factor, first.height * factor
-    rows = [column[row].resize((width, height), Image.Resampling.NEAREST) for row in range(len(columns[0])) for column in columns]
+    rows = [
+        column[row].resize((width, height), Image.Resampling.NEAREST)
+        for row in range(len(columns[0]))
+        for column in columns
+    ]
     body = make_image_grid(rows, rows=len(columns[0]), cols=len(columns))
     labelled = Image.new("RGB", (body.width, body.height + LABEL_HEIGHT), "white")
     labelled.paste(body, (0, LABEL_HEIGHT))
@@ -108,7 +116,10 @@ def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Ima
 
 
 def cells(column: Image.Image, rows: int) -> list[Image.Image]:
-    """The images of a grid of one column, as large as the grid shows them. Raises ValueError for another number of rows."""
+    """The images of a grid of one column, as large as the grid shows them.
+
+    Raises ValueError for another number of rows.
+    """
     height, rest = divmod(column.height - LABEL_HEIGHT, rows)
     if rest or height < 1:
         raise ValueError(f"{column.height - LABEL_HEIGHT} pixels of pictures are not {rows} rows")
@@ -118,7 +129,11 @@ def cells(column: Image.Image, rows: int) -> list[Image.Image]:
 
 def join_columns(columns: Sequence[Image.Image]) -> Image.Image:
     """Grids of one column each, side by side."""
-    joined = Image.new("RGB", (sum(column.width for column in columns), max(column.height for column in columns)), "white")
+    joined = Image.new(
+        "RGB",
+        (sum(column.width for column in columns), max(column.height for column in columns)),
+        "white",
+    )
     left = 0
     for column in columns:
         joined.paste(column, (left, 0))
@@ -141,16 +156,25 @@ def load_picture(path: Path) -> Image.Image:
 def mean_chroma(images: Sequence[Image.Image]) -> float:
     """Mean of (largest - smallest channel) over all pixels, in [0, 1]: HSV saturation times value.
 
-    What a person sees as colour. HSV saturation alone calls a nearly black pixel with a tint fully saturated.
-    """
+    What a person sees as colour. HSV saturation alone calls a nearly black pixel with a tint fully
+    saturated."""
     spans = []
     for image in images:
-        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8).view(-1, 3).float()
+        pixels = (
+            torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            .view(-1, 3)
+            .float()
+        )
         spans.append((pixels.amax(1) - pixels.amin(1)).mean())
     return float(torch.stack(spans).mean() / 255)
 
 
 def mean_saturation(images: Sequence[Image.Image]) -> float:
     """Mean HSV saturation over all pixels of all images, in [0, 1]: how colourful a set is."""
-    saturation = [torch.frombuffer(bytearray(i.convert("HSV").tobytes()), dtype=torch.uint8)[1::3].float().mean() for i in images]
+    saturation = [
+        torch.frombuffer(bytearray(i.convert("HSV").tobytes()), dtype=torch.uint8)[1::3]
+        .float()
+        .mean()
+        for i in images
+    ]
     return float(torch.stack(saturation).mean() / 255)

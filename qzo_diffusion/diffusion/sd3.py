@@ -1,8 +1,9 @@
-"""Load the parts of a Stable Diffusion 3 pipeline one after the other, encode with them once, and free them.
+"""Load the parts of a Stable Diffusion 3 pipeline one after the other, encode with them once, and
+free them.
 
-Training needs the transformer alone. Text encoders and the VAE's encoder are loaded, used and dropped before it starts, because
-bringing them back in mid-run is where other trainers run out of memory.
-"""
+Training needs the transformer alone. Text encoders and the VAE's encoder are loaded, used and
+dropped before it starts, because bringing them back in mid-run is where other trainers run out of
+memory."""
 
 import gc
 import hashlib
@@ -30,19 +31,30 @@ from qzo_diffusion.diffusion.text_encoders import (
     t5_states,
 )
 
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+TEXT_PARTS = (
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "tokenizer",
+    "tokenizer_2",
+    "tokenizer_3",
+)
 WEIGHT_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PIPELINE_T5_TOKENS = 256
-# Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss. Keys and values do not.
+# Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss.
+# Keys and values do not.
 POINTWISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
 SAMPLE_SIZE = 128  # of latents, all models of the SD3 family
-HASHED_IN_FULL = 256 * 2**20  # bytes; larger files are told apart by size, time and their first part
+# bytes; larger files are told apart by size, time and their first part
+HASHED_IN_FULL = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """embeds [T, D] (CLIP tokens, then T5 tokens), pooled [P]; tokens is the longest count over the tokenizers."""
+    """embeds [T, D] (CLIP tokens, then T5 tokens), pooled [P]; tokens is the longest count over the
+    tokenizers.
+    """
 
     embeds: Tensor
     pooled: Tensor
@@ -59,46 +71,83 @@ def check_model_folder(folder: Path, without: Sequence[str] = ()) -> None:
     Raises:
         ModelError: names the part that is missing or holds pickles only.
     """
-    expected = "a diffusers folder of a Stable Diffusion 3 pipeline (model_index.json, transformer/, vae/, ...)"
+    expected = (
+        "a diffusers folder of a Stable Diffusion 3 pipeline (model_index.json, transformer/, "
+        "vae/, ...)"
+    )
     index_file = folder / "model_index.json"
     if not index_file.is_file():
-        raise ModelError(f"{folder} has no model_index.json", expected, "give --model a pipeline folder, a Hub id, or tiny")
+        raise ModelError(
+            f"{folder} has no model_index.json",
+            expected,
+            "give --model a pipeline folder, a Hub id, or tiny",
+        )
     try:
         index = json.loads(index_file.read_text())
         parts = {name: kind for name, kind in index.items() if isinstance(kind, list) and kind[0]}
     except (ValueError, AttributeError, IndexError) as error:
-        raise ModelError(f"{index_file} is damaged: {error}", expected, "download the model again") from None
-    for part in ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        raise ModelError(
+            f"{index_file} is damaged: {error}", expected, "download the model again"
+        ) from None
+    for part in (
+        "transformer",
+        "vae",
+        "scheduler",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+    ):
         if part in without:
             continue
         if part not in parts or not (folder / part).is_dir():
-            raise ModelError(f"{folder} lacks the part {part}/", expected, "download the model again, with all its parts")
+            raise ModelError(
+                f"{folder} lacks the part {part}/",
+                expected,
+                "download the model again, with all its parts",
+            )
     for part in WEIGHT_PARTS:
         if part not in without and part in parts and not any((folder / part).glob("*.safetensors")):
             pickles = [file.name for file in (folder / part).glob("*") if file.suffix in PICKLES]
-            got = f"{part}/ holds pickles only ({pickles[0]})" if pickles else f"{part}/ holds no weights"
-            raise ModelError(got, f"{part}/*.safetensors", "get the safetensors version; pickles can run code and are not read")
+            got = (
+                f"{part}/ holds pickles only ({pickles[0]})"
+                if pickles
+                else f"{part}/ holds no weights"
+            )
+            raise ModelError(
+                got,
+                f"{part}/*.safetensors",
+                "get the safetensors version; pickles can run code and are not read",
+            )
 
 
 def fingerprint_of_files(folder: Path, parts: Iterable[str]) -> str:
-    """Identifies the files of some parts of a model, for cache keys: by their bytes up to 256 MiB."""
+    """Identifies the files of some parts of a model, for cache keys: by their bytes up to 256
+    MiB.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(file for part in parts for file in (folder / part).glob("*") if file.is_file()):
+    for file in sorted(
+        file for part in parts for file in (folder / part).glob("*") if file.is_file()
+    ):
         status = file.stat()
         digest.update(f"{file.parent.name}/{file.name}:{status.st_size}".encode())
         with file.open("rb") as handle:
             if status.st_size > HASHED_IN_FULL:
                 digest.update(str(status.st_mtime_ns).encode())
-            digest.update(handle.read(HASHED_IN_FULL if status.st_size <= HASHED_IN_FULL else 2**20))
+            digest.update(
+                handle.read(HASHED_IN_FULL if status.st_size <= HASHED_IN_FULL else 2**20)
+            )
     return digest.hexdigest()
 
 
 class PromptEncoder:
-    """Encodes each prompt once; results are cached on disk. Encoders are loaded for missing prompts, one after the other.
+    """Encodes each prompt once; results are cached on disk. Encoders are loaded for missing
+    prompts, one after the other.
 
     Args:
         t5_tokens: None is the tokenizer's own limit, at most the pipeline's 256.
-        t5: how T5 is loaded, for the cache key; "none" leaves it out, and the prompt has zeros in its place.
+        t5: how T5 is loaded, for the cache key; "none" leaves it out, and the prompt has zeros in
+            its place.
         load: makes the encoder of a part; by default as it is on disk.
     """
 
@@ -115,7 +164,9 @@ class PromptEncoder:
     ) -> None:
         self._folder, self._cache, self._dtype, self._t5_tokens = folder, cache, dtype, t5_tokens
         self._t5 = t5 if text_encoders.has_part(folder, T5) else "none"
-        self._load = load or (lambda part: load_text_encoder(folder, part, dtype=dtype, device=device))
+        self._load = load or (
+            lambda part: load_text_encoder(folder, part, dtype=dtype, device=device)
+        )
         self._identity = fingerprint_of_files(folder, TEXT_PARTS)
 
     def encode(self, prompts: Iterable[str]) -> dict[str, EncodedPrompt]:
@@ -126,12 +177,20 @@ class PromptEncoder:
             for prompt, tensors in zip(missing, self._run_encoders(missing), strict=True):
                 self._cache.put(self._key(prompt), tensors)
                 found[prompt] = tensors
-        return {prompt: _encoded(tensors) for prompt, tensors in found.items() if tensors is not None}
+        return {
+            prompt: _encoded(tensors) for prompt, tensors in found.items() if tensors is not None
+        }
 
     def _key(self, prompt: str) -> dict[str, str | int | float | bool]:
         length = self._t5_tokens or 0
         key: dict[str, str | int | float | bool]
-        key = {"prompt": prompt, "encoders": self._identity, "t5_tokens": length, "dtype": str(self._dtype), "format": 1}
+        key = {
+            "prompt": prompt,
+            "encoders": self._identity,
+            "t5_tokens": length,
+            "dtype": str(self._dtype),
+            "format": 1,
+        }
         return key if self._t5 == "full" else key | {"t5": self._t5}
 
     def _run_encoders(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -139,7 +198,11 @@ class PromptEncoder:
         with tqdm(total=3 * len(prompts), desc="encode prompts", leave=False) as bar:
             clips = []
             for part in (CLIP_L, CLIP_G):
-                clips.append(self._with(part, lambda encoder, tokenizer: clip_states(encoder, tokenizer, prompts)))
+                clips.append(
+                    self._with(
+                        part, lambda encoder, tokenizer: clip_states(encoder, tokenizer, prompts)
+                    )
+                )
                 bar.update(len(prompts))
             if self._t5 == "none":
                 length = self._t5_tokens or PIPELINE_T5_TOKENS
@@ -148,10 +211,14 @@ class PromptEncoder:
             else:
                 t5_tokenizer = load_tokenizer(self._folder, T5)
                 length = self._t5_tokens or min(PIPELINE_T5_TOKENS, t5_tokenizer.model_max_length)
-                t5 = self._with(T5, lambda encoder, tokenizer: t5_states(encoder, tokenizer, prompts, length))
+                t5 = self._with(
+                    T5, lambda encoder, tokenizer: t5_states(encoder, tokenizer, prompts, length)
+                )
             bar.update(len(prompts))
         clip_tokenizer = load_tokenizer(self._folder, CLIP_L)
-        limits = [(clip_tokenizer, clip_tokenizer.model_max_length)] + ([(t5_tokenizer, length)] if t5_tokenizer else [])
+        limits = [(clip_tokenizer, clip_tokenizer.model_max_length)] + (
+            [(t5_tokenizer, length)] if t5_tokenizer else []
+        )
         return [
             {
                 "embeds": put_together(clip_l[0], clip_g[0], t5_state),
@@ -172,7 +239,9 @@ class PromptEncoder:
 
 def _longest(prompt: str, limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
     """(tokens, limit) of the tokenizer that is nearest to its limit, or furthest beyond."""
-    counts = [(len(tokenizer(prompt, verbose=False).input_ids), limit) for tokenizer, limit in limits]
+    counts = [
+        (len(tokenizer(prompt, verbose=False).input_ids), limit) for tokenizer, limit in limits
+    ]
     return max(counts, key=lambda pair: pair[0] / pair[1])
 
 
@@ -181,11 +250,17 @@ def _encoded(tensors: Mapping[str, Tensor]) -> EncodedPrompt:
     return EncodedPrompt(tensors["embeds"], tensors["pooled"], tokens, tokens > limit)
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None) -> Any:
-    """The VAE; images larger than `tile` pixels are encoded and decoded in overlapping squares of that size."""
+def load_vae(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None
+) -> Any:
+    """The VAE; images larger than `tile` pixels are encoded and decoded in overlapping squares of
+    that size.
+    """
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=dtype, use_safetensors=True, local_files_only=True)
+    vae = AutoencoderKL.from_pretrained(
+        folder, subfolder="vae", dtype=dtype, use_safetensors=True, local_files_only=True
+    )
     if tile is not None:
         vae.enable_tiling()
         vae.tile_sample_min_size = tile
@@ -196,11 +271,15 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype = torch.floa
 def load_scheduler(folder: Path) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+    return FlowMatchEulerDiscreteScheduler.from_pretrained(
+        folder, subfolder="scheduler", local_files_only=True
+    )
 
 
 def image_encoder(vae: Any) -> Callable[[Tensor], Tensor]:
-    """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] fp32, `(z - shift_factor) · scaling_factor` of the mean z."""
+    """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] fp32, `(z - shift_factor) ·
+    scaling_factor` of the mean z.
+    """
 
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
@@ -217,13 +296,20 @@ def drop_encoder_(vae: Any) -> None:
 
 
 def native_resolution(folder: Path) -> int:
-    """The side in pixels that the model was trained at: the transformer's sample size times the VAE's reduction."""
+    """The side in pixels that the model was trained at: the transformer's sample size times the
+    VAE's reduction.
+    """
     config = folder / "transformer" / "config.json"
-    transformer = json.loads(config.read_text()) if config.is_file() else {}  # a single file says nothing of it
+    # a single file says nothing of it
+    transformer = json.loads(config.read_text()) if config.is_file() else {}
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(transformer.get("sample_size", SAMPLE_SIZE)) * 2 ** (len(vae["block_out_channels"]) - 1)
+    return int(transformer.get("sample_size", SAMPLE_SIZE)) * 2 ** (
+        len(vae["block_out_channels"]) - 1
+    )
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
     """-> prompt_embeds [B, T, D], pooled [B, P]."""
-    return torch.stack([one.embeds for one in encoded]), torch.stack([one.pooled for one in encoded])
+    return torch.stack([one.embeds for one in encoded]), torch.stack(
+        [one.pooled for one in encoded]
+    )

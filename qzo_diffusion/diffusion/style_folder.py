@@ -1,8 +1,8 @@
 """A folder of images as a list of samples, and a table that says what became of every file in it.
 
-No image is dropped silently: each ends as a sample or, with a reason, in `bad`. Which images are held out depends on
-their bytes and the seed alone, so renaming files or adding some does not move the others between training and
-validation, and copies of one picture never end on both sides.
+No image is dropped silently: each ends as a sample or, with a reason, in `bad`. Which images are
+held out depends on their bytes and the seed alone, so renaming files or adding some does not move
+the others between training and validation, and copies of one picture never end on both sides.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ _HOLD_OUT_LEAST, _HOLD_OUT_MOST = 4, 32
 class Sample:
     """One usable image.
 
-    id: posix path relative to the folder; images of a validation folder have "validation:" before it.
-    sha256: of the bytes of the file.
+    id: posix path relative to the folder; images of a validation folder have "validation:" before
+    it. sha256: of the bytes of the file.
     width, height: of the bucket, in pixels.
     notes: what `open_image` had to convert.
     split: "train" or "validation".
@@ -55,10 +55,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class StyleFolder:
-    """All samples ordered by split and path, the unusable images as (id, reason), and remarks for the user.
+    """All samples ordered by split and path, the unusable images as (id, reason), and remarks for
+    the user.
 
-    There is one remark for each kind of thing, however many files it is about: those on files that are not used, on
-    copies and on the split come first, those on captions after them.
+    There is one remark for each kind of thing, however many files it is about: those on files that
+    are not used, on copies and on the split come first, those on captions after them.
     """
 
     samples: list[Sample]
@@ -85,10 +86,12 @@ def read_style_folder(
     validation_dir: Path | None = None,
     seed: int = 0,
 ) -> StyleFolder:
-    """Open every image below `folder`, sub-folders included (not hidden ones, nor links to folders).
+    """Open every image below `folder`, sub-folders included (not hidden ones, nor links to
+    folders).
 
-    Without `validation_dir`, sets of 20 different images or more hold out a tenth of them (4 to 32). A validation
-    folder may lie inside the folder, or the folder inside it: neither then counts the images of the other.
+    Without `validation_dir`, sets of 20 different images or more hold out a tenth of them (4 to
+    32). A validation folder may lie inside the folder, or the folder inside it: neither then counts
+    the images of the other.
 
     Args:
         resolution: the square root of the area of a bucket, in pixels.
@@ -105,7 +108,9 @@ def read_style_folder(
     if validation_dir is None:
         read, on_captions = _read(folder, resolution, caption, trigger, other=None)
         held_out, remark = _choose_held_out([sample.sha256 for sample in read.samples], seed)
-        samples = [_with_split(sample, sample.sha256 in held_out, repeats) for sample in read.samples]
+        samples = [
+            _with_split(sample, sample.sha256 in held_out, repeats) for sample in read.samples
+        ]
         result = StyleFolder(samples, read.bad, [*read.notes, remark, *on_captions])
     else:
         result = _read_both(folder, validation_dir, resolution, caption, trigger, repeats)
@@ -113,13 +118,20 @@ def read_style_folder(
         raise DataError(
             f"{len(result.bad)} unusable images: {'; '.join(_bad_by_kind(result.bad))}",
             "only usable images, since --strict was given",
-            "replace them, take them out of the folder, or leave out --strict to go on without them",
+            "replace them, take them out of the folder, or leave out --strict to go on "
+            "without them",
         )
-    return replace(result, samples=sorted(result.samples, key=lambda sample: (sample.split, sample.id)))
+    return replace(
+        result, samples=sorted(result.samples, key=lambda sample: (sample.split, sample.id))
+    )
 
 
-def dataset_table(style_folder: StyleFolder, token_counts: Mapping[str, tuple[int, bool]] | None = None) -> list[dict[str, object]]:
-    """The rows of dataset.json. `token_counts`: sample id to (tokens, truncated); both are None where it has none."""
+def dataset_table(
+    style_folder: StyleFolder, token_counts: Mapping[str, tuple[int, bool]] | None = None
+) -> list[dict[str, object]]:
+    """The rows of dataset.json. `token_counts`: sample id to (tokens, truncated); both are None
+    where it has none.
+    """
     rows: list[dict[str, object]] = []
     for sample in style_folder.samples:
         tokens, truncated = (token_counts or {}).get(sample.id, (None, None))
@@ -141,17 +153,23 @@ def dataset_table(style_folder: StyleFolder, token_counts: Mapping[str, tuple[in
 
 
 def summary(style_folder: StyleFolder) -> str:
-    """A few lines for a person: splits, sources of captions, buckets, conversions, bad files, remarks."""
+    """A few lines for a person: splits, sources of captions, buckets, conversions, bad files,
+    remarks.
+    """
     samples = style_folder.samples
     buckets = [f"{sample.width}x{sample.height}" for sample in samples]
     changed = sum(bool(sample.notes) for sample in samples)
     lines = [
-        f"images    {len(samples)}: {len(style_folder.train)} train, {len(style_folder.validation)} held out",
+        f"images    {len(samples)}: {len(style_folder.train)} train, "
+        f"{len(style_folder.validation)} held out",
         f"captions  {_counted([sample.caption_source for sample in samples])}",
         f"buckets   {_counted(buckets)}",
     ]
     if changed:
-        lines.append(f"changed   {changed}: {_counted([note for sample in samples for note in sample.notes])}")
+        lines.append(
+            f"changed   {changed}: "
+            f"{_counted([note for sample in samples for note in sample.notes])}"
+        )
     if style_folder.bad:
         lines.append(f"unusable  {len(style_folder.bad)}")
         lines += [f"  {line}" for line in _bad_by_kind(style_folder.bad)]
@@ -159,7 +177,12 @@ def summary(style_folder: StyleFolder) -> str:
 
 
 def _read_both(
-    folder: Path, validation_dir: Path, resolution: int, caption: str | None, trigger: str | None, repeats: int
+    folder: Path,
+    validation_dir: Path,
+    resolution: int,
+    caption: str | None,
+    trigger: str | None,
+    repeats: int,
 ) -> StyleFolder:
     if os.path.realpath(folder) == os.path.realpath(validation_dir):
         raise DataError(
@@ -179,17 +202,25 @@ def _read_both(
     trained = {sample.sha256 for sample in train.samples}
     if shared := [sample.id for sample in renamed if sample.sha256 in trained]:
         notes.append(f"{len(shared)} validation images are also trained on: {listed(shared)}")
-    return StyleFolder(samples, bad, notes + on_captions + [f"validation: {note}" for note in on_held_out])
+    return StyleFolder(
+        samples, bad, notes + on_captions + [f"validation: {note}" for note in on_held_out]
+    )
 
 
 def _with_split(sample: Sample, held_out: bool, repeats: int) -> Sample:
-    return replace(sample, split="validation", repeats=1) if held_out else replace(sample, repeats=repeats)
+    return (
+        replace(sample, split="validation", repeats=1)
+        if held_out
+        else replace(sample, repeats=repeats)
+    )
 
 
 def _read(
     folder: Path, resolution: int, caption: str | None, trigger: str | None, *, other: Path | None
 ) -> tuple[StyleFolder, list[str]]:
-    """One folder, everything in the split "train" and once, and apart from that the remarks on its captions."""
+    """One folder, everything in the split "train" and once, and apart from that the remarks on its
+    captions.
+    """
     _check_folder(folder)
     files = visible_files(folder, skip=other)
     images = [path for path in files if is_image_name(path)]
@@ -233,24 +264,32 @@ def _sha256(path: Path) -> str:
 
 def _choose_held_out(hashes: Sequence[str], seed: int) -> tuple[set[str], str]:
     """The hashes of the images to hold out, and a remark that says how many or why none."""
-    different = sorted(set(hashes), key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest())
+    different = sorted(
+        set(hashes), key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest()
+    )
     if len(different) < HOLD_OUT_FROM:
         return set(), (
             f"no image is held out: {len(different)} different images, {HOLD_OUT_FROM} are needed; "
             "pass --validation-dir to measure a validation loss"
         )
     count = min(max(len(different) // 10, _HOLD_OUT_LEAST), _HOLD_OUT_MOST)
-    return set(different[:count]), f"{count} of {len(different)} different images are held out for the validation loss"
+    return set(
+        different[:count]
+    ), f"{count} of {len(different)} different images are held out for the validation loss"
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         got = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-        raise DataError(got, "a folder of images", "pass the path of a folder that holds the images")
+        raise DataError(
+            got, "a folder of images", "pass the path of a folder that holds the images"
+        )
 
 
 def _check_any_usable(folder: Path, images: Sequence[Path]) -> None:
-    """Before the captions are read: what is wrong with them is of no use to someone whose images can't be read at all."""
+    """Before the captions are read: what is wrong with them is of no use to someone whose images
+    can't be read at all.
+    """
     bad = []
     for path in images:
         try:
@@ -267,7 +306,9 @@ def _check_any_usable(folder: Path, images: Sequence[Path]) -> None:
 
 
 def _bad_by_kind(bad: Sequence[tuple[str, str]]) -> list[str]:
-    """One line for each kind of reason, so that a hundred files of one kind do not hide a file of another."""
+    """One line for each kind of reason, so that a hundred files of one kind do not hide a file of
+    another.
+    """
     kinds: dict[str, list[tuple[str, str]]] = {}
     for name, reason in bad:
         kinds.setdefault(reason.partition(":")[0].partition(" (")[0], []).append((name, reason))
@@ -276,12 +317,16 @@ def _bad_by_kind(bad: Sequence[tuple[str, str]]) -> list[str]:
         if len({reason for _, reason in found}) == 1:
             lines.append(f"{listed([name for name, _ in found])}: {found[0][1]}")
         else:
-            lines.append(f"{len(found)} {kind}: {listed([f'{name} ({reason})' for name, reason in found])}")
+            lines.append(
+                f"{len(found)} {kind}: {listed([f'{name} ({reason})' for name, reason in found])}"
+            )
     return lines
 
 
 def _no_images(folder: Path, files: Sequence[Path]) -> DataError:
-    held = f"only other files ({_counted([_kind(path) for path in files])})" if files else "no files"
+    held = (
+        f"only other files ({_counted([_kind(path) for path in files])})" if files else "no files"
+    )
     return DataError(
         f"{folder} holds {held}",
         f"at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), in it or in its sub-folders",
@@ -295,8 +340,16 @@ def _notes_on_missing_captions(samples: Sequence[Sample]) -> list[str]:
 
 
 def _notes_on_files(files: Sequence[Path]) -> list[str]:
-    others = [path for path in files if not (is_image_name(path) or is_sidecar(path) or path.name == METADATA_NAME)]
-    return [f"{len(others)} other files were not used: {_counted([_kind(path) for path in others])}"] if others else []
+    others = [
+        path
+        for path in files
+        if not (is_image_name(path) or is_sidecar(path) or path.name == METADATA_NAME)
+    ]
+    return (
+        [f"{len(others)} other files were not used: {_counted([_kind(path) for path in others])}"]
+        if others
+        else []
+    )
 
 
 def _kind(path: Path) -> str:

@@ -1,8 +1,9 @@
-"""The three text encoders of SD3, each loaded alone and freed before the next: T5-XXL is larger than the transformer in 4 bits.
+"""The three text encoders of SD3, each loaded alone and freed before the next: T5-XXL is larger
+than the transformer in 4 bits.
 
-What a prompt becomes is exactly what diffusers' pipeline makes of it: 77 tokens of CLIP-L and OpenCLIP-G side by side (the last but
-one hidden state), padded with zeros to T5's width, then T5's tokens below; zeros where there is no T5.
-"""
+What a prompt becomes is exactly what diffusers' pipeline makes of it: 77 tokens of CLIP-L and
+OpenCLIP-G side by side (the last but one hidden state), padded with zeros to T5's width, then T5's
+tokens below; zeros where there is no T5."""
 
 import json
 from collections.abc import Sequence
@@ -31,20 +32,33 @@ def empty_text_encoder(folder: Path, part: str) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
-    settings = {name: value for name, value in read_config(folder / part / "config.json").items() if name != "quantization_config"}
+    settings = {
+        name: value
+        for name, value in read_config(folder / part / "config.json").items()
+        if name != "quantization_config"
+    }
     try:
         # Buffers stay real: transformers computes some when it builds a model, and files lack them.
         with init_empty_weights(include_buffers=False):
             if part == T5:
                 return transformers.T5EncoderModel(transformers.T5Config(**settings)).eval()
-            return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**settings)).eval()
+            return transformers.CLIPTextModelWithProjection(
+                transformers.CLIPTextConfig(**settings)
+            ).eval()
     except (TypeError, ValueError, KeyError) as error:
         got = f"{folder / part / 'config.json'} is refused by transformers: {error}"
-        raise ModelError(got, "the text encoder of a Stable Diffusion 3 model", "download the model again") from None
+        raise ModelError(
+            got, "the text encoder of a Stable Diffusion 3 model", "download the model again"
+        ) from None
 
 
 def load_text_encoder(
-    folder: Path, part: str, *, dtype: torch.dtype, device: torch.device, quantization: Quantization | None = None
+    folder: Path,
+    part: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
 ) -> nn.Module:
     """One encoder on `device`, streamed from disk. Raises ModelError."""
     encoder = empty_text_encoder(folder, part)
@@ -53,7 +67,9 @@ def load_text_encoder(
 
 
 def ready(encoder: nn.Module) -> nn.Module:
-    """T5 casts what it gives to `wo` to that layer's dtype unless it is int8: packed codes are shown as int8, the same bytes."""
+    """T5 casts what it gives to `wo` to that layer's dtype unless it is int8: packed codes are
+    shown as int8, the same bytes.
+    """
     for name, module in encoder.named_modules():
         if name.endswith(".wo") and type(module).__name__ == "Linear4bit":
             module.weight.data = module.weight.data.view(torch.int8)
@@ -64,18 +80,32 @@ def load_tokenizer(folder: Path, part: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder / part.replace("text_encoder", "tokenizer"), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            folder / part.replace("text_encoder", "tokenizer"), local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"the tokenizer of {part} can't be loaded: {reason}", "a whole model", "download it again") from None
+        raise ModelError(
+            f"the tokenizer of {part} can't be loaded: {reason}",
+            "a whole model",
+            "download it again",
+        ) from None
 
 
 @torch.no_grad()
-def clip_states(encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """For each prompt the last but one hidden state [77, D] and the pooled projection [D], on the CPU."""
+def clip_states(
+    encoder: Any, tokenizer: Any, prompts: Sequence[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """For each prompt the last but one hidden state [77, D] and the pooled projection [D], on the
+    CPU.
+    """
     states = []
     for prompt in prompts:
-        options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        options = {
+            "padding": "max_length",
+            "max_length": tokenizer.model_max_length,
+            "truncation": True,
+        }
         ids = tokenizer(prompt, return_tensors="pt", **options).input_ids
         output = encoder(ids.to(encoder.device), output_hidden_states=True)
         states.append((output.hidden_states[-2][0].cpu(), output[0][0].cpu()))
@@ -87,7 +117,12 @@ def t5_states(encoder: Any, tokenizer: Any, prompts: Sequence[str], length: int)
     """[length, D] for each prompt, on the CPU."""
     states = []
     for prompt in prompts:
-        options = {"padding": "max_length", "max_length": length, "truncation": True, "add_special_tokens": True}
+        options = {
+            "padding": "max_length",
+            "max_length": length,
+            "truncation": True,
+            "add_special_tokens": True,
+        }
         ids = tokenizer(prompt, return_tensors="pt", **options).input_ids
         states.append(encoder(ids.to(encoder.device))[0][0].cpu())
     return states

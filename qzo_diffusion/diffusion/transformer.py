@@ -1,4 +1,6 @@
-"""Where an SD3 transformer's weights are, what shape it has, and the empty model that they are read into."""
+"""Where an SD3 transformer's weights are, what shape it has, and the empty model that they are read
+into.
+"""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +33,8 @@ class TransformerFiles:
 
 
 def find_transformer(place: Path) -> TransformerFiles:
-    """A diffusers folder (`config.json` and safetensors, 4-bit or not), or a single file in the original layout.
+    """A diffusers folder (`config.json` and safetensors, 4-bit or not), or a single file in the
+    original layout.
 
     Raises:
         ModelError: something is missing or damaged.
@@ -40,7 +43,9 @@ def find_transformer(place: Path) -> TransformerFiles:
     if original_layout.is_original(entries):
         config = original_layout.config_of(entries)
         return TransformerFiles(original_layout.to_diffusers(entries, config), config)
-    return TransformerFiles(entries, read_config((place if place.is_dir() else place.parent) / "config.json"))
+    return TransformerFiles(
+        entries, read_config((place if place.is_dir() else place.parent) / "config.json")
+    )
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -51,7 +56,9 @@ def read_config(file: Path) -> dict[str, Any]:
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{file} can't be read: {reason}", "the config of a model", "download the model again") from None
+        raise ModelError(
+            f"{file} can't be read: {reason}", "the config of a model", "download the model again"
+        ) from None
     return config
 
 
@@ -69,5 +76,7 @@ def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
             return SD3Transformer2DModel.from_config(settings).eval()
     except (TypeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"a transformer config that diffusers refuses: {error}", "a Stable Diffusion 3 model", "download it again"
+            f"a transformer config that diffusers refuses: {error}",
+            "a Stable Diffusion 3 model",
+            "download it again",
         ) from None

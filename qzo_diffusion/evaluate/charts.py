@@ -1,4 +1,6 @@
-"""Curves with intervals as geometry for inline SVG: the page brings the colours, so that one drawing serves light and dark."""
+"""Curves with intervals as geometry for inline SVG: the page brings the colours, so that one
+drawing serves light and dark.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,17 +33,23 @@ class Series:
 
 
 def binned(steps: Sequence[int], values: Sequence[float], bins: int = BINS) -> list[Point]:
-    """Means of neighbouring steps with 95 % intervals of the mean (normal): single steps are too noisy to read."""
+    """Means of neighbouring steps with 95 % intervals of the mean (normal): single steps are too
+    noisy to read.
+    """
     points = []
     for part in np.array_split(np.arange(len(steps)), min(bins, len(steps))):
         chosen = np.asarray(values, np.float64)[part]
         half = 1.96 * chosen.std(ddof=1) / np.sqrt(len(chosen)) if len(chosen) > 1 else 0.0
         mean = float(chosen.mean())
-        points.append(Point(float(np.mean([steps[index] for index in part])), mean, mean - half, mean + half))
+        points.append(
+            Point(float(np.mean([steps[index] for index in part])), mean, mean - half, mean + half)
+        )
     return points
 
 
-def chart(title: str, series: Sequence[Series], y_label: str, x_label: str = "step") -> dict[str, Any] | None:
+def chart(
+    title: str, series: Sequence[Series], y_label: str, x_label: str = "step"
+) -> dict[str, Any] | None:
     """Everything the page needs to draw; None where no curve has a point."""
     shown = [one for one in series if one.points]
     if not shown:
@@ -50,21 +58,32 @@ def chart(title: str, series: Sequence[Series], y_label: str, x_label: str = "st
     y_range = _range([value for one in shown for value in _extent(one.points)], margin=0.06)
 
     def x(value: float) -> float:
-        return round(LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT), 2)
+        return round(
+            LEFT + (value - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT), 2
+        )
 
     def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM), 2)
+        return round(
+            HEIGHT
+            - BOTTOM
+            - (value - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM),
+            2,
+        )
 
     curves = []
     for one in shown:
         banded = [point for point in one.points if point.low is not None and point.high is not None]
-        edge = [(point.x, point.high) for point in banded] + [(point.x, point.low) for point in reversed(banded)]
+        edge = [(point.x, point.high) for point in banded] + [
+            (point.x, point.low) for point in reversed(banded)
+        ]
         curves.append(
             {
                 "label": one.label,
                 "line": " ".join(f"{x(point.x)},{y(point.y)}" for point in one.points),
                 "band": " ".join(f"{x(a)},{y(b)}" for a, b in edge if b is not None),
-                "marks": [_mark(point, x(point.x), y(point.y)) for point in one.points] if one.marks else [],
+                "marks": [_mark(point, x(point.x), y(point.y)) for point in one.points]
+                if one.marks
+                else [],
             }
         )
     return {
@@ -74,13 +93,22 @@ def chart(title: str, series: Sequence[Series], y_label: str, x_label: str = "st
         "curves": curves,
         "x_ticks": [(x(value), _number(value)) for value in _ticks(*x_range)],
         "y_ticks": [(y(value), _number(value)) for value in _ticks(*y_range)],
-        "box": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM},
+        "box": {
+            "width": WIDTH,
+            "height": HEIGHT,
+            "left": LEFT,
+            "right": WIDTH - RIGHT,
+            "top": TOP,
+            "bottom": HEIGHT - BOTTOM,
+        },
     }
 
 
 def of_steps(rows: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
     """Points of evaluation.json's `steps`."""
-    return [Point(row["step"], row[key]["mean"], *(row[key]["ci95"] or (None, None))) for row in rows]
+    return [
+        Point(row["step"], row[key]["mean"], *(row[key]["ci95"] or (None, None))) for row in rows
+    ]
 
 
 def _mark(point: Point, x: float, y: float) -> dict[str, Any]:
@@ -91,7 +119,9 @@ def _mark(point: Point, x: float, y: float) -> dict[str, Any]:
 
 
 def _extent(points: Sequence[Point]) -> list[float]:
-    return [value for point in points for value in (point.y, point.low, point.high) if value is not None]
+    return [
+        value for point in points for value in (point.y, point.low, point.high) if value is not None
+    ]
 
 
 def _range(values: Sequence[float], margin: float) -> tuple[float, float]:

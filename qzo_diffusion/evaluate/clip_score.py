@@ -1,8 +1,10 @@
 """CLIP score: does a picture show what its prompt says?
 
     raw         cos(image features, text features)
-    x100        100 · cos, mean over pairs, floored at 0      as torchmetrics reports it, ViT-L/14, no prefix
-    original    2.5 · max(cos, 0), prefix "A photo depicts "   CLIPScore (Hessel et al. 2021, arXiv 2104.08718), ViT-B/32
+    x100        100 · cos, mean over pairs, floored at 0
+                as torchmetrics reports it, ViT-L/14, no prefix
+    original    2.5 · max(cos, 0), prefix "A photo depicts "
+                CLIPScore (Hessel et al. 2021, arXiv 2104.08718), ViT-B/32
 
 Figures of two scorers are never comparable, so each result names its scorer.
 """
@@ -36,18 +38,27 @@ def as_original(cosine: Sequence[float]) -> float:
     return math.fsum(2.5 * max(value, 0.0) for value in cosine) / len(cosine)
 
 
-def score(scorer: Scorer, images: Tensor, texts: Sequence[str], base: Tensor | None = None) -> dict[str, object]:
-    """The figures of one set of pictures, and of the paired difference to the base's pictures where there are some.
+def score(
+    scorer: Scorer, images: Tensor, texts: Sequence[str], base: Tensor | None = None
+) -> dict[str, object]:
+    """The figures of one set of pictures, and of the paired difference to the base's pictures where
+    there are some.
 
     Args:
         images, base: features of pictures of the same texts, [N, D].
         texts: what each picture must show, without words of style.
     """
-    plain, prefixed = scorer.text_features(texts), scorer.text_features([PREFIX + text for text in texts])
+    plain, prefixed = (
+        scorer.text_features(texts),
+        scorer.text_features([PREFIX + text for text in texts]),
+    )
     cosine, with_prefix = cosines(images, plain), cosines(images, prefixed)
     result: dict[str, object] = {"model": scorer.name, "note": scorer.note, **summary(cosine)}
     result |= {"x100": as_torchmetrics(cosine), "original": as_original(cosine)}
-    result["with_prefix"] = {"mean": summary(with_prefix)["mean"], "x100": as_torchmetrics(with_prefix)}
+    result["with_prefix"] = {
+        "mean": summary(with_prefix)["mean"],
+        "x100": as_torchmetrics(with_prefix),
+    }
     result["with_prefix"] |= {"original": as_original(with_prefix)}  # type: ignore[operator]
     result["truncated_prompts"] = scorer.truncated(texts)
     if base is not None:
@@ -55,12 +66,18 @@ def score(scorer: Scorer, images: Tensor, texts: Sequence[str], base: Tensor | N
     return result
 
 
-_STYLE_WORDS = re.compile(r"(,\s*|\s+in\s+)(?:(?!in\b)[\w&-]+\s+){0,4}style\b(\s+of\s+[^,]+)?", re.IGNORECASE)
-_TRIGGER = re.compile(r"(,\s*|\s+)?(\b(in|by|as)\s+)?(\b(an?|the)\s+)?\0(\s+style\b)?", re.IGNORECASE)
+_STYLE_WORDS = re.compile(
+    r"(,\s*|\s+in\s+)(?:(?!in\b)[\w&-]+\s+){0,4}style\b(\s+of\s+[^,]+)?", re.IGNORECASE
+)
+_TRIGGER = re.compile(
+    r"(,\s*|\s+)?(\b(in|by|as)\s+)?(\b(an?|the)\s+)?\0(\s+style\b)?", re.IGNORECASE
+)
 
 
 def content_of(prompt: str, trigger: str | None = None) -> str:
-    """The prompt without words of style: ", noto style", " in [trigger] style", and the trigger wherever else it stands."""
+    """The prompt without words of style: ", noto style", " in [trigger] style", and the trigger
+    wherever else it stands.
+    """
     text = prompt.replace("\0", "")
     if trigger:
         text = _TRIGGER.sub("", re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", "\0", text))

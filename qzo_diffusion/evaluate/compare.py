@@ -1,4 +1,6 @@
-"""Several runs in one table: the figures of their evaluations side by side, as text for a terminal."""
+"""Several runs in one table: the figures of their evaluations side by side, as text for a
+terminal.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +10,9 @@ from qzo_diffusion.core.errors import OutputError
 
 
 def check(file: Path, evaluation: Any) -> None:
-    """Raises OutputError when a file holds something else than the figures of a run on images: of pictures, of a language model."""
+    """Raises OutputError when a file holds something else than the figures of a run on images: of
+    pictures, of a language model.
+    """
     one = {file.name: evaluation}
     try:
         table(rows(one))
@@ -26,7 +30,11 @@ def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The figures to compare, a row for each run by name."""
     found = []
     for name, one in evaluations.items():
-        similarity, clip, loss = one["style"]["similarity"], one["clip_score"], one["validation_loss"] or {}
+        similarity, clip, loss = (
+            one["style"]["similarity"],
+            one["clip_score"],
+            one["validation_loss"] or {},
+        )
         found.append(
             {
                 "run": name,
@@ -51,7 +59,10 @@ def warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Why some figures of these runs must not be compared."""
     found = []
     if len({one["scorer"]["name"] for one in evaluations.values()}) > 1:
-        found.append("these runs were scored by different scorers: their scores can't be compared; use --scorer for all")
+        found.append(
+            "these runs were scored by different scorers: their scores can't be compared; use "
+            "--scorer for all"
+        )
     if len({tuple(row["prompt"] for row in one["prompts"]) for one in evaluations.values()}) > 1:
         found.append("these runs were scored on different prompts")
     if len({tuple(one["sampling"].items()) for one in evaluations.values()}) > 1:
@@ -61,7 +72,17 @@ def warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """Columns aligned for a terminal."""
-    header = ["run", "step", "style", "change (95 %)", "CLIP", "change (95 %)", "KID", "held-out loss", "diversity"]
+    header = [
+        "run",
+        "step",
+        "style",
+        "change (95 %)",
+        "CLIP",
+        "change (95 %)",
+        "KID",
+        "held-out loss",
+        "diversity",
+    ]
     lines = [header]
     for row in found:
         lines.append(
@@ -78,7 +99,10 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
             ]
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _number(value: float | None) -> str:

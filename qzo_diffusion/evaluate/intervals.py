@@ -1,7 +1,7 @@
 """How sure a figure is: bootstrap intervals of 95 %, from resamples whose seed is given.
 
-Twenty pictures a side leave wide intervals. They are computed everywhere and hidden nowhere; a single value has none.
-"""
+Twenty pictures a side leave wide intervals. They are computed everywhere and hidden nowhere; a
+single value has none."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,9 @@ RESAMPLES, SEED = 2000, 0
 
 
 def counts(size: int, resamples: int = RESAMPLES, seed: int = SEED) -> Values:
-    """How often each of `size` items is drawn in each resample, [resamples, size]; every row sums to `size`."""
+    """How often each of `size` items is drawn in each resample, [resamples, size]; every row sums
+    to `size`.
+    """
     generator = np.random.Generator(np.random.Philox(seed))
     return generator.multinomial(size, np.full(size, 1 / size), resamples).astype(np.float64)
 
@@ -29,14 +31,17 @@ def of_mean(values: Sequence[float], clusters: Sequence[str] | None = None) -> I
     """Of the mean; None for fewer than two values.
 
     Args:
-        clusters: what each value belongs to. Values of one cluster (noise levels of one picture) are drawn together.
+        clusters: what each value belongs to. Values of one cluster (noise levels of one picture)
+            are drawn together.
     """
     if clusters is None:
         sums: Values = np.asarray(values, np.float64)
         sizes: Values = np.ones(len(sums))
     else:
         names, which = np.unique(np.asarray(clusters), return_inverse=True)
-        sums = np.asarray(np.bincount(which, np.asarray(values, np.float64), len(names)), np.float64)
+        sums = np.asarray(
+            np.bincount(which, np.asarray(values, np.float64), len(names)), np.float64
+        )
         sizes = np.asarray(np.bincount(which, minlength=len(names)), np.float64)
     if len(sums) < 2:
         return None
@@ -45,7 +50,9 @@ def of_mean(values: Sequence[float], clusters: Sequence[str] | None = None) -> I
 
 
 def of_difference(first: Sequence[float], second: Sequence[float]) -> Interval | None:
-    """Of mean(first) - mean(second) of two independent sets; None when one has fewer than two values."""
+    """Of mean(first) - mean(second) of two independent sets; None when one has fewer than two
+    values.
+    """
     if min(len(first), len(second)) < 2:
         return None
     a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
@@ -64,7 +71,13 @@ def summary(values: Sequence[float]) -> dict[str, object]:
     return {"n": len(values), "mean": mean, "std": std, "ci95": of_mean(values)}
 
 
-def paired(tuned: Sequence[float], base: Sequence[float], clusters: Sequence[str] | None = None) -> dict[str, object]:
+def paired(
+    tuned: Sequence[float], base: Sequence[float], clusters: Sequence[str] | None = None
+) -> dict[str, object]:
     """The mean of tuned - base, item by item (equal prompts and seeds), with its interval."""
     differences = (np.asarray(tuned, np.float64) - np.asarray(base, np.float64)).tolist()
-    return {"base_mean": float(np.mean(base)), "delta": float(np.mean(differences)), "delta_ci95": of_mean(differences, clusters)}
+    return {
+        "base_mean": float(np.mean(base)),
+        "delta": float(np.mean(differences)),
+        "delta_ci95": of_mean(differences, clusters),
+    }

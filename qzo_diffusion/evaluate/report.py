@@ -1,4 +1,6 @@
-"""One self-contained page on a run: what changed, how sure that is, and everything that is needed to do it again."""
+"""One self-contained page on a run: what changed, how sure that is, and everything that is needed
+to do it again.
+"""
 
 import base64
 import io
@@ -14,14 +16,17 @@ from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.evaluate.verdict import of_task
 
 TEMPLATE = "report.html.jinja"
-LARGEST_SIDE = 384  # of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole
+# of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole
+LARGEST_SIDE = 384
 MOST_STEPS = 12  # whose pictures are embedded, the first and the last among them
 LOSSLESS_SIDE = 128
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Pictures of one prompt by label ("step 400", "base"), all of the same seed; `notes` are shown below."""
+    """Pictures of one prompt by label ("step 400", "base"), all of the same seed; `notes` are shown
+    below.
+    """
 
     prompt: str
     pictures: Mapping[str, Image.Image]
@@ -30,7 +35,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's folder holds, read by whoever knows its files. Lists may be empty while a run is young."""
+    """What a run's folder holds, read by whoever knows its files.
+
+    Lists may be empty while a run is young.
+    """
 
     name: str
     step: int
@@ -63,7 +71,12 @@ def render(facts: RunFacts) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "interval": interval, "percent": percent, "cell": cell}
+    environment.filters |= {
+        "figure": figure,
+        "interval": interval,
+        "percent": percent,
+        "cell": cell,
+    }
     try:
         return environment.get_template(TEMPLATE).render(
             run=facts,
@@ -84,17 +97,30 @@ def _galleries(facts: RunFacts) -> list[dict[str, Any]]:
         kept = _spread(list(facts.subjects[0].pictures), MOST_STEPS)
         found.append(_gallery("steps", "While it was tuned", facts.subjects, kept))
     if facts.scored:
-        found.append(_gallery("scored", "The pictures that were scored", facts.scored, list(facts.scored[0].pictures)))
+        found.append(
+            _gallery(
+                "scored",
+                "The pictures that were scored",
+                facts.scored,
+                list(facts.scored[0].pictures),
+            )
+        )
     return found
 
 
-def _gallery(name: str, title: str, subjects: Sequence[Subject], labels: Sequence[str]) -> dict[str, Any]:
+def _gallery(
+    name: str, title: str, subjects: Sequence[Subject], labels: Sequence[str]
+) -> dict[str, Any]:
     return {
         "name": name,
         "title": title,
         "labels": labels,
         "subjects": [
-            {"prompt": one.prompt, "notes": one.notes, "sources": [data_url(one.pictures[label]) for label in labels]}
+            {
+                "prompt": one.prompt,
+                "notes": one.notes,
+                "sources": [data_url(one.pictures[label]) for label in labels],
+            }
             for one in subjects
         ],
     }
@@ -119,14 +145,29 @@ def data_url(picture: Image.Image) -> str:
 
 def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     steps = [line for line in facts.metrics if isinstance(line.get("loss"), float)]
-    train = charts.binned([line["step"] for line in steps], [line["loss"] for line in steps]) if steps else []
-    held_out = [charts.Point(line["step"], line["validation_loss"]) for line in facts.metrics if "validation_loss" in line]
-    loss = [charts.Series("training batches", train), charts.Series("held-out examples", held_out, marks=True)]
+    train = (
+        charts.binned([line["step"] for line in steps], [line["loss"] for line in steps])
+        if steps
+        else []
+    )
+    held_out = [
+        charts.Point(line["step"], line["validation_loss"])
+        for line in facts.metrics
+        if "validation_loss" in line
+    ]
+    loss = [
+        charts.Series("training batches", train),
+        charts.Series("held-out examples", held_out, marks=True),
+    ]
     rows = (facts.evaluation or {}).get("steps", [])
-    similar = [charts.Series("similarity to the style", charts.of_steps(rows, "similarity"), marks=True)]
+    similar = [
+        charts.Series("similarity to the style", charts.of_steps(rows, "similarity"), marks=True)
+    ]
     content = [charts.Series("CLIP score", charts.of_steps(rows, "clip_score"), marks=True)]
     found = [
-        charts.chart("Loss", loss, "mean loss" if "task" in facts.settings else "mean squared error"),
+        charts.chart(
+            "Loss", loss, "mean loss" if "task" in facts.settings else "mean squared error"
+        ),
         facts.task_score.chart() if facts.task_score else None,
         charts.chart("Style: similarity to its images", similar, "cosine"),
         charts.chart("Content: CLIP score", content, "cosine"),
@@ -141,7 +182,9 @@ def _verdict(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _figures(facts: RunFacts) -> list[dict[str, Any]]:
-    """Rows of the table of figures: name, base, tuned, difference, its interval, and what a reader must know."""
+    """Rows of the table of figures: name, base, tuned, difference, its interval, and what a reader
+    must know.
+    """
     score, evaluation = facts.task_score, facts.evaluation
     if score is not None:
         ends = score.ends()
@@ -151,25 +194,72 @@ def _figures(facts: RunFacts) -> list[dict[str, Any]]:
     style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
     similarity, kid, cmmd = style["similarity"], style["kid"], style["cmmd"]
     rows = [
-        _row("Similarity to the style", similarity["base_mean"], similarity["mean"], similarity, "cosine, higher is closer"),
-        _row("CLIP score of the content", clip["base_mean"], clip["mean"], clip, "cosine, prompts without words of style"),
+        _row(
+            "Similarity to the style",
+            similarity["base_mean"],
+            similarity["mean"],
+            similarity,
+            "cosine, higher is closer",
+        ),
+        _row(
+            "CLIP score of the content",
+            clip["base_mean"],
+            clip["mean"],
+            clip,
+            "cosine, prompts without words of style",
+        ),
         _row("KID to the style", kid["base"], kid["value"], kid, "lower is closer"),
-        _row("CMMD to the style", cmmd["base"], cmmd["value"], {"delta": cmmd["delta"], "delta_ci95": None}, "lower is closer"),
+        _row(
+            "CMMD to the style",
+            cmmd["base"],
+            cmmd["value"],
+            {"delta": cmmd["delta"], "delta_ci95": None},
+            "lower is closer",
+        ),
     ]
     if loss:
-        rows.append(_row("Held-out loss", loss["base"], loss["tuned"], loss, f"{loss['images']} images, lower is better"))
-        rows += [_row(f"Held-out loss at sigma {b['sigma']:g}", b["base"], b["tuned"], b, "") for b in loss["bands"]]
+        rows.append(
+            _row(
+                "Held-out loss",
+                loss["base"],
+                loss["tuned"],
+                loss,
+                f"{loss['images']} images, lower is better",
+            )
+        )
+        rows += [
+            _row(f"Held-out loss at sigma {b['sigma']:g}", b["base"], b["tuned"], b, "")
+            for b in loss["bands"]
+        ]
     spread = style["diversity"]
     difference = None if spread["tuned"] is None else spread["tuned"] - spread["base"]
     remark = f"the style's images: {figure(spread['style'])}"
-    rows.append(_row("Diversity", spread["base"], spread["tuned"], {"delta": difference, "delta_ci95": None}, remark))
+    rows.append(
+        _row(
+            "Diversity",
+            spread["base"],
+            spread["tuned"],
+            {"delta": difference, "delta_ci95": None},
+            remark,
+        )
+    )
     return rows
 
 
-def _row(name: str, base: Any, tuned: Any, difference: Mapping[str, Any], remark: str) -> dict[str, Any]:
+def _row(
+    name: str, base: Any, tuned: Any, difference: Mapping[str, Any], remark: str
+) -> dict[str, Any]:
     delta, interval = difference["delta"], difference["delta_ci95"]
     sure = interval is not None and not interval[0] <= 0 <= interval[1]
-    return {"name": name, "base": base, "tuned": tuned, "delta": delta, "ci95": interval, "sure": sure, "remark": remark}
+    return {
+        "name": name,
+        "base": base,
+        "tuned": tuned,
+        "delta": delta,
+        "ci95": interval,
+        "sure": sure,
+        "remark": remark,
+    }
 
 
 def figure(value: Any, sign: bool = False) -> str:
@@ -203,5 +293,9 @@ def cell(value: Any) -> str:
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in settings.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, str(value))]
+        rows += (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else [(prefix + key, str(value))]
+        )
     return rows

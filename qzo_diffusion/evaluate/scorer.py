@@ -1,4 +1,5 @@
-"""A scorer: an open_clip model that turns pictures and texts into features. The only file that imports open_clip.
+"""A scorer: an open_clip model that turns pictures and texts into features. The only file that
+imports open_clip.
 
 Weights come from the local cache or a file, in safetensors: pickles can run code and are not read.
 """
@@ -39,7 +40,9 @@ class Scorer(Protocol):
 
 @dataclass
 class OpenClipScorer:
-    """An open_clip model in fp32. The features of an item do not depend on the others of its batch, up to rounding."""
+    """An open_clip model in fp32. The features of an item do not depend on the others of its batch,
+    up to rounding.
+    """
 
     name: str
     note: str
@@ -53,7 +56,12 @@ class OpenClipScorer:
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         found = []
         for start in tqdm(range(0, len(images), self.batch_size), desc="score images", leave=False):
-            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in images[start : start + self.batch_size]])
+            pixels = torch.stack(
+                [
+                    self.preprocess(image.convert("RGB"))
+                    for image in images[start : start + self.batch_size]
+                ]
+            )
             found.append(self.model.encode_image(pixels.to(self.device)).float().cpu())
         return F.normalize(torch.cat(found), dim=1)
 
@@ -66,16 +74,22 @@ class OpenClipScorer:
         return F.normalize(torch.cat(found), dim=1)
 
     def truncated(self, texts: Sequence[str]) -> int:
-        """A text that is cut ends with another token than the same text with more room has at that place."""
+        """A text that is cut ends with another token than the same text with more room has at that
+        place.
+        """
         length = self.tokenizer.context_length
-        cut, whole = self.tokenizer(list(texts)), self.tokenizer(list(texts), context_length=2 * length)
+        cut, whole = (
+            self.tokenizer(list(texts)),
+            self.tokenizer(list(texts), context_length=2 * length),
+        )
         return int((cut != whole[:, :length]).any(1).sum())
 
 
 def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int = 16) -> Scorer:
     """A scorer by name: "embedded", "MODEL/PRETRAINED" of open_clip, or a folder in its format.
 
-    PRETRAINED is one of open_clip's tags, whose weights must be in the local cache, or a safetensors file.
+    PRETRAINED is one of open_clip's tags, whose weights must be in the local cache, or a
+    safetensors file.
 
     Args:
         embedded: the folder of the scorer that ships with the package.
@@ -99,7 +113,9 @@ def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int
     except Exception as error:  # open_clip, safetensors and torch each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "give --scorer a whole model, or download it again"
-        raise ModelError(f"the scorer {name!r} can't be loaded: {reason}", "weights that fit the model", remedy) from None
+        raise ModelError(
+            f"the scorer {name!r} can't be loaded: {reason}", "weights that fit the model", remedy
+        ) from None
     label, note = ("embedded scorer", EMBEDDED_NOTE) if name == EMBEDDED else (name, "")
     return OpenClipScorer(label, note, model.eval(), preprocess, tokenizer, device, batch_size)
 
@@ -107,7 +123,11 @@ def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int
 def _check_folder(folder: Path) -> None:
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
-            raise ModelError(f"{folder} has no {file}", "a scorer in open_clip's format", "give --scorer another folder")
+            raise ModelError(
+                f"{folder} has no {file}",
+                "a scorer in open_clip's format",
+                "give --scorer another folder",
+            )
 
 
 def _options(name: str, source: str, pretrained: str) -> dict[str, Any]:
@@ -123,28 +143,47 @@ def _options(name: str, source: str, pretrained: str) -> dict[str, Any]:
         raise ConfigError(f"no scorer {name!r}", expected, "correct --scorer")
     if pretrained not in tags:
         if file.suffix != ".safetensors":
-            raise ModelError(f"{file} is not safetensors", "a safetensors file", "pickles can run code and are not read")
+            raise ModelError(
+                f"{file} is not safetensors",
+                "a safetensors file",
+                "pickles can run code and are not read",
+            )
         return {"pretrained": str(file)}
     facts = open_clip.get_pretrained_cfg(source, pretrained)
-    preprocess = {f"image_{key}": facts[key] for key in ("mean", "std", "interpolation", "resize_mode") if facts.get(key)}
-    return {"pretrained": _cached(name, facts), "force_quick_gelu": bool(facts.get("quick_gelu")), **preprocess}
+    preprocess = {
+        f"image_{key}": facts[key]
+        for key in ("mean", "std", "interpolation", "resize_mode")
+        if facts.get(key)
+    }
+    return {
+        "pretrained": _cached(name, facts),
+        "force_quick_gelu": bool(facts.get("quick_gelu")),
+        **preprocess,
+    }
 
 
 def _cached(name: str, facts: dict[str, Any]) -> str:
-    """The file with the weights of a tag. Nothing is downloaded in passing: a gigabyte is the user's to ask for."""
+    """The file with the weights of a tag. Nothing is downloaded in passing: a gigabyte is the
+    user's to ask for.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     owner, _, rest = facts.get("hf_hub", "").strip("/").partition("/")
     repository, _, file = rest.partition("/")
     place = f"{owner}/{repository}"
     if not repository or (file and not file.endswith(".safetensors")):
-        remedy = "choose another one, or convert its weights and give --scorer MODEL/FILE.safetensors"
-        raise ModelError(f"the scorer {name!r} has no weights in safetensors", "one that has", remedy)
+        remedy = (
+            "choose another one, or convert its weights and give --scorer MODEL/FILE.safetensors"
+        )
+        raise ModelError(
+            f"the scorer {name!r} has no weights in safetensors", "one that has", remedy
+        )
     found = try_to_load_from_cache(place, file or WEIGHTS)
     if isinstance(found, str):
         return found
     raise ModelError(
         f"the weights of the scorer {name!r} are not in the local cache",
         f"{file or WEIGHTS} of {place}",
-        f"hf download {place} {file or WEIGHTS}; or pass --scorer FOLDER ({EMBEDDED} is for --model tiny)",
+        f"hf download {place} {file or WEIGHTS}; or pass --scorer FOLDER ({EMBEDDED} is for "
+        "--model tiny)",
     )

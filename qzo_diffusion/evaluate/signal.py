@@ -1,8 +1,11 @@
-"""Does the estimate carry signal? What no loss curve can tell: a run that only diffuses has one too.
+"""Does the estimate carry signal? What no loss curve can tell: a run that only diffuses has one
+too.
 
-* Two seeds: the slope d along one direction, measured on two batches that share nothing. What both see is the gradient, what they
-  do not is noise of the data:  signal = mean(d1·d2), noise = mean((d1 - d2)²) / 2, agreement = signal / (signal + noise).
-* Cosine with the exact gradient of the same batch, where a backward pass is affordable, beside what directions leave on average.
+* Two seeds: the slope d along one direction, measured on two batches that share nothing. What both
+  see is the gradient, what they do not is noise of the data:  signal = mean(d1·d2), noise =
+  mean((d1 - d2)²) / 2, agreement = signal / (signal + noise).
+* Cosine with the exact gradient of the same batch, where a backward pass is affordable, beside what
+  directions leave on average.
 * Clipping, and how far each group of layers has moved.
 """
 
@@ -39,7 +42,9 @@ def two_seeds(
     seed: int,
     count: int,
 ) -> dict[str, Any]:
-    """Slopes along the same directions on two independent batches (in micro-batches), and how far they agree."""
+    """Slopes along the same directions on two independent batches (in micro-batches), and how far
+    they agree.
+    """
     slopes = []
     for batch in (first, second):
         found: list[float] = []
@@ -51,7 +56,9 @@ def two_seeds(
 
 
 def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, Any]:
-    """Signal, noise and their share from slopes [directions] of two seeds; intervals over the directions."""
+    """Signal, noise and their share from slopes [directions] of two seeds; intervals over the
+    directions.
+    """
     both, apart = first * second, (first - second) ** 2 / 2
 
     def share(counts: intervals.Values) -> intervals.Values:
@@ -82,7 +89,9 @@ def as_the_run_does(
     normalize: bool,
     seed: int,
 ) -> list[Estimate]:
-    """Some estimates of one batch, each along directions of its own, made as a step of the run makes them."""
+    """Some estimates of one batch, each along directions of its own, made as a step of the run
+    makes them.
+    """
     examples = sum(map(len, micro_batches)) if per_example else None  # type: ignore[arg-type]
     found = []
     for repeat in range(REPEATS):
@@ -127,12 +136,20 @@ def exact_cosine(
 
 
 def step_sizes(numbers: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
-    """How far one plain step of this rate moves the trained numbers of each group: root mean square, the largest group first."""
-    update, squares = Update(probed.directions, probed.projected_grad, lr), dict[str, list[Tensor]]()
+    """How far one plain step of this rate moves the trained numbers of each group: root mean
+    square, the largest group first.
+    """
+    update, squares = (
+        Update(probed.directions, probed.projected_grad, lr),
+        dict[str, list[Tensor]](),
+    )
     for name in numbers.numbers():
         step = gradient_of(numbers, update, name).double() * lr
         squares.setdefault(_group(name), []).append(step.square().flatten())
-    rows = [{"group": group, "rms": float(torch.cat(parts).mean().sqrt())} for group, parts in squares.items()]
+    rows = [
+        {"group": group, "rms": float(torch.cat(parts).mean().sqrt())}
+        for group, parts in squares.items()
+    ]
     return sorted(rows, key=lambda row: -float(row["rms"]))
 
 
@@ -142,25 +159,41 @@ def _group(name: str) -> str:
 
 
 def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """How far each group of layers has moved: root mean square and largest |log(tuned / base)|, the farthest group first.
+    """How far each group of layers has moved: root mean square and largest |log(tuned / base)|, the
+    farthest group first.
 
-    A group holds the layers of one name in all blocks. Scales that are zero before or after have no logarithm and are left out.
-    """
+    A group holds the layers of one name in all blocks. Scales that are zero before or after have no
+    logarithm and are left out."""
     groups: dict[str, list[str]] = {}
     for name in base:
         groups.setdefault(_group(name), []).append(name)
     rows = []
     for group, names in groups.items():
-        pairs = [(base[name].double().flatten(), tuned[name].double().flatten().to(base[name].device)) for name in names]
-        steps = np.concatenate([(t / b)[(b > 0) & (t > 0)].log().abs().cpu().numpy() for b, t in pairs])
+        pairs = [
+            (base[name].double().flatten(), tuned[name].double().flatten().to(base[name].device))
+            for name in names
+        ]
+        steps = np.concatenate(
+            [(t / b)[(b > 0) & (t > 0)].log().abs().cpu().numpy() for b, t in pairs]
+        )
         if len(steps):
             rms = float(np.sqrt((steps**2).mean()))
-            rows.append({"group": group, "layers": len(names), "scales": len(steps), "rms": rms, "max": float(steps.max())})
+            rows.append(
+                {
+                    "group": group,
+                    "layers": len(names),
+                    "scales": len(steps),
+                    "rms": rms,
+                    "max": float(steps.max()),
+                }
+            )
     return sorted(rows, key=lambda row: -row["rms"])
 
 
 def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What metrics.jsonl tells of the estimate: the shares of clipped probes and of skipped steps."""
+    """What metrics.jsonl tells of the estimate: the shares of clipped probes and of skipped
+    steps.
+    """
     steps = [line for line in lines if "projected_grad" in line]
     return {
         "steps": len(steps),
@@ -172,13 +205,22 @@ def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def sentence(found: Mapping[str, Any], clipped: float | None = None) -> str:
     """One plain sentence for a person."""
     low, high = found["agreement_ci95"] or (None, None)
-    facts = f"two independent batches agree on {found['agreement']:.0%} of the slope along a random direction"
+    facts = (
+        f"two independent batches agree on {found['agreement']:.0%} of the slope along a random "
+        "direction"
+    )
     if low is not None:
         facts += f" (95 % interval {low:.0%} to {high:.0%})"
     if low is not None and low > 0:
         text = f"The estimate carries signal: {facts}."
     else:
-        text = f"The estimate does not carry signal: {facts}; raise data.batch_size or qzo.eps, or lower train.lr."
+        text = (
+            f"The estimate does not carry signal: {facts}; raise data.batch_size or qzo.eps, or "
+            "lower train.lr."
+        )
     if clipped is not None and clipped > 0.2:
-        text += f" {clipped:.0%} of the slopes were clipped, which bends the estimate: raise qzo.clip_threshold."
+        text += (
+            f" {clipped:.0%} of the slopes were clipped, which bends the estimate: raise "
+            "qzo.clip_threshold."
+        )
     return text

@@ -1,11 +1,16 @@
 """Did the style come? Measured in a scorer's image features, of unit length.
 
 similarity  mean cos(picture, centroid of the style's images)
-KID         unbiased MMD² with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, arXiv 1801.01401), features scaled to length √D
-CMMD        1000 · MMD² with the kernel exp(-|x - y|² / 2·10²), with the diagonal (Jayasumana et al. 2024, arXiv 2401.09603)
-control     how far the style's held-out images are above images of other styles: what the similarity can tell at all here
-nearest     cos to the closest training image, beside the same for held-out images: higher than those is copying
-diversity   1 - mean cos between different pictures of a set: near zero when all have become one picture
+KID         unbiased MMD² with the kernel (x·y / D + 1)³, features scaled to length √D
+            (Bińkowski et al. 2018, arXiv 1801.01401)
+CMMD        1000 · MMD² with the kernel exp(-|x - y|² / 2·10²), with the diagonal
+            (Jayasumana et al. 2024, arXiv 2401.09603)
+control     how far the style's held-out images are above images of other styles: what the
+            similarity can tell at all here
+nearest     cos to the closest training image, beside the same for held-out images: higher than
+            those is copying
+diversity   1 - mean cos between different pictures of a set: near zero when all have become one
+            picture
 """
 
 from collections.abc import Sequence
@@ -23,21 +28,27 @@ CMMD_WIDTH = 10.0
 
 
 def similarity(pictures: Tensor, style: Tensor) -> list[float]:
-    """cos of each picture with the centroid of the style's images; features [N, D] and [M, D] of unit length."""
+    """cos of each picture with the centroid of the style's images; features [N, D] and [M, D] of
+    unit length.
+    """
     centroid = F.normalize(style.double().mean(0), dim=0)
     found: list[float] = (pictures.double() @ centroid).tolist()
     return found
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Values:
-    """KID's kernel on features of length √D, which is what unit features are brought to: their dot product over D is a cosine."""
+    """KID's kernel on features of length √D, which is what unit features are brought to: their dot
+    product over D is a cosine.
+    """
     kernel: Values = ((a.double() @ b.double().T + 1) ** 3).numpy()
     return kernel
 
 
 def gaussian_kernel(a: Tensor, b: Tensor) -> Values:
     """CMMD's kernel on unit features."""
-    kernel: Values = torch.exp(-(torch.cdist(a.double(), b.double()) ** 2) / (2 * CMMD_WIDTH**2)).numpy()
+    kernel: Values = torch.exp(
+        -(torch.cdist(a.double(), b.double()) ** 2) / (2 * CMMD_WIDTH**2)
+    ).numpy()
     return kernel
 
 
@@ -58,12 +69,15 @@ def cmmd(pictures: Tensor, style: Tensor) -> float:
 class _Mmd:
     """Unbiased MMD² with KID's kernel, for resamples given as counts [R, N] of each picture.
 
-    A picture drawn twice is not compared with itself: its kernel value of a pair that no sample of different pictures has
-    would raise every resample above the estimate.
+    A picture drawn twice is not compared with itself: its kernel value of a pair that no sample of
+    different pictures has would raise every resample above the estimate.
     """
 
     def __init__(self, pictures: Tensor, style: Tensor) -> None:
-        self._own, self._style = polynomial_kernel(pictures, pictures), polynomial_kernel(style, style)
+        self._own, self._style = (
+            polynomial_kernel(pictures, pictures),
+            polynomial_kernel(style, style),
+        )
         self._cross = polynomial_kernel(pictures, style)
 
     def of(self, pictures: Values, style: Values) -> Values:
@@ -83,11 +97,16 @@ def _between_different(kernel: Values, counts: Values) -> Values:
 
 
 def distances(tuned: Tensor, style: Tensor, base: Tensor | None = None) -> dict[str, object]:
-    """KID and CMMD to the style's images, of the tuned pictures and of the base's pictures of the same prompts and seeds."""
+    """KID and CMMD to the style's images, of the tuned pictures and of the base's pictures of the
+    same prompts and seeds.
+    """
     result: dict[str, object] = {"kid": _kid_summary(tuned, style, base)}
     result["cmmd"] = {"value": cmmd(tuned, style)}
     if base is not None:
-        result["cmmd"] |= {"base": cmmd(base, style), "delta": cmmd(tuned, style) - cmmd(base, style)}  # type: ignore[operator]
+        result["cmmd"] |= {
+            "base": cmmd(base, style),
+            "delta": cmmd(tuned, style) - cmmd(base, style),
+        }  # type: ignore[operator]
     return result
 
 
@@ -97,7 +116,10 @@ def _kid_summary(tuned: Tensor, style: Tensor, base: Tensor | None) -> dict[str,
         found |= {"base": kid(base, style), "delta": None, "delta_ci95": None}
     if min(len(tuned), len(style)) < 2:
         return found
-    pictures, images = intervals.counts(len(tuned)), intervals.counts(len(style), seed=intervals.SEED + 1)
+    pictures, images = (
+        intervals.counts(len(tuned)),
+        intervals.counts(len(style), seed=intervals.SEED + 1),
+    )
     of_tuned = _Mmd(tuned, style).of(pictures, images)
     found["ci95"] = intervals.interval(of_tuned)
     if base is not None:
@@ -106,8 +128,12 @@ def _kid_summary(tuned: Tensor, style: Tensor, base: Tensor | None) -> dict[str,
     return found
 
 
-def control_gap(held_out: Tensor, others: Tensor, style: Tensor, against: str) -> dict[str, object] | None:
-    """Similarity of the style's own held-out images above that of other images; None without either."""
+def control_gap(
+    held_out: Tensor, others: Tensor, style: Tensor, against: str
+) -> dict[str, object] | None:
+    """Similarity of the style's own held-out images above that of other images; None without
+    either.
+    """
     if not len(held_out) or not len(others):
         return None
     own, other = similarity(held_out, style), similarity(others, style)
@@ -122,8 +148,12 @@ def control_gap(held_out: Tensor, others: Tensor, style: Tensor, against: str) -
     }
 
 
-def nearest(pictures: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor) -> dict[str, object]:
-    """The closest training image of each picture. `copies`: pictures closer to one than every held-out image is."""
+def nearest(
+    pictures: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor
+) -> dict[str, object]:
+    """The closest training image of each picture. `copies`: pictures closer to one than every
+    held-out image is.
+    """
     closest, which = (pictures.double() @ style.double().T).max(1)
     most = int(closest.argmax())
     result: dict[str, object] = {
@@ -133,7 +163,10 @@ def nearest(pictures: Tensor, style: Tensor, names: Sequence[str], held_out: Ten
     }
     if len(held_out):
         of_held_out = (held_out.double() @ style.double().T).max(1).values
-        result |= {"held_out_mean": float(of_held_out.mean()), "held_out_max": float(of_held_out.max())}
+        result |= {
+            "held_out_mean": float(of_held_out.mean()),
+            "held_out_max": float(of_held_out.max()),
+        }
         result["copies"] = int((closest > of_held_out.max()).sum())
     return result
 
@@ -146,12 +179,15 @@ def diversity(pictures: Tensor) -> float | None:
     return float(1 - _between_different(cosine, np.ones((1, len(pictures))))[0])
 
 
-def score(tuned: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor, base: Tensor | None = None) -> dict[str, object]:
+def score(
+    tuned: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor, base: Tensor | None = None
+) -> dict[str, object]:
     """All figures of style.
 
     Args:
         tuned, base: features of pictures of the same prompts and seeds, [N, D] of unit length.
-        style: of the images trained on, called `names`; held_out: of images in the style that were not.
+        style: of the images trained on, called `names`; held_out: of images in the style that were
+            not.
     """
     found = similarity(tuned, style)
     result: dict[str, object] = {"similarity": intervals.summary(found)}

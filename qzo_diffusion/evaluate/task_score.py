@@ -11,12 +11,16 @@ SHARES = {"accuracy": "Accuracy", "f1": "F1"}  # metrics between 0 and 1, of whi
 
 
 def half_width(value: float, count: int) -> float:
-    """Of the 95 % confidence interval of a share of `count` examples (normal approximation; for F1 an upper bound of it)."""
+    """Of the 95 % confidence interval of a share of `count` examples (normal approximation; for F1
+    an upper bound of it).
+    """
     return 1.96 * math.sqrt(max(0.0, value * (1 - value)) / count)
 
 
 def interval(metric: str, value: float, count: int) -> dict[str, float]:
-    """`ci95`, half of the interval's width, of a share; nothing of a mean loss, whose spread one figure does not tell."""
+    """`ci95`, half of the interval's width, of a share; nothing of a mean loss, whose spread one
+    figure does not tell.
+    """
     return {"ci95": half_width(value, count)} if metric in SHARES else {}
 
 
@@ -31,12 +35,17 @@ class TaskScore:
 
     @classmethod
     def read(cls, evaluation: Mapping[str, Any]) -> "TaskScore":
-        """From evaluation.json of a language model's run. Raises KeyError, TypeError or ValueError for another file."""
+        """From evaluation.json of a language model's run.
+
+        Raises KeyError, TypeError or ValueError for another file.
+        """
         by_step = {int(step): float(value) for step, value in dict(evaluation["by_step"]).items()}
         examples = int(evaluation["test_examples"])
         if examples < 1:
             raise ValueError(f"{examples} test examples")
-        return cls(evaluation["task"], evaluation["metric"], examples, dict(sorted(by_step.items())))
+        return cls(
+            evaluation["task"], evaluation["metric"], examples, dict(sorted(by_step.items()))
+        )
 
     @property
     def name(self) -> str:
@@ -44,12 +53,19 @@ class TaskScore:
 
     @property
     def remark(self) -> str:
-        return f"{self.examples} test examples, {'higher' if self.metric in SHARES else 'lower'} is better"
+        return (
+            f"{self.examples} test examples, {'higher' if self.metric in SHARES else 'lower'} is "
+            "better"
+        )
 
     def chart(self) -> dict[str, Any] | None:
         points = [self._point(step, value) for step, value in self.by_step.items()]
         unit = "share" if self.metric in SHARES else "mean"
-        return charts.chart(self.name, [charts.Series("test examples", points, marks=True)], f"{unit} of {self.examples}")
+        return charts.chart(
+            self.name,
+            [charts.Series("test examples", points, marks=True)],
+            f"{unit} of {self.examples}",
+        )
 
     def ends(self) -> tuple[float, float] | None:
         """The metric at the first and at the last step; None until there are two."""
@@ -61,8 +77,8 @@ class TaskScore:
     def difference(self, base: float, tuned: float) -> dict[str, Any]:
         """delta and delta_ci95, as `intervals.paired` names them.
 
-        Both values are of the same examples, of which only the sums are kept: as if independent, which makes the interval too wide.
-        """
+        Both values are of the same examples, of which only the sums are kept: as if independent,
+        which makes the interval too wide."""
         delta, interval = tuned - base, None
         if self.metric in SHARES:
             half = math.hypot(half_width(base, self.examples), half_width(tuned, self.examples))

@@ -1,9 +1,10 @@
-"""A causal language model of transformers, read from a folder: log-probabilities of chosen tokens, and greedy answers.
+"""A causal language model of transformers, read from a folder: log-probabilities of chosen tokens,
+and greedy answers.
 
-Batches are padded on the right and need no mask: a position of a causal model never sees what stands behind it. The vocabulary is
-large (49,152 for SmolLM2, 128,256 for Llama 3), so logits are made only at the positions and, where that suffices, only of the
-tokens that a loss asks for. Both are fp32 whatever the model computes in: a bfloat16 logit of 20 moves in steps of 0.125.
-"""
+Batches are padded on the right and need no mask: a position of a causal model never sees what
+stands behind it. The vocabulary is large (49,152 for SmolLM2, 128,256 for Llama 3), so logits are
+made only at the positions and, where that suffices, only of the tokens that a loss asks for. Both
+are fp32 whatever the model computes in: a bfloat16 logit of 20 moves in steps of 0.125."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,19 +21,31 @@ from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
 
 WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
 OUTPUT_HEAD = "lm_head"
-CHANGES_LOGITS = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+CHANGES_LOGITS = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
 
 
 class OutputHead(nn.Linear):
-    """The model's last layer over the same weight; called with `tokens` it gives the logits of those alone."""
+    """The model's last layer over the same weight; called with `tokens` it gives the logits of
+    those alone.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
-    def forward(self, hidden: Tensor, tokens: Tensor | None = None, normalize: bool = False) -> Tensor:
-        """hidden [..., D] -> logits [..., V]; with tokens [..., C] fp32 logits [..., C], or log-probabilities with `normalize`."""
+    def forward(
+        self, hidden: Tensor, tokens: Tensor | None = None, normalize: bool = False
+    ) -> Tensor:
+        """hidden [..., D] -> logits [..., V]; with tokens [..., C] fp32 logits [..., C], or
+        log-probabilities with `normalize`.
+        """
         if tokens is None:
             return F.linear(hidden, self.weight, self.bias)
         wide = hidden.float()
@@ -64,10 +77,13 @@ class CausalLm:
         self.prefix: Prefix | None = None
         config = self.model.config
         head = self.model.get_output_embeddings()
-        changed = [name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)]
+        changed = [
+            name for name in CHANGES_LOGITS if getattr(config, name, None) not in (None, 1, 1.0)
+        ]
         if type(head) is not nn.Linear or changed:
             raise ModelError(
-                f"{type(model).__name__} with {', '.join(changed) or type(head).__name__} at its end",
+                f"{type(model).__name__} with {', '.join(changed) or type(head).__name__} at "
+                "its end",
                 "a model whose logits are those of a plain, unquantized linear layer",
                 "use another model, or leave its last layer unquantized",
             )
@@ -87,29 +103,42 @@ class CausalLm:
 
     @property
     def padding(self) -> int:
-        """A token to fill up with; which one does not matter, for nothing looks at it, but the model must have it.
+        """A token to fill up with; which one does not matter, for nothing looks at it, but the
+        model must have it.
 
-        Some tokenizers pad with a token that was added to them alone, and that the model has no embedding for.
-        """
+        Some tokenizers pad with a token that was added to them alone, and that the model has no
+        embedding for."""
         wanted = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((int(token) for token in wanted if token is not None and token < self.head.out_features), 0)
+        return next(
+            (
+                int(token)
+                for token in wanted
+                if token is not None and token < self.head.out_features
+            ),
+            0,
+        )
 
     def _greedy(self) -> Any:
-        """Of the settings that came with the model, where an answer ends, and nothing that changes which token comes next.
+        """Of the settings that came with the model, where an answer ends, and nothing that changes
+        which token comes next.
 
         Penalties and beams hold for greedy answers too.
         """
         from transformers import GenerationConfig
 
         given = self.model.generation_config
-        return GenerationConfig(eos_token_id=getattr(given, "eos_token_id", None), pad_token_id=self.padding)
+        return GenerationConfig(
+            eos_token_id=getattr(given, "eos_token_id", None), pad_token_id=self.padding
+        )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
     def part_before_(self, trained: Iterable[str]) -> None:
-        """Compute the blocks before the first of these layers apart from the others, where the model allows it."""
+        """Compute the blocks before the first of these layers apart from the others, where the
+        model allows it.
+        """
         self.prefix = find_prefix(self.model, self.model.base_model, trained, self.device)
 
     def score(
@@ -128,7 +157,8 @@ class CausalLm:
             ids: [R, T], padded on the right.
             positions: [R, P] or [R, 1], the last token that is read.
             tokens: [R, P].
-            normalize: False leaves logits, whose differences at one position are those of log-probabilities.
+            normalize: False leaves logits, whose differences at one position are those of
+                log-probabilities.
             copies: so many times the same rows stand in `ids`, all of them and then all again.
             hidden: what `prefix` gives for them, where that is known.
         """
@@ -151,7 +181,8 @@ class CausalLm:
 
     @torch.no_grad()
     def answers(self, ids: Tensor, mask: Tensor, max_tokens: int, stop: str) -> list[str]:
-        """What the model says next, greedily, up to `stop`, or up to the last position that it knows.
+        """What the model says next, greedily, up to `stop`, or up to the last position that it
+        knows.
 
         Args:
             ids: [B, T], padded on the left, with 1 in `mask` where there is text.
@@ -159,7 +190,8 @@ class CausalLm:
         lengths = mask.sum(1)
         room = (self.context - lengths).clamp(1, max_tokens)
         texts = [""] * len(ids)
-        for count in sorted(set(room.tolist())):  # apart, so that no prompt's answer is cut for a longer one beside it
+        for count in sorted(set(room.tolist())):
+            # apart, so that no prompt's answer is cut for a longer one beside it
             rows = (room == count).nonzero().flatten()
             width = int(lengths[rows].max())
             said = self._said(ids[rows, -width:], mask[rows, -width:], count, stop)
@@ -181,7 +213,8 @@ class CausalLm:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a tokenizer, in a format that is read.
+    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a
+    tokenizer, in a format that is read.
 
     A GGUF file has all of it.
     """
@@ -189,7 +222,8 @@ def check_model_folder(folder: Path) -> None:
         return check_gguf(folder)
     problems = {
         "config.json": (folder / "config.json").is_file(),
-        "weights": any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")),
+        "weights": any(folder.glob("*.safetensors"))
+        or any(folder.glob("*.safetensors.index.json")),
         "a tokenizer": any((folder / name).is_file() for name in TOKENIZER_FILES),
     }
     missing = [name for name, there in problems.items() if not there]
@@ -211,8 +245,11 @@ def check_model_folder(folder: Path) -> None:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
-def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any] | None = None) -> CausalLm:
-    """The model of a local folder on the CPU, with its weights as they are: quantized where the folder is.
+def load_causal_lm(
+    folder: Path, dtype: torch.dtype, read: Callable[[Path], Any] | None = None
+) -> CausalLm:
+    """The model of a local folder on the CPU, with its weights as they are: quantized where the
+    folder is.
 
     Args:
         read: makes the model of the folder in another way.
@@ -224,8 +261,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any]
 
     check_model_folder(folder)
     try:
-        source = source_of(folder) if is_gguf(folder) else {"pretrained_model_name_or_path": str(folder)}
-        tokenizer = AutoTokenizer.from_pretrained(**source, local_files_only=True, trust_remote_code=False)
+        source = (
+            source_of(folder) if is_gguf(folder) else {"pretrained_model_name_or_path": str(folder)}
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            **source, local_files_only=True, trust_remote_code=False
+        )
         if read is not None:
             model = read(folder)
         elif is_gguf(folder):
@@ -234,19 +275,33 @@ def load_causal_lm(folder: Path, dtype: torch.dtype, read: Callable[[Path], Any]
             model = load_stored(folder, dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
     except QzoError:
         raise
-    except Exception as error:  # a damaged file shows as whatever the library that reads it makes of its bytes
+    except Exception as error:
+        # a damaged file shows as whatever the library that reads it makes of its bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{folder} can't be loaded: {reason}", "a causal language model", "download it again") from error
+        raise ModelError(
+            f"{folder} can't be loaded: {reason}", "a causal language model", "download it again"
+        ) from error
     model.requires_grad_(False)
     return CausalLm(model.eval(), tokenizer)
 
 
-def padded(rows: Sequence[Sequence[int]], filler: int, left: bool = False, width: int = 0) -> Tensor:
+def padded(
+    rows: Sequence[Sequence[int]], filler: int, left: bool = False, width: int = 0
+) -> Tensor:
     """[R, longest or `width`] int64."""
     width = max(width, *map(len, rows))
-    full = [[filler] * (width - len(row)) + list(row) if left else [*row, *[filler] * (width - len(row))] for row in rows]
+    full = [
+        [filler] * (width - len(row)) + list(row)
+        if left
+        else [*row, *[filler] * (width - len(row))]
+        for row in rows
+    ]
     return torch.tensor(full, dtype=torch.int64)

@@ -1,4 +1,6 @@
-"""Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, SQuAD's .json, and the Hub's .parquet."""
+"""Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, SQuAD's .json,
+and the Hub's .parquet.
+"""
 
 import csv
 import io
@@ -22,13 +24,20 @@ class Row:
 
 
 def data_folder(name: str) -> Path:
-    """The folder that a `--data-dir` means: a folder, or ORG/NAME[/SUBFOLDER] of a dataset that is in the Hub's local cache.
+    """The folder that a `--data-dir` means: a folder, or ORG/NAME[/SUBFOLDER] of a dataset that is
+    in the Hub's local cache.
 
     Raises:
-        DataError: neither is here; the message says how to get it, since nothing is ever downloaded.
+        DataError: neither is here; the message says how to get it, since nothing is ever
+            downloaded.
     """
     parts = Path(name).parts
-    if not Path(name).is_dir() and len(parts) > 1 and not Path(name).is_absolute() and ".." not in parts:
+    if (
+        not Path(name).is_dir()
+        and len(parts) > 1
+        and not Path(name).is_absolute()
+        and ".." not in parts
+    ):
         snapshot = _cached_dataset("/".join(parts[:2]))
         if snapshot is not None and snapshot.joinpath(*parts[2:]).is_dir():
             return snapshot.joinpath(*parts[2:])
@@ -36,7 +45,8 @@ def data_folder(name: str) -> Path:
         raise DataError(
             f"{name!r} is neither a folder nor a dataset in the local cache",
             "the folder of the task's data, or a dataset's id that was downloaded",
-            "pass --data-dir DIR; for a dataset of the Hub `hf download ORG/NAME --repo-type dataset`, then "
+            "pass --data-dir DIR; for a dataset of the Hub `hf download ORG/NAME --repo-type "
+            "dataset`, then "
             "--data-dir ORG/NAME/SUBFOLDER",
         )
     return Path(name)
@@ -55,11 +65,16 @@ def _cached_dataset(repo: str) -> Path | None:
 def _as_on_the_hub(name: str) -> str:
     """dev.tsv -> validation-00000-of-00001.parquet"""
     split = Path(name).stem.partition("-")[0]
-    return f"{({'dev': 'validation', 'val': 'validation'}).get(split, split)}-00000-of-00001.parquet"
+    return (
+        f"{({'dev': 'validation', 'val': 'validation'}).get(split, split)}-00000-of-00001.parquet"
+    )
 
 
 def find_data(folder: Path, names: Sequence[str]) -> Path:
-    """The first of the files that is there, else what the Hub calls that part. Raises DataError when none is."""
+    """The first of the files that is there, else what the Hub calls that part.
+
+    Raises DataError when none is.
+    """
     for name in [*names, *map(_as_on_the_hub, names)]:
         if (folder / name).is_file():
             return folder / name
@@ -86,7 +101,9 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
     if path.suffix == ".parquet":
         rows = list(_parquet(path, fields))
     elif reader is None:
-        raise DataError(f"{path.name}", f"a file ending in {', '.join(readers)} or .parquet", "convert the data")
+        raise DataError(
+            f"{path.name}", f"a file ending in {', '.join(readers)} or .parquet", "convert the data"
+        )
     else:
         rows = list(reader(path, _text(path), fields, columns))
     for row in rows:
@@ -94,7 +111,9 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
         if missing:
             have = ", ".join(row.values) or "nothing"
             raise DataError(
-                f"{row.place} has {have}", f"a field {missing[0]!r}, which the task reads", "correct the data or the task"
+                f"{row.place} has {have}",
+                f"a field {missing[0]!r}, which the task reads",
+                "correct the data or the task",
             )
     if not rows:
         raise DataError(f"{path} holds no example", "at least one", "give another file")
@@ -105,7 +124,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read: {error}", "text in UTF-8", "give another file") from None
+        raise DataError(
+            f"{path} can't be read: {error}", "text in UTF-8", "give another file"
+        ) from None
 
 
 def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
@@ -114,11 +135,17 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError:
-        raise DataError(f"{path.name}, and no pyarrow is installed", "pyarrow", 'pip install "qzo-diffusion[parquet]"') from None
+        raise DataError(
+            f"{path.name}, and no pyarrow is installed",
+            "pyarrow",
+            'pip install "qzo-diffusion[parquet]"',
+        ) from None
     try:
         entries = read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        raise DataError(f"{path} can't be read: {error}", "a parquet file", "download it again") from None
+        raise DataError(
+            f"{path} can't be read: {error}", "a parquet file", "download it again"
+        ) from None
     for number, entry in enumerate(entries, start=1):
         yield _row(entry, f"{path}, row {number}", fields)
 
@@ -126,7 +153,9 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
 def _tabs(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
     """As GLUE writes it: no quoting, so a quotation mark is one."""
     lines = enumerate(text.split("\n"), start=1)
-    return _table(path, [(number, line.split("\t")) for number, line in lines if line], fields, columns)
+    return _table(
+        path, [(number, line.split("\t")) for number, line in lines if line], fields, columns
+    )
 
 
 def _commas(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
@@ -142,27 +171,37 @@ def _quoted(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             cells = next(reader, None)
         except csv.Error as error:
             got = f"{path}, line {start}: {error}"
-            raise DataError(got, "comma-separated values", "correct the line; a quotation mark may lack its second") from None
+            raise DataError(
+                got,
+                "comma-separated values",
+                "correct the line; a quotation mark may lack its second",
+            ) from None
         if cells is None:
             return
         if cells:
             yield start, cells
 
 
-def _table(path: Path, lines: list[tuple[int, list[str]]], fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+def _table(
+    path: Path, lines: list[tuple[int, list[str]]], fields: Sequence[str], columns: Sequence[str]
+) -> Iterator[Row]:
     has_names = bool(lines) and set(fields) <= set(lines[0][1])
     names = lines[0][1] if has_names else list(columns)
     for number, cells in lines[has_names:]:
         if len(cells) != len(names):
             raise DataError(
                 f"{path}, line {number}: {len(cells)} columns",
-                f"{len(names)}: {', '.join(names)}" if names else f"a first line with the names {', '.join(fields)}",
+                f"{len(names)}: {', '.join(names)}"
+                if names
+                else f"a first line with the names {', '.join(fields)}",
                 "correct the line, or `columns` of the task file",
             )
         yield Row(dict(zip(names, cells, strict=True)), f"{path}, line {number}")
 
 
-def _json_lines(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
+def _json_lines(
+    path: Path, text: str, fields: Sequence[str], columns: Sequence[str]
+) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = f"{path}, line {number}"
@@ -170,7 +209,10 @@ def _json_lines(path: Path, text: str, fields: Sequence[str], columns: Sequence[
 
 
 def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    """A row for each question: title, context, question, answers. A plain list of objects is read as well."""
+    """A row for each question: title, context, question, answers.
+
+    A plain list of objects is read as well.
+    """
     content = _json(text, str(path))
     if isinstance(content, list):
         for number, entry in enumerate(content, start=1):
@@ -182,31 +224,54 @@ def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str])
             for paragraph in article["paragraphs"]:
                 for question in paragraph["qas"]:
                     said = [answer["text"] for answer in question["answers"]]
-                    facts = {"title": article.get("title", ""), "context": paragraph["context"], "question": question["question"]}
-                    yield _row(facts | {"answers": said}, f"{path}, question {question.get('id')}", fields)
+                    facts = {
+                        "title": article.get("title", ""),
+                        "context": paragraph["context"],
+                        "question": question["question"],
+                    }
+                    yield _row(
+                        facts | {"answers": said}, f"{path}, question {question.get('id')}", fields
+                    )
     except (KeyError, TypeError, AttributeError) as error:
         got = f"{path} without {error}" if isinstance(error, KeyError) else f"{path}: {error}"
-        raise DataError(got, "SQuAD's data, paragraphs, qas, answers, or a list of objects", "convert the data") from None
+        raise DataError(
+            got, "SQuAD's data, paragraphs, qas, answers, or a list of objects", "convert the data"
+        ) from None
 
 
 def _row(entry: dict[str, Any], place: str, fields: Sequence[str] = ()) -> Row:
-    """A null is no value, and of SQuAD's answers as `datasets` has them, {"text": [...], ...}, those under `text` are meant.
+    """A null is no value, and of SQuAD's answers as `datasets` has them, {"text": [...], ...},
+    those under `text` are meant.
 
     Raises:
-        DataError: one of the `fields` is another object, or an empty list. What the task does not read is left out.
+        DataError: one of the `fields` is another object, or an empty list. What the task does not
+            read is left out.
     """
     values: dict[str, str] = {}
     lists: dict[str, tuple[str, ...]] = {}
     for name, found in entry.items():
-        value = found["text"] if isinstance(found, dict) and isinstance(found.get("text"), list) else found
+        value = (
+            found["text"]
+            if isinstance(found, dict) and isinstance(found.get("text"), list)
+            else found
+        )
         parts = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
         if any(isinstance(one, (dict, list)) for one in parts):
             if name in fields:
-                got = f"{place}: {name} holds {'an object' if isinstance(found, dict) else 'lists or objects'}"
-                raise DataError(got, 'a value, a list of values, or {"text": a list of values}', "convert the data")
+                got = (
+                    f"{place}: {name} holds "
+                    f"{'an object' if isinstance(found, dict) else 'lists or objects'}"
+                )
+                raise DataError(
+                    got,
+                    'a value, a list of values, or {"text": a list of values}',
+                    "convert the data",
+                )
             continue
         if isinstance(value, list) and not parts and name in fields:
-            raise DataError(f"{place}: {name} is empty", "at least one value", "leave the entry out")
+            raise DataError(
+                f"{place}: {name} is empty", "at least one value", "leave the entry out"
+            )
         if parts:
             values[name] = as_text(parts[0])
         if parts and isinstance(value, list):
@@ -220,7 +285,9 @@ def _object(text: str, place: str) -> dict[str, Any]:
 
 def _checked(entry: Any, place: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
-        raise DataError(f"{place} holds a {type(entry).__name__}", "a JSON object", "correct the file")
+        raise DataError(
+            f"{place} holds a {type(entry).__name__}", "a JSON object", "correct the file"
+        )
     return entry
 
 

@@ -1,8 +1,9 @@
-"""A language model in one GGUF file, as llama.cpp runs it: read with a layer of ours for every quantized linear, and saved again.
+"""A language model in one GGUF file, as llama.cpp runs it: read with a layer of ours for every
+quantized linear, and saved again.
 
-Configuration, tokenizer and all that is not quantized come by transformers, which dequantizes the whole file; each layer is then
-compared with what it made of it, so that a layer under another name, or rows in another order, is not tuned by mistake.
-"""
+Configuration, tokenizer and all that is not quantized come by transformers, which dequantizes the
+whole file; each layer is then compared with what it made of it, so that a layer under another name,
+or rows in another order, is not tuned by mistake."""
 
 import shutil
 from collections.abc import Mapping
@@ -26,9 +27,15 @@ def is_gguf(place: Path) -> bool:
 
 
 def check_gguf(file: Path) -> None:
-    """Raises ModelError unless it can be read and has a quantized layer of a type that can be tuned."""
+    """Raises ModelError unless it can be read and has a quantized layer of a type that can be
+    tuned.
+    """
     if not any(tensor.tensor_type.name in blocks.FACTORS for tensor in _reader(file).tensors):
-        raise ModelError(f"{file} without a quantized layer", ", ".join(blocks.FACTORS), "use a file of one of these types")
+        raise ModelError(
+            f"{file} without a quantized layer",
+            ", ".join(blocks.FACTORS),
+            "use a file of one of these types",
+        )
 
 
 def source_of(file: Path) -> dict[str, str]:
@@ -38,7 +45,8 @@ def source_of(file: Path) -> dict[str, str]:
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
-    """The model with a layer of ours for every linear in blocks, in `dtype` elsewhere; the last layer stays plain.
+    """The model with a layer of ours for every linear in blocks, in `dtype` elsewhere; the last
+    layer stays plain.
 
     Raises:
         ModelError: a tensor is not what transformers reads.
@@ -47,10 +55,14 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
 
     reader = _reader(file)
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
-    if hasattr(transformers, "GgufConfig"):  # later versions may keep blocks themselves, in layers that see no changed scale
+    if hasattr(transformers, "GgufConfig"):
+        # later versions may keep blocks themselves, in layers that see no changed scale
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source_of(file), **how)
-    tensors, head = {tensor.name: tensor for tensor in reader.tensors}, model.get_output_embeddings()
+    tensors, head = (
+        {tensor.name: tensor for tensor in reader.tensors},
+        model.get_output_embeddings(),
+    )
     for name, stored in _names(reader, model).items():
         tensor, linear = tensors.get(stored), model.get_submodule(name)
         if linear is not head and tensor is not None and tensor.tensor_type.name in blocks.FACTORS:
@@ -61,9 +73,14 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def save_gguf(file: Path, target: Path, model: nn.Module, scales: Mapping[str, Tensor]) -> None:
-    """A copy of `file` in the folder `target` with the factors of these scales, rounded to fp16; every other byte is the same."""
+    """A copy of `file` in the folder `target` with the factors of these scales, rounded to fp16;
+    every other byte is the same.
+    """
     reader = _reader(file)
-    places, names = {tensor.name: tensor.data_offset for tensor in reader.tensors}, _names(reader, model)
+    places, names = (
+        {tensor.name: tensor.data_offset for tensor in reader.tensors},
+        _names(reader, model),
+    )
     shutil.copyfile(file, target / file.name)
     with (target / file.name).open("r+b") as output:
         for handle in handles_of(model):
@@ -75,17 +92,37 @@ def save_gguf(file: Path, target: Path, model: nn.Module, scales: Mapping[str, T
 def _names(reader: Any, model: Any) -> dict[str, str]:
     """By linear of the model, what its weight is called in the file."""
     gguf, field = blocks.need_package(), reader.fields.get("general.architecture")
-    arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if field and name == field.contents()), None)
+    arch = next(
+        (
+            arch
+            for arch, name in gguf.MODEL_ARCH_NAMES.items()
+            if field and name == field.contents()
+        ),
+        None,
+    )
     if arch is None:
-        raise ModelError("a GGUF file of an unknown architecture", "one that the package gguf knows", "update the package gguf")
+        raise ModelError(
+            "a GGUF file of an unknown architecture",
+            "one that the package gguf knows",
+            "update the package gguf",
+        )
     known = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, blocks.GgufLinear))]
-    return {name: f"{stored}.weight" for name in linears if (stored := known.get_name(name)) is not None}
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, blocks.GgufLinear))
+    ]
+    return {
+        name: f"{stored}.weight" for name in linears if (stored := known.get_name(name)) is not None
+    }
 
 
 def _layer(name: str, tensor: Any, linear: nn.Linear, config: Any) -> blocks.GgufLinear:
     codes, kind = torch.from_numpy(np.array(tensor.data)), tensor.tensor_type.name
-    heads = (config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    heads = (
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    )
     weight = linear.weight.float()
     for rows in (torch.arange(len(codes)), *(_interleaved(len(codes), count) for count in heads)):
         layer = blocks.GgufLinear(codes[rows], kind, rows, linear.bias)
@@ -93,11 +130,17 @@ def _layer(name: str, tensor: Any, linear: nn.Linear, config: Any) -> blocks.Ggu
         if found.shape == weight.shape and torch.allclose(found, weight, rtol=LIKE, atol=1e-6):
             return layer
     got = f"{name}, which is not {tensor.name} of the file"
-    raise ModelError(got, "rows as they are, or as a Llama's heads have them", "use the model's safetensors folder")
+    raise ModelError(
+        got,
+        "rows as they are, or as a Llama's heads have them",
+        "use the model's safetensors folder",
+    )
 
 
 def _interleaved(rows: int, heads: int) -> Tensor:
-    """Which row of the file each row of queries and keys is: llama.cpp turns the two halves of a head into neighbours."""
+    """Which row of the file each row of queries and keys is: llama.cpp turns the two halves of a
+    head into neighbours.
+    """
     if rows % (2 * heads):
         return torch.arange(rows)
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
@@ -114,4 +157,6 @@ def _read(file: Path, _changed: int, _size: int) -> Any:
     try:
         return gguf.GGUFReader(file)
     except Exception as error:  # a damaged file shows as whatever its bytes lead to
-        raise ModelError(f"{file} can't be read: {error}", "a GGUF file", "download it again") from None
+        raise ModelError(
+            f"{file} can't be read: {error}", "a GGUF file", "download it again"
+        ) from None

@@ -1,8 +1,9 @@
-"""What the untrained first blocks give for each training text, kept in a file for the next time that the text is drawn.
+"""What the untrained first blocks give for each training text, kept in a file for the next time
+that the text is drawn.
 
-It is not kept in memory, where it would be more than a step's own: 35 MB for 1,000 sentences of SmolLM2, 2 GB for as many long
-prompts of an 8B model. The file has no name, so that it is gone with the process however that ends.
-"""
+It is not kept in memory, where it would be more than a step's own: 35 MB for 1,000 sentences of
+SmolLM2, 2 GB for as many long prompts of an 8B model. The file has no name, so that it is gone with
+the process however that ends."""
 
 import io
 import shutil
@@ -19,14 +20,17 @@ from qzo_diffusion.llm.causal_lm import CausalLm, padded
 
 Rows = Sequence[tuple[int, ...]]
 SPARE = 2.0  # times what it needs must be free, else nothing is kept
-WIDTHS = 32  # forwards are as wide as a multiple of it: a CPU's 16-bit products hold on to 3 MB for every width that they ever saw
+# forwards are as wide as a multiple of it: a CPU's 16-bit products hold on to 3 MB for every width
+# that they ever saw
+WIDTHS = 32
 
 
 class KeptHidden:
     """Hidden states [T, D] by row of tokens.
 
-    What a row's are depends, in the last bits, on the rows beside it in a forward. So rows go together as `groups` has them, always
-    the same ones, and a run that goes on with an empty file sees the bits that it would have read.
+    What a row's are depends, in the last bits, on the rows beside it in a forward. So rows go
+    together as `groups` has them, always the same ones, and a run that goes on with an empty file
+    sees the bits that it would have read.
 
     Args:
         lm: has a prefix.
@@ -55,23 +59,29 @@ class KeptHidden:
         hidden = torch.zeros(len(rows), max(map(len, rows)), self._width, dtype=self._dtype)
         for states, row in zip(hidden, rows, strict=True):
             self._file.seek(self._place[row])
-            self._file.readinto(states[: len(row)].view(torch.uint8).numpy())  # a row's beginning is one run of bytes
+            # a row's beginning is one run of bytes
+            self._file.readinto(states[: len(row)].view(torch.uint8).numpy())
         return hidden.to(self._lm.device)
 
     def _add(self, rows: Rows) -> None:
         assert self._lm.prefix is not None
         width = min(-(-max(map(len, rows)) // WIDTHS) * WIDTHS, self._lm.context)
-        hidden = self._lm.prefix.before(padded(rows, self._lm.padding, width=width).to(self._lm.device)).cpu()
+        hidden = self._lm.prefix.before(
+            padded(rows, self._lm.padding, width=width).to(self._lm.device)
+        ).cpu()
         self._dtype, self._width = hidden.dtype, hidden.shape[-1]
         try:
             for row, states in zip(rows, hidden, strict=True):
                 self._place[row] = self._file.seek(0, io.SEEK_END)
-                self._write(memoryview(states[: len(row)].contiguous().view(torch.uint8).numpy().ravel()))
+                self._write(
+                    memoryview(states[: len(row)].contiguous().view(torch.uint8).numpy().ravel())
+                )
         except OSError as error:
             raise OutputError(
                 f"what the first blocks give can't be kept: {error.strerror or error}",
                 "room in the cache folder",
-                "free space, or set data.keep_hidden=false, then --resume the run; every step before this one is safe",
+                "free space, or set data.keep_hidden=false, then --resume the run; every step "
+                "before this one is safe",
             ) from error
 
     def _write(self, rest: memoryview) -> None:

@@ -1,7 +1,7 @@
 """Losses of a batch, one per example, and how well a model does a task.
 
-A loss may be anything that two forwards can tell apart: besides those that have a gradient, 1 - accuracy and 1 - F1 are offered.
-"""
+A loss may be anything that two forwards can tell apart: besides those that have a gradient, 1 -
+accuracy and 1 - F1 are offered."""
 
 import re
 import string
@@ -24,10 +24,15 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 def choice_scores(lm: CausalLm, batch: Batch) -> Tensor:
     """How likely each continuation is: the mean log-probability of its tokens, fp32 [B, C].
 
-    Single-token choices are compared by their logits: what they lack to log-probabilities is the same for all choices.
-    """
+    Single-token choices are compared by their logits: what they lack to log-probabilities is the
+    same for all choices."""
     scores = lm.score(
-        batch.ids, batch.positions, batch.tokens, normalize=not batch.shared, copies=batch.copies, hidden=batch.hidden
+        batch.ids,
+        batch.positions,
+        batch.tokens,
+        normalize=not batch.shared,
+        copies=batch.copies,
+        hidden=batch.hidden,
     )
     if batch.shared:
         return scores
@@ -36,20 +41,31 @@ def choice_scores(lm: CausalLm, batch: Batch) -> Tensor:
 
 
 def task_loss(lm: CausalLm, batch: Batch) -> Tensor:
-    """[B]: cross-entropy over the choices, or the mean negative log-probability of the answer's or the text's tokens."""
+    """[B]: cross-entropy over the choices, or the mean negative log-probability of the answer's or
+    the text's tokens.
+    """
     scores = choice_scores(lm, batch)
-    return -scores[:, 0] if scores.shape[1] == 1 else F.cross_entropy(scores, batch.label, reduction="none")
+    return (
+        -scores[:, 0]
+        if scores.shape[1] == 1
+        else F.cross_entropy(scores, batch.label, reduction="none")
+    )
 
 
 def task_metric(lm: CausalLm, batch: Batch, spec: TaskSpec, metric: Metric) -> Tensor:
-    """[B]: 1 for right and 0 for wrong, for generated answers also the share of common words; a loss stays one."""
+    """[B]: 1 for right and 0 for wrong, for generated answers also the share of common words; a
+    loss stays one.
+    """
     if metric == "loss":
         return task_loss(lm, batch)
     if spec.kind == "choice":
         return (choice_scores(lm, batch).argmax(1) == batch.label).float()
     said = lm.answers(batch.prompts, batch.prompt_mask, spec.answer_tokens, spec.stop)
     measure = word_f1 if metric == "f1" else exact_match
-    best = [max(measure(text, answer) for answer in answers) for text, answers in zip(said, batch.answers, strict=True)]
+    best = [
+        max(measure(text, answer) for answer in answers)
+        for text, answers in zip(said, batch.answers, strict=True)
+    ]
     return torch.tensor(best, device=batch.label.device)
 
 
@@ -63,12 +79,16 @@ def objective(lm: CausalLm, spec: TaskSpec, name: ObjectiveName) -> Callable[[Ba
 @torch.no_grad()
 def mean_metric(lm: CausalLm, batches: Sequence[Batch], spec: TaskSpec) -> float:
     """Over all examples of all batches."""
-    values = [value for batch in batches for value in task_metric(lm, batch, spec, spec.metric).tolist()]
+    values = [
+        value for batch in batches for value in task_metric(lm, batch, spec, spec.metric).tolist()
+    ]
     return sum(values) / len(values)
 
 
 def normalized(text: str) -> list[str]:
-    """Words as SQuAD compares them (Rajpurkar et al. 2016): no case, no punctuation, no articles."""
+    """Words as SQuAD compares them (Rajpurkar et al. 2016): no case, no punctuation, no
+    articles.
+    """
     plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return ARTICLES.sub(" ", plain).split()
 

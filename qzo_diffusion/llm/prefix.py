@@ -1,12 +1,14 @@
-"""The blocks before the first trained one: no probe changes what they give, so it need not be computed for each probe anew.
+"""The blocks before the first trained one: no probe changes what they give, so it need not be
+computed for each probe anew.
 
-A step asks for it once for all probes of an example, and where the same texts come again, what was computed for a text once is
-read back from a file. With the default's layers, blocks 12 to 26 of 30, probes then cost 18 / 30 of plain forwards at the least,
-and with eight of an example 0.65 of them where nothing was kept.
+A step asks for it once for all probes of an example, and where the same texts come again, what was
+computed for a text once is read back from a file. With the default's layers, blocks 12 to 26 of 30,
+probes then cost 18 / 30 of plain forwards at the least, and with eight of an example 0.65 of them
+where nothing was kept.
 
-The rest of a model can't be called on hidden states in general: position embeddings, masks and norms are its own business. So the
-model runs as it is, with blocks that pass on what they get in the place of those that are left out.
-"""
+The rest of a model can't be called on hidden states in general: position embeddings, masks and
+norms are its own business. So the model runs as it is, with blocks that pass on what they get in
+the place of those that are left out."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +22,15 @@ PROBE_TOKENS = 8
 
 
 class PassOn(nn.Module):
-    """In the place of a block: gives `hidden` if it has one, else what it is given, which it keeps in `seen`."""
+    """In the place of a block: gives `hidden` if it has one, else what it is given, which it keeps
+    in `seen`.
+    """
 
     def __init__(self, block: nn.Module, hidden: Tensor | None = None) -> None:
         super().__init__()
         self.hidden, self.seen = hidden, hidden
-        if hasattr(block, "attention_type"):  # models with several kinds of attention ask their blocks which mask they need
+        if hasattr(block, "attention_type"):
+            # models with several kinds of attention ask their blocks which mask they need
             self.attention_type = block.attention_type
 
     def forward(self, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
@@ -62,7 +67,9 @@ class Prefix:
     def after(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """The last hidden state [R, T, D] of ids [R, T], given `before` of them."""
         start = [PassOn(block) for block in self._blocks[: self._count - 1]]
-        with self._in_place([*start, PassOn(self._blocks[self._count - 1], hidden), *self._blocks[self._count :]]):
+        with self._in_place(
+            [*start, PassOn(self._blocks[self._count - 1], hidden), *self._blocks[self._count :]]
+        ):
             last: Tensor = self._base(input_ids=ids, use_cache=False).last_hidden_state
         return last
 
@@ -83,7 +90,9 @@ class Prefix:
         """
         ids = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
         kinds: list[type] = []
-        hook = self._blocks[0].register_forward_hook(lambda _module, _args, output: kinds.append(type(output)))
+        hook = self._blocks[0].register_forward_hook(
+            lambda _module, _args, output: kinds.append(type(output))
+        )
         try:
             whole: Tensor = self._base(input_ids=ids, use_cache=False).last_hidden_state
         finally:
@@ -91,8 +100,11 @@ class Prefix:
         return kinds == [Tensor] and torch.equal(self.after(ids, self.before(ids)), whole)
 
 
-def find_prefix(model: nn.Module, base: nn.Module, trained: Iterable[str], device: torch.device) -> Prefix | None:
-    """None when the first block is trained, something outside of the blocks is, or the model's blocks can't be left out.
+def find_prefix(
+    model: nn.Module, base: nn.Module, trained: Iterable[str], device: torch.device
+) -> Prefix | None:
+    """None when the first block is trained, something outside of the blocks is, or the model's
+    blocks can't be left out.
 
     Args:
         trained: names of layers, as `model` has them.
@@ -101,7 +113,10 @@ def find_prefix(model: nn.Module, base: nn.Module, trained: Iterable[str], devic
     stacks = {match[1] if match else "" for match in found}
     if len(stacks) != 1 or "" in stacks:
         return None
-    blocks, count = model.get_submodule(stacks.pop()), min(int(match[2]) for match in found if match)
+    blocks, count = (
+        model.get_submodule(stacks.pop()),
+        min(int(match[2]) for match in found if match),
+    )
     if not isinstance(blocks, nn.ModuleList) or count == 0:
         return None
     prefix = Prefix(base, blocks, count)

@@ -1,9 +1,10 @@
-"""What tuning of scales is compared with on language models: MeZO on the unquantized weights, and QLoRA.
+"""What tuning of scales is compared with on language models: MeZO on the unquantized weights, and
+QLoRA.
 
-Both train tensors of their own in place of scales, and are handed to the rest of the program as if these were scales: the same
-estimator, loop, batches, checkpoints and evaluation serve them. MeZO (arXiv 2305.17333) then needs nothing else. QLoRA (arXiv
-2305.14314) is first-order: beside `core.oracle`, this is the one file that differentiates.
-"""
+Both train tensors of their own in place of scales, and are handed to the rest of the program as if
+these were scales: the same estimator, loop, batches, checkpoints and evaluation serve them. MeZO
+(arXiv 2305.17333) then needs nothing else. QLoRA (arXiv 2305.14314) is first-order: beside
+`core.oracle`, this is the one file that differentiates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,16 +24,22 @@ from qzo_diffusion.core.weights import WeightHandle
 def mezo_numbers(model: nn.Module, layers: Sequence[str]) -> DenseAbsolute:
     """The weights of the layers of those names, unquantized.
 
-    In a 16-bit model the trained weights are kept in fp32 beside it: most of MeZO's updates would round to nothing.
-    """
+    In a 16-bit model the trained weights are kept in fp32 beside it: most of MeZO's updates would
+    round to nothing."""
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
-    return DenseAbsolute(ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in modules.items()))
+    return DenseAbsolute(
+        ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in modules.items())
+    )
 
 
-def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
-    """Put adapters beside the layers of those names, by peft. Until they are trained they change nothing.
+def add_lora_(
+    model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int
+) -> None:
+    """Put adapters beside the layers of those names, by peft. Until they are trained they change
+    nothing.
 
-    The random half of each is drawn from the seed and the layer's name, so that every process and every resume has the same.
+    The random half of each is drawn from the seed and the layer's name, so that every process and
+    every resume has the same.
 
     Raises:
         ModelError: peft is not installed.
@@ -40,9 +47,13 @@ def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: floa
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ModelError("no package peft", "peft, for the method qlora", "pip install 'qzo-diffusion[qlora]'") from None
+        raise ModelError(
+            "no package peft", "peft, for the method qlora", "pip install 'qzo-diffusion[qlora]'"
+        ) from None
 
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers)), model)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(layers)), model
+    )
     for name, module in _adapters(model):
         weight: Any = module.float().requires_grad_(True).weight
         if "lora_A" in name:
@@ -52,7 +63,9 @@ def add_lora_(model: nn.Module, layers: Sequence[str], *, rank: int, alpha: floa
 
 def lora_numbers(model: nn.Module) -> DenseAbsolute:
     """The adapters of a model that is where it will stay: to move it leaves these behind."""
-    return DenseAbsolute(ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in _adapters(model)))
+    return DenseAbsolute(
+        ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in _adapters(model))
+    )
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -61,12 +74,18 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def lora_gradient(model: nn.Module) -> Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]:
+def lora_gradient(
+    model: nn.Module,
+) -> Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]:
     """dL/d(adapters) of the mean loss over all examples, by name."""
 
-    def gradient(objective: Objective[Any], micro_batches: Sequence[Any], numbers: Parametrization) -> dict[str, Tensor]:
+    def gradient(
+        objective: Objective[Any], micro_batches: Sequence[Any], numbers: Parametrization
+    ) -> dict[str, Tensor]:
         count = sum(map(len, micro_batches))
-        weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in numbers.numbers()}
+        weights: dict[str, Any] = {
+            name: model.get_submodule(name).weight for name in numbers.numbers()
+        }
         with torch.enable_grad():
             for micro_batch in micro_batches:
                 (objective(micro_batch).sum() / count).backward()

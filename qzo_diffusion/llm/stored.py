@@ -1,4 +1,5 @@
-"""Language models that are quantized on disk in the formats of GPTQ, AQLM and HQQ, read by our own layers; and saved again.
+"""Language models that are quantized on disk in the formats of GPTQ, AQLM and HQQ, read by our own
+layers; and saved again.
 
 All that these formats need is in `quant`: none of the programs that write them is imported.
 """
@@ -33,14 +34,17 @@ def stored_method(folder: Path) -> str | None:
 
 
 def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model that a folder's config describes, unquantized, its weights on the meta device; nothing is read but JSON."""
+    """The model that a folder's config describes, unquantized, its weights on the meta device;
+    nothing is read but JSON.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):  # transformers computes some buffers when it builds
+    with init_empty_weights(include_buffers=False):
+        # transformers computes some buffers when it builds
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():  # where an answer ends
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -51,39 +55,60 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model with a layer of ours wherever the checkpoint has codes, in `dtype` elsewhere.
 
     Raises:
-        ModelError: a format of other than 4 bits, parts that don't fit together, or weights that are missing.
+        ModelError: a format of other than 4 bits, parts that don't fit together, or weights that
+            are missing.
     """
     settings, method = _quantization(folder), stored_method(folder)
     if method == "gptq" and settings.get("bits") != gptq.BITS:
-        raise ModelError(f"GPTQ of {settings.get('bits')} bits", "4 bits", "use a model of 4 bits, or quantize it to NF4")
+        raise ModelError(
+            f"GPTQ of {settings.get('bits')} bits",
+            "4 bits",
+            "use a model of 4 bits, or quantize it to NF4",
+        )
     model: Any = empty_causal_lm(folder, dtype)
     tensors = _read(folder)
     parts = _FORMATS[str(method)].PARTS
     names = [name.removesuffix(f".{parts[0]}") for name in tensors if name.endswith(f".{parts[0]}")]
     if not names:
-        raise ModelError(f"{folder} without a layer of {method}", f"tensors named *.{parts[0]}", "download the model again")
-    states = {name: {part: tensors.pop(f"{name}.{part}") for part in parts if f"{name}.{part}" in tensors} for name in names}
+        raise ModelError(
+            f"{folder} without a layer of {method}",
+            f"tensors named *.{parts[0]}",
+            "download the model again",
+        )
+    states = {
+        name: {part: tensors.pop(f"{name}.{part}") for part in parts if f"{name}.{part}" in tensors}
+        for name in names
+    }
     make_layer = _layer_maker(str(method), states, settings.get("checkpoint_format"), dtype)
     for name, state in states.items():
         bias = tensors.pop(f"{name}.bias", None)
         layer = make_layer(name, state, None if bias is None else bias.to(dtype))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    floats = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    floats = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     model.load_state_dict(floats, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise ModelError(f"{folder} without {missing[0]}", "all weights of the model", "download the model again")
+        raise ModelError(
+            f"{folder} without {missing[0]}", "all weights of the model", "download the model again"
+        )
     return model
 
 
-def _layer_maker(method: str, states: Mapping[str, Mapping[str, Tensor]], label: str | None, dtype: torch.dtype) -> MakeLayer:
+def _layer_maker(
+    method: str, states: Mapping[str, Mapping[str, Tensor]], label: str | None, dtype: torch.dtype
+) -> MakeLayer:
     if method == "gptq":
         version = gptq.version_of({name: state["qzeros"] for name, state in states.items()}, label)
         return lambda name, state, bias: gptq.layer_from_state(name, state, bias, version)
     if method == "aqlm":
-        return lambda name, state, bias: aqlm.layer_from_state(name, _floats(state, "codebooks", dtype), bias)
+        return lambda name, state, bias: aqlm.layer_from_state(
+            name, _floats(state, "codebooks", dtype), bias
+        )
     return hqq.layer_from_state
 
 
@@ -92,9 +117,13 @@ def _floats(state: Mapping[str, Tensor], part: str, dtype: torch.dtype) -> dict[
 
 
 def save_stored(
-    source: Path, target: Path, scales: ScaleSet | Mapping[str, Tensor], weights: Collection[str] = frozenset()
+    source: Path,
+    target: Path,
+    scales: ScaleSet | Mapping[str, Tensor],
+    weights: Collection[str] = frozenset(),
 ) -> None:
-    """A copy of the folder `source` with these scales, rounded to the dtype that the checkpoint has.
+    """A copy of the folder `source` with these scales, rounded to the dtype that the checkpoint
+    has.
 
     Args:
         weights: names in `scales` of what is no scale but an unquantized tensor.
@@ -113,16 +142,24 @@ def save_stored(
 def bitsandbytes_type(folder: Path) -> str:
     """Of a folder of bitsandbytes: "nf4", "fp4", which is what no word of it means, or "int8"."""
     settings = _quantization(folder)
-    return str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
+    return (
+        str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"
+    )
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder}/config.json can't be read: {error}", "JSON", "download the model again") from None
+        raise ModelError(
+            f"{folder}/config.json can't be read: {error}", "JSON", "download the model again"
+        ) from None
     if not isinstance(content, dict):
-        raise ModelError(f"{folder}/config.json holds a {type(content).__name__}", "a JSON object", "download the model again")
+        raise ModelError(
+            f"{folder}/config.json holds a {type(content).__name__}",
+            "a JSON object",
+            "download the model again",
+        )
     found = content.get("quantization_config") or {}
     return found if isinstance(found, dict) else {}
 

@@ -1,18 +1,19 @@
-"""What a task is, in a YAML file: the data, the prompt, and what counts as right. `task_files/` holds those that come along.
+"""What a task is, in a YAML file: the data, the prompt, and what counts as right. `task_files/`
+holds those that come along.
 
     name: reviews
     train: [train.tsv]              # files in the data folder; the first one that is there
     test: [dev.tsv]
-    columns: [sentence, label]      # of a .tsv or .csv without a line of names; .jsonl and .json need none
+    columns: [sentence, label]      # of a .tsv or .csv without a line of names
     template: "{sentence} It was"   # what the model reads; {field} of the data
     label: label                    # a field ...
-    choices:                        # ... and the text that stands for each of its values, as it follows the prompt
+    choices:                        # ... and the text for each of its values, after the prompt
       "0": " terrible"
       "1": " great"
     metric: accuracy
 
-With `answer: " {answers}"` in place of `label` and `choices` the model learns to say that text; with neither, the template is plain
-text to be learned as a whole.
+With `answer: " {answers}"` in place of `label` and `choices` the model learns to say that text;
+with neither, the template is plain text to be learned as a whole.
 """
 
 import re
@@ -78,27 +79,49 @@ class TaskSpec(BaseModel):
             raise ValueError("label and choices together, or neither")
         if self.choices is not None and self.answer is not None:
             raise ValueError("either label and choices, or answer")
-        fitting: dict[Kind, tuple[Metric, ...]] = {"choice": ("accuracy",), "answer": ("f1", "accuracy"), "text": ("loss",)}
+        fitting: dict[Kind, tuple[Metric, ...]] = {
+            "choice": ("accuracy",),
+            "answer": ("f1", "accuracy"),
+            "text": ("loss",),
+        }
         if self.metric not in fitting[self.kind]:
-            raise ValueError(f"metric {' or '.join(fitting[self.kind])} for a task with {_WHAT[self.kind]}")
+            raise ValueError(
+                f"metric {' or '.join(fitting[self.kind])} for a task with {_WHAT[self.kind]}"
+            )
         return self
 
     @property
     def kind(self) -> Kind:
-        return "choice" if self.choices is not None else "answer" if self.answer is not None else "text"
+        return (
+            "choice"
+            if self.choices is not None
+            else "answer"
+            if self.answer is not None
+            else "text"
+        )
 
     @property
     def fields(self) -> list[str]:
         """Names of the data that the task reads."""
-        found = fields_of(self.template) + fields_of(self.answer or "") + ([self.label] if self.label else [])
+        found = (
+            fields_of(self.template)
+            + fields_of(self.answer or "")
+            + ([self.label] if self.label else [])
+        )
         return list(dict.fromkeys(found))
 
 
-_WHAT: dict[Kind, str] = {"choice": "choices", "answer": "an answer", "text": "neither choices nor an answer"}
+_WHAT: dict[Kind, str] = {
+    "choice": "choices",
+    "answer": "an answer",
+    "text": "neither choices nor an answer",
+}
 
 
 def fields_of(template: str) -> list[str]:
-    """Names in braces. Raises ValueError for anything else in braces, and for braces that are not closed."""
+    """Names in braces. Raises ValueError for anything else in braces, and for braces that are not
+    closed.
+    """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is None:
@@ -110,7 +133,10 @@ def fields_of(template: str) -> list[str]:
 
 
 def fill(template: str, row: dict[str, str]) -> str:
-    return "".join(text + ("" if name is None else row[name]) for text, name, _, _ in string.Formatter().parse(template))
+    return "".join(
+        text + ("" if name is None else row[name])
+        for text, name, _, _ in string.Formatter().parse(template)
+    )
 
 
 def shipped_tasks() -> list[str]:
@@ -121,7 +147,8 @@ def read_task(name: str) -> TaskSpec:
     """A task that comes along, by name, or the one in a YAML file.
 
     Raises:
-        ConfigError: there is none, or something in it is wrong; the message has the line and the field.
+        ConfigError: there is none, or something in it is wrong; the message has the line and the
+            field.
     """
     path = SHIPPED / f"{name}.yaml" if name in shipped_tasks() else Path(name)
     try:
@@ -129,39 +156,60 @@ def read_task(name: str) -> TaskSpec:
         node, content = yaml.compose(text), yaml.safe_load(text)
     except FileNotFoundError:
         known = ", ".join(shipped_tasks())
-        raise ConfigError(f"no task {name!r}", f"{known}, or a YAML file", f"see {SHIPPED} for files that work") from None
+        raise ConfigError(
+            f"no task {name!r}", f"{known}, or a YAML file", f"see {SHIPPED} for files that work"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can't be read: {error}", "YAML in UTF-8", f"see {SHIPPED} for files that work") from None
+        raise ConfigError(
+            f"{path} can't be read: {error}", "YAML in UTF-8", f"see {SHIPPED} for files that work"
+        ) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no settings", "key: value lines", f"see {SHIPPED} for files that work")
+        raise ConfigError(
+            f"{path} holds no settings", "key: value lines", f"see {SHIPPED} for files that work"
+        )
     try:
         return TaskSpec.model_validate(_with_text_keys(content, node))
     except ValidationError as error:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"]]
         unknown = first["type"] == "extra_forbidden"
-        expected = f"one of {', '.join(TaskSpec.model_fields)}" if unknown else first["msg"].removeprefix("Value error, ")
+        expected = (
+            f"one of {', '.join(TaskSpec.model_fields)}"
+            if unknown
+            else first["msg"].removeprefix("Value error, ")
+        )
         if isinstance(first["input"], bool):
             expected += ", in quotation marks: YAML reads yes, no, on and off as true and false"
         value = "" if first["type"] == "missing" or not place else f" = {first['input']!r}"
         raise ConfigError(
-            f"{path}, line {_line_of(node, place)}: {'.'.join(place) or 'the task'}{value}", expected, "correct the task file"
+            f"{path}, line {_line_of(node, place)}: {'.'.join(place) or 'the task'}{value}",
+            expected,
+            "correct the task file",
         ) from None
 
 
 def _with_text_keys(content: dict[Any, Any], node: Any) -> dict[str, Any]:
-    """YAML reads `0:` and `true:` as numbers and truth values, `no:` too; data has the same values as text."""
+    """YAML reads `0:` and `true:` as numbers and truth values, `no:` too; data has the same values
+    as text.
+    """
     choices = content.get("choices")
     if isinstance(choices, dict):
         words = _words_for_truth(next(value for key, value in node.value if key.value == "choices"))
-        texts = {words.get(key, as_text(key)) if isinstance(key, bool) else as_text(key): value for key, value in choices.items()}
+        texts = {
+            words.get(key, as_text(key)) if isinstance(key, bool) else as_text(key): value
+            for key, value in choices.items()
+        }
         content = content | {"choices": texts}
     return {str(key): value for key, value in content.items()}
 
 
 def _words_for_truth(mapping: Any) -> dict[bool, str]:
     """By truth value, the key that stands for it in the file, where that is yes, no, on or off."""
-    keys = [key for key, _ in mapping.value if key.tag == "tag:yaml.org,2002:bool" and key.value.lower() not in ("true", "false")]
+    keys = [
+        key
+        for key, _ in mapping.value
+        if key.tag == "tag:yaml.org,2002:bool" and key.value.lower() not in ("true", "false")
+    ]
     return {key.value.lower() in ("yes", "on"): key.value for key in keys}
 
 

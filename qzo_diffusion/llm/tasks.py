@@ -1,8 +1,8 @@
 """From rows of data to examples with prompts, to tokens, to padded batches.
 
-Every example becomes one row of tokens, or one for each choice, and a list of places where the model's prediction is read. Where
-every choice is a single token, all of them are read behind the one prompt: one forward an example instead of one a choice.
-"""
+Every example becomes one row of tokens, or one for each choice, and a list of places where the
+model's prediction is read. Where every choice is a single token, all of them are read behind the
+one prompt: one forward an example instead of one a choice."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +22,9 @@ from qzo_diffusion.llm.task_file import TaskSpec, fields_of, fill
 
 @dataclass(frozen=True)
 class Example:
-    """What the model reads, what may follow, which of that is right; `answers` are all that count as right, for generated text."""
+    """What the model reads, what may follow, which of that is right; `answers` are all that count
+    as right, for generated text.
+    """
 
     prompt: str
     continuations: tuple[str, ...]
@@ -42,23 +44,30 @@ def _example(spec: TaskSpec, row: Row) -> Example:
         values, found = list(spec.choices), row.values[spec.label or ""]
         if found not in values:
             raise DataError(
-                f"{row.place}: {spec.label} = {found!r}", f"one of {', '.join(values)}", "correct the data or `choices` of the task"
+                f"{row.place}: {spec.label} = {found!r}",
+                f"one of {', '.join(values)}",
+                "correct the data or `choices` of the task",
             )
         texts = tuple(spec.choices.values())
         return Example(text, texts, values.index(found), (texts[values.index(found)],), row.place)
     if spec.answer is not None:
         name = next((name for name in fields_of(spec.answer) if name in row.alternatives), None)
         said = row.alternatives[name] if name else ("",)
-        answers = tuple(fill(spec.answer, row.values | ({name: one} if name else {})) for one in said)
+        answers = tuple(
+            fill(spec.answer, row.values | ({name: one} if name else {})) for one in said
+        )
         return Example(text, answers[:1], 0, tuple(answer.strip() for answer in answers), row.place)
     return Example("", (text,), 0, (), row.place)
 
 
-def choose_rows(rows: Sequence[Row], counts: Sequence[int | None], seed: int, name: str) -> list[list[Row]]:
-    """Disjoint random choices of `counts` rows each, in the order of the file; None is all that are left.
+def choose_rows(
+    rows: Sequence[Row], counts: Sequence[int | None], seed: int, name: str
+) -> list[list[Row]]:
+    """Disjoint random choices of `counts` rows each, in the order of the file; None is all that are
+    left.
 
-    The order is drawn from the seed and the file's name alone, so the first rows chosen do not depend on how many follow.
-    """
+    The order is drawn from the seed and the file's name alone, so the first rows chosen do not
+    depend on how many follow."""
     bits = np.random.Philox(key=derive_key(seed, "split", name))
     order = np.argsort(bits.random_raw(len(rows)), kind="stable").tolist()
     chosen, start = [], 0
@@ -73,10 +82,10 @@ def choose_rows(rows: Sequence[Row], counts: Sequence[int | None], seed: int, na
 class Encoded:
     """One example as tokens.
 
-    rows: one for each choice, or a single one. reads: (position, token) for each row: the model's prediction behind `position` is
-    asked for `token`. shared: every choice is one token, and all of them are read in the one row.
-    prompt: the tokens of the prompt alone, for generated answers. cut: how many tokens were left out.
-    """
+    rows: one for each choice, or a single one. reads: (position, token) for each row: the model's
+    prediction behind `position` is asked for `token`. shared: every choice is one token, and all of
+    them are read in the one row. prompt: the tokens of the prompt alone, for generated answers.
+    cut: how many tokens were left out."""
 
     rows: tuple[tuple[int, ...], ...]
     reads: tuple[tuple[tuple[int, int], ...], ...]
@@ -92,10 +101,12 @@ class Encoded:
 
 
 def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) -> list[Encoded]:
-    """Tokens of all examples. A prompt with continuation that is longer than `max_tokens` loses its beginning.
+    """Tokens of all examples. A prompt with continuation that is longer than `max_tokens` loses its
+    beginning.
 
     Raises:
-        DataError: a continuation that is no token, or, without `max_tokens`, texts longer than the model reads (counted).
+        DataError: a continuation that is no token, or, without `max_tokens`, texts longer than the
+            model reads (counted).
     """
     if not examples:
         return []
@@ -106,7 +117,8 @@ def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) ->
     too_long = Counter(length > limit for length in lengths)[True]
     if too_long and max_tokens is None:
         raise DataError(
-            f"{too_long} of {len(examples)} prompts are longer than the model reads, the longest {max(lengths)} tokens",
+            f"{too_long} of {len(examples)} prompts are longer than the model reads, the "
+            f"longest {max(lengths)} tokens",
             f"at most {lm.context} tokens",
             f"cut them with data.max_tokens={lm.context}; the beginning is left out",
         )
@@ -118,11 +130,15 @@ def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) ->
 
 
 def _split(lm: CausalLm, example: Example) -> tuple[list[int], list[list[int]]]:
-    """Tokens that all continuations share, and the rest of each. Tokenized together: a word may join over the border."""
+    """Tokens that all continuations share, and the rest of each. Tokenized together: a word may
+    join over the border.
+    """
     prompt = lm.encode(example.prompt) if example.prompt else []
     whole = [lm.encode(example.prompt + text) for text in example.continuations]
     start = 0
-    while start < len(prompt) and all(start < len(ids) and ids[start] == prompt[start] for ids in whole):
+    while start < len(prompt) and all(
+        start < len(ids) and ids[start] == prompt[start] for ids in whole
+    ):
         start += 1
     start = max(start, 1)  # the first token of all has nothing before it to be predicted from
     for text, ids in zip(example.continuations, whole, strict=True):
@@ -136,8 +152,17 @@ def _split(lm: CausalLm, example: Example) -> tuple[list[int], list[list[int]]]:
     return whole[0][:start], [ids[start:] for ids in whole]
 
 
-def _encoded(example: Example, head: list[int], tails: list[list[int]], shared: bool, too_many: int, first: int) -> Encoded:
-    """`too_many` tokens go: from the prompt, behind the `first` ones; where it is too short, as in plain text, from the end."""
+def _encoded(
+    example: Example,
+    head: list[int],
+    tails: list[list[int]],
+    shared: bool,
+    too_many: int,
+    first: int,
+) -> Encoded:
+    """`too_many` tokens go: from the prompt, behind the `first` ones; where it is too short, as in
+    plain text, from the end.
+    """
     cut = min(too_many, len(head) - max(first, 1))
     kept = (*head[:first], *head[first + cut :])
     if shared:
@@ -153,10 +178,10 @@ def _encoded(example: Example, head: list[int], tails: list[list[int]], shared: 
 class Batch:
     """B examples of R / B rows each, side by side.
 
-    ids [R, T]; positions [R, P], or [R, 1] where all tokens are read at one place; tokens and mask [R, P]; label [B].
-    prompts [B, S], padded on the left, with prompt_mask, for generated answers. shared: as in `Encoded`.
-    copies: how often the same examples are in it. hidden [R, T, D]: what the untrained first blocks give, where it is known.
-    """
+    ids [R, T]; positions [R, P], or [R, 1] where all tokens are read at one place; tokens and mask
+    [R, P]; label [B]. prompts [B, S], padded on the left, with prompt_mask, for generated answers.
+    shared: as in `Encoded`. copies: how often the same examples are in it. hidden [R, T, D]: what
+    the untrained first blocks give, where it is known."""
 
     ids: Tensor
     positions: Tensor
@@ -181,8 +206,12 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self._with(lambda tensor: tensor.to(device), self.answers)
 
-    def _with(self, change: Callable[[Tensor], Tensor], answers: tuple[tuple[str, ...], ...]) -> "Batch":
-        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def _with(
+        self, change: Callable[[Tensor], Tensor], answers: tuple[tuple[str, ...], ...]
+    ) -> "Batch":
+        tensors = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors, answers=answers)  # type: ignore[arg-type]
 
 
@@ -207,6 +236,8 @@ def make_batch(lm: CausalLm, encoded: Sequence[Encoded], kept: KeptHidden | None
 
 
 def by_length(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
-    """Indices in groups of at most `size`, those of about one length together, so that little of a batch is padding."""
+    """Indices in groups of at most `size`, those of about one length together, so that little of a
+    batch is padding.
+    """
     order = sorted(range(len(encoded)), key=lambda index: (encoded[index].length, index))
     return [order[start : start + size] for start in range(0, len(order), size)]

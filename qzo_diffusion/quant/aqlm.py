@@ -1,4 +1,5 @@
-"""AQLM's format (arXiv 2401.06118), read and dequantized here: a weight is a sum of vectors from codebooks times its row's scale.
+"""AQLM's format (arXiv 2401.06118), read and dequantized here: a weight is a sum of vectors from
+codebooks times its row's scale.
 
     w[o, 8 j .. 8 j + 7] = scales[o] · Σ_c codebooks[c, codes[o, j, c]]
 
@@ -6,9 +7,9 @@
     codebooks [C, 2^bits, 1, 8]
     scales    [N, 1, 1, 1]
 
-The scale belongs to a whole row, so it is applied to the output in fp32, where no rounding of weights hides a small change. The
-package's own CPU layer is not used: it turns `codes` around in its first forward for good, so that what is saved afterwards can't
-be loaded.
+The scale belongs to a whole row, so it is applied to the output in fp32, where no rounding of
+weights hides a small change. The package's own CPU layer is not used: it turns `codes` around in
+its first forward for good, so that what is saved afterwards can't be loaded.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,9 @@ class AqlmLinear(nn.Module):
     codebooks: Tensor
     scales: Tensor
 
-    def __init__(self, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, codes: Tensor, codebooks: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape[0], codes.shape[1] * codebooks.shape[3]
         self.register_buffer("codes", codes)
@@ -56,16 +59,24 @@ class AqlmLinear(nn.Module):
 
 
 def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None) -> AqlmLinear:
-    """The layer of what `PARTS` are stored of it. Raises ModelError when they are missing or don't fit together."""
+    """The layer of what `PARTS` are stored of it.
+
+    Raises ModelError when they are missing or don't fit together.
+    """
     try:
         codes, codebooks, scales = (state[part] for part in PARTS)
         books, entries, outputs_a_group, _ = codebooks.shape
         whole = codes.dim() == 3 and codes.shape[2] == books and scales.numel() == len(codes)
         if not whole or outputs_a_group != 1 or entries & (entries - 1):
-            raise ValueError(f"codes {tuple(codes.shape)}, codebooks {tuple(codebooks.shape)}, scales {tuple(scales.shape)}")
+            raise ValueError(
+                f"codes {tuple(codes.shape)}, codebooks {tuple(codebooks.shape)}, scales "
+                f"{tuple(scales.shape)}"
+            )
     except (KeyError, ValueError) as error:
         raise ModelError(
-            f"{name} is no AQLM layer: {error}", "codes, codebooks and a scale for every output", "download the model again"
+            f"{name} is no AQLM layer: {error}",
+            "codes, codebooks and a scale for every output",
+            "download the model again",
         ) from None
     return AqlmLinear(codes, codebooks, scales.detach().float().flatten(), bias)
 

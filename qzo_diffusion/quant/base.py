@@ -1,8 +1,9 @@
-"""What a quantization back-end must say about a linear layer, and how a whole model is quantized layer by layer.
+"""What a quantization back-end must say about a linear layer, and how a whole model is quantized
+layer by layer.
 
-A back-end is one file with a class that satisfies `core.scales.ScaleHandle`. It names the live scale tensor of its layer type and
-how a forward is made to use another one. Every back-end accepts `x [..., K] -> y [..., N]` for a weight [N, K].
-"""
+A back-end is one file with a class that satisfies `core.scales.ScaleHandle`. It names the live
+scale tensor of its layer type and how a forward is made to use another one. Every back-end accepts
+`x [..., K] -> y [..., N]` for a weight [N, K]."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,23 +45,34 @@ class OwnLayerHandle:
 
 
 def is_skipped(name: str, skip: Sequence[str]) -> bool:
-    """True when a part of the dotted module name is in `skip`, or the name starts with an entry that has dots itself."""
+    """True when a part of the dotted module name is in `skip`, or the name starts with an entry
+    that has dots itself.
+    """
     parts = name.split(".")
     return any(entry in parts or name == entry or name.startswith(entry + ".") for entry in skip)
 
 
-def linears_to_quantize(model: nn.Module, skip: Sequence[str], blocksize: int) -> Iterator[tuple[str, nn.Linear]]:
+def linears_to_quantize(
+    model: nn.Module, skip: Sequence[str], blocksize: int
+) -> Iterator[tuple[str, nn.Linear]]:
     """Plain linears outside `skip` whose rows are whole blocks.
 
-    Blocks that cross rows are refused, not quantized: bitsandbytes' CPU kernel dequantizes them wrongly (13-30 % error).
-    """
+    Blocks that cross rows are refused, not quantized: bitsandbytes' CPU kernel dequantizes them
+    wrongly (13-30 % error)."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and not is_skipped(name, skip) and module.in_features % blocksize == 0:
+        if (
+            type(module) is nn.Linear
+            and not is_skipped(name, skip)
+            and module.in_features % blocksize == 0
+        ):
             yield name, module
 
 
-def replace_linears_(model: nn.Module, make_layer: MakeLayer, skip: Sequence[str], blocksize: int) -> int:
-    """Quantize layer by layer, each float weight freed before the next is touched. Returns the number of layers.
+def replace_linears_(
+    model: nn.Module, make_layer: MakeLayer, skip: Sequence[str], blocksize: int
+) -> int:
+    """Quantize layer by layer, each float weight freed before the next is touched. Returns the
+    number of layers.
 
     Raises:
         ModelError: nothing could be quantized.
@@ -84,7 +96,9 @@ def nothing_to_quantize(skip: Sequence[str], blocksize: int) -> ModelError:
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """blake2b over names, shapes and bytes of tensors: says whether two models have the same codes."""
+    """blake2b over names, shapes and bytes of tensors: says whether two models have the same
+    codes.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(named):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

@@ -1,13 +1,15 @@
-"""bitsandbytes `Linear4bit` (NF4 and FP4, any block size, double quantization un-nested), on CPU and CUDA.
+"""bitsandbytes `Linear4bit` (NF4 and FP4, any block size, double quantization un-nested), on CPU
+and CUDA.
 
 Traps that this file disarms, each held by a test:
-* In eval mode on a CPU with AVX512-BF16 the layer repacks itself on the first forward: `absmax` becomes a transposed bfloat16
-  tensor, perturbations below 0.4 % vanish, and saving afterwards corrupts the checkpoint. `support_avx512bf16_for_cpu = False`
-  keeps the plain layout, which is also faster for the shapes of diffusion.
+* In eval mode on a CPU with AVX512-BF16 the layer repacks itself on the first forward: `absmax`
+  becomes a transposed bfloat16 tensor, perturbations below 0.4 % vanish, and saving afterwards
+  corrupts the checkpoint. `support_avx512bf16_for_cpu = False` keeps the plain layout, which is
+  also faster for the shapes of diffusion.
 * With double quantization `absmax` is uint8 codes of scales; it is decoded to fp32 once.
 * Rows that are not whole blocks are dequantized wrongly on the CPU: refused.
-* The forward reads `weight.quant_state`, which after a deepcopy is another object than `module.quant_state`: always go through
-  the weight.
+* The forward reads `weight.quant_state`, which after a deepcopy is another object than
+  `module.quant_state`: always go through the weight.
 """
 
 from collections.abc import Container, Mapping
@@ -34,15 +36,29 @@ def _bitsandbytes() -> Any:
 
 
 def quantize_linear(
-    linear: nn.Linear, quant_type: QuantType, blocksize: int, device: torch.device, double_quant: bool = False
+    linear: nn.Linear,
+    quant_type: QuantType,
+    blocksize: int,
+    device: torch.device,
+    double_quant: bool = False,
 ) -> nn.Module:
     """A `Linear4bit` with the weights of `linear`, quantized on `device`, ready for tuning."""
-    bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
-    return quantized_layer(linear.weight.detach().to(device), bias, quant_type, blocksize, double_quant)
+    bias = (
+        None
+        if linear.bias is None
+        else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+    )
+    return quantized_layer(
+        linear.weight.detach().to(device), bias, quant_type, blocksize, double_quant
+    )
 
 
 def quantized_layer(
-    weight: Tensor, bias: nn.Parameter | None, quant_type: QuantType, blocksize: int, double_quant: bool = False
+    weight: Tensor,
+    bias: nn.Parameter | None,
+    quant_type: QuantType,
+    blocksize: int,
+    double_quant: bool = False,
 ) -> nn.Module:
     """A `Linear4bit` for weight [N, K], on its device; products are in its dtype."""
     functional = _bitsandbytes().functional
@@ -64,16 +80,25 @@ def quantized_layer(
     return _layer(packed, state, bias, "linear")
 
 
-def _quantized_in_parts(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Packed codes uint8 [N·K / 2, 1] and absmax fp32 [N·K / blocksize], the same bits as in one call.
+def _quantized_in_parts(
+    weight: Tensor, quant_type: QuantType, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """Packed codes uint8 [N·K / 2, 1] and absmax fp32 [N·K / blocksize], the same bits as in one
+    call.
 
-    On the CPU bitsandbytes makes six tensors of the weight's size in fp32 on the way, 800 MB for the largest layer of SD3.5 Large.
-    """
+    On the CPU bitsandbytes makes six tensors of the weight's size in fp32 on the way, 800 MB for
+    the largest layer of SD3.5 Large."""
     functional = _bitsandbytes().functional
     rows, columns = weight.shape
-    at_once = max(1, QUANTIZED_AT_ONCE // columns) if weight.device.type == "cpu" and columns % blocksize == 0 else rows
+    at_once = (
+        max(1, QUANTIZED_AT_ONCE // columns)
+        if weight.device.type == "cpu" and columns % blocksize == 0
+        else rows
+    )
     if at_once >= rows:
-        packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=blocksize, quant_type=quant_type)
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(), blocksize=blocksize, quant_type=quant_type
+        )
         return packed, state.absmax
     packed = apart((weight.numel() // 2, 1), torch.uint8)
     absmax = apart((weight.numel() // blocksize,), torch.float32)
@@ -89,7 +114,11 @@ def _quantized_in_parts(weight: Tensor, quant_type: QuantType, blocksize: int) -
 def _layer(packed: Tensor, state: Any, bias: nn.Parameter | None, name: str) -> nn.Module:
     bnb = _bitsandbytes()
     outputs, inputs = state.shape
-    options = {"compute_dtype": state.dtype, "compress_statistics": state.nested, "quant_type": state.quant_type}
+    options = {
+        "compute_dtype": state.dtype,
+        "compress_statistics": state.nested,
+        "quant_type": state.quant_type,
+    }
     layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, device="meta", **options)
     layer.weight = bnb.nn.Params4bit(
         packed,
@@ -108,7 +137,9 @@ def _layer(packed: Tensor, state: Any, bias: nn.Parameter | None, name: str) -> 
 
 
 def stored_state(layer: str, names: Mapping[str, T]) -> dict[str, T]:
-    """What a file holds of a layer that is 4-bit on disk, by bitsandbytes' own names; empty when it is not."""
+    """What a file holds of a layer that is 4-bit on disk, by bitsandbytes' own names; empty when it
+    is not.
+    """
     prefix = f"{layer}.weight"
     if f"{prefix}.absmax" not in names:
         return {}
@@ -123,27 +154,39 @@ def belongs_to_a_weight(name: str, names: Container[str]) -> bool:
 
 
 def layer_from_state(
-    name: str, state: dict[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device
+    name: str,
+    state: dict[str, Tensor],
+    bias: nn.Parameter | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Any:
-    """A `Linear4bit` from what `stored_state` names, with the same codes. Nested scales are un-nested.
+    """A `Linear4bit` from what `stored_state` names, with the same codes. Nested scales are
+    un-nested.
 
     Raises:
         ModelError: parts are missing or don't fit together.
     """
     functional = _bitsandbytes().functional
     try:
-        facts = {part.removeprefix("."): tensor.to(device) for part, tensor in state.items() if part}
+        facts = {
+            part.removeprefix("."): tensor.to(device) for part, tensor in state.items() if part
+        }
         quant_state = functional.QuantState.from_dict(facts, device)
         quant_state.dtype = dtype
         outputs, inputs = quant_state.shape
         codes = state[""].to(device)
         whole = codes.dtype == torch.uint8 and codes.numel() * 2 == outputs * inputs
         if not whole or quant_state.absmax.numel() * quant_state.blocksize != outputs * inputs:
-            raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(quant_state.absmax.shape)} for {outputs}x{inputs}")
+            raise ValueError(
+                f"codes {tuple(codes.shape)} and scales {tuple(quant_state.absmax.shape)} for "
+                f"{outputs}x{inputs}"
+            )
     except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
         got = f"{name} is not a whole 4-bit layer: {error}"
         raise ModelError(
-            got, "codes, scales and their description, as bitsandbytes saves them", "download the model again"
+            got,
+            "codes, scales and their description, as bitsandbytes saves them",
+            "download the model again",
         ) from None
     return _layer(codes.view(-1, 1), quant_state, bias, name)
 
@@ -155,24 +198,35 @@ def parts_of(layer: Any) -> tuple[Tensor, Tensor, tuple[int, ...], QuantType, in
 
 
 def state_to_store(layer: Any, scales: Tensor | None = None) -> dict[str, Tensor]:
-    """The inverse of `stored_state`: what goes to disk of a `Linear4bit`, with other scales where they are given."""
+    """The inverse of `stored_state`: what goes to disk of a `Linear4bit`, with other scales where
+    they are given.
+    """
     state = copy(layer.weight.quant_state)
     if scales is not None:
         state.absmax = scales
-    return {"": layer.weight.data} | {f".{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
+    return {"": layer.weight.data} | {
+        f".{part}": tensor for part, tensor in state.as_dict(packed=True).items()
+    }
 
 
 def prepare_(module: Any, name: str) -> None:
     """Make a `Linear4bit` safe for tuning: never repacked, scales fp32 and not nested.
 
     Raises:
-        ModelError: the layer is not on a device, not quantized yet, already repacked, or has rows that are not whole blocks.
+        ModelError: the layer is not on a device, not quantized yet, already repacked, or has rows
+            that are not whole blocks.
     """
     state = getattr(module.weight, "quant_state", None)
     if module.weight.is_meta:
-        raise ModelError(f"{name} is on the meta device", "weights in memory", "load without CPU or disk offload")
+        raise ModelError(
+            f"{name} is on the meta device", "weights in memory", "load without CPU or disk offload"
+        )
     if state is None:
-        raise ModelError(f"{name} is not quantized yet", "a quantized Linear4bit", "move the model to its device first")
+        raise ModelError(
+            f"{name} is not quantized yet",
+            "a quantized Linear4bit",
+            "move the model to its device first",
+        )
     if getattr(state, "packing_format_for_cpu", False):
         raise ModelError(
             f"{name} was repacked by a forward pass; its scales are rounded to bfloat16",
@@ -209,7 +263,9 @@ class BnbHandle:
 
     def dequantized(self) -> Tensor:
         """The weight [N, K] at the scales that are shown, in the layer's compute dtype."""
-        return _bitsandbytes().functional.dequantize_4bit(self.module.weight.data, self.module.weight.quant_state)
+        return _bitsandbytes().functional.dequantize_4bit(
+            self.module.weight.data, self.module.weight.quant_state
+        )
 
     def show(self, scales: Tensor) -> None:
         self.module.weight.quant_state.absmax = scales

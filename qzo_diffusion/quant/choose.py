@@ -19,8 +19,16 @@ def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
     return quiet(names) if wanted == "quiet" else matching(names, wanted)
 
 
-# What comes out of an activation or an attention is read by these alone, in the SD3 family and in models like Llama.
-LAST_READERS = ("ff.net.2", "ff_context.net.2", "attn.to_out.0", "attn2.to_out.0", "mlp.down_proj", "self_attn.o_proj")
+# What comes out of an activation or an attention is read by these alone, in the SD3 family and in
+# models like Llama.
+LAST_READERS = (
+    "ff.net.2",
+    "ff_context.net.2",
+    "attn.to_out.0",
+    "attn2.to_out.0",
+    "mlp.down_proj",
+    "self_attn.o_proj",
+)
 
 
 def last_readers(names: Iterable[str]) -> list[str]:
@@ -31,10 +39,16 @@ def last_readers(names: Iterable[str]) -> list[str]:
 def quiet(names: Iterable[str]) -> list[str]:
     """Where a language model's layers have little noise for their signal (docs/decisions.md).
 
-    Those in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, but for projections to queries or keys alone. Layers outside
-    of blocks aren't. The name may be one before the last: GPTQ's layers are called `q_proj.inner` where inputs are put in order.
-    """
-    block = {name: int(number[1]) for name in names if (number := re.search(r"(?:^|\.)(\d+)\.", name))}
+    Those in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, but for projections to
+    queries or keys alone. Layers outside of blocks aren't. The name may be one before the last:
+    GPTQ's layers are called `q_proj.inner` where inputs are put in order."""
+    block = {
+        name: int(number[1]) for name in names if (number := re.search(r"(?:^|\.)(\d+)\.", name))
+    }
     depth = max(block.values(), default=-1) + 1
     chosen = range(depth * 4 // 10, -(-depth * 9 // 10))
-    return [name for name in block if block[name] in chosen and TO_QUERIES_AND_KEYS.isdisjoint(name.split("."))]
+    return [
+        name
+        for name in block
+        if block[name] in chosen and TO_QUERIES_AND_KEYS.isdisjoint(name.split("."))
+    ]

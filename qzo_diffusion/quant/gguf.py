@@ -1,9 +1,11 @@
-"""GGUF's blocks (llama.cpp), dequantized by diffusers' functions; what is trained is a factor of each block, starting at |d|.
+"""GGUF's blocks (llama.cpp), dequantized by diffusers' functions; what is trained is a factor of
+each block, starting at |d|.
 
     w[o, b] = scales[o, b] / |d[o, b]| · block[o, b]
 
-where d is the fp16 number that a block is multiplied with. Its minimum, or what a "K" type multiplies its minimums with, moves
-with it, so that w is linear in the scale. Both are stored times what their block gained.
+where d is the fp16 number that a block is multiplied with. Its minimum, or what a "K" type
+multiplies its minimums with, moves with it, so that w is linear in the scale. Both are stored times
+what their block gained.
 
 Traps that this file disarms, each held by a test:
 * d may be negative, and zero where a whole block is.
@@ -41,7 +43,9 @@ def need_package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ModelError("a GGUF file, and no package to read it", "gguf", 'pip install "qzo-diffusion[gguf]"') from None
+        raise ModelError(
+            "a GGUF file, and no package to read it", "gguf", 'pip install "qzo-diffusion[gguf]"'
+        ) from None
     return gguf
 
 
@@ -62,7 +66,10 @@ class GgufLinear(nn.Module):
         package = need_package()
         self.kind, self.rows = kind, rows
         self._size, self._bytes = package.GGML_QUANT_SIZES[package.GGMLQuantizationType[kind]]
-        self.out_features, self.in_features = codes.shape[0], codes.shape[1] // self._bytes * self._size
+        self.out_features, self.in_features = (
+            codes.shape[0],
+            codes.shape[1] // self._bytes * self._size,
+        )
         self.register_buffer("codes", codes)
         self.register_buffer("scales", self._stored_d())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -73,7 +80,14 @@ class GgufLinear(nn.Module):
     def _stored_d(self) -> Tensor:
         """|d| of each block."""
         first = FACTORS[self.kind][0]
-        return self._blocks()[..., first : first + 2].contiguous().view(torch.float16).squeeze(-1).float().abs()
+        return (
+            self._blocks()[..., first : first + 2]
+            .contiguous()
+            .view(torch.float16)
+            .squeeze(-1)
+            .float()
+            .abs()
+        )
 
     def _gained(self, scales: Tensor) -> Tensor:
         """What each block is multiplied with, [N, blocks, 1]: 1 where the whole block is zero."""
@@ -82,14 +96,18 @@ class GgufLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """[N, K] fp32."""
-        weight = _dequantizer(self.kind)(self._blocks().flatten(0, 1), self._size, self._bytes, torch.float32)
+        weight = _dequantizer(self.kind)(
+            self._blocks().flatten(0, 1), self._size, self._bytes, torch.float32
+        )
         return (weight.view(*self.scales.shape, -1) * self._gained(self.scales)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
     def bytes_to_store(self, scales: Tensor) -> Tensor:
-        """uint8 [N, bytes of a row] in the order of the file, with factors for these scales, rounded to fp16."""
+        """uint8 [N, bytes of a row] in the order of the file, with factors for these scales,
+        rounded to fp16.
+        """
         blocks, gained = self._blocks().clone(), self._gained(scales)
         for place in FACTORS[self.kind]:
             old = blocks[..., place : place + 2].contiguous().view(torch.float16)
@@ -102,5 +120,7 @@ class GgufLinear(nn.Module):
 def _dequantizer(kind: str) -> Callable[[Tensor, int, int, torch.dtype], Tensor]:
     from diffusers.quantizers.gguf.utils import dequantize_functions
 
-    found: Callable[[Tensor, int, int, torch.dtype], Tensor] = dequantize_functions[need_package().GGMLQuantizationType[kind]]
+    found: Callable[[Tensor, int, int, torch.dtype], Tensor] = dequantize_functions[
+        need_package().GGMLQuantizationType[kind]
+    ]
     return found

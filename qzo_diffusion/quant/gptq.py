@@ -1,17 +1,21 @@
-"""GPTQ's 4-bit format (arXiv 2210.17323), read and dequantized here: a reading of the files of AutoGPTQ and gptqmodel.
+"""GPTQ's 4-bit format (arXiv 2210.17323), read and dequantized here: a reading of the files of
+AutoGPTQ and gptqmodel.
 
     w[k, o] = scales[g, o] · (q[k, o] - zero[g, o])        g = g_idx[k], the group of input k
 
     qweight int32 [K / 8, N]    eight inputs a word, the first in the lowest four bits
-    qzeros  int32 [K / group, N / 8]    eight outputs a word; in files of version 1 each is one less than the zero
+    qzeros  int32 [K / group, N / 8]    eight outputs a word; in files of version 1
+                                        each is one less than the zero
     scales  fp16  [K / group, N]
 
 Traps that this file disarms, each held by a test:
-* The label of the version is wrong in some public files. A symmetric file says itself which it is: stored 7 is version 1, 8 is 2.
+* The label of the version is wrong in some public files. A symmetric file says itself which it is:
+  stored 7 is version 1, 8 is 2.
 * fp16 scales lose most updates: the live ones are fp32, and only their rounding goes to disk.
-* Kernels that repack the weight or keep a copy of the scales don't see changed ones: none of them is used.
-* With `desc_act` the groups are strewn over the inputs. They are put in order once, and inputs follow in every forward, so that a
-  block of columns is a group for whoever scales inputs.
+* Kernels that repack the weight or keep a copy of the scales don't see changed ones: none of them
+  is used.
+* With `desc_act` the groups are strewn over the inputs. They are put in order once, and inputs
+  follow in every forward, so that a block of columns is a group for whoever scales inputs.
 """
 
 from collections.abc import Mapping
@@ -60,7 +64,9 @@ def version_of(zeros: Mapping[str, Tensor], label: str | None) -> Version:
 
 
 class GptqLinear(nn.Module):
-    """A linear over GPTQ's codes. Buffers: `qweight` int32 [K / 8, N], `zeros` uint8 [G, N], `scales` fp32 [N, G]."""
+    """A linear over GPTQ's codes. Buffers: `qweight` int32 [K / 8, N], `zeros` uint8 [G, N],
+    `scales` fp32 [N, G].
+    """
 
     qweight: Tensor
     zeros: Tensor
@@ -103,20 +109,34 @@ class InOrder(nn.Module):
         return result
 
 
-def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None, version: Version) -> nn.Module:
-    """The layer of what `PARTS` are stored of it. Raises ModelError when they are missing or don't fit together."""
+def layer_from_state(
+    name: str, state: Mapping[str, Tensor], bias: Tensor | None, version: Version
+) -> nn.Module:
+    """The layer of what `PARTS` are stored of it.
+
+    Raises ModelError when they are missing or don't fit together.
+    """
     try:
         qweight, stored, scales = (state[part] for part in PARTS[:3])
         groups, outputs = scales.shape
         inputs = qweight.shape[0] * PER_WORD
         g_idx = state.get("g_idx", torch.arange(inputs) * groups // inputs).long()
-        if qweight.shape[1] != outputs or stored.shape != (groups, outputs // PER_WORD) or len(g_idx) != inputs:
-            raise ValueError(f"qweight {tuple(qweight.shape)}, qzeros {tuple(stored.shape)}, scales {tuple(scales.shape)}")
+        if (
+            qweight.shape[1] != outputs
+            or stored.shape != (groups, outputs // PER_WORD)
+            or len(g_idx) != inputs
+        ):
+            raise ValueError(
+                f"qweight {tuple(qweight.shape)}, qzeros {tuple(stored.shape)}, scales "
+                f"{tuple(scales.shape)}"
+            )
         if not torch.equal(g_idx.sort().values, torch.arange(inputs) * groups // inputs):
             raise ValueError("groups of different sizes")
     except (KeyError, ValueError) as error:
         raise ModelError(
-            f"{name} is no 4-bit GPTQ layer: {error}", "qweight, qzeros and scales of 4 bits", "quantize the model again"
+            f"{name} is no 4-bit GPTQ layer: {error}",
+            "qweight, qzeros and scales of 4 bits",
+            "quantize the model again",
         ) from None
     zeros = (unpack(stored, 1) + (1 if version == 1 else 0)) & 15
     live = scales.float().t().contiguous()

@@ -1,14 +1,18 @@
-"""HQQ's format (Badri and Shaji 2023) of 8, 4, 2 or 1 bits, read and dequantized here, from folders that transformers 4 saved.
+"""HQQ's format (Badri and Shaji 2023) of 8, 4, 2 or 1 bits, read and dequantized here, from folders
+that transformers 4 saved.
 
-    w[o, g] = scales[o, g] · (q[o, g] - zeros[o, g])        g a run of inputs, as GPTQ's groups, but zeros are no whole numbers
+    w[o, g] = scales[o, g] · (q[o, g] - zeros[o, g])        g a run of inputs, as GPTQ's groups,
+                                                            but zeros are no whole numbers
 
-    W_q    uint8 [N · K / group · bits / 8, group]    the first part of all groups in the highest bits, the last in the lowest
+    W_q    uint8 [N · K / group · bits / 8, group]    the first part of all groups
+                                                  in the highest bits, the last in the lowest
     scale, zero    fp16, bf16 or fp32 [N · K / group, 1]
     axis, shape, packing, view_as_float    settings, as tensors; text as its characters' numbers
 
 Traps that this file disarms, each held by a test:
 * Scales of 16 bits lose most updates: the live ones are fp32, and only their rounding goes to disk.
-* The package computes weights in the dtype of its scales, in bfloat16 with three digits: here in fp32 from what the file holds.
+* The package computes weights in the dtype of its scales, in bfloat16 with three digits: here in
+  fp32 from what the file holds.
 * Groups along outputs (`axis` 0) have scales that belong to no row: refused.
 """
 
@@ -31,13 +35,17 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 class HqqLinear(nn.Module):
-    """A linear over HQQ's codes. Buffers: `codes` uint8 as stored, `zeros` and `scales` fp32 [N, K / group]."""
+    """A linear over HQQ's codes. Buffers: `codes` uint8 as stored, `zeros` and `scales` fp32 [N, K
+    / group].
+    """
 
     codes: Tensor
     zeros: Tensor
     scales: Tensor
 
-    def __init__(self, codes: Tensor, bits: int, zeros: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, codes: Tensor, bits: int, zeros: Tensor, scales: Tensor, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.out_features, self.in_features = scales.shape[0], scales.shape[1] * codes.shape[1]
@@ -48,7 +56,9 @@ class HqqLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """[N, K] in the dtype of the scales."""
-        steps = unpack(self.codes, self.bits).to(self.scales.dtype).view(*self.scales.shape, -1) - self.zeros.unsqueeze(-1)
+        steps = unpack(self.codes, self.bits).to(self.scales.dtype).view(
+            *self.scales.shape, -1
+        ) - self.zeros.unsqueeze(-1)
         return (steps * self.scales.unsqueeze(-1)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +66,10 @@ class HqqLinear(nn.Module):
 
 
 def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None) -> HqqLinear:
-    """The layer of what `PARTS` are stored of it. Raises ModelError when they are missing, don't fit together or are not read."""
+    """The layer of what `PARTS` are stored of it.
+
+    Raises ModelError when they are missing, don't fit together or are not read.
+    """
     try:
         packing = "".join(map(chr, state["packing"].tolist()))
         if packing not in BITS or state["axis"].item() != 1:
@@ -64,8 +77,15 @@ def layer_from_state(name: str, state: Mapping[str, Tensor], bias: Tensor | None
         codes = state["W_q"].view(torch.uint8) if state["view_as_float"].item() else state["W_q"]
         outputs, inputs = state["shape"].tolist()
         groups, packed, size = len(state["scale"]), len(codes), codes.shape[1]
-        if groups * size != outputs * inputs or packed * 8 != groups * BITS[packing] or state["zero"].shape != (groups, 1):
-            raise ValueError(f"W_q {tuple(codes.shape)}, scale {tuple(state['scale'].shape)} for {outputs} x {inputs}")
+        if (
+            groups * size != outputs * inputs
+            or packed * 8 != groups * BITS[packing]
+            or state["zero"].shape != (groups, 1)
+        ):
+            raise ValueError(
+                f"W_q {tuple(codes.shape)}, scale {tuple(state['scale'].shape)} for {outputs} x "
+                f"{inputs}"
+            )
         if inputs % size:
             raise ValueError(f"groups of {size} that cross rows of {inputs}")
     except (KeyError, ValueError, RuntimeError) as error:

@@ -2,10 +2,10 @@
 
     w[o, k] = codes[o, k] · SCB[o] / 127
 
-In eval mode the layer also rounds its inputs to int8, which drowns small changes of a scale (a derivative of -0.0098 was measured
-as -0.0143 and -0.0045). Its training path multiplies the dequantized weight by inputs as they are; a hook chooses it before every
-forward, whatever `eval()` was called on. On a GPU that path was not run here.
-"""
+In eval mode the layer also rounds its inputs to int8, which drowns small changes of a scale (a
+derivative of -0.0098 was measured as -0.0143 and -0.0045). Its training path multiplies the
+dequantized weight by inputs as they are; a hook chooses it before every forward, whatever `eval()`
+was called on. On a GPU that path was not run here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,25 +22,41 @@ def quantize_linear(linear: nn.Linear, device: torch.device) -> nn.Module:
     """A `Linear8bitLt` with the weights of `linear`, quantized on `device`, ready for tuning."""
     import bitsandbytes as bnb
 
-    layer: Any = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta")
-    layer.weight = bnb.nn.Int8Params(linear.weight.detach(), has_fp16_weights=False, requires_grad=False).to(device)
-    layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+    layer: Any = bnb.nn.Linear8bitLt(
+        linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, device="meta"
+    )
+    layer.weight = bnb.nn.Int8Params(
+        linear.weight.detach(), has_fp16_weights=False, requires_grad=False
+    ).to(device)
+    layer.bias = (
+        None
+        if linear.bias is None
+        else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+    )
     prepare_(layer, "linear")
     return layer
 
 
 def prepare_(module: Any, name: str) -> None:
-    """Make a `Linear8bitLt` safe for tuning: scales where the forward reads them, and inputs that are not rounded.
+    """Make a `Linear8bitLt` safe for tuning: scales where the forward reads them, and inputs that
+    are not rounded.
 
     Raises:
-        ModelError: the layer is not quantized yet, not in memory, or splits its inputs at a threshold.
+        ModelError: the layer is not quantized yet, not in memory, or splits its inputs at a
+            threshold.
     """
     if module.weight.is_meta:
-        raise ModelError(f"{name} is on the meta device", "weights in memory", "load without CPU or disk offload")
+        raise ModelError(
+            f"{name} is on the meta device", "weights in memory", "load without CPU or disk offload"
+        )
     if module.weight.CB is not None:
         module.init_8bit_state()
     if module.state.has_fp16_weights or module.state.SCB is None:
-        raise ModelError(f"{name} is not quantized yet", "a quantized Linear8bitLt", "move the model to its device first")
+        raise ModelError(
+            f"{name} is not quantized yet",
+            "a quantized Linear8bitLt",
+            "move the model to its device first",
+        )
     module.state.SCB = module.state.SCB.float()
     if _exact not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_exact)

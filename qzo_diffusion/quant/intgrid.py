@@ -1,10 +1,12 @@
-"""Weights on a grid: INT8, INT4 (two a byte) or FP8 codes and fixed fp32 scales, for training the codes themselves (`core.quzo`).
+"""Weights on a grid: INT8, INT4 (two a byte) or FP8 codes and fixed fp32 scales, for training the
+codes themselves (`core.quzo`).
 
     w[o, k] = value(codes[o, k]) · scales[o] / high            int8 and fp8: a scale per output
     w[o, k] = codes[o, k] · scales[o, block of k] / 7          int4: a scale per block of columns
 
-`scales` is the largest magnitude of its weights, as in other formats. Codes of int8 are -127 .. 127, of int4 -7 .. 7: the negative
-of a weight is one. Codes of fp8 count the finite numbers of e4m3 in their order, -126 .. 126, so a step of one goes to the next.
+`scales` is the largest magnitude of its weights, as in other formats. Codes of int8 are -127 ..
+127, of int4 -7 .. 7: the negative of a weight is one. Codes of fp8 count the finite numbers of e4m3
+in their order, -126 .. 126, so a step of one goes to the next.
 
 Activations are left as they are, or rounded to int8 with a scale for each token (W8A8, W4A8).
 """
@@ -54,7 +56,9 @@ class Int4Grid(Int8Grid):
 
 
 class Fp8Grid(Int8Grid):
-    """Bytes of float8_e4m3fn: a sign and seven bits that count magnitudes; 127 would be NaN, and -0 is stored as 0."""
+    """Bytes of float8_e4m3fn: a sign and seven bits that count magnitudes; 127 would be NaN, and -0
+    is stored as 0.
+    """
 
     low, high, per_byte, largest = -126, 126, 1, 448.0
     dtype = torch.uint8
@@ -74,7 +78,9 @@ GRIDS: dict[str, Int8Grid] = {"int8": Int8Grid(), "int4": Int4Grid(), "fp8": Fp8
 
 
 def quantize(weight: Tensor, kind: GridType, blocksize: int) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> codes as stored [N, K / per_byte], scales fp32 [N · K / blocksize] for int4, else [N]; nearest code."""
+    """weight [N, K] -> codes as stored [N, K / per_byte], scales fp32 [N · K / blocksize] for int4,
+    else [N]; nearest code.
+    """
     grid, weight = GRIDS[kind], weight.detach().float()
     blocks = weight.reshape(-1, blocksize if kind == "int4" else weight.shape[1])
     scales = blocks.abs().amax(1)
@@ -92,12 +98,21 @@ def columns_of_block(kind: GridType, blocksize: int) -> int:
 
 
 class IntGridLinear(nn.Module):
-    """A linear layer over stored codes. Buffers: `codes`, and fp32 `scales` that nothing here changes."""
+    """A linear layer over stored codes. Buffers: `codes`, and fp32 `scales` that nothing here
+    changes.
+    """
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None, kind: GridType, activations: Activations) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        kind: GridType,
+        activations: Activations,
+    ) -> None:
         super().__init__()
         self.kind, self.grid, self.activations = kind, GRIDS[kind], activations
         self.out_features, self.in_features = codes.shape[0], codes.shape[1] * self.grid.per_byte
@@ -112,14 +127,18 @@ class IntGridLinear(nn.Module):
         return self
 
     def whole_numbers(self) -> Tensor:
-        """What the codes stand for, [N, K], before they are scaled; also of codes that are not whole."""
+        """What the codes stand for, [N, K], before they are scaled; also of codes that are not
+        whole.
+        """
         if self.kind == "fp8":
             return self.codes.view(torch.float8_e4m3fn).to(torch.float32)
         return self.codes if self.codes.is_floating_point() else self.grid.codes(self.codes)
 
     def dequantized(self) -> Tensor:
         """The weight [N, K], fp32."""
-        blocks = self.whole_numbers().view(self.scales.numel(), -1) * (self.scales / self.grid.largest).unsqueeze(1)
+        blocks = self.whole_numbers().view(self.scales.numel(), -1) * (
+            self.scales / self.grid.largest
+        ).unsqueeze(1)
         return blocks.view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,9 +153,15 @@ class IntGridLinear(nn.Module):
         return self._scaled(y.float(), self.scales / self.grid.largest, bias, x.dtype)
 
     def _of_rounded(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Inputs rounded to int8, a scale for each token. For int8 codes the product is of integers, exact."""
+        """Inputs rounded to int8, a scale for each token.
+
+        For int8 codes the product is of integers, exact.
+        """
         flat = x.reshape(-1, self.in_features).float()
-        unit = flat.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / LARGEST_ACTIVATION
+        unit = (
+            flat.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+            / LARGEST_ACTIVATION
+        )
         rounded = (flat / unit).round_()
         if self.codes.dtype == torch.int8:
             product = torch._int_mm(rounded.to(torch.int8), self.codes.t()).float()
@@ -146,12 +171,16 @@ class IntGridLinear(nn.Module):
         return self._scaled(y.view(*x.shape[:-1], self.out_features), None, bias, x.dtype)
 
     @staticmethod
-    def _scaled(y: Tensor, factor: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _scaled(
+        y: Tensor, factor: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         y = y if factor is None else y.mul_(factor)
         return (y if bias is None else y.add_(bias.float())).to(dtype)
 
 
-def quantize_linear(linear: nn.Linear, kind: GridType, blocksize: int, activations: Activations) -> IntGridLinear:
+def quantize_linear(
+    linear: nn.Linear, kind: GridType, blocksize: int, activations: Activations
+) -> IntGridLinear:
     return IntGridLinear(*quantize(linear.weight, kind, blocksize), linear.bias, kind, activations)
 
 

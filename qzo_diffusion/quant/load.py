@@ -1,4 +1,6 @@
-"""Turn the linears of any diffusers or transformers model into 4-bit layers, and find the scales of one that already has them."""
+"""Turn the linears of any diffusers or transformers model into 4-bit layers, and find the scales of
+one that already has them.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -24,7 +26,8 @@ FOREIGN = (
 )
 
 
-OWN = (intgrid.IntGridLinear, gptq.GptqLinear, aqlm.AqlmLinear, hqq.HqqLinear, gguf.GgufLinear)  # transformers has a GgufLinear too
+# transformers has a GgufLinear too
+OWN = (intgrid.IntGridLinear, gptq.GptqLinear, aqlm.AqlmLinear, hqq.HqqLinear, gguf.GgufLinear)
 AnyType = QuantType | intgrid.GridType
 
 
@@ -47,7 +50,8 @@ def quantize_(
     activations: intgrid.Activations = "float",
     device: torch.device | str = "cpu",
 ) -> int:
-    """Quantize every linear outside `skip` in place, layer by layer, without a GPU. Returns the number of layers.
+    """Quantize every linear outside `skip` in place, layer by layer, without a GPU. Returns the
+    number of layers.
 
     "int8" of the back-end bnb is LLM.int8 with a scale per output. int8 and fp8 have no block size.
     """
@@ -58,9 +62,13 @@ def quantize_(
         def make_grid_layer(linear: nn.Linear) -> nn.Module:
             return intgrid.quantize_linear(linear.to(target), grid_type, blocksize, activations)
 
-        return base.replace_linears_(model, make_grid_layer, skip, intgrid.columns_of_block(grid_type, blocksize))
+        return base.replace_linears_(
+            model, make_grid_layer, skip, intgrid.columns_of_block(grid_type, blocksize)
+        )
     if quant_type == "int8":
-        return base.replace_linears_(model, lambda linear: int8.quantize_linear(linear, target), skip, blocksize=1)
+        return base.replace_linears_(
+            model, lambda linear: int8.quantize_linear(linear, target), skip, blocksize=1
+        )
 
     four_bit: Any = quant_type
 
@@ -73,7 +81,8 @@ def quantize_(
 
 
 def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
-    """One handle per quantized layer, recognised by its class; layers of bitsandbytes are made safe on the way.
+    """One handle per quantized layer, recognised by its class; layers of bitsandbytes are made safe
+    on the way.
 
     Raises:
         ModelError: a quantized layer that cannot be tuned; the message names it.
@@ -94,26 +103,38 @@ def handles_of(model: nn.Module) -> Iterator[CodedHandle]:
             raise ModelError(
                 f"{name} is a layer {kind} of another program, which may not see changed scales",
                 "layers that this program reads itself",
-                "give the model's folder to `qzo-diffuse llm`, or load it with 4-bit quantization of bitsandbytes",
+                "give the model's folder to `qzo-diffuse llm`, or load it with 4-bit "
+                "quantization of bitsandbytes",
             )
 
 
 def find_scales(model: nn.Module, beside: Sequence[WeightHandle] = ()) -> ScaleSet:
-    """The scales of all quantized layers of `model`, and unquantized tensors of it; modules that follow each other lie together."""
+    """The scales of all quantized layers of `model`, and unquantized tensors of it; modules that
+    follow each other lie together.
+    """
     place = {id(module): index for index, module in enumerate(model.modules())}
-    return ScaleSet(sorted([*handles_of(model), *beside], key=lambda handle: place[id(handle.module)]))
+    return ScaleSet(
+        sorted([*handles_of(model), *beside], key=lambda handle: place[id(handle.module)])
+    )
 
 
 def find_codes(model: nn.Module) -> tuple[ScaleSet, dict[str, intgrid.Int8Grid]]:
     """The codes of all layers on a grid, in the place of scales, and how each layer stores them.
 
     Raises:
-        ModelError: other quantized layers; their codes are entries of a codebook and have no neighbours to move to.
+        ModelError: other quantized layers; their codes are entries of a codebook and have no
+            neighbours to move to.
     """
     handles = list(intgrid.codes_handles(model))
     if not handles:
-        raise ModelError("a model without layers on an integer grid", "quant.backend=intgrid", "set it, or train the scales")
-    return ScaleSet(handles, dtypes=(torch.int8, torch.uint8)), {handle.name: handle.grid for handle in handles}
+        raise ModelError(
+            "a model without layers on an integer grid",
+            "quant.backend=intgrid",
+            "set it, or train the scales",
+        )
+    return ScaleSet(handles, dtypes=(torch.int8, torch.uint8)), {
+        handle.name: handle.grid for handle in handles
+    }
 
 
 def frozen_fingerprint(model: nn.Module, trained: ScaleSet) -> str:
@@ -124,5 +145,7 @@ def frozen_fingerprint(model: nn.Module, trained: ScaleSet) -> str:
 
 
 def codes_fingerprint(model: nn.Module) -> str:
-    """Identifies the frozen half of a quantized model; tuned scales only fit the codes that they were tuned with."""
+    """Identifies the frozen half of a quantized model; tuned scales only fit the codes that they
+    were tuned with.
+    """
     return base.fingerprint((handle.name, handle.codes) for handle in handles_of(model))

@@ -1,8 +1,9 @@
-"""Save tuned scales into a copy of the checkpoint that they came from: everything else is copied as it is.
+"""Save tuned scales into a copy of the checkpoint that they came from: everything else is copied as
+it is.
 
-Native saving corrupts GPTQ models even untouched (zeros are converted and labelled as if they were not) and loses what was tuned;
-a copy whose scales alone are replaced loads wherever the original does.
-"""
+Native saving corrupts GPTQ models even untouched (zeros are converted and labelled as if they were
+not) and loses what was tuned; a copy whose scales alone are replaced loads wherever the original
+does."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ from qzo_diffusion.core.errors import ModelError
 
 
 def patch_folder(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the files of `source` into the folder `target`, with other values of the named tensors, in the dtype that they had.
+    """Copy the files of `source` into the folder `target`, with other values of the named tensors,
+    in the dtype that they had.
 
     Raises:
         ModelError: the checkpoint has no such tensor, or one of another shape.
@@ -35,9 +37,15 @@ def patch_folder(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> N
             new, old = left.pop(name), content[name]
             if new.shape != old.shape:
                 raise ModelError(
-                    f"{name} is {tuple(new.shape)}", f"{tuple(old.shape)}, as in {file.name}", "give the run's own base model"
+                    f"{name} is {tuple(new.shape)}",
+                    f"{tuple(old.shape)}, as in {file.name}",
+                    "give the run's own base model",
                 )
             content[name] = new.to(old.dtype).contiguous()
         save_file(content, target / file.name, facts)
     if left:
-        raise ModelError(f"{source} without {next(iter(left))}", "the checkpoint that was tuned", "give the run's own base model")
+        raise ModelError(
+            f"{source} without {next(iter(left))}",
+            "the checkpoint that was tuned",
+            "give the run's own base model",
+        )

@@ -1,10 +1,12 @@
-"""Blockwise 4-bit quantization in plain torch: the readable definition that the fast back-ends are tested against.
+"""Blockwise 4-bit quantization in plain torch: the readable definition that the fast back-ends are
+tested against.
 
-    w[o, k] = codebook[codes[o, k]] · absmax[block of (o, k)]        block b covers flat weights b·blocksize .. (b+1)·blocksize - 1
+    w[o, k] = codebook[codes[o, k]] · absmax[block of (o, k)]
+    block b covers flat weights b·blocksize .. (b+1)·blocksize - 1
 
-Differentiable in `absmax` and usable in float64, so it also serves as the oracle of the tests. NF4 is the codebook of QLoRA
-(arXiv 2305.14314, appendix E): quantiles of a normal distribution. FP4 is 1 sign, 2 exponent and 1 mantissa bit, scaled to 1.
-"""
+Differentiable in `absmax` and usable in float64, so it also serves as the oracle of the tests. NF4
+is the codebook of QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal distribution. FP4 is
+1 sign, 2 exponent and 1 mantissa bit, scaled to 1."""
 
 from dataclasses import dataclass
 
@@ -22,18 +24,22 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
 # fmt: on
-_FP4_POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)  # in the order of the bit patterns
+# in the order of the bit patterns
+_FP4_POSITIVE = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 CODEBOOKS: dict[str, tuple[float, ...]] = {
     "nf4": _NF4,
     "fp4": (*_FP4_POSITIVE, *(-value for value in _FP4_POSITIVE)),
 }
 
 
-def quantize_blockwise(weight: Tensor, quant_type: QuantType, blocksize: int) -> tuple[Tensor, Tensor]:
-    """weight [N, K] -> codes uint8 [N, K], absmax [N·K / blocksize] in the weight's dtype (at least fp32).
+def quantize_blockwise(
+    weight: Tensor, quant_type: QuantType, blocksize: int
+) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> codes uint8 [N, K], absmax [N·K / blocksize] in the weight's dtype (at least
+    fp32).
 
-    Each block is divided by its largest magnitude; every value goes to the nearest entry of the codebook.
-    """
+    Each block is divided by its largest magnitude; every value goes to the nearest entry of the
+    codebook."""
     blocks = weight.detach().reshape(-1, blocksize)
     blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
     absmax = blocks.abs().amax(dim=1)
@@ -43,7 +49,9 @@ def quantize_blockwise(weight: Tensor, quant_type: QuantType, blocksize: int) ->
     return order[nearest].to(torch.uint8).view(weight.shape), absmax
 
 
-def dequantize_blockwise(codes: Tensor, absmax: Tensor, quant_type: QuantType, blocksize: int) -> Tensor:
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, quant_type: QuantType, blocksize: int
+) -> Tensor:
     """codes [N, K] and absmax [N·K / blocksize] -> weight [N, K] in absmax' dtype."""
     codebook = torch.tensor(CODEBOOKS[quant_type], dtype=absmax.dtype, device=absmax.device)
     blocks = codebook[codes.long()].view(-1, blocksize) * absmax.unsqueeze(1)
@@ -51,12 +59,21 @@ def dequantize_blockwise(codes: Tensor, absmax: Tensor, quant_type: QuantType, b
 
 
 class ReferenceLinear4bit(nn.Module):
-    """A linear layer over 4-bit codes. Buffers: `codes` uint8 [N, K], `absmax` fp32 or fp64 [N·K / blocksize]."""
+    """A linear layer over 4-bit codes. Buffers: `codes` uint8 [N, K], `absmax` fp32 or fp64 [N·K /
+    blocksize].
+    """
 
     codes: Tensor
     absmax: Tensor
 
-    def __init__(self, codes: Tensor, absmax: Tensor, bias: Tensor | None, quant_type: QuantType, blocksize: int) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        absmax: Tensor,
+        bias: Tensor | None,
+        quant_type: QuantType,
+        blocksize: int,
+    ) -> None:
         super().__init__()
         self.quant_type, self.blocksize = quant_type, blocksize
         self.out_features, self.in_features = codes.shape
@@ -65,17 +82,27 @@ class ReferenceLinear4bit(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, quant_type: QuantType, blocksize: int) -> "ReferenceLinear4bit":
+    def from_linear(
+        cls, linear: nn.Linear, quant_type: QuantType, blocksize: int
+    ) -> "ReferenceLinear4bit":
         codes, absmax = quantize_blockwise(linear.weight, quant_type, blocksize)
         return cls(codes, absmax, linear.bias, quant_type, blocksize)
 
     @classmethod
     def from_packed(
-        cls, packed: Tensor, absmax: Tensor, shape: tuple[int, ...], quant_type: QuantType, blocksize: int, bias: Tensor | None
+        cls,
+        packed: Tensor,
+        absmax: Tensor,
+        shape: tuple[int, ...],
+        quant_type: QuantType,
+        blocksize: int,
+        bias: Tensor | None,
     ) -> "ReferenceLinear4bit":
         """From bitsandbytes' layout: two codes a byte, the first in the high half."""
         flat = packed.reshape(-1)
-        return cls(torch.stack([flat >> 4, flat & 15], 1).view(shape), absmax, bias, quant_type, blocksize)
+        return cls(
+            torch.stack([flat >> 4, flat & 15], 1).view(shape), absmax, bias, quant_type, blocksize
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight = dequantize_blockwise(self.codes, self.absmax, self.quant_type, self.blocksize)
@@ -97,7 +124,9 @@ class ReferenceHandle:
 
     def dequantized(self) -> Tensor:
         """The weight [N, K] at the scales that are shown."""
-        return dequantize_blockwise(self.module.codes, self.module.absmax, self.module.quant_type, self.module.blocksize)
+        return dequantize_blockwise(
+            self.module.codes, self.module.absmax, self.module.quant_type, self.module.blocksize
+        )
 
     def show(self, scales: Tensor) -> None:
         self.module.absmax = scales

@@ -1,4 +1,6 @@
-"""A 4-bit model as tensors for a file: bitsandbytes' layout with its codes untouched, or dequantized; one tensor at a time."""
+"""A 4-bit model as tensors for a file: bitsandbytes' layout with its codes untouched, or
+dequantized; one tensor at a time.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,9 @@ from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.quant.weights import Pending
 
 
-def pending_tensors(model: nn.Module, scales: Mapping[str, Tensor] | None = None) -> dict[str, Pending]:
+def pending_tensors(
+    model: nn.Module, scales: Mapping[str, Tensor] | None = None
+) -> dict[str, Pending]:
     """Everything that `save_pretrained` of a bitsandbytes model would write; tied weights once.
 
     Args:
@@ -25,26 +29,48 @@ def pending_tensors(model: nn.Module, scales: Mapping[str, Tensor] | None = None
     for handle in handles_of(model):
         if not isinstance(handle, bnb.BnbHandle):
             raise ModelError(
-                f"{handle.name} is no layer of bitsandbytes", "layers in its layout", "use quant.backend=bnb, or export as bf16"
+                f"{handle.name} is no layer of bitsandbytes",
+                "layers in its layout",
+                "use quant.backend=bnb, or export as bf16",
             )
         state = bnb.state_to_store(handle.module, None if scales is None else scales[handle.name])
-        tensors |= {f"{handle.name}.weight{part}": Pending.of(tensor) for part, tensor in state.items()}
+        tensors |= {
+            f"{handle.name}.weight{part}": Pending.of(tensor) for part, tensor in state.items()
+        }
     return tensors | _not_quantized(model, None)
 
 
 def pending_dequantized(model: nn.Module, dtype: torch.dtype) -> dict[str, Pending]:
-    """The plain model in `dtype`, each weight computed from codes and the scales that are shown when its turn comes."""
+    """The plain model in `dtype`, each weight computed from codes and the scales that are shown
+    when its turn comes.
+    """
     tensors: dict[str, Pending] = {}
     for handle in handles_of(model):
-        tensors[f"{handle.name}.weight"] = Pending(dtype, _shape(handle.module), _dequantize(handle, dtype))
+        tensors[f"{handle.name}.weight"] = Pending(
+            dtype, _shape(handle.module), _dequantize(handle, dtype)
+        )
     return tensors | _not_quantized(model, dtype)
 
 
 def _not_quantized(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Pending]:
-    quantized = {id(handle.module.weight) for handle in handles_of(model) if isinstance(handle, bnb.BnbHandle)}
-    inside = {f"{handle.name}.{part}" for handle in handles_of(model) for part in ("codes", "absmax", "scales")}
-    named: list[tuple[str, Tensor]] = [(name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in quantized]
-    named += [(name, tensor) for name, tensor in model.named_buffers() if name not in inside and _is_persistent(model, name)]
+    quantized = {
+        id(handle.module.weight)
+        for handle in handles_of(model)
+        if isinstance(handle, bnb.BnbHandle)
+    }
+    inside = {
+        f"{handle.name}.{part}"
+        for handle in handles_of(model)
+        for part in ("codes", "absmax", "scales")
+    }
+    named: list[tuple[str, Tensor]] = [
+        (name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in quantized
+    ]
+    named += [
+        (name, tensor)
+        for name, tensor in model.named_buffers()
+        if name not in inside and _is_persistent(model, name)
+    ]
     return {name: _cast(tensor.detach(), dtype) for name, tensor in named}
 
 

@@ -1,9 +1,10 @@
-"""A model that is only a shape, filled tensor by tensor from disk, its linears quantized as they arrive.
+"""A model that is only a shape, filled tensor by tensor from disk, its linears quantized as they
+arrive.
 
-At no moment does more exist than what has been quantized so far and one tensor as it was on disk: loading takes the memory of the
-4-bit model. Diffusers and transformers models go the same way. Layers that are 4-bit on disk already (bitsandbytes' layout) are
-taken over as they are, with nested scales un-nested.
-"""
+At no moment does more exist than what has been quantized so far and one tensor as it was on disk:
+loading takes the memory of the 4-bit model. Diffusers and transformers models go the same way.
+Layers that are 4-bit on disk already (bitsandbytes' layout) are taken over as they are, with nested
+scales un-nested."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from qzo_diffusion.quant.weights import Entry
 
 @dataclass(frozen=True)
 class Quantization:
-    """How linears are quantized; layers that are 4-bit on disk keep their own type and block size."""
+    """How linears are quantized; layers that are 4-bit on disk keep their own type and block
+    size.
+    """
 
     quant_type: QuantType | intgrid.GridType = "nf4"
     blocksize: int = 64
@@ -31,12 +34,16 @@ class Quantization:
     @property
     def columns(self) -> int:
         """What the inputs of a layer must be a multiple of."""
-        return intgrid.columns_of_block(self.quant_type, self.blocksize) if self.backend == "intgrid" else self.blocksize  # type: ignore[arg-type]
+        if self.backend != "intgrid":
+            return self.blocksize
+        return intgrid.columns_of_block(self.quant_type, self.blocksize)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What came of it: layers quantized on arrival, layers that were 4-bit on disk, and names that the model has no place for."""
+    """What came of it: layers quantized on arrival, layers that were 4-bit on disk, and names that
+    the model has no place for.
+    """
 
     quantized: int
     taken_over: int
@@ -55,14 +62,15 @@ def fill_(
     """Read `entries` into `model`, in the order in which they lie on disk.
 
     Args:
-        model: parameters on the meta device, names as in `entries`; weights that it ties (`all_tied_weights_keys` of transformers)
-            may be absent.
+        model: parameters on the meta device, names as in `entries`; weights that it ties
+            (`all_tied_weights_keys` of transformers) may be absent.
         quantization: None leaves everything as it is, apart from layers that are 4-bit on disk.
         dtype: of everything that is not quantized, and of products.
         progress: called with the bytes of each tensor that was read.
 
     Raises:
-        ModelError: a tensor is missing or of another shape, a file is damaged, or nothing could be quantized.
+        ModelError: a tensor is missing or of another shape, a file is damaged, or nothing could be
+            quantized.
     """
     filler = _Filler(model, _named_as_in(model, entries), quantization, dtype, device)
     for name in sorted(filler.entries, key=lambda name: _place(filler.entries[name])):
@@ -75,11 +83,28 @@ def fill_(
 
 class _Filler:
     def __init__(
-        self, model: nn.Module, entries: Mapping[str, Entry], how: Quantization | None, dtype: torch.dtype, device: torch.device
+        self,
+        model: nn.Module,
+        entries: Mapping[str, Entry],
+        how: Quantization | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.model, self.entries, self._how, self._dtype, self._device = model, entries, how, dtype, device
-        self._to_quantize = {name for name, _ in base.linears_to_quantize(model, how.skip, how.columns)} if how else set()
-        self._slots = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+        self.model, self.entries, self._how, self._dtype, self._device = (
+            model,
+            entries,
+            how,
+            dtype,
+            device,
+        )
+        self._to_quantize = (
+            {name for name, _ in base.linears_to_quantize(model, how.skip, how.columns)}
+            if how
+            else set()
+        )
+        self._slots = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
+            n for n, _ in model.named_buffers()
+        }
         self._tied: dict[str, list[str]] = {}
         for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
             if target not in entries:
@@ -110,7 +135,9 @@ class _Filler:
         there, wanted = self.entries[name].shape, tuple(_get(self.model, target).shape)
         if there != wanted:
             raise ModelError(
-                f"{name} has the shape {there}", f"{wanted}, as the model's config says", "give weights and config of one model"
+                f"{name} has the shape {there}",
+                f"{wanted}, as the model's config says",
+                "give weights and config of one model",
             )
 
     def _quantize(self, layer: str, weight: Tensor) -> None:
@@ -121,7 +148,9 @@ class _Filler:
         kind: Any = how.quant_type
         bias: Any = linear.bias
         if how.backend == "intgrid":
-            made = intgrid.IntGridLinear(*intgrid.quantize(weight, kind, how.blocksize), bias, kind, how.activations)
+            made = intgrid.IntGridLinear(
+                *intgrid.quantize(weight, kind, how.blocksize), bias, kind, how.activations
+            )
         elif how.backend == "reference":
             codes, absmax = reference.quantize_blockwise(weight, kind, how.blocksize)
             made = reference.ReferenceLinear4bit(codes, absmax, bias, kind, how.blocksize)
@@ -135,13 +164,19 @@ class _Filler:
         made = bnb.layer_from_state(layer, state, linear.bias, self._dtype, self._device)
         if (made.out_features, made.in_features) != (linear.out_features, linear.in_features):
             got = f"{layer} has {made.in_features} inputs and {made.out_features} outputs"
-            raise ModelError(got, f"{linear.in_features} and {linear.out_features}", "give weights and config of one model")
+            raise ModelError(
+                got,
+                f"{linear.in_features} and {linear.out_features}",
+                "give weights and config of one model",
+            )
         if self._how and self._how.backend == "reference":
             made = reference.ReferenceLinear4bit.from_packed(*bnb.parts_of(made), linear.bias)
         _replace(self.model, layer, made)
         self.taken_over += 1
 
-    def _keep(self, target: str, tensor: Tensor, shared: nn.Parameter | None) -> nn.Parameter | None:
+    def _keep(
+        self, target: str, tensor: Tensor, shared: nn.Parameter | None
+    ) -> nn.Parameter | None:
         """Into its place in the model; tied weights are one parameter."""
         parent, _, child = target.rpartition(".")
         module = self.model.get_submodule(parent)
@@ -160,7 +195,11 @@ class _Filler:
         left = [name for name, tensor in _tensors(self.model) if tensor.is_meta]
         if left:
             got = f"{len(left)} tensors of the model are not in its files, for example {left[0]}"
-            raise ModelError(got, "weights of the model that its config describes", "download the model again, with all its parts")
+            raise ModelError(
+                got,
+                "weights of the model that its config describes",
+                "download the model again, with all its parts",
+            )
         for buffer_name, buffer in list(self.model.named_buffers()):
             parent, _, child = buffer_name.rpartition(".")
             self.model.get_submodule(parent)._buffers[child] = buffer.to(self._device)
@@ -188,23 +227,37 @@ def _place(entry: Entry) -> tuple[str, int]:
 
 
 def _named_as_in(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-    """By the model's own names: transformers renames layers between versions, and adds or drops a prefix for heads."""
+    """By the model's own names: transformers renames layers between versions, and adds or drops a
+    prefix for heads.
+    """
     slots: dict[str, Any] = dict(_tensors(model))
     slots |= dict.fromkeys(getattr(model, "all_tied_weights_keys", None) or (), True)
-    if not hasattr(model, "base_model_prefix") or all(_weight_of(name, entries) in slots for name in entries):
+    if not hasattr(model, "base_model_prefix") or all(
+        _weight_of(name, entries) in slots for name in entries
+    ):
         return entries
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    renamings = [
+        step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)
+    ]
 
     def renamed(name: str) -> str:
         weight = _weight_of(name, entries)
-        return rename_source_key(weight, renamings, [], model.base_model_prefix, slots)[0] + name.removeprefix(weight)
+        return rename_source_key(weight, renamings, [], model.base_model_prefix, slots)[
+            0
+        ] + name.removeprefix(weight)
 
     return {renamed(name): entry for name, entry in entries.items()}
 
 
 def _weight_of(name: str, entries: Mapping[str, Entry]) -> str:
-    """The weight that a scale, a codebook or a description of a 4-bit layer belongs to; other names are their own."""
-    return f"{name.rpartition('.weight.')[0]}.weight" if bnb.belongs_to_a_weight(name, entries) else name
+    """The weight that a scale, a codebook or a description of a 4-bit layer belongs to; other names
+    are their own.
+    """
+    return (
+        f"{name.rpartition('.weight.')[0]}.weight"
+        if bnb.belongs_to_a_weight(name, entries)
+        else name
+    )

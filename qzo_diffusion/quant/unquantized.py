@@ -1,4 +1,6 @@
-"""The tensors of a model that no quantizer touched, to be trained beside the scales, as the QZO paper does with AQLM models."""
+"""The tensors of a model that no quantizer touched, to be trained beside the scales, as the QZO
+paper does with AQLM models.
+"""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -12,7 +14,9 @@ Unquantized = Literal["none", "gains", "all"]
 
 
 def unquantized_of(model: nn.Module, which: Unquantized) -> Sequence[WeightHandle]:
-    """One handle for each tensor, under its parameter's name; "gains" are gains of norms and biases, all that has one dimension."""
+    """One handle for each tensor, under its parameter's name; "gains" are gains of norms and
+    biases, all that has one dimension.
+    """
     if which == "none":
         return ()
     quantized = {id(getattr(handle.module, "weight", None)) for handle in handles_of(model)}
@@ -23,6 +27,8 @@ def unquantized_of(model: nn.Module, which: Unquantized) -> Sequence[WeightHandl
     named: list[tuple[str, Any]] = [
         (name, one)
         for name, one in model.named_parameters()
-        if one.is_floating_point() and id(one) not in quantized and (which == "all" or one.dim() == 1)
+        if one.is_floating_point()
+        and id(one) not in quantized
+        and (which == "all" or one.dim() == 1)
     ]
     return [WeightHandle(name, one, users[id(one)]) for name, one in named]

@@ -1,9 +1,10 @@
-"""Tensors in safetensors files, read one at a time into memory of their own, and written one at a time.
+"""Tensors in safetensors files, read one at a time into memory of their own, and written one at a
+time.
 
-`safe_open` maps a file, and its mapped pages count as memory of the process for as long as any of its tensors lives (reading 640 MB
-raised it by 615). `save_file` wants all tensors at once. Here the header says where a tensor lies, plain reads fetch it, and
-a file is written from functions that make one tensor after the other.
-"""
+`safe_open` maps a file, and its mapped pages count as memory of the process for as long as any of
+its tensors lives (reading 640 MB raised it by 615). `save_file` wants all tensors at once. Here the
+header says where a tensor lies, plain reads fetch it, and a file is written from functions that
+make one tensor after the other."""
 
 import contextlib
 import json
@@ -23,7 +24,8 @@ from qzo_diffusion.core.errors import ModelError, OutputError
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }
 # fmt: on
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -63,7 +65,9 @@ class Entry:
     def read(self) -> Tensor:
         """The tensor on the CPU. Raises ModelError when the file ends before it."""
         tensor = apart(self.shape, self.dtype)
-        target = tensor.reshape(-1).view(torch.uint8).numpy().data if self.nbytes else memoryview(b"")
+        target = (
+            tensor.reshape(-1).view(torch.uint8).numpy().data if self.nbytes else memoryview(b"")
+        )
         for span in self.spans:
             _read_into(target[: span.size], span)
             target = target[span.size :]
@@ -73,21 +77,26 @@ class Entry:
 def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialized memory in pages of its own on the CPU, given back when the tensor goes.
 
-    Weights that stay and weights that pass, mixed in the allocator's heap, leave holes: SD3.5 Large was 2.2 GB larger for it.
-    """
+    Weights that stay and weights that pass, mixed in the allocator's heap, leave holes: SD3.5 Large
+    was 2.2 GB larger for it."""
     size = math.prod(shape) * dtype.itemsize
     if size < OWN_PAGES:
         return torch.empty(tuple(shape), dtype=dtype)
     pages = mmap.mmap(-1, size)
     if size >= HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults: reading 4.8 GB takes as long as the reading alone
+        # fewer page faults: reading 4.8 GB takes as long as the reading alone
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 def joined(parts: Sequence[Entry]) -> Entry:
     """The rows of all parts, one after the other."""
     rows = sum(part.shape[0] for part in parts)
-    return Entry(parts[0].dtype, (rows, *parts[0].shape[1:]), tuple(span for part in parts for span in part.spans))
+    return Entry(
+        parts[0].dtype,
+        (rows, *parts[0].shape[1:]),
+        tuple(span for part in parts for span in part.spans),
+    )
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -105,12 +114,17 @@ def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise _damaged(file, f"its header is wrong: {error}") from None
     ends = [span.start + span.size for entry in entries.values() for span in entry.spans]
     if max(ends, default=begin) != size:
-        raise _damaged(file, f"it has {size} bytes where its header speaks of {max(ends, default=begin)}")
+        raise _damaged(
+            file, f"it has {size} bytes where its header speaks of {max(ends, default=begin)}"
+        )
     return entries, metadata
 
 
 def header_bytes(file: Path) -> bytes:
-    """The raw header: changes with every name, shape, dtype and place of a tensor. Raises ModelError."""
+    """The raw header: changes with every name, shape, dtype and place of a tensor.
+
+    Raises ModelError.
+    """
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
@@ -122,7 +136,8 @@ def header_bytes(file: Path) -> bytes:
 
 
 def weight_files(place: Path) -> list[Path]:
-    """The safetensors files that a folder of one model means: those its index names, or its one file.
+    """The safetensors files that a folder of one model means: those its index names, or its one
+    file.
 
     Args:
         place: the folder, or a file, which stands for itself.
@@ -142,13 +157,23 @@ def weight_files(place: Path) -> list[Path]:
         return _indexed_files(indexes[0])
     if len(files) == 1:
         return files
-    got = f"{place} holds {len(files)} safetensors files and no index" if files else f"{place} holds no safetensors file"
-    raise ModelError(got, "model.safetensors, or several with model.safetensors.index.json", "download the model again")
+    got = (
+        f"{place} holds {len(files)} safetensors files and no index"
+        if files
+        else f"{place} holds no safetensors file"
+    )
+    raise ModelError(
+        got,
+        "model.safetensors, or several with model.safetensors.index.json",
+        "download the model again",
+    )
 
 
 def read_entries(place: Path) -> dict[str, Entry]:
     """All tensors of a model's folder or of a single file, by name. Raises ModelError."""
-    return {name: entry for file in weight_files(place) for name, entry in read_header(file)[0].items()}
+    return {
+        name: entry for file in weight_files(place) for name, entry in read_header(file)[0].items()
+    }
 
 
 @dataclass(frozen=True)
@@ -169,20 +194,31 @@ class Pending:
 
 
 def write_tensors(
-    file: Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str], progress: Callable[[int], object] = lambda nbytes: None
+    file: Path,
+    tensors: Mapping[str, Pending],
+    metadata: Mapping[str, str],
+    progress: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
-    """A safetensors file, one tensor in memory at a time, synced; a kill leaves half of it, so write it aside.
+    """A safetensors file, one tensor in memory at a time, synced; a kill leaves half of it, so
+    write it aside.
 
     Raises:
         ValueError: a tensor is not of the shape and dtype that were announced.
     """
-    # Whole words first: a tensor that starts at an odd place can't be viewed in its dtype when it is mapped.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize if tensors[name].nbytes % 8 else -8)
+    # Whole words first: a tensor that starts at an odd place can't be viewed in its dtype when it
+    # is mapped.
+    order = sorted(
+        tensors, key=lambda name: -tensors[name].dtype.itemsize if tensors[name].nbytes % 8 else -8
+    )
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata)}
     end = 0
     for name in order:
         one = tensors[name]
-        header[name] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [end, end + one.nbytes]}
+        header[name] = {
+            "dtype": NAMES[one.dtype],
+            "shape": list(one.shape),
+            "data_offsets": [end, end + one.nbytes],
+        }
         end += one.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -191,7 +227,10 @@ def write_tensors(
         for name in order:
             tensor = tensors[name].make().detach().cpu().contiguous()
             if tensor.dtype != tensors[name].dtype or tuple(tensor.shape) != tensors[name].shape:
-                raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {tensors[name]} was announced")
+                raise ValueError(
+                    f"{name}: {tensor.dtype} {tuple(tensor.shape)} where {tensors[name]} was "
+                    "announced"
+                )
             if tensor.numel():
                 handle.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             progress(tensors[name].nbytes)
@@ -199,7 +238,11 @@ def write_tensors(
         os.fsync(handle.fileno())
 
 
-def compare_tensors(file: Path, tensors: Mapping[str, Pending], progress: Callable[[int], object] = lambda nbytes: None) -> None:
+def compare_tensors(
+    file: Path,
+    tensors: Mapping[str, Pending],
+    progress: Callable[[int], object] = lambda nbytes: None,
+) -> None:
     """Read a file that `write_tensors` wrote and compare it bit for bit, one tensor at a time.
 
     Raises:
@@ -211,14 +254,24 @@ def compare_tensors(file: Path, tensors: Mapping[str, Pending], progress: Callab
         for name in () if wrong else tensors:
             wanted = tensors[name].make().detach().cpu()
             read = entries[name].read()
-            same = read.dtype == wanted.dtype and read.shape == wanted.shape and torch.equal(_bits(read), _bits(wanted))
+            same = (
+                read.dtype == wanted.dtype
+                and read.shape == wanted.shape
+                and torch.equal(_bits(read), _bits(wanted))
+            )
             wrong += [] if same else [name]
             progress(tensors[name].nbytes)
     except ModelError as error:
-        raise OutputError(f"{file} can't be read back: {error.got}", "what was written", "check the disk and try again") from None
+        raise OutputError(
+            f"{file} can't be read back: {error.got}",
+            "what was written",
+            "check the disk and try again",
+        ) from None
     if wrong:
         raise OutputError(
-            f"{file} is not what was written, for example {wrong[0]}", "the same bits", "check the disk and try again"
+            f"{file} is not what was written, for example {wrong[0]}",
+            "the same bits",
+            "check the disk and try again",
         )
 
 
@@ -266,10 +319,16 @@ def _indexed_files(index: Path) -> list[Path]:
     for name, file in zip(names, files, strict=True):
         if Path(name).name != name or not file.is_file():
             raise ModelError(
-                f"{index.parent} lacks the file {name}", f"the {len(names)} files that {index.name} names", "download it again"
+                f"{index.parent} lacks the file {name}",
+                f"the {len(names)} files that {index.name} names",
+                "download it again",
             )
     return files
 
 
 def _damaged(file: Path, reason: str) -> ModelError:
-    return ModelError(f"{file} is damaged or no safetensors file: {reason}", "a whole safetensors file", "download it again")
+    return ModelError(
+        f"{file} is damaged or no safetensors file: {reason}",
+        "a whole safetensors file",
+        "download it again",
+    )

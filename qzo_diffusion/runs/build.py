@@ -1,4 +1,7 @@
-"""From a config to objects: the only file that knows every floor. Below it nothing has heard of a config."""
+"""From a config to objects: the only file that knows every floor.
+
+Below it nothing has heard of a config.
+"""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -66,7 +69,9 @@ def find_place(config: Config) -> Place:
 
 
 def load_base(config: Config, place: Place) -> tuple[nn.Module, ScaleSet, Parametrization]:
-    """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are before a run."""
+    """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are
+    before a run.
+    """
     transformer = quantized_transformer(config, place.folder, place.device, place.dtype)
     return transformer, *scales_and_numbers(config, transformer)
 
@@ -78,7 +83,9 @@ def check_model(config: Config, folder: Path) -> None:
 
 
 def transformer_place(config: Config, folder: Path) -> Path:
-    """Where the transformer's weights are: in the pipeline, or what `transformer` or a single file as `model` names."""
+    """Where the transformer's weights are: in the pipeline, or what `transformer` or a single file
+    as `model` names.
+    """
     if config.transformer is not None:
         return Path(config.transformer)
     return Path(config.model) if Path(config.model).is_file() else folder / "transformer"
@@ -97,7 +104,9 @@ def choose_model(name: str) -> tuple[Path, str]:
     if Path(name).is_dir():
         return Path(name), f"model: the folder {name}"
     if Path(name).is_file():
-        return Path(name).resolve().parent, f"model: the single file {name}, with the other parts from its folder"
+        return Path(
+            name
+        ).resolve().parent, f"model: the single file {name}, with the other parts from its folder"
     cached = _cached_snapshot(name)
     if cached is None:
         raise _not_here(name)
@@ -105,17 +114,27 @@ def choose_model(name: str) -> tuple[Path, str]:
 
 
 def download_command(name: str) -> str:
-    """Without what the repositories of Stable Diffusion 3 hold twice: one file for other programs, and encoders for these."""
-    twice = " --exclude 'sd3*.safetensors' --exclude 'text_encoders/*'" if name.startswith(GATED) else ""
+    """Without what the repositories of Stable Diffusion 3 hold twice: one file for other programs,
+    and encoders for these.
+    """
+    twice = (
+        " --exclude 'sd3*.safetensors' --exclude 'text_encoders/*'"
+        if name.startswith(GATED)
+        else ""
+    )
     return f"hf download {name}{twice}"
 
 
 def _not_here(name: str) -> ModelError:
-    """Nothing is ever downloaded here; says how to, and what else is missing on this machine for it."""
+    """Nothing is ever downloaded here; says how to, and what else is missing on this machine for
+    it.
+    """
     from huggingface_hub import constants, get_token
 
     place = Path(constants.HF_HUB_CACHE)
-    got = [f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"]
+    got = [
+        f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"
+    ]
     steps = []
     gated = name.startswith(GATED)
     if gated:
@@ -123,44 +142,70 @@ def _not_here(name: str) -> ModelError:
         if get_token() is None:
             got.append("it is gated and no access token is stored here")
             steps.append("`hf auth login`")
-    free = shutil.disk_usage(next(folder for folder in (place, *place.parents) if folder.exists())).free
+    free = shutil.disk_usage(
+        next(folder for folder in (place, *place.parents) if folder.exists())
+    ).free
     if gated and free < DOWNLOAD:
-        got.append(f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB are needed")
+        got.append(
+            f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB "
+            "are needed"
+        )
         steps.append("free some space, or set HF_HOME to a larger disk")
     steps.append(f"`{download_command(name)}`")
-    steps.append("without network: copy the model's folder from another machine and give --model PATH; or --model tiny")
-    return ModelError("; ".join(got), "tiny, a pipeline folder, or a Hub id that was downloaded", "\n  ".join(["", *steps]))
+    steps.append(
+        "without network: copy the model's folder from another machine and give --model PATH; "
+        "or --model tiny"
+    )
+    return ModelError(
+        "; ".join(got),
+        "tiny, a pipeline folder, or a Hub id that was downloaded",
+        "\n  ".join(["", *steps]),
+    )
 
 
 def _choose_automatically() -> tuple[Path, str]:
-    """The large model where its weights are here and fit, at the least; else the embedded one, or an error where there is a GPU."""
+    """The large model where its weights are here and fit, at the least; else the embedded one, or
+    an error where there is a GPU.
+    """
     cached = _cached_snapshot(BIG_MODEL)
     if cached is None:
         if torch.cuda.is_available():
             raise ModelError(
                 f"a GPU, but no weights of {BIG_MODEL} in the local cache",
                 "downloaded weights, or a model by name",
-                f"accept the licence at https://huggingface.co/{BIG_MODEL}, then `hf auth login` and "
+                f"accept the licence at https://huggingface.co/{BIG_MODEL}, then `hf auth "
+                "login` and "
                 f"`{download_command(BIG_MODEL)}`; or add --model tiny for the embedded model",
             )
-        return resources.tiny_model(), f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)"
+        return (
+            resources.tiny_model(),
+            f"model: tiny, the embedded model (no GPU and no weights of {BIG_MODEL} here)",
+        )
     device = choose_device("auto")
     needed, free = least_memory(cached, device), memory.available_bytes(device)
     if free is not None and needed > free:
-        why = f"{BIG_MODEL} is here but needs {needed / 1e9:.1f} GB of memory at the least; {free / 1e9:.1f} GB are free"
+        why = (
+            f"{BIG_MODEL} is here but needs {needed / 1e9:.1f} GB of memory at the least; "
+            f"{free / 1e9:.1f} GB are free"
+        )
         return resources.tiny_model(), f"model: tiny, the embedded model ({why})"
     return cached, f"model: {BIG_MODEL}, found in the local cache"
 
 
 def least_memory(folder: Path, device: torch.device) -> float:
     """Bytes that any run of a model needs. Raises ModelError when its transformer is not whole."""
-    found, dtype, quant = find_transformer(folder / "transformer"), choose_dtype("auto", device), Config().quant
+    found, dtype, quant = (
+        find_transformer(folder / "transformer"),
+        choose_dtype("auto", device),
+        Config().quant,
+    )
     size = memory.ModelSize.of(empty_transformer(found.config), quantization(quant), dtype)
     return memory.least_bytes(size, found.entries, dtype, device.type)
 
 
 def choose_lm(name: str) -> tuple[Path, str]:
-    """The folder or GGUF file of a language model that a `--model` means, and a sentence that says which.
+    """The folder or GGUF file of a language model that a `--model` means, and a sentence that says
+    which.
 
     Raises:
         ModelError: it isn't here; the message says how to get it.
@@ -172,9 +217,12 @@ def choose_lm(name: str) -> tuple[Path, str]:
     cached = None if name == "auto" else _cached_snapshot(name, "config.json")
     if cached is None:
         raise ModelError(
-            "no language model is named" if name == "auto" else f"{name!r} is neither a folder nor a model in the local cache",
+            "no language model is named"
+            if name == "auto"
+            else f"{name!r} is neither a folder nor a model in the local cache",
             "a transformers folder, a GGUF file, or a Hub id that was downloaded",
-            "pass --model FOLDER or FILE.gguf; for a model of the Hub: hf download ID --local-dir FOLDER",
+            "pass --model FOLDER or FILE.gguf; for a model of the Hub: hf download ID "
+            "--local-dir FOLDER",
         )
     return cached, f"model: {name} from the local cache"
 
@@ -232,18 +280,34 @@ def sampler(
     )
 
 
-def prompt_encoder(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> sd3.PromptEncoder:
-    """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new prompts."""
+def prompt_encoder(
+    config: Config, folder: Path, device: torch.device, dtype: torch.dtype
+) -> sd3.PromptEncoder:
+    """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new
+    prompts.
+    """
     mode = t5_mode(config, folder)
 
     def load(part: str) -> nn.Module:
         if part != text_encoders.T5 or mode != "nf4":
             return text_encoders.load_text_encoder(folder, part, dtype=dtype, device=device)
-        source = Source(read_entries(folder / part), lambda: text_encoders.empty_text_encoder(folder, part))
-        return text_encoders.ready(load_quantized(source, Quantization(), dtype=dtype, device=device, cache=copies_folder(config)))
+        source = Source(
+            read_entries(folder / part), lambda: text_encoders.empty_text_encoder(folder, part)
+        )
+        return text_encoders.ready(
+            load_quantized(
+                source, Quantization(), dtype=dtype, device=device, cache=copies_folder(config)
+            )
+        )
 
     return sd3.PromptEncoder(
-        folder, tensor_cache(config), device=device, dtype=dtype, t5_tokens=config.text.t5_tokens, t5=mode, load=load
+        folder,
+        tensor_cache(config),
+        device=device,
+        dtype=dtype,
+        t5_tokens=config.text.t5_tokens,
+        t5=mode,
+        load=load,
     )
 
 
@@ -258,11 +322,17 @@ def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
 
 def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
     compute = config.compute
-    return sd3.load_vae(folder, choose_device(compute.vae_device) if compute.vae_device else device, tile=compute.vae_tile)
+    return sd3.load_vae(
+        folder,
+        choose_device(compute.vae_device) if compute.vae_device else device,
+        tile=compute.vae_tile,
+    )
 
 
 def tiles(config: Config, samples: Sequence[Sample]) -> str:
-    """How images are cut for the VAE, where any is: it changes latents a little, so it belongs to their cache key."""
+    """How images are cut for the VAE, where any is: it changes latents a little, so it belongs to
+    their cache key.
+    """
     tile = config.compute.vae_tile
     cut = tile is not None and any(max(sample.width, sample.height) > tile for sample in samples)
     return f"/{tile}" if cut else ""
@@ -276,15 +346,21 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else DEFAULT_CACHE
 
 
-def quantized_transformer(config: Config, folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def quantized_transformer(
+    config: Config, folder: Path, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     """The 4-bit transformer, ready for tuning and sampling. Raises ModelError."""
     found = find_transformer(transformer_place(config, folder))
     source = Source(found.entries, lambda: empty_transformer(found.config))
-    return load_quantized(source, quantization(config.quant), dtype=dtype, device=device, cache=copies_folder(config))
+    return load_quantized(
+        source, quantization(config.quant), dtype=dtype, device=device, cache=copies_folder(config)
+    )
 
 
 def quantization(quant: QuantConfig) -> Quantization:
-    return Quantization(quant.type, quant.blocksize, tuple(quant.skip), quant.backend, quant.activations)
+    return Quantization(
+        quant.type, quant.blocksize, tuple(quant.skip), quant.backend, quant.activations
+    )
 
 
 def copies_folder(config: Config) -> Path:
@@ -295,19 +371,28 @@ def copies_folder(config: Config) -> Path:
 def scales_and_numbers(
     config: RunConfig, transformer: nn.Module, beside: Sequence[WeightHandle] = ()
 ) -> tuple[ScaleSet, Parametrization]:
-    """What is trained: the scales or codes of the chosen layers, and all of the unquantized tensors `beside`.
+    """What is trained: the scales or codes of the chosen layers, and all of the unquantized tensors
+    `beside`.
 
     Raises:
         ConfigError: `qzo.layers` matches no layer.
     """
     level, wanted = config.qzo.parametrization, config.qzo.layers
-    scales, grids = find_codes(transformer) if level == "codes" else (find_scales(transformer, beside), {})
+    scales, grids = (
+        find_codes(transformer) if level == "codes" else (find_scales(transformer, beside), {})
+    )
     trained = trained_of(scales, wanted)
     pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
     if scales.weights.issuperset(trained):
         remedy = "correct qzo.layers, or give null for all layers"
-        raise ConfigError(f"qzo.layers = {wanted}: no such layer", f"parts of names like {next(iter(scales))}", remedy)
-    if level == "column" and all(live.numel() == scales.rows(name) for name, live in scales.tensors().items()):
+        raise ConfigError(
+            f"qzo.layers = {wanted}: no such layer",
+            f"parts of names like {next(iter(scales))}",
+            remedy,
+        )
+    if level == "column" and all(
+        live.numel() == scales.rows(name) for name, live in scales.tensors().items()
+    ):
         raise ConfigError(
             "qzo.parametrization = column on layers with one scale for each output",
             "row, layer or separable, which such a format has numbers for",
@@ -315,7 +400,9 @@ def scales_and_numbers(
         )
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
-    return scales, parametrize(scales, level, config.qzo.units, trained, pointwise, last_readers(scales))
+    return scales, parametrize(
+        scales, level, config.qzo.units, trained, pointwise, last_readers(scales)
+    )
 
 
 def trained_of(scales: ScaleSet, wanted: Sequence[str] | None) -> list[str]:
@@ -332,7 +419,8 @@ def probing(config: RunConfig) -> Probing:
         per_example=config.qzo.per_example,
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
-        normalize=config.qzo.normalize is True,  # else by the optimizer, which knows of steps before
+        # else by the optimizer, which knows of steps before
+        normalize=config.qzo.normalize is True,
         copies=probes_at_once(config),
         estimator=config.qzo.estimator,
     )
@@ -346,22 +434,36 @@ def probes_of_example(config: RunConfig) -> int:
 def step_in_words(config: RunConfig, examples: int, things: str) -> str:
     """What a step of `examples` of these `things` costs."""
     count, probes = config.qzo.num_directions, probes_of_example(config)
-    along = f"{count} direction{'s' * (count > 1)} {'of each' if config.qzo.per_example else 'that all share'}"
+    along = (
+        f"{count} direction{'s' * (count > 1)} "
+        f"{'of each' if config.qzo.per_example else 'that all share'}"
+    )
     sides = "" if config.qzo.estimator == "leave_one_out" else ", at both sides"
-    at_once = "" if config.train.micro_batch_size is None else f", {config.train.micro_batch_size} at once"
+    at_once = (
+        ""
+        if config.train.micro_batch_size is None
+        else f", {config.train.micro_batch_size} at once"
+    )
     return f"{examples} {things}, {along}{sides}: {examples * probes} forwards of one{at_once}"
 
 
 def probes_at_once(config: RunConfig) -> int:
-    """How many probes of an example go into one forward: all of its directions, or both sides of one, as far as there is room."""
+    """How many probes of an example go into one forward: all of its directions, or both sides of
+    one, as far as there is room.
+    """
     if not config.qzo.has_gains:
         return 1
-    wanted, every = config.train.micro_batch_size, config.qzo.num_directions if config.qzo.estimator == "leave_one_out" else 2
+    wanted, every = (
+        config.train.micro_batch_size,
+        config.qzo.num_directions if config.qzo.estimator == "leave_one_out" else 2,
+    )
     return every if wanted is None else min(wanted, every)
 
 
 def micro_batch_size(config: RunConfig, whole: int) -> int:
-    """How many of `whole` examples go into one forward, each in as many copies as `probes_at_once`."""
+    """How many of `whole` examples go into one forward, each in as many copies as
+    `probes_at_once`.
+    """
     wanted = config.train.micro_batch_size
     return whole if wanted is None else max(1, wanted // probes_at_once(config))
 
@@ -377,11 +479,14 @@ def check_share(batch_size: int, processes: int) -> None:
 
 
 def check_scalars(config: RunConfig, examples: int, regions: int = 1) -> None:
-    """Raises ConfigError when a step would have more scalars than a record of the journal has room for."""
+    """Raises ConfigError when a step would have more scalars than a record of the journal has room
+    for.
+    """
     directions = config.qzo.num_directions * (examples if config.qzo.per_example else 1)
     if directions * regions > MOST_SCALARS:
         raise ConfigError(
-            f"{directions} directions a step, {regions} regions each: {directions * regions} scalars",
+            f"{directions} directions a step, {regions} regions each: {directions * regions} "
+            "scalars",
             f"at most {MOST_SCALARS}, which is what a record of the journal holds",
             "lower data.batch_size, qzo.num_directions or qzo.regions",
         )
@@ -405,9 +510,13 @@ def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:
 
 def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:
     train = config.train
-    return make_schedule(train.schedule, train.lr * rate_factor, train.max_steps, train.warmup_steps)
+    return make_schedule(
+        train.schedule, train.lr * rate_factor, train.max_steps, train.warmup_steps
+    )
 
 
 def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
-    """Hashes of what stays and of what is trained, as they are now: codes and scales, or scales and codes."""
+    """Hashes of what stays and of what is trained, as they are now: codes and scales, or scales and
+    codes.
+    """
     return frozen_fingerprint(model, scales), fingerprint(scales.tensors().items())

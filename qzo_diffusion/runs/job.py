@@ -1,4 +1,6 @@
-"""A run that is under way, whatever it trains: what happens between its steps, and what it leaves behind."""
+"""A run that is under way, whatever it trains: what happens between its steps, and what it leaves
+behind.
+"""
 
 import hashlib
 import json
@@ -29,9 +31,9 @@ CHECK_RANKS_EVERY = 100
 class Parts:
     """What every process of a run has: the trained numbers, what they are trained on, and how.
 
-    optimizer: `core.optimizer.Optimizer`, or whatever `take_step` uses in its place with `state` and `load_state_`.
-    header: of the journal. extras: made by the first process alone, which also writes what the run folder says of its data.
-    """
+    optimizer: `core.optimizer.Optimizer`, or whatever `take_step` uses in its place with `state`
+    and `load_state_`. header: of the journal. extras: made by the first process alone, which also
+    writes what the run folder says of its data."""
 
     scales: ScaleSet
     numbers: Parametrization
@@ -46,14 +48,17 @@ class Parts:
 class Extras(Protocol):
     """What a kind of run does besides training, such as pictures of every few steps.
 
-    held_out: micro-batches of the validation loss, always the same. every: how often `show` is due; 0 is at the start and the end.
-    """
+    held_out: micro-batches of the validation loss, always the same. every: how often `show` is due;
+    0 is at the start and the end."""
 
     held_out: Sequence[Any]
     every: int
 
     def show(self, step: int) -> None:
-        """What is due at this step and not there yet. The numbers of the step are in the scales that a forward sees."""
+        """What is due at this step and not there yet.
+
+        The numbers of the step are in the scales that a forward sees.
+        """
         ...
 
     def results(self) -> dict[str, Any]:
@@ -65,8 +70,8 @@ class Extras(Protocol):
 class Job:
     """What the first process does between two steps: it writes, validates and shows.
 
-    Everything is done once, whether the run was stopped in between or not: what exists is not redone.
-    """
+    Everything is done once, whether the run was stopped in between or not: what exists is not
+    redone."""
 
     config: RunConfig
     out: RunFolder
@@ -80,7 +85,9 @@ class Job:
     steps_done: int = 0
 
     def on_step(self, record: StepRecord) -> None:
-        """Metrics first: after a kill they are cut back to the journal, and so never lack a step that it has."""
+        """Metrics first: after a kill they are cut back to the journal, and so never lack a step
+        that it has.
+        """
         self.tracker.on_step(record)
         if self.journal is not None:
             self.journal.append(entry_of(record, self.config.train.seed))
@@ -99,7 +106,9 @@ class Job:
             self.checkpoint(steps_done)
         if _due(self.extras.every, steps_done):
             self.show(steps_done)
-        if _due(self.config.train.validate_every, steps_done) or _due(self.extras.every, steps_done):
+        if _due(self.config.train.validate_every, steps_done) or _due(
+            self.extras.every, steps_done
+        ):
             self.report()
 
     def validate(self, step: int) -> None:
@@ -134,7 +143,9 @@ class Job:
     def finish(self, step: int) -> None:
         if self.journal is not None:
             self.journal.sync()
-        self.out.save_scales("final", tuned_scales(self.parts.numbers), self.metadata | {"qzo.steps": str(step)})
+        self.out.save_scales(
+            "final", tuned_scales(self.parts.numbers), self.metadata | {"qzo.steps": str(step)}
+        )
 
     def report(self) -> None:
         """The page as the run is now. No run is stopped for it."""
@@ -151,7 +162,12 @@ class Job:
             "steps": outcome.steps_done,
             "skipped": outcome.skipped,
             "stopped": outcome.stopped,
-            "validation_loss": {"start": self.validation[steps[0]], "end": self.validation[steps[-1]]} if steps else None,
+            "validation_loss": {
+                "start": self.validation[steps[0]],
+                "end": self.validation[steps[-1]],
+            }
+            if steps
+            else None,
             "processes": self.ranks.world,
             "bytes_sent": self.ranks.bytes_sent,
         } | self.extras.results()
@@ -163,13 +179,19 @@ class Job:
 
 
 def check_ranks(ranks: Ranks, numbers: Parametrization) -> None:
-    """Every rank calls this after the same step; raises RankLost when the trained numbers of one are others."""
+    """Every rank calls this after the same step; raises RankLost when the trained numbers of one
+    are others.
+    """
     if ranks.world > 1:
         ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "trained numbers")
 
 
 def check_same_run(
-    ranks: Ranks, settings: Mapping[str, Any], data: Sequence[Mapping[str, Any]], facts: Sequence[str], header: Mapping[str, Any]
+    ranks: Ranks,
+    settings: Mapping[str, Any],
+    data: Sequence[Mapping[str, Any]],
+    facts: Sequence[str],
+    header: Mapping[str, Any],
 ) -> None:
     """Raises RankLost when a rank was started with another model, other data or settings.
 
@@ -180,7 +202,9 @@ def check_same_run(
     base = [header[name] for name in ("codes", "initial_scales")]
     rows = [[row["file"], *(row[fact] for fact in facts)] for row in data]
     text = json.dumps([settings, base, rows], sort_keys=True, default=str)
-    ranks.check_equal(hashlib.blake2b(text.encode(), digest_size=16).digest(), "model, data or settings")
+    ranks.check_equal(
+        hashlib.blake2b(text.encode(), digest_size=16).digest(), "model, data or settings"
+    )
 
 
 def _due(every: int, step: int) -> bool:
@@ -202,10 +226,14 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "units": config.qzo.units,
         "layers": config.qzo.layers,
         "regions": config.qzo.regions,
-        "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,  # with a direction each
+        # with a direction each
+        "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,
         "optimizer": config.train.optimizer,
-        "feedback": [config.train.feedback_decay, config.train.feedback_steps] if config.train.optimizer == "feedback" else None,
-        "normalize": "running" if config.qzo.normalize == "running" else None,  # by a step's own spread its scalars are already
+        "feedback": [config.train.feedback_decay, config.train.feedback_steps]
+        if config.train.optimizer == "feedback"
+        else None,
+        # by a step's own spread its scalars are already
+        "normalize": "running" if config.qzo.normalize == "running" else None,
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,
     }

@@ -1,10 +1,11 @@
-"""A quantized model from disk in the memory of the quantized model, and a copy of it on disk for the next start.
+"""A quantized model from disk in the memory of the quantized model, and a copy of it on disk for
+the next start.
 
-The copy is a folder in bitsandbytes' own 4-bit layout, so that it is read by the code that reads any 4-bit folder. It is hit when
-name, size, time and safetensors header of every source file and all settings are what they were; then 4.7 GB are read instead of
-16 and nothing is quantized. It is written aside with a hash of each file and renamed: half a copy is never used, and a copy whose
-file is not as long as its header says counts as absent.
-"""
+The copy is a folder in bitsandbytes' own 4-bit layout, so that it is read by the code that reads
+any 4-bit folder. It is hit when name, size, time and safetensors header of every source file and
+all settings are what they were; then 4.7 GB are read instead of 16 and nothing is quantized. It is
+written aside with a hash of each file and renamed: half a copy is never used, and a copy whose file
+is not as long as its header says counts as absent."""
 
 import hashlib
 import json
@@ -32,7 +33,9 @@ SMALLEST_CACHED = 256 * 2**20  # bytes of source; less is quantized in a second
 
 @dataclass(frozen=True)
 class Source:
-    """What a model is loaded from: its tensors on disk by the model's names, and a function that makes the empty model."""
+    """What a model is loaded from: its tensors on disk by the model's names, and a function that
+    makes the empty model.
+    """
 
     entries: Mapping[str, Entry]
     make_empty: Callable[[], nn.Module]
@@ -69,14 +72,24 @@ def load_quantized(
 
 
 def _fill(
-    source: Source, entries: Mapping[str, Entry], quantization: Quantization, dtype: torch.dtype, device: torch.device, what: str
+    source: Source,
+    entries: Mapping[str, Entry],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    what: str,
 ) -> tuple[nn.Module, Filled]:
     model = source.make_empty()
     total = sum(entry.nbytes for entry in entries.values())
     with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False) as bar:
-        filled = fill_(model, entries, quantization, dtype=dtype, device=device, progress=bar.update)
+        filled = fill_(
+            model, entries, quantization, dtype=dtype, device=device, progress=bar.update
+        )
     if filled.unused:
-        _say(f"warning: {len(filled.unused)} tensors on disk have no place in the model, for example {filled.unused[0]}")
+        _say(
+            f"warning: {len(filled.unused)} tensors on disk have no place in the model, for "
+            f"example {filled.unused[0]}"
+        )
     return model, filled
 
 
@@ -97,11 +110,19 @@ def _key(source: Source, quantization: Quantization, dtype: torch.dtype) -> dict
             }
             for file in files
         ],
-        "names": hashlib.blake2b(json.dumps(sorted(source.entries)).encode(), digest_size=16).hexdigest(),
+        "names": hashlib.blake2b(
+            json.dumps(sorted(source.entries)).encode(), digest_size=16
+        ).hexdigest(),
     }
 
 
-def _stored_copy(source: Source, quantization: Quantization, dtype: torch.dtype, cache: Path | None, smallest: int) -> Path | None:
+def _stored_copy(
+    source: Source,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    cache: Path | None,
+    smallest: int,
+) -> Path | None:
     if cache is None or source.nbytes < smallest or quantization.backend != "bnb":
         return None
     text = json.dumps(_key(source, quantization, dtype), sort_keys=True)
@@ -126,7 +147,9 @@ def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     def write(folder: Path) -> None:
-        with tqdm(total=size, desc="store 4-bit copy", unit="B", unit_scale=True, leave=False) as bar:
+        with tqdm(
+            total=size, desc="store 4-bit copy", unit="B", unit_scale=True, leave=False
+        ) as bar:
             write_tensors(folder / WEIGHTS, tensors, {}, bar.update)
         (folder / SOURCE).write_text(json.dumps(key, indent=1), encoding="utf-8")
 
@@ -134,7 +157,10 @@ def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
         stored.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(stored.parent).free
         if free < 1.05 * size:
-            _say(f"warning: no 4-bit copy is stored for the next start: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
+            _say(
+                f"warning: no 4-bit copy is stored for the next start: {size / 1e9:.1f} GB "
+                f"needed, {free / 1e9:.1f} GB free"
+            )
             return
         write_folder(stored, write)
     except (OutputError, OSError) as error:

@@ -1,4 +1,6 @@
-"""What a run's files say of where they come from, and whether a journal fits the base that it is replayed over."""
+"""What a run's files say of where they come from, and whether a journal fits the base that it is
+replayed over.
+"""
 
 import hashlib
 import platform
@@ -14,7 +16,9 @@ from qzo_diffusion.config.style import RunConfig
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
 
-JOURNAL_FORMAT = 3  # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ in turn
+# how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ
+# in turn
+JOURNAL_FORMAT = 3
 DELTA_FORMAT = "delta/1"
 
 
@@ -38,7 +42,9 @@ _SETTLED = (
 
 
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
-    """Raises JournalError when the journal was not written over this base: its steps would be applied to other numbers."""
+    """Raises JournalError when the journal was not written over this base: its steps would be
+    applied to other numbers.
+    """
     if journal.header.get("format") != JOURNAL_FORMAT:
         raise JournalError(
             f"a journal whose directions are drawn as in format {journal.header.get('format')}",
@@ -69,13 +75,23 @@ def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
 
 def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, hardware and revision, for environment.json."""
-    packages = ("torch", "diffusers", "transformers", "bitsandbytes", "accelerate", "numpy", "safetensors")
+    packages = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "bitsandbytes",
+        "accelerate",
+        "numpy",
+        "safetensors",
+    )
     return {
         "qzo_diffusion": __version__,
         "git_revision": _git_revision(),
         "model": model,
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "device_name": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor(),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -88,6 +104,8 @@ def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[st
 def _git_revision() -> str | None:
     command = ["git", "-C", str(resources.PACKAGE), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=5
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse report` does, and a run itself while it goes on: read the run's folder and write one page on it."""
+"""What `qzo-diffuse report` does, and a run itself while it goes on: read the run's folder and
+write one page on it.
+"""
 
 import json
 from datetime import datetime, timezone
@@ -28,24 +30,42 @@ def write(folder: Path, output: Path | None = None) -> Path:
     try:
         page = render(_facts(folder))
     except (KeyError, TypeError, ValueError) as error:
-        remedy = f"measure it again (qzo-diffuse evaluate --run {folder}; a language model by --resume), or remove evaluation.json"
-        raise OutputError(f"a file in {folder} can't be shown: {error}", "files as this version writes them", remedy) from error
+        remedy = (
+            f"measure it again (qzo-diffuse evaluate --run {folder}; a language model by "
+            "--resume), or remove evaluation.json"
+        )
+        raise OutputError(
+            f"a file in {folder} can't be shown: {error}",
+            "files as this version writes them",
+            remedy,
+        ) from error
     write_whole(target, page.encode())
     return target
 
 
 def run_of(path: Path) -> Path:
-    """The folder of a run, given it or one of its checkpoints. Raises OutputError when there is none."""
+    """The folder of a run, given it or one of its checkpoints.
+
+    Raises OutputError when there is none.
+    """
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     if not (folder / "config.yaml").is_file():
-        raise OutputError(f"no config.yaml in {folder}", "the folder of a run", "give --run the --output-dir of a training run")
+        raise OutputError(
+            f"no config.yaml in {folder}",
+            "the folder of a run",
+            "give --run the --output-dir of a training run",
+        )
     return folder
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a run that goes on may just be writing the last."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if path.is_file()
+        else []
+    )
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -84,19 +104,32 @@ def _subjects(folder: Path) -> list[Subject]:
     pictures: list[dict[str, Any]] = [{} for _ in prompts]
     for path in columns if prompts else []:
         label = f"step {int(path.stem.removeprefix('step_')):,}"
-        for of_prompt, picture in zip(pictures, cells(load_picture(path), len(prompts)), strict=True):
+        for of_prompt, picture in zip(
+            pictures, cells(load_picture(path), len(prompts)), strict=True
+        ):
             of_prompt[label] = picture
-    return [Subject(prompt, shown) for prompt, shown in zip(prompts, pictures, strict=True) if shown]
+    return [
+        Subject(prompt, shown) for prompt, shown in zip(prompts, pictures, strict=True) if shown
+    ]
 
 
 def _scored(folder: Path, evaluation: dict[str, Any] | None) -> list[Subject]:
     subjects = []
     for index, row in enumerate(evaluation["prompts"] if evaluation else []):
-        files = {state: folder / "evaluation" / state / f"{index:03d}.png" for state in ("base", "tuned")}
+        files = {
+            state: folder / "evaluation" / state / f"{index:03d}.png" for state in ("base", "tuned")
+        }
         if not all(file.is_file() for file in files.values()):
             return []
-        notes = [f"{name} {row[key][0]:.2f} → {row[key][1]:.2f}" for name, key in (("CLIP score", "clip"), ("style", "style"))]
-        subjects.append(Subject(row["content"], {state: load_picture(file) for state, file in files.items()}, notes))
+        notes = [
+            f"{name} {row[key][0]:.2f} → {row[key][1]:.2f}"
+            for name, key in (("CLIP score", "clip"), ("style", "style"))
+        ]
+        subjects.append(
+            Subject(
+                row["content"], {state: load_picture(file) for state, file in files.items()}, notes
+            )
+        )
     return subjects
 
 
@@ -117,4 +150,6 @@ def _read_json(path: Path, missing: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise OutputError(f"{path} is damaged: {error}", "the file as it was written", "write it again") from None
+        raise OutputError(
+            f"{path} is damaged: {error}", "the file as it was written", "write it again"
+        ) from None

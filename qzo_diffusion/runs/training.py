@@ -1,4 +1,6 @@
-"""A training from its first line to its last, whatever is trained; resumed, it goes on as if it had never been stopped."""
+"""A training from its first line to its last, whatever is trained; resumed, it goes on as if it had
+never been stopped.
+"""
 
 import json
 import sys
@@ -10,7 +12,13 @@ import torch
 from tqdm import tqdm
 
 from qzo_diffusion.config.style import RunConfig, changed_settings, load_config
-from qzo_diffusion.core.errors import ConfigError, JournalError, OutputError, RankLost, TrainingDiverged
+from qzo_diffusion.core.errors import (
+    ConfigError,
+    JournalError,
+    OutputError,
+    RankLost,
+    TrainingDiverged,
+)
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.job import CHECK_RANKS_EVERY, Job, Parts, check_ranks, check_same_run
@@ -41,9 +49,9 @@ def say(text: str) -> None:
 class Plan(Protocol):
     """Everything that is known before anything heavy is loaded, and how to load the rest.
 
-    thing: what one row of the data is called. facts: its columns that make the run; with others it is another one.
-    has_journal: False where seeds and scalars do not rebuild a step; such a run goes on from its last checkpoint.
-    """
+    thing: what one row of the data is called. facts: its columns that make the run; with others it
+    is another one. has_journal: False where seeds and scalars do not rebuild a step; such a run
+    goes on from its last checkpoint."""
 
     @property
     def config(self) -> RunConfig: ...
@@ -101,7 +109,9 @@ def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
     out = RunFolder.create(output_dir)
     out.write_text("config.yaml", plan.config.to_yaml())
     out.write_json(
-        "environment.json", provenance.environment(plan.config.model, plan.device, plan.dtype) | {"processes": ranks.world}
+        "environment.json",
+        provenance.environment(plan.config.model, plan.device, plan.dtype)
+        | {"processes": ranks.world},
     )
     return _work(plan, out, ranks, resumed=False)
 
@@ -118,13 +128,18 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     changes = changed_settings(before, plan.config) + _changed_data(plan, run_folder)
     if changes and not force:
         raise ConfigError(
-            f"other settings or {plan.thing}s than the run was started with:\n  " + "\n  ".join(changes),
+            f"other settings or {plan.thing}s than the run was started with:\n  "
+            + "\n  ".join(changes),
             "the same ones; the continued run would not be the run",
             "leave the changes out, or add --force to go on with them",
         )
     begun = not plan.has_journal or (run_folder / JOURNAL).exists()
     if not begun and ((run_folder / METRICS).exists() or (run_folder / "checkpoints").exists()):
-        raise JournalError(f"no {JOURNAL} in {run_folder}, but metrics or checkpoints", "the whole folder of a run", "restore it")
+        raise JournalError(
+            f"no {JOURNAL} in {run_folder}, but metrics or checkpoints",
+            "the whole folder of a run",
+            "restore it",
+        )
     ranks = join(plan.config.compute.rank_timeout)
     if not ranks.first:
         return follow(plan, ranks, run_folder if begun else None)
@@ -134,7 +149,10 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
 
 
 def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
-    """What ranks other than the first do: the same steps, and not one file. A resumed run is read from its folder."""
+    """What ranks other than the first do: the same steps, and not one file.
+
+    A resumed run is read from its folder.
+    """
     parts = _load(plan, ranks)
     first_step = bad_steps = 0
     journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
@@ -151,14 +169,24 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
             first_step,
             bad_steps,
             rate,
-            after_step=lambda done: check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None,
+            after_step=lambda done: (
+                check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None
+            ),
         )
         check_ranks(ranks, parts.numbers)
     leave()
     return {}
 
 
-def _train(plan: Plan, parts: Parts, ranks: Ranks, first_step: int, bad_steps: int, rate: float | None, **reports: Any) -> Outcome:
+def _train(
+    plan: Plan,
+    parts: Parts,
+    ranks: Ranks,
+    first_step: int,
+    bad_steps: int,
+    rate: float | None,
+    **reports: Any,
+) -> Outcome:
     return train(
         parts.objective,
         parts.batches,
@@ -176,7 +204,9 @@ def _train(plan: Plan, parts: Parts, ranks: Ranks, first_step: int, bad_steps: i
     )
 
 
-def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequence[str] = ()) -> dict[str, Any]:
+def _work(
+    plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequence[str] = ()
+) -> dict[str, Any]:
     writer = journal = None
     if resumed and plan.has_journal:
         writer, journal = JournalWriter.reopen(out.path / JOURNAL)
@@ -192,7 +222,9 @@ def _work(plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequ
         if resumed:  # now that the new settings are known to go with what is there
             out.write_text("config.yaml", plan.config.to_yaml())
         if writer is not None:
-            writer.append(NoteEntry("resume", {"step": first_step, "changes": _as_many_as_fit(changes)}))
+            writer.append(
+                NoteEntry("resume", {"step": first_step, "changes": _as_many_as_fit(changes)})
+            )
         with stop_on_signal(say) as stop:
             ranks.wants_stop = stop.is_set
             if first_step:
@@ -229,7 +261,8 @@ def _load(plan: Plan, ranks: Ranks) -> Parts:
 
 
 def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None) -> float | None:
-    """What the rate is multiplied by: measured where a run begins, read from its journal where it goes on. None: not calibrated.
+    """What the rate is multiplied by: measured where a run begins, read from its journal where it
+    goes on. None: not calibrated.
 
     Raises:
         ConfigError: a run that goes on was not calibrated where it began.
@@ -247,19 +280,27 @@ def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None
         return float(journal.header[RATE_FACTOR])
 
     def shown(steps: Iterable[int]) -> Iterable[int]:
-        return tqdm(steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first)
+        return tqdm(
+            steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first
+        )
 
-    terrain = survey(parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum, shown)
+    terrain = survey(
+        parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum, shown
+    )
     if ranks.first and terrain.rate_factor < 1:
         say(
-            f"train.lr {train.lr:.3g} -> {train.lr * terrain.rate_factor:.3g}: the loss has a slope of {terrain.slope:.2g} for a "
+            f"train.lr {train.lr:.3g} -> {train.lr * terrain.rate_factor:.3g}: the loss has a "
+            f"slope of {terrain.slope:.2g} for a "
             f"curvature of {terrain.curvature:.2g} (train.calibrate_lr=false leaves the rate alone)"
         )
     return terrain.rate_factor
 
 
-def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Path) -> tuple[int, int, list[Path]]:
-    """Bring the numbers to where the run was. Returns the steps done, how many bad ones in a row come last, damaged checkpoints.
+def _restore_(
+    plan: Plan, parts: Parts, journal: Journal | None, run_folder: Path
+) -> tuple[int, int, list[Path]]:
+    """Bring the numbers to where the run was. Returns the steps done, how many bad ones in a row
+    come last, damaged checkpoints.
 
     Raises:
         ConfigError: more steps are done than the run is to have.
@@ -272,7 +313,10 @@ def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Pat
     newest = checkpoints[-1] if checkpoints else None
     done = bad_steps = 0
     if journal is not None:
-        done, bad_steps = restore_(newest, journal, parts.numbers, parts.optimizer), bad_steps_at_end(journal)
+        done, bad_steps = (
+            restore_(newest, journal, parts.numbers, parts.optimizer),
+            bad_steps_at_end(journal),
+        )
     elif newest is not None:
         load_checkpoint_(newest, parts.numbers, parts.optimizer)
         done = newest.step
@@ -280,7 +324,8 @@ def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Pat
         raise ConfigError(
             f"train.max_steps={plan.config.train.max_steps}, but {done} steps are done",
             f"train.max_steps={done} or more",
-            f"leave the journal's tail out instead: replay --journal {run_folder / JOURNAL} --to-step N"
+            f"leave the journal's tail out instead: replay --journal {run_folder / JOURNAL} "
+            "--to-step N"
             if plan.has_journal
             else "give one of the checkpoints to sample or export",
         )
@@ -288,9 +333,16 @@ def _restore_(plan: Plan, parts: Parts, journal: Journal | None, run_folder: Pat
 
 
 def _start(
-    plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, writer: JournalWriter | None, journal: Journal | None
+    plan: Plan,
+    out: RunFolder,
+    ranks: Ranks,
+    resumed: bool,
+    writer: JournalWriter | None,
+    journal: Journal | None,
 ) -> tuple[Job, int, int, float | None]:
-    """The parts of the run, brought to where it was, with everything that writes and shows; and the factor of its rate."""
+    """The parts of the run, brought to where it was, with everything that writes and shows; and the
+    factor of its rate.
+    """
     config = plan.config
     parts = _load(plan, ranks)
     rate = _rate_factor(plan, parts, ranks, journal)
@@ -298,10 +350,16 @@ def _start(
     if resumed:
         first_step, bad_steps, damaged = _restore_(plan, parts, journal, out.path)
         validation = cut_metrics(out.path / METRICS, first_step)
-        say(f"going on at step {first_step}, " + ("the journal's end" if plan.has_journal else "the last checkpoint"))
+        say(
+            f"going on at step {first_step}, "
+            + ("the journal's end" if plan.has_journal else "the last checkpoint")
+        )
     elif plan.has_journal:
-        writer = JournalWriter.create(out.path / JOURNAL, parts.header | ({} if rate is None else {RATE_FACTOR: rate}))
-    check_ranks(ranks, parts.numbers)  # nobody goes on before all have read the checkpoints, for the old ones are dropped
+        writer = JournalWriter.create(
+            out.path / JOURNAL, parts.header | ({} if rate is None else {RATE_FACTOR: rate})
+        )
+    # nobody goes on before all have read the checkpoints, for the old ones are dropped
+    check_ranks(ranks, parts.numbers)
     set_aside(damaged)
     tracker = Tracker(out.path, config.train.max_steps, first_step)
     job = Job(
@@ -340,7 +398,11 @@ def _changed_data(plan: Plan, run_folder: Path) -> list[str]:
         rows = json.loads(path.read_text(encoding="utf-8"))
         before = {row["file"]: [row[fact] for fact in plan.facts] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} is damaged: {error}", "the file as it was written", "restore it, or start a new run") from None
+        raise OutputError(
+            f"{path} is damaged: {error}",
+            "the file as it was written",
+            "restore it, or start a new run",
+        ) from None
     now = {str(row["file"]): [row[fact] for fact in plan.facts] for row in plan.data()}
     changes = [f"{plan.thing} {name} was removed" for name in before.keys() - now.keys()]
     changes += [f"{plan.thing} {name} was added" for name in now.keys() - before.keys()]

@@ -1,4 +1,6 @@
-"""A run that begins with what another run tuned: `train --init-from RUN`, for more images or another style on top of it."""
+"""A run that begins with what another run tuned: `train --init-from RUN`, for more images or
+another style on top of it.
+"""
 
 from pathlib import Path
 
@@ -47,9 +49,15 @@ def set_initial_(config: Config, transformer: nn.Module, scales: ScaleSet) -> No
     blend_(scales, [(as_scales(scales, tensors, facts), 1.0)])
 
 
-def as_scales(scales: ScaleSet, tensors: dict[str, Tensor], facts: dict[str, str]) -> dict[str, Tensor]:
-    """What `load_scales` found, as whole scales; of an exported delta these are its changes of `scales`, which hold the base."""
-    return expanded(scales, tensors) if facts.get("qzo.format") == provenance.DELTA_FORMAT else tensors
+def as_scales(
+    scales: ScaleSet, tensors: dict[str, Tensor], facts: dict[str, str]
+) -> dict[str, Tensor]:
+    """What `load_scales` found, as whole scales; of an exported delta these are its changes of
+    `scales`, which hold the base.
+    """
+    return (
+        expanded(scales, tensors) if facts.get("qzo.format") == provenance.DELTA_FORMAT else tensors
+    )
 
 
 def check_codes(facts: dict[str, str], codes: str, path: Path) -> None:

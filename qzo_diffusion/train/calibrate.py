@@ -1,13 +1,15 @@
-"""How far the first steps may go: less than the usual rate where the loss curves much for its slope.
+"""How far the first steps may go: less than the usual rate where the loss curves much for its
+slope.
 
-A normalised step of B examples moves the numbers by η/B · Σ z_i d_i / √s, s the mean of d². Along the gradient that gains η c √s,
-where c is the share of an example's squared gradient that the batch has in common, and what is random in it costs η² tr(H) / 2B. So
-the best rate goes as √s / tr(H), and normalising takes the very √s out by which one style may be steeper than another. Both are
+A normalised step of B examples moves the numbers by η/B · Σ z_i d_i / √s, s the mean of d². Along
+the gradient that gains η c √s, where c is the share of an example's squared gradient that the batch
+has in common, and what is random in it costs η² tr(H) / 2B. So the best rate goes as √s / tr(H),
+and normalising takes the very √s out by which one style may be steeper than another. Both are
 measured before the first step; c is not, which would take many more forwards.
 
-With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 9 to 14 for every style, √s 0.3 to 1.2, and
-where √s / tr(H) is small the usual rate was found too high (docs/decisions.md).
-"""
+With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 9 to 14 for
+every style, √s 0.3 to 1.2, and where √s / tr(H) is small the usual rate was found too high
+(docs/decisions.md)."""
 
 import math
 import statistics
@@ -19,14 +21,18 @@ from qzo_diffusion.core.probes import Batch, Objective, sample_losses
 from qzo_diffusion.core.spsa import SumOverRanks, alone, over_regions, spread
 from qzo_diffusion.train.loop import Probing, StepBatch, probe
 
-EXAMPLES = 16  # at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
-WIDER = 3.0  # than a step's probes: what is measured goes with ε², and losses in 16 bits have noise of their own
+# at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
+EXAMPLES = 16
+# than a step's probes: what is measured goes with ε², and losses in 16 bits have noise of their own
+WIDER = 3.0
 FULL_RATE = 0.055  # √s / tr(H) from which the usual rate is right
 
 
 @dataclass(frozen=True)
 class Terrain:
-    """slope: √(mean d²) over the directions of a batch. curvature: tr(H) over the trained numbers, with its standard error."""
+    """slope: √(mean d²) over the directions of a batch. curvature: tr(H) over the trained numbers,
+    with its standard error.
+    """
 
     slope: float
     curvature: float
@@ -34,7 +40,9 @@ class Terrain:
 
     @property
     def rate_factor(self) -> float:
-        """What the usual rate is to be multiplied by, at most 1; 1 where no curvature can be told from noise."""
+        """What the usual rate is to be multiplied by, at most 1; 1 where no curvature can be told
+        from noise.
+        """
         if not (math.isfinite(self.slope) and self.curvature > 2 * self.error) or self.slope == 0:
             return 1.0
         return min(1.0, self.slope / self.curvature / FULL_RATE)
@@ -53,21 +61,29 @@ def survey(
     sum_over_ranks: SumOverRanks = alone,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> Terrain:
-    """Slope and curvature where the numbers are, over the first steps' batches: three forwards of `EXAMPLES` examples or more.
+    """Slope and curvature where the numbers are, over the first steps' batches: three forwards of
+    `EXAMPLES` examples or more.
 
-    Every rank calls this, and all find the same. `progress` passes the steps on and shows how far it is.
-    """
+    Every rank calls this, and all find the same. `progress` passes the steps on and shows how far
+    it is."""
     slopes, curvatures = [], list[float]()
     first = batch_of_step(0)
     for step in progress(range(batches_to_survey(first.whole))):
         batch = batch_of_step(step) if step else first
-        slope, of_examples = _of_batch(objective, batch, parametrization, probing, step, sum_over_ranks)
+        slope, of_examples = _of_batch(
+            objective, batch, parametrization, probing, step, sum_over_ranks
+        )
         slopes.append(slope)
         curvatures += of_examples
-    if len(curvatures) < 2 or not all(map(math.isfinite, [*slopes, *curvatures])):  # the loop will see it, and skip or stop
+    if len(curvatures) < 2 or not all(map(math.isfinite, [*slopes, *curvatures])):
+        # the loop will see it, and skip or stop
         return Terrain(math.nan, math.nan, math.nan)
     error = statistics.stdev(curvatures) / math.sqrt(len(curvatures))
-    return Terrain(math.sqrt(statistics.fmean(slope**2 for slope in slopes)), statistics.fmean(curvatures), error)
+    return Terrain(
+        math.sqrt(statistics.fmean(slope**2 for slope in slopes)),
+        statistics.fmean(curvatures),
+        error,
+    )
 
 
 def _of_batch(
@@ -83,9 +99,16 @@ def _of_batch(
     on_both_sides = replace(probing, eps=eps, num_directions=1, estimator="antithetic")
     found = probe(objective, batch, parametrization, on_both_sides, step, sum_over_ranks)
     with parametrization.scales.showing(parametrization.view()):
-        mine = [loss for micro_batch in batch.micro_batches for loss in sample_losses(objective, micro_batch)]
+        mine = [
+            loss
+            for micro_batch in batch.micro_batches
+            for loss in sample_losses(objective, micro_batch)
+        ]
     middle = [0.0] * (batch.whole * regions)
     middle[batch.first_example * regions : batch.first_example * regions + len(mine)] = mine
     middle = sum_over_ranks(middle)  # others have zeros where this process has its examples
-    bends = [(up + down - 2 * at) / eps**2 for up, down, at in zip(found.loss_plus, found.loss_minus, middle, strict=True)]
+    bends = [
+        (up + down - 2 * at) / eps**2
+        for up, down, at in zip(found.loss_plus, found.loss_minus, middle, strict=True)
+    ]
     return spread(found.directional_derivative, regions), over_regions(bends, regions)

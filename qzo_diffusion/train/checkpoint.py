@@ -1,8 +1,8 @@
 """Checkpoints, and how a run goes on from them and its journal as if it had never been stopped.
 
-A checkpoint spares replaying the whole journal, nothing more: resume loads the newest whole one and applies the journal's tail with
-the same function that training uses. Without any checkpoint the journal alone rebuilds the run.
-"""
+A checkpoint spares replaying the whole journal, nothing more: resume loads the newest whole one and
+applies the journal's tail with the same function that training uses. Without any checkpoint the
+journal alone rebuilds the run."""
 
 import json
 import math
@@ -62,7 +62,9 @@ def save_checkpoint(
     validation_loss: float | None = None,
     keep: int = 3,
 ) -> Path:
-    """Write `step_NNNNNN/`, then drop all but the last `keep` and the one with the lowest validation loss."""
+    """Write `step_NNNNNN/`, then drop all but the last `keep` and the one with the lowest
+    validation loss.
+    """
     state = {"step": step, "chain": chain, "validation_loss": validation_loss}
 
     def write(folder: Path) -> None:
@@ -77,9 +79,14 @@ def save_checkpoint(
 
 
 def drop_old(checkpoints: Path, keep: int) -> None:
-    """Leave the last `keep` and the one with the lowest validation loss, and nothing that a kill left half written or dropped."""
+    """Leave the last `keep` and the one with the lowest validation loss, and nothing that a kill
+    left half written or dropped.
+    """
     whole, _ = list_checkpoints(checkpoints, check=False)
-    losses = [math.nan if checkpoint.validation_loss is None else checkpoint.validation_loss for checkpoint in whole]
+    losses = [
+        math.nan if checkpoint.validation_loss is None else checkpoint.validation_loss
+        for checkpoint in whole
+    ]
     scored = [(loss, place) for place, loss in enumerate(losses) if not math.isnan(loss)]
     best = whole[min(scored)[1]] if scored else None
     for checkpoint in whole[:-keep]:
@@ -90,15 +97,22 @@ def drop_old(checkpoints: Path, keep: int) -> None:
 
 
 def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
-    """Raises OutputError unless the checkpoint is whole. Without `check` the hashes of its files are believed."""
+    """Raises OutputError unless the checkpoint is whole.
+
+    Without `check` the hashes of its files are believed.
+    """
     if check:
         check_folder(folder)
     try:
         state = json.loads((folder / STATE).read_text())
         loss = state["validation_loss"]
-        return Checkpoint(folder, int(state["step"]), str(state["chain"]), None if loss is None else float(loss))
+        return Checkpoint(
+            folder, int(state["step"]), str(state["chain"]), None if loss is None else float(loss)
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{folder / STATE} is damaged: {error}", "the state of a run", "give another checkpoint") from None
+        raise OutputError(
+            f"{folder / STATE} is damaged: {error}", "the state of a run", "give another checkpoint"
+        ) from None
 
 
 def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkpoint], list[str]]:
@@ -107,7 +121,9 @@ def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkp
     return found, list(damaged.values())
 
 
-def examine_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkpoint], dict[Path, str]]:
+def examine_checkpoints(
+    checkpoints: Path, check: bool = True
+) -> tuple[list[Checkpoint], dict[Path, str]]:
     """As `list_checkpoints`, with the folders of the damaged ones."""
     found: list[Checkpoint] = []
     damaged: dict[Path, str] = {}
@@ -120,14 +136,18 @@ def examine_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Che
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Under other names: where they were, the run can write whole ones again, and none of these counts as one that is kept."""
+    """Under other names: where they were, the run can write whole ones again, and none of these
+    counts as one that is kept.
+    """
     for folder in damaged:
         aside = folder.with_name(f"damaged_{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(folder, aside)
 
 
-def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametrization, optimizer: Optimizer) -> int:
+def restore_(
+    checkpoint: Checkpoint | None, journal: Journal, numbers: Parametrization, optimizer: Optimizer
+) -> int:
     """Bring `numbers` and `optimizer` to the end of the journal. Returns the number of steps done.
 
     Raises:
@@ -138,32 +158,46 @@ def restore_(checkpoint: Checkpoint | None, journal: Journal, numbers: Parametri
         return replay_(journal, numbers, optimizer)
     if not journal.holds(checkpoint.chain):
         raise JournalError(
-            f"a journal that ends at step {journal.steps_done} and never was where checkpoint {checkpoint.folder.name} was written",
+            f"a journal that ends at step {journal.steps_done} and never was where checkpoint "
+            f"{checkpoint.folder.name} was written",
             "the journal of the run that wrote the checkpoint, whole",
-            "restore journal.qzo; the checkpoint itself can still be sampled and exported, by --run",
+            "restore journal.qzo; the checkpoint itself can still be sampled and exported, by "
+            "--run",
         )
     load_checkpoint_(checkpoint, numbers, optimizer)
     return max(checkpoint.step, replay_(journal, numbers, optimizer, first_step=checkpoint.step))
 
 
 def load_checkpoint_(checkpoint: Checkpoint, numbers: Parametrization, optimizer: Stateful) -> None:
-    """Both come to the device of `numbers`. Raises OutputError when the checkpoint does not fit this model."""
+    """Both come to the device of `numbers`.
+
+    Raises OutputError when the checkpoint does not fit this model.
+    """
     device = next(iter(numbers.numbers().values())).device
     try:
         numbers.load_state_(load_tensors(checkpoint.folder / NUMBERS)[0])
         state, _ = load_tensors(checkpoint.folder / OPTIMIZER)
         optimizer.load_state_({name: tensor.to(device) for name, tensor in state.items()})
     except (ValueError, KeyError, RuntimeError) as error:
-        raise OutputError(f"{checkpoint.folder} does not fit: {error}", "a checkpoint of this model", "give its own") from None
+        raise OutputError(
+            f"{checkpoint.folder} does not fit: {error}",
+            "a checkpoint of this model",
+            "give its own",
+        ) from None
 
 
 def entry_of(record: StepRecord, seed: int) -> StepEntry:
     """What the journal keeps of a step's record."""
-    return StepEntry(record.step, seed, record.lr, record.eps, record.loss, record.applied, record.skipped)
+    return StepEntry(
+        record.step, seed, record.lr, record.eps, record.loss, record.applied, record.skipped
+    )
 
 
 def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
-    """Drop what metrics.jsonl says beyond the journal's last step, and lines that are torn. Returns validation losses by step."""
+    """Drop what metrics.jsonl says beyond the journal's last step, and lines that are torn.
+
+    Returns validation losses by step.
+    """
     if not path.exists():
         return {}
     kept: list[str] = []

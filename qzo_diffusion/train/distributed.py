@@ -1,11 +1,12 @@
 """Several processes that tune one model and exchange nothing but loss sums.
 
-Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates its share of the batch; the
-sums of its losses at the probes are gathered, added in the order of ranks, and so every rank forms the same derivative and
-applies the same update. Nothing of the size of the model ever travels: with one direction a rank tells 32 bytes a step.
+Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates
+its share of the batch; the sums of its losses at the probes are gathered, added in the order of
+ranks, and so every rank forms the same derivative and applies the same update. Nothing of the size
+of the model ever travels: with one direction a rank tells 32 bytes a step.
 
-Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency is what counts.
-"""
+Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency
+is what counts."""
 
 import contextlib
 import os
@@ -22,7 +23,8 @@ from qzo_diffusion.core.errors import ConfigError, RankLost
 
 ROLL_CALL_SECONDS = 3.0
 LONGEST_NAP_SECONDS = 2e-3
-# How torchrun, Intel MPI or MPICH, Open MPI and MVAPICH tell a process its place; on CPUs `accelerate launch` leaves it to mpirun.
+# How torchrun, Intel MPI or MPICH, Open MPI and MVAPICH tell a process its place; on CPUs
+# `accelerate launch` leaves it to mpirun.
 PLACES = (
     ("RANK", "WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
@@ -56,14 +58,17 @@ class Ranks:
         return slice(self.rank * count // self.world, (self.rank + 1) * count // self.world)
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks in float64, added in the order of ranks: bit for bit the same on every rank.
+        """Sums over all ranks in float64, added in the order of ranks: bit for bit the same on
+        every rank.
 
         Raises:
             RankLost: a rank died or did not answer in time.
         """
         if self.world == 1:
             return list(values)
-        gathered = self._gather(torch.tensor([*values, float(self.wants_stop())], dtype=torch.float64))
+        gathered = self._gather(
+            torch.tensor([*values, float(self.wants_stop())], dtype=torch.float64)
+        )
         total = gathered[0].clone()
         for part in gathered[1:]:
             total += part
@@ -71,7 +76,9 @@ class Ranks:
         return total[:-1].tolist()
 
     def stop_agreed(self) -> bool:
-        """Whether any rank wanted to stop at the last exchange: all ranks say the same, so all end after the same step."""
+        """Whether any rank wanted to stop at the last exchange: all ranks say the same, so all end
+        after the same step.
+        """
         return self.wants_stop() if self.world == 1 else self._agreed_to_stop
 
     def check_equal(self, digest: bytes, what: str) -> None:
@@ -84,7 +91,8 @@ class Ranks:
             raise RankLost(
                 f"rank {wrong[0]} has other {what} than rank 0",
                 "the same on every rank, bit for bit",
-                "use the same command, files, versions and kind of processor on every rank; go on with --resume",
+                "use the same command, files, versions and kind of processor on every rank; "
+                "go on with --resume",
             )
 
     def wait(self) -> None:
@@ -106,13 +114,15 @@ class Ranks:
         return gathered
 
     def _lost(self, error: Exception) -> RankLost:
-        leave()  # the neighbours that still wait for this rank see the connection close, and sign in time
+        # the neighbours that still wait for this rank see the connection close, and sign in time
+        leave()
         missing = self._roll_call()
         names = ", ".join(f"rank {rank}" for rank in missing) or "a rank"
         return RankLost(
             f"{names} died or did not answer at exchange {self.exchanges} ({_first_line(error)})",
             f"an answer from all {self.world} ranks",
-            "look at that rank's output, then start again with --resume; another number of ranks is fine",
+            "look at that rank's output, then start again with --resume; another number of "
+            "ranks is fine",
         )
 
     def _roll_call(self) -> list[int]:
@@ -123,11 +133,14 @@ class Ranks:
             try:
                 self.store.set(f"{prefix}/{self.rank}", b"here")
                 time.sleep(ROLL_CALL_SECONDS)
-                missing.extend(rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"]))
+                missing.extend(
+                    rank for rank in range(self.world) if not self.store.check([f"{prefix}/{rank}"])
+                )
             except RuntimeError:  # the store went down with the rank that kept it
                 missing.append(0)
 
-        # In a thread that may be left behind: a store whose keeper hangs is waited for without any limit.
+        # In a thread that may be left behind: a store whose keeper hangs is waited for without any
+        # limit.
         caller = threading.Thread(target=sign_and_read, daemon=True)
         caller.start()
         caller.join(3 * ROLL_CALL_SECONDS)
@@ -135,7 +148,8 @@ class Ranks:
 
 
 def join(timeout_seconds: float) -> Ranks:
-    """This process among those that `torchrun` or `accelerate launch` started; alone when neither did.
+    """This process among those that `torchrun` or `accelerate launch` started; alone when neither
+    did.
 
     Args:
         timeout_seconds: how long to wait for the others, now and at every exchange.
@@ -144,7 +158,9 @@ def join(timeout_seconds: float) -> Ranks:
         RankLost: the others did not come in time.
         ConfigError: the environment says that there are others and not where.
     """
-    place = next((names for names in PLACES if all(name in os.environ for name in names)), PLACES[0])
+    place = next(
+        (names for names in PLACES if all(name in os.environ for name in names)), PLACES[0]
+    )
     rank_text, world_text = (os.environ.get(name, "") for name in place)
     if world_text in ("", "1"):
         return Ranks()
@@ -186,7 +202,9 @@ def leave() -> None:
 
 
 def _nap_until(done: Callable[[], bool]) -> None:
-    """Wait in naps as long as the wait so far: a wait inside the library would let no Ctrl-C through."""
+    """Wait in naps as long as the wait so far: a wait inside the library would let no Ctrl-C
+    through.
+    """
     started = time.perf_counter()
     while not done():
         time.sleep(min(LONGEST_NAP_SECONDS, time.perf_counter() - started))

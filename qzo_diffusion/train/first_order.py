@@ -1,7 +1,8 @@
-"""First-order training in the same loop: what zeroth-order runs are compared with, on the same numbers, batches and schedule.
+"""First-order training in the same loop: what zeroth-order runs are compared with, on the same
+numbers, batches and schedule.
 
-Where the gradient comes from is the caller's affair; here is Adam on it, and the step that the loop takes.
-"""
+Where the gradient comes from is the caller's affair; here is Adam on it, and the step that the loop
+takes."""
 
 import math
 import time
@@ -17,7 +18,9 @@ from qzo_diffusion.core.spsa import SumOverRanks, alone
 from qzo_diffusion.train.loop import Probing, StepBatch, StepRecord, TakeStep
 
 Gradient = Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]
-"""Objective, micro-batches, numbers -> the gradient of the mean loss, by name, in the shapes of `numbers.numbers()`."""
+"""Objective, micro-batches, numbers -> the gradient of the mean loss, by name, in the shapes of
+`numbers.numbers()`.
+"""
 
 
 class ExactAdam:
@@ -47,7 +50,8 @@ class ExactAdam:
 
 
 def first_order_step(gradient: Gradient) -> TakeStep:
-    """A step along `gradient`. Its record tells the loss of the batch as both probes', and the gradient's norm as the derivative.
+    """A step along `gradient`. Its record tells the loss of the batch as both probes', and the
+    gradient's norm as the derivative.
 
     One process only: gradients are not exchanged.
     """

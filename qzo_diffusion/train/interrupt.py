@@ -9,7 +9,8 @@ from types import FrameType
 
 @contextmanager
 def stop_on_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
-    """The first signal sets the event, so that the step in hand is finished; a second one raises KeyboardInterrupt at once.
+    """The first signal sets the event, so that the step in hand is finished; a second one raises
+    KeyboardInterrupt at once.
 
     Outside the main thread, where Python allows no handlers, the event is never set.
     """

@@ -1,7 +1,8 @@
-"""The training loop, for diffusion, language models and anything else: it knows an objective, not what is behind it.
+"""The training loop, for diffusion, language models and anything else: it knows an objective, not
+what is behind it.
 
-One step: draw the batch, probe it along each direction, clip, update. Everything random in step t follows from
-(seed, t), so the loop carries no random state.
+One step: draw the batch, probe it along each direction, clip, update. Everything random in step t
+follows from (seed, t), so the loop carries no random state.
 """
 
 import time
@@ -21,10 +22,11 @@ MAX_BAD_STEPS = 10  # in a row; then the run stops
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of metrics.jsonl: with several directions, lists, in which the regions of a direction are averaged.
+    """One line of metrics.jsonl: with several directions, lists, in which the regions of a
+    direction are averaged.
 
-    clipped: with several directions or regions a fraction. applied: the scalar of every region of every direction, as the update
-    took them and the journal keeps them; too many for a line.
+    clipped: with several directions or regions a fraction. applied: the scalar of every region of
+    every direction, as the update took them and the journal keeps them; too many for a line.
     """
 
     step: int
@@ -50,11 +52,12 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class StepBatch(Generic[Batch]):
-    """This process's micro-batches of one step, which begin at `first_example` of the whole batch of `examples`.
+    """This process's micro-batches of one step, which begin at `first_example` of the whole batch
+    of `examples`.
 
-    Without `examples` they are the whole batch. `sigma_mean` is the mean noise level for objectives that have one. `regions` is how
-    many losses the objective gives for an example; with more than one, every region is probed along a direction of its own.
-    """
+    Without `examples` they are the whole batch. `sigma_mean` is the mean noise level for objectives
+    that have one. `regions` is how many losses the objective gives for an example; with more than
+    one, every region is probed along a direction of its own."""
 
     micro_batches: Sequence[Batch]
     sigma_mean: float | None = None
@@ -79,12 +82,15 @@ class Probing:
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
     normalize: bool = False
-    copies: int | None = None  # the most probes of a batch in one forward, where the numbers allow several; None: all of them
+    # the most probes of a batch in one forward, where the numbers allow several; None: all of them
+    copies: int | None = None
     estimator: Estimator = "antithetic"
 
 
 class TakeStep(Protocol):
-    """One whole step. `train_step_` is it, unless what is trained has a gradient that is to be used (`train.first_order`)."""
+    """One whole step. `train_step_` is it, unless what is trained has a gradient that is to be used
+    (`train.first_order`).
+    """
 
     def __call__(
         self,
@@ -101,7 +107,9 @@ class TakeStep(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """steps_done counts from 0 over the whole run; `stopped` is True when it was asked to end early."""
+    """steps_done counts from 0 over the whole run; `stopped` is True when it was asked to end
+    early.
+    """
 
     steps_done: int
     skipped: int
@@ -145,14 +153,22 @@ def train(
             return Outcome(step, skipped, stopped=True)
         batch = batch_of_step(step)
         record = (take_step or train_step_)(
-            objective, batch, parametrization, optimizer, probing, schedule(step), step, sum_over_ranks
+            objective,
+            batch,
+            parametrization,
+            optimizer,
+            probing,
+            schedule(step),
+            step,
+            sum_over_ranks,
         )
         bad_in_a_row = bad_in_a_row + 1 if record.skipped else 0
         skipped += record.skipped
         on_step(record)
         if bad_in_a_row >= MAX_BAD_STEPS:
             raise TrainingDiverged(
-                f"{MAX_BAD_STEPS} steps in a row with a loss that is NaN or infinite, the last at step {step}",
+                f"{MAX_BAD_STEPS} steps in a row with a loss that is NaN or infinite, the "
+                f"last at step {step}",
                 "a finite loss",
                 "lower train.lr or qzo.eps, set qzo.clip_threshold, or use compute.dtype=float32; "
                 "the scales of the last good step were saved",
@@ -187,7 +203,10 @@ def probe(
     step: int,
     sum_over_ranks: SumOverRanks = alone,
 ) -> Estimate:
-    """The estimate of a step, along the directions that follow from (seed, step). Nothing is changed."""
+    """The estimate of a step, along the directions that follow from (seed, step).
+
+    Nothing is changed.
+    """
     count, examples = probing.num_directions, None
     if probing.per_example:
         examples = batch.whole
@@ -209,7 +228,14 @@ def probe(
     )
 
 
-def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean: float | None, seconds: float) -> StepRecord:
+def _record(
+    step: int,
+    result: Estimate,
+    probing: Probing,
+    lr: float,
+    sigma_mean: float | None,
+    seconds: float,
+) -> StepRecord:
     regions = result.directions[0].regions
 
     def one_or_list(values: tuple[float, ...]) -> float | list[float]:
@@ -225,7 +251,9 @@ def _record(step: int, result: Estimate, probing: Probing, lr: float, sigma_mean
         projected_grad=one_or_list(result.projected_grad),
         lr=lr,
         eps=probing.eps,
-        clipped=result.clipped[0] if len(result.clipped) == 1 else sum(result.clipped) / len(result.clipped),
+        clipped=result.clipped[0]
+        if len(result.clipped) == 1
+        else sum(result.clipped) / len(result.clipped),
         skipped=not result.finite,
         sigma_mean=sigma_mean,
         seconds=seconds,

@@ -1,7 +1,7 @@
 """What a run tells while it goes on: metrics.jsonl, TensorBoard, and a progress bar on stderr.
 
-Nothing here writes from a thread of its own, as TensorBoard's writer does: a disk that fills up is told where the run can answer,
-and not by the traceback of a thread.
+Nothing here writes from a thread of its own, as TensorBoard's writer does: a disk that fills up is
+told where the run can answer, and not by the traceback of a thread.
 """
 
 import contextlib
@@ -53,12 +53,15 @@ class MetricsLog:
         return OutputError(
             f"{self._path} can't be written: {error.strerror or error}",
             "a place with room for the run",
-            "free space or correct the permissions, then --resume the run; every step before this one is safe",
+            "free space or correct the permissions, then --resume the run; every step before "
+            "this one is safe",
         )
 
 
 class Curves:
-    """Scalars for TensorBoard, in its file format; `problem` says why there are no more, for a run does not need them."""
+    """Scalars for TensorBoard, in its file format; `problem` says why there are no more, for a run
+    does not need them.
+    """
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -104,11 +107,18 @@ class Tracker:
         show_progress: False hides the bar.
     """
 
-    def __init__(self, run: Path, total_steps: int, first_step: int = 0, show_progress: bool = True) -> None:
+    def __init__(
+        self, run: Path, total_steps: int, first_step: int = 0, show_progress: bool = True
+    ) -> None:
         self._log = MetricsLog(run / "metrics.jsonl")
         self._curves = Curves(run / "tensorboard")
         self._bar = tqdm(
-            total=total_steps, initial=first_step, desc="train", unit="step", disable=not show_progress, dynamic_ncols=True
+            total=total_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            disable=not show_progress,
+            dynamic_ncols=True,
         )
         self._trend: float | None = None
         self._probes = 0
@@ -122,10 +132,16 @@ class Tracker:
         self._probes += 1
         self._clipped += float(record.clipped)
         if not record.skipped:
-            self._trend = record.loss if self._trend is None else TREND * self._trend + (1 - TREND) * record.loss
+            self._trend = (
+                record.loss
+                if self._trend is None
+                else TREND * self._trend + (1 - TREND) * record.loss
+            )
             self._curves.add("train/loss", record.loss, record.step)
             self._curves.add("train/lr", record.lr, record.step)
-            self._curves.add("train/directional_derivative", _first(record.directional_derivative), record.step)
+            self._curves.add(
+                "train/directional_derivative", _first(record.directional_derivative), record.step
+            )
         if self._curves.problem and not self._told:
             self._told = True
             self.say(f"warning: no more curves for TensorBoard: {self._curves.problem}")
@@ -160,7 +176,9 @@ def _first(value: float | list[float]) -> float:
 
 
 def _strict(value: Any) -> Any:
-    """NaN and infinities as text: JSON has no numbers for them, and a skipped step must not lose what it saw."""
+    """NaN and infinities as text: JSON has no numbers for them, and a skipped step must not lose
+    what it saw.
+    """
     if isinstance(value, dict):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list):

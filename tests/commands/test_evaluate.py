@@ -1,4 +1,6 @@
-"""`evaluate` and `report` as a user types them: runs, base against tuned; folders of pictures; tables of runs; bad input."""
+"""`evaluate` and `report` as a user types them: runs, base against tuned; folders of pictures;
+tables of runs; bad input.
+"""
 
 import html
 import json
@@ -30,10 +32,28 @@ def run_of_no_step(tmp_path_factory, cache):
     for name, count in (("train", 5), ("held_out", 3)):
         (folder / name).mkdir()
         for index in range(count):
-            Image.new("RGB", (64, 64), (40 * count, 40 * index, 0)).save(folder / name / f"{index}.png")
+            Image.new("RGB", (64, 64), (40 * count, 40 * index, 0)).save(
+                folder / name / f"{index}.png"
+            )
     (folder / "prompts.txt").write_text("red apple\nbanana\n")
-    places = ["--style-dir", folder / "train", "--validation-dir", folder / "held_out", "--output-dir", folder / "run"]
-    settings = ["--caption", "leaf", "--max-steps", 0, "--sample-prompts", folder / "prompts.txt", f"data.cache_dir={cache}", *FAST]
+    places = [
+        "--style-dir",
+        folder / "train",
+        "--validation-dir",
+        folder / "held_out",
+        "--output-dir",
+        folder / "run",
+    ]
+    settings = [
+        "--caption",
+        "leaf",
+        "--max-steps",
+        0,
+        "--sample-prompts",
+        folder / "prompts.txt",
+        f"data.cache_dir={cache}",
+        *FAST,
+    ]
     assert main(["train", "--model", "tiny", *map(str, [*places, *settings])]) == 0
     return folder / "run"
 
@@ -51,12 +71,24 @@ def test_base_against_base_differs_by_nothing(run, prompts, capsys):
     assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == scored(run)
-    for figures in (found["clip_score"], found["style"]["similarity"], found["validation_loss"], found["style"]["kid"]):
+    for figures in (
+        found["clip_score"],
+        found["style"]["similarity"],
+        found["validation_loss"],
+        found["style"]["kid"],
+    ):
         assert figures["delta"] == 0
         assert figures["delta_ci95"] == [0, 0]
-    assert {"model", "n", "mean", "std", "ci95", "base_mean", "delta", "delta_ci95"} <= found["clip_score"].keys()
+    assert {"model", "n", "mean", "std", "ci95", "base_mean", "delta", "delta_ci95"} <= found[
+        "clip_score"
+    ].keys()
     assert {"base", "tuned"} <= found["validation_loss"].keys()
-    assert [band["sigma"] for band in found["validation_loss"]["bands"]] == [0.125, 0.375, 0.625, 0.875]
+    assert [band["sigma"] for band in found["validation_loss"]["bands"]] == [
+        0.125,
+        0.375,
+        0.625,
+        0.875,
+    ]
     assert found["validation_loss"]["n"] == 12
     assert found["scorer"]["note"] == "embedded scorer, not comparable with CLIP ViT-L/14"
     assert -1 <= found["signal"]["base"]["exact"]["cosine"] <= 1
@@ -81,7 +113,20 @@ def test_a_tuned_run_is_scored_at_its_own_scales(train, tmp_path, prompts):
     prompts.write_text("red apple in [trigger] style\nbanana\n")
     run = tmp_path / "run"
     before = load_scales(run)[0]
-    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--output", str(tmp_path / "scores.json")]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--run",
+                str(run),
+                "--prompts",
+                str(prompts),
+                "--output",
+                str(tmp_path / "scores.json"),
+            ]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "scores.json").read_text())
     assert not (run / "evaluation.json").exists()
     assert found["step"] == 2
@@ -107,7 +152,8 @@ def test_a_checkpoint_is_scored_beside_its_run(train, tmp_path, prompts, capsys)
     before = files_of(run)
     capsys.readouterr()
     assert main([*command, str(checkpoint)]) == 0
-    assert capsys.readouterr().err.count("sampling") == 1  # the base's pictures are those of the run
+    # the base's pictures are those of the run
+    assert capsys.readouterr().err.count("sampling") == 1
     after = files_of(run)
     assert {path: after[path] for path in before} == before
     own = {path.relative_to(run).as_posix() for path in after.keys() - before.keys()}
@@ -120,40 +166,65 @@ def test_a_checkpoint_is_scored_beside_its_run(train, tmp_path, prompts, capsys)
 
 
 @pytest.mark.parametrize("wanted", ["file/scores.json", "."])
-def test_where_scores_go_is_looked_at_before_anything_is_loaded(run, tmp_path, monkeypatch, capsys, wanted):
+def test_where_scores_go_is_looked_at_before_anything_is_loaded(
+    run, tmp_path, monkeypatch, capsys, wanted
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(evaluate_run, "load_scales", None)
     monkeypatch.setattr(evaluate_run.json, "loads", None)
     for what in ("--run", "--compare"):
-        error = failing(capsys, main(["evaluate", what, str(run), "--output", str(tmp_path / wanted)]))
+        error = failing(
+            capsys, main(["evaluate", what, str(run), "--output", str(tmp_path / wanted)])
+        )
         assert "choose another --output" in error
 
 
 @pytest.mark.parametrize("wanted", ["file/scores.json", "."])
-def test_where_scores_of_pictures_go_is_looked_at_before_anything_is_opened(pictures, tmp_path, monkeypatch, capsys, wanted):
+def test_where_scores_of_pictures_go_is_looked_at_before_anything_is_opened(
+    pictures, tmp_path, monkeypatch, capsys, wanted
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(score_run, "open_image", None)
-    error = failing(capsys, score(pictures, "--prompts", tmp_path / "three.txt", "--output", tmp_path / wanted))
+    error = failing(
+        capsys, score(pictures, "--prompts", tmp_path / "three.txt", "--output", tmp_path / wanted)
+    )
     assert "choose another --output" in error
 
 
 def test_a_folder_for_the_scores_is_made(run, prompts, tmp_path):
     output = tmp_path / "new" / "scores.json"
-    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--output", str(output)]) == 0
-    assert main(["evaluate", "--compare", str(output), "--output", str(tmp_path / "table" / "all.json")]) == 0
+    assert (
+        main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--output", str(output)])
+        == 0
+    )
+    assert (
+        main(
+            ["evaluate", "--compare", str(output), "--output", str(tmp_path / "table" / "all.json")]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "table" / "all.json").read_text())["runs"][0]["step"] == 0
 
 
-LANGUAGE = {"task": "sst2", "metric": "accuracy", "test_examples": 4, "by_step": {"0": 0.5, "2": 0.75}}
+LANGUAGE = {
+    "task": "sst2",
+    "metric": "accuracy",
+    "test_examples": 4,
+    "by_step": {"0": 0.5, "2": 0.75},
+}
 
 
-@pytest.mark.parametrize("content", [LANGUAGE, {"scorer": {"name": "a"}, "clip_score": {"mean": 0.5}}, [], {"style": 1}])
+@pytest.mark.parametrize(
+    "content", [LANGUAGE, {"scorer": {"name": "a"}, "clip_score": {"mean": 0.5}}, [], {"style": 1}]
+)
 def test_what_is_no_evaluation_of_a_run_on_images_is_not_compared(run, tmp_path, capsys, content):
     file = tmp_path / "scores.json"
     file.write_text(json.dumps(content))
     assert str(file) in failing(capsys, main(["evaluate", "--compare", str(file)]))
     shutil.copy(file, run / "evaluation.json")
-    assert str(run / "evaluation.json") in failing(capsys, main(["evaluate", "--compare", str(run)]))
+    assert str(run / "evaluation.json") in failing(
+        capsys, main(["evaluate", "--compare", str(run)])
+    )
 
 
 def test_the_page_is_there_while_a_run_goes_on(train, tmp_path, monkeypatch):
@@ -187,7 +258,9 @@ def test_a_page_that_cannot_be_written_stops_no_run(train, tmp_path, monkeypatch
 
 
 def test_report_writes_where_it_is_told_and_needs_a_run(run, tmp_path, capsys):
-    assert main(["report", "--run", str(run), "--output", str(tmp_path / "page.html"), "--json"]) == 0
+    assert (
+        main(["report", "--run", str(run), "--output", str(tmp_path / "page.html"), "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["bytes"] == (tmp_path / "page.html").stat().st_size
     failing(capsys, main(["report", "--run", str(tmp_path)]))
     (run / "evaluation.json").write_text('{"steps": []}')
@@ -212,7 +285,10 @@ def test_runs_are_compared_in_one_table(run, prompts, tmp_path, capsys):
     assert len(lines) == 4
     assert "different scorers" in lines[-1]
     assert main(["evaluate", "--compare", str(run), str(other), "--json"]) == 0
-    assert [row["run"] for row in json.loads(capsys.readouterr().out)["runs"]] == [str(run), str(other)]
+    assert [row["run"] for row in json.loads(capsys.readouterr().out)["runs"]] == [
+        str(run),
+        str(other),
+    ]
 
 
 @pytest.fixture
@@ -226,12 +302,26 @@ def pictures(tmp_path):
 
 
 def score(pictures, *arguments):
-    return main(["evaluate", "--images", str(pictures), "--scorer", "embedded", *map(str, arguments)])
+    return main(
+        ["evaluate", "--images", str(pictures), "--scorer", "embedded", *map(str, arguments)]
+    )
 
 
 def test_any_folder_of_pictures_can_be_scored(pictures, tmp_path, images, capsys):
     output = tmp_path / "scores.json"
-    assert score(pictures, "--prompts", tmp_path / "three.txt", "--style-dir", images, "--output", output, "--json") == 0
+    assert (
+        score(
+            pictures,
+            "--prompts",
+            tmp_path / "three.txt",
+            "--style-dir",
+            images,
+            "--output",
+            output,
+            "--json",
+        )
+        == 0
+    )
     found = json.loads(output.read_text())
     assert found == json.loads(capsys.readouterr().out)
     assert found["clip_score"]["n"] == 3
@@ -245,8 +335,12 @@ def test_what_sample_left_needs_no_prompts(tmp_path, prompts, capsys):
     main(["sample", "--model", "tiny", "--prompts", str(prompts), "--output-dir", str(folder)])
     capsys.readouterr()
     assert score(folder / "samples", "--json") == 0
-    assert [row["file"] for row in json.loads(capsys.readouterr().out)["images"]] == ["000.png", "001.png"]
-    assert score(folder / "samples", "--prompts", prompts) == 0  # grid.png beside them is no picture of a prompt
+    assert [row["file"] for row in json.loads(capsys.readouterr().out)["images"]] == [
+        "000.png",
+        "001.png",
+    ]
+    # grid.png beside them is no picture of a prompt
+    assert score(folder / "samples", "--prompts", prompts) == 0
 
 
 def test_a_corrupt_picture_is_named_and_counted(pictures, tmp_path, capsys):
@@ -270,7 +364,16 @@ def test_one_picture_is_scored_with_a_warning(pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "case", ["too few prompts", "no prompts", "empty folder", "no folder", "all corrupt", "unknown scorer", "table"]
+    "case",
+    [
+        "too few prompts",
+        "no prompts",
+        "empty folder",
+        "no folder",
+        "all corrupt",
+        "unknown scorer",
+        "table",
+    ],
 )
 def test_bad_input_is_told_and_costs_nothing(pictures, tmp_path, capsys, case):
     prompts, folder, more = tmp_path / "three.txt", pictures, []
@@ -298,7 +401,9 @@ def test_a_run_needs_an_end_a_scorer_and_something_to_show(run, prompts, tmp_pat
     failing(capsys, main(["evaluate", "--run", str(run), "--scorer", "nonsense"]))
     failing(capsys, main(["evaluate", "--run", str(run), "--prompts", str(tmp_path / "none.txt")]))
     prompts.write_text("banana\n, noto style\n")
-    assert "nothing but style" in failing(capsys, main(["evaluate", "--run", str(run), "--prompts", str(prompts)]))
+    assert "nothing but style" in failing(
+        capsys, main(["evaluate", "--run", str(run), "--prompts", str(prompts)])
+    )
     shutil.rmtree(run / "final")
     failing(capsys, main(["evaluate", "--run", str(run)]))
     assert not (run / "evaluation.json").exists()

@@ -23,7 +23,15 @@ from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import FAST, failing
 from tests.small_models import sd3_inputs
 
-SPEC_KEYS = ("sai_model_spec", "architecture", "implementation", "title", "date", "resolution", "license")
+SPEC_KEYS = (
+    "sai_model_spec",
+    "architecture",
+    "implementation",
+    "title",
+    "date",
+    "resolution",
+    "license",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +42,29 @@ def finished(tmp_path_factory, cache):
     root = tmp_path_factory.mktemp("finished")
     (root / "imgs").mkdir()
     for index in range(4):
-        Image.new("RGB", (64, 64), (60 * index, 0, 255 - 60 * index)).save(root / "imgs" / f"{index}.png")
+        Image.new("RGB", (64, 64), (60 * index, 0, 255 - 60 * index)).save(
+            root / "imgs" / f"{index}.png"
+        )
     (root / "prompts.txt").write_text("red apple\n")
-    command = ["train", "--model", "tiny", "--style-dir", str(root / "imgs"), "--caption", "a square", "--max-steps", "2"]
-    command += ["--sample-prompts", str(root / "prompts.txt"), "--output-dir", str(root / "run"), f"data.cache_dir={cache}", *FAST]
+    command = [
+        "train",
+        "--model",
+        "tiny",
+        "--style-dir",
+        str(root / "imgs"),
+        "--caption",
+        "a square",
+        "--max-steps",
+        "2",
+    ]
+    command += [
+        "--sample-prompts",
+        str(root / "prompts.txt"),
+        "--output-dir",
+        str(root / "run"),
+        f"data.cache_dir={cache}",
+        *FAST,
+    ]
     assert main([*command, "qzo.parametrization=dense", "train.lr=0.05"]) == 0
     return root / "run"
 
@@ -45,15 +72,33 @@ def finished(tmp_path_factory, cache):
 @pytest.fixture
 def export(finished, tmp_path):
     def call(kind, *more, run=finished, name="out"):
-        assert main(["export", "--run", str(run), "--format", kind, "--output-dir", str(tmp_path / name), *more]) == 0
+        assert (
+            main(
+                [
+                    "export",
+                    "--run",
+                    str(run),
+                    "--format",
+                    kind,
+                    "--output-dir",
+                    str(tmp_path / name),
+                    *more,
+                ]
+            )
+            == 0
+        )
         return tmp_path / name
 
     return call
 
 
 def tuned_model(run):
-    """The codes of the base, and the model with the run's scales, on the CPU wherever the run was."""
-    config = make_config({**read_yaml(run / "config.yaml"), "compute": {"device": "cpu", "dtype": "float32"}})
+    """The codes of the base, and the model with the run's scales, on the CPU wherever the run
+    was.
+    """
+    config = make_config(
+        {**read_yaml(run / "config.yaml"), "compute": {"device": "cpu", "dtype": "float32"}}
+    )
     base, scales, _ = build.load_base(config, build.find_place(config))
     codes = {handle.name: handle.codes.clone() for handle in handles_of(base)}
     blend_(scales, [(load_scales(run)[0], 1.0)])
@@ -61,14 +106,20 @@ def tuned_model(run):
 
 
 def without_gpu_check(monkeypatch):
-    """Diffusers refuses 4-bit models on a machine without a GPU, although bitsandbytes runs there."""
+    """Diffusers refuses 4-bit models on a machine without a GPU, although bitsandbytes runs
+    there.
+    """
     from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
 
-    monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **options: None)
+    monkeypatch.setattr(
+        BnB4BitDiffusersQuantizer, "validate_environment", lambda self, *args, **options: None
+    )
 
 
 @pytest.mark.parametrize("kind", ["nf4", "native"])
-def test_nf4_loads_in_plain_diffusers_with_the_codes_of_the_base(export, finished, monkeypatch, kind):
+def test_nf4_loads_in_plain_diffusers_with_the_codes_of_the_base(
+    export, finished, monkeypatch, kind
+):
     from diffusers import SD3Transformer2DModel
 
     folder = export(kind)
@@ -78,7 +129,8 @@ def test_nf4_loads_in_plain_diffusers_with_the_codes_of_the_base(export, finishe
     assert len(codes) == sum(type(module).__name__ == "Linear4bit" for module in loaded.modules())
     for name, packed in codes.items():
         assert torch.equal(loaded.get_submodule(name).weight.data.view(-1), packed.view(-1)), name
-        loaded.get_submodule(name).support_avx512bf16_for_cpu = False  # or it rounds its scales to bfloat16
+        # or it rounds its scales to bfloat16
+        loaded.get_submodule(name).support_avx512bf16_for_cpu = False
     x = sd3_inputs(tuned)
     with torch.no_grad():
         assert torch.equal(loaded(**x).sample, tuned(**x).sample)
@@ -92,14 +144,24 @@ def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path
 
     folder = export("bf16")
     tuned, _ = tuned_model(finished)
-    shutil.copytree(folder, tmp_path / "only_config", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(
+        folder, tmp_path / "only_config", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     single = str(folder / "original_layout.safetensors")
     models = [
         SD3Transformer2DModel.from_pretrained(folder, dtype=torch.bfloat16),
-        SD3Transformer2DModel.from_single_file(single, config=str(tmp_path / "only_config"), dtype=torch.bfloat16),
+        SD3Transformer2DModel.from_single_file(
+            single, config=str(tmp_path / "only_config"), dtype=torch.bfloat16
+        ),
     ]
-    expected = {f"{handle.name}.weight": handle.dequantized().bfloat16() for handle in handles_of(tuned)}
-    expected |= {n: t.bfloat16() for n, t in tuned.state_dict().items() if t.is_floating_point() and ".weight." not in n}
+    expected = {
+        f"{handle.name}.weight": handle.dequantized().bfloat16() for handle in handles_of(tuned)
+    }
+    expected |= {
+        n: t.bfloat16()
+        for n, t in tuned.state_dict().items()
+        if t.is_floating_point() and ".weight." not in n
+    }
     for model in models:
         state = model.state_dict()
         assert state.keys() == expected.keys()
@@ -107,7 +169,8 @@ def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path
     x = sd3_inputs(tuned)
     with torch.no_grad():
         wanted, got = tuned(**x).sample, models[1].float()(**x).sample
-    # Each weight is off by up to 2^-9 of itself; their errors add up like noise, over 4 blocks not beyond some percent.
+    # Each weight is off by up to 2^-9 of itself; their errors add up like noise, over 4 blocks not
+    # beyond some percent.
     assert (got - wanted).norm() / wanted.norm() < 0.05
 
 
@@ -133,7 +196,16 @@ def test_files_say_what_they_are(export, kind):
 def sampled(tmp_path, run, name, *more):
     prompts = tmp_path / "p.txt"
     prompts.write_text("banana\n")
-    command = ["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir", str(tmp_path / name), *more]
+    command = [
+        "sample",
+        "--run",
+        str(run),
+        "--prompts",
+        str(prompts),
+        "--output-dir",
+        str(tmp_path / name),
+        *more,
+    ]
     assert main(command) == 0
     return (tmp_path / name / "samples" / "000.png").read_bytes()
 
@@ -147,11 +219,36 @@ def coarse(tmp_path_factory, cache):
     for place in ("imgs", "held_out"):
         (root / place).mkdir()
         for index in range(4):
-            Image.new("RGB", (64, 64), (60 * index, 0, 255 - 60 * index)).save(root / place / f"{index}.png")
+            Image.new("RGB", (64, 64), (60 * index, 0, 255 - 60 * index)).save(
+                root / place / f"{index}.png"
+            )
     (root / "prompts.txt").write_text("red apple in [trigger] style\n")
-    command = ["train", "--model", "tiny", "--style-dir", str(root / "imgs"), "--caption", "a square", "--max-steps", "2"]
-    command += ["--validation-dir", str(root / "held_out"), "--trigger", "zxq", "--output-dir", str(root / "run")]
-    command += ["--sample-prompts", str(root / "prompts.txt"), f"data.cache_dir={cache}", *FAST, "train.checkpoint_every=1"]
+    command = [
+        "train",
+        "--model",
+        "tiny",
+        "--style-dir",
+        str(root / "imgs"),
+        "--caption",
+        "a square",
+        "--max-steps",
+        "2",
+    ]
+    command += [
+        "--validation-dir",
+        str(root / "held_out"),
+        "--trigger",
+        "zxq",
+        "--output-dir",
+        str(root / "run"),
+    ]
+    command += [
+        "--sample-prompts",
+        str(root / "prompts.txt"),
+        f"data.cache_dir={cache}",
+        *FAST,
+        "train.checkpoint_every=1",
+    ]
     assert main([*command, "quant.blocksize=128", "data.resolution=96", "train.lr=0.05"]) == 0
     return root / "run"
 
@@ -161,10 +258,28 @@ def test_whatever_part_of_a_run_is_sampled_has_its_settings(coarse, tmp_path, ca
     prompts = tmp_path / "p.txt"
     prompts.write_text("red apple in [trigger] style\n")
     for name, run in (("whole", coarse), ("part", coarse / part)):
-        assert main(["sample", "--run", str(run), "--prompts", str(prompts), "--output-dir", str(tmp_path / name)]) == 0
-    whole, own = ((tmp_path / name / "samples" / "000.png").read_bytes() for name in ("whole", "part"))
+        assert (
+            main(
+                [
+                    "sample",
+                    "--run",
+                    str(run),
+                    "--prompts",
+                    str(prompts),
+                    "--output-dir",
+                    str(tmp_path / name),
+                ]
+            )
+            == 0
+        )
+    whole, own = (
+        (tmp_path / name / "samples" / "000.png").read_bytes() for name in ("whole", "part")
+    )
     assert whole == own
-    assert json.loads((tmp_path / "part/samples/prompts.json").read_text())[0]["prompt"] == "red apple in zxq style"
+    assert (
+        json.loads((tmp_path / "part/samples/prompts.json").read_text())[0]["prompt"]
+        == "red apple in zxq style"
+    )
     assert "model: tiny" in capsys.readouterr().err
 
 
@@ -174,10 +289,20 @@ def test_scales_alone_are_sampled_with_the_defaults_and_that_is_told(finished, t
     assert "no config.yaml" in capsys.readouterr().err
 
 
-def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(coarse, tmp_path, capsys, monkeypatch):
+def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(
+    coarse, tmp_path, capsys, monkeypatch
+):
     from qzo_diffusion.commands import sample as sample_run
 
-    command = ["sample", "--run", str(coarse), "--model", "tiny", "--output-dir", str(tmp_path / "out")]
+    command = [
+        "sample",
+        "--run",
+        str(coarse),
+        "--model",
+        "tiny",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
 
     def broken(*args):
         raise OutputError("got", "expected", "remedy")
@@ -195,7 +320,15 @@ def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(coars
 
 @pytest.mark.parametrize("strength", ["0.5", "-1", "nan"])
 def test_a_strength_needs_a_run(tmp_path, capsys, strength):
-    command = ["sample", "--model", "tiny", "--strength", strength, "--output-dir", str(tmp_path / "out")]
+    command = [
+        "sample",
+        "--model",
+        "tiny",
+        "--strength",
+        strength,
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
     assert "without --run" in failing(capsys, main(command))
 
 
@@ -203,13 +336,19 @@ def scores_in(folder):
     return (folder / "README.md").read_text().split("## Scores")[1].split("## Settings")[0]
 
 
-@pytest.mark.parametrize(("kind", "part"), [("delta", ""), ("delta", "checkpoints/step_000001"), ("journal", "")])
+@pytest.mark.parametrize(
+    ("kind", "part"), [("delta", ""), ("delta", "checkpoints/step_000001"), ("journal", "")]
+)
 def test_only_scores_of_the_exported_scales_are_told(coarse, tmp_path, export, kind, part):
     run, step = shutil.copytree(coarse, tmp_path / "run"), 1 if part else 2
     assert "held-out loss" in scores_in(export(kind, run=run, name="losses")) or part
-    (run / "evaluation.json").write_text(json.dumps({"step": 3 - step, "clip_score": {"mean": "of other scales"}}))
+    (run / "evaluation.json").write_text(
+        json.dumps({"step": 3 - step, "clip_score": {"mean": "of other scales"}})
+    )
     assert "other scales" not in scores_in(export(kind, run=run / part, name="other"))
-    (run / f"evaluation_step_{step:06d}.json").write_text(json.dumps({"step": step, "clip_score": {"mean": "of these"}}))
+    (run / f"evaluation_step_{step:06d}.json").write_text(
+        json.dumps({"step": step, "clip_score": {"mean": "of these"}})
+    )
     assert "of these" in scores_in(export(kind, run=run / part, name="own"))
 
 
@@ -230,7 +369,10 @@ def test_a_delta_that_a_hub_added_to_is_used(export, tmp_path):
 
 
 def test_a_delta_samples_like_its_run(export, finished, tmp_path):
-    pictures = [sampled(tmp_path, run, name, "--strength", "0.5") for name, run in (("a", finished), ("b", export("delta")))]
+    pictures = [
+        sampled(tmp_path, run, name, "--strength", "0.5")
+        for name, run in (("a", finished), ("b", export("delta")))
+    ]
     assert pictures[0] == pictures[1]
 
 
@@ -245,7 +387,18 @@ def test_a_delta_can_be_exported_and_mixed_again(export, tmp_path):
 
 def test_a_journal_is_replayed_to_the_same_scales(export, finished, tmp_path):
     folder = export("journal")
-    assert main(["replay", "--journal", str(folder / "journal.qzo"), "--output-dir", str(tmp_path / "replayed")]) == 0
+    assert (
+        main(
+            [
+                "replay",
+                "--journal",
+                str(folder / "journal.qzo"),
+                "--output-dir",
+                str(tmp_path / "replayed"),
+            ]
+        )
+        == 0
+    )
     tuned, replayed = load_scales(finished)[0], load_scales(tmp_path / "replayed")[0]
     assert all(torch.equal(tuned[name], replayed[name]) for name in tuned)
 
@@ -258,7 +411,15 @@ def test_json_says_what_was_written(export, capsys):
 
 
 def arguments(finished, tmp_path, kind="nf4"):
-    return ["export", "--run", str(finished), "--format", kind, "--output-dir", str(tmp_path / "out")]
+    return [
+        "export",
+        "--run",
+        str(finished),
+        "--format",
+        kind,
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
 
 
 def test_nothing_is_overwritten(finished, tmp_path, capsys):
@@ -268,7 +429,9 @@ def test_nothing_is_overwritten(finished, tmp_path, capsys):
     assert (tmp_path / "out" / "file").read_text() == "mine"
 
 
-def test_too_little_room_is_told_before_anything_is_written(finished, tmp_path, capsys, monkeypatch):
+def test_too_little_room_is_told_before_anything_is_written(
+    finished, tmp_path, capsys, monkeypatch
+):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(export_run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert "GB free for an export" in failing(capsys, main(arguments(finished, tmp_path)))
@@ -290,7 +453,9 @@ def test_what_does_not_read_back_is_no_export(finished, tmp_path, capsys, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(export, finished, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(
+    export, finished, tmp_path, monkeypatch
+):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -315,7 +480,9 @@ main(sys.argv[2:])
 @pytest.mark.parametrize("left", [0, 40])
 def test_an_export_that_is_killed_leaves_nothing_that_is_used(export, finished, tmp_path, left):
     command = [sys.executable, "-c", KILLED, left, *arguments(finished, tmp_path, "nf4")]
-    done = subprocess.run([*map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [*map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "out").exists()
     assert (export("nf4") / "COMPLETE").is_file()

@@ -38,8 +38,10 @@ def test_the_presets_that_are_promised_exist():
 
 def test_the_contracts_keys_exist():
     fixed = (
-        "data.resolution data.batch_size data.caption_dropout train.lr train.schedule qzo.eps qzo.num_directions "
-        "qzo.parametrization quant.type quant.blocksize compute.device compute.dtype sample.guidance"
+        "data.resolution data.batch_size data.caption_dropout train.lr train.schedule qzo.eps "
+        "qzo.num_directions "
+        "qzo.parametrization quant.type quant.blocksize compute.device compute.dtype "
+        "sample.guidance"
     )
     assert set(fixed.split()) <= set(known_keys())
 
@@ -79,7 +81,12 @@ def test_bad_settings_name_the_key_the_value_and_what_is_expected(settings, word
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("train.lr", "key=value"), ("train.lrr=1", "did you mean 'train.lr'"), ("lr=1", "did you mean"), ("train.lr=[", "YAML")],
+    [
+        ("train.lr", "key=value"),
+        ("train.lrr=1", "did you mean 'train.lr'"),
+        ("lr=1", "did you mean"),
+        ("train.lr=[", "YAML"),
+    ],
 )
 def test_bad_overrides(text, message):
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
@@ -110,7 +117,9 @@ def test_a_missing_file_and_an_empty_one(tmp_path):
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -146,12 +155,24 @@ EVER = 0.1  # of inverse_sqrt, which needs no number of steps
         ({"num_directions": 1}, True, 16, True, EVER / 1.6),
         ({"estimator": "antithetic"}, True, 16, True, EVER / 1.6),
         ({"num_directions": 4, "per_example": False}, False, 1, False, 3e-3),
-        ({"num_directions": 4, "per_example": False, "normalize": True}, False, 1, True, suited_lr(1000, "antithetic")),
+        (
+            {"num_directions": 4, "per_example": False, "normalize": True},
+            False,
+            1,
+            True,
+            suited_lr(1000, "antithetic"),
+        ),
         ({"per_example": False}, False, 1, False, 3e-3),
         ({"regions": 1}, True, 1, True, EVER),
         ({"normalize": False}, True, 16, False, 3e-3),
         ({"normalize": "running"}, True, 16, "running", EVER),
-        ({"normalize": "running", "parametrization": "dense"}, False, 1, "running", suited_lr(1000, "antithetic")),
+        (
+            {"normalize": "running", "parametrization": "dense"},
+            False,
+            1,
+            "running",
+            suited_lr(1000, "antithetic"),
+        ),
     ],
 )
 def test_what_is_not_given_follows_from_what_is(given, per_example, regions, normalize, lr):
@@ -170,8 +191,14 @@ def test_what_is_not_given_follows_from_what_is(given, per_example, regions, nor
         ({"regions": 4, "parametrization": "dense"}, "regions above 1 need per_example"),
         ({"normalize": True, "parametrization": "dense"}, "only the sign would be left"),
         ({"regions": 0}, "greater than or equal to 1"),
-        ({"estimator": "leave_one_out", "num_directions": 1}, "leave_one_out needs num_directions: 2 or more"),
-        ({"estimator": "leave_one_out", "parametrization": "dense"}, "leave_one_out needs num_directions: 2 or more"),
+        (
+            {"estimator": "leave_one_out", "num_directions": 1},
+            "leave_one_out needs num_directions: 2 or more",
+        ),
+        (
+            {"estimator": "leave_one_out", "parametrization": "dense"},
+            "leave_one_out needs num_directions: 2 or more",
+        ),
         ({"estimator": "one_sided"}, "'antithetic' or 'leave_one_out'"),
     ],
 )
@@ -189,7 +216,18 @@ def test_settings_that_contradict_each_other(given, word):
         ({"qzo": {"num_directions": 100}}, 100, "leave_one_out", 1),
         ({"qzo": {"estimator": "antithetic"}}, 1, "antithetic", 16),
         ({"qzo": {"parametrization": "dense"}}, 1, "antithetic", 16),
-        ({"qzo": {"parametrization": "dense", "num_directions": 8, "estimator": "leave_one_out"}}, 8, "leave_one_out", 16),
+        (
+            {
+                "qzo": {
+                    "parametrization": "dense",
+                    "num_directions": 8,
+                    "estimator": "leave_one_out",
+                }
+            },
+            8,
+            "leave_one_out",
+            16,
+        ),
         ({"data": {"batch_size": 16}}, 8, "leave_one_out", 16),
         ({"method": "quzo"}, 1, "antithetic", 16),
         ({"method": "fo-scales"}, 1, "antithetic", 16),
@@ -197,9 +235,15 @@ def test_settings_that_contradict_each_other(given, word):
     ],
 )
 @pytest.mark.parametrize("kind", [Config, LlmConfig])
-def test_a_step_has_as_many_forwards_however_it_probes(settings, num_directions, estimator, batch_size, kind):
+def test_a_step_has_as_many_forwards_however_it_probes(
+    settings, num_directions, estimator, batch_size, kind
+):
     config = make_config(settings, kind)
-    assert (config.qzo.num_directions, config.qzo.estimator, config.data.batch_size) == (num_directions, estimator, batch_size)
+    assert (config.qzo.num_directions, config.qzo.estimator, config.data.batch_size) == (
+        num_directions,
+        estimator,
+        batch_size,
+    )
     assert make_config(yaml.safe_load(config.to_yaml()), kind) == config
 
 
@@ -216,7 +260,9 @@ def test_a_step_has_as_many_forwards_however_it_probes(settings, num_directions,
         (8, {"parametrization": "dense"}, 1, 8),
     ],
 )
-def test_a_micro_batch_holds_examples_with_all_their_probes_or_some_probes_of_one(micro, qzo, copies, examples):
+def test_a_micro_batch_holds_examples_with_all_their_probes_or_some_probes_of_one(
+    micro, qzo, copies, examples
+):
     config = make_config({"train": {"micro_batch_size": micro}, "qzo": qzo})
     assert build.probing(config).copies == copies
     assert build.micro_batch_size(config, config.data.batch_size) == examples
@@ -226,7 +272,10 @@ def test_the_rate_falls_with_the_root_of_the_steps():
     """In advance, or, with inverse_sqrt, as they are made."""
 
     def rates(**train):
-        return [make_config({"train": {"max_steps": steps, **train}}).train.lr for steps in (0, 1, 100, 500, 2000, 20_000)]
+        return [
+            make_config({"train": {"max_steps": steps, **train}}).train.lr
+            for steps in (0, 1, 100, 500, 2000, 20_000)
+        ]
 
     assert rates(schedule="cosine") == pytest.approx([0.16, 0.16, 0.16, 0.08, 0.04, 0.08 / 40**0.5])
     assert rates() == rates(schedule="inverse_sqrt") == pytest.approx([0.1] * 6)
@@ -247,7 +296,9 @@ def test_pictures_have_a_rate_that_falls_by_itself(given, schedule):
     assert make_config(given).train.schedule == schedule
     assert make_config(given).qzo.regions == (16 if "method" not in given else 1)
     if "method" not in given:
-        assert make_config(given, LlmConfig).train.schedule == given["train"].get("schedule", "cosine")
+        assert make_config(given, LlmConfig).train.schedule == given["train"].get(
+            "schedule", "cosine"
+        )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +321,9 @@ def test_a_rate_that_nobody_chose_is_calibrated_for_pictures(given, calibrated):
     assert config.train.calibrate_lr == calibrated
     assert make_config(yaml.safe_load(config.to_yaml())) == config
     if "method" not in given:
-        assert make_config(given, LlmConfig).train.calibrate_lr == given.get("train", {}).get("calibrate_lr", False)
+        assert make_config(given, LlmConfig).train.calibrate_lr == given.get("train", {}).get(
+            "calibrate_lr", False
+        )
 
 
 @pytest.mark.parametrize("steps", [float("inf"), "many", None, [1]])
@@ -295,6 +348,8 @@ def test_only_a_normalised_rate_can_be_calibrated():
 @pytest.mark.parametrize(("kind", "rate"), [(Config, 0.08), (LlmConfig, 0.04)])
 def test_the_rate_follows_from_steps_that_were_said_by_a_flag(kind, rate):
     """A flag's value is text until the settings are checked."""
-    assert make_config({"train": {"max_steps": "500", "schedule": "cosine"}}, kind).train.lr == pytest.approx(rate)
+    assert make_config(
+        {"train": {"max_steps": "500", "schedule": "cosine"}}, kind
+    ).train.lr == pytest.approx(rate)
     with pytest.raises(ConfigError, match=r"train\.max_steps"):
         make_config({"train": {"max_steps": "many"}}, kind)

@@ -1,4 +1,6 @@
-"""Replays journals with every optimizer on dense and row numbers and prints hashes of the results, for test_portable_replay.py."""
+"""Replays journals with every optimizer on dense and row numbers and prints hashes of the results,
+for test_portable_replay.py.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,9 @@ LAYERS = {
     "tall": (257, 4),
     "big": (192, 96),
 }  # rows, blocks a row: vectors with and without a rest
-CASES = [(level, optimizer) for level in ("dense", "row") for optimizer in ("sgd", "momentum", "adam")]
+CASES = [
+    (level, optimizer) for level in ("dense", "row") for optimizer in ("sgd", "momentum", "adam")
+]
 STEPS = 40
 
 
@@ -32,7 +36,9 @@ class Layer(nn.Module):
     def __init__(self, name: str, rows: int, blocks: int, words: np.random.Philox) -> None:
         super().__init__()
         self.name, self.out_features = name, rows
-        self.scales = torch.from_numpy((words.random_raw(rows * blocks) >> 11).astype(np.float64) * 2.0**-53 + 0.5).float()
+        self.scales = torch.from_numpy(
+            (words.random_raw(rows * blocks) >> 11).astype(np.float64) * 2.0**-53 + 0.5
+        ).float()
 
     @property
     def module(self) -> nn.Module:
@@ -48,7 +54,9 @@ def write_journal(path: Path, directions: int) -> None:
     writer = JournalWriter.create(path, {"directions": "rademacher"})
     for step in range(STEPS):
         grads = tuple(float(word >> 11) * 2.0**-53 - 0.4 for word in words.random_raw(directions))
-        writer.append(StepEntry(step, 11, 3e-3 / (step + 1) ** 0.5, 1e-2, 2.5, grads, skipped=step == 9))
+        writer.append(
+            StepEntry(step, 11, 3e-3 / (step + 1) ** 0.5, 1e-2, 2.5, grads, skipped=step == 9)
+        )
     writer.close()
 
 
@@ -56,16 +64,23 @@ def hashes(journal: Journal) -> dict[str, str]:
     found = {}
     for level, optimizer in CASES:
         words = np.random.Philox(key=3)
-        scales = ScaleSet([Layer(name, rows, blocks, words) for name, (rows, blocks) in LAYERS.items()])
+        scales = ScaleSet(
+            [Layer(name, rows, blocks, words) for name, (rows, blocks) in LAYERS.items()]
+        )
         numbers = parametrize(scales, level)
         assert replay_(journal, numbers, make_optimizer(optimizer)) == STEPS
         for what, tensors in (("numbers", numbers.state()), ("scales", tuned_scales(numbers))):
             content = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
-            found[f"{level} {optimizer} {what}"] = hashlib.blake2b(content, digest_size=16).hexdigest()
+            found[f"{level} {optimizer} {what}"] = hashlib.blake2b(
+                content, digest_size=16
+            ).hexdigest()
     return found
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # also more than there are processors
-    facts = {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    facts = {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
     print(json.dumps(facts | {file: hashes(read_journal(Path(file))) for file in sys.argv[1:]}))

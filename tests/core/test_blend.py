@@ -10,7 +10,10 @@ from tests.quantized import scaled_network
 def base_and_tuned(radius=0.1, seed=0):
     _, scales = scaled_network(dtype=torch.float64)
     base = {name: scales[name].clone() for name in scales}
-    tuned = {name: tensor * Direction(seed, 0).exp_z(name, tensor, radius) for name, tensor in base.items()}
+    tuned = {
+        name: tensor * Direction(seed, 0).exp_z(name, tensor, radius)
+        for name, tensor in base.items()
+    }
     return scales, base, tuned
 
 
@@ -28,7 +31,9 @@ def test_other_strengths_are_on_a_straight_line_of_log_scales(strength):
     blend_(scales, [(tuned, strength)])
     for name in scales:
         expected = strength * torch.log(tuned[name] / base[name])
-        torch.testing.assert_close(torch.log(scales[name] / base[name]), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.log(scales[name] / base[name]), expected, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_two_runs_mix_by_adding_their_changes():
@@ -36,8 +41,12 @@ def test_two_runs_mix_by_adding_their_changes():
     _, _, second = base_and_tuned(radius=0.2, seed=1)
     blend_(scales, [(first, 0.7), (second, 0.3)])
     for name in scales:
-        expected = 0.7 * torch.log(first[name] / base[name]) + 0.3 * torch.log(second[name] / base[name])
-        torch.testing.assert_close(torch.log(scales[name] / base[name]), expected, rtol=1e-12, atol=1e-12)
+        expected = 0.7 * torch.log(first[name] / base[name]) + 0.3 * torch.log(
+            second[name] / base[name]
+        )
+        torch.testing.assert_close(
+            torch.log(scales[name] / base[name]), expected, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_zeros_stay_finite():

@@ -1,4 +1,6 @@
-"""A delta gives the tuned scales back bit for bit, whatever was trained, and is small where groups were."""
+"""A delta gives the tuned scales back bit for bit, whatever was trained, and is small where groups
+were.
+"""
 
 import pytest
 import torch
@@ -30,9 +32,14 @@ def test_the_tuned_scales_come_back_bit_for_bit(level, seed):
     assert all(torch.equal(back[name], tuned[name]) for name in tuned)
 
 
-@pytest.mark.parametrize(("level", "at_most"), [("layer", 2 * 4), ("column", 2 * 8 * 4), ("row", 576 * 4), ("separable", 8000)])
+@pytest.mark.parametrize(
+    ("level", "at_most"),
+    [("layer", 2 * 4), ("column", 2 * 8 * 4), ("row", 576 * 4), ("separable", 8000)],
+)
 def test_groups_take_a_factor_each(level, at_most):
-    """Two layers of 512 and 64 rows and 8 block columns; a factor is 4 bytes, and separable scales take a byte a scale more."""
+    """Two layers of 512 and 64 rows and 8 block columns; a factor is 4 bytes, and separable scales
+    take a byte a scale more.
+    """
     _, scales = scaled_network("reference", width=512, out=64)
     assert sum(tensor.nbytes for tensor in shrunk(scales, tuned_by(level)).values()) <= at_most
 

@@ -1,4 +1,6 @@
-"""The kernel of a gain, by Triton's interpreter where there is no GPU; `benchmarks.gpu_check` compares it on one."""
+"""The kernel of a gain, by Triton's interpreter where there is no GPU; `benchmarks.gpu_check`
+compares it on one.
+"""
 
 import importlib
 import sys
@@ -23,12 +25,14 @@ def scale(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("groups", "tokens", "width", "blocks"), [(1, 1, 8, 8), (3, 5, 192, 3), (2, 3, 1100, 1), (2, 3, 1100, 1100)]
+    ("groups", "tokens", "width", "blocks"),
+    [(1, 1, 8, 8), (3, 5, 192, 3), (2, 3, 1100, 1), (2, 3, 1100, 1100)],
 )
 def test_the_kernel_is_the_formula(scale, groups, tokens, width, blocks, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(groups, tokens, width, generator=generator).to(dtype)
-    factor = (1 + torch.rand(groups, blocks + 2, generator=generator) / 10)[:, 1:-1]  # a part of longer rows
+    # a part of longer rows
+    factor = (1 + torch.rand(groups, blocks + 2, generator=generator) / 10)[:, 1:-1]
     bias = torch.randn(width, generator=generator).to(dtype)
     expanded = factor.repeat_interleave(width // blocks, 1).unsqueeze(1)
     # One rounding to dtype, of a sum that is at most one rounding of fp32 off.

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qzo_diffusion.core.errors import JournalError, OutputError
-from qzo_diffusion.core.journal import MOST_SCALARS, JournalWriter, NoteEntry, StepEntry, read_journal, replay_
+from qzo_diffusion.core.journal import (
+    MOST_SCALARS,
+    JournalWriter,
+    NoteEntry,
+    StepEntry,
+    read_journal,
+    replay_,
+)
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Update, make_optimizer
 from qzo_diffusion.core.parametrize import parametrize
@@ -21,7 +28,15 @@ HEADER = {"model": "tiny", "seed": 3, "directions": "rademacher"}
 
 
 def step(index, grads=(0.5,), skipped=False):
-    return StepEntry(index, seed=3, lr=1e-3 / (index + 1), eps=1e-2, loss=0.1 * index, projected_grad=tuple(grads), skipped=skipped)
+    return StepEntry(
+        index,
+        seed=3,
+        lr=1e-3 / (index + 1),
+        eps=1e-2,
+        loss=0.1 * index,
+        projected_grad=tuple(grads),
+        skipped=skipped,
+    )
 
 
 def write(path, entries):
@@ -70,7 +85,12 @@ def test_nan_and_infinite_losses_survive(path):
 
 @pytest.mark.parametrize("directions", [1, 4])
 def test_a_step_takes_at_most_56_bytes_and_8_a_direction(path, directions):
-    sizes = [write(path.with_name(f"{n}"), [step(i, (0.1,) * directions) for i in range(n)]).stat().st_size for n in (10, 110)]
+    sizes = [
+        write(path.with_name(f"{n}"), [step(i, (0.1,) * directions) for i in range(n)])
+        .stat()
+        .st_size
+        for n in (10, 110)
+    ]
     assert (sizes[1] - sizes[0]) / 100 <= 56 + 8 * directions
 
 
@@ -227,7 +247,11 @@ def trained(path, optimizer_name, level, directions, distribution="rademacher"):
     states = [copies(numbers)]
     for index in range(5):
         found = estimate(
-            squared_output(model), [inputs(seed=index)], numbers, directions_of_step(3, index, directions, distribution), eps=1e-2
+            squared_output(model),
+            [inputs(seed=index)],
+            numbers,
+            directions_of_step(3, index, directions, distribution),
+            eps=1e-2,
         )
         skipped = index == 2
         if not skipped:
@@ -244,8 +268,12 @@ def copies(numbers):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("level", ["dense", "layer"])
-@pytest.mark.parametrize(("directions", "distribution"), [(1, "rademacher"), (3, "rademacher"), (1, "gaussian")])
-def test_replay_gives_the_numbers_of_every_step_bit_for_bit(path, optimizer, level, directions, distribution):
+@pytest.mark.parametrize(
+    ("directions", "distribution"), [(1, "rademacher"), (3, "rademacher"), (1, "gaussian")]
+)
+def test_replay_gives_the_numbers_of_every_step_bit_for_bit(
+    path, optimizer, level, directions, distribution
+):
     states = trained(path, optimizer, level, directions, distribution)
     journal = read_journal(path)
     for to_step, expected in enumerate(states):

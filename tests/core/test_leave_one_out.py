@@ -1,4 +1,6 @@
-"""Directions that are each set against the others of the same example: the gradient on average, for half the forwards."""
+"""Directions that are each set against the others of the same example: the gradient on average, for
+half the forwards.
+"""
 
 import math
 
@@ -33,20 +35,29 @@ def test_derivatives_are_those_of_the_formula(level, copies):
         losses = []
         for direction in own:
             with scales.showing(*numbers.probes([direction], [1e-2])):
-                losses.append(torch.tensor(sample_losses(of_regions(model), x[example : example + 1])))
+                losses.append(
+                    torch.tensor(sample_losses(of_regions(model), x[example : example + 1]))
+                )
         for place, loss in enumerate(losses):
-            others = torch.stack([other for index, other in enumerate(losses) if index != place]).mean(0)
+            others = torch.stack(
+                [other for index, other in enumerate(losses) if index != place]
+            ).mean(0)
             at = (place * 4 + example) * REGIONS
             assert found.loss_plus[at : at + REGIONS] == pytest.approx(loss.tolist(), rel=1e-6)
             assert found.directional_derivative[at : at + REGIONS] == pytest.approx(
                 ((loss - others) / 1e-2).tolist(), rel=1e-3, abs=1e-4
             )
     assert not any(
-        found.directional_derivative[index] for start in (0, 3) for index in range(start * REGIONS, (start + 1) * REGIONS)
+        found.directional_derivative[index]
+        for start in (0, 3)
+        for index in range(start * REGIONS, (start + 1) * REGIONS)
     )
 
 
-@pytest.mark.parametrize(("level", "per_example"), [("separable", True), ("layer", True), ("dense", False), ("row", False)])
+@pytest.mark.parametrize(
+    ("level", "per_example"),
+    [("separable", True), ("layer", True), ("dense", False), ("row", False)],
+)
 def test_the_mean_over_seeds_is_the_gradient(level, per_example):
     """Of a loss with curvature, at a radius where one side alone is far off."""
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)
@@ -57,9 +68,13 @@ def test_the_mean_over_seeds_is_the_gradient(level, per_example):
     for seed in range(1000):
         directions = directions_of_step(seed, 0, 8 if per_example else 4, "rademacher")
         made = {"per_example": True, "examples": 2} if per_example else {}
-        found = estimate(squared_output(model), [x], numbers, directions, **MADE | {"eps": 3e-3}, **made)
+        found = estimate(
+            squared_output(model), [x], numbers, directions, **MADE | {"eps": 3e-3}, **made
+        )
         for name in samples:
-            samples[name].append(gradient_of(numbers, Update(directions, found.directional_derivative, lr=1.0), name))
+            samples[name].append(
+                gradient_of(numbers, Update(directions, found.directional_derivative, lr=1.0), name)
+            )
     if exact is None:
         exact = {name: scales_gradient(model, scales, name, x) for name in samples}
     for name, values in samples.items():
@@ -90,9 +105,18 @@ def test_of_as_many_forwards_it_makes_more_directions(count):
         for seed in range(600):
             directions = directions_of_step(seed, 0, directions_each, "rademacher")
             one = estimate(
-                squared_output(model), [x], numbers, directions, eps=1e-4, estimator=estimator, per_example=True, examples=1
+                squared_output(model),
+                [x],
+                numbers,
+                directions,
+                eps=1e-4,
+                estimator=estimator,
+                per_example=True,
+                examples=1,
             )
-            found.append(gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row"))
+            found.append(
+                gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row")
+            )
         variances.append(torch.stack(found).var(0).sum())
     assert variances[0] / variances[1] == pytest.approx((count - 1) / (count / 2), rel=0.12)
 
@@ -105,7 +129,15 @@ def test_neither_the_loss_itself_nor_the_same_curvature_everywhere_is_seen():
 
     def bowl(_):
         shown = {name: model.get_submodule(name).absmax for name in scales}
-        return torch.stack([3.0 + sum((shown[name].view_as(live) / live).log().square().sum() for name, live in before.items())])
+        return torch.stack(
+            [
+                3.0
+                + sum(
+                    (shown[name].view_as(live) / live).log().square().sum()
+                    for name, live in before.items()
+                )
+            ]
+        )
 
     found = estimate(bowl, [None], numbers, directions_of_step(0, 0, 4, "rademacher"), **MADE)
     assert found.directional_derivative == pytest.approx([0.0] * 4, abs=1e-9)
@@ -135,10 +167,21 @@ def test_ranks_that_share_a_batch_find_what_one_does():
     whole = estimate(of_regions(model), [x], numbers, directions, **made)
     sent = []
     for start, stop in ((0, 1), (1, 3)):
-        estimate(of_regions(model), [x[start:stop]], numbers, directions, first_example=start, sum_over_ranks=kept(sent), **made)
-    assert len(sent[0]) == len(directions) * REGIONS  # one loss for each: half of what both sides send
+        estimate(
+            of_regions(model),
+            [x[start:stop]],
+            numbers,
+            directions,
+            first_example=start,
+            sum_over_ranks=kept(sent),
+            **made,
+        )
+    # one loss for each: half of what both sides send
+    assert len(sent[0]) == len(directions) * REGIONS
     added = [a + b for a, b in zip(*sent, strict=True)]
-    shared = estimate(of_regions(model), [x[:1]], numbers, directions, sum_over_ranks=lambda _: added, **made)
+    shared = estimate(
+        of_regions(model), [x[:1]], numbers, directions, sum_over_ranks=lambda _: added, **made
+    )
     assert shared.projected_grad == pytest.approx(whole.projected_grad, rel=1e-9)
     assert spread(whole.projected_grad, REGIONS) == pytest.approx(1.0)
 
@@ -157,7 +200,14 @@ def test_one_bad_probe_spoils_the_step_and_clipping_bounds_it():
     def of(*values):
         losses = iter(torch.tensor([value]) for value in values)
         directions = directions_of_step(0, 0, len(values), "rademacher")
-        return estimate(lambda _: next(losses), [None], parametrize(scales, "layer"), directions, clip_threshold=1.0, **MADE)
+        return estimate(
+            lambda _: next(losses),
+            [None],
+            parametrize(scales, "layer"),
+            directions,
+            clip_threshold=1.0,
+            **MADE,
+        )
 
     assert not of(math.nan, 1.0, 2.0).finite
     assert of(1.0, 1.0, 2.0).projected_grad == (-1.0, -1.0, 1.0)
@@ -167,9 +217,20 @@ def test_one_bad_probe_spoils_the_step_and_clipping_bounds_it():
 def test_a_direction_needs_others():
     model, scales = scaled_network()
     numbers = parametrize(scales, "row")
-    for count, made in ((1, {}), (3, {"per_example": True}), (5, {"per_example": True, "examples": 3})):
+    for count, made in (
+        (1, {}),
+        (3, {"per_example": True}),
+        (5, {"per_example": True, "examples": 3}),
+    ):
         with pytest.raises(ValueError, match="leave_one_out"):
-            estimate(squared_output(model), [inputs(3)], numbers, directions_of_step(0, 0, count, "rademacher"), **MADE, **made)
+            estimate(
+                squared_output(model),
+                [inputs(3)],
+                numbers,
+                directions_of_step(0, 0, count, "rademacher"),
+                **MADE,
+                **made,
+            )
 
 
 @pytest.mark.parametrize("level", ["dense", "separable"])
@@ -184,7 +245,14 @@ def test_scales_are_what_they_were_when_the_objective_raises(level):
         return squared_output(model)(x)
 
     with pytest.raises(KeyboardInterrupt):
-        estimate(failing, [inputs(2)], numbers, [Direction(0, 0, index) for index in range(4)], copies=1, **MADE)
+        estimate(
+            failing,
+            [inputs(2)],
+            numbers,
+            [Direction(0, 0, index) for index in range(4)],
+            copies=1,
+            **MADE,
+        )
     assert_same(before, snapshot(model, scales))
 
 
@@ -195,8 +263,18 @@ def test_the_cosine_with_the_gradient_is_that_of_one_direction_less():
     exact = oracle.exact_gradient(squared_output(model), [x], numbers, handles_of(model))
     for seed in range(300):
         directions = directions_of_step(seed, 0, 8, "rademacher")
-        one = estimate(squared_output(model), [x], numbers, directions, per_example=True, examples=1, **MADE | {"eps": 3e-3})
+        one = estimate(
+            squared_output(model),
+            [x],
+            numbers,
+            directions,
+            per_example=True,
+            examples=1,
+            **MADE | {"eps": 3e-3},
+        )
         found.append(oracle.alignment(numbers, one, exact))
     total = len(exact["row"])
     assert found[0].expected_cosine == pytest.approx(math.sqrt(7 / (7 + total)))
-    assert sum(one.cosine for one in found) / 300 == pytest.approx(found[0].expected_cosine, rel=0.05)
+    assert sum(one.cosine for one in found) / 300 == pytest.approx(
+        found[0].expected_cosine, rel=0.05
+    )

@@ -10,8 +10,20 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qzo_diffusion.core.bits import _choose_by_mask, _sum_by_product_, _sum_by_table_, choose, signed_sum
-from qzo_diffusion.core.noise import Direction, derive_key, directions_of_step, packed_bits, torch_generator
+from qzo_diffusion.core.bits import (
+    _choose_by_mask,
+    _sum_by_product_,
+    _sum_by_table_,
+    choose,
+    signed_sum,
+)
+from qzo_diffusion.core.noise import (
+    Direction,
+    derive_key,
+    directions_of_step,
+    packed_bits,
+    torch_generator,
+)
 
 LIKE = torch.empty(1000)
 
@@ -22,10 +34,14 @@ def stacked(numel, count):
 
 
 def test_bits_are_those_of_numpys_philox_lowest_bit_first():
-    key = int.from_bytes(hashlib.blake2b(b"7\x1f3\x1f0\x1flayer", digest_size=16).digest(), "little")
+    key = int.from_bytes(
+        hashlib.blake2b(b"7\x1f3\x1f0\x1flayer", digest_size=16).digest(), "little"
+    )
     words = np.random.Philox(key=key).random_raw(3)
     expected = [bool(int(words[i // 64]) >> (i % 64) & 1) for i in range(130)]
-    drawn = choose(torch.from_numpy(packed_bits(130, 7, 3, 0, "layer")), [(1.0, 0.0)], torch.float32, 0, 130)[0]
+    drawn = choose(
+        torch.from_numpy(packed_bits(130, 7, 3, 0, "layer")), [(1.0, 0.0)], torch.float32, 0, 130
+    )[0]
     assert drawn.bool().tolist() == expected
 
 
@@ -57,7 +73,8 @@ def test_signed_sums_are_the_same_in_any_order_and_right_to_their_last_bit(amoun
     signs = choose(packed, [(1.0, -1.0)], torch.float64, 0, 100)[0]
     found = signed_sum(packed, amounts, 100)
     exact = torch.tensor(amounts, dtype=torch.float64) @ signs
-    # Each amount is off by at most half a unit of 2^-39 of the largest; the sum to compare with rounds in float64 itself.
+    # Each amount is off by at most half a unit of 2^-39 of the largest; the sum to compare with
+    # rounds in float64 itself.
     largest = max(map(abs, amounts))
     torch.testing.assert_close(found, exact, rtol=0, atol=len(amounts) * largest * 2.0**-39)
     places = list(range(len(amounts)))
@@ -69,7 +86,12 @@ def test_signed_sums_are_the_same_in_any_order_and_right_to_their_last_bit(amoun
 @example(2048, 20_000, 0)
 def test_signed_sums_are_the_same_by_tables_and_by_products(count, numel, seed):
     packed = stacked(numel, count)
-    whole = np.random.default_rng(seed).integers(-(2**39), 2**39, count, endpoint=True).astype(float).tolist()
+    whole = (
+        np.random.default_rng(seed)
+        .integers(-(2**39), 2**39, count, endpoint=True)
+        .astype(float)
+        .tolist()
+    )
     found = torch.zeros(2, numel, dtype=torch.float64)
     _sum_by_table_(packed, whole, found[0])
     _sum_by_product_(packed, whole, found[1])
@@ -102,7 +124,10 @@ def test_seed_step_and_index_give_other_directions(other):
 
 
 def test_names_give_independent_z():
-    a, b = Direction(0, 0).z("a", torch.empty(100_000)), Direction(0, 0).z("b", torch.empty(100_000))
+    a, b = (
+        Direction(0, 0).z("a", torch.empty(100_000)),
+        Direction(0, 0).z("b", torch.empty(100_000)),
+    )
     assert abs((a * b).mean().item()) < 5 / 100_000**0.5
 
 
@@ -122,7 +147,9 @@ def test_mean_zero_and_variance_one_within_five_standard_errors(distribution):
 def test_rademacher_factors_are_two_constants_in_the_scales_dtype():
     direction = Direction(0, 0)
     factors = direction.exp_z("a", LIKE, 0.01)
-    expected = torch.where(direction.z("a", LIKE) > 0, np.float32(np.exp(0.01)), np.float32(np.exp(-0.01)))
+    expected = torch.where(
+        direction.z("a", LIKE) > 0, np.float32(np.exp(0.01)), np.float32(np.exp(-0.01))
+    )
     assert torch.equal(factors, expected)
 
 
@@ -134,7 +161,9 @@ def test_gaussian_factors_are_the_exponential_of_z():
 def test_a_single_number_takes_both_signs_equally_often():
     one = torch.empty(1)
     values = [
-        direction.z("layer", one).item() for step in range(2000) for direction in directions_of_step(0, step, 1, "rademacher")
+        direction.z("layer", one).item()
+        for step in range(2000)
+        for direction in directions_of_step(0, step, 1, "rademacher")
     ]
     assert set(values) == {-1.0, 1.0}
     assert abs(sum(values)) < 5 * 2000**0.5
@@ -148,5 +177,8 @@ def test_global_random_state_is_left_alone():
 
 
 def test_generators_of_different_purposes_differ():
-    draws = [torch.rand(4, generator=torch_generator(0, 0, purpose)) for purpose in ("data", "validation")]
+    draws = [
+        torch.rand(4, generator=torch_generator(0, 0, purpose))
+        for purpose in ("data", "validation")
+    ]
     assert not torch.equal(*draws)

@@ -22,7 +22,9 @@ from qzo_diffusion.core.spsa import estimate, mean_loss
 from tests.quantized import inputs, scaled_network, squared_output
 
 
-def known_update(count: int = 1, distribution: str = "rademacher", step: int = 0, grad: float = 0.5) -> Update:
+def known_update(
+    count: int = 1, distribution: str = "rademacher", step: int = 0, grad: float = 0.5
+) -> Update:
     grads = tuple(grad * (index + 1) for index in range(count))
     return Update(directions_of_step(7, step, count, distribution), grads, lr=0.01)
 
@@ -52,12 +54,17 @@ def test_momentum_is_an_average_of_past_estimates():
     for index, theta in enumerate(after.values()):
         velocity = expected = 0.0
         for one in updates:
-            velocity = 0.5 * velocity + one.projected_grad[0] * one.directions[0].z("layer", torch.empty(2))[index].item()
+            velocity = (
+                0.5 * velocity
+                + one.projected_grad[0] * one.directions[0].z("layer", torch.empty(2))[index].item()
+            )
             expected -= 0.01 * 0.5 * velocity
         assert theta == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("count", "distribution"), [(1, "rademacher"), (1, "gaussian"), (4, "rademacher")])
+@pytest.mark.parametrize(
+    ("count", "distribution"), [(1, "rademacher"), (1, "gaussian"), (4, "rademacher")]
+)
 def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution):
     updates = [known_update(count, distribution, step, grad=0.3 + step) for step in range(5)]
     _, scales = scaled_network()
@@ -72,7 +79,9 @@ def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution)
         theirs.step()
         ours.step_(numbers, one)
     # fp32 scales carry θ with an error of one rounding a step.
-    torch.testing.assert_close(torch.log(scales[name] / initial), theta.detach(), rtol=0, atol=5 * 5 * 2**-24)
+    torch.testing.assert_close(
+        torch.log(scales[name] / initial), theta.detach(), rtol=0, atol=5 * 5 * 2**-24
+    )
 
 
 def test_adam_stores_one_scalar_for_a_single_rademacher_direction():
@@ -108,7 +117,10 @@ def test_the_loss_falls(name, level):
     start = mean_loss(objective, [x])
     for step in range(60):
         result = estimate(objective, [x], numbers, [Direction(0, step)], eps=1e-2)
-        optimizer.step_(numbers, Update(result.directions, result.projected_grad, lr=0.02 if name == "adam" else 0.1))
+        optimizer.step_(
+            numbers,
+            Update(result.directions, result.projected_grad, lr=0.02 if name == "adam" else 0.1),
+        )
     with scales.showing(numbers.view()):
         end = mean_loss(objective, [x])
     assert end < 0.9 * start
@@ -120,7 +132,11 @@ def test_running_spreads_are_the_root_of_the_running_mean_of_squares():
     after = numbers_after(InRunningSpreads(Sgd(), decay=0.5), [one, other])
     units = 3.0, math.sqrt((0.25 * 9 + 0.5 * 16) / 0.75)
     expected = numbers_after(
-        Sgd(), [replace(u, projected_grad=(u.projected_grad[0] / unit,)) for u, unit in zip((one, other), units, strict=True)]
+        Sgd(),
+        [
+            replace(u, projected_grad=(u.projected_grad[0] / unit,))
+            for u, unit in zip((one, other), units, strict=True)
+        ],
     )
     assert after == pytest.approx(expected, rel=1e-6)
 
@@ -131,7 +147,9 @@ def test_in_running_spreads_the_scale_of_a_loss_says_nothing_and_a_resumed_run_g
         return [known_update(3, step=step, grad=scale * (step + 1)) for step in range(4)]
 
     after = numbers_after(InRunningSpreads(make_optimizer(name)), updates(1.0))
-    assert numbers_after(InRunningSpreads(make_optimizer(name)), updates(1000.0)) == pytest.approx(after, rel=1e-6)
+    assert numbers_after(InRunningSpreads(make_optimizer(name)), updates(1000.0)) == pytest.approx(
+        after, rel=1e-6
+    )
     _, scales = scaled_network()
     numbers, optimizer = parametrize(scales, "layer"), InRunningSpreads(make_optimizer(name))
     for index, one in enumerate(updates(1.0)):
@@ -166,13 +184,17 @@ def test_falling_schedules_warm_up_to_the_peak_and_end_near_zero(name):
 
 def test_hold_starts_high_stays_even_and_ends_at_zero():
     at = make_schedule("hold", 0.8, 1000)
-    assert [at(step) for step in (0, 62, 125, 400, 700)] == pytest.approx([0.8, 0.6512, 0.5, 0.5, 0.5])
+    assert [at(step) for step in (0, 62, 125, 400, 700)] == pytest.approx(
+        [0.8, 0.6512, 0.5, 0.5, 0.5]
+    )
     assert [at(850), at(1000)] == pytest.approx([0.25, 0.0])
 
 
 def test_inverse_sqrt_is_the_same_for_any_number_of_steps_until_it_cools_down():
     short, long = (make_schedule("inverse_sqrt", 0.1, steps) for steps in (1000, 4000))
-    assert [short(step) for step in (0, 32, 96, 480)] == pytest.approx([0.1, 0.1 / 2**0.5, 0.05, 0.025])
+    assert [short(step) for step in (0, 32, 96, 480)] == pytest.approx(
+        [0.1, 0.1 / 2**0.5, 0.05, 0.025]
+    )
     assert [short(step) for step in range(701)] == [long(step) for step in range(701)]
     assert short(850) == pytest.approx(long(850) / 2)
     assert short(1000) == 0

@@ -21,7 +21,10 @@ def test_it_is_the_slope_of_the_loss_along_any_direction(level):
     objective, x = squared_output(model), inputs(4, width=64, dtype=torch.float64)
     gradient = exact_gradient(objective, list(x.split(3)), numbers, handles_of(model))
     direction = Direction(0, 0)
-    along = sum((gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item() for name in gradient)
+    along = sum(
+        (gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item()
+        for name in gradient
+    )
     losses = []
     for radius in (1e-5, -1e-5):
         with scales.showing(numbers.view(direction, radius)):
@@ -36,7 +39,10 @@ def test_losses_of_regions_are_those_of_their_example():
     def of_regions(batch):  # their mean is the example's loss
         return objective(batch).unsqueeze(1) * torch.tensor([0.5, 1.5])
 
-    one, other = (exact_gradient(loss, [x], numbers, handles_of(model))["row"] for loss in (objective, of_regions))
+    one, other = (
+        exact_gradient(loss, [x], numbers, handles_of(model))["row"]
+        for loss in (objective, of_regions)
+    )
     torch.testing.assert_close(other, one)
 
 
@@ -53,19 +59,31 @@ def test_both_backends_give_the_same_gradient():
     found = []
     for backend in ("reference", "bnb"):
         model, scales = scaled_network(backend)
-        found.append(exact_gradient(squared_output(model), [inputs()], parametrize(scales, "row"), handles_of(model))["row"])
+        found.append(
+            exact_gradient(
+                squared_output(model), [inputs()], parametrize(scales, "row"), handles_of(model)
+            )["row"]
+        )
     # Sums of 128 products in another order, each good to 2^-24 of the largest.
     torch.testing.assert_close(*found, rtol=0, atol=128 * 2**-24 * found[0].abs().max().item())
 
 
 def test_the_cosine_of_an_estimate_is_what_its_directions_allow():
     model, scales = scaled_network(dtype=torch.float64)
-    numbers, objective, x = parametrize(scales, "row"), squared_output(model), inputs(1, dtype=torch.float64)
+    numbers, objective, x = (
+        parametrize(scales, "row"),
+        squared_output(model),
+        inputs(1, dtype=torch.float64),
+    )
     exact = exact_gradient(objective, [x], numbers, handles_of(model))
     cosines = []
     for seed in range(40):
-        found = estimate(objective, [x], numbers, directions_of_step(seed, 0, 16, "rademacher"), eps=1e-3)
+        found = estimate(
+            objective, [x], numbers, directions_of_step(seed, 0, 16, "rademacher"), eps=1e-3
+        )
         one = alignment(numbers, found, exact)
         cosines.append(one.cosine)
     assert one.expected_cosine == pytest.approx((16 / (16 + 136)) ** 0.5)
-    assert sum(cosines) / 40 == pytest.approx(one.expected_cosine, abs=5 * torch.tensor(cosines).std().item() / 40**0.5 + 0.02)
+    assert sum(cosines) / 40 == pytest.approx(
+        one.expected_cosine, abs=5 * torch.tensor(cosines).std().item() / 40**0.5 + 0.02
+    )

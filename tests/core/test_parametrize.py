@@ -10,7 +10,10 @@ from qzo_diffusion.core.parametrization import exp
 from qzo_diffusion.core.parametrize import parametrize
 from tests.quantized import inputs, scaled_network
 
-LEVELS = [("dense", "absolute"), *((level, "relative") for level in ("dense", "row", "layer", "column", "separable"))]
+LEVELS = [
+    ("dense", "absolute"),
+    *((level, "relative") for level in ("dense", "row", "layer", "column", "separable")),
+]
 DIRECTION = Direction(0, 0)
 
 
@@ -30,7 +33,9 @@ def test_dense_relative_multiplies_by_the_exponential():
 def test_the_exponential_is_the_nearest_number_of_fp32_as_on_any_machine():
     """That of fp32 is not, and another one on a GPU: a journal would give other scales there."""
     numbers = torch.randn(500, generator=torch.Generator().manual_seed(0)) / 4
-    exact = torch.tensor([float(Decimal(number).exp()) for number in numbers.tolist()], dtype=torch.float64)
+    exact = torch.tensor(
+        [float(Decimal(number).exp()) for number in numbers.tolist()], dtype=torch.float64
+    )
     assert torch.equal(exp(numbers), exact.float())
     assert not torch.equal(torch.exp(numbers), exact.float())
 

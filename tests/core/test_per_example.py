@@ -1,4 +1,6 @@
-"""A direction of its own for every example: the same numbers as one example at a time, and the gradient on average."""
+"""A direction of its own for every example: the same numbers as one example at a time, and the
+gradient on average.
+"""
 
 import pytest
 import torch
@@ -30,8 +32,14 @@ def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level,
         for index, direction in enumerate(directions):
             with scales.showing(numbers.view(direction, 0.02)):
                 alone = model(x[index : index + 1])
-            # Two layers of products of 128 terms and a handful of single roundings, each 2^-24 of the largest output.
-            torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=4 * 128 * 2**-24 * alone.abs().max().item())
+            # Two layers of products of 128 terms and a handful of single roundings, each 2^-24 of
+            # the largest output.
+            torch.testing.assert_close(
+                together[index : index + 1],
+                alone,
+                rtol=0,
+                atol=4 * 128 * 2**-24 * alone.abs().max().item(),
+            )
 
 
 @pytest.mark.parametrize("level", GAINED)
@@ -39,10 +47,16 @@ def test_derivatives_are_those_of_the_examples_one_at_a_time(level):
     model, scales = scaled_network(dtype=torch.float64)
     numbers = parametrize(scales, level)
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
-    found = estimate(squared_output(model), list(x.split(2)), numbers, directions, eps=1e-2, per_example=True)
+    found = estimate(
+        squared_output(model), list(x.split(2)), numbers, directions, eps=1e-2, per_example=True
+    )
     for index, direction in enumerate(directions):
-        single = estimate(squared_output(model), [x[index : index + 1]], numbers, [direction], eps=1e-2)
-        assert found.directional_derivative[index] == pytest.approx(single.directional_derivative[0], rel=1e-9)
+        single = estimate(
+            squared_output(model), [x[index : index + 1]], numbers, [direction], eps=1e-2
+        )
+        assert found.directional_derivative[index] == pytest.approx(
+            single.directional_derivative[0], rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("copies", [None, 1])
@@ -56,8 +70,16 @@ def test_several_directions_of_each_example_are_as_many_estimates(copies):
     assert len(found.directional_derivative) == 12
     for index, direction in enumerate(directions):
         if 2 <= index % 6 < 5:
-            single = estimate(squared_output(model), [x[index % 6 - 2 : index % 6 - 1]], numbers, [direction], eps=1e-2)
-            assert found.directional_derivative[index] == pytest.approx(single.directional_derivative[0], rel=1e-9)
+            single = estimate(
+                squared_output(model),
+                [x[index % 6 - 2 : index % 6 - 1]],
+                numbers,
+                [direction],
+                eps=1e-2,
+            )
+            assert found.directional_derivative[index] == pytest.approx(
+                single.directional_derivative[0], rel=1e-9
+            )
         else:
             assert found.loss_plus[index] == found.loss_minus[index] == 0.0
 
@@ -72,10 +94,21 @@ def test_two_directions_have_half_the_variance_of_one():
         found = []
         for seed in range(400):
             directions = directions_of_step(seed, 0, 4 * each, "rademacher")
-            one = estimate(squared_output(model), [x], numbers, directions, eps=1e-3, per_example=True, examples=4)
-            found.append(gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row"))
+            one = estimate(
+                squared_output(model),
+                [x],
+                numbers,
+                directions,
+                eps=1e-3,
+                per_example=True,
+                examples=4,
+            )
+            found.append(
+                gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row")
+            )
         variances.append(torch.stack(found).var(0).sum())
-    assert variances[0] / variances[1] == pytest.approx(2, rel=0.15)  # over some 100 rows, each known to 7 % from 400 seeds
+    # over some 100 rows, each known to 7 % from 400 seeds
+    assert variances[0] / variances[1] == pytest.approx(2, rel=0.15)
 
 
 @pytest.mark.parametrize("level", GAINED)
@@ -87,7 +120,9 @@ def test_the_mean_over_seeds_is_the_gradient(level):
     samples = {axis: [] for axis in numbers.theta}
     for seed in range(600):
         directions = directions_of_step(seed, 0, 8, "rademacher")
-        found = estimate(squared_output(model), [x], numbers, directions, eps=1e-3, per_example=True)
+        found = estimate(
+            squared_output(model), [x], numbers, directions, eps=1e-3, per_example=True
+        )
         update = Update(directions, found.directional_derivative, lr=1.0)
         for axis in samples:
             samples[axis].append(gradient_of(numbers, update, axis))
@@ -107,7 +142,11 @@ def exact_gradient(model, scales, numbers, x):
         squared_output(model)(x).mean().backward()
         of_scales = (layer.absmax.grad * live).view(scales.rows(name), -1)
         layer.absmax = live
-        sums = {"row": of_scales.sum(1), "column": of_scales.sum(0), "layer": of_scales.sum().view(1)}
+        sums = {
+            "row": of_scales.sum(1),
+            "column": of_scales.sum(0),
+            "layer": of_scales.sum().view(1),
+        }
         for axis, parts in exact.items():
             parts.append(sums[axis])
     return {axis: torch.cat(parts) for axis, parts in exact.items()}
@@ -121,10 +160,17 @@ def test_it_has_less_variance_than_one_shared_direction():
     for seed in range(60):
         for kept, count in ((shared, 1), (own, 16)):
             directions = directions_of_step(seed, 0, count, "rademacher")
-            found = estimate(squared_output(model), [x], numbers, directions, eps=1e-3, per_example=count > 1)
-            kept.append(gradient_of(numbers, Update(directions, found.directional_derivative, lr=1.0), "row"))
+            found = estimate(
+                squared_output(model), [x], numbers, directions, eps=1e-3, per_example=count > 1
+            )
+            kept.append(
+                gradient_of(
+                    numbers, Update(directions, found.directional_derivative, lr=1.0), "row"
+                )
+            )
     ratio = torch.stack(shared).var(0).sum() / torch.stack(own).var(0).sum()
-    assert ratio > 3  # 16 · |mean gradient|² / mean |example's gradient|² in expectation, which is less than 16
+    # 16 · |mean gradient|² / mean |example's gradient|² in expectation, which is less than 16
+    assert ratio > 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -138,7 +184,14 @@ def test_nothing_changes_and_no_factor_stays(error):
         raise error
 
     with pytest.raises(type(error)):
-        estimate(broken, [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2, per_example=True)
+        estimate(
+            broken,
+            [inputs()],
+            numbers,
+            directions_of_step(0, 0, 6, "rademacher"),
+            eps=1e-2,
+            per_example=True,
+        )
     assert_same(before, snapshot(model, scales))
     assert torch.equal(plain, model(inputs()))
 
@@ -190,7 +243,15 @@ def test_both_signs_in_one_forward_are_what_two_forwards_give(level):
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
     for per_example, chosen in ((True, directions), (False, directions[:2])):
         together, apart = (
-            estimate(squared_output(model), list(x.split(2)), numbers, chosen, eps=1e-2, per_example=per_example, copies=both)
+            estimate(
+                squared_output(model),
+                list(x.split(2)),
+                numbers,
+                chosen,
+                eps=1e-2,
+                per_example=per_example,
+                copies=both,
+            )
             for both in (None, 1)
         )
         assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)
@@ -205,7 +266,9 @@ def test_a_batch_that_can_not_be_repeated_is_run_twice():
         calls.append(len(batch["x"]))
         return squared_output(model)(batch["x"])
 
-    found = estimate(objective, [{"x": inputs(4)}], parametrize(scales, "row"), [Direction(0, 0)], eps=1e-2)
+    found = estimate(
+        objective, [{"x": inputs(4)}], parametrize(scales, "row"), [Direction(0, 0)], eps=1e-2
+    )
     assert calls == [4, 4]
     assert found.directional_derivative[0] != 0
 
@@ -214,7 +277,9 @@ def test_one_loss_for_a_whole_batch_is_probed_by_two_forwards():
     model, scales = scaled_network(dtype=torch.float64)
     x, direction = inputs(dtype=torch.float64), Direction(0, 0)
     found = [
-        estimate(objective, [x], parametrize(scales, "row"), [direction], eps=1e-2).directional_derivative[0]
+        estimate(
+            objective, [x], parametrize(scales, "row"), [direction], eps=1e-2
+        ).directional_derivative[0]
         for objective in (squared_output(model), lambda batch: squared_output(model)(batch).mean())
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-9)
@@ -224,7 +289,14 @@ def test_examples_with_directions_of_their_own_need_a_loss_each():
     model, scales = scaled_network()
     directions = directions_of_step(0, 0, 6, "rademacher")
     with pytest.raises(ValueError, match="1 losses for 6 examples"):
-        estimate(lambda x: model(x).mean(), [inputs()], parametrize(scales, "row"), directions, eps=1e-2, per_example=True)
+        estimate(
+            lambda x: model(x).mean(),
+            [inputs()],
+            parametrize(scales, "row"),
+            directions,
+            eps=1e-2,
+            per_example=True,
+        )
 
 
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 8)])
@@ -249,7 +321,11 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        self.count += not function.is_view and "empty" not in str(function) and "_unsafe_view" not in str(function)
+        self.count += (
+            not function.is_view
+            and "empty" not in str(function)
+            and "_unsafe_view" not in str(function)
+        )
         return found
 
 

@@ -1,4 +1,6 @@
-"""A journal gives the same bits on another number of threads, in another process and with other vector instructions."""
+"""A journal gives the same bits on another number of threads, in another process and with other
+vector instructions.
+"""
 
 import json
 
@@ -9,7 +11,8 @@ from qzo_diffusion.core.journal import read_journal
 from tests.core.replay_worker import hashes, write_journal
 from tests.ranks import kill_all, start
 
-PLACES = [("1", "default"), ("4", "avx2"), ("2", None)]  # threads, ATEN_CPU_CAPABILITY; None is the machine's own
+# threads, ATEN_CPU_CAPABILITY; None is the machine's own
+PLACES = [("1", "default"), ("4", "avx2"), ("2", None)]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,9 @@ def told(tmp_path_factory):
         write_journal(file, directions)
     processes = []
     for threads, capability in PLACES:
-        environment = {"OMP_NUM_THREADS": threads} | ({"ATEN_CPU_CAPABILITY": capability} if capability else {})
+        environment = {"OMP_NUM_THREADS": threads} | (
+            {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        )
         processes.append(start(["-m", "tests.core.replay_worker", *map(str, files)], **environment))
     try:
         outputs = [process.communicate(timeout=90) for process in processes]
@@ -28,7 +33,9 @@ def told(tmp_path_factory):
         kill_all(processes)
     assert [process.returncode for process in processes] == [0] * len(PLACES), outputs
     found = [json.loads(output) for output, _ in outputs]
-    return [{file.stem: one[str(file)] for file in files} | one for one in found], {f.stem: hashes(read_journal(f)) for f in files}
+    return [{file.stem: one[str(file)] for file in files} | one for one in found], {
+        f.stem: hashes(read_journal(f)) for f in files
+    }
 
 
 def test_the_processes_differ_as_they_should(told):

@@ -1,4 +1,6 @@
-"""Codes on a grid: rounding and estimate against theory, moves within the range, feedback against its definition in float64."""
+"""Codes on a grid: rounding and estimate against theory, moves within the range, feedback against
+its definition in float64.
+"""
 
 import math
 
@@ -27,7 +29,9 @@ def grid_network(kind="int8", **options):
 
 def one_layer(start, seed=0, distribution="rademacher"):
     """A layer of int8 codes with a scale that makes a code worth one, and its numbers."""
-    layer = IntGridLinear(torch.tensor([start], dtype=torch.int8), torch.tensor([127.0]), None, "int8", "float")
+    layer = IntGridLinear(
+        torch.tensor([start], dtype=torch.int8), torch.tensor([127.0]), None, "int8", "float"
+    )
     return layer, Codes(ScaleSet([CodesHandle("w", layer)], (torch.int8,)), {"w": Int8Grid()})
 
 
@@ -45,7 +49,9 @@ def test_rounding_is_right_on_average_and_takes_one_of_the_neighbours(x):
     assert within(rounded[:, None], torch.tensor(x, dtype=torch.float64))
 
 
-@hypothesis.given(st.lists(st.floats(-130, 130, width=32), min_size=1, max_size=50), st.integers(0, 2**31))
+@hypothesis.given(
+    st.lists(st.floats(-130, 130, width=32), min_size=1, max_size=50), st.integers(0, 2**31)
+)
 def test_rounding_never_leaves_the_neighbours_and_is_the_same_again(values, seed):
     x = torch.tensor(values)
     rounded = stochastic_round(x.clone(), seed)
@@ -53,9 +59,13 @@ def test_rounding_never_leaves_the_neighbours_and_is_the_same_again(values, seed
     assert torch.equal(rounded, stochastic_round(x.clone(), seed))
 
 
-@pytest.mark.parametrize(("distribution", "eps"), [("gaussian", 0.7), ("gaussian", 1.5), ("rademacher", 0.3)])
+@pytest.mark.parametrize(
+    ("distribution", "eps"), [("gaussian", 0.7), ("gaussian", 1.5), ("rademacher", 0.3)]
+)
 def test_the_two_roundings_are_independent(distribution, eps):
-    """E[p Q2(u)] / ε = 1 for a number and 0 between two; p with itself in place of Q2 would not give that."""
+    """E[p Q2(u)] / ε = 1 for a number and 0 between two; p with itself in place of Q2 would not
+    give that.
+    """
     layer, numbers = one_layer([0] * 40_000)
     first, twice = [], []
     for seed in range(30):
@@ -73,7 +83,10 @@ def test_the_two_roundings_are_independent(distribution, eps):
 def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
     start = [3, -7, 20, 0, 11, -40]
     layer, numbers = one_layer(start)
-    curvature, goal = torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0, 0.2]), torch.tensor([0.0, 1.0, 15.0, -5.0, 12.0, -20.0])
+    curvature, goal = (
+        torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0, 0.2]),
+        torch.tensor([0.0, 1.0, 15.0, -5.0, 12.0, -20.0]),
+    )
 
     def loss(batch):
         return 0.5 * (curvature * (layer.codes.float() - goal).square()).sum(-1).expand(len(batch))
@@ -81,20 +94,26 @@ def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
     found = []
     for seed in range(4000):
         direction = Direction(seed, 0, 0, distribution)
-        mu = estimate(loss, [torch.zeros(1)], numbers, [direction], eps=0.6).directional_derivative[0]
+        mu = estimate(loss, [torch.zeros(1)], numbers, [direction], eps=0.6).directional_derivative[
+            0
+        ]
         found.append(mu * numbers.combined("w", [direction], [1.0])[0].double())
     assert within(torch.stack(found), (curvature * (torch.tensor(start) - goal)).double())
 
 
 def test_the_spread_of_the_probe_grows_as_one_over_eps():
-    """Var(p / ε): 1 / ε below one code, and 1 from there on; the probe in floating point has 1 everywhere."""
+    """Var(p / ε): 1 / ε below one code, and 1 from there on; the probe in floating point has 1
+    everywhere.
+    """
     _, numbers = one_layer([0] * 200_000)
     _, plain = one_layer([0] * 200_000)
     plain = Codes(plain.scales, {"w": Int8Grid()}, probe="float")
     for eps in (0.05, 0.2, 0.5, 1.0):
         p = numbers.view(Direction(0, 0), eps)(["w"])["w"].double() / eps
         assert p.square().mean().item() == pytest.approx(1 / eps, rel=0.05)
-        assert plain.view(Direction(0, 0), eps)(["w"])["w"].div(eps).square().mean().item() == pytest.approx(1.0)
+        assert plain.view(Direction(0, 0), eps)(["w"])["w"].div(
+            eps
+        ).square().mean().item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +171,10 @@ def test_a_small_move_is_right_on_average():
 def test_feedback_is_what_its_definition_says(monkeypatch):
     monkeypatch.setattr(quzo, "BLOCK", 256)
     layer, numbers = one_layer([5] * 1000)
-    feedback, generator = ErrorFeedback(decay=0.8, steps=50, spread_decay=0.7), torch.Generator().manual_seed(0)
+    feedback, generator = (
+        ErrorFeedback(decay=0.8, steps=50, spread_decay=0.7),
+        torch.Generator().manual_seed(0),
+    )
     codes, left = torch.full((1000,), 5.0).double(), torch.zeros(1000).double()
     square = weight = 0.0
     for step in range(30):
@@ -162,7 +184,10 @@ def test_feedback_is_what_its_definition_says(monkeypatch):
         square = 0.7 * square + 0.3 * (scalars[0] ** 2 + scalars[1] ** 2) / 2
         weight = 0.7 * weight + 0.3
         unit = (square / weight) ** 0.5
-        wanted = numbers.combined("w", directions, [-0.3 * g / 2 / unit for g in scalars])[0].double() + 0.8 * left
+        wanted = (
+            numbers.combined("w", directions, [-0.3 * g / 2 / unit for g in scalars])[0].double()
+            + 0.8 * left
+        )
         left = wanted - wanted.round()
         codes += wanted.round()
     assert torch.equal(layer.codes[0].double(), codes)
@@ -170,7 +195,9 @@ def test_feedback_is_what_its_definition_says(monkeypatch):
 
 
 def test_feedback_moves_what_rounding_alone_would_lose():
-    """A steady slope of 0.08 of a code a step: 0.8 of one where γ = 0.9 has summed it up, nothing without feedback."""
+    """A steady slope of 0.08 of a code a step: 0.8 of one where γ = 0.9 has summed it up, nothing
+    without feedback.
+    """
     layer, numbers = one_layer([0] * 100)
     same = Direction(0, 0)
     feedback = ErrorFeedback(decay=0.9, steps=30)
@@ -203,7 +230,10 @@ def test_a_run_goes_on_from_its_state_and_replays_bit_for_bit(kind, make):
     second.load_state_({name: tensor.clone() for name, tensor in first.state().items()})
     run(3, 6, halted, second)
     one, other = (find_codes(model)[0].tensors() for model in (whole, halted))
-    assert all(torch.equal(one[name], other[name]) and not torch.equal(one[name], base[name]) for name in one)
+    assert all(
+        torch.equal(one[name], other[name]) and not torch.equal(one[name], base[name])
+        for name in one
+    )
 
 
 def test_what_codes_cannot_do_is_refused():
@@ -217,4 +247,6 @@ def test_what_codes_cannot_do_is_refused():
     with pytest.raises(ValueError, match="integer codes"):
         ErrorFeedback().step_(object(), update)
     with pytest.raises(ValueError, match="no factors"):
-        estimate(squared_output(model), [inputs()], numbers, [Direction(0, 0)], eps=1.0, per_example=True)
+        estimate(
+            squared_output(model), [inputs()], numbers, [Direction(0, 0)], eps=1.0, per_example=True
+        )

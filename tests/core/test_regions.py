@@ -1,4 +1,6 @@
-"""Regions of an example with directions of their own: each sees its own z, the mean is the gradient, the variance falls."""
+"""Regions of an example with directions of their own: each sees its own z, the mean is the
+gradient, the variance falls.
+"""
 
 import pytest
 import torch
@@ -45,14 +47,19 @@ def test_each_region_sees_what_its_own_z_does_to_the_scales(level, distribution)
             moved.move_([direction], amounts)
             moved.merge_()
             run = slice(region * TOKENS // REGIONS, (region + 1) * TOKENS // REGIONS)
-            torch.testing.assert_close(together[example, run], other(x[example, run]), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                together[example, run], other(x[example, run]), rtol=1e-12, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    ("count", "regions", "viewed", "gained"), [(1, 2, {"0"}, {"2"}), (2, 2, set(), {"0", "2"}), (1, 1, {"0", "2"}, set())]
+    ("count", "regions", "viewed", "gained"),
+    [(1, 2, {"0"}, {"2"}), (2, 2, set(), {"0", "2"}), (1, 1, {"0", "2"}, set())],
 )
-def test_what_all_examples_share_is_shown_as_scales_and_theta_goes_with_its_z(level, count, regions, viewed, gained):
+def test_what_all_examples_share_is_shown_as_scales_and_theta_goes_with_its_z(
+    level, count, regions, viewed, gained
+):
     """These layers have more scales than factors; pointwise is layer "2"."""
     model, scales, numbers = network_of_tokens(level, ("2",), width=2048, out=2048)
     numbers.move_(directions_of_step(1, 0, 1, "rademacher", regions), [0.1] * regions)
@@ -77,9 +84,13 @@ def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(pointwise)
     drawn = {name: [] for name in exact}
     for seed in range(count):
         directions = directions_of_step(seed, 0, 4, "rademacher", REGIONS)
-        found = estimate(of_regions(model), list(x.split(3)), numbers, directions, eps=1e-3, per_example=True)
+        found = estimate(
+            of_regions(model), list(x.split(3)), numbers, directions, eps=1e-3, per_example=True
+        )
         for name, kept in drawn.items():
-            kept.append(gradient_of(numbers, Update(directions, found.projected_grad, lr=1.0), name))
+            kept.append(
+                gradient_of(numbers, Update(directions, found.projected_grad, lr=1.0), name)
+            )
     for name, values in drawn.items():
         stacked = torch.stack(values)
         deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / count**0.5)
@@ -92,17 +103,27 @@ def test_it_has_less_variance_than_a_direction_for_each_example():
     for seed in range(60):
         for kept, regions in ((of_one, 1), (of_many, REGIONS)):
             directions = directions_of_step(seed, 0, 4, "rademacher", regions)
-            found = estimate(of_regions(model, regions), [x], numbers, directions, eps=1e-3, per_example=True)
-            kept.append(gradient_of(numbers, Update(directions, found.projected_grad, lr=1.0), "row.pointwise"))
+            found = estimate(
+                of_regions(model, regions), [x], numbers, directions, eps=1e-3, per_example=True
+            )
+            kept.append(
+                gradient_of(
+                    numbers, Update(directions, found.projected_grad, lr=1.0), "row.pointwise"
+                )
+            )
     ratio = torch.stack(of_one).var(0).sum() / torch.stack(of_many).var(0).sum()
-    assert ratio > 2  # regions · |gradient of an example|² / mean |gradient of a region|², which is less than 4
+    # regions · |gradient of an example|² / mean |gradient of a region|², which is less than 4
+    assert ratio > 2
 
 
 def test_both_signs_in_one_forward_are_what_two_forwards_give():
     model, _, numbers = network_of_tokens("separable", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     together, apart = (
-        estimate(of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, copies=copies) for copies in (None, 1)
+        estimate(
+            of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, copies=copies
+        )
+        for copies in (None, 1)
     )
     assert len(together.projected_grad) == EXAMPLES * REGIONS
     assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)
@@ -113,7 +134,9 @@ def test_whole_numbers_move_by_what_all_regions_say_together():
     _, _, numbers = network_of_tokens("row", ("2",))
     direction = Direction(0, 0, regions=REGIONS)
     moved = numbers.combined("row", [direction], [0.1, 0.2, 0.3, 0.4])
-    assert torch.equal(moved, torch.tensor(1.0, dtype=torch.float64) * Direction(0, 0).z("row", moved))
+    assert torch.equal(
+        moved, torch.tensor(1.0, dtype=torch.float64) * Direction(0, 0).z("row", moved)
+    )
     of_region = direction.z("row.pointwise", numbers.theta["row.pointwise"], each=True)
     assert torch.equal(numbers.combined("row.pointwise", [direction], [0, 0, 1, 0]), of_region[2])
     assert len({tuple(row.tolist()) for row in of_region}) == REGIONS
@@ -123,7 +146,14 @@ def test_one_region_is_the_estimate_without_regions_on_whole_numbers():
     model, _, numbers = network_of_tokens("row", ())
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher")
     found = estimate(of_regions(model, 1), [x], numbers, directions, eps=1e-2, per_example=True)
-    same = estimate(lambda x: model(x).square().mean((1, 2)), [x], numbers, directions, eps=1e-2, per_example=True)
+    same = estimate(
+        lambda x: model(x).square().mean((1, 2)),
+        [x],
+        numbers,
+        directions,
+        eps=1e-2,
+        per_example=True,
+    )
     assert found.directional_derivative == pytest.approx(same.directional_derivative, rel=1e-12)
 
 
@@ -131,7 +161,15 @@ def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
     model, _, numbers = network_of_tokens("row", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     plain, normal = (
-        estimate(of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, normalize=wanted)
+        estimate(
+            of_regions(model),
+            [x],
+            numbers,
+            directions,
+            eps=1e-2,
+            per_example=True,
+            normalize=wanted,
+        )
         for wanted in (False, True)
     )
     assert spread(normal.projected_grad, REGIONS) == pytest.approx(1)
@@ -146,7 +184,13 @@ def test_no_slope_at_all_moves_nothing_and_stays_finite():
     _, _, numbers = network_of_tokens("row", ("2",))
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     flat = estimate(
-        lambda x: torch.ones(len(x), REGIONS), [tokens()], numbers, directions, eps=1e-2, per_example=True, normalize=True
+        lambda x: torch.ones(len(x), REGIONS),
+        [tokens()],
+        numbers,
+        directions,
+        eps=1e-2,
+        per_example=True,
+        normalize=True,
     )
     assert flat.finite
     assert set(flat.projected_grad) == {0.0}
@@ -163,7 +207,14 @@ def test_nothing_changes_whatever_happens(error):
         raise error
 
     with pytest.raises(type(error)):
-        estimate(broken, [x], numbers, directions_of_step(0, 0, 3, "rademacher", REGIONS), eps=1e-2, per_example=True)
+        estimate(
+            broken,
+            [x],
+            numbers,
+            directions_of_step(0, 0, 3, "rademacher", REGIONS),
+            eps=1e-2,
+            per_example=True,
+        )
     assert_same(before, snapshot(model, scales))
     assert torch.equal(plain, model(x))
 
@@ -171,7 +222,10 @@ def test_nothing_changes_whatever_happens(error):
 def test_what_does_not_fit_is_refused():
     model, scales, numbers = network_of_tokens("row")
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", 3)
-    with pytest.raises(ModelError, match="8 tokens"), scales.showing(*numbers.probes(directions, [0.01])):
+    with (
+        pytest.raises(ModelError, match="8 tokens"),
+        scales.showing(*numbers.probes(directions, [0.01])),
+    ):
         model(tokens())
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     with pytest.raises(ValueError, match="3 losses for 3 examples of 4 regions"):

@@ -1,4 +1,6 @@
-"""A perturbation is shown to a forward and never written: bit for bit, after exceptions and interrupts too."""
+"""A perturbation is shown to a forward and never written: bit for bit, after exceptions and
+interrupts too.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import estimate
 from tests.quantized import BACKENDS, assert_same, inputs, scaled_network, snapshot, squared_output
 
-LEVELS = [("dense", "absolute"), *((level, "relative") for level in ("dense", "row", "layer", "column", "separable"))]
+LEVELS = [
+    ("dense", "absolute"),
+    *((level, "relative") for level in ("dense", "row", "layer", "column", "separable")),
+]
 
 
 @pytest.mark.parametrize(("backend", "quant_type", "blocksize"), BACKENDS)
@@ -56,7 +61,11 @@ def test_an_exception_inside_a_forward_puts_everything_back(error, backend, leve
     numbers = parametrize(scales, level, units)
     before = snapshot(model, scales)
     layer = model[2]
-    seen = (lambda: layer.absmax) if backend == "reference" else (lambda: layer.weight.quant_state.absmax)
+    seen = (
+        (lambda: layer.absmax)
+        if backend == "reference"
+        else (lambda: layer.weight.quant_state.absmax)
+    )
     wrapped = Interruptible(model, error)
     original = layer.forward
     wrapped.arm(layer, scales, "2", seen)
@@ -81,7 +90,9 @@ def test_large_models_are_shown_a_few_layers_at_a_time(monkeypatch):
     displaced = []
 
     def count(_module, _args, _output=None):
-        displaced.append([name for name in scales if model.get_submodule(name).absmax is not live[name]])
+        displaced.append(
+            [name for name in scales if model.get_submodule(name).absmax is not live[name]]
+        )
 
     for layer in model:
         layer.register_forward_hook(count)
@@ -104,7 +115,16 @@ def test_a_few_layers_at_a_time_give_the_same_estimate(monkeypatch, level):
         numbers.move_([Direction(3, 3)], [0.03])
         for per_example in (False, True) if numbers.has_gains else (False,):
             directions = directions_of_step(0, 0, 6 if per_example else 2, "rademacher")
-            found.append(estimate(squared_output(model), [inputs()], numbers, directions, eps=1e-2, per_example=per_example))
+            found.append(
+                estimate(
+                    squared_output(model),
+                    [inputs()],
+                    numbers,
+                    directions,
+                    eps=1e-2,
+                    per_example=per_example,
+                )
+            )
     assert found[: len(found) // 2] == found[len(found) // 2 :]
 
 

@@ -42,7 +42,10 @@ def test_cached_bits_are_the_drawn_ones(limit, each):
     for asked in (all_six[:2], all_six[2:5], all_six[:2], all_six, all_six[4:]):
         for name in ("a", "b"):
             for keep in (True, False):
-                assert np.array_equal(cache.packed(asked, name, draw(name, each), CPU, keep).numpy(), drawn(asked, name, each))
+                assert np.array_equal(
+                    cache.packed(asked, name, draw(name, each), CPU, keep).numpy(),
+                    drawn(asked, name, each),
+                )
 
 
 def test_an_update_over_several_forwards_draws_nothing_again(draws):

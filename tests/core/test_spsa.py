@@ -19,7 +19,10 @@ def exact_gradient(model, scales, x, units):
     for name, layer in layers.items():
         layer.absmax = live[name].clone().requires_grad_()
     squared_output(model)(x).mean().backward()
-    gradient = {name: layer.absmax.grad * (live[name] if units == "relative" else 1) for name, layer in layers.items()}
+    gradient = {
+        name: layer.absmax.grad * (live[name] if units == "relative" else 1)
+        for name, layer in layers.items()
+    }
     for name, layer in layers.items():
         layer.absmax = live[name]
     return gradient
@@ -33,13 +36,18 @@ def test_error_of_the_derivative_is_of_second_order_in_eps(units, distribution):
     numbers = parametrize(scales, "dense", units)
     direction = Direction(0, 0, 0, distribution)
     gradient = exact_gradient(model, scales, x, units)
-    exact = sum((gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item() for name in scales)
+    exact = sum(
+        (gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item()
+        for name in scales
+    )
     radii = [0.004, 0.008, 0.016, 0.032] if units == "relative" else [0.0005, 0.001, 0.002, 0.004]
     errors = []
     for eps in radii:
         result = estimate(squared_output(model), [x], numbers, [direction], eps=eps)
         errors.append(abs(result.directional_derivative[0] - exact))
-    logs = torch.tensor([[math.log(eps), math.log(error)] for eps, error in zip(radii, errors, strict=True)]).double()
+    logs = torch.tensor(
+        [[math.log(eps), math.log(error)] for eps, error in zip(radii, errors, strict=True)]
+    ).double()
     centred = logs - logs.mean(0)
     order = (centred[:, 0] @ centred[:, 1] / (centred[:, 0] @ centred[:, 0])).item()
     assert abs(order - 2) <= 0.1, (order, errors)
@@ -51,11 +59,17 @@ def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
     x = inputs(width=64, dtype=torch.float64)
     numbers = parametrize(scales, level)
     dense = exact_gradient(model, scales, x, "relative")
-    exact = dense if level == "dense" else {"layer": torch.stack([dense[name].sum() for name in scales])}
+    exact = (
+        dense
+        if level == "dense"
+        else {"layer": torch.stack([dense[name].sum() for name in scales])}
+    )
     samples = {name: [] for name in numbers.numbers()}
     for seed in range(4000):
         direction = Direction(seed, 0)
-        d = estimate(squared_output(model), [x], numbers, [direction], eps=1e-3).directional_derivative[0]
+        d = estimate(
+            squared_output(model), [x], numbers, [direction], eps=1e-3
+        ).directional_derivative[0]
         for name, drawn in samples.items():
             drawn.append(d * numbers.combined(name, [direction], [1.0]))
     for name in samples:
@@ -71,7 +85,8 @@ def test_nothing_asks_for_a_derivative(monkeypatch, units):
         raise AssertionError("autograd was used")
 
     model, scales = scaled_network("bnb")
-    model(inputs())  # libraries that are imported on first use look at the functions which are replaced below
+    # libraries that are imported on first use look at the functions which are replaced below
+    model(inputs())
     monkeypatch.setattr(torch.Tensor, "backward", refuse)
     monkeypatch.setattr(torch.autograd, "backward", refuse)
     monkeypatch.setattr(torch.autograd, "grad", refuse)
@@ -92,7 +107,8 @@ def test_micro_batches_of_any_size_give_the_same_mean(backend, quant_type, block
     x = inputs(7)
     whole = mean_loss(squared_output(model), [x])
     parts = mean_loss(squared_output(model), list(x.split(3)))
-    # One example's loss may change with the shape of the product: 128 terms, rounded to nearest, twice in a row.
+    # One example's loss may change with the shape of the product: 128 terms, rounded to nearest,
+    # twice in a row.
     assert parts == pytest.approx(whole, rel=2 * 128 * 2**-24)
 
 
@@ -111,7 +127,9 @@ def test_a_clipped_direction_is_told_and_others_are_not():
     directions = [Direction(0, 0, index) for index in range(4)]
     free = estimate(squared_output(model), [inputs()], numbers, directions, eps=1e-2)
     bound = sorted(map(abs, free.directional_derivative))[1]
-    result = estimate(squared_output(model), [inputs()], numbers, directions, eps=1e-2, clip_threshold=bound)
+    result = estimate(
+        squared_output(model), [inputs()], numbers, directions, eps=1e-2, clip_threshold=bound
+    )
     assert sum(result.clipped) == sum(abs(d) > bound for d in free.directional_derivative) > 0
     assert all(abs(g) <= bound for g in result.projected_grad)
     assert result.directional_derivative == free.directional_derivative
@@ -120,5 +138,12 @@ def test_a_clipped_direction_is_told_and_others_are_not():
 def test_an_infinite_probe_is_not_finite_even_when_clipped():
     _, scales = scaled_network()
     losses = iter([torch.tensor([math.inf]), torch.tensor([1.0])])
-    result = estimate(lambda _: next(losses), [None], parametrize(scales, "layer"), [Direction(0, 0)], eps=1e-2, clip_threshold=1.0)
+    result = estimate(
+        lambda _: next(losses),
+        [None],
+        parametrize(scales, "layer"),
+        [Direction(0, 0)],
+        eps=1e-2,
+        clip_threshold=1.0,
+    )
     assert not result.finite

@@ -8,7 +8,10 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import estimate
 from tests.quantized import inputs, scaled_network, squared_output
 
-LEVELS = [("dense", "absolute"), *((level, "relative") for level in ("dense", "row", "layer", "column", "separable"))]
+LEVELS = [
+    ("dense", "absolute"),
+    *((level, "relative") for level in ("dense", "row", "layer", "column", "separable")),
+]
 
 
 @pytest.mark.parametrize(("level", "units"), LEVELS)
@@ -25,7 +28,9 @@ def test_only_the_chosen_layers_are_shown_changed_and_moved(level, units):
     numbers.merge_()
     assert torch.equal(scales["0"], before["0"])
     assert not torch.equal(scales["2"], before["2"])
-    expected = {"dense": scales["2"].numel(), "row": 8, "layer": 1, "column": 2, "separable": 10}[level]
+    expected = {"dense": scales["2"].numel(), "row": 8, "layer": 1, "column": 2, "separable": 10}[
+        level
+    ]
     assert sum(tensor.numel() for tensor in numbers.numbers().values()) == expected
 
 
@@ -35,6 +40,11 @@ def test_examples_are_probed_in_the_chosen_layers_only():
     _, gains = numbers.probes([Direction(0, 0)], [0.01, -0.01])
     assert list(gains(["0", "2"])) == ["2"]
     found = estimate(
-        squared_output(model), [inputs()], numbers, directions_of_step(0, 0, 6, "rademacher"), eps=1e-2, per_example=True
+        squared_output(model),
+        [inputs()],
+        numbers,
+        directions_of_step(0, 0, 6, "rademacher"),
+        eps=1e-2,
+        per_example=True,
     )
     assert all(found.directional_derivative)

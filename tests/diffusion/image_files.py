@@ -10,7 +10,9 @@ from PIL import Image
 BLUE = (20, 40, 200)
 
 
-def save(path: Path, *, size: tuple[int, int] = (32, 32), colour: tuple[int, int, int] = BLUE) -> Path:
+def save(
+    path: Path, *, size: tuple[int, int] = (32, 32), colour: tuple[int, int, int] = BLUE
+) -> Path:
     """A plain RGB image; distinct colours give distinct bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
@@ -18,7 +20,10 @@ def save(path: Path, *, size: tuple[int, int] = (32, 32), colour: tuple[int, int
 
 
 def save_many(folder: Path, count: int, *, text: str | None = "a cat") -> list[Path]:
-    """`count` different images 000.png, 001.png, ... each with a .txt beside it, unless `text` is None."""
+    """`count` different images 000.png, 001.png, ...
+
+    each with a .txt beside it, unless `text` is None.
+    """
     paths = []
     for index in range(count):
         paths.append(save(folder / f"{index:03}.png", colour=(index % 256, index // 256, 7)))
@@ -44,7 +49,10 @@ def save_bomb(path: Path, side: int = 30_000) -> Path:
     """A PNG of a few hundred bytes whose header promises side x side RGB pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(bytes(1000))) + _chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + _chunk(b"IEND", b"")
     )
     return path
 
@@ -53,7 +61,12 @@ def save_png_16_bit_rgb(path: Path, value: int, *, side: int = 16) -> Path:
     """Three channels of 16 bits, which Pillow can read but not write."""
     header = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
     rows = (b"\x00" + struct.pack(">H", value) * 3 * side) * side
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + _chunk(b"IHDR", header)
+        + _chunk(b"IDAT", zlib.compress(rows))
+        + _chunk(b"IEND", b"")
+    )
     return path
 
 

@@ -8,7 +8,9 @@ from qzo_diffusion.diffusion.buckets import Bucket, bucket_shapes, nearest_bucke
 
 def test_the_shapes_of_stable_diffusion_3_5() -> None:
     wide = {(1152, 896), (1216, 832), (1344, 768), (1472, 704)}
-    assert set(bucket_shapes(1024)) == {(1024, 1024)} | wide | {(height, width) for width, height in wide}
+    assert set(bucket_shapes(1024)) == {(1024, 1024)} | wide | {
+        (height, width) for width, height in wide
+    }
 
 
 @pytest.mark.parametrize(

@@ -53,14 +53,20 @@ def test_the_file_is_plain_safetensors_that_names_its_key(tmp_path: Path) -> Non
         pickle.loads(path.read_bytes())
 
 
-@pytest.mark.parametrize("change", [{"file": "ab13"}, {"width": 80}, {"flip": True}, {"flip": 0}, {"more": 1}])
-def test_any_change_of_the_key_is_a_miss(tmp_path: Path, change: dict[str, str | int | bool]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"file": "ab13"}, {"width": 80}, {"flip": True}, {"flip": 0}, {"more": 1}]
+)
+def test_any_change_of_the_key_is_a_miss(
+    tmp_path: Path, change: dict[str, str | int | bool]
+) -> None:
     cache = TensorCache(tmp_path)
     cache.put(KEY, {"a": torch.ones(2)})
     assert cache.get({**KEY, **change}) is None
 
 
-values = st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+values = (
+    st.text() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans()
+)
 keys = st.dictionaries(st.text(), values)
 
 
@@ -78,14 +84,17 @@ def test_every_damaged_byte_is_a_miss_that_can_be_mended(tmp_path: Path) -> None
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
         found = cache.get(KEY)
-        # A flipped bit may fall on padding or on nothing that matters; it must never give other numbers.
+        # A flipped bit may fall on padding or on nothing that matters; it must never give other
+        # numbers.
         assert found is None or torch.equal(found["a"], torch.arange(4, dtype=torch.float32))
         assert path.exists() == (found is not None)
     cache.put(KEY, {"a": torch.ones(1)})
     assert cache.get(KEY) is not None
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"no safetensors at all"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00", b"\xff" * 8, b"\x02\0\0\0\0\0\0\0{}", b"no safetensors at all"]
+)
 def test_a_file_of_nonsense_is_removed(tmp_path: Path, data: bytes) -> None:
     cache = TensorCache(tmp_path)
     cache.put(KEY, {"a": torch.ones(2)})
@@ -114,7 +123,9 @@ def test_the_file_of_another_key_is_a_miss(tmp_path: Path) -> None:
     assert cache.get(KEY) is None
 
 
-def test_a_write_that_fails_leaves_the_old_entry_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_entry_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = TensorCache(tmp_path)
     cache.put(KEY, {"a": torch.ones(2)})
 

@@ -18,7 +18,11 @@ def images(folder: Path, *names: str) -> list[Path]:
 
 
 def read(
-    folder: Path, files: list[Path], fallback: str | None = None, trigger: str | None = None, other: Path | None = None
+    folder: Path,
+    files: list[Path],
+    fallback: str | None = None,
+    trigger: str | None = None,
+    other: Path | None = None,
 ) -> Captions:
     return read_captions(folder, files, fallback=fallback, trigger=trigger, other=other)
 
@@ -64,7 +68,10 @@ def test_an_empty_caption_file_is_noted_and_the_next_source_taken(tmp_path: Path
     (tmp_path / "a.caption").write_text("a cat\n")
     captions = read(tmp_path, files)
     assert captions.by_file[files[0]] == Caption("a cat", "caption")
-    assert captions.notes == ("1 texts in metadata.jsonl are empty: a.png", "1 captions are empty: a.txt")
+    assert captions.notes == (
+        "1 texts in metadata.jsonl are empty: a.png",
+        "1 captions are empty: a.txt",
+    )
 
 
 def test_notes_of_one_kind_are_one_note(tmp_path: Path) -> None:
@@ -72,7 +79,9 @@ def test_notes_of_one_kind_are_one_note(tmp_path: Path) -> None:
     for index, path in enumerate(files):
         path.with_suffix(".txt").write_bytes(b"" if index < 12 else b"caf\xe9")
     assert read(tmp_path, files).notes == (
-        "12 captions are empty: " + ", ".join(f"{index:02}.txt" for index in range(10)) + ", ... and 2 more",
+        "12 captions are empty: "
+        + ", ".join(f"{index:02}.txt" for index in range(10))
+        + ", ... and 2 more",
         "13 caption files are not UTF-8, read as Latin-1: "
         + ", ".join(f"{index}.txt" for index in range(12, 22))
         + ", ... and 3 more",
@@ -98,9 +107,15 @@ def test_a_caption_file_that_gives_way_to_one_of_the_same_name_is_noted(tmp_path
 @pytest.mark.parametrize(
     ("data", "notes"),
     [
-        ("ein Kätzchen".encode("latin-1"), ("1 caption files are not UTF-8, read as Latin-1: a.txt",)),
+        (
+            "ein Kätzchen".encode("latin-1"),
+            ("1 caption files are not UTF-8, read as Latin-1: a.txt",),
+        ),
         ("ein Kätzchen".encode("utf-8-sig"), ()),
-        ("ein Kätzchen".encode("utf-16"), ("1 caption files are read as UTF-16; UTF-8 is expected: a.txt",)),
+        (
+            "ein Kätzchen".encode("utf-16"),
+            ("1 caption files are read as UTF-16; UTF-8 is expected: a.txt",),
+        ),
         ("ein Kätzchen".encode(), ()),
     ],
 )
@@ -124,7 +139,11 @@ def test_the_trigger_replaces_its_placeholder_in_every_source(tmp_path: Path) ->
     metadata(tmp_path, {"file_name": "a.png", "text": "a cat, [trigger]"})
     (tmp_path / "b.txt").write_text("[trigger] of a [trigger]")
     captions = read(tmp_path, files, fallback="in [trigger] style", trigger="zqo")
-    assert [caption.text for caption in captions.by_file.values()] == ["a cat, zqo", "zqo of a zqo", "in zqo style"]
+    assert [caption.text for caption in captions.by_file.values()] == [
+        "a cat, zqo",
+        "zqo of a zqo",
+        "in zqo style",
+    ]
     with pytest.raises(DataError, match=r"\[trigger\].*no trigger") as caught:
         read(tmp_path, files, fallback="in [trigger] style")
     assert "--trigger" in caught.value.remedy
@@ -164,12 +183,22 @@ def test_names_with_dots_capitals_and_folders(tmp_path: Path) -> None:
 
 def test_metadata_names_are_relative_to_its_own_folder(tmp_path: Path) -> None:
     files = images(tmp_path, "a.png", "sub/a.png", "sub/b.png")
-    metadata(tmp_path, {"file_name": "a.png", "text": "one"}, {"file_name": "./sub/../sub/b.png", "text": "three"})
+    metadata(
+        tmp_path,
+        {"file_name": "a.png", "text": "one"},
+        {"file_name": "./sub/../sub/b.png", "text": "three"},
+    )
     metadata(tmp_path / "sub", {"file_name": "a.png", "text": "two"})
-    assert [caption.text for caption in read(tmp_path, files).by_file.values()] == ["one", "two", "three"]
+    assert [caption.text for caption in read(tmp_path, files).by_file.values()] == [
+        "one",
+        "two",
+        "three",
+    ]
 
 
-def test_metadata_may_hold_a_byte_order_mark_windows_lines_and_a_name_composed_differently(tmp_path: Path) -> None:
+def test_metadata_may_hold_a_byte_order_mark_windows_lines_and_a_name_composed_differently(
+    tmp_path: Path,
+) -> None:
     decomposed, composed = "cafe\u0301.png", "caf\u00e9.png"
     files = images(tmp_path, decomposed)
     line = json.dumps({"file_name": composed, "text": "a\u2028b"}, ensure_ascii=False)
@@ -201,7 +230,9 @@ def test_metadata_may_hold_a_byte_order_mark_windows_lines_and_a_name_composed_d
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_a_wrong_line_of_metadata_is_an_error_with_its_number(tmp_path: Path, line: object, problem: str) -> None:
+def test_a_wrong_line_of_metadata_is_an_error_with_its_number(
+    tmp_path: Path, line: object, problem: str
+) -> None:
     folder = tmp_path / "imgs"
     files = images(folder, "a.png", "b.png")
     images(tmp_path, "outside.png")
@@ -224,11 +255,16 @@ def test_metadata_may_name_images_that_are_links(tmp_path: Path) -> None:
     assert read(folder, files).by_file == {files[0]: Caption("a cat", "metadata.jsonl")}
 
 
-@pytest.mark.parametrize("spelling", ["imgs/val", "imgs/../imgs/val", "link/val", "imgs/link", "elsewhere"])
-def test_one_metadata_for_a_folder_and_the_validation_folder_inside(tmp_path: Path, spelling: str) -> None:
+@pytest.mark.parametrize(
+    "spelling", ["imgs/val", "imgs/../imgs/val", "link/val", "imgs/link", "elsewhere"]
+)
+def test_one_metadata_for_a_folder_and_the_validation_folder_inside(
+    tmp_path: Path, spelling: str
+) -> None:
     folder, val = tmp_path / "imgs", tmp_path / spelling
     (train,) = images(folder, "a.png")
-    if spelling in ("imgs/link", "elsewhere"):  # the folder may be a link, which a resumed run knows by its other end
+    if spelling in ("imgs/link", "elsewhere"):
+        # the folder may be a link, which a resumed run knows by its other end
         images(tmp_path, "elsewhere/a.png", "elsewhere/sub/b.png")
         (folder / "link").symlink_to(tmp_path / "elsewhere")
     else:
@@ -244,7 +280,9 @@ def test_one_metadata_for_a_folder_and_the_validation_folder_inside(tmp_path: Pa
     )
     captions = read(folder, [train], other=val)
     assert captions.by_file == {train: Caption("trained on", "metadata.jsonl")}
-    assert captions.notes == (f"2 lines of metadata.jsonl are for images in {val}: {name}/a.png, {name}/sub/b.png",)
+    assert captions.notes == (
+        f"2 lines of metadata.jsonl are for images in {val}: {name}/a.png, {name}/sub/b.png",
+    )
     captions = read(val, held_out, other=folder)
     assert [caption.text for caption in captions.by_file.values()] == ["one", "two"]
     assert captions.notes == ()
@@ -254,7 +292,9 @@ def test_a_validation_folder_reads_its_own_metadata_first(tmp_path: Path) -> Non
     files = images(tmp_path, "val/a.png", "val/b.png")
     metadata(tmp_path, *({"file_name": f"val/{stem}.png", "text": "outer"} for stem in "ab"))
     metadata(tmp_path / "val", {"file_name": "a.png", "text": "its own"})
-    assert [caption.text for caption in read(tmp_path / "val", files, other=tmp_path).by_file.values()] == ["its own", "outer"]
+    assert [
+        caption.text for caption in read(tmp_path / "val", files, other=tmp_path).by_file.values()
+    ] == ["its own", "outer"]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +306,9 @@ def test_a_validation_folder_reads_its_own_metadata_first(tmp_path: Path) -> Non
         ({"file_name": "val/../../val/a.png", "text": "x"}, "leads out"),
     ],
 )
-def test_a_wrong_line_for_the_validation_folder_is_an_error(tmp_path: Path, line: object, problem: str) -> None:
+def test_a_wrong_line_for_the_validation_folder_is_an_error(
+    tmp_path: Path, line: object, problem: str
+) -> None:
     folder = tmp_path / "imgs"
     files = images(folder, "val/a.png")
     metadata(folder, {"file_name": "val/a.png", "text": "fine"}, line)
@@ -276,7 +318,9 @@ def test_a_wrong_line_for_the_validation_folder_is_an_error(tmp_path: Path, line
 
 
 @pytest.mark.parametrize("name", ["missing.png", "valley/a.png", "sub/\0/a.png", "\ud800/a.png"])
-def test_lines_for_no_image_are_no_lines_for_the_validation_folder(tmp_path: Path, name: str) -> None:
+def test_lines_for_no_image_are_no_lines_for_the_validation_folder(
+    tmp_path: Path, name: str
+) -> None:
     files = images(tmp_path, "a.png", "val/a.png")[:1]
     metadata(tmp_path, {"file_name": name, "text": "x"})
     with pytest.raises(DataError, match="not among the images"):
@@ -284,8 +328,12 @@ def test_lines_for_no_image_are_no_lines_for_the_validation_folder(tmp_path: Pat
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".caption"])
-@pytest.mark.parametrize(("image", "text"), [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301")])
-def test_a_caption_file_whose_name_is_composed_differently(tmp_path: Path, image: str, text: str, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("image", "text"), [("cafe\u0301", "caf\u00e9"), ("caf\u00e9", "cafe\u0301")]
+)
+def test_a_caption_file_whose_name_is_composed_differently(
+    tmp_path: Path, image: str, text: str, suffix: str
+) -> None:
     files = images(tmp_path, f"{image}.png")
     (tmp_path / f"{text}{suffix}").write_text("a cat")
     captions = read(tmp_path, files)
@@ -298,8 +346,13 @@ def test_of_names_that_look_alike_the_same_bytes_come_first(tmp_path: Path) -> N
     for path in files:
         path.with_suffix(".txt").write_text(str(len(path.stem)))
     assert [caption.text for caption in read(tmp_path, files).by_file.values()] == ["5", "4"]
-    metadata(tmp_path, *({"file_name": path.name, "text": f"{len(path.stem)} letters"} for path in files))
-    assert [caption.text for caption in read(tmp_path, files).by_file.values()] == ["5 letters", "4 letters"]
+    metadata(
+        tmp_path, *({"file_name": path.name, "text": f"{len(path.stem)} letters"} for path in files)
+    )
+    assert [caption.text for caption in read(tmp_path, files).by_file.values()] == [
+        "5 letters",
+        "4 letters",
+    ]
 
 
 json_values = st.recursive(
@@ -308,15 +361,23 @@ json_values = st.recursive(
     max_leaves=5,
 )
 names = st.sampled_from(["a.png", "b.png", "../a.png", "/a.png", "\0", "x" * 5000]) | st.text()
-entries = st.fixed_dictionaries({}, optional={"file_name": names | json_values, "text": st.text() | json_values})
+entries = st.fixed_dictionaries(
+    {}, optional={"file_name": names | json_values, "text": st.text() | json_values}
+)
 any_lines = st.lists(
-    st.binary(max_size=40) | st.one_of(entries, json_values).map(lambda value: json.dumps(value).encode()), max_size=6
+    st.binary(max_size=40)
+    | st.one_of(entries, json_values).map(lambda value: json.dumps(value).encode()),
+    max_size=6,
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(lines=any_lines)
-def test_whatever_metadata_holds_the_answer_is_captions_or_a_data_error(tmp_path: Path, lines: list[bytes]) -> None:
+def test_whatever_metadata_holds_the_answer_is_captions_or_a_data_error(
+    tmp_path: Path, lines: list[bytes]
+) -> None:
     files = images(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.jsonl").write_bytes(b"\n".join(lines))
     try:
@@ -325,7 +386,10 @@ def test_whatever_metadata_holds_the_answer_is_captions_or_a_data_error(tmp_path
         assert "metadata.jsonl, line" in error.got  # noqa: PT017  # success is allowed too
     else:
         assert list(captions.by_file) == files
-        assert all(caption.source in ("metadata.jsonl", "--caption") for caption in captions.by_file.values())
+        assert all(
+            caption.source in ("metadata.jsonl", "--caption")
+            for caption in captions.by_file.values()
+        )
 
 
 def test_a_caption_file_that_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:

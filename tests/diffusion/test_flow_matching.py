@@ -1,4 +1,6 @@
-"""The rectified-flow objective: its formula, its noise levels, and that both forwards of a step see the same."""
+"""The rectified-flow objective: its formula, its noise levels, and that both forwards of a step see
+the same.
+"""
 
 from dataclasses import replace
 
@@ -7,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, sample_sigmas, shift_sigma, velocity_loss
+from qzo_diffusion.diffusion.flow_matching import (
+    Batch,
+    divisor_up_to,
+    sample_sigmas,
+    shift_sigma,
+    velocity_loss,
+)
 
 
 class Recorder:
@@ -25,7 +33,10 @@ def make_batch(count=4, sigma=None):
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(count, 16, 8, 8, generator=generator) for _ in range(2))
     sigma = torch.linspace(0, 1, count) if sigma is None else sigma
-    embeds, pooled = torch.randn(count, 6, 32, generator=generator), torch.randn(count, 8, generator=generator)
+    embeds, pooled = (
+        torch.randn(count, 6, 32, generator=generator),
+        torch.randn(count, 8, generator=generator),
+    )
     return Batch(latents, noise, sigma, embeds, pooled)
 
 
@@ -52,7 +63,9 @@ def test_input_runs_from_the_latents_to_pure_noise_and_time_from_0_to_1000():
     torch.testing.assert_close(call["timestep"], 1000 * batch.sigma)
     middle = make_batch(sigma=torch.full((4,), 0.25))
     velocity_loss(transformer, middle, torch.float32)
-    torch.testing.assert_close(transformer.calls[-1]["hidden_states"], 0.75 * middle.latents + 0.25 * middle.noise)
+    torch.testing.assert_close(
+        transformer.calls[-1]["hidden_states"], 0.75 * middle.latents + 0.25 * middle.noise
+    )
 
 
 def test_losses_are_fp32_when_the_model_computes_in_bf16():
@@ -75,18 +88,28 @@ def test_micro_batches_hold_every_example_once():
 def test_noise_levels_have_one_in_each_stratum(distribution, count):
     for seed in range(50):
         sigma = sample_sigmas(count, torch.Generator().manual_seed(seed), distribution=distribution)
-        quantile = sigma.double() if distribution == "uniform" else torch.special.ndtr(torch.logit(sigma.double()))
-        assert (quantile * count).floor().clamp(0, count - 1).sort().values.tolist() == list(range(count))
+        quantile = (
+            sigma.double()
+            if distribution == "uniform"
+            else torch.special.ndtr(torch.logit(sigma.double()))
+        )
+        assert (quantile * count).floor().clamp(0, count - 1).sort().values.tolist() == list(
+            range(count)
+        )
 
 
 def test_stratified_levels_have_the_mean_of_the_distribution():
-    draws = torch.cat([sample_sigmas(4, torch.Generator().manual_seed(seed)) for seed in range(2000)]).double()
+    draws = torch.cat(
+        [sample_sigmas(4, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    ).double()
     assert abs(draws.mean().item() - 0.5) < 5 * (1 / 12) ** 0.5 / 8000**0.5
 
 
 def test_logit_normal_has_median_one_half_at_shift_1_and_three_quarters_at_shift_3():
     for shift, median in ((1.0, 0.5), (3.0, 0.75)):
-        sigma = sample_sigmas(10_000, torch.Generator().manual_seed(0), distribution="logit_normal", shift=shift)
+        sigma = sample_sigmas(
+            10_000, torch.Generator().manual_seed(0), distribution="logit_normal", shift=shift
+        )
         assert sigma.median().item() == pytest.approx(median, abs=1e-3)
 
 
@@ -111,14 +134,21 @@ def test_losses_of_regions_average_to_the_examples_and_see_their_own_patches_onl
     wrong[:, :, 2:4, 4:6] += 3.0  # the patch in row 1, column 2: the seventh of sixteen
     whole = velocity_loss(Recorder(wrong), batch, torch.float32)
     for regions in (1, 2, 4, 16):
-        of_regions = velocity_loss(Recorder(wrong), replace(batch, regions=regions), torch.float32).view(4, -1)
+        of_regions = velocity_loss(
+            Recorder(wrong), replace(batch, regions=regions), torch.float32
+        ).view(4, -1)
         torch.testing.assert_close(of_regions.mean(1), whole)
         assert of_regions[0].nonzero().flatten().tolist() == [6 * regions // 16]
 
 
 def test_a_batch_keeps_its_regions_whatever_is_done_to_it():
     batch = replace(make_batch(), regions=4)
-    parts = [batch.part(slice(1, 3)), batch.repeated(2), batch.to(torch.device("cpu")), *batch.split(2)]
+    parts = [
+        batch.part(slice(1, 3)),
+        batch.repeated(2),
+        batch.to(torch.device("cpu")),
+        *batch.split(2),
+    ]
     assert {part.regions for part in parts} == {4}
 
 

@@ -10,8 +10,23 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from qzo_diffusion.diffusion.images import IMAGE_SUFFIXES, MAX_PIXELS, BadImage, OpenedImage, is_image_name, load_pixels, open_image
-from tests.diffusion.image_files import BLUE, save, save_bomb, save_noise, save_png_16_bit_rgb, save_truncated
+from qzo_diffusion.diffusion.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    BadImage,
+    OpenedImage,
+    is_image_name,
+    load_pixels,
+    open_image,
+)
+from tests.diffusion.image_files import (
+    BLUE,
+    save,
+    save_bomb,
+    save_noise,
+    save_png_16_bit_rgb,
+    save_truncated,
+)
 
 
 def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, ...]:
@@ -35,13 +50,25 @@ def test_every_format_opens_by_content_without_a_note(tmp_path: Path, suffix: st
 
 
 def test_the_suffixes_asked_for_are_there() -> None:
-    assert {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"} <= IMAGE_SUFFIXES
+    assert {
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+    } <= IMAGE_SUFFIXES
     assert not is_image_name(Path("a.txt"))
     assert not is_image_name(Path("png"))
 
 
 def save_turned(path: Path, orientation: int, **options: Any) -> Path:
-    """Red in row 0 of what is stored and green in its column 0, with a tag that says where those belong.
+    """Red in row 0 of what is stored and green in its column 0, with a tag that says where those
+    belong.
 
     Stripes are 8 pixels wide, so that JPEG keeps them apart.
     """
@@ -54,7 +81,8 @@ def save_turned(path: Path, orientation: int, **options: Any) -> Path:
 
 
 def assert_upright(opened: OpenedImage, orientation: int) -> None:
-    # From the EXIF standard: where the first row and the first column of what is stored lie in the upright picture.
+    # From the EXIF standard: where the first row and the first column of what is stored lie in the
+    # upright picture.
     red, green = {
         1: ("top", "left"),
         2: ("top", "right"),
@@ -67,7 +95,12 @@ def assert_upright(opened: OpenedImage, orientation: int) -> None:
     }[orientation]
     pixels = np.asarray(opened.image).astype(int)
     assert pixels.shape == ((40, 56, 3) if orientation < 5 else (56, 40, 3))
-    edges = {"top": pixels[4, 12:-12], "bottom": pixels[-4, 12:-12], "left": pixels[12:-12, 4], "right": pixels[12:-12, -4]}
+    edges = {
+        "top": pixels[4, 12:-12],
+        "bottom": pixels[-4, 12:-12],
+        "left": pixels[12:-12, 4],
+        "right": pixels[12:-12, -4],
+    }
     assert np.abs(edges[red] - (255, 0, 0)).max() < 40
     assert np.abs(edges[green] - (0, 255, 0)).max() < 40
     assert opened.notes == (("rotated as its EXIF data says",) if orientation > 1 else ())
@@ -82,9 +115,13 @@ _TURNED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), _TURNED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "options"), _TURNED, ids=lambda value: value if isinstance(value, str) else ""
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(tmp_path: Path, orientation: int, name: str, options: dict[str, Any]) -> None:
+def test_exif_rotation_is_applied(
+    tmp_path: Path, orientation: int, name: str, options: dict[str, Any]
+) -> None:
     assert_upright(open_image(save_turned(tmp_path / name, orientation, **options)), orientation)
 
 
@@ -93,12 +130,15 @@ def test_exif_rotation_is_applied_where_pillow_leaves_a_tiff_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int
 ) -> None:
     path = save_turned(tmp_path / "a.tif", orientation)
-    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda *_args, **_options: None)  # as in Pillow 10.0
+    # as in Pillow 10.0
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda *_args, **_options: None)
     assert_upright(open_image(path), orientation)
 
 
 @pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".jp2", ".tga", ".jxl"])
-def test_a_picture_of_a_format_that_is_not_read_is_bad_and_says_what_to_do(tmp_path: Path, suffix: str) -> None:
+def test_a_picture_of_a_format_that_is_not_read_is_bad_and_says_what_to_do(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"a{suffix}"
     assert is_image_name(path)
     for content in (b"\0\0\0\x18ftypheic", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"):
@@ -114,7 +154,13 @@ def test_a_readable_picture_opens_under_any_name(tmp_path: Path) -> None:
 
 
 def test_damaged_exif_data_loses_no_picture(tmp_path: Path) -> None:
-    opened = open_image(saved(Image.new("RGB", (32, 32), BLUE), tmp_path / "a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff"))
+    opened = open_image(
+        saved(
+            Image.new("RGB", (32, 32), BLUE),
+            tmp_path / "a.jpg",
+            exif=b"Exif\0\0MM\0*\0\0\0\x08\xff",
+        )
+    )
     assert opened.image.size == (32, 32)
     assert opened.notes
 
@@ -123,8 +169,18 @@ def test_damaged_exif_data_loses_no_picture(tmp_path: Path) -> None:
     ("image", "name", "expected", "notes"),
     [
         (Image.new("L", (16, 16), 90), "a.png", (90, 90, 90), ("converted from grey",)),
-        (Image.new("1", (16, 16), 1), "a.png", (255, 255, 255), ("converted from black and white",)),
-        (Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "a.tif", (255, 0, 0), ("converted from CMYK",)),
+        (
+            Image.new("1", (16, 16), 1),
+            "a.png",
+            (255, 255, 255),
+            ("converted from black and white",),
+        ),
+        (
+            Image.new("CMYK", (16, 16), (0, 255, 255, 0)),
+            "a.tif",
+            (255, 0, 0),
+            ("converted from CMYK",),
+        ),
         (Image.new("RGB", (16, 16), BLUE).quantize(4), "a.png", BLUE, ("converted from palette",)),
         (Image.new("RGBA", (16, 16), (*BLUE, 255)), "a.png", BLUE, ("converted from RGBA",)),
         (
@@ -139,14 +195,28 @@ def test_damaged_exif_data_loses_no_picture(tmp_path: Path) -> None:
             (255, 255, 255),
             ("converted from grey with alpha", "transparent parts laid over white"),
         ),
-        (Image.new("I;16", (16, 16), 257 * 100), "a.png", (100, 100, 100), ("converted from 16-bit grey",)),
-        (Image.new("I;16", (16, 16), 65535), "a.tif", (255, 255, 255), ("converted from 16-bit grey",)),
+        (
+            Image.new("I;16", (16, 16), 257 * 100),
+            "a.png",
+            (100, 100, 100),
+            ("converted from 16-bit grey",),
+        ),
+        (
+            Image.new("I;16", (16, 16), 65535),
+            "a.tif",
+            (255, 255, 255),
+            ("converted from 16-bit grey",),
+        ),
         (Image.new("I;16", (16, 16), 300), "a.png", (1, 1, 1), ("converted from 16-bit grey",)),
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
 )
 def test_other_modes_are_converted_and_noted(
-    tmp_path: Path, image: Image.Image, name: str, expected: tuple[int, int, int], notes: tuple[str, ...]
+    tmp_path: Path,
+    image: Image.Image,
+    name: str,
+    expected: tuple[int, int, int],
+    notes: tuple[str, ...],
 ) -> None:
     path = saved(image, tmp_path / name)
     assert open_image(path).notes == notes
@@ -154,7 +224,11 @@ def test_other_modes_are_converted_and_noted(
 
 
 def test_half_transparent_is_mixed_with_white(tmp_path: Path) -> None:
-    assert pixel(saved(Image.new("RGBA", (16, 16), (0, 0, 0, 128)), tmp_path / "a.png")) == (127, 127, 127)
+    assert pixel(saved(Image.new("RGBA", (16, 16), (0, 0, 0, 128)), tmp_path / "a.png")) == (
+        127,
+        127,
+        127,
+    )
 
 
 @pytest.mark.parametrize(("mode", "clear"), [("P", 0), ("RGB", (0, 0, 0)), ("L", 0)])
@@ -223,9 +297,22 @@ def link_to_nothing(path: Path) -> Path:
         (save_bomb, "too large"),
         (lambda path: save_bomb(path, side=13_350), "too large"),
     ],
-    ids=["truncated", "empty", "text", "one-pixel", "strip", "float", "fifo", "broken-link", "bomb", "just-over"],
+    ids=[
+        "truncated",
+        "empty",
+        "text",
+        "one-pixel",
+        "strip",
+        "float",
+        "fifo",
+        "broken-link",
+        "bomb",
+        "just-over",
+    ],
 )
-def test_what_cannot_be_used_is_a_bad_image_with_a_reason(tmp_path: Path, build: Callable[[Path], Path], reason: str) -> None:
+def test_what_cannot_be_used_is_a_bad_image_with_a_reason(
+    tmp_path: Path, build: Callable[[Path], Path], reason: str
+) -> None:
     path = build(tmp_path / "a.png")
     with pytest.raises(BadImage, match=reason) as caught:
         open_image(path)
@@ -244,12 +331,15 @@ def test_no_format_fails_otherwise_when_cut_off(tmp_path: Path, suffix: str) -> 
             open_image(path)
 
 
-def test_a_bomb_is_refused_before_a_pixel_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bomb_is_refused_before_a_pixel_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def decode(self: Image.Image) -> None:
         raise AssertionError("decoded")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # a caller may have lifted Pillow's own limit
+    # a caller may have lifted Pillow's own limit
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     path = save_bomb(tmp_path / "a.png")
     with pytest.raises(BadImage, match=f"30000x30000 pixels, at most {MAX_PIXELS}"):
         open_image(path)
@@ -278,7 +368,9 @@ def test_pixels_cover_the_size_and_are_cut_at_the_centre(tmp_path: Path) -> None
 def test_cutting_first_equals_resizing_first(tmp_path: Path) -> None:
     path = save_noise(tmp_path / "a.png", size=(96, 64))
     whole = functional.pil_to_tensor(open_image(path).image)
-    resized = functional.resize(whole, [32, 48], functional.InterpolationMode.BICUBIC, antialias=True)
+    resized = functional.resize(
+        whole, [32, 48], functional.InterpolationMode.BICUBIC, antialias=True
+    )
     expected = functional.center_crop(resized, [32, 32]) / 127.5 - 1
     got = load_pixels(path, 32, 32, flip=False)
     # The two differ only where the filter (bicubic, radius 2 output pixels) reaches over the cut.

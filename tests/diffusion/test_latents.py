@@ -34,7 +34,9 @@ def samples(tmp_path: Path) -> list[Sample]:
     return read_style_folder(folder, resolution=64, caption="a cat").samples
 
 
-def encode(samples: list[Sample], cache: TensorCache, encoder: object, **changes: object) -> LatentSet:
+def encode(
+    samples: list[Sample], cache: TensorCache, encoder: object, **changes: object
+) -> LatentSet:
     options = {"cache": cache, "encoder_id": "vae", "dtype": "bfloat16", "flip": False, **changes}
     return encode_samples(samples, encoder, **options)  # type: ignore[arg-type]
 
@@ -50,14 +52,21 @@ def test_latents_by_sample_and_mirror(tmp_path: Path, samples: list[Sample]) -> 
     assert not torch.equal(latents.latents("b.png", False), latents.latents("b.png", True))
 
 
-def test_latents_of_tiffs_that_were_turned_twice_are_not_used(tmp_path: Path, samples: list[Sample]) -> None:
+def test_latents_of_tiffs_that_were_turned_twice_are_not_used(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
     cache, encoder = TensorCache(tmp_path / "cache"), Encoder()
-    cache.put({**_key(samples[0], False, "vae", "bfloat16"), "version": 1}, {"latents": torch.zeros(3, 8, 8)})
+    cache.put(
+        {**_key(samples[0], False, "vae", "bfloat16"), "version": 1},
+        {"latents": torch.zeros(3, 8, 8)},
+    )
     encode(samples[:1], cache, encoder)
     assert encoder.calls == 1
 
 
-def test_the_encoder_is_not_called_when_everything_is_cached(tmp_path: Path, samples: list[Sample]) -> None:
+def test_the_encoder_is_not_called_when_everything_is_cached(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
     encoder = Encoder()
     first = encode(samples, TensorCache(tmp_path / "cache"), encoder, flip=True)
     assert encoder.calls == 4
@@ -82,19 +91,25 @@ def test_another_encoder_or_precision_is_not_served_from_the_cache(
     assert encoder.calls == 4
 
 
-def test_another_resolution_is_not_served_from_the_cache(tmp_path: Path, samples: list[Sample]) -> None:
+def test_another_resolution_is_not_served_from_the_cache(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
     cache = TensorCache(tmp_path / "cache")
     encode(samples, cache, Encoder())
     larger = read_style_folder(tmp_path / "imgs", resolution=128, caption="a cat").samples
     assert encode(larger, cache, Encoder()).latents("a.png", False).shape == (3, 16, 16)
 
 
-def test_a_changed_file_is_encoded_again_and_a_renamed_one_is_not(tmp_path: Path, samples: list[Sample]) -> None:
+def test_a_changed_file_is_encoded_again_and_a_renamed_one_is_not(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
     cache, encoder = TensorCache(tmp_path / "cache"), Encoder()
     encode(samples, cache, encoder)
     (tmp_path / "imgs/b.png").rename(tmp_path / "imgs/c.png")
     save(tmp_path / "imgs/a.png", colour=(0, 0, 255))
-    latents = encode(read_style_folder(tmp_path / "imgs", resolution=64, caption="x").samples, cache, encoder)
+    latents = encode(
+        read_style_folder(tmp_path / "imgs", resolution=64, caption="x").samples, cache, encoder
+    )
     assert encoder.calls == 3
     assert latents.latents("a.png", False)[:, 0, 0].tolist() == [-1, -1, 1]
 
@@ -120,19 +135,25 @@ def test_progress_counts_mirror_images_too(tmp_path: Path, samples: list[Sample]
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_a_mirror_image_that_was_not_encoded_is_not_there(tmp_path: Path, samples: list[Sample]) -> None:
+def test_a_mirror_image_that_was_not_encoded_is_not_there(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
     with pytest.raises(KeyError):
         encode(samples, TensorCache(tmp_path / "cache"), Encoder()).latents("a.png", True)
 
 
 def test_latents_serve_in_a_backward_pass(tmp_path: Path, samples: list[Sample]) -> None:
-    latents = encode(samples, TensorCache(tmp_path / "cache"), Encoder()).latents("a.png", False).float()
+    latents = (
+        encode(samples, TensorCache(tmp_path / "cache"), Encoder()).latents("a.png", False).float()
+    )
     weight = torch.ones((), requires_grad=True)
     (weight * latents).sum().backward()
     assert weight.grad == latents.sum()
 
 
-def test_an_encoder_that_overflows_is_an_error_and_nothing_is_cached(tmp_path: Path, samples: list[Sample]) -> None:
+def test_an_encoder_that_overflows_is_an_error_and_nothing_is_cached(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
     cache = TensorCache(tmp_path / "cache")
     with pytest.raises(ModelError, match=r"NaN or infinite latents for .*a\.png"):
         encode(samples, cache, lambda pixels: pixels * float("nan"))

@@ -42,18 +42,29 @@ def test_a_single_file_streams_like_the_folder(single_file, tmp_path, kind, pref
     file = single_file(model)
     tensors = load_file(file)
     if prefix:
-        tensors |= {"first_stage_model.decoder.conv_in.bias": torch.ones(3), "text_encoders.clip_l.logit_scale": torch.ones(1)}
+        tensors |= {
+            "first_stage_model.decoder.conv_in.bias": torch.ones(3),
+            "text_encoders.clip_l.logit_scale": torch.ones(1),
+        }
     else:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     save_file(tensors, file)
     found = find_transformer(file)
     assert {name: found.config[name] for name in found.config if name != "sample_size"} == {
-        name: list(model.config[name]) if isinstance(model.config[name], tuple) else model.config[name]
+        name: list(model.config[name])
+        if isinstance(model.config[name], tuple)
+        else model.config[name]
         for name in found.config
         if name != "sample_size"
     }
     streamed = empty_transformer(found.config)
-    fill_(streamed, found.entries, Quantization(skip=("pos_embed",)), dtype=torch.float32, device=torch.device("cpu"))
+    fill_(
+        streamed,
+        found.entries,
+        Quantization(skip=("pos_embed",)),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     quantize_(model, skip=("pos_embed",))
     state, read = model.state_dict(), streamed.state_dict()
     assert state.keys() == read.keys()

@@ -1,7 +1,14 @@
 import pytest
 from PIL import Image
 
-from qzo_diffusion.diffusion.sampling import LABEL_HEIGHT, SMALLEST_CELL, grid, join_columns, mean_chroma, mean_saturation
+from qzo_diffusion.diffusion.sampling import (
+    LABEL_HEIGHT,
+    SMALLEST_CELL,
+    grid,
+    join_columns,
+    mean_chroma,
+    mean_saturation,
+)
 
 
 def plain(colour, size=(64, 64)):
@@ -14,7 +21,12 @@ def test_grid_has_prompts_as_rows_and_steps_as_columns():
     assert picture.size == (2 * SMALLEST_CELL, 2 * SMALLEST_CELL + LABEL_HEIGHT)
     middle = SMALLEST_CELL // 2
     seen = [
-        [picture.getpixel((x * SMALLEST_CELL + middle, LABEL_HEIGHT + y * SMALLEST_CELL + middle)) for x in range(2)]
+        [
+            picture.getpixel(
+                (x * SMALLEST_CELL + middle, LABEL_HEIGHT + y * SMALLEST_CELL + middle)
+            )
+            for x in range(2)
+        ]
         for y in range(2)
     ]
     assert seen == [[(255, 0, 0), (0, 0, 255)], [(0, 255, 0), (255, 255, 255)]]

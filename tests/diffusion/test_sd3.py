@@ -1,4 +1,6 @@
-"""Whole, partial, damaged and dangerous model folders; encoding once; freeing what is not needed."""
+"""Whole, partial, damaged and dangerous model folders; encoding once; freeing what is not
+needed.
+"""
 
 import json
 import shutil
@@ -24,7 +26,9 @@ def test_the_embedded_model_is_whole():
     sd3.check_model_folder(tiny_model())
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer"])
+@pytest.mark.parametrize(
+    "part", ["transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer"]
+)
 def test_a_missing_part_is_named(model, part):
     shutil.rmtree(model / part)
     with pytest.raises(ModelError, match=f"lacks the part {part}/"):
@@ -77,7 +81,9 @@ def test_prompts_are_encoded_once_and_then_read_from_the_cache(tmp_path, monkeyp
 
 def test_shapes_are_those_the_transformer_expects(tmp_path):
     config = json.loads((tiny_model() / "transformer" / "config.json").read_text())
-    encoder = sd3.PromptEncoder(tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32)
+    encoder = sd3.PromptEncoder(
+        tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32
+    )
     one = encoder.encode(["red apple"])["red apple"]
     assert one.embeds.shape[1] == config["joint_attention_dim"]
     assert one.pooled.shape == (config["pooled_projection_dim"],)
@@ -86,7 +92,9 @@ def test_shapes_are_those_the_transformer_expects(tmp_path):
 
 
 def test_truncated_prompts_are_told(tmp_path):
-    encoder = sd3.PromptEncoder(tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32)
+    encoder = sd3.PromptEncoder(
+        tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32
+    )
     encoded = encoder.encode(["red apple", "red apple " * 200])
     short, long = encoded["red apple"], encoded["red apple " * 200]
     assert (short.truncated, long.truncated) == (False, True)
@@ -96,7 +104,9 @@ def test_truncated_prompts_are_told(tmp_path):
 def test_the_length_of_t5_is_a_setting(tmp_path):
     lengths = []
     for tokens in (4, 8):
-        encoder = sd3.PromptEncoder(tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32, t5_tokens=tokens)
+        encoder = sd3.PromptEncoder(
+            tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32, t5_tokens=tokens
+        )
         lengths.append(encoder.encode(["red apple"])["red apple"].embeds.shape[0])
     assert lengths[1] - lengths[0] == 4
 

@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 from qzo_diffusion.core.errors import ConfigError, DataError
-from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
+from qzo_diffusion.diffusion.style_folder import (
+    StyleFolder,
+    dataset_table,
+    read_style_folder,
+    summary,
+)
 from tests.diffusion.image_files import save, save_bomb, save_many, save_truncated
 
 
@@ -50,7 +55,9 @@ def test_a_folder_of_text_only(tmp_path: Path) -> None:
 def test_a_folder_of_pictures_of_a_format_that_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     (tmp_path / "other.txt").write_text("a cat")
-    with pytest.raises(DataError, match=r"none of the 1 images .*a\.HEIC: \.heic is a format that is not read") as caught:
+    with pytest.raises(
+        DataError, match=r"none of the 1 images .*a\.HEIC: \.heic is a format that is not read"
+    ) as caught:
         read(tmp_path)
     assert "PNG or JPEG" in caught.value.remedy
 
@@ -63,7 +70,10 @@ def test_pictures_of_a_format_that_is_not_read_are_bad_images(tmp_path: Path) ->
         (tmp_path / f"IMG_{index}.txt").write_text("a dog")
     result = read(tmp_path)
     assert [sample.id for sample in result.samples] == ["000.png", "downloaded.jfif"]
-    line = "  IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC: .heic is a format that is not read; convert it to PNG or JPEG"
+    line = (
+        "  IMG_0.HEIC, IMG_1.HEIC, IMG_2.HEIC: .heic is a format that is not read; convert it to "
+        "PNG or JPEG"
+    )
     assert line in summary(result).splitlines()
     assert not any("not used" in note or "no image:" in note for note in result.notes)
     with pytest.raises(DataError, match=r"3 unusable images: IMG_0\.HEIC"):
@@ -105,7 +115,9 @@ def test_many_bad_files_of_one_kind_hide_no_other_kind(tmp_path: Path) -> None:
         save(tmp_path / f"icon{index:02}.png", size=(index + 1, 8))
     save_truncated(tmp_path / "z.png")
     lines = summary(read(tmp_path)).splitlines()
-    assert any(line.startswith("  12 too small: icon00.png (too small: 1x8 pixels") for line in lines)
+    assert any(
+        line.startswith("  12 too small: icon00.png (too small: 1x8 pixels") for line in lines
+    )
     assert any(line.startswith("  z.png: damaged") for line in lines)
     with pytest.raises(DataError, match=r"13 unusable images: 12 too small: .*; z\.png: damaged"):
         read(tmp_path, strict=True)
@@ -114,7 +126,9 @@ def test_many_bad_files_of_one_kind_hide_no_other_kind(tmp_path: Path) -> None:
 def test_a_folder_of_bad_images_only(tmp_path: Path) -> None:
     (tmp_path / "a.png").touch()
     save_truncated(tmp_path / "b.png")
-    with pytest.raises(DataError, match=r"none of the 2 images .*a\.png: an empty file.*b\.png: damaged"):
+    with pytest.raises(
+        DataError, match=r"none of the 2 images .*a\.png: an empty file.*b\.png: damaged"
+    ):
         read(tmp_path, caption="a cat")
 
 
@@ -163,7 +177,9 @@ def test_a_link_to_an_image_is_an_image(tmp_path: Path) -> None:
     assert [sample.id for sample in read(tmp_path / "imgs", caption="a cat").samples] == ["b.png"]
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(1, 0), (19, 0), (20, 4), (40, 4), (59, 5), (330, 32)])
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(1, 0), (19, 0), (20, 4), (40, 4), (59, 5), (330, 32)]
+)
 def test_how_many_are_held_out(tmp_path: Path, count: int, held_out: int) -> None:
     save_many(tmp_path, count, text=None)
     result = read(tmp_path, caption="a cat", repeats=2)
@@ -180,7 +196,9 @@ def test_what_is_held_out_depends_on_bytes_and_seed_not_on_names(tmp_path: Path)
         shutil.copy(path, tmp_path / "two" / f"{(index * 7) % 30}.png")
 
     def held_out(name: str, seed: int) -> set[str]:
-        return {sample.sha256 for sample in read(tmp_path / name, caption="a cat", seed=seed).validation}
+        return {
+            sample.sha256 for sample in read(tmp_path / name, caption="a cat", seed=seed).validation
+        }
 
     assert held_out("one", 0) == held_out("two", 0) == held_out("one", 0)
     assert held_out("one", 0) != held_out("one", 1)
@@ -229,10 +247,16 @@ def test_one_metadata_for_both_folders(tmp_path: Path, train: str, held_out: str
     inner = tmp_path / (held_out if train == "imgs" else train)
     save(tmp_path / "imgs/a.png", colour=(1, 1, 1))
     save(inner / "b.png", colour=(2, 2, 2))
-    lines = [{"file_name": "a.png", "text": "outer"}, {"file_name": f"{inner.name}/b.png", "text": "inner"}]
+    lines = [
+        {"file_name": "a.png", "text": "outer"},
+        {"file_name": f"{inner.name}/b.png", "text": "inner"},
+    ]
     (tmp_path / "imgs/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     result = read(tmp_path / train, validation_dir=tmp_path / held_out)
-    assert {sample.path.name: sample.caption for sample in result.samples} == {"a.png": "outer", "b.png": "inner"}
+    assert {sample.path.name: sample.caption for sample in result.samples} == {
+        "a.png": "outer",
+        "b.png": "inner",
+    }
     assert {sample.caption_source for sample in result.samples} == {"metadata.jsonl"}
 
 
@@ -303,5 +327,7 @@ def test_the_summary_of_many_bad_files_stays_short(tmp_path: Path) -> None:
         (tmp_path / f"bad{index:02}.png").touch()
     lines = summary(read(tmp_path)).splitlines()
     assert "unusable  50" in lines
-    assert any(line.endswith("bad09.png, ... and 40 more: an empty file (0 bytes)") for line in lines)
+    assert any(
+        line.endswith("bad09.png, ... and 40 more: an empty file (0 bytes)") for line in lines
+    )
     assert len(lines) < 20

@@ -1,4 +1,6 @@
-"""One encoder at a time gives what diffusers' whole pipeline gives; T5 in 4 bits stays close, and may be left out."""
+"""One encoder at a time gives what diffusers' whole pipeline gives; T5 in 4 bits stays close, and
+may be left out.
+"""
 
 import gc
 import shutil
@@ -35,14 +37,18 @@ def pipeline_states(pipeline, prompt, length):
 
 
 def encoder(tmp_path, **options):
-    return sd3.PromptEncoder(tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32, **options)
+    return sd3.PromptEncoder(
+        tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32, **options
+    )
 
 
 @pytest.mark.parametrize("length", [None, 8])
 def test_prompts_are_those_of_the_whole_pipeline(pipeline, tmp_path, length):
     encoded = encoder(tmp_path, t5_tokens=length).encode(PROMPTS)
     for prompt in PROMPTS:
-        embeds, pooled = pipeline_states(pipeline, prompt, length or min(256, pipeline.tokenizer_3.model_max_length))
+        embeds, pooled = pipeline_states(
+            pipeline, prompt, length or min(256, pipeline.tokenizer_3.model_max_length)
+        )
         assert torch.equal(encoded[prompt].embeds, embeds)
         assert torch.equal(encoded[prompt].pooled, pooled)
 
@@ -58,10 +64,16 @@ def test_without_t5_its_place_is_zeros(tmp_path):
 
 
 def test_a_pipeline_without_t5_needs_no_setting(tmp_path):
-    folder = shutil.copytree(tiny_model(), tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"))
+    folder = shutil.copytree(
+        tiny_model(),
+        tmp_path / "model",
+        ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"),
+    )
     config = make_config({"data": {"cache_dir": str(tmp_path / "cache")}})
     assert build.t5_mode(config, folder) == "none"
-    encoded = build.prompt_encoder(config, folder, CPU, torch.float32).encode(["red apple"])["red apple"]
+    encoded = build.prompt_encoder(config, folder, CPU, torch.float32).encode(["red apple"])[
+        "red apple"
+    ]
     clip = text_encoders.load_tokenizer(folder, text_encoders.CLIP_L).model_max_length
     assert encoded.embeds.shape == (clip + 256, 192)
 
@@ -82,10 +94,14 @@ def test_no_two_encoders_are_in_memory_at_once(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_t5_in_4_bits_computes_with_its_quantized_weights(dtype):
-    """Also in `wo`, where transformers casts activations to the weight's dtype: bytes, if nothing prevented it."""
+    """Also in `wo`, where transformers casts activations to the weight's dtype: bytes, if nothing
+    prevented it.
+    """
     tokenizer = text_encoders.load_tokenizer(tiny_model(), text_encoders.T5)
     options = {"dtype": dtype, "device": CPU}
-    packed = text_encoders.load_text_encoder(tiny_model(), text_encoders.T5, quantization=Quantization(), **options)
+    packed = text_encoders.load_text_encoder(
+        tiny_model(), text_encoders.T5, quantization=Quantization(), **options
+    )
     plain = text_encoders.load_text_encoder(tiny_model(), text_encoders.T5, **options)
     twin = text_encoders.load_text_encoder(tiny_model(), text_encoders.T5, **options)
     count = quantize_(twin)
@@ -95,7 +111,8 @@ def test_t5_in_4_bits_computes_with_its_quantized_weights(dtype):
         plain.get_submodule(name).weight.data = weight
     wanted = text_encoders.t5_states(plain, tokenizer, PROMPTS[:1], 16)[0].float()
     got = text_encoders.t5_states(packed, tokenizer, PROMPTS[:1], 16)[0].float()
-    # The same weights through two kernels: a handful of roundings of the dtype in each of a few layers.
+    # The same weights through two kernels: a handful of roundings of the dtype in each of a few
+    # layers.
     unit = {torch.float32: 2**-24, torch.bfloat16: 2**-9}[dtype]
     assert (got - wanted).norm() / wanted.norm() < 32 * unit
 
@@ -107,7 +124,9 @@ def test_large_t5_is_quantized_by_itself_and_cached_apart(tmp_path, monkeypatch)
     monkeypatch.setattr(build, "LARGE_T5", 1)
     assert build.t5_mode(config, tiny_model()) == "nf4"
     packed = build.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
-    difference = (full["red apple"].embeds - packed["red apple"].embeds).norm() / full["red apple"].embeds.norm()
+    difference = (full["red apple"].embeds - packed["red apple"].embeds).norm() / full[
+        "red apple"
+    ].embeds.norm()
     assert 0 < difference < 0.2
 
 

@@ -1,4 +1,6 @@
-"""CLIP score: the formulas against their definitions, and the embedded scorer as open_clip itself loads it."""
+"""CLIP score: the formulas against their definitions, and the embedded scorer as open_clip itself
+loads it.
+"""
 
 import numpy as np
 import pytest
@@ -25,7 +27,9 @@ def drawings():
     """The demo's held-out drawings with their captions, which are their names."""
     folder = resources.PACKAGE / "demo_images/fluent_mono/held_out"
     files = sorted(folder.glob("*.png"))
-    return [Image.open(file).convert("RGB") for file in files], [file.stem.replace("_", " ") for file in files]
+    return [Image.open(file).convert("RGB") for file in files], [
+        file.stem.replace("_", " ") for file in files
+    ]
 
 
 def features(seed, count=30, width=64):
@@ -40,19 +44,24 @@ def test_the_score_is_that_of_torchmetrics(seed):
     unit_texts = texts / texts.norm(p=2, dim=-1, keepdim=True)
     score = 100 * (unit_images * unit_texts).sum(axis=-1)
     expected = torch.max(score.mean(0), torch.zeros(())).item()
-    assert clip_score.as_torchmetrics(clip_score.cosines(images, texts)) == pytest.approx(expected, abs=1e-5)
+    assert clip_score.as_torchmetrics(clip_score.cosines(images, texts)) == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_original_score_is_that_of_its_authors(seed):
-    """w · np.clip(np.sum(images · candidates, axis=1), 0, None) with w = 2.5 on unit features (arXiv 2104.08718)."""
+    """w · np.clip(np.sum(images · candidates, axis=1), 0, None) with w = 2.5 on unit features
+    (arXiv 2104.08718).
+    """
     images, texts = (part.double().numpy() for part in features(seed))
     images = images / np.sqrt(np.sum(images**2, axis=1, keepdims=True))
     texts = texts / np.sqrt(np.sum(texts**2, axis=1, keepdims=True))
     expected = np.mean(2.5 * np.clip(np.sum(images * texts, axis=1), 0, None))
     found = clip_score.as_original(clip_score.cosines(*features(seed)))
     assert found == pytest.approx(expected, abs=1e-5)
-    assert found > clip_score.as_torchmetrics(clip_score.cosines(*features(seed))) / 40  # floored pair by pair, not as a mean
+    # floored pair by pair, not as a mean
+    assert found > clip_score.as_torchmetrics(clip_score.cosines(*features(seed))) / 40
 
 
 @pytest.mark.parametrize(
@@ -74,7 +83,11 @@ def test_words_of_style_are_taken_out_of_a_prompt(prompt, trigger, content):
     assert clip_score.content_of(prompt, trigger) == content
 
 
-@given(st.lists(st.sampled_from(["a", "cat", "in", "zxq", "style", ",", "red", "by"]), max_size=12).map(" ".join))
+@given(
+    st.lists(
+        st.sampled_from(["a", "cat", "in", "zxq", "style", ",", "red", "by"]), max_size=12
+    ).map(" ".join)
+)
 def test_no_trigger_is_left_in_any_prompt(prompt):
     content = clip_score.content_of(prompt, "zxq")
     assert "zxq" not in content.split()
@@ -102,7 +115,9 @@ def test_open_clip_loads_the_embedded_scorer_like_any_other_folder():
 
 
 def test_a_score_does_not_depend_on_the_batch(scorer, drawings):
-    """Products of other shapes sum in another order: some units of fp32's last place, 6e-8, on a cosine."""
+    """Products of other shapes sum in another order: some units of fp32's last place, 6e-8, on a
+    cosine.
+    """
     images, names = drawings
     found = []
     for size in (1, 5, 16):
@@ -162,6 +177,8 @@ def test_pickles_and_damaged_weights_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"open_clip_config\.json"):
         load_scorer(str(tmp_path), CPU, resources.embedded_scorer())
     for file in resources.embedded_scorer().iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[: 10_000 if file.suffix == ".safetensors" else None])
+        (tmp_path / file.name).write_bytes(
+            file.read_bytes()[: 10_000 if file.suffix == ".safetensors" else None]
+        )
     with pytest.raises(ModelError, match="can't be loaded"):
         load_scorer(str(tmp_path), CPU, resources.embedded_scorer())

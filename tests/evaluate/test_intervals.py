@@ -1,4 +1,6 @@
-"""Intervals against theory: they cover what they should, and say nothing where nothing can be said."""
+"""Intervals against theory: they cover what they should, and say nothing where nothing can be
+said.
+"""
 
 import math
 
@@ -11,7 +13,9 @@ from qzo_diffusion.evaluate import intervals
 
 
 def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
-    """Half width 1.96 s / √n; percentiles of 2,000 resamples scatter by about 3 % of it, so 15 % is five deviations."""
+    """Half width 1.96 s / √n; percentiles of 2,000 resamples scatter by about 3 % of it, so 15 % is
+    five deviations.
+    """
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
     low, high = intervals.of_mean(values.tolist())
     half = 1.96 * values.std() / math.sqrt(400)
@@ -20,17 +24,24 @@ def test_the_interval_of_a_mean_is_as_wide_as_theory_says():
 
 
 def test_ninety_five_in_a_hundred_intervals_hold_the_truth():
-    """200 sets of 40: 190 expected; the bootstrap falls a little short at this size. 170 is beyond any chance of a right method."""
+    """200 sets of 40: 190 expected; the bootstrap falls a little short at this size.
+
+    170 is beyond any chance of a right method.
+    """
     draws = np.random.default_rng(1).normal(0.0, 1.0, (200, 40))
     holds = [low <= 0 <= high for low, high in (intervals.of_mean(row.tolist()) for row in draws)]
     assert 170 <= sum(holds) < 200
 
 
 def test_values_of_one_cluster_are_drawn_together():
-    """Four copies of each value are no more knowledge than one: the interval stays as wide, not half as wide."""
+    """Four copies of each value are no more knowledge than one: the interval stays as wide, not
+    half as wide.
+    """
     values = np.random.default_rng(2).normal(0.0, 1.0, 50)
     alone = intervals.of_mean(values.tolist())
-    copies = intervals.of_mean(np.repeat(values, 4).tolist(), clusters=[str(index // 4) for index in range(200)])
+    copies = intervals.of_mean(
+        np.repeat(values, 4).tolist(), clusters=[str(index // 4) for index in range(200)]
+    )
     blind = intervals.of_mean(np.repeat(values, 4).tolist())
     assert (copies[1] - copies[0]) == pytest.approx(alone[1] - alone[0], rel=0.15)
     assert (blind[1] - blind[0]) < 0.7 * (copies[1] - copies[0])

@@ -42,14 +42,22 @@ def test_a_language_models_page_of_one_step_or_of_a_loss_claims_nothing():
         assert "on sst2" in page
 
 
-@pytest.mark.parametrize("wrong", [{"by_step": [1]}, {"by_step": {"first": 0.5}}, {"by_step": {"0": None}}, {"test_examples": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"by_step": [1]}, {"by_step": {"first": 0.5}}, {"by_step": {"0": None}}, {"test_examples": 0}],
+)
 def test_figures_of_a_task_that_cannot_be_right_are_refused(wrong):
     with pytest.raises((KeyError, TypeError, ValueError)):
-        TaskScore.read({"task": "sst2", "metric": "accuracy", "test_examples": 872, "by_step": {"0": 0.5}} | wrong)
+        TaskScore.read(
+            {"task": "sst2", "metric": "accuracy", "test_examples": 872, "by_step": {"0": 0.5}}
+            | wrong
+        )
 
 
 def test_the_page_asks_for_nothing_from_a_network():
-    subject = Subject("a cat", {"step 0": Image.new("RGB", (64, 64)), "step 9": Image.new("RGB", (64, 64), "red")})
+    subject = Subject(
+        "a cat", {"step 0": Image.new("RGB", (64, 64)), "step 9": Image.new("RGB", (64, 64), "red")}
+    )
     page = render(young(subjects=[subject]))
     assert re.findall(r"(?:https?:)?//[\w.]+", re.sub(r"base64,[^\"]+", "", page)) == []
     assert "default-src 'none'" in page
@@ -104,12 +112,21 @@ def test_curves_stay_inside_their_box(values):
 def test_bins_hold_the_mean_and_its_interval():
     points = charts.binned(list(range(120)), [1.0, 3.0] * 60, bins=2)
     assert [(point.x, point.y) for point in points] == [(29.5, 2.0), (89.5, 2.0)]
-    assert points[0].high - points[0].y == pytest.approx(1.96 / 59**0.5)  # sample deviation √(60 / 59), 60 values
+    # sample deviation √(60 / 59), 60 values
+    assert points[0].high - points[0].y == pytest.approx(1.96 / 59**0.5)
     assert charts.chart("t", [charts.Series("a", [])], "y") is None
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0.12345, "0.1235"), (1234, "1,234"), (0.00001, "1.00e-05"), (0.0, "0.0000"), ("nan", "nan")]
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.12345, "0.1235"),
+        (1234, "1,234"),
+        (0.00001, "1.00e-05"),
+        (0.0, "0.0000"),
+        ("nan", "nan"),
+    ],
 )
 def test_figures_for_a_person(value, text):
     assert figure(value) == text

@@ -27,7 +27,10 @@ def batch(seed, count=8):
 
 
 def test_slopes_of_known_signal_and_noise_are_told_apart():
-    """Slopes s + n with var s = 1 and var n = 1/4: agreement 0.8, signal to noise 4. With 4,000 directions errors are below 5 %."""
+    """Slopes s + n with var s = 1 and var n = 1/4: agreement 0.8, signal to noise 4.
+
+    With 4,000 directions errors are below 5 %.
+    """
     generator = np.random.default_rng(0)
     signals = generator.normal(0, 1, 4000)
     first, second = (signals + generator.normal(0, 0.5, 4000) for _ in range(2))
@@ -49,14 +52,24 @@ def test_noise_alone_is_no_signal():
 
 def test_the_same_batch_twice_agrees_entirely(layer):
     numbers = parametrize(find_scales(layer), "row")
-    found = signal.two_seeds(lambda x: layer(x).square().mean(1), [batch(0)], [batch(0)], numbers, eps=1e-2, seed=3, count=6)
+    found = signal.two_seeds(
+        lambda x: layer(x).square().mean(1),
+        [batch(0)],
+        [batch(0)],
+        numbers,
+        eps=1e-2,
+        seed=3,
+        count=6,
+    )
     assert found["agreement"] == 1
     assert found["signal_to_noise"] is None
     assert math.isfinite(found["slope_rms"])
 
 
 def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
-    """The first loss pulls every example the same way; the second multiplies by random signs: its gradient is zero on average."""
+    """The first loss pulls every example the same way; the second multiplies by random signs: its
+    gradient is zero on average.
+    """
     numbers = parametrize(find_scales(layer), "row")
 
     def no_gradient(x):
@@ -64,14 +77,18 @@ def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
         return (layer(x.flip(1)) * signs).mean(1)
 
     kept = {"eps": 1e-2, "seed": 3, "count": 16}
-    same = signal.two_seeds(lambda x: layer(x).square().mean(1), [batch(0, 64)], [batch(1, 64)], numbers, **kept)
+    same = signal.two_seeds(
+        lambda x: layer(x).square().mean(1), [batch(0, 64)], [batch(1, 64)], numbers, **kept
+    )
     none = signal.two_seeds(no_gradient, [batch(0)], [batch(1)], numbers, **kept)
     assert same["agreement_ci95"][0] > 0.5
     assert none["agreement_ci95"][0] < 0
 
 
 def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
-    """64 rows, 64 directions: √(64 / 128) = 0.71 on average; four estimates scatter by less than 0.1."""
+    """64 rows, 64 directions: √(64 / 128) = 0.71 on average; four estimates scatter by less than
+    0.1.
+    """
     numbers = parametrize(find_scales(layer), "row")
 
     def loss(x):
@@ -105,9 +122,14 @@ def test_a_step_is_as_large_as_its_rate_and_slopes_make_it(layer):
         "normalize": False,
         "seed": 0,
     }
-    first = signal.as_the_run_does(lambda x: layer(x).square().mean(1), [batch(0)], numbers, **made)[0]
+    first = signal.as_the_run_does(
+        lambda x: layer(x).square().mean(1), [batch(0)], numbers, **made
+    )[0]
     (row,) = signal.step_sizes(numbers, first, lr=0.5)
-    assert row == {"group": "row", "rms": pytest.approx(0.5 * abs(first.projected_grad[0]), rel=1e-6)}
+    assert row == {
+        "group": "row",
+        "rms": pytest.approx(0.5 * abs(first.projected_grad[0]), rel=1e-6),
+    }
 
 
 def test_how_far_groups_of_layers_moved():
@@ -118,16 +140,44 @@ def test_how_far_groups_of_layers_moved():
     tuned = {name: tensor * math.exp(0.1) for name, tensor in base.items()}
     tuned["blocks.0.ff.net.0.proj"] = torch.tensor([math.exp(-0.5), 1.0])
     rows = signal.moved(base, tuned)
-    assert [row["group"] for row in rows] == ["ff.net.0.proj", "attn.to_q"]  # nothing can be said of zeros
+    # nothing can be said of zeros
+    assert [row["group"] for row in rows] == ["ff.net.0.proj", "attn.to_q"]
     assert rows[0]["max"] == pytest.approx(0.5)
-    assert rows[1] == {"group": "attn.to_q", "layers": 2, "scales": 8, "rms": pytest.approx(0.1), "max": pytest.approx(0.1)}
+    assert rows[1] == {
+        "group": "attn.to_q",
+        "layers": 2,
+        "scales": 8,
+        "rms": pytest.approx(0.1),
+        "max": pytest.approx(0.1),
+    }
 
 
 def test_what_the_log_of_steps_tells():
     lines = [
-        {"step": 0, "lr": 0.1, "projected_grad": [3.0, 4.0], "clipped": 0.5, "skipped": False, "loss": 1.0},
-        {"step": 1, "lr": 0.1, "projected_grad": 2.0, "clipped": True, "skipped": False, "loss": 1.0},
-        {"step": 2, "lr": 0.1, "projected_grad": "nan", "clipped": False, "skipped": True, "loss": "nan"},
+        {
+            "step": 0,
+            "lr": 0.1,
+            "projected_grad": [3.0, 4.0],
+            "clipped": 0.5,
+            "skipped": False,
+            "loss": 1.0,
+        },
+        {
+            "step": 1,
+            "lr": 0.1,
+            "projected_grad": 2.0,
+            "clipped": True,
+            "skipped": False,
+            "loss": 1.0,
+        },
+        {
+            "step": 2,
+            "lr": 0.1,
+            "projected_grad": "nan",
+            "clipped": False,
+            "skipped": True,
+            "loss": "nan",
+        },
         {"step": 2, "validation_loss": 1.0},
     ]
     found = signal.of_metrics(lines)

@@ -1,4 +1,6 @@
-"""Style in features: each figure against its definition, and what it must say of sets whose answer is known."""
+"""Style in features: each figure against its definition, and what it must say of sets whose answer
+is known.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,9 @@ POINT = F.normalize(torch.ones(32), dim=0) * 5.0
 
 
 def test_kid_is_its_authors_estimate():
-    """The unbiased estimate with k(x, y) = (x·y / D + 1)³, pair by pair, on features of length √D."""
+    """The unbiased estimate with k(x, y) = (x·y / D + 1)³, pair by pair, on features of length
+    √D.
+    """
     a, b = unit(0, 7), unit(1, 9)
     width = a.shape[1]
     x, y = (part.double().numpy() * np.sqrt(width) for part in (a, b))
@@ -40,7 +44,9 @@ def test_kid_of_two_sets_of_one_kind_is_zero_on_average():
 
 
 def test_cmmd_is_its_authors_estimate():
-    """1000 · (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)), diagonals included, k = exp(-|x - y|² / (2 · 10²))."""
+    """1000 · (mean k(x, x) + mean k(y, y) - 2 mean k(x, y)), diagonals included, k = exp(-|x - y|²
+    / (2 · 10²)).
+    """
     a, b = (part.double() for part in (unit(0, 6), unit(1, 8)))
 
     def mean(first, second):
@@ -89,7 +95,11 @@ def test_copies_of_training_images_are_counted():
     assert found["copies"] == 2
     assert found["max"] == pytest.approx(1, abs=1e-6)
     assert found["closest"]["image"] in ("4.png", "5.png")
-    assert style.nearest(unit(3, 4), images, ["a"] * 10, held_out[:0]).keys() == {"mean", "max", "closest"}
+    assert style.nearest(unit(3, 4), images, ["a"] * 10, held_out[:0]).keys() == {
+        "mean",
+        "max",
+        "closest",
+    }
 
 
 def test_diversity_is_nothing_for_one_picture_again_and_again():

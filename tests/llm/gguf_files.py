@@ -27,7 +27,9 @@ TENSORS = {
 
 
 def turned(weight: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys as the converter puts them: the halves of each head become neighbours."""
+    """Rows of queries or keys as the converter puts them: the halves of each head become
+    neighbours.
+    """
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -43,7 +45,9 @@ def quantized(weight: Tensor, kind: str) -> tuple[np.ndarray, Tensor]:
 
 
 def write_gguf(file: Path, lm: CausalLm, kind: str = "Q4_0") -> dict[str, Tensor]:
-    """The model in blocks of `kind`; returns the plain weights that its layers stand for, by layer."""
+    """The model in blocks of `kind`; returns the plain weights that its layers stand for, by
+    layer.
+    """
     config, plain = lm.model.config, {}
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -59,9 +63,13 @@ def write_gguf(file: Path, lm: CausalLm, kind: str = "Q4_0") -> dict[str, Tensor
     vocabulary = sorted(words.get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([word for word, _ in vocabulary])
-    writer.add_token_types([gguf.TokenType.CONTROL if index == 0 else gguf.TokenType.NORMAL for _, index in vocabulary])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if index == 0 else gguf.TokenType.NORMAL for _, index in vocabulary]
+    )
     merges = json.loads(words.to_str())["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_token_merges(
+        [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    )
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_pad_token_id(0)
@@ -70,11 +78,15 @@ def write_gguf(file: Path, lm: CausalLm, kind: str = "Q4_0") -> dict[str, Tensor
         if layer == "lm_head":
             continue  # tied
         part = layer.split(".", 3)[-1] if "layers" in layer else layer
-        stored = f"blk.{layer.split('.')[2]}.{TENSORS[part]}" if "layers" in layer else TENSORS[part]
+        stored = (
+            f"blk.{layer.split('.')[2]}.{TENSORS[part]}" if "layers" in layer else TENSORS[part]
+        )
         if "_proj" not in layer:
             writer.add_tensor(f"{stored}.weight", tensor.float().numpy())
             continue
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.split(".")[-1])
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            layer.split(".")[-1]
+        )
         data, weight = quantized(turned(tensor, heads) if heads else tensor, kind)
         plain[layer] = turned_back(weight, heads) if heads else weight
         writer.add_tensor(f"{stored}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])

@@ -59,7 +59,11 @@ def test_an_unknown_task_names_those_that_there_are():
         ("d.json", '{"data": [{"paragraphs": [{}]}]}', "without 'qas'"),
         ("d.json", '[{"sentence": [], "label": "1"}]', "sentence is empty"),
         ("d.json", '[{"sentence": {"text": [null]}, "label": "1"}]', "sentence is empty"),
-        ("d.jsonl", '{"sentence": {"words": "x"}, "label": 1}\n', "line 1: sentence holds an object"),
+        (
+            "d.jsonl",
+            '{"sentence": {"words": "x"}, "label": 1}\n',
+            "line 1: sentence holds an object",
+        ),
         ("d.jsonl", '{"sentence": [["x"]], "label": 1}\n', "line 1: sentence holds lists"),
         ("d.jsonl", '{"sentence": null, "label": 1}\n', "line 1 has label"),
         ("d.json", "[" * 100_000, "is not JSON"),
@@ -80,12 +84,19 @@ def test_a_line_of_names_is_read_as_such(tmp_path):
     (tmp_path / "d.tsv").write_text('label\tindex\tsentence\n1\t7\ta "good film\n')
     (tmp_path / "d.csv").write_text('sentence,label\n"a, film",0\n')
     rows = read_rows(tmp_path / "d.tsv", ["sentence", "label"], [])
-    assert [row.values for row in rows] == [{"label": "1", "index": "7", "sentence": 'a "good film'}]
-    assert read_rows(tmp_path / "d.csv", ["sentence", "label"], [])[0].values == {"sentence": "a, film", "label": "0"}
+    assert [row.values for row in rows] == [
+        {"label": "1", "index": "7", "sentence": 'a "good film'}
+    ]
+    assert read_rows(tmp_path / "d.csv", ["sentence", "label"], [])[0].values == {
+        "sentence": "a, film",
+        "label": "0",
+    }
 
 
 def test_a_quoted_cell_holds_what_it_holds(tmp_path):
-    (tmp_path / "d.csv").write_bytes(b'sentence,label\r\n"good\r\nfilm",1\r\n\r\nx\xe2\x80\xa8y,0\r\n')
+    (tmp_path / "d.csv").write_bytes(
+        b'sentence,label\r\n"good\r\nfilm",1\r\n\r\nx\xe2\x80\xa8y,0\r\n'
+    )
     rows = read_rows(tmp_path / "d.csv", ["sentence", "label"], [])
     assert [(row.values["sentence"], row.place.split(", ")[1]) for row in rows] == [
         ("good\nfilm", "line 2"),
@@ -94,7 +105,13 @@ def test_a_quoted_cell_holds_what_it_holds(tmp_path):
 
 
 def test_answers_of_squad_are_read_as_datasets_writes_them(tmp_path):
-    row = {"title": "T", "context": "C", "question": "Q", "id": None, "answers": {"text": ["A", "B"], "answer_start": [1, 2]}}
+    row = {
+        "title": "T",
+        "context": "C",
+        "question": "Q",
+        "id": None,
+        "answers": {"text": ["A", "B"], "answer_start": [1, 2]},
+    }
     _, (example,) = examples_of(tmp_path, "squad", row | {"read_by_nobody": {"a": 1}, "nor": []})
     assert example.answers == ("A", "B")
     assert example.continuations == (" A",)
@@ -135,7 +152,9 @@ def test_a_dataset_is_found_in_the_local_cache_of_the_hub(cached_dataset):
     assert find_data(cached_dataset, ["dev.tsv"]).name == "validation-00000-of-00001.parquet"
 
 
-@pytest.mark.parametrize("name", ["org/other", "org/name/rte", "org/name/sst2/../..", "/org/name", "name", "org/na me"])
+@pytest.mark.parametrize(
+    "name", ["org/other", "org/name/rte", "org/name/sst2/../..", "/org/name", "name", "org/na me"]
+)
 def test_what_is_neither_a_folder_nor_a_dataset_is_told(cached_dataset, name):
     with pytest.raises(DataError, match="--repo-type dataset"):
         data_folder(name)
@@ -153,7 +172,9 @@ def test_parquet_of_the_hub_is_read(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [{"sentence": "good", "label": 1, "idx": 0}, {"sentence": "bad", "label": 0, "idx": 1}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
-    assert [row.values["label"] for row in read_rows(tmp_path / "d.parquet", ["sentence", "label"], [])] == ["1", "0"]
+    assert [
+        row.values["label"] for row in read_rows(tmp_path / "d.parquet", ["sentence", "label"], [])
+    ] == ["1", "0"]
     asked = [{"question": "Who?", "answers": {"text": ["A", "B"], "answer_start": [0, 4]}}]
     parquet.write_table(pyarrow.Table.from_pylist(asked), tmp_path / "q.parquet")
     (row,) = read_rows(tmp_path / "q.parquet", ["question", "answers"], [])
@@ -167,8 +188,18 @@ def test_shared_data_is_read_where_it_is():
     folder = Path(__file__).parents[3] / "shared" / "data" / "text"
     if not folder.is_dir():
         pytest.skip("no ../shared/data/text: real data is not in the repository")
-    counts = {"sst2/train.tsv": ("sst2", 6920), "rte/dev.tsv": ("rte", 277), "rte/val.tsv": ("rte", 363)}
-    counts |= {"superglue_CB/val.jsonl": ("cb", 56), "superglue_BoolQ/val.jsonl": ("boolq", 3270), "xquad.en.json": ("squad", 1190)}
+    counts = {
+        "sst2/train.tsv": ("sst2", 6920),
+        "rte/dev.tsv": ("rte", 277),
+        "rte/val.tsv": ("rte", 363),
+    }
+    counts |= {
+        "superglue_CB/val.jsonl": ("cb", 56),
+        "superglue_BoolQ/val.jsonl": ("boolq", 3270),
+        "xquad.en.json": ("squad", 1190),
+    }
     for name, (task, count) in counts.items():
         spec = read_task(task)
-        assert len(make_examples(spec, read_rows(folder / name, spec.fields, spec.columns))) == count, name
+        assert (
+            len(make_examples(spec, read_rows(folder / name, spec.fields, spec.columns))) == count
+        ), name

@@ -19,19 +19,26 @@ from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing
 from tests.tiny_llama import tiny_llama, write_sentences
 
-gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install 'qzo-diffusion[gguf]'")
+gguf = pytest.importorskip(
+    "gguf", reason="the package gguf is not installed: pip install 'qzo-diffusion[gguf]'"
+)
 from tests.llm.gguf_files import write_gguf  # noqa: E402
 
 SIZES = gguf.GGML_QUANT_SIZES
 
 
 def blocks_of(kind, rows=4, columns=3):
-    """Any bytes are codes; the factors are numbers of a weight's size, of both signs, one of them zero."""
+    """Any bytes are codes; the factors are numbers of a weight's size, of both signs, one of them
+    zero.
+    """
     size, count = SIZES[gguf.GGMLQuantizationType[kind]]
     generator = np.random.default_rng(0)
     data = generator.integers(0, 256, (rows, columns, count), dtype=np.uint8)
     for place in FACTORS[kind]:
-        factors = (generator.uniform(0.01, 0.1, (rows, columns, 1)) * generator.choice([-1, 1], (rows, columns, 1))).astype("<f2")
+        factors = (
+            generator.uniform(0.01, 0.1, (rows, columns, 1))
+            * generator.choice([-1, 1], (rows, columns, 1))
+        ).astype("<f2")
         factors[0, 0] = 0
         data[..., place : place + 2] = factors.view(np.uint8)
     return data.reshape(rows, -1), size * columns
@@ -50,7 +57,9 @@ def test_every_type_is_read_as_its_own_package_reads_it_and_is_linear_in_the_sca
     before = layer.dequantized()
     gains = torch.tensor([0.5, 1.0, 2.0])  # exact
     layer.scales = layer.scales * gains
-    assert torch.equal(layer.dequantized(), (before.view(4, 3, -1) * gains.view(1, 3, 1)).flatten(1))
+    assert torch.equal(
+        layer.dequantized(), (before.view(4, 3, -1) * gains.view(1, 3, 1)).flatten(1)
+    )
 
 
 @pytest.mark.parametrize("kind", FACTORS)
@@ -61,7 +70,9 @@ def test_what_is_stored_has_other_factors_and_nothing_else(kind):
     assert np.array_equal(layer.bytes_to_store(layer.scales).numpy(), data)
     layer.scales = layer.scales * torch.tensor([0.5, 1.0, 2.0])
     stored = layer.bytes_to_store(layer.scales).numpy()
-    torch.testing.assert_close(weight_of(stored, kind)[rows], layer.dequantized(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        weight_of(stored, kind)[rows], layer.dequantized(), rtol=1e-6, atol=1e-7
+    )
     changed = (stored != data).reshape(4, 3, -1).any((0, 1)).nonzero()[0]
     assert set(changed) <= {place + byte for place in FACTORS[kind] for byte in (0, 1)}
 
@@ -103,16 +114,45 @@ def test_a_file_is_read_tuned_and_saved(tmp_path, kind):
 
 def test_a_run_is_evaluated_and_exported_as_a_file(file, tmp_path, capsys):
     data = write_sentences(tmp_path / "sentences")
-    small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "compute.dtype=float32", "train.lr=0.1"]
-    train = ["llm", "train", "--task", "sst2", "--model", str(file), "--data-dir", str(data), "--max-steps", "6", *small]
+    small = [
+        "data.batch_size=4",
+        "data.train_examples=16",
+        "data.validation_examples=8",
+        "compute.dtype=float32",
+        "train.lr=0.1",
+    ]
+    train = [
+        "llm",
+        "train",
+        "--task",
+        "sst2",
+        "--model",
+        str(file),
+        "--data-dir",
+        str(data),
+        "--max-steps",
+        "6",
+        *small,
+    ]
     assert main([*train, "--output-dir", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
     capsys.readouterr()
-    export = ["export", "--run", str(tmp_path / "run"), "--format", "native", "--output-dir", str(tmp_path / "out"), "--json"]
+    export = [
+        "export",
+        "--run",
+        str(tmp_path / "run"),
+        "--format",
+        "native",
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     assert main(export) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["lm_eval"].endswith(f"pretrained={tmp_path / 'out'},gguf_file=tiny.gguf --tasks sst2")
+    assert told["lm_eval"].endswith(
+        f"pretrained={tmp_path / 'out'},gguf_file=tiny.gguf --tasks sst2"
+    )
     lm = load_causal_lm(file, torch.float32)
     before, scales = logits(lm), find_scales(lm.model)
     for name, tuned in load_scales(tmp_path / "run")[0].items():
@@ -121,28 +161,82 @@ def test_a_run_is_evaluated_and_exported_as_a_file(file, tmp_path, capsys):
     exported = logits(load_causal_lm(tmp_path / "out" / "tiny.gguf", torch.float32))
     # fp16 in the file: half a unit in the last of 11 bits of every factor, over two layers.
     assert (exported - logits(lm)).abs().max() < 0.05 * moved
-    again = ["llm", "evaluate", "--task", "sst2", "--model", str(tmp_path / "out" / "tiny.gguf"), "--data-dir", str(data), *small]
+    again = [
+        "llm",
+        "evaluate",
+        "--task",
+        "sst2",
+        "--model",
+        str(tmp_path / "out" / "tiny.gguf"),
+        "--data-dir",
+        str(data),
+        *small,
+    ]
     assert main(again) == 0
 
 
 def test_a_file_that_is_none_or_has_no_blocks_is_refused(tmp_path, capsys):
     data = str(write_sentences(tmp_path / "sentences"))
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF and no more")
-    code = main(["llm", "evaluate", "--task", "sst2", "--model", str(tmp_path / "damaged.gguf"), "--data-dir", data])
+    code = main(
+        [
+            "llm",
+            "evaluate",
+            "--task",
+            "sst2",
+            "--model",
+            str(tmp_path / "damaged.gguf"),
+            "--data-dir",
+            data,
+        ]
+    )
     assert "damaged.gguf can't be" in failing(capsys, code)
     write_gguf(tmp_path / "half.gguf", tiny_llama(), "F16")
-    code = main(["llm", "evaluate", "--task", "sst2", "--model", str(tmp_path / "half.gguf"), "--data-dir", data])
+    code = main(
+        [
+            "llm",
+            "evaluate",
+            "--task",
+            "sst2",
+            "--model",
+            str(tmp_path / "half.gguf"),
+            "--data-dir",
+            data,
+        ]
+    )
     assert "without a quantized layer" in failing(capsys, code)
 
 
 ABSOLUTE = ["qzo.units=absolute", "qzo.parametrization=dense", "qzo.unquantized=all"]
 
 
-@pytest.mark.parametrize(("more", "said"), [(["--method", "qlora"], "peft knows no other"), (ABSOLUTE, "qzo.unquantized=none")])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(["--method", "qlora"], "peft knows no other"), (ABSOLUTE, "qzo.unquantized=none")],
+)
 def test_what_a_file_can_not_hold_is_refused(file, tmp_path, capsys, more, said):
     data, run = write_sentences(tmp_path / "sentences"), tmp_path / "run"
-    small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "--output-dir", str(run)]
-    code = main(["llm", "train", "--task", "sst2", "--model", str(file), "--data-dir", str(data), *small, *more])
+    small = [
+        "data.batch_size=4",
+        "data.train_examples=16",
+        "data.validation_examples=8",
+        "--output-dir",
+        str(run),
+    ]
+    code = main(
+        [
+            "llm",
+            "train",
+            "--task",
+            "sst2",
+            "--model",
+            str(file),
+            "--data-dir",
+            str(data),
+            *small,
+            *more,
+        ]
+    )
     assert said in failing(capsys, code)
 
 

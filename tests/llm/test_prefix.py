@@ -1,11 +1,20 @@
-"""The blocks before the first trained one: left out where they give the same, and never where that would change a loss."""
+"""The blocks before the first trained one: left out where they give the same, and never where that
+would change a loss.
+"""
 
 import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.noise import directions_of_step
@@ -23,8 +32,18 @@ from qzo_diffusion.runs.llm.batches import TextBatches
 from tests.tiny_llama import tiny_llama
 
 CPU = torch.device("cpu")
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
-LAYERS = {"intermediate_size": 48, "max_position_embeddings": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+LAYERS = {
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 MODELS = {
     "qwen2 with two kinds of attention": lambda: Qwen2ForCausalLM(
         Qwen2Config(**SIZES, **LAYERS, use_sliding_window=True, sliding_window=4)
@@ -32,7 +51,9 @@ MODELS = {
     "gemma3, which scales its embeddings": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**SIZES, **LAYERS, head_dim=16, sliding_window=4)
     ),
-    "gpt2, which adds positions": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2)),
+    "gpt2, which adds positions": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=4, n_head=2)
+    ),
 }
 
 
@@ -53,7 +74,10 @@ def prepared(lm, trained=("layers.2", "layers.3")):
 
 
 def encoded_sentences(lm, count=8, task="sst2"):
-    rows = [Row({"sentence": f"a{' film' * (1 + n % 5)} {n}", "label": str(n % 2)}, f"line {n}") for n in range(count)]
+    rows = [
+        Row({"sentence": f"a{' film' * (1 + n % 5)} {n}", "label": str(n % 2)}, f"line {n}")
+        for n in range(count)
+    ]
     return encode(lm, make_examples(read_task(task), rows), None)
 
 
@@ -90,7 +114,13 @@ def test_two_parts_are_the_model_bit_for_bit(name, count):
 
 def test_there_is_none_where_something_before_all_blocks_is_trained(lm):
     layers = list(find_scales(lm.model))
-    for trained in (layers, ["model.layers.0.mlp.up_proj"], ["model.layers.2.mlp.up_proj", "lm_head"], ["lm_head"], []):
+    for trained in (
+        layers,
+        ["model.layers.0.mlp.up_proj"],
+        ["model.layers.2.mlp.up_proj", "lm_head"],
+        ["lm_head"],
+        [],
+    ):
         lm.part_before_(trained)
         assert lm.prefix is None, trained
     lm.part_before_(["model.layers.3.mlp.up_proj", "model.layers.2.mlp.up_proj"])
@@ -147,7 +177,14 @@ def test_blocks_are_back_in_their_places_after_an_error(lm, error):
 def estimated(lm, numbers, batch):
     directions = directions_of_step(0, 0, len(batch), "rademacher")
     with counted(lm) as rows:
-        found = estimate(lambda part: task_loss(lm, part), [batch], numbers, directions, eps=0.05, per_example=True)
+        found = estimate(
+            lambda part: task_loss(lm, part),
+            [batch],
+            numbers,
+            directions,
+            eps=0.05,
+            per_example=True,
+        )
     return found, rows
 
 
@@ -159,12 +196,16 @@ def test_a_step_runs_them_once_for_both_probes_and_finds_the_same(lm):
     lm.prefix = None
     plain, rows = estimated(lm, numbers, batch)
     assert rows == [16, 16, 16, 16]
-    # Products of 8 rows in place of 16 may round in another way: single roundings of four blocks, over 2 · eps.
-    assert shared.directional_derivative == pytest.approx(plain.directional_derivative, rel=0, abs=2**-24 * 64 / 0.05)
+    # Products of 8 rows in place of 16 may round in another way: single roundings of four blocks,
+    # over 2 · eps.
+    assert shared.directional_derivative == pytest.approx(
+        plain.directional_derivative, rel=0, abs=2**-24 * 64 / 0.05
+    )
     assert any(abs(d) > 0.01 for d in plain.directional_derivative)
 
 
-@pytest.mark.parametrize("task", ["sst2", "sst2_review"])  # labels of one token, and of several: a row for each
+# labels of one token, and of several: a row for each
+@pytest.mark.parametrize("task", ["sst2", "sst2_review"])
 def test_what_is_kept_is_not_computed_again(lm, tmp_path, task):
     numbers, encoded = prepared(lm), encoded_sentences(lm, task=task)
     plain = TextBatches(lm, encoded, batch_size=4, seed=0)
@@ -173,7 +214,9 @@ def test_what_is_kept_is_not_computed_again(lm, tmp_path, task):
         found, rows = estimated(lm, numbers, kept(0).micro_batches[0])
         assert rows[0] == 0 < rows[2]
         expected, _ = estimated(lm, numbers, plain(0).micro_batches[0])
-        assert found.directional_derivative == pytest.approx(expected.directional_derivative, rel=0, abs=2**-24 * 64 / 0.05)
+        assert found.directional_derivative == pytest.approx(
+            expected.directional_derivative, rel=0, abs=2**-24 * 64 / 0.05
+        )
     with counted(lm) as rows:
         for step in range(2, 6):  # two epochs: each row once, whatever was read before
             kept(step)
@@ -183,7 +226,9 @@ def test_what_is_kept_is_not_computed_again(lm, tmp_path, task):
 def test_a_run_that_goes_on_with_an_empty_file_reads_the_same_bits(lm, tmp_path):
     prepared(lm)
     encoded = encoded_sentences(lm, count=16)
-    first, second = (TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path) for _ in range(2))
+    first, second = (
+        TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path) for _ in range(2)
+    )
     hidden = [first(step).micro_batches[0].hidden for step in range(8)]
     for step in (7, 5, 6):  # in another order, beside other texts
         assert torch.equal(second(step).micro_batches[0].hidden, hidden[step])
@@ -196,14 +241,20 @@ def test_nothing_is_kept_where_there_is_no_room(lm, tmp_path, monkeypatch):
     assert lm.bytes_of_token == 4 * 64
     tokens = sum(len(row) for one in encoded for row in one.rows)
     for free, kept in ((2 * tokens * 4 * 64, False), (2 * tokens * 4 * 64 + 1, True)):
-        monkeypatch.setattr(kept_hidden.shutil, "disk_usage", lambda _place, free=free: type("Usage", (), {"free": free}))
+        monkeypatch.setattr(
+            kept_hidden.shutil,
+            "disk_usage",
+            lambda _place, free=free: type("Usage", (), {"free": free}),
+        )
         batch = TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path)(0).micro_batches[0]
         assert (batch.hidden is not None) == kept
 
 
 def test_nothing_is_kept_where_all_blocks_are_trained(lm, tmp_path):
     prepared(lm, ["layers"])
-    batch = TextBatches(lm, encoded_sentences(lm), batch_size=4, seed=0, keep_in=tmp_path)(0).micro_batches[0]
+    batch = TextBatches(lm, encoded_sentences(lm), batch_size=4, seed=0, keep_in=tmp_path)(
+        0
+    ).micro_batches[0]
     assert batch.hidden is None
 
 
@@ -218,7 +269,9 @@ def test_a_full_disk_is_told_with_the_remedy(lm, tmp_path):
 
 
 def test_forwards_have_few_widths_and_none_beyond_what_the_model_reads(tmp_path):
-    """Each width costs memory for good on some machines; and learned positions end where the context does."""
+    """Each width costs memory for good on some machines; and learned positions end where the
+    context does.
+    """
     lm = tiny_llama(layers=4, context=48)
     quantize_(lm.model, backend="reference", skip=["lm_head"])
     prepared(lm)
@@ -226,7 +279,9 @@ def test_forwards_have_few_widths_and_none_beyond_what_the_model_reads(tmp_path)
     encoded = encode(lm, make_examples(read_task("sst2"), rows), None)
     assert max(one.length for one in encoded) in range(42, 49)
     batches, widths = TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path), set()
-    hook = lm.model.model.layers[0].register_forward_pre_hook(lambda _block, args: widths.add(args[0].shape[1]))
+    hook = lm.model.model.layers[0].register_forward_pre_hook(
+        lambda _block, args: widths.add(args[0].shape[1])
+    )
     for step in range(11):
         batches(step)
     hook.remove()

@@ -1,4 +1,6 @@
-"""Prompts as they were published, tokens against a full forward, batches that do not change what they hold."""
+"""Prompts as they were published, tokens against a full forward, batches that do not change what
+they hold.
+"""
 
 import json
 import math
@@ -16,7 +18,14 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import estimate
 from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm, padded
 from qzo_diffusion.llm.data_files import read_rows
-from qzo_diffusion.llm.objectives import choice_scores, exact_match, mean_metric, task_loss, task_metric, word_f1
+from qzo_diffusion.llm.objectives import (
+    choice_scores,
+    exact_match,
+    mean_metric,
+    task_loss,
+    task_metric,
+    word_f1,
+)
 from qzo_diffusion.llm.task_file import read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import choose_rows, encode, make_batch, make_examples
 from qzo_diffusion.quant.load import find_scales, quantize_
@@ -27,7 +36,11 @@ from tests.tiny_llama import save_tiny_llama, tiny_llama, tokenizer, write_sente
 
 FACTS = {
     "sst2": ({"sentence": "a good film", "label": "1"}, "a good film It was", " great"),
-    "sst2_review": ({"sentence": "a good film", "label": "0"}, "Review: a good film\nSentiment:", " negative"),
+    "sst2_review": (
+        {"sentence": "a good film", "label": "0"},
+        "Review: a good film\nSentiment:",
+        " negative",
+    ),
     "rte": (
         {"sentence1": "It rains.", "sentence2": "It is wet.", "label": "not_entailment"},
         'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n',
@@ -38,9 +51,18 @@ FACTS = {
         'Suppose It rains. Can we infer that "it is wet"? Yes, No, or Maybe?\n',
         "Maybe",
     ),
-    "boolq": ({"passage": "It rains.", "question": "is it wet", "label": True}, "It rains. is it wet?\n", "Yes"),
+    "boolq": (
+        {"passage": "It rains.", "question": "is it wet", "label": True},
+        "It rains. is it wet?\n",
+        "Yes",
+    ),
     "squad": (
-        {"title": "Rain", "context": "It rains.", "question": "Is it wet?", "answers": ["yes", "It is"]},
+        {
+            "title": "Rain",
+            "context": "It rains.",
+            "question": "Is it wet?",
+            "answers": ["yes", "It is"],
+        },
         "Title: Rain\nContext: It rains.\nQuestion: Is it wet?\nAnswer:",
         " yes",
     ),
@@ -71,7 +93,9 @@ def test_all_answers_of_squad_count_and_the_first_is_taught(tmp_path):
 
 
 def by_hand(lm, example):
-    """Mean log-probability of every continuation, each by a forward of its own over the whole vocabulary."""
+    """Mean log-probability of every continuation, each by a forward of its own over the whole
+    vocabulary.
+    """
     means = []
     for text in example.continuations:
         prompt, whole = lm.encode(example.prompt), lm.encode(example.prompt + text)
@@ -82,26 +106,39 @@ def by_hand(lm, example):
     return torch.stack(means)
 
 
-@pytest.mark.parametrize("choices", [{"0": " terrible", "1": " great"}, {"0": " xyz", "1": " great", "2": " good bad"}])
+@pytest.mark.parametrize(
+    "choices", [{"0": " terrible", "1": " great"}, {"0": " xyz", "1": " great", "2": " good bad"}]
+)
 def test_the_loss_of_choices_is_that_of_separate_forwards(tmp_path, lm, choices):
     task = own_task(tmp_path, choices=choices)
-    rows = [{"text": "a film", "label": 0}, {"text": "a longer film good", "label": 1}, {"text": "x", "label": len(choices) - 1}]
+    rows = [
+        {"text": "a film", "label": 0},
+        {"text": "a longer film good", "label": 1},
+        {"text": "x", "label": len(choices) - 1},
+    ]
     _, examples = examples_of(tmp_path, task, *rows)
     encoded = encode(lm, examples, None)
     batch = make_batch(lm, encoded)
     single = all(len(lm.encode(text)) == 1 for text in choices.values())
     assert batch.shared == single
     assert len(batch.ids) == len(rows) * (1 if single else len(choices))
-    # fp32 throughout; log-probabilities of about 10, sums over 64 channels and 400 words in another order.
-    for example, scores, loss in zip(examples, choice_scores(lm, batch), task_loss(lm, batch), strict=True):
+    # fp32 throughout; log-probabilities of about 10, sums over 64 channels and 400 words in another
+    # order.
+    for example, scores, loss in zip(
+        examples, choice_scores(lm, batch), task_loss(lm, batch), strict=True
+    ):
         wanted = by_hand(lm, example)
         if not single:
             torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(loss, F.cross_entropy(wanted, torch.tensor(example.label)), rtol=1e-5, atol=2e-4)
+        torch.testing.assert_close(
+            loss, F.cross_entropy(wanted, torch.tensor(example.label)), rtol=1e-5, atol=2e-4
+        )
 
 
 def test_the_loss_of_an_answer_is_that_of_its_tokens(tmp_path, lm):
-    _, (example,) = examples_of(tmp_path, "squad", FACTS["squad"][0] | {"answers": ["a green answer"]})
+    _, (example,) = examples_of(
+        tmp_path, "squad", FACTS["squad"][0] | {"answers": ["a green answer"]}
+    )
     batch = make_batch(lm, encode(lm, [example], None))
     torch.testing.assert_close(task_loss(lm, batch), -by_hand(lm, example), rtol=1e-5, atol=1e-4)
 
@@ -115,7 +152,11 @@ def test_plain_text_is_learned_from_its_second_token_on(tmp_path, lm):
 
 
 def test_padding_and_company_change_no_loss(tmp_path, lm):
-    _, examples = examples_of(tmp_path, own_task(tmp_path), *({"text": "a" + " film" * n, "label": n % 2} for n in range(1, 9)))
+    _, examples = examples_of(
+        tmp_path,
+        own_task(tmp_path),
+        *({"text": "a" + " film" * n, "label": n % 2} for n in range(1, 9)),
+    )
     encoded = encode(lm, examples, None)
     together = task_loss(lm, make_batch(lm, encoded))
     alone = torch.cat([task_loss(lm, make_batch(lm, [one])) for one in encoded])
@@ -125,15 +166,21 @@ def test_padding_and_company_change_no_loss(tmp_path, lm):
     torch.testing.assert_close(task_loss(lm, twice), alone.repeat(2), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("choices", [{"0": " terrible", "1": " great"}, {"0": " xyz", "1": " great"}])
+@pytest.mark.parametrize(
+    "choices", [{"0": " terrible", "1": " great"}, {"0": " xyz", "1": " great"}]
+)
 @pytest.mark.parametrize("level", ["row", "separable"])
 def test_every_example_can_have_a_direction_of_its_own(tmp_path, choices, level):
-    """What one forward with a direction for every example finds is what a forward for each finds with its own direction."""
+    """What one forward with a direction for every example finds is what a forward for each finds
+    with its own direction.
+    """
     lm = tiny_llama()
     quantize_(lm.model, backend="reference", skip=["lm_head"])
     numbers = parametrize(find_scales(lm.model), level)
     _, examples = examples_of(
-        tmp_path, own_task(tmp_path, choices=choices), *({"text": f"a film {n}", "label": n % 2} for n in range(4))
+        tmp_path,
+        own_task(tmp_path, choices=choices),
+        *({"text": f"a film {n}", "label": n % 2} for n in range(4)),
     )
     encoded = encode(lm, examples, None)
     directions = directions_of_step(0, 0, 4, "rademacher")
@@ -141,10 +188,18 @@ def test_every_example_can_have_a_direction_of_its_own(tmp_path, choices, level)
     def objective(batch):
         return task_loss(lm, batch)
 
-    found = estimate(objective, [make_batch(lm, encoded)], numbers, directions, eps=0.1, per_example=True)
-    for one, direction, up, down in zip(encoded, directions, found.loss_plus, found.loss_minus, strict=True):
-        single = estimate(objective, [make_batch(lm, [one])], numbers, [direction], eps=0.1, copies=1)
-        assert (up, down) == pytest.approx((single.loss_plus[0], single.loss_minus[0]), rel=1e-4, abs=1e-4)
+    found = estimate(
+        objective, [make_batch(lm, encoded)], numbers, directions, eps=0.1, per_example=True
+    )
+    for one, direction, up, down in zip(
+        encoded, directions, found.loss_plus, found.loss_minus, strict=True
+    ):
+        single = estimate(
+            objective, [make_batch(lm, [one])], numbers, [direction], eps=0.1, copies=1
+        )
+        assert (up, down) == pytest.approx(
+            (single.loss_plus[0], single.loss_minus[0]), rel=1e-4, abs=1e-4
+        )
         assert up != down
 
 
@@ -152,7 +207,9 @@ def test_long_prompts_are_counted_and_cut_at_their_beginning(tmp_path):
     lm = tiny_llama(context=32)
     rows = [{"text": "bad" + " film" * 40, "label": 0}, {"text": "short", "label": 1}]
     _, examples = examples_of(tmp_path, own_task(tmp_path), *rows)
-    with pytest.raises(DataError, match=r"1 of 2 prompts are longer than the model reads") as raised:
+    with pytest.raises(
+        DataError, match=r"1 of 2 prompts are longer than the model reads"
+    ) as raised:
         encode(lm, examples, None)
     assert "data.max_tokens=32" in str(raised.value)
     long, short = encode(lm, examples, 32)
@@ -165,12 +222,25 @@ def test_long_prompts_are_counted_and_cut_at_their_beginning(tmp_path):
 @given(st.integers(1, 60), st.integers(4, 40), st.booleans())
 def test_what_is_cut_fits_and_keeps_something_to_read(words, limit, several):
     lm = _SHARED
-    spec = read_task("squad").model_copy(update={"answer": " red green"}) if several else read_task("sst2")
-    values = {"title": "t", "context": "film" + " film" * words, "question": "q", "sentence": "a" + " film" * words, "label": "1"}
+    spec = (
+        read_task("squad").model_copy(update={"answer": " red green"})
+        if several
+        else read_task("sst2")
+    )
+    values = {
+        "title": "t",
+        "context": "film" + " film" * words,
+        "question": "q",
+        "sentence": "a" + " film" * words,
+        "label": "1",
+    }
     (example,) = make_examples(spec, [_row(values)])
     (one,) = encode(lm, [example], limit)
     assert one.length <= limit
-    assert all(reads and all(0 <= at < len(row) for at, _ in reads) for row, reads in zip(one.rows, one.reads, strict=True))
+    assert all(
+        reads and all(0 <= at < len(row) for at, _ in reads)
+        for row, reads in zip(one.rows, one.reads, strict=True)
+    )
 
 
 _SHARED = tiny_llama()
@@ -192,7 +262,10 @@ def test_a_label_that_adds_no_token_is_told(tmp_path, lm):
 
 def test_greedy_answers_stop_and_are_measured(tmp_path, lm):
     spec, examples = examples_of(
-        tmp_path, "squad", FACTS["squad"][0], FACTS["squad"][0] | {"context": "a much longer one, it rains"}
+        tmp_path,
+        "squad",
+        FACTS["squad"][0],
+        FACTS["squad"][0] | {"context": "a much longer one, it rains"},
     )
     batch = make_batch(lm, encode(lm, examples, None))
     said = lm.answers(batch.prompts, batch.prompt_mask, 5, "")
@@ -205,10 +278,17 @@ def test_greedy_answers_stop_and_are_measured(tmp_path, lm):
 
 
 def test_greedy_answers_do_not_obey_what_came_with_the_model(tmp_path):
-    """Penalties and beams would; where an answer ends is still the model's to say, also of a folder with codes."""
+    """Penalties and beams would; where an answer ends is still the model's to say, also of a folder
+    with codes.
+    """
     folder = save_tiny_llama(tmp_path / "plain")
     convert_folder(folder, tmp_path / "stored", "gptq")
-    told = {"eos_token_id": [0, 7], "repetition_penalty": 1.7, "num_beams": 4, "return_dict_in_generate": True}
+    told = {
+        "eos_token_id": [0, 7],
+        "repetition_penalty": 1.7,
+        "num_beams": 4,
+        "return_dict_in_generate": True,
+    }
     for one in (folder, tmp_path / "stored"):
         wanted = said_by(load_causal_lm(one, torch.float32))
         (one / "generation_config.json").write_text(json.dumps(told))
@@ -221,24 +301,38 @@ def test_greedy_answers_do_not_obey_what_came_with_the_model(tmp_path):
 
 def said_by(lm):
     ids = [lm.encode(text) for text in ("a film good It was", "answer Yes red green red green")]
-    return lm.answers(padded(ids, 0, left=True), padded([[1] * len(one) for one in ids], 0, left=True), 12, "")
+    return lm.answers(
+        padded(ids, 0, left=True), padded([[1] * len(one) for one in ids], 0, left=True), 12, ""
+    )
 
 
 def test_answers_end_where_the_positions_end(tmp_path):
-    """OPT looks positions up in a table. A prompt that has room is not cut for one beside it that has none."""
+    """OPT looks positions up in a table.
+
+    A prompt that has room is not cut for one beside it that has none.
+    """
     words = tokenizer()
     config = OPTConfig(
-        vocab_size=len(words), hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=32,
+        vocab_size=len(words), hidden_size=32, ffn_dim=32, num_hidden_layers=1,
+        num_attention_heads=2, word_embed_proj_dim=32,
         max_position_embeddings=32, pad_token_id=0, bos_token_id=None, eos_token_id=0,
     )  # fmt: skip
     lm = CausalLm(OPTForCausalLM(config).eval(), words)
     lm.model.generation_config.eos_token_id = None
     long, short = lm.encode(" film" * 30), lm.encode(" red")
-    said = lm.answers(padded([short, long], 0, left=True), padded([[1], [1] * 30], 0, left=True), 8, "")
+    said = lm.answers(
+        padded([short, long], 0, left=True), padded([[1], [1] * 30], 0, left=True), 8, ""
+    )
     alone = lm.answers(torch.tensor([short]), torch.ones(1, 1, dtype=torch.int64), 8, "")
     assert said[0] == alone[0]
-    # Not the length of the text: half of a letter is one token that is said and three that are read.
-    assert said[1] == lm.answers(torch.tensor([long]), torch.ones(1, 30, dtype=torch.int64), lm.context - 30, "")[0]
+    # Not the length of the text: half of a letter is one token that is said and three that are
+    # read.
+    assert (
+        said[1]
+        == lm.answers(
+            torch.tensor([long]), torch.ones(1, 30, dtype=torch.int64), lm.context - 30, ""
+        )[0]
+    )
 
 
 def test_a_padding_token_that_the_model_lacks_is_not_used():
@@ -270,7 +364,9 @@ def test_splits_are_disjoint_and_do_not_depend_on_what_follows(tmp_path):
     rows = [_row({"n": str(n)}) for n in range(50)]
     first, second, rest = choose_rows(rows, [10, 20, None], 0, "train")
     assert choose_rows(rows, [10], 0, "train") == [first]
-    assert sorted(int(row.values["n"]) for part in (first, second, rest) for row in part) == list(range(50))
+    assert sorted(int(row.values["n"]) for part in (first, second, rest) for row in part) == list(
+        range(50)
+    )
     assert choose_rows(rows, [10], 1, "train") != [first]
     assert choose_rows(rows, [60], 0, "train") == [rows]
 
@@ -278,16 +374,28 @@ def test_splits_are_disjoint_and_do_not_depend_on_what_follows(tmp_path):
 def test_batches_are_of_one_length_and_follow_from_the_step(tmp_path, lm):
     folder = write_sentences(tmp_path, train=64)
     spec = read_task("sst2")
-    encoded = encode(lm, make_examples(spec, read_rows(folder / "train.tsv", spec.fields, spec.columns)), None)
+    encoded = encode(
+        lm, make_examples(spec, read_rows(folder / "train.tsv", spec.fields, spec.columns)), None
+    )
     batches = TextBatches(lm, encoded, batch_size=4, seed=1, micro_batch_size=3)
     again = TextBatches(lm, encoded, batch_size=4, seed=1)
     for step in (5, 0, 17):
         parts = batches(step).micro_batches
         assert [len(part) for part in parts] == [3, 1]
-        assert torch.equal(torch.cat([part.label for part in parts]), again(step).micro_batches[0].label)
-    shares = [TextBatches(lm, encoded, batch_size=4, seed=1, share=lambda n, r=rank: slice(2 * r, 2 * r + 2))(0) for rank in (0, 1)]
+        assert torch.equal(
+            torch.cat([part.label for part in parts]), again(step).micro_batches[0].label
+        )
+    shares = [
+        TextBatches(
+            lm, encoded, batch_size=4, seed=1, share=lambda n, r=rank: slice(2 * r, 2 * r + 2)
+        )(0)
+        for rank in (0, 1)
+    ]
     assert [share.first_example for share in shares] == [0, 2]
-    assert torch.equal(torch.cat([share.micro_batches[0].label for share in shares]), again(0).micro_batches[0].label)
+    assert torch.equal(
+        torch.cat([share.micro_batches[0].label for share in shares]),
+        again(0).micro_batches[0].label,
+    )
     held_out = evaluation_batches(lm, encoded, 10)
     assert sum(map(len, held_out)) == 64
     assert math.fsum(int(batch.label.sum()) for batch in held_out) == 32
@@ -309,7 +417,9 @@ def test_the_task_of_the_convergence_benchmark(tmp_path):
     from qzo_diffusion.core.spsa import mean_loss
     from tests.tiny_llama import save_tiny_llama
 
-    task = TextTask(write_sentences(tmp_path / "data"), torch.float32, save_tiny_llama(tmp_path / "model"))
+    task = TextTask(
+        write_sentences(tmp_path / "data"), torch.float32, save_tiny_llama(tmp_path / "model")
+    )
     assert sum(map(len, task.held_out)) == 12
     assert len(list(task.handles())) == len(task.scales) == 14
     assert len(task.batches(0, 16, 1, "uniform")(0).micro_batches[0]) == 16

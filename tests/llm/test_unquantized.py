@@ -1,4 +1,6 @@
-"""Norm gains, biases and embeddings trained beside the scales by the same estimate, as the QZO paper does with AQLM models."""
+"""Norm gains, biases and embeddings trained beside the scales by the same estimate, as the QZO
+paper does with AQLM models.
+"""
 
 import json
 
@@ -22,7 +24,13 @@ from tests.quant.stored_formats import convert_folder
 from tests.quantized import assert_same
 from tests.tiny_llama import save_tiny_llama, tiny_llama, write_sentences
 
-PAPER = ["qzo.parametrization=dense", "qzo.units=absolute", "qzo.directions=gaussian", "qzo.eps=1e-3", "qzo.unquantized=all"]
+PAPER = [
+    "qzo.parametrization=dense",
+    "qzo.units=absolute",
+    "qzo.directions=gaussian",
+    "qzo.eps=1e-3",
+    "qzo.unquantized=all",
+]
 IDS = torch.arange(12).view(2, 6)
 
 
@@ -53,9 +61,12 @@ def everything(model):
 
 def test_what_is_found():
     model, gains = quantized_llama("gains")
-    assert gains.scales.weights == {name for name, one in model.named_parameters() if "norm" in name}
+    assert gains.scales.weights == {
+        name for name, one in model.named_parameters() if "norm" in name
+    }
     _, all_of_it = quantized_llama("all")
-    assert all_of_it.scales.weights - gains.scales.weights == {"model.embed_tokens.weight"}  # the output head is the same
+    # the output head is the same
+    assert all_of_it.scales.weights - gains.scales.weights == {"model.embed_tokens.weight"}
     assert len(all_of_it.scales) == 2 * 7 + 5 + 1
     assert len(quantized_llama("none")[1].scales) == 2 * 7
 
@@ -85,9 +96,14 @@ def test_a_shared_tensor_is_seen_by_all_that_use_it(monkeypatch, few, dtype):
     """At its beginning and its end a tied embedding is the changed one; a norm between them too."""
     monkeypatch.setattr("qzo_diffusion.core.scales.FEW", few)
     model, numbers = quantized_llama("all", dtype)
-    changed, before = ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"], everything(model)
+    changed, before = (
+        ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"],
+        everything(model),
+    )
     plain = logits(model)
-    with numbers.scales.showing(lambda names: {name: numbers.scales[name] * 1.25 for name in names if name in changed}):
+    with numbers.scales.showing(
+        lambda names: {name: numbers.scales[name] * 1.25 for name in names if name in changed}
+    ):
         seen = logits(model)
     assert torch.equal(logits(model), plain)
     assert_same(before, everything(model))
@@ -119,13 +135,17 @@ def test_updates_below_a_bfloat16_step_add_up():
     gain = model.model.norm.weight
     assert (gain == 1).all()
     for _ in range(100):
-        numbers.add_("model.norm.weight", torch.full_like(gain, 1e-4, dtype=torch.float32))  # of steps of 0.0078
+        # of steps of 0.0078
+        numbers.add_("model.norm.weight", torch.full_like(gain, 1e-4, dtype=torch.float32))
     with numbers.scales.showing(numbers.view()):
         logits(model)
     numbers.merge_()
     assert gain.dtype == torch.bfloat16
     torch.testing.assert_close(
-        model.model.norm.weight.float(), torch.full_like(gain, 1.01, dtype=torch.float32), rtol=0, atol=0.004
+        model.model.norm.weight.float(),
+        torch.full_like(gain, 1.01, dtype=torch.float32),
+        rtol=0,
+        atol=0.004,
     )
     assert (model.model.norm.weight > 1).all()
 
@@ -135,7 +155,12 @@ def folders(tmp_path):
     plain = save_tiny_llama(tmp_path / "plain")
     for kind in ("aqlm", "gptq", "hqq"):
         convert_folder(plain, tmp_path / kind, kind)
-    return {"bitsandbytes": plain, "aqlm": tmp_path / "aqlm", "gptq": tmp_path / "gptq", "hqq": tmp_path / "hqq"}
+    return {
+        "bitsandbytes": plain,
+        "aqlm": tmp_path / "aqlm",
+        "gptq": tmp_path / "gptq",
+        "hqq": tmp_path / "hqq",
+    }
 
 
 @pytest.fixture
@@ -143,10 +168,28 @@ def arguments(tmp_path):
     data = write_sentences(tmp_path / "sentences")
 
     def build(model, *more, name="run"):
-        base = ["llm", "train", "--task", "sst2", "--model", model, "--data-dir", data, "--max-steps", 6]
-        small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "train.validate_every=2"]
+        base = [
+            "llm",
+            "train",
+            "--task",
+            "sst2",
+            "--model",
+            model,
+            "--data-dir",
+            data,
+            "--max-steps",
+            6,
+        ]
+        small = [
+            "data.batch_size=4",
+            "data.train_examples=16",
+            "data.validation_examples=8",
+            "train.validate_every=2",
+        ]
         rest = ["train.lr=1e-5", "train.checkpoint_every=2", "compute.dtype=float32", *PAPER]
-        return [str(part) for part in [*base, *small, *rest, "--output-dir", tmp_path / name, *more]]
+        return [
+            str(part) for part in [*base, *small, *rest, "--output-dir", tmp_path / name, *more]
+        ]
 
     return build
 
@@ -160,7 +203,9 @@ def test_a_run_is_evaluated_replayed_and_exported(arguments, folders, tmp_path, 
     final = load_file(tmp_path / "run" / "final" / "scales.safetensors")
     base = load_causal_lm(folder, torch.bfloat16).model
     moved = [
-        name for name, one in final.items() if name.endswith(".weight") and not torch.equal(one, base.get_parameter(name).float())
+        name
+        for name, one in final.items()
+        if name.endswith(".weight") and not torch.equal(one, base.get_parameter(name).float())
     ]
     assert "model.embed_tokens.weight" in moved
     assert len(moved) == 6
@@ -169,11 +214,20 @@ def test_a_run_is_evaluated_replayed_and_exported(arguments, folders, tmp_path, 
     journal = str(tmp_path / "run" / "journal.qzo")
     assert main(["replay", "--journal", journal, "--output-dir", str(tmp_path / "again")]) == 0
     assert_same(final, load_file(tmp_path / "again" / "final" / "scales.safetensors"))
-    export = ["export", "--run", str(tmp_path / "run"), "--format", "native", "--output-dir", str(tmp_path / "exported")]
+    export = [
+        "export",
+        "--run",
+        str(tmp_path / "run"),
+        "--format",
+        "native",
+        "--output-dir",
+        str(tmp_path / "exported"),
+    ]
     assert main(export) == 0
     exported = load_causal_lm(tmp_path / "exported", torch.bfloat16).model
     for name in moved:
-        # GPTQ's and AQLM's folders keep the fp32 of the plain one, bitsandbytes' have the dtype of the run
+        # GPTQ's and AQLM's folders keep the fp32 of the plain one, bitsandbytes' have the dtype of
+        # the run
         assert torch.equal(exported.get_parameter(name).cpu(), final[name].bfloat16())
 
 
@@ -183,18 +237,37 @@ def test_a_killed_run_goes_on_bit_for_bit(arguments, folders, tmp_path, monkeypa
     with monkeypatch.context() as patched:
         killed_after(patched, 5)
         assert main(arguments(folders["aqlm"], *more, name="killed")) == 130
-    assert main(arguments(folders["aqlm"], "--resume", tmp_path / "killed", *more, name="killed")) == 0
-    whole, killed = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed"))
+    assert (
+        main(arguments(folders["aqlm"], "--resume", tmp_path / "killed", *more, name="killed")) == 0
+    )
+    whole, killed = (
+        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed")
+    )
     assert_same(whole, killed)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
 
 
 def test_layers_choose_among_quantized_ones_alone(folders):
-    settings = {"parametrization": "dense", "units": "absolute", "unquantized": "gains", "layers": ["mlp"]}
+    settings = {
+        "parametrization": "dense",
+        "units": "absolute",
+        "unquantized": "gains",
+        "layers": ["mlp"],
+    }
     config = LlmConfig.model_validate({"model": str(folders["aqlm"]), "qzo": settings})
     base = load_base(config, folders["aqlm"], torch.device("cpu"), torch.float32)
-    kinds = {name.split(".")[-2] if name in base.scales.weights else name.split(".")[-1] for name in base.trained}
-    assert kinds == {"gate_proj", "up_proj", "down_proj", "input_layernorm", "post_attention_layernorm", "norm"}
+    kinds = {
+        name.split(".")[-2] if name in base.scales.weights else name.split(".")[-1]
+        for name in base.trained
+    }
+    assert kinds == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
     assert set(base.trained) == set(base.numbers.numbers())
 
 

@@ -1,4 +1,6 @@
-"""Weights rounded to the formats of GPTQ, AQLM and HQQ, as tensors of a file and as plain weights: small ones, for tests."""
+"""Weights rounded to the formats of GPTQ, AQLM and HQQ, as tensors of a file and as plain weights:
+small ones, for tests.
+"""
 
 import json
 from pathlib import Path
@@ -15,13 +17,16 @@ GROUP = 16
 def gptq_state(
     weight: Tensor, version: int = 1, act_order: bool = False, symmetric: bool = True
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What a file holds of weight [N, K], and the weight that it stands for: both by the formula, column by column."""
+    """What a file holds of weight [N, K], and the weight that it stands for: both by the formula,
+    column by column.
+    """
     outputs, inputs = weight.shape
     g_idx = torch.arange(inputs) // GROUP
     if act_order:
         g_idx = g_idx[torch.randperm(inputs, generator=torch.Generator().manual_seed(1))]
     groups = inputs // GROUP
-    scales = torch.stack([weight[:, g_idx == g].abs().amax(1) / 7 for g in range(groups)]).half()  # [G, N]
+    # [G, N]
+    scales = torch.stack([weight[:, g_idx == g].abs().amax(1) / 7 for g in range(groups)]).half()
     zeros = torch.full((groups, outputs), 8)
     if not symmetric:
         zeros = torch.randint(4, 12, (groups, outputs), generator=torch.Generator().manual_seed(2))
@@ -39,7 +44,9 @@ def gptq_state(
 
 
 def aqlm_state(weight: Tensor, books: int = 2, bits: int = 8) -> tuple[dict[str, Tensor], Tensor]:
-    """Random codes and codebooks of the weight's shape and size; what counts is how they are read."""
+    """Random codes and codebooks of the weight's shape and size; what counts is how they are
+    read.
+    """
     outputs, inputs = weight.shape
     generator = torch.Generator().manual_seed(inputs + outputs)
     codes = torch.randint(0, 2**bits, (outputs, inputs // 8, books), generator=generator)
@@ -52,7 +59,9 @@ def aqlm_state(weight: Tensor, books: int = 2, bits: int = 8) -> tuple[dict[str,
     return state, vectors.flatten(1) * scales.half().float()
 
 
-def hqq_state(weight: Tensor, bits: int = 4, as_float: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+def hqq_state(
+    weight: Tensor, bits: int = 4, as_float: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
     """Rounded between the ends of each group, and packed by the formula, row by row."""
     outputs, inputs = weight.shape
     groups = weight.reshape(-1, GROUP)
@@ -73,7 +82,8 @@ def hqq_state(weight: Tensor, bits: int = 4, as_float: bool = False) -> tuple[di
         "shape": torch.tensor([outputs, inputs]),
         "packing": torch.tensor(list(f"{bits}bit_u8".encode()), dtype=torch.uint8),
         "view_as_float": torch.tensor(int(as_float), dtype=torch.uint8),
-        "compute_dtype": torch.tensor(list(b"torch.float16"), dtype=torch.uint8),  # and more that is not needed
+        # and more that is not needed
+        "compute_dtype": torch.tensor(list(b"torch.float16"), dtype=torch.uint8),
     }
     return state, plain
 
@@ -81,15 +91,25 @@ def hqq_state(weight: Tensor, bits: int = 4, as_float: bool = False) -> tuple[di
 STATES = {"gptq": gptq_state, "aqlm": aqlm_state, "hqq": hqq_state}
 
 
-def convert_folder(source: Path, target: Path, method: str, settings: dict | None = None, **options) -> dict[str, Tensor]:
-    """A copy of a plain model's folder in one of the formats; returns the plain weights that its layers stand for, by layer."""
+def convert_folder(
+    source: Path, target: Path, method: str, settings: dict | None = None, **options
+) -> dict[str, Tensor]:
+    """A copy of a plain model's folder in one of the formats; returns the plain weights that its
+    layers stand for, by layer.
+    """
     target.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix == ".json" and file.name != "config.json":
             (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((source / "config.json").read_text())
-    own = {"quant_method": method, "bits": 4, "group_size": GROUP} if method == "gptq" else {"quant_method": method}
-    (target / "config.json").write_text(json.dumps(config | {"quantization_config": own | (settings or {})}))
+    own = (
+        {"quant_method": method, "bits": 4, "group_size": GROUP}
+        if method == "gptq"
+        else {"quant_method": method}
+    )
+    (target / "config.json").write_text(
+        json.dumps(config | {"quantization_config": own | (settings or {})})
+    )
     tensors, plain = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         layer = name.removesuffix(".weight")

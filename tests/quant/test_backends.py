@@ -42,9 +42,13 @@ def test_reference_and_bitsandbytes_forward_agree_within_rounding(quant_type, bl
     x = inputs(64, width).to(dtype)
     with torch.no_grad():
         mine, other = ours(x), theirs(x)
-        magnitude = x.abs().float() @ dequantize_blockwise(ours.codes, ours.absmax, quant_type, blocksize).abs().T
-    # Both round a weight to the dtype (unit u each), sum in fp32 and round the output: |difference| is at most
-    # (2u for weights + 2u for outputs + bias) of sum |x||w|, plus 2 n fp32 units for the order of the sum.
+        magnitude = (
+            x.abs().float()
+            @ dequantize_blockwise(ours.codes, ours.absmax, quant_type, blocksize).abs().T
+        )
+    # Both round a weight to the dtype (unit u each), sum in fp32 and round the output: |difference|
+    # is at most (2u for weights + 2u for outputs + bias) of sum |x||w|, plus 2 n fp32 units for the
+    # order of the sum.
     unit = {torch.float32: 2**-24, torch.bfloat16: 2**-9}[dtype]
     bound = magnitude * (4 * unit + 2 * width * 2**-24) + 2 * unit * ours.bias.abs().float()
     assert ((mine.float() - other.float()).abs() <= bound).all()
@@ -89,7 +93,9 @@ def test_scales_stay_fp32_whatever_the_model_computes_in(backend, dtype):
 
 
 def test_eval_forwards_never_repack_a_layer():
-    """Left alone, bitsandbytes replaces the scales by transposed bfloat16 ones on CPUs with AVX512-BF16."""
+    """Left alone, bitsandbytes replaces the scales by transposed bfloat16 ones on CPUs with
+    AVX512-BF16.
+    """
     model = network("bnb").eval()
     scales = find_scales(model)
     packed = [handle.codes.clone() for handle in handles_of(model)]
@@ -129,7 +135,9 @@ def test_double_quantization_is_unnested_without_changing_the_output():
 
 
 def test_double_quantized_layers_can_be_made_from_linears():
-    layer = bnb.quantize_linear(nn.Linear(256, 64), "nf4", 64, torch.device("cpu"), double_quant=True)
+    layer = bnb.quantize_linear(
+        nn.Linear(256, 64), "nf4", 64, torch.device("cpu"), double_quant=True
+    )
     assert layer.weight.quant_state.absmax.dtype == torch.float32
 
 
@@ -156,7 +164,9 @@ def test_rows_that_are_not_whole_blocks_are_left_unquantized(width):
 def test_rows_that_are_not_whole_blocks_are_refused_when_loaded_quantized():
     import bitsandbytes
 
-    layer = bitsandbytes.nn.Linear4bit(96, 64, compress_statistics=False, quant_type="nf4").to("cpu")
+    layer = bitsandbytes.nn.Linear4bit(96, 64, compress_statistics=False, quant_type="nf4").to(
+        "cpu"
+    )
     with pytest.raises(ModelError, match="96 inputs in blocks of 64"):
         find_scales(nn.Sequential(layer))
 
@@ -208,7 +218,12 @@ def test_quantizing_a_transformers_model_needs_no_gpu():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
     )
     model = LlamaForCausalLM(config).eval()
     assert quantize_(model, skip=["lm_head"]) == 7

@@ -12,12 +12,22 @@ def test_parts_of_names_match_whole_words():
     assert matching(names, ["t"]) == []
 
 
-QUIET_BLOCKS = [(30, range(12, 27)), (32, range(12, 29)), (38, range(15, 35)), (2, range(2)), (1, range(1))]
+QUIET_BLOCKS = [
+    (30, range(12, 27)),
+    (32, range(12, 29)),
+    (38, range(15, 35)),
+    (2, range(2)),
+    (1, range(1)),
+]
 
 
 @pytest.mark.parametrize(("depth", "expected"), QUIET_BLOCKS)
 def test_quiet_layers_are_at_40_to_90_percent_of_the_blocks(depth, expected):
-    names = [f"model.layers.{block}.mlp.{kind}" for block in range(depth) for kind in ("up.0.proj", "down.7.proj")]
+    names = [
+        f"model.layers.{block}.mlp.{kind}"
+        for block in range(depth)
+        for kind in ("up.0.proj", "down.7.proj")
+    ]
     found = quiet(["embed", *names, "head"])
     assert found == [name for name in names if int(name.split(".")[2]) in expected]
     assert len(found) == 2 * len(expected)
@@ -25,8 +35,12 @@ def test_quiet_layers_are_at_40_to_90_percent_of_the_blocks(depth, expected):
 
 def test_projections_to_queries_and_keys_are_not_quiet():
     names = [f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"]
-    assert quiet([f"{name}.inner" for name in names]) == [f"{name}.inner" for name in names[2:]]  # GPTQ with desc_act
-    assert quiet([*names, "blocks.0.attn.to_k", "blocks.0.attn.to_qkv"]) == [*names[2:], "blocks.0.attn.to_qkv"]
+    # GPTQ with desc_act
+    assert quiet([f"{name}.inner" for name in names]) == [f"{name}.inner" for name in names[2:]]
+    assert quiet([*names, "blocks.0.attn.to_k", "blocks.0.attn.to_qkv"]) == [
+        *names[2:],
+        "blocks.0.attn.to_qkv",
+    ]
 
 
 def test_a_model_without_blocks_has_no_quiet_layers():

@@ -1,4 +1,6 @@
-"""Codes on a grid: storage there and back, the nearest code, and forwards against the dequantized weight."""
+"""Codes on a grid: storage there and back, the nearest code, and forwards against the dequantized
+weight.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,13 @@ from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.intgrid import GRIDS, IntGridLinear, quantize
-from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of, quantize_
+from qzo_diffusion.quant.load import (
+    find_codes,
+    find_scales,
+    frozen_fingerprint,
+    handles_of,
+    quantize_,
+)
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
 from tests.quant.test_stream import assert_same_model, empty, make
@@ -60,7 +68,8 @@ def test_the_forward_is_the_dequantized_product(kind, dtype, shape):
     got, wanted = layer(x), F.linear(x.double(), layer.dequantized().double(), layer.bias.double())
     assert got.dtype == dtype
     assert got.shape == (*shape[:-1], 128)
-    tolerance = 2e-6 if dtype == torch.float32 else 2**-7  # a rounding of weights or of the product, and one of the output
+    # a rounding of weights or of the product, and one of the output
+    tolerance = 2e-6 if dtype == torch.float32 else 2**-7
     assert (got.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
@@ -122,6 +131,12 @@ def test_streaming_gives_what_quantizing_the_whole_model_gives(kind, model_kind,
     filled = empty(model)
     how = Quantization(kind, 32, ("proj_out", "lm_head", "pos_embed"), "intgrid", "int8")
     fill_(filled, read_entries(tmp_path), how, dtype=torch.float32, device=torch.device("cpu"))
-    quantize_(model, quant_type=kind, blocksize=32, skip=how.skip, backend="intgrid", activations="int8")
+    quantize_(
+        model, quant_type=kind, blocksize=32, skip=how.skip, backend="intgrid", activations="int8"
+    )
     assert_same_model(model.eval(), filled)
-    assert all(module.activations == "int8" for module in filled.modules() if isinstance(module, IntGridLinear))
+    assert all(
+        module.activations == "int8"
+        for module in filled.modules()
+        if isinstance(module, IntGridLinear)
+    )

@@ -1,4 +1,6 @@
-"""Layers whose inputs nothing reads after them: their factors may be written over the input, and no forward may notice."""
+"""Layers whose inputs nothing reads after them: their factors may be written over the input, and no
+forward may notice.
+"""
 
 import pytest
 import torch
@@ -9,9 +11,17 @@ from qzo_diffusion.quant.choose import last_readers
 from qzo_diffusion.quant.load import find_scales, quantize_
 from tests.small_models import causal_lm, sd3_inputs, sd3_transformer
 
-# Three blocks, the last without a feed-forward of texts; two of medium's have attention to pictures alone. What joint attention
-# gives is copied anyway: pictures and texts are two pieces of it.
-OVERWRITTEN = {"large": 5, "medium": 7, "sd3": 5, "llama": 4, "qwen2_tied": 4, "opt": 0, "gpt_neox": 0}
+# Three blocks, the last without a feed-forward of texts; two of medium's have attention to pictures
+# alone. What joint attention gives is copied anyway: pictures and texts are two pieces of it.
+OVERWRITTEN = {
+    "large": 5,
+    "medium": 7,
+    "sd3": 5,
+    "llama": 4,
+    "qwen2_tied": 4,
+    "opt": 0,
+    "gpt_neox": 0,
+}
 
 
 def model_and_inputs(kind):
@@ -22,19 +32,30 @@ def model_and_inputs(kind):
 
 
 def probed(model, inputs, overwriting):
-    """The prediction with a direction for every example, and how many layers had their factors written over the input."""
+    """The prediction with a direction for every example, and how many layers had their factors
+    written over the input.
+    """
     scales = find_scales(model)
     names = last_readers(scales) if overwriting else ()
     numbers = parametrize(scales, "separable", last_readers=names)
     given, replaced, hooks = {}, [], []
     for name in scales:
         module = model.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[0].data_ptr()})))
-    with torch.no_grad(), scales.showing(*numbers.probes(directions_of_step(0, 0, 2, "rademacher"), [0.1])):
+        hooks.append(
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: given.update({name: args[0].data_ptr()})
+            )
+        )
+    with (
+        torch.no_grad(),
+        scales.showing(*numbers.probes(directions_of_step(0, 0, 2, "rademacher"), [0.1])),
+    ):
         for name in scales:
             module = model.get_submodule(name)
             seen = module.register_forward_pre_hook(
-                lambda _, args, name=name: replaced.append(name) if args[0].data_ptr() != given[name] else None
+                lambda _, args, name=name: (
+                    replaced.append(name) if args[0].data_ptr() != given[name] else None
+                )
             )
             hooks.append(seen)
         prediction = model(**inputs)[0]
@@ -47,9 +68,22 @@ def probed(model, inputs, overwriting):
 @pytest.mark.parametrize("kind", OVERWRITTEN)
 def test_a_forward_gives_the_same_bits_whether_inputs_are_overwritten(kind, dtype):
     model, inputs = model_and_inputs(kind)
-    quantize_(model, skip=["lm_head", "embed_out", "proj_out", "norm_out", "context_embedder", "time_text_embed"])
+    quantize_(
+        model,
+        skip=[
+            "lm_head",
+            "embed_out",
+            "proj_out",
+            "norm_out",
+            "context_embedder",
+            "time_text_embed",
+        ],
+    )
     model.to(dtype)
-    inputs = {name: one.to(dtype) if one.is_floating_point() and name != "timestep" else one for name, one in inputs.items()}
+    inputs = {
+        name: one.to(dtype) if one.is_floating_point() and name != "timestep" else one
+        for name, one in inputs.items()
+    }
     apart, none = probed(model, inputs, overwriting=False)
     together, some = probed(model, inputs, overwriting=True)
     assert torch.equal(apart, together)

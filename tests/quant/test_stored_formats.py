@@ -1,4 +1,6 @@
-"""LLM.int8, GPTQ, AQLM, HQQ, GGUF under one contract each: codes stay, scales are live and fp32, and what was tuned is saved."""
+"""LLM.int8, GPTQ, AQLM, HQQ, GGUF under one contract each: codes stay, scales are live and fp32,
+and what was tuned is saved.
+"""
 
 import copy
 
@@ -24,8 +26,14 @@ from tests.tiny_llama import save_tiny_llama
 
 WIDTH = 128
 GPTQ = {"gptq": {}, "gptq act order": {"act_order": True}, "gptq asymmetric": {"symmetric": False}}
-AQLM = {"aqlm 2x8": {}, "aqlm 1x16": {"books": 1, "bits": 12}}  # 12 bits in 16: a codebook of a test's size
-HQQ = {"hqq": {}, "hqq 2 bits": {"bits": 2}, "hqq 8 bits": {"bits": 8}, "hqq as float": {"as_float": True}}
+# 12 bits in 16: a codebook of a test's size
+AQLM = {"aqlm 2x8": {}, "aqlm 1x16": {"books": 1, "bits": 12}}
+HQQ = {
+    "hqq": {},
+    "hqq 2 bits": {"bits": 2},
+    "hqq 8 bits": {"bits": 8},
+    "hqq as float": {"as_float": True},
+}
 GGUF = ["gguf Q4_0", "gguf Q4_1", "gguf Q8_0"]
 FORMATS = ["int8", *GPTQ, *AQLM, *HQQ, *GGUF]
 
@@ -86,9 +94,12 @@ def test_a_forward_is_that_of_the_dequantized_weight(kind, dtype):
     wide = x.float()[:, order]
     with torch.no_grad():
         exact = wide @ handle.dequantized().float().t() + handle.module.bias.float()
-        bound = wide.abs() @ handle.dequantized().float().abs().t() + handle.module.bias.float().abs()
+        bound = (
+            wide.abs() @ handle.dequantized().float().abs().t() + handle.module.bias.float().abs()
+        )
         found = model[0](x).float()
-    # Weight, product and output are each rounded once or twice to the dtype, and sums of 128 terms are in fp32.
+    # Weight, product and output are each rounded once or twice to the dtype, and sums of 128 terms
+    # are in fp32.
     unit = {torch.float32: 2**-24, torch.bfloat16: 2**-9}[dtype]
     assert ((found - exact).abs() <= bound * (6 * unit + 2 * WIDTH * 2**-24)).all()
 
@@ -104,13 +115,23 @@ def test_training_moves_scales_and_nothing_else(kind, level):
     numbers, objective = parametrize(scales, level), squared_output(model)
     start = objective(inputs()).mean().item()
     probing = Probing(seed=0, eps=1e-2, per_example=level != "dense")
-    train(objective, lambda step: StepBatch([inputs()]), numbers, Sgd(), probing, lambda step: 0.05, max_steps=20)
+    train(
+        objective,
+        lambda step: StepBatch([inputs()]),
+        numbers,
+        Sgd(),
+        probing,
+        lambda step: 0.05,
+        max_steps=20,
+    )
     numbers.merge_()
     assert objective(inputs()).mean().item() < start
     assert codes_fingerprint(model) == codes
     after = snapshot(model, scales)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {name for name in before if name.startswith("scales.") or name.endswith((".scales", "SCB"))}
+    assert moved == {
+        name for name in before if name.startswith("scales.") or name.endswith((".scales", "SCB"))
+    }
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -135,13 +156,16 @@ def test_factors_of_inputs_and_outputs_are_those_of_scales(kind, level):
     with torch.no_grad():
         with numbers.scales.showing(numbers.view(direction, 0.1)):
             viewed = model(inputs())
-        with numbers.scales.showing(*numbers.probes([direction, direction], [0.1])):  # two groups, of equal directions
+        with numbers.scales.showing(*numbers.probes([direction, direction], [0.1])):
+            # two groups, of equal directions
             gained = model(inputs())
     torch.testing.assert_close(viewed, gained, rtol=1e-4, atol=1e-5)
 
 
 def test_int8_keeps_inputs_whole_after_eval_and_a_copy():
-    """In eval mode bitsandbytes rounds the inputs to int8: about 1 % of the output, where a probe changes as much."""
+    """In eval mode bitsandbytes rounds the inputs to int8: about 1 % of the output, where a probe
+    changes as much.
+    """
     model = copy.deepcopy(network("int8")).eval()
     scales = find_scales(model)
     with torch.no_grad():
@@ -178,12 +202,16 @@ def test_words_are_laid_out_as_in_files():
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("label", ["gptq", "gptq_v2", None])
 def test_a_symmetric_file_tells_its_version_whatever_the_label(version, label):
-    state, _ = gptq_state(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), version=version)
+    state, _ = gptq_state(
+        torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), version=version
+    )
     assert gptq.version_of({"layer": state["qzeros"]}, label) == version
 
 
 def test_an_asymmetric_file_is_believed():
-    state, _ = gptq_state(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), symmetric=False)
+    state, _ = gptq_state(
+        torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), symmetric=False
+    )
     assert gptq.version_of({"layer": state["qzeros"]}, "gptq_v2") == 2
     assert gptq.version_of({"layer": state["qzeros"]}, "gptq") == 1
 
@@ -193,7 +221,9 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ModelError, match="no 4-bit GPTQ layer"):
         gptq.layer_from_state("layer", state | {"scales": state["scales"][:, :4]}, None, 1)
     with pytest.raises(ModelError, match="groups of different sizes"):
-        gptq.layer_from_state("layer", state | {"g_idx": torch.zeros(32, dtype=torch.int32)}, None, 1)
+        gptq.layer_from_state(
+            "layer", state | {"g_idx": torch.zeros(32, dtype=torch.int32)}, None, 1
+        )
     state, _ = aqlm_state(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(ModelError, match="no AQLM layer"):
         aqlm.layer_from_state("layer", state | {"scales": state["scales"][:4]}, None)
@@ -257,7 +287,8 @@ def test_a_stored_llama_is_read_tuned_and_saved(plain_folder, tmp_path, case):
     assert len(scales) == len(weights)
     before = logits(lm)
     for index, name in enumerate(scales):
-        scales[name].mul_(1 + 0.01 * (index % 3)).copy_(scales[name].half().float())  # what the file can hold
+        # what the file can hold
+        scales[name].mul_(1 + 0.01 * (index % 3)).copy_(scales[name].half().float())
     tuned = logits(lm)
     assert not torch.equal(tuned, before)
     (tmp_path / "saved").mkdir()
@@ -266,7 +297,9 @@ def test_a_stored_llama_is_read_tuned_and_saved(plain_folder, tmp_path, case):
     assert torch.equal(logits(again), tuned)
     assert codes_fingerprint(again.model) == codes
     old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("stored", "saved"))
-    assert {name: one.dtype for name, one in old.items()} == {name: one.dtype for name, one in new.items()}
+    assert {name: one.dtype for name, one in old.items()} == {
+        name: one.dtype for name, one in new.items()
+    }
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
     assert all(name.endswith(".scale" if method == "hqq" else ".scales") for name in changed)
@@ -286,32 +319,55 @@ def test_scales_of_another_model_are_not_saved(plain_folder, tmp_path):
 
 
 def test_aqlm_is_read_as_its_own_package_reads_it():
-    utils = pytest.importorskip("aqlm.utils", reason="aqlm is not installed: 350 MB with its dependencies")
+    utils = pytest.importorskip(
+        "aqlm.utils", reason="aqlm is not installed: 350 MB with its dependencies"
+    )
     for kind, options in AQLM.items():
-        state, _ = aqlm_state(torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0)), **options)
+        state, _ = aqlm_state(
+            torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0)), **options
+        )
         codes = utils.unpack_int_data(state["codes"], options.get("bits", 8))
         theirs = utils._dequantize_weight(codes, state["codebooks"], state["scales"].float())
-        ours = next(iter(handles_of(nn.Sequential(aqlm.layer_from_state("layer", state, None))))).dequantized()
+        ours = next(
+            iter(handles_of(nn.Sequential(aqlm.layer_from_state("layer", state, None))))
+        ).dequantized()
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=kind)
 
 
 def test_gptq_is_read_as_its_own_package_reads_it(plain_folder, tmp_path):
-    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed: 340 MB, and it compiles C++ in its first forward")
+    pytest.importorskip(
+        "gptqmodel",
+        reason="gptqmodel is not installed: 340 MB, and it compiles C++ in its first forward",
+    )
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    convert_folder(plain_folder, tmp_path / "stored", "gptq", {"checkpoint_format": "gptq", "sym": True, "desc_act": False})
+    convert_folder(
+        plain_folder,
+        tmp_path / "stored",
+        "gptq",
+        {"checkpoint_format": "gptq", "sym": True, "desc_act": False},
+    )
     settings = GPTQConfig(bits=4, group_size=16, backend="torch")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", quantization_config=settings, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "stored", quantization_config=settings, dtype=torch.float32
+    )
     with torch.no_grad():
         wanted = theirs(input_ids=torch.arange(12).view(1, -1)).logits
-    torch.testing.assert_close(logits(load_causal_lm(tmp_path / "stored", torch.float32)), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        logits(load_causal_lm(tmp_path / "stored", torch.float32)), wanted, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 1])
 def test_hqq_is_read_as_its_own_package_reads_it(bits):
-    package = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed: it builds CUDA code where it finds a compiler")
+    package = pytest.importorskip(
+        "hqq.core.quantize",
+        reason="hqq is not installed: it builds CUDA code where it finds a compiler",
+    )
     linear = nn.Linear(WIDTH, 8)
     settings = package.BaseQuantizeConfig(nbits=bits, group_size=16, axis=1)
-    theirs = package.HQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu", del_orig=False)
+    theirs = package.HQQLinear(
+        linear, settings, compute_dtype=torch.float32, device="cpu", del_orig=False
+    )
     ours = hqq.layer_from_state("layer", theirs.state_dict(), None).dequantized()
     torch.testing.assert_close(ours, theirs.dequantize().float(), rtol=1e-6, atol=1e-6)

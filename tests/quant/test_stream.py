@@ -1,4 +1,6 @@
-"""Streaming gives bit for bit what loading the whole model and quantizing it gives, for every kind of model and place."""
+"""Streaming gives bit for bit what loading the whole model and quantizing it gives, for every kind
+of model and place.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ def make(kind):
 
 
 def empty(model):
-    """The same model without memory; transformers computes some buffers when it builds, so those are real."""
+    """The same model without memory; transformers computes some buffers when it builds, so those
+    are real.
+    """
     if hasattr(model, "all_tied_weights_keys"):
         from accelerate import init_empty_weights
 
@@ -52,7 +56,14 @@ def test_streamed_equals_loaded_whole_and_then_quantized(tmp_path, kind, shards)
     streamed = empty(model)
     read: list[int] = []
     entries = read_entries(tmp_path)
-    filled = fill_(streamed, entries, Quantization(skip=SKIP), dtype=torch.bfloat16, device=CPU, progress=read.append)
+    filled = fill_(
+        streamed,
+        entries,
+        Quantization(skip=SKIP),
+        dtype=torch.bfloat16,
+        device=CPU,
+        progress=read.append,
+    )
     whole = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     count = quantize_(whole, skip=SKIP)
     assert (filled.quantized, filled.taken_over, filled.unused) == (count, 0, [])
@@ -70,7 +81,11 @@ def test_a_4_bit_folder_is_taken_over_code_by_code(tmp_path, kind, nested):
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and linear.in_features % 64 == 0:
             layer = bitsandbytes.nn.Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None, compress_statistics=nested, quant_type="nf4"
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                compress_statistics=nested,
+                quant_type="nf4",
             )
             layer.load_state_dict(linear.state_dict())
             parent, _, child = name.rpartition(".")
@@ -81,7 +96,13 @@ def test_a_4_bit_folder_is_taken_over_code_by_code(tmp_path, kind, nested):
     assert any("nested" in name for name in state) == nested
     save_file(state, tmp_path / "model.safetensors")
     streamed = empty(make(kind))
-    filled = fill_(streamed, read_entries(tmp_path), Quantization(blocksize=128), dtype=torch.float32, device=CPU)
+    filled = fill_(
+        streamed,
+        read_entries(tmp_path),
+        Quantization(blocksize=128),
+        dtype=torch.float32,
+        device=CPU,
+    )
     assert filled.quantized == 0
     scales = find_scales(model)  # un-nests the original
     assert filled.taken_over == len(scales)
@@ -106,7 +127,9 @@ def test_what_is_stored_is_read_back_bit_for_bit(tmp_path, kind):
     quantize_(model, skip=SKIP)
     write_tensors(tmp_path / "model.safetensors", pending_tensors(model), {})
     streamed = empty(make(kind))
-    fill_(streamed, read_entries(tmp_path), Quantization(skip=SKIP), dtype=torch.float32, device=CPU)
+    fill_(
+        streamed, read_entries(tmp_path), Quantization(skip=SKIP), dtype=torch.float32, device=CPU
+    )
     assert_same_model(streamed, model)
 
 
@@ -114,7 +137,11 @@ def test_dequantized_tensors_are_those_of_the_plain_model(tmp_path):
     """Through the file and the plain library: outputs equal those of the 4-bit layers."""
     model = sd3_transformer("medium")
     quantize_(model, skip=SKIP)
-    write_tensors(tmp_path / "diffusion_pytorch_model.safetensors", pending_dequantized(model, torch.float32), {})
+    write_tensors(
+        tmp_path / "diffusion_pytorch_model.safetensors",
+        pending_dequantized(model, torch.float32),
+        {},
+    )
     model.save_config(tmp_path)
     plain = type(model).from_pretrained(tmp_path)
     x = sd3_inputs(model)
@@ -136,11 +163,23 @@ def test_weights_of_another_shape_are_named(tmp_path):
     other.save_pretrained(tmp_path / "lm")
     entries = read_entries(tmp_path / "lm")
     with pytest.raises(ModelError, match="tensors of the model are not in its files"):
-        fill_(empty(sd3_transformer()), entries, Quantization(skip=SKIP), dtype=torch.float32, device=CPU)
+        fill_(
+            empty(sd3_transformer()),
+            entries,
+            Quantization(skip=SKIP),
+            dtype=torch.float32,
+            device=CPU,
+        )
     entries = read_entries(tmp_path)
     entries["proj_out.weight"] = entries["context_embedder.weight"]
     with pytest.raises(ModelError, match=r"proj_out\.weight has the shape \(128, 64\)"):
-        fill_(empty(sd3_transformer()), entries, Quantization(skip=SKIP), dtype=torch.float32, device=CPU)
+        fill_(
+            empty(sd3_transformer()),
+            entries,
+            Quantization(skip=SKIP),
+            dtype=torch.float32,
+            device=CPU,
+        )
 
 
 @pytest.mark.parametrize("missing", ["quant_map", "quant_state.bitsandbytes__nf4"])
@@ -150,8 +189,16 @@ def test_a_4_bit_layer_that_lacks_a_part_is_named(tmp_path, missing):
     write_tensors(tmp_path / "model.safetensors", pending_tensors(model), {})
     entries = read_entries(tmp_path)
     del entries[f"transformer_blocks.0.attn.to_q.weight.{missing}"]
-    with pytest.raises(ModelError, match=r"transformer_blocks\.0\.attn\.to_q is not a whole 4-bit layer"):
-        fill_(empty(sd3_transformer()), entries, Quantization(skip=SKIP), dtype=torch.float32, device=CPU)
+    with pytest.raises(
+        ModelError, match=r"transformer_blocks\.0\.attn\.to_q is not a whole 4-bit layer"
+    ):
+        fill_(
+            empty(sd3_transformer()),
+            entries,
+            Quantization(skip=SKIP),
+            dtype=torch.float32,
+            device=CPU,
+        )
 
 
 def test_a_bare_language_model_fits_under_its_head(tmp_path):
@@ -166,6 +213,8 @@ def test_a_bare_language_model_fits_under_its_head(tmp_path):
 def test_nothing_to_quantize_is_an_error(tmp_path):
     model = sd3_transformer()
     model.save_pretrained(tmp_path)
-    how = Quantization(skip=("transformer_blocks", *SKIP, "time_text_embed", "context_embedder", "norm_out"))
+    how = Quantization(
+        skip=("transformer_blocks", *SKIP, "time_text_embed", "context_embedder", "norm_out")
+    )
     with pytest.raises(ModelError, match="no linear layer"):
         fill_(empty(model), read_entries(tmp_path), how, dtype=torch.float32, device=CPU)

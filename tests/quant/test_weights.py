@@ -1,4 +1,6 @@
-"""Reading and writing safetensors one tensor at a time: the same bytes as the library, whatever is damaged or cut off."""
+"""Reading and writing safetensors one tensor at a time: the same bytes as the library, whatever is
+damaged or cut off.
+"""
 
 import json
 
@@ -51,7 +53,9 @@ def test_rows_can_be_read_alone_and_put_together(tmp_path):
     save_file({"w": weight}, tmp_path / "file.safetensors")
     entry = read_entries(tmp_path / "file.safetensors")["w"]
     assert torch.equal(entry.rows(2, 5).read(), weight[2:5])
-    assert torch.equal(joined([entry.rows(3, 6), entry.rows(0, 3)]).read(), torch.cat([weight[3:], weight[:3]]))
+    assert torch.equal(
+        joined([entry.rows(3, 6), entry.rows(0, 3)]).read(), torch.cat([weight[3:], weight[:3]])
+    )
 
 
 @pytest.fixture

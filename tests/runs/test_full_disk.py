@@ -1,4 +1,6 @@
-"""A disk that fills up and folders that can't be written any more in the middle of a run: told, nothing lost, and resume works."""
+"""A disk that fills up and folders that can't be written any more in the middle of a run: told,
+nothing lost, and resume works.
+"""
 
 import contextlib
 import errno
@@ -20,10 +22,16 @@ from tests.runs.test_resume import SETTINGS, assert_same_run
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 MB, and a function that fills it but for some KB with one file, which it returns."""
+    """A file system of 16 MB, and a function that fills it but for some KB with one file, which it
+    returns.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"no file system may be mounted here: {mounted.stderr.decode().strip()}")
 
@@ -41,7 +49,10 @@ def small_disk(tmp_path):
 
 
 def until_refused(write):
-    """Call `write(n)` with n = 0, 1, ... until it raises OutputError. Returns that n and the error."""
+    """Call `write(n)` with n = 0, 1, ... until it raises OutputError.
+
+    Returns that n and the error.
+    """
     for count in range(10_000):
         try:
             write(count)
@@ -54,7 +65,9 @@ def test_a_journal_on_a_full_disk_ends_with_its_last_whole_step_and_goes_on_late
     disk, fill = small_disk
     writer = JournalWriter.create(disk / "journal.qzo", {"directions": "rademacher"})
     filler = fill()
-    count, error = until_refused(lambda step: writer.append(StepEntry(step, 0, 1e-3, 1e-2, 1.0, (0.5,))))
+    count, error = until_refused(
+        lambda step: writer.append(StepEntry(step, 0, 1e-3, 1e-2, 1.0, (0.5,)))
+    )
     assert "No space left" in error.got
     journal = read_journal(disk / "journal.qzo")
     assert (journal.steps_done, journal.torn_bytes) == (count, 0)
@@ -118,7 +131,9 @@ def whole(train, tmp_path):
     return tmp_path / "whole"
 
 
-def test_a_run_on_a_full_disk_says_so_keeps_its_state_and_goes_on_later(whole, train, small_disk, tmp_path, monkeypatch, capsys):
+def test_a_run_on_a_full_disk_says_so_keeps_its_state_and_goes_on_later(
+    whole, train, small_disk, tmp_path, monkeypatch, capsys
+):
     disk, fill = small_disk
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -134,7 +149,9 @@ def test_a_run_on_a_full_disk_says_so_keeps_its_state_and_goes_on_later(whole, t
     assert_same_run(whole, disk / "run")
 
 
-def test_a_folder_that_turns_into_a_file_is_told_and_the_run_goes_on_when_it_is_back(whole, train, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_turns_into_a_file_is_told_and_the_run_goes_on_when_it_is_back(
+    whole, train, tmp_path, monkeypatch, capsys
+):
     checkpoints, moved = tmp_path / "run/checkpoints", tmp_path / "moved"
 
     def spoil():
@@ -152,7 +169,9 @@ def test_a_folder_that_turns_into_a_file_is_told_and_the_run_goes_on_when_it_is_
     assert_same_run(whole, tmp_path / "run")
 
 
-def test_samples_that_cannot_be_written_are_told_and_training_goes_on(train, tmp_path, monkeypatch, capsys):
+def test_samples_that_cannot_be_written_are_told_and_training_goes_on(
+    train, tmp_path, monkeypatch, capsys
+):
     samples = tmp_path / "run/samples"
 
     def spoil():

@@ -1,4 +1,6 @@
-"""Whole runs of `qzo-diffuse llm` on a tiny Llama: every method, resumed bit for bit, and what a person does wrong."""
+"""Whole runs of `qzo-diffuse llm` on a tiny Llama: every method, resumed bit for bit, and what a
+person does wrong.
+"""
 
 import contextlib
 import json
@@ -41,10 +43,28 @@ def arguments(tmp_path, model, data):
     """The command line of a short run into `tmp_path/<name>`."""
 
     def build(*more, name="run"):
-        base = ["llm", "train", "--task", "sst2", "--model", model, "--data-dir", data, "--max-steps", STEPS]
-        small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8", "train.validate_every=2"]
+        base = [
+            "llm",
+            "train",
+            "--task",
+            "sst2",
+            "--model",
+            model,
+            "--data-dir",
+            data,
+            "--max-steps",
+            STEPS,
+        ]
+        small = [
+            "data.batch_size=4",
+            "data.train_examples=16",
+            "data.validation_examples=8",
+            "train.validate_every=2",
+        ]
         rest = ["train.checkpoint_every=2", "compute.dtype=float32"]
-        return [str(part) for part in [*base, "--output-dir", tmp_path / name, *small, *rest, *more]]
+        return [
+            str(part) for part in [*base, "--output-dir", tmp_path / name, *small, *rest, *more]
+        ]
 
     return build
 
@@ -59,15 +79,24 @@ def test_every_method_leaves_a_whole_run(arguments, tmp_path, capsys, method):
     assert "warning: no report" not in said.err
     assert "Accuracy on" in (run / "report.html").read_text()
     assert results["accuracy"].keys() == {"start", "end"}
-    assert {"config.yaml", "environment.json", "dataset.json", "metrics.jsonl", "evaluation.json", "final", "checkpoints"} <= {
-        path.name for path in run.iterdir()
-    }
+    assert {
+        "config.yaml",
+        "environment.json",
+        "dataset.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "final",
+        "checkpoints",
+    } <= {path.name for path in run.iterdir()}
     assert (run / "journal.qzo").exists() == (method not in ("qlora", "fo-scales"))
     assert len(json.loads((run / "dataset.json").read_text())) == 16 + 8 + 12
     lines = metrics(run)
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4, 6]
     stored = torch.int8 if method == "quzo" else torch.float32
-    assert all(tensor.dtype == stored for tensor in load_file(run / "final" / "scales.safetensors").values())
+    assert all(
+        tensor.dtype == stored
+        for tensor in load_file(run / "final" / "scales.safetensors").values()
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,11 +107,16 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypa
         killed_after(patched, 5)
         assert main(arguments(*more, name="killed")) == 130
     assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
-    whole, killed = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed"))
+    whole, killed = (
+        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed")
+    )
     assert whole.keys() == killed.keys()
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
-    read = [json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "killed")]
+    read = [
+        json.loads((tmp_path / name / "evaluation.json").read_text())
+        for name in ("whole", "killed")
+    ]
     assert read[0] == read[1]
 
 
@@ -97,22 +131,41 @@ def test_what_is_kept_is_made_again_on_resume_bit_for_bit(arguments, tmp_path, m
     assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
     assert main(arguments(SECOND_BLOCK, "data.keep_hidden=false", name="not_kept")) == 0
-    whole, other = (metrics(tmp_path / name)[-1]["validation_loss"] for name in ("whole", "not_kept"))
+    whole, other = (
+        metrics(tmp_path / name)[-1]["validation_loss"] for name in ("whole", "not_kept")
+    )
     assert whole == pytest.approx(other, rel=1e-3)
 
 
 def test_every_example_can_have_several_directions(arguments, tmp_path):
     more = ["qzo.num_directions=3", "qzo.per_example=true", "qzo.normalize=true"]
     assert main(arguments(*more)) == 0
-    assert all(len(line["projected_grad"]) == 12 for line in metrics(tmp_path / "run") if "loss" in line)
-    assert main(["replay", "--journal", str(tmp_path / "run" / "journal.qzo"), "--output-dir", str(tmp_path / "replayed")]) == 0
-    trained, replayed = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "replayed"))
+    assert all(
+        len(line["projected_grad"]) == 12 for line in metrics(tmp_path / "run") if "loss" in line
+    )
+    assert (
+        main(
+            [
+                "replay",
+                "--journal",
+                str(tmp_path / "run" / "journal.qzo"),
+                "--output-dir",
+                str(tmp_path / "replayed"),
+            ]
+        )
+        == 0
+    )
+    trained, replayed = (
+        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "replayed")
+    )
     assert all(torch.equal(tensor, replayed[name]) for name, tensor in trained.items())
 
 
 @pytest.mark.parametrize("method", ["mezo", "quzo-lora", "qlora"])
 def test_what_is_trained_is_what_the_moved_model_has(model, monkeypatch, method):
-    """To move a model gives its parameters new memory, also where a CPU is all there is to move to."""
+    """To move a model gives its parameters new memory, also where a CPU is all there is to move
+    to.
+    """
     original = torch.nn.Module.to
 
     def to(self, *place, **options):
@@ -121,7 +174,9 @@ def test_what_is_trained_is_what_the_moved_model_has(model, monkeypatch, method)
         return original(self, *place, **options)
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    base = load_base(make_config({"method": method}, LlmConfig), model, torch.device("cpu"), torch.float32)
+    base = load_base(
+        make_config({"method": method}, LlmConfig), model, torch.device("cpu"), torch.float32
+    )
     numbers = base.numbers.numbers()
     assert numbers
     for name, number in numbers.items():
@@ -129,17 +184,43 @@ def test_what_is_trained_is_what_the_moved_model_has(model, monkeypatch, method)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(arguments, tmp_path, capsys, method):
-    """Twelve sentences that are told apart by one word: a few steps at a high rate suffice for each method."""
-    rate = {"qzo": 0.1, "mezo": 1e-3, "quzo": 1.0, "quzo-lora": 1e-3, "qlora": 1e-2, "fo-scales": 3e-2}[method]
-    assert main(arguments("--method", method, f"train.lr={rate}", "--max-steps", 60, "train.validate_every=0", "--json")) == 0
+def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(
+    arguments, tmp_path, capsys, method
+):
+    """Twelve sentences that are told apart by one word: a few steps at a high rate suffice for each
+    method.
+    """
+    rate = {
+        "qzo": 0.1,
+        "mezo": 1e-3,
+        "quzo": 1.0,
+        "quzo-lora": 1e-3,
+        "qlora": 1e-2,
+        "fo-scales": 3e-2,
+    }[method]
+    assert (
+        main(
+            arguments(
+                "--method",
+                method,
+                f"train.lr={rate}",
+                "--max-steps",
+                60,
+                "train.validate_every=0",
+                "--json",
+            )
+        )
+        == 0
+    )
     results = json.loads(capsys.readouterr().out)
     assert results["validation_loss"]["end"] < results["validation_loss"]["start"]
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["accuracy"] == results["accuracy"]["end"]
     assert found["method"] == method
-    assert main(["llm", "evaluate", "--config", str(tmp_path / "run" / "config.yaml"), "--json"]) == 0
+    assert (
+        main(["llm", "evaluate", "--config", str(tmp_path / "run" / "config.yaml"), "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["accuracy"] == results["accuracy"]["start"]
 
 
@@ -161,34 +242,75 @@ def test_a_model_is_quantized_while_it_is_read(model, monkeypatch):
 
 
 def test_the_base_is_evaluated_by_name(model, data, capsys):
-    assert main(["llm", "evaluate", "--task", "sst2", "--model", str(model), "--data-dir", str(data)]) == 0
+    assert (
+        main(["llm", "evaluate", "--task", "sst2", "--model", str(model), "--data-dir", str(data)])
+        == 0
+    )
     assert "on 12 examples of sst2" in capsys.readouterr().err
 
 
 def test_accuracy_itself_can_be_the_objective(arguments, tmp_path):
     assert main(arguments("--objective", "accuracy")) == 0
-    losses = {loss for line in metrics(tmp_path / "run") if "loss" in line for loss in line["loss_plus"]}
+    losses = {
+        loss for line in metrics(tmp_path / "run") if "loss" in line for loss in line["loss_plus"]
+    }
     assert losses <= {0.0, 1.0}  # one answer an example, right or wrong
 
 
 def test_generated_text_is_tuned_by_its_f1(tmp_path, model, capsys):
-    facts = [{"title": "t", "context": f"film {n}", "question": "which", "answers": [" red", "green film"]} for n in range(12)]
+    facts = [
+        {
+            "title": "t",
+            "context": f"film {n}",
+            "question": "which",
+            "answers": [" red", "green film"],
+        }
+        for n in range(12)
+    ]
     for name in ("train.json", "dev.json"):
         (tmp_path / name).write_text(json.dumps(facts))
-    base = ["llm", "train", "--task", "squad", "--model", str(model), "--data-dir", str(tmp_path), "--objective", "f1", "--json"]
-    small = ["--max-steps", "2", "data.batch_size=3", "data.validation_examples=2", "data.train_examples=6"]
+    base = [
+        "llm",
+        "train",
+        "--task",
+        "squad",
+        "--model",
+        str(model),
+        "--data-dir",
+        str(tmp_path),
+        "--objective",
+        "f1",
+        "--json",
+    ]
+    small = [
+        "--max-steps",
+        "2",
+        "data.batch_size=3",
+        "data.validation_examples=2",
+        "data.train_examples=6",
+    ]
     assert main([*base, *small, "--output-dir", str(tmp_path / "run")]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["f1"]["end"] <= 1
 
 
-@pytest.mark.parametrize("more", [["quant.type=int8"], ["quant.backend=reference", "quant.type=fp4"], ["compute.dtype=bfloat16"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["quant.type=int8"],
+        ["quant.backend=reference", "quant.type=fp4"],
+        ["compute.dtype=bfloat16"],
+    ],
+)
 @pytest.mark.parametrize("method", ["qzo", "fo-scales"])
 def test_other_quantizers_and_dtypes_run(arguments, tmp_path, method, more):
     assert main(arguments("--method", method, "--max-steps", 2, *more)) == 0
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
-@pytest.mark.parametrize("more", [["quant.type=int4"], ["quant.type=fp8", "train.optimizer=sgd"], ["quant.activations=int8"]])
+@pytest.mark.parametrize(
+    "more",
+    [["quant.type=int4"], ["quant.type=fp8", "train.optimizer=sgd"], ["quant.activations=int8"]],
+)
 def test_other_grids_and_rounded_inputs_run(arguments, tmp_path, more):
     assert main(arguments("--method", "quzo", "--max-steps", 3, *more)) == 0
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
@@ -196,7 +318,9 @@ def test_other_grids_and_rounded_inputs_run(arguments, tmp_path, more):
 
 def test_columns_of_a_format_without_them_are_refused(arguments, tmp_path, model, capsys):
     convert_folder(model, tmp_path / "stored", "aqlm")
-    said = failing(capsys, main(arguments("--model", tmp_path / "stored", "qzo.parametrization=column")))
+    said = failing(
+        capsys, main(arguments("--model", tmp_path / "stored", "qzo.parametrization=column"))
+    )
     assert "one scale for each output" in said
     assert "use qzo.parametrization=separable" in said
 
@@ -205,17 +329,23 @@ def test_columns_of_a_format_without_them_are_refused(arguments, tmp_path, model
 @pytest.mark.parametrize("method", ["qzo", "fo-scales"])
 def test_a_folder_that_is_quantized_stays_in_its_format(arguments, tmp_path, model, kind, method):
     convert_folder(model, tmp_path / "stored", kind)
-    assert main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3)) == 0
+    assert (
+        main(arguments("--model", tmp_path / "stored", "--method", method, "--max-steps", 3)) == 0
+    )
     tuned = load_file(tmp_path / "run" / "final" / "scales.safetensors")
     part = ".scale" if kind == "hqq" else ".scales"
     assert tuned.keys() == {
-        name.removesuffix(part) for name in load_file(tmp_path / "stored" / "model.safetensors") if name.endswith(part)
+        name.removesuffix(part)
+        for name in load_file(tmp_path / "stored" / "model.safetensors")
+        if name.endswith(part)
     }
     assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
 
 
 @pytest.mark.parametrize("kind", ["gptq", "aqlm", "hqq"])
-def test_adapters_over_layers_that_peft_does_not_know_are_refused(arguments, tmp_path, model, capsys, kind):
+def test_adapters_over_layers_that_peft_does_not_know_are_refused(
+    arguments, tmp_path, model, capsys, kind
+):
     convert_folder(model, tmp_path / "stored", kind)
     said = failing(capsys, main(arguments("--model", tmp_path / "stored", "--method", "qlora")))
     assert f"stored as {kind}" in said
@@ -223,13 +353,24 @@ def test_adapters_over_layers_that_peft_does_not_know_are_refused(arguments, tmp
 
 @pytest.mark.parametrize("kind", ["bitsandbytes", "gptq", "aqlm", "hqq"])
 def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, kind):
-    """bitsandbytes' is loaded by transformers itself; for the others no package is here, and our own reader has to do."""
+    """bitsandbytes' is loaded by transformers itself; for the others no package is here, and our
+    own reader has to do.
+    """
     folder = model
     if kind != "bitsandbytes":
         folder = tmp_path / "stored"
         convert_folder(model, folder, kind)
     assert main(arguments("--model", folder, "train.lr=0.1")) == 0
-    export = ["export", "--run", str(tmp_path / "run"), "--format", "native", "--output-dir", str(tmp_path / "exported"), "--json"]
+    export = [
+        "export",
+        "--run",
+        str(tmp_path / "run"),
+        "--format",
+        "native",
+        "--output-dir",
+        str(tmp_path / "exported"),
+        "--json",
+    ]
     capsys.readouterr()
     assert main(export) == 0
     told = json.loads(capsys.readouterr().out)
@@ -243,12 +384,15 @@ def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, 
         tuned = base.lm.model(input_ids=ids).logits
         if kind == "bitsandbytes":
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", device_map="cpu")
-            find_scales(loaded)  # never repacked: as it stands, its first forward on some processors would round the scales
+            # never repacked: as it stands, its first forward on some processors would round the
+            # scales
+            find_scales(loaded)
         else:
             loaded = load_causal_lm(tmp_path / "exported", torch.float32).model
         found = loaded(input_ids=ids).logits
     assert not torch.equal(tuned, before)
-    if kind != "bitsandbytes":  # fp16 on disk: half a unit in the last of 11 bits of every scale, over two layers
+    if kind != "bitsandbytes":
+        # fp16 on disk: half a unit in the last of 11 bits of every scale, over two layers
         assert (found - tuned).abs().max() < 0.05 * (tuned - before).abs().max()
     else:
         assert torch.equal(found, tuned)
@@ -256,7 +400,17 @@ def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, 
 
 def test_only_scales_are_exported(arguments, tmp_path, capsys):
     assert main(arguments("--method", "qlora", "--max-steps", 1)) == 0
-    code = main(["export", "--run", str(tmp_path / "run"), "--format", "native", "--output-dir", str(tmp_path / "exported")])
+    code = main(
+        [
+            "export",
+            "--run",
+            str(tmp_path / "run"),
+            "--format",
+            "native",
+            "--output-dir",
+            str(tmp_path / "exported"),
+        ]
+    )
     assert "tuned by qlora" in failing(capsys, code)
 
 
@@ -273,13 +427,20 @@ def test_a_dry_run_shows_what_the_model_will_read(arguments, tmp_path, capsys):
 def test_micro_batches_change_nothing_but_rounding(arguments, tmp_path):
     assert main(arguments(name="one")) == 0
     assert main(arguments("train.micro_batch_size=2", name="two")) == 0
-    one, two = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("one", "two"))
+    one, two = (
+        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("one", "two")
+    )
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=0)
 
 
 def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
-    files = ["data.train_file=train.tsv", "data.test_file=train.tsv", "data.test_examples=4", "data.train_examples=12"]
+    files = [
+        "data.train_file=train.tsv",
+        "data.test_file=train.tsv",
+        "data.test_examples=4",
+        "data.train_examples=12",
+    ]
     assert main(arguments(*files)) == 0
     rows = json.loads((tmp_path / "run" / "dataset.json").read_text())
     assert len({row["file"] for row in rows}) == len(rows) == 24
@@ -289,11 +450,19 @@ def test_one_file_for_both_parts_is_drawn_disjointly(arguments, tmp_path):
 def test_one_file_is_one_file_however_it_is_written(model, tmp_path, how):
     data = write_sentences(tmp_path / "here")
     (data / "link.tsv").symlink_to("train.tsv")
-    names = {"train_file": "train.tsv", "test_file": how.format(data.name if how.startswith("..") else data)}
+    names = {
+        "train_file": "train.tsv",
+        "test_file": how.format(data.name if how.startswith("..") else data),
+    }
     counts = {"train_examples": 12, "validation_examples": 8, "test_examples": 4}
-    config = make_config({"model": str(model), "data": {"dir": str(data), **names, **counts}}, LlmConfig)
+    config = make_config(
+        {"model": str(model), "data": {"dir": str(data), **names, **counts}}, LlmConfig
+    )
     splits = make_plan(config).splits
-    assert len({one.prompt for part in (splits.train, splits.validation, splits.test) for one in part}) == 24
+    assert (
+        len({one.prompt for part in (splits.train, splits.validation, splits.test) for one in part})
+        == 24
+    )
 
 
 @pytest.mark.parametrize("method", ["mezo", "qlora", "quzo-lora"])
@@ -321,7 +490,14 @@ def test_weights_that_are_codes_are_not_trained_by_mezo(arguments, tmp_path, mod
 def test_only_its_own_format_is_written_of_a_stored_model(arguments, tmp_path, model, capsys):
     convert_folder(model, tmp_path / "stored", "gptq")
     assert main(arguments("--model", tmp_path / "stored", "--max-steps", 1)) == 0
-    export = ["export", "--run", str(tmp_path / "run"), "--output-dir", str(tmp_path / "exported"), "--format"]
+    export = [
+        "export",
+        "--run",
+        str(tmp_path / "run"),
+        "--output-dir",
+        str(tmp_path / "exported"),
+        "--format",
+    ]
     said = failing(capsys, main([*export, "nf4"]))
     assert "over a model in gptq" in said
     assert "use --format native" in said
@@ -329,7 +505,14 @@ def test_only_its_own_format_is_written_of_a_stored_model(arguments, tmp_path, m
 
 def test_what_has_no_folder_is_not_sent_in_a_circle(arguments, tmp_path, capsys):
     assert main(arguments("quant.type=int8", "--max-steps", 1)) == 0
-    export = ["export", "--run", str(tmp_path / "run"), "--output-dir", str(tmp_path / "exported"), "--format"]
+    export = [
+        "export",
+        "--run",
+        str(tmp_path / "run"),
+        "--output-dir",
+        str(tmp_path / "exported"),
+        "--format",
+    ]
     for kind in ("native", "nf4"):
         said = failing(capsys, main([*export, kind]))
         assert "a run in int8" in said
@@ -340,7 +523,9 @@ def test_a_folder_in_fp4_is_written_as_one(arguments, tmp_path, capsys):
     """Though the settings, which a stored folder does not heed, say NF4."""
     run, first, second = tmp_path / "run", tmp_path / "first", tmp_path / "second"
     assert main(arguments("quant.type=fp4", "--max-steps", 1)) == 0
-    assert main(["export", "--run", str(run), "--format", "native", "--output-dir", str(first)]) == 0
+    assert (
+        main(["export", "--run", str(run), "--format", "native", "--output-dir", str(first)]) == 0
+    )
     assert main(arguments("--model", first, "--max-steps", 1, name="again")) == 0
     export = ["export", "--run", str(tmp_path / "again"), "--output-dir", str(second), "--format"]
     assert "over a model in fp4" in failing(capsys, main([*export, "nf4"]))
@@ -361,7 +546,9 @@ DAMAGES = {
 def test_a_damaged_file_is_told(arguments, tmp_path, model, capsys, name, more):
     shutil.copytree(model, tmp_path / "model")
     DAMAGES[name](tmp_path / "model" / name)
-    assert str(tmp_path / "model") in failing(capsys, main(arguments("--model", tmp_path / "model", *more)))
+    assert str(tmp_path / "model") in failing(
+        capsys, main(arguments("--model", tmp_path / "model", *more))
+    )
 
 
 @pytest.mark.parametrize("kind", ["gptq", "aqlm", "hqq"])
@@ -374,7 +561,9 @@ def test_damaged_codes_are_told(arguments, tmp_path, model, capsys, kind):
 def test_a_config_that_is_no_object_is_told(arguments, tmp_path, model, capsys):
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("[1]")
-    assert "config.json holds a list" in failing(capsys, main(arguments("--model", tmp_path / "model")))
+    assert "config.json holds a list" in failing(
+        capsys, main(arguments("--model", tmp_path / "model"))
+    )
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -392,7 +581,9 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, model, monkeypatch, kind,
         "tokenizer": ("tokenizer_config.json", {"AutoTokenizer": [None, "evil.Evil"]}),
     }[kind]
     changes = {"model_type": "evil"} if kind == "model" else {"tokenizer_class": "Evil"}
-    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes | {"auto_map": maps}))
+    (folder / file).write_text(
+        json.dumps(json.loads((folder / file).read_text()) | changes | {"auto_map": maps})
+    )
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     with contextlib.suppress(ModelError):
         load_causal_lm(folder, torch.float32)
@@ -421,7 +612,10 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(arguments, tmp_path, mo
         (["--method", "qlora", "--objective", "accuracy"], "have no gradient"),
         (["--method", "mezo", "qzo.units=relative"], "which trains no scales"),
         (["--method", "quzo", "quant.type=nf4"], "with backend: intgrid"),
-        (["--method", "quzo", "qzo.parametrization=row", "train.optimizer=sgd"], "codes with method: quzo"),
+        (
+            ["--method", "quzo", "qzo.parametrization=row", "train.optimizer=sgd"],
+            "codes with method: quzo",
+        ),
         (["--method", "quzo", "train.optimizer=adam"], "move in whole steps"),
         (["--method", "quzo", "quant.type=fp8", "qzo.probe=float"], "int8 or int4 codes"),
         (["qzo.parametrization=codes"], "needs quant.backend: intgrid"),
@@ -451,7 +645,9 @@ def test_a_journal_alone_rebuilds_the_run(arguments, tmp_path, capsys, method):
     trained = json.loads(capsys.readouterr().out)
     journal = str(tmp_path / "run" / "journal.qzo")
     assert main(["replay", "--journal", journal, "--output-dir", str(tmp_path / "again")]) == 0
-    whole, again = (load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "again"))
+    whole, again = (
+        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "again")
+    )
     assert whole.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
     assert main(["llm", "evaluate", "--run", str(tmp_path / "again"), "--json"]) == 0
@@ -462,7 +658,9 @@ def test_a_journal_is_not_replayed_over_another_model(arguments, tmp_path, capsy
     assert main(arguments("--max-steps", 1)) == 0
     other = save_tiny_llama(tmp_path / "other", seed=1)
     journal = ["replay", "--journal", str(tmp_path / "run" / "journal.qzo"), "--model", str(other)]
-    assert "a journal with codes" in failing(capsys, main([*journal, "--output-dir", str(tmp_path / "again")]))
+    assert "a journal with codes" in failing(
+        capsys, main([*journal, "--output-dir", str(tmp_path / "again")])
+    )
 
 
 def test_a_folder_without_weights_is_told(tmp_path, data, capsys):
@@ -475,8 +673,12 @@ def test_a_folder_without_weights_is_told(tmp_path, data, capsys):
 def test_a_format_that_is_not_read_is_told(tmp_path, data, capsys, method):
     folder = save_tiny_llama(tmp_path / "model", seed=0)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
-    code = main(["llm", "evaluate", "--task", "sst2", "--model", str(folder), "--data-dir", str(data)])
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": method}})
+    )
+    code = main(
+        ["llm", "evaluate", "--task", "sst2", "--model", str(folder), "--data-dir", str(data)]
+    )
     assert f"quantized by {method}" in failing(capsys, code)
 
 
@@ -500,17 +702,46 @@ def test_a_run_of_another_method_is_not_applied(arguments, tmp_path, capsys):
                 "schedule": "cosine",
             },
         ),
-        ({"qzo": {"normalize": False}}, {"lr": 1e-3, "parametrization": "separable", "layers": None, "eps": 0.01}),
+        (
+            {"qzo": {"normalize": False}},
+            {"lr": 1e-3, "parametrization": "separable", "layers": None, "eps": 0.01},
+        ),
         ({"train": {"max_steps": 2000}}, {"lr": 0.02, "normalize": True}),
-        ({"qzo": {"layers": None}, "train": {"max_steps": 2000}}, {"lr": 0.008, "parametrization": "separable", "eps": 0.01}),
-        ({"qzo": {"layers": ["mlp"], "eps": 0.02}, "train": {"max_steps": 2000}}, {"lr": 0.008, "layers": ["mlp"], "eps": 0.02}),
+        (
+            {"qzo": {"layers": None}, "train": {"max_steps": 2000}},
+            {"lr": 0.008, "parametrization": "separable", "eps": 0.01},
+        ),
+        (
+            {"qzo": {"layers": ["mlp"], "eps": 0.02}, "train": {"max_steps": 2000}},
+            {"lr": 0.008, "layers": ["mlp"], "eps": 0.02},
+        ),
         ({"qzo": {"parametrization": "row"}}, {"parametrization": "row", "layers": "quiet"}),
         ({"quant": {"type": "int8"}}, {"parametrization": "separable", "layers": "quiet"}),
-        ({"qzo": {"parametrization": "dense"}}, {"lr": 1e-3, "per_example": False, "normalize": False}),
-        ({"method": "mezo"}, {"lr": 1e-6, "eps": 1e-3, "units": "absolute", "directions": "gaussian", "schedule": "constant"}),
+        (
+            {"qzo": {"parametrization": "dense"}},
+            {"lr": 1e-3, "per_example": False, "normalize": False},
+        ),
+        (
+            {"method": "mezo"},
+            {
+                "lr": 1e-6,
+                "eps": 1e-3,
+                "units": "absolute",
+                "directions": "gaussian",
+                "schedule": "constant",
+            },
+        ),
         ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),
         ({"method": "qlora"}, {"lr": 2e-4}),
-        ({"method": "quzo"}, {"parametrization": "codes", "per_example": False, "normalize": False, "optimizer": "feedback"}),
+        (
+            {"method": "quzo"},
+            {
+                "parametrization": "codes",
+                "per_example": False,
+                "normalize": False,
+                "optimizer": "feedback",
+            },
+        ),
     ],
 )
 def test_what_is_not_given_suits_the_method(settings, expected):
@@ -523,9 +754,23 @@ def test_what_is_not_given_suits_the_method(settings, expected):
 
 def test_a_mean_loss_has_no_interval(tmp_path, model, data, capsys):
     task = tmp_path / "sentences.yaml"
-    columns = 'train: [train.tsv]\ntest: [dev.tsv]\ncolumns: [sentence, label]\ntemplate: "{sentence}"\nmetric: loss\n'
+    columns = (
+        "train: [train.tsv]\ntest: [dev.tsv]\ncolumns: [sentence, label]\ntemplate: "
+        '"{sentence}"\nmetric: loss\n'
+    )
     task.write_text(f"name: sentences\n{columns}")
-    command = ["llm", "train", "--task", task, "--model", model, "--data-dir", data, "--output-dir", tmp_path / "run"]
+    command = [
+        "llm",
+        "train",
+        "--task",
+        task,
+        "--model",
+        model,
+        "--data-dir",
+        data,
+        "--output-dir",
+        tmp_path / "run",
+    ]
     small = ["--max-steps", "2", "data.train_examples=12", "data.validation_examples=4"]
     assert main([*map(str, command), *small, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)

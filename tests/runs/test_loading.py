@@ -1,4 +1,6 @@
-"""The 4-bit copy on disk: hit only when nothing changed, never used when torn, and the same bits either way."""
+"""The 4-bit copy on disk: hit only when nothing changed, never used when torn, and the same bits
+either way.
+"""
 
 import os
 import shutil
@@ -33,7 +35,9 @@ def source_of(folder):
 
 @pytest.fixture
 def load(tmp_path, folder, monkeypatch):
-    """Loads with a copy in tmp_path/copies. Says what was read: the files whose tensors were asked for."""
+    """Loads with a copy in tmp_path/copies. Says what was read: the files whose tensors were asked
+    for.
+    """
     read: set[str] = set()
     plain_fill = loading.fill_
 
@@ -115,7 +119,9 @@ def test_a_torn_copy_is_made_again(load, tmp_path, damage, capsys):
     assert load()[1] == "copy"
 
 
-def test_a_copy_that_cannot_be_written_is_told_and_the_model_is_there(load, tmp_path, monkeypatch, capsys):
+def test_a_copy_that_cannot_be_written_is_told_and_the_model_is_there(
+    load, tmp_path, monkeypatch, capsys
+):
     def full(*args):
         raise OutputError("no room", "room", "make room")
 
@@ -140,7 +146,7 @@ import sys, torch
 from pathlib import Path
 from qzo_diffusion import loading
 from tests.killed_writing import kill_while_writing
-from tests.test_loading import SKIP, source_of
+from tests.runs.test_loading import SKIP, source_of
 from qzo_diffusion.quant.stream import Quantization
 kill_while_writing(loading, int(sys.argv[3]))
 loading.load_quantized(source_of(Path(sys.argv[1])), Quantization(skip=SKIP), dtype=torch.float32,
@@ -151,7 +157,9 @@ loading.load_quantized(source_of(Path(sys.argv[1])), Quantization(skip=SKIP), dt
 @pytest.mark.slow
 def test_a_kill_in_the_middle_of_writing_leaves_nothing_that_is_used(load, folder, tmp_path):
     command = [sys.executable, "-c", KILLED, folder, tmp_path / "copies", 40]
-    done = subprocess.run([*map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [*map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, timeout=120
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert copies(tmp_path) == []
     assert list((tmp_path / "copies").iterdir()) != []  # what it left aside

@@ -1,4 +1,6 @@
-"""Whole runs of several processes on the embedded model: against one process, stopped, killed, hanging, deviating, resumed."""
+"""Whole runs of several processes on the embedded model: against one process, stopped, killed,
+hanging, deviating, resumed.
+"""
 
 import json
 import os
@@ -18,12 +20,15 @@ from tests.ranks import free_port, kill_all, start, start_ranks
 
 STEPS = 4
 SETTINGS = ["--max-steps", STEPS, "train.optimizer=momentum", "train.checkpoint_every=2"]
-SETTINGS += ["qzo.parametrization=row", "qzo.per_example=false"]  # one shared direction: its scalar is a sum over ranks
+# one shared direction: its scalar is a sum over ranks
+SETTINGS += ["qzo.parametrization=row", "qzo.per_example=false"]
 HOOKED = "import sys; from tests import test_ranks; test_ranks.main_with_accident(sys.argv[1:])"
 
 
 def main_with_accident(arguments):
-    """The command line, and what happens to one rank just before it does a step: [what, rank, step, *command]."""
+    """The command line, and what happens to one rank just before it does a step: [what, rank, step,
+    *command].
+    """
     from qzo_diffusion.runs import job as training_job
     from qzo_diffusion.runs import training as training_run
     from qzo_diffusion.train import distributed, loop
@@ -47,7 +52,9 @@ def main_with_accident(arguments):
 
 
 def launch(arguments, what="nothing", rank=1, step=2, world=2, ends=(0, 1)):
-    """(exit code, stderr) of the ranks named in `ends`; the others are killed when those have ended."""
+    """(exit code, stderr) of the ranks named in `ends`; the others are killed when those have
+    ended.
+    """
     processes = start_ranks(["-c", HOOKED, what, str(rank), str(step), *arguments], world)
     try:
         found = []
@@ -68,21 +75,28 @@ def alone(train, tmp_path):
 
 
 def rounding_of_the_loss(batch_loss):
-    """How far a loss on `tiny` may move when the same examples come in batches of another size, in fp32.
+    """How far a loss on `tiny` may move when the same examples come in batches of another size, in
+    fp32.
 
-    A matrix product of another shape adds in another order. With independent roundings u = 2^-24 a sum of K terms is then off by at
-    most about 3·sqrt(K)·u of its size (three standard deviations; Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019), and P products
-    one after the other by sqrt(P) times that. `tiny` has 4 blocks with 7 products in a row each and at most 12 around them, of at
-    most K = 1024 terms: 3 · sqrt(40 · 1024) · u = 3.6e-5 of the output. The loss is quadratic in the output, so twice of it.
-    """
+    A matrix product of another shape adds in another order. With independent roundings u = 2^-24 a
+    sum of K terms is then off by at most about 3·sqrt(K)·u of its size (three standard deviations;
+    Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019), and P products one after the other by sqrt(P)
+    times that. `tiny` has 4 blocks with 7 products in a row each and at most 12 around them, of at
+    most K = 1024 terms: 3 · sqrt(40 · 1024) · u = 3.6e-5 of the output. The loss is quadratic in
+    the output, so twice of it."""
     return 2 * 3 * (40 * 1024) ** 0.5 * 2**-24 * batch_loss
 
 
-def test_two_ranks_do_the_step_of_one_process_stop_together_and_one_goes_on(alone, train_arguments, tmp_path):
+def test_two_ranks_do_the_step_of_one_process_stop_together_and_one_goes_on(
+    alone, train_arguments, tmp_path
+):
     two = tmp_path / "two"
-    (code, errors), (other_code, other_errors) = launch(train_arguments(*SETTINGS, name="two"), what="terminated", rank=1, step=2)
+    (code, errors), (other_code, other_errors) = launch(
+        train_arguments(*SETTINGS, name="two"), what="terminated", rank=1, step=2
+    )
     assert (code, other_code) == (130, 0), errors + other_errors
-    assert read_journal(two / "journal.qzo").steps_done == 3  # the signal came in the third step, and only to rank 1
+    # the signal came in the third step, and only to rank 1
+    assert read_journal(two / "journal.qzo").steps_done == 3
     one, first = metrics(alone)[0], metrics(two)[0]
     assert (one["step"], first["step"]) == (0, 0)
     assert one["sigma_mean"] == first["sigma_mean"]
@@ -96,9 +110,16 @@ def test_two_ranks_do_the_step_of_one_process_stop_together_and_one_goes_on(alon
 
 
 def test_two_ranks_train_the_same_codes_and_their_journal_has_them(train_arguments, tmp_path):
-    """The roundings of an update are drawn from the journal's scalars, so ranks that differ in one bit part for good."""
-    ended = launch(train_arguments("--method", "quzo", "--max-steps", 5, "train.validate_every=0", name="codes"))
-    assert [code for code, _ in ended] == [0, 0], ended  # at the third step and at the end all have the same codes
+    """The roundings of an update are drawn from the journal's scalars, so ranks that differ in one
+    bit part for good.
+    """
+    ended = launch(
+        train_arguments(
+            "--method", "quzo", "--max-steps", 5, "train.validate_every=0", name="codes"
+        )
+    )
+    # at the third step and at the end all have the same codes
+    assert [code for code, _ in ended] == [0, 0], ended
     run, again = tmp_path / "codes", tmp_path / "again"
     assert main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(again)]) == 0
     found, replayed = load_scales(run)[0], load_scales(again)[0]
@@ -110,21 +131,37 @@ def test_two_ranks_train_the_same_codes_and_their_journal_has_them(train_argumen
 @pytest.mark.slow
 def test_another_number_of_ranks_goes_on(alone, train_arguments, tmp_path):
     two = tmp_path / "two"
-    assert launch(train_arguments(*SETTINGS, name="two"), what="terminated", rank=0, step=1)[0][0] == 130
+    assert (
+        launch(train_arguments(*SETTINGS, name="two"), what="terminated", rank=0, step=1)[0][0]
+        == 130
+    )
     ended = launch(["train", "--resume", str(two)], world=3, ends=(0, 1, 2))
     assert [code for code, _ in ended] == [0, 0, 0], ended
     assert read_journal(two / "journal.qzo").steps_done == STEPS
     assert json.loads((two / "environment.json").read_text())["processes"] == 2
-    assert not torch.equal(*(next(iter(load_scales(run)[0].values())) for run in (two, two / "checkpoints/step_000002")))
+    assert not torch.equal(
+        *(
+            next(iter(load_scales(run)[0].values()))
+            for run in (two, two / "checkpoints/step_000002")
+        )
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["killed", "stopped"])
-def test_a_rank_that_dies_or_hangs_is_named_and_the_first_saves(train_arguments, alone, tmp_path, what):
+def test_a_rank_that_dies_or_hangs_is_named_and_the_first_saves(
+    train_arguments, alone, tmp_path, what
+):
     arguments = train_arguments(*SETTINGS, "compute.rank_timeout=10", name="two")
     [(code, errors)] = launch(arguments, what=what, rank=1, step=3, ends=(0,))
     assert code == 2
-    for word in ("RankLost", "got: rank 1 died or did not answer", "expected:", "remedy:", "--resume"):
+    for word in (
+        "RankLost",
+        "got: rank 1 died or did not answer",
+        "expected:",
+        "remedy:",
+        "--resume",
+    ):
         assert word in errors
     checkpoints, problems = list_checkpoints(tmp_path / "two/checkpoints")
     assert (checkpoints[-1].step, problems) == (3, [])
@@ -134,7 +171,9 @@ def test_a_rank_that_dies_or_hangs_is_named_and_the_first_saves(train_arguments,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["killed", "stopped"])
-def test_when_the_first_rank_is_gone_the_others_name_it_and_the_journal_has_every_step(train_arguments, alone, tmp_path, what):
+def test_when_the_first_rank_is_gone_the_others_name_it_and_the_journal_has_every_step(
+    train_arguments, alone, tmp_path, what
+):
     arguments = train_arguments(*SETTINGS, "compute.rank_timeout=10", name="two")
     [(code, errors)] = launch(arguments, what=what, rank=0, step=3, ends=(1,))
     assert code == 2
@@ -148,7 +187,8 @@ def test_a_rank_with_other_numbers_is_found_at_the_next_check(train_arguments, a
     ended = launch(train_arguments(*SETTINGS, name="two"), what="deviates", rank=1, step=1)
     assert [code for code, _ in ended] == [2, 2]
     assert all("rank 1 has other trained numbers than rank 0" in errors for _, errors in ended)
-    assert read_journal(tmp_path / "two/journal.qzo").steps_done == 3  # checked every third step here
+    # checked every third step here
+    assert read_journal(tmp_path / "two/journal.qzo").steps_done == 3
     assert list_checkpoints(tmp_path / "two/checkpoints")[0][-1].step == 3
 
 
@@ -157,7 +197,14 @@ def test_ranks_started_with_other_settings_are_refused(train_arguments, alone, t
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank, lr in ((0, "1e-3"), (1, "1e-4")):
-        command = ["-c", HOOKED, "nothing", "1", "0", *train_arguments(*SETTINGS, f"train.lr={lr}", name="two")]
+        command = [
+            "-c",
+            HOOKED,
+            "nothing",
+            "1",
+            "0",
+            *train_arguments(*SETTINGS, f"train.lr={lr}", name="two"),
+        ]
         processes.append(start(command, RANK=str(rank), **places))
     try:
         for process in processes:
@@ -171,4 +218,6 @@ def test_ranks_started_with_other_settings_are_refused(train_arguments, alone, t
 def test_more_ranks_than_examples_are_refused(train_arguments, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("qzo_diffusion.runs.training.join", lambda timeout: Ranks(0, 8))
     monkeypatch.setattr(Ranks, "wait", lambda self: None)
-    assert "data.batch_size=4 on 8 processes" in failing(capsys, main(train_arguments(name="eight")))
+    assert "data.batch_size=4 on 8 processes" in failing(
+        capsys, main(train_arguments(name="eight"))
+    )

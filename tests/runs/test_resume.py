@@ -1,4 +1,6 @@
-"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it can't."""
+"""A run that was stopped, killed or damaged goes on as if nothing had happened, or says why it
+can't.
+"""
 
 import json
 import os
@@ -22,7 +24,14 @@ from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
 from tests.ranks import start
 
-SETTINGS = ["--max-steps", 6, "train.checkpoint_every=2", "sample.every=3", "train.optimizer=momentum", "qzo.parametrization=dense"]
+SETTINGS = [
+    "--max-steps",
+    6,
+    "train.checkpoint_every=2",
+    "sample.every=3",
+    "train.optimizer=momentum",
+    "qzo.parametrization=dense",
+]
 
 
 def assert_same_run(first, second):
@@ -33,7 +42,9 @@ def assert_same_run(first, second):
     pictures = sorted(path.name for path in (first / "samples").iterdir())
     assert pictures == sorted(path.name for path in (second / "samples").iterdir())
     for name in pictures:
-        assert (first / "samples" / name).read_bytes() == (second / "samples" / name).read_bytes(), name
+        assert (first / "samples" / name).read_bytes() == (
+            second / "samples" / name
+        ).read_bytes(), name
     assert read_journal(first / "journal.qzo").steps == read_journal(second / "journal.qzo").steps
 
 
@@ -64,7 +75,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path, monkeypatch, 
     assert_same_run(whole, tmp_path / "parts")
 
 
-REGIONS = ["qzo.parametrization=separable", "qzo.per_example=true", "qzo.regions=4", "train.optimizer=sgd"]
+REGIONS = [
+    "qzo.parametrization=separable",
+    "qzo.per_example=true",
+    "qzo.regions=4",
+    "train.optimizer=sgd",
+]
 
 
 def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch):
@@ -77,7 +93,8 @@ def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     journal = read_journal(tmp_path / "whole/journal.qzo")
     assert {len(step.projected_grad) for step in journal.steps} == {4 * 4 * 8}
-    assert journal.steps[0].lr == 0.1 * journal.header["lr_factor"] < 0.1  # calibrated once, though the run was resumed
+    # calibrated once, though the run was resumed
+    assert journal.steps[0].lr == 0.1 * journal.header["lr_factor"] < 0.1
     assert_replayed(tmp_path / "whole")
 
 
@@ -98,7 +115,10 @@ def assert_replayed(run):
     assert all(torch.equal(replayed[name], scales[name]) for name in scales)
 
 
-@pytest.mark.parametrize("setting", ["qzo.regions=1", "qzo.per_example=false", "qzo.normalize=running", "qzo.estimator=antithetic"])
+@pytest.mark.parametrize(
+    "setting",
+    ["qzo.regions=1", "qzo.per_example=false", "qzo.normalize=running", "qzo.estimator=antithetic"],
+)
 def test_runs_with_another_estimate_are_replayed(train, tmp_path, setting):
     assert train("--max-steps", 2, setting, "train.schedule=hold") == 0
     assert_replayed(tmp_path / "run")
@@ -112,22 +132,41 @@ MOMENTS = {
     "between a folder and its name": ("qzo_diffusion.train.run_folder.os.replace", 12),
     "before a picture": ("qzo_diffusion.runs.style.samples.save_picture", 2),
 }
-EVERY_TIME = ("between metrics and journal", "inside a checkpoint")  # the others with -m slow: each costs a start of Python
+# the others with -m slow: each costs a start of Python
+EVERY_TIME = ("between metrics and journal", "inside a checkpoint")
 
 
-@pytest.mark.parametrize("moment", [pytest.param(m, marks=[] if m in EVERY_TIME else [pytest.mark.slow]) for m in MOMENTS])
-def test_killed_at_the_worst_moments_it_goes_on_bit_for_bit(train_arguments, whole, tmp_path, moment):
-    """Another process dies without any clean-up at the n-th call of a function; nothing may be lost but the step in hand.
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(m, marks=[] if m in EVERY_TIME else [pytest.mark.slow]) for m in MOMENTS],
+)
+def test_killed_at_the_worst_moments_it_goes_on_bit_for_bit(
+    train_arguments, whole, tmp_path, moment
+):
+    """Another process dies without any clean-up at the n-th call of a function; nothing may be lost
+    but the step in hand.
 
-    Not a fork: a child of a process whose libraries have threads hangs in its first parallel product.
-    """
+    Not a fork: a child of a process whose libraries have threads hangs in its first parallel
+    product."""
     target, count = MOMENTS[moment]
-    script = "import json, sys; from tests import test_resume; test_resume._die_at_call(sys.argv[1], int(sys.argv[2])); "
+    script = (
+        "import json, sys; from tests import test_resume; test_resume._die_at_call(sys.argv[1], "
+        "int(sys.argv[2])); "
+    )
     script += "from qzo_diffusion.cli import main; main(json.loads(sys.argv[3]))"
     arguments = json.dumps(train_arguments(*SETTINGS, name="parts"))
     command = [sys.executable, "-c", script, target, str(count), arguments]
-    died = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=120)
-    assert died.returncode == -signal.SIGKILL, f"the run ended before the moment came: {died.stderr[-500:]}"
+    died = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert died.returncode == -signal.SIGKILL, (
+        f"the run ended before the moment came: {died.stderr[-500:]}"
+    )
     assert main(["train", "--resume", "latest", "--output-dir", str(tmp_path / "parts")]) == 0
     assert_same_run(whole, tmp_path / "parts")
 
@@ -283,7 +322,11 @@ def test_changed_settings_are_refused_with_the_difference_unless_forced(stopped,
     error = failing(capsys, resume(stopped, "train.lr=0.5"))
     assert "train.lr: 0.003 -> 0.5" in error or "train.lr:" in error
     assert resume(stopped, "train.lr=0.5", "--force") == 0
-    notes = [entry for entry in read_journal(stopped / "journal.qzo").entries if getattr(entry, "kind", "") == "resume"]
+    notes = [
+        entry
+        for entry in read_journal(stopped / "journal.qzo").entries
+        if getattr(entry, "kind", "") == "resume"
+    ]
     assert any("train.lr" in change for change in notes[-1].content["changes"])
 
 
@@ -322,14 +365,25 @@ def test_latest_is_the_newest_run_below_outputs(train, tmp_path, monkeypatch, ca
 
 def test_a_run_goes_on_in_its_own_folder(stopped, tmp_path, capsys):
     capsys.readouterr()
-    assert "leave --output-dir out" in failing(capsys, resume(stopped, "--output-dir", tmp_path / "other"))
+    assert "leave --output-dir out" in failing(
+        capsys, resume(stopped, "--output-dir", tmp_path / "other")
+    )
     assert not (tmp_path / "other").exists()
     assert main(["train", "--resume", "latest", "--output-dir", str(stopped)]) == 0
 
 
 def replay(tmp_path, run, *arguments, name="replayed"):
     out = tmp_path / name
-    return main(["replay", "--journal", str(run / "journal.qzo"), "--output-dir", str(out), *map(str, arguments)]), out
+    return main(
+        [
+            "replay",
+            "--journal",
+            str(run / "journal.qzo"),
+            "--output-dir",
+            str(out),
+            *map(str, arguments),
+        ]
+    ), out
 
 
 def test_replay_rebuilds_the_run_and_its_checkpoints(whole, tmp_path):
@@ -343,7 +397,9 @@ def test_replay_rebuilds_the_run_and_its_checkpoints(whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "threads"), [("default", "1"), ("avx2", "4")])
-def test_replay_of_a_run_gives_its_scales_with_other_vector_instructions_and_threads(whole, tmp_path, capability, threads):
+def test_replay_of_a_run_gives_its_scales_with_other_vector_instructions_and_threads(
+    whole, tmp_path, capability, threads
+):
     command = [
         "-m",
         "qzo_diffusion.cli",
@@ -382,14 +438,22 @@ def test_a_run_begins_with_what_another_one_tuned(train, whole, tmp_path, capsys
     assert code == 0
     assert load_equal(second, out)
     capsys.readouterr()
-    assert "initial_scales" in failing(capsys, replay(tmp_path, second, "--init-from", second, name="wrong")[0])
+    assert "initial_scales" in failing(
+        capsys, replay(tmp_path, second, "--init-from", second, name="wrong")[0]
+    )
 
 
-def test_what_a_run_can_not_begin_with_is_told_before_anything_is_loaded(train, whole, tmp_path, capsys, monkeypatch):
+def test_what_a_run_can_not_begin_with_is_told_before_anything_is_loaded(
+    train, whole, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(build, "load_base", lambda *arguments: pytest.fail("loaded"))
     capsys.readouterr()
-    assert "quant.blocksize=64" in failing(capsys, train("--init-from", whole, "quant.blocksize=128", name="other"))
-    assert "no tuned scales" in failing(capsys, train("--init-from", tmp_path / "nowhere", name="other"))
+    assert "quant.blocksize=64" in failing(
+        capsys, train("--init-from", whole, "quant.blocksize=128", name="other")
+    )
+    assert "no tuned scales" in failing(
+        capsys, train("--init-from", tmp_path / "nowhere", name="other")
+    )
     assert not (tmp_path / "other").exists()
 
 
@@ -399,7 +463,20 @@ def test_mixing_a_run_with_weight_one_is_the_run(whole, tmp_path):
 
 
 def test_mixing_half_and_half_of_a_run_is_the_run_within_rounding(whole, tmp_path):
-    assert main(["mix", "--run", f"{whole}=0.5", "--run", f"{whole}=0.5", "--output-dir", str(tmp_path / "mix")]) == 0
+    assert (
+        main(
+            [
+                "mix",
+                "--run",
+                f"{whole}=0.5",
+                "--run",
+                f"{whole}=0.5",
+                "--output-dir",
+                str(tmp_path / "mix"),
+            ]
+        )
+        == 0
+    )
     mixed, tuned = load_scales(tmp_path / "mix")[0], load_scales(whole)[0]
     for name, tensor in tuned.items():
         torch.testing.assert_close(mixed[name], tensor, rtol=1e-6, atol=0)
@@ -410,9 +487,12 @@ def test_a_checkpoint_is_mixed_with_its_run_s_settings(train, tmp_path, monkeypa
     checkpoint = tmp_path / "coarse/checkpoints/step_000004"
     assert main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")]) == 0
     assert load_equal(checkpoint, tmp_path / "mix")
-    monkeypatch.setattr(build, "load_base", None)  # what is there already is found before anything is loaded
+    # what is there already is found before anything is loaded
+    monkeypatch.setattr(build, "load_base", None)
     capsys.readouterr()
-    error = failing(capsys, main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")]))
+    error = failing(
+        capsys, main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")])
+    )
     assert "--resume" not in error
 
 

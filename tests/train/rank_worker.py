@@ -1,7 +1,8 @@
-"""What each of three processes does for test_distributed.py: one scenario after the other, since starting torch is what costs.
+"""What each of three processes does for test_distributed.py: one scenario after the other, since
+starting torch is what costs.
 
-The model is a quadratic in float64: outputs x ∘ s of trained scales s, one loss Σ (x ∘ s - 1)² per example.
-"""
+The model is a quadratic in float64: outputs x ∘ s of trained scales s, one loss Σ (x ∘ s - 1)² per
+example."""
 
 import json
 import os
@@ -52,14 +53,18 @@ class Handle:
 
 
 def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: None, **probing):
-    """Six steps of this rank's share of the batches; everything that ranks and single processes must agree on."""
+    """Six steps of this rank's share of the batches; everything that ranks and single processes
+    must agree on.
+    """
     model = Diagonal(torch.linspace(0.5, 1.5, NUMBERS, dtype=torch.float64))
     scales = ScaleSet([Handle(model)])
     numbers, records = parametrize(scales, level, units), []
 
     def batch(step):
         before(step)
-        x = torch.randn(EXAMPLES, NUMBERS, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x = torch.randn(
+            EXAMPLES, NUMBERS, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+        )
         share = ranks.share(EXAMPLES)
         return StepBatch(list(x[share].split(2)), first_example=share.start, examples=EXAMPLES)
 
@@ -75,9 +80,17 @@ def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: 
         stop_requested=ranks.stop_agreed,
         sum_over_ranks=ranks.sum,
     )
-    told = [{key: value for key, value in record.as_dict().items() if key != "seconds"} for record in records]
+    told = [
+        {key: value for key, value in record.as_dict().items() if key != "seconds"}
+        for record in records
+    ]
     trained = {name: tensor.tolist() for name, tensor in numbers.state().items()}
-    return {"records": told, "numbers": trained, "steps": outcome.steps_done, "stopped": outcome.stopped}, numbers
+    return {
+        "records": told,
+        "numbers": trained,
+        "steps": outcome.steps_done,
+        "stopped": outcome.stopped,
+    }, numbers
 
 
 def lost_after(action):
@@ -97,7 +110,9 @@ def main(index, out, ports):
         (out / f"process_{index}.json").write_text(json.dumps(found))
 
     def become(rank, world, port, timeout):
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
         return join(timeout)
 
     distributed.ROLL_CALL_SECONDS = 1.0
@@ -110,7 +125,9 @@ def main(index, out, ports):
     ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers")
     if index == 2:
         numbers.theta["row"][3] += 1e-15
-    found["deviating"] = lost_after(lambda: ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers"))
+    found["deviating"] = lost_after(
+        lambda: ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers")
+    )
 
     ranks.wants_stop = lambda: index == 1 and current[0] == 2
     current = [0]
@@ -122,7 +139,9 @@ def main(index, out, ports):
     def sends_itself(what, rank):
         return lambda step: os.kill(os.getpid(), what) if (index, step) == (rank, 3) else None
 
-    found["died"] = lost_after(lambda: run(ranks, level="row", before=sends_itself(signal.SIGKILL, rank=2)))
+    found["died"] = lost_after(
+        lambda: run(ranks, level="row", before=sends_itself(signal.SIGKILL, rank=2))
+    )
     leave()
 
     ranks = become(index, 2, ports[1], 2)
@@ -131,7 +150,9 @@ def main(index, out, ports):
     found["pair"] |= {"bytes": ranks.bytes_sent - sent, "exchanges": ranks.exchanges - exchanges}
     tell()
 
-    found["hung"] = lost_after(lambda: run(ranks, level="row", before=sends_itself(signal.SIGSTOP, rank=1)))
+    found["hung"] = lost_after(
+        lambda: run(ranks, level="row", before=sends_itself(signal.SIGSTOP, rank=1))
+    )
     tell()
 
 

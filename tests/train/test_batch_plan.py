@@ -13,7 +13,12 @@ from qzo_diffusion.train.batch_plan import BatchPlan
 Bucket = tuple[int, int]
 SQUARE, WIDE, TALL = (64, 64), (80, 48), (48, 80)
 plans = st.builds(
-    lambda buckets, batch_size, seed, repeats: (list(enumerate(buckets)), batch_size, seed, repeats),
+    lambda buckets, batch_size, seed, repeats: (
+        list(enumerate(buckets)),
+        batch_size,
+        seed,
+        repeats,
+    ),
     st.lists(st.sampled_from([SQUARE, WIDE, TALL]), min_size=1, max_size=30),
     st.integers(1, 8),
     st.integers(-(2**70), 2**70),
@@ -23,7 +28,9 @@ plans = st.builds(
 
 @settings(deadline=None)
 @given(plans)
-def test_every_epoch_holds_everything(plan_of: tuple[list[tuple[int, Bucket]], int, int, int]) -> None:
+def test_every_epoch_holds_everything(
+    plan_of: tuple[list[tuple[int, Bucket]], int, int, int],
+) -> None:
     items, batch_size, seed, repeats = plan_of
     plan = BatchPlan(items, batch_size=batch_size, seed=seed, repeats=repeats)
     bucket_of, sizes = dict(items), Counter(bucket for _, bucket in items)
@@ -44,7 +51,9 @@ def test_every_epoch_holds_everything(plan_of: tuple[list[tuple[int, Bucket]], i
 
 @settings(deadline=None, max_examples=50)
 @given(plans, st.lists(st.integers(0, 60), min_size=1, max_size=10))
-def test_any_step_may_be_asked_for_at_any_time(plan_of: tuple[list[tuple[int, Bucket]], int, int, int], steps: list[int]) -> None:
+def test_any_step_may_be_asked_for_at_any_time(
+    plan_of: tuple[list[tuple[int, Bucket]], int, int, int], steps: list[int]
+) -> None:
     items, batch_size, seed, repeats = plan_of
     straight = BatchPlan(items, batch_size=batch_size, seed=seed, repeats=repeats)
     in_order = [straight.batch(step) for step in range(max(steps) + 1)]
@@ -107,7 +116,11 @@ def test_a_batch_that_is_changed_by_its_owner_does_not_change_the_plan() -> None
     assert len(plan.batch(0)) == 2
 
 
-@pytest.mark.parametrize(("items", "batch_size", "repeats"), [([], 1, 1), ([(0, SQUARE)], 0, 1), ([(0, SQUARE)], 1, 0)])
-def test_nonsense_is_refused(items: list[tuple[int, Bucket]], batch_size: int, repeats: int) -> None:
+@pytest.mark.parametrize(
+    ("items", "batch_size", "repeats"), [([], 1, 1), ([(0, SQUARE)], 0, 1), ([(0, SQUARE)], 1, 0)]
+)
+def test_nonsense_is_refused(
+    items: list[tuple[int, Bucket]], batch_size: int, repeats: int
+) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         BatchPlan(items, batch_size=batch_size, seed=0, repeats=repeats)

@@ -1,4 +1,6 @@
-"""Slope and curvature where a run begins, against those that a model of one exponential an output has by its formula."""
+"""Slope and curvature where a run begins, against those that a model of one exponential an output
+has by its formula.
+"""
 
 import math
 
@@ -16,7 +18,9 @@ BATCHES = 3  # of six examples, for sixteen
 
 
 class Exponentials:
-    """L(θ) = Σ_j c_j (exp(θ_j) (W h)_j + b_j): its second derivatives are its first, g_j = c_j (W h)_j."""
+    """L(θ) = Σ_j c_j (exp(θ_j) (W h)_j + b_j): its second derivatives are its first, g_j = c_j (W
+    h)_j.
+    """
 
     def __init__(self):
         self.model, self.scales = scaled_network(dtype=torch.float64)
@@ -51,11 +55,15 @@ def test_slope_and_curvature_are_those_of_the_formula(copies):
         gradients = task.gradients(step)
         directions = directions_of_step(SEED, step, EXAMPLES, "rademacher")
         z = torch.stack([direction.z("row", task.numbers.theta["row"]) for direction in directions])
-        squares.append((gradients * z).sum(1).square().mean().item() * (math.sinh(radius) / radius) ** 2)
+        squares.append(
+            (gradients * z).sum(1).square().mean().item() * (math.sinh(radius) / radius) ** 2
+        )
         traces += (gradients.sum(1) * 2 * (math.cosh(radius) - 1) / radius**2).tolist()
     assert found.slope == pytest.approx(math.sqrt(sum(squares) / BATCHES), rel=1e-9)
     assert found.curvature == pytest.approx(sum(traces) / len(traces), rel=1e-6)
-    assert found.error == pytest.approx(torch.tensor(traces).std().item() / math.sqrt(BATCHES * EXAMPLES), rel=1e-4)
+    assert found.error == pytest.approx(
+        torch.tensor(traces).std().item() / math.sqrt(BATCHES * EXAMPLES), rel=1e-4
+    )
     assert [batches_to_survey(examples) for examples in (1, 6, 16, 64)] == [16, BATCHES, 1, 1]
 
 
@@ -81,7 +89,9 @@ def test_only_a_loss_that_curves_much_for_its_slope_lowers_the_rate():
 def test_a_loss_that_is_no_number_leaves_the_rate_to_the_loop(broken):
     task = Exponentials()
     sound = task.objective
-    task.objective = lambda x: sound(x) + torch.tensor([broken] + [0.0] * (len(x) - 1), dtype=torch.float64)
+    task.objective = lambda x: (
+        sound(x) + torch.tensor([broken] + [0.0] * (len(x) - 1), dtype=torch.float64)
+    )
     assert task.survey().rate_factor == 1
 
 
@@ -101,6 +111,8 @@ def test_parts_of_a_batch_on_several_processes_find_what_one_does():
 
     part(0, 2, lambda values: asked.append(list(values)) or list(values))
     heard = iter(asked)
-    found = part(2, EXAMPLES, lambda values: [a + b for a, b in zip(values, next(heard), strict=True)])
+    found = part(
+        2, EXAMPLES, lambda values: [a + b for a, b in zip(values, next(heard), strict=True)]
+    )
     assert found.slope == pytest.approx(whole.slope, rel=1e-9)
     assert found.curvature == pytest.approx(whole.curvature, rel=1e-6)

@@ -38,13 +38,23 @@ class Run:
     def go(self, steps, first_step=0, every=2, losses=None):
         path = self.folder / "journal.qzo"
         header = {"directions": "rademacher"}
-        writer = JournalWriter.reopen(path)[0] if path.exists() else JournalWriter.create(path, header)
+        writer = (
+            JournalWriter.reopen(path)[0] if path.exists() else JournalWriter.create(path, header)
+        )
 
         def after(done):
             if done % every == 0:
                 loss = (losses or {}).get(done)
-                options = {"step": done, "chain": writer.chain, "metadata": {}, "validation_loss": loss, "keep": 2}
-                save_checkpoint(self.folder / "checkpoints", self.numbers, self.optimizer, **options)
+                options = {
+                    "step": done,
+                    "chain": writer.chain,
+                    "metadata": {},
+                    "validation_loss": loss,
+                    "keep": 2,
+                }
+                save_checkpoint(
+                    self.folder / "checkpoints", self.numbers, self.optimizer, **options
+                )
 
         train(
             squared_output(self.model),
@@ -63,15 +73,22 @@ class Run:
 
     def restored(self, checkpoint):
         fresh = Run(self.folder, self.optimizer_name, self.level)
-        return fresh, restore_(checkpoint, read_journal(self.folder / "journal.qzo"), fresh.numbers, fresh.optimizer)
+        return fresh, restore_(
+            checkpoint, read_journal(self.folder / "journal.qzo"), fresh.numbers, fresh.optimizer
+        )
 
 
 def same_numbers(first, second):
-    return all(torch.equal(tensor, second.numbers.state()[name]) for name, tensor in first.numbers.state().items())
+    return all(
+        torch.equal(tensor, second.numbers.state()[name])
+        for name, tensor in first.numbers.state().items()
+    )
 
 
 class OnAnotherDevice:
-    """Numbers that are where there is no memory, as a machine without a GPU has no other second device."""
+    """Numbers that are where there is no memory, as a machine without a GPU has no other second
+    device.
+    """
 
     def __init__(self, numbers):
         self._numbers = numbers
@@ -113,7 +130,9 @@ def test_a_continued_run_is_the_uninterrupted_one(tmp_path, optimizer):
     second, step = first.restored(list_checkpoints(tmp_path / "parts/checkpoints")[0][-1])
     second.go(9, first_step=step)
     assert same_numbers(whole, second)
-    assert (tmp_path / "whole/journal.qzo").read_bytes() == (tmp_path / "parts/journal.qzo").read_bytes()
+    assert (tmp_path / "whole/journal.qzo").read_bytes() == (
+        tmp_path / "parts/journal.qzo"
+    ).read_bytes()
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path):
@@ -127,7 +146,9 @@ def test_what_a_kill_left_is_dropped_with_the_old_ones(tmp_path):
     checkpoints = tmp_path / "run/checkpoints"
     for name in (".step_000002.partial", ".step_000002.old", "step_000001"):
         (checkpoints / name).mkdir()
-    (checkpoints / "step_000001/state.json").write_text('{"step": 1, "chain": "", "validation_loss": NaN}')
+    (checkpoints / "step_000001/state.json").write_text(
+        '{"step": 1, "chain": "", "validation_loss": NaN}'
+    )
     drop_old(checkpoints, keep=2)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000004", "step_000006"]
 
@@ -143,7 +164,16 @@ def test_tuned_scales_are_what_the_model_sees_and_can_be_read(tmp_path):
     assert all(torch.equal(tensors[name], run.scales[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("file", ["numbers.safetensors", "optimizer.safetensors", "scales.safetensors", "state.json", "COMPLETE"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "numbers.safetensors",
+        "optimizer.safetensors",
+        "scales.safetensors",
+        "state.json",
+        "COMPLETE",
+    ],
+)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "zero"])
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, file, damage):
     run = Run(tmp_path / "run").go(5)

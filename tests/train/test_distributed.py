@@ -1,4 +1,6 @@
-"""Three processes on a quadratic in float64: what they agree on, what they send, and what they say when one of them is gone."""
+"""Three processes on a quadratic in float64: what they agree on, what they send, and what they say
+when one of them is gone.
+"""
 
 import json
 import signal
@@ -18,7 +20,10 @@ def told(tmp_path_factory):
     """What each of the three processes found, after two of them went away on purpose."""
     out = tmp_path_factory.mktemp("ranks")
     ports = [free_port(), free_port()]
-    processes = [start(["-m", "tests.train.rank_worker", str(index), str(out), *ports]) for index in range(WORLD)]
+    processes = [
+        start(["-m", "tests.train.rank_worker", str(index), str(out), *ports])
+        for index in range(WORLD)
+    ]
     try:
         _, errors = processes[0].communicate(timeout=90)
         assert processes[0].returncode == 0, errors
@@ -49,18 +54,24 @@ def test_ranks_equal_each_other_bit_for_bit(told, case):
 
 @pytest.mark.parametrize("case", ["one direction", "two directions"])
 def test_ranks_equal_one_process_up_to_the_order_of_summation(told, alone, case):
-    """A loss is a sum of NUMBERS terms and a mean of EXAMPLES of them, so in whatever order, each mean is off by at most
-    (NUMBERS + EXAMPLES) roundings of 2^-53 of its value; d by the sum of four such errors over 2ε. An SGD step moves a number by
-    lr · d, an Adam step, whose length does not depend on d's size, by at most lr · (relative error of d) · 10: its first moment is
-    at least a tenth of ĝ. On this quadratic a difference grows by less than 1.1 a step (lr · curvature < 0.1), and the losses
-    differ by less than four times it, for the slope of log L along any number is below 4."""
+    """A loss is a sum of NUMBERS terms and a mean of EXAMPLES of them, so in whatever order, each
+    mean is off by at most (NUMBERS + EXAMPLES) roundings of 2^-53 of its value; d by the sum of
+    four such errors over 2ε. An SGD step moves a number by lr · d, an Adam step, whose length does
+    not depend on d's size, by at most lr · (relative error of d) · 10: its first moment is at least
+    a tenth of ĝ. On this quadratic a difference grows by less than 1.1 a step (lr · curvature <
+    0.1), and the losses differ by less than four times it, for the slope of log L along any number
+    is below 4."""
     first, other = told[0][case], alone[case]
     allowed = 0.0
     for one, two in zip(first["records"], other["records"], strict=True):
         error = 4 * (NUMBERS + EXAMPLES) * 2**-53 * two["loss"] / (2 * EPS)
         derivatives = [two["projected_grad"]] if case == "one direction" else two["projected_grad"]
-        step = LR * error if case == "one direction" else 10 * LR * error / min(map(abs, derivatives))
-        assert one["loss"] == pytest.approx(two["loss"], rel=(NUMBERS + EXAMPLES) * 2**-53 + 4 * allowed, abs=0)
+        step = (
+            LR * error if case == "one direction" else 10 * LR * error / min(map(abs, derivatives))
+        )
+        assert one["loss"] == pytest.approx(
+            two["loss"], rel=(NUMBERS + EXAMPLES) * 2**-53 + 4 * allowed, abs=0
+        )
         allowed = 1.1 * allowed + step
     assert allowed < 1e-9  # or the comparison below would say nothing
     for name, numbers in other["numbers"].items():
@@ -68,7 +79,9 @@ def test_ranks_equal_one_process_up_to_the_order_of_summation(told, alone, case)
 
 
 def test_an_examples_direction_is_its_place_in_the_whole_batch(told, alone):
-    """Here nothing is summed over examples, and the zeros of other ranks change no loss: equal to the last bit."""
+    """Here nothing is summed over examples, and the zeros of other ranks change no loss: equal to
+    the last bit.
+    """
     assert told[0]["per example"]["records"] == alone["per example"]["records"]
     assert told[0]["per example"]["numbers"] == alone["per example"]["numbers"]
 
@@ -76,7 +89,8 @@ def test_an_examples_direction_is_its_place_in_the_whole_batch(told, alone):
 def test_two_ranks_send_32_bytes_a_step_with_one_direction(told):
     pair = told[0]["pair"]
     assert pair["exchanges"] == STEPS
-    assert pair["bytes"] == 32 * STEPS  # a count, two sums and the wish to stop, in float64; as much is received
+    # a count, two sums and the wish to stop, in float64; as much is received
+    assert pair["bytes"] == 32 * STEPS
     assert told[0]["one direction"]["bytes"] == (WORLD - 1) * 32 * STEPS
 
 
@@ -104,7 +118,12 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_over(told):
 
 
 def test_ranks_that_never_come_are_told(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(RankLost, match=r"not all of 2 ranks came within 0\.5 s"):
         join(0.5)

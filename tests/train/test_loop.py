@@ -15,7 +15,9 @@ from tests.quantized import inputs, scaled_network, squared_output
 class Run:
     """One training run and everything it told."""
 
-    def __init__(self, *, steps=5, level="dense", spoil=lambda step: False, optimizer="sgd", **probing):
+    def __init__(
+        self, *, steps=5, level="dense", spoil=lambda step: False, optimizer="sgd", **probing
+    ):
         self.model, self.scales = scaled_network()
         self.numbers = parametrize(self.scales, level)
         self.records, self.done = [], []
@@ -49,7 +51,10 @@ class Run:
 
 
 def without_seconds(records):
-    return [{key: value for key, value in record.as_dict().items() if key != "seconds"} for record in records]
+    return [
+        {key: value for key, value in record.as_dict().items() if key != "seconds"}
+        for record in records
+    ]
 
 
 def test_every_step_is_recorded_with_what_the_contract_names():
@@ -59,9 +64,16 @@ def test_every_step_is_recorded_with_what_the_contract_names():
     assert [record.step for record in run.records] == [0, 1, 2, 3, 4]
     assert run.done == [1, 2, 3, 4, 5]
     record = run.records[1]
-    assert record.directional_derivative == pytest.approx((record.loss_plus - record.loss_minus) / 0.02)
+    assert record.directional_derivative == pytest.approx(
+        (record.loss_plus - record.loss_minus) / 0.02
+    )
     assert record.loss == pytest.approx((record.loss_plus + record.loss_minus) / 2)
-    assert (record.lr, record.eps, record.sigma_mean, record.clipped) == (pytest.approx(0.08), 1e-2, 0.5, False)
+    assert (record.lr, record.eps, record.sigma_mean, record.clipped) == (
+        pytest.approx(0.08),
+        1e-2,
+        0.5,
+        False,
+    )
     assert record.seconds > 0
 
 

@@ -31,7 +31,11 @@ def record(step=0, loss=1.0, skipped=False, clipped=False):
 def test_scales_come_back_with_their_metadata(tmp_path):
     out = RunFolder.create(tmp_path / "run")
     out.save_scales("final", SCALES, {"qzo.codes": "abc"})
-    for source in (tmp_path / "run", tmp_path / "run" / "final", tmp_path / "run" / "final" / "scales.safetensors"):
+    for source in (
+        tmp_path / "run",
+        tmp_path / "run" / "final",
+        tmp_path / "run" / "final" / "scales.safetensors",
+    ):
         tensors, facts = load_scales(source)
         assert facts["qzo.codes"] == "abc"
         assert all(torch.equal(tensors[name], SCALES[name]) for name in SCALES)
@@ -87,12 +91,24 @@ def test_settings_are_those_of_the_run_that_scales_belong_to(tmp_path, monkeypat
     run = tmp_path / "run"
     out = RunFolder.create(run)
     out.write_text("config.yaml", "")
-    final, checkpoint = (out.save_scales(name, SCALES, {}) for name in ("final", "checkpoints/step_000002"))
-    for path in (run, final, final / "scales.safetensors", checkpoint, checkpoint / "scales.safetensors"):
+    final, checkpoint = (
+        out.save_scales(name, SCALES, {}) for name in ("final", "checkpoints/step_000002")
+    )
+    for path in (
+        run,
+        final,
+        final / "scales.safetensors",
+        checkpoint,
+        checkpoint / "scales.safetensors",
+    ):
         assert settings_file(path) == run / "config.yaml"
     monkeypatch.chdir(checkpoint)
     assert settings_file(Path()) == run / "config.yaml"
-    for path in (out.save_scales("samples/mine", SCALES, {}), tmp_path / "none", run / "checkpoints"):
+    for path in (
+        out.save_scales("samples/mine", SCALES, {}),
+        tmp_path / "none",
+        run / "checkpoints",
+    ):
         with pytest.raises(OutputError, match=r"no config\.yaml"):
             settings_file(path)
 
@@ -110,7 +126,9 @@ def test_files_of_file_managers_and_hubs_harm_nothing(tmp_path):
     (folder / ".gitattributes").write_text("another")
     check_folder(folder)
     marker = json.loads((folder / COMPLETE).read_text())
-    (folder / COMPLETE).write_text(json.dumps(marker | {".gitattributes": "hash of an earlier version"}))
+    (folder / COMPLETE).write_text(
+        json.dumps(marker | {".gitattributes": "hash of an earlier version"})
+    )
     check_folder(folder)
     (folder / "visible").write_text("")
     with pytest.raises(OutputError, match="other files"):
@@ -135,9 +153,14 @@ def test_unfinished_scales_are_refused(tmp_path):
         load_scales(tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff" * len(data)])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\xff" * len(data)],
+)
 def test_damaged_scales_are_refused(tmp_path, damage):
-    file = RunFolder.create(tmp_path / "run").save_scales("final", SCALES, {}) / "scales.safetensors"
+    file = (
+        RunFolder.create(tmp_path / "run").save_scales("final", SCALES, {}) / "scales.safetensors"
+    )
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(OutputError, match="damaged"):
         load_scales(tmp_path / "run")
@@ -153,7 +176,10 @@ def test_metrics_are_strict_json_also_when_a_loss_is_not_finite(tmp_path):
     log.write({"loss": math.nan, "d": [math.inf, 1.0]})
     log.close()
     line = (tmp_path / "metrics.jsonl").read_text()
-    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {"loss": "nan", "d": ["inf", 1.0]}
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {
+        "loss": "nan",
+        "d": ["inf", 1.0],
+    }
 
 
 def test_tracker_appends_a_line_a_step_at_once_and_curves(tmp_path, capsys):

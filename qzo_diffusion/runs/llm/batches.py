@@ -18,7 +18,8 @@ class TextBatches:
     Args:
         micro_batch_size: examples in one micro-batch; None is the whole batch.
         share: which of `batch_size` examples are this process's.
-        keep_in: a folder for what the untrained first blocks give, which is then computed once for each text; None keeps nothing.
+        keep_in: a folder for what the untrained first blocks give, which is then computed once for
+            each text; None keeps nothing.
     """
 
     def __init__(
@@ -35,30 +36,49 @@ class TextBatches:
         groups = by_length(encoded, BATCHES_OF_A_LENGTH * batch_size)
         items = [(index, group) for group, indices in enumerate(groups) for index in indices]
         self._plan = BatchPlan(items, batch_size=batch_size, seed=seed)
-        self._lm, self._encoded, self._share, self._micro_batch_size = lm, encoded, share, micro_batch_size
-        self._kept = None if keep_in is None else _kept(lm, encoded, micro_batch_size or batch_size, keep_in)
+        self._lm, self._encoded, self._share, self._micro_batch_size = (
+            lm,
+            encoded,
+            share,
+            micro_batch_size,
+        )
+        self._kept = (
+            None if keep_in is None else _kept(lm, encoded, micro_batch_size or batch_size, keep_in)
+        )
 
     def __call__(self, step: int) -> StepBatch[Batch]:
         chosen = [self._encoded[index] for index in self._plan.batch(step)]
         share = self._share(len(chosen))
         mine = chosen[share]
         size = self._micro_batch_size or len(mine)
-        parts = [make_batch(self._lm, mine[start : start + size], self._kept) for start in range(0, len(mine), size)]
+        parts = [
+            make_batch(self._lm, mine[start : start + size], self._kept)
+            for start in range(0, len(mine), size)
+        ]
         return StepBatch(parts, first_example=share.start or 0, examples=len(chosen))
 
 
 def _kept(lm: CausalLm, encoded: Sequence[Encoded], size: int, folder: Path) -> KeptHidden | None:
-    """None where the model has no part that no probe changes, or there is no room, or no file can be made there."""
-    groups = [[row for index in indices for row in encoded[index].rows] for indices in by_length(encoded, size)]
+    """None where the model has no part that no probe changes, or there is no room, or no file can
+    be made there.
+    """
+    groups = [
+        [row for index in indices for row in encoded[index].rows]
+        for indices in by_length(encoded, size)
+    ]
     if lm.prefix is None:
         return None
     try:
         room = fits([row for group in groups for row in group], lm.bytes_of_token, folder)
         return KeptHidden(lm, groups, folder) if room else None
-    except OSError:  # a home that is read-only, for one: all is computed anew, as where there is no room
+    except OSError:
+        # a home that is read-only, for one: all is computed anew, as where there is no room
         return None
 
 
 def evaluation_batches(lm: CausalLm, encoded: Sequence[Encoded], size: int) -> list[Batch]:
     """All examples, those of about one length together."""
-    return [make_batch(lm, [encoded[index] for index in indices]) for indices in by_length(encoded, size)]
+    return [
+        make_batch(lm, [encoded[index] for index in indices])
+        for indices in by_length(encoded, size)
+    ]

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse export` does with a language model: a plain transformers folder in the quantizer's own format."""
+"""What `qzo-diffuse export` does with a language model: a plain transformers folder in the
+quantizer's own format.
+"""
 
 import json
 import shutil
@@ -37,29 +39,40 @@ def is_language_run(run_folder: Path) -> bool:
 
 
 def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
-    """Write `output_dir`, which `AutoModelForCausalLM.from_pretrained` loads. Returns the figures for `--json`.
+    """Write `output_dir`, which `AutoModelForCausalLM.from_pretrained` loads. Returns the figures
+    for `--json`.
 
     Raises:
-        ConfigError: the format is of another kind of model, or the run's method or quantization has none.
-        OutputError: there is something already, no room, or what was written does not read back as it was.
+        ConfigError: the format is of another kind of model, or the run's method or quantization has
+            none.
+        OutputError: there is something already, no room, or what was written does not read back as
+            it was.
     """
     check_new(output_dir)
     config: LlmConfig = load_config(settings_file(run_folder), LlmConfig)
     folder, _ = build.choose_lm(config.model)
     if config.method not in ("qzo", "fo-scales"):
         got = f"--format {kind} for a language model tuned by {config.method}"
-        raise ConfigError(got, "a run of the method qzo or fo-scales, which tunes scales", "export another run")
+        raise ConfigError(
+            got, "a run of the method qzo or fo-scales, which tunes scales", "export another run"
+        )
     stored = is_gguf(folder) or stored_method(folder) in READ_HERE
     has = _format_of(config, folder)
     if not stored and has not in BITSANDBYTES:
         raise ConfigError(
             f"a run in {has}",
-            "nf4 or fp4 of bitsandbytes, or a folder of GPTQ, AQLM or HQQ, or a GGUF file: there is no folder of another format",
-            "qzo-diffuse llm evaluate --run RUN scores this one; to export, train an unquantized model with quant.type=nf4 "
+            "nf4 or fp4 of bitsandbytes, or a folder of GPTQ, AQLM or HQQ, or a GGUF file: "
+            "there is no folder of another format",
+            "qzo-diffuse llm evaluate --run RUN scores this one; to export, train an "
+            "unquantized model with quant.type=nf4 "
             "quant.backend=bnb",
         )
     if kind not in ("native", has):
-        raise ConfigError(f"--format {kind} for a run over a model in {has}", "--format native", "use --format native")
+        raise ConfigError(
+            f"--format {kind} for a run over a model in {has}",
+            "--format native",
+            "use --format native",
+        )
     tuned, facts = load_scales(run_folder)
     device = devices.choose_device(config.compute.device)
     dtype = devices.choose_dtype(config.compute.dtype, device)
@@ -73,7 +86,9 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
             save_stored(folder, target, tuned_scales(base.numbers), base.scales.weights)
         else:
             base.numbers.merge_()
-            _write_bitsandbytes(base.lm.model, has, folder, target, devices.dtype_name(dtype), facts)
+            _write_bitsandbytes(
+                base.lm.model, has, folder, target, devices.dtype_name(dtype), facts
+            )
         (target / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
     write_folder(output_dir, fill)
@@ -85,23 +100,37 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
 
 
 def _format_of(config: LlmConfig, folder: Path) -> str:
-    """What the scales are those of: a folder that is quantized keeps its format, whatever the settings say."""
+    """What the scales are those of: a folder that is quantized keeps its format, whatever the
+    settings say.
+    """
     method = stored_method(folder)
     if method == "bitsandbytes":
         return bitsandbytes_type(folder)
     if method is not None:
         return method
-    return config.quant.type if config.quant.backend == "bnb" else f"{config.quant.type} of the back-end {config.quant.backend}"
+    return (
+        config.quant.type
+        if config.quant.backend == "bnb"
+        else f"{config.quant.type} of the back-end {config.quant.backend}"
+    )
 
 
-def _write_bitsandbytes(model: nn.Module, kind: str, source: Path, target: Path, dtype: str, facts: dict[str, str]) -> None:
-    """Everything that the source has beside its weights, and the 4-bit weights in bitsandbytes' layout, compared bit for bit."""
+def _write_bitsandbytes(
+    model: nn.Module, kind: str, source: Path, target: Path, dtype: str, facts: dict[str, str]
+) -> None:
+    """Everything that the source has beside its weights, and the 4-bit weights in bitsandbytes'
+    layout, compared bit for bit.
+    """
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(weights) and file.name != "config.json":
             shutil.copyfile(file, target / file.name)
     tensors = pending_tensors(model)
-    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.is_floating_point()]
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.is_floating_point()
+    ]
     write_tensors(target / WEIGHTS, tensors, {"format": "pt", **facts}, lambda done: None)
     compare_tensors(target / WEIGHTS, tensors, lambda done: None)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))

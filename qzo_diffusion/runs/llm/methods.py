@@ -1,4 +1,6 @@
-"""What each method of `qzo-diffuse llm` trains, and how: one base model, four sets of numbers, one loop."""
+"""What each method of `qzo-diffuse llm` trains, and how: one base model, four sets of numbers, one
+loop.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +33,9 @@ from qzo_diffusion.train.loop import TakeStep
 class Base:
     """A model with the numbers that a method trains, as they are before a run.
 
-    codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order step.
-    trained: names of the layers whose scales or codes are trained, and of unquantized tensors; none where something else is.
-    """
+    codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order
+    step. trained: names of the layers whose scales or codes are trained, and of unquantized
+    tensors; none where something else is."""
 
     lm: CausalLm
     scales: ScaleSet
@@ -46,23 +48,50 @@ class Base:
 
 
 def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
-    """Raises ModelError for a model that can't be loaded or quantized, or is stored in a format that the method can't train."""
+    """Raises ModelError for a model that can't be loaded or quantized, or is stored in a format
+    that the method can't train.
+    """
     _check_format(config, folder)
     lm = _load(config, folder, device, dtype)
     if config.method == "mezo":
         lm.model.to(device)
-        layers = _layers(config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, config.quant.blocksize)])
+        layers = _layers(
+            config,
+            [
+                name
+                for name, _ in linears_to_quantize(
+                    lm.model, config.quant.skip, config.quant.blocksize
+                )
+            ],
+        )
         weights = rivals.mezo_numbers(lm.model, layers)
-        return Base(lm, weights.scales, weights, build.optimizer(config), "unquantized", _hash(weights.scales))
+        return Base(
+            lm,
+            weights.scales,
+            weights,
+            build.optimizer(config),
+            "unquantized",
+            _hash(weights.scales),
+        )
     if config.method == "quzo-lora":
         return _adapters_by_forwards(config, lm, device)
     _quantize_(config, lm, device)
     if config.method == "qlora":
         layers = _layers(config, [handle.name for handle in handles_of(lm.model)])
-        rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        rivals.add_lora_(
+            lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
+        )
         adapters = rivals.lora_numbers(lm.model)
         step = first_order_step(rivals.lora_gradient(lm.model))
-        return Base(lm, adapters.scales, adapters, ExactAdam(), codes_fingerprint(lm.model), _hash(adapters.scales), step)
+        return Base(
+            lm,
+            adapters.scales,
+            adapters,
+            ExactAdam(),
+            codes_fingerprint(lm.model),
+            _hash(adapters.scales),
+            step,
+        )
     beside = unquantized_of(lm.model, config.qzo.unquantized)
     scales, numbers = build.scales_and_numbers(config, lm.model, beside)
     codes, initial = build.fingerprints(lm.model, scales)
@@ -74,13 +103,20 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
 
 
 def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
-    """Those of `qzo.layers`, all where it says nothing, for methods that train no scales. Raises ConfigError where it fits none."""
+    """Those of `qzo.layers`, all where it says nothing, for methods that train no scales.
+
+    Raises ConfigError where it fits none.
+    """
     if not names:
         raise nothing_to_quantize(config.quant.skip, config.quant.blocksize)
     found = chosen(names, config.qzo.layers)
     if not found:
         remedy = "correct qzo.layers, or give null for all layers"
-        raise ConfigError(f"qzo.layers = {config.qzo.layers}: no such layer", f"parts of names like {names[0]}", remedy)
+        raise ConfigError(
+            f"qzo.layers = {config.qzo.layers}: no such layer",
+            f"parts of names like {names[0]}",
+            remedy,
+        )
     return found
 
 
@@ -90,18 +126,34 @@ UNDER_LORA = (None, "bitsandbytes")  # formats of folders
 def _check_format(config: LlmConfig, folder: Path) -> None:
     method = stored_method(folder)
     if config.method == "qlora" and method not in UNDER_LORA:
-        got, remedy = f"--method qlora on {folder}, stored as {method}", "use --method qzo, or the model that it was made of"
-        raise ModelError(got, "a plain folder, or one of bitsandbytes: peft knows no other layers", remedy)
+        got, remedy = (
+            f"--method qlora on {folder}, stored as {method}",
+            "use --method qzo, or the model that it was made of",
+        )
+        raise ModelError(
+            got, "a plain folder, or one of bitsandbytes: peft knows no other layers", remedy
+        )
     if config.method == "mezo" and method is not None:
-        got, remedy = f"--method mezo on {folder}, stored as {method}", "give the model that it was made of, or use --method qzo"
-        raise ModelError(got, "a folder that is not quantized: mezo trains the weights themselves", remedy)
+        got, remedy = (
+            f"--method mezo on {folder}, stored as {method}",
+            "give the model that it was made of, or use --method qzo",
+        )
+        raise ModelError(
+            got, "a folder that is not quantized: mezo trains the weights themselves", remedy
+        )
     if config.qzo.unquantized != "none" and is_gguf(folder):
         got = f"qzo.unquantized={config.qzo.unquantized} with {folder.name}"
-        raise ModelError(got, "qzo.unquantized=none: only factors of blocks go back into a GGUF file", "leave it out")
+        raise ModelError(
+            got,
+            "qzo.unquantized=none: only factors of blocks go back into a GGUF file",
+            "leave it out",
+        )
 
 
 def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:
-    """Quantized while it is read, in the memory of the quantized model, where the method wants that and the folder is not yet."""
+    """Quantized while it is read, in the memory of the quantized model, where the method wants that
+    and the folder is not yet.
+    """
     plain = stored_method(folder) is None and config.method not in ("mezo", "quzo-lora")
     if not plain or (config.quant.backend == "bnb" and config.quant.type == "int8"):
         return load_causal_lm(folder, dtype)
@@ -114,7 +166,9 @@ def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dt
     return load_causal_lm(folder, dtype, read)
 
 
-def _quantize_(config: LlmConfig, lm: CausalLm, device: torch.device, also_skipped: Sequence[str] = ()) -> None:
+def _quantize_(
+    config: LlmConfig, lm: CausalLm, device: torch.device, also_skipped: Sequence[str] = ()
+) -> None:
     if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
         quantize_(
             lm.model,
@@ -129,23 +183,44 @@ def _quantize_(config: LlmConfig, lm: CausalLm, device: torch.device, also_skipp
 
 
 def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device) -> Base:
-    """QuZO's second mode. peft knows plain layers only, so adapters come first and what lies under them is quantized then."""
+    """QuZO's second mode. peft knows plain layers only, so adapters come first and what lies under
+    them is quantized then.
+    """
     if any(True for _ in handles_of(lm.model)):
-        raise ModelError("a folder that is quantized already", "an unquantized one for quzo-lora", "give the model it was made of")
-    layers = _layers(config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)])
-    rivals.add_lora_(lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed)
+        raise ModelError(
+            "a folder that is quantized already",
+            "an unquantized one for quzo-lora",
+            "give the model it was made of",
+        )
+    layers = _layers(
+        config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)]
+    )
+    rivals.add_lora_(
+        lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
+    )
     _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
     adapters = rivals.lora_numbers(lm.model)
-    return Base(lm, adapters.scales, adapters, build.optimizer(config), codes_fingerprint(lm.model), _hash(adapters.scales))
+    return Base(
+        lm,
+        adapters.scales,
+        adapters,
+        build.optimizer(config),
+        codes_fingerprint(lm.model),
+        _hash(adapters.scales),
+    )
 
 
 def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], run: Path) -> None:
-    """Make the model the one that a run left behind. Raises ModelError when the run was over another base or by another method."""
+    """Make the model the one that a run left behind.
+
+    Raises ModelError when the run was over another base or by another method.
+    """
     live = base.scales.tensors()
     fits = facts.get("qzo.codes") == base.codes and tuned.keys() == live.keys()
     if not fits or any(tensor.shape != tuned[name].shape for name, tensor in live.items()):
         raise ModelError(
-            f"{run} was tuned on {facts.get('qzo.model', 'an unknown model')} by {facts.get('qzo.method', 'an unknown method')}",
+            f"{run} was tuned on {facts.get('qzo.model', 'an unknown model')} by "
+            f"{facts.get('qzo.method', 'an unknown method')}",
             "a run of the same model, quantization and method",
             "leave --model and the settings to the run",
         )

@@ -1,4 +1,7 @@
-"""What `qzo-diffuse llm` trains and evaluates: a quantized language model on a task. `training_run` does the rest."""
+"""What `qzo-diffuse llm` trains and evaluates: a quantized language model on a task.
+
+`training_run` does the rest.
+"""
 
 import hashlib
 import time
@@ -63,19 +66,26 @@ class LlmPlan:
 
     def describe(self) -> str:
         first = self.splits.train[0]
-        example = f"reads     {first.prompt!r}\nright     {first.continuations[first.label]!r} of {list(first.continuations)}"
+        example = (
+            f"reads     {first.prompt!r}\nright     {first.continuations[first.label]!r} of "
+            f"{list(first.continuations)}"
+        )
         return f"{self.config.to_yaml()}\n{self.summary()}\n{example}"
 
     def summary(self) -> str:
         splits = self.splits
-        counts = f"{len(splits.train)} to train on, {len(splits.validation)} held out, {len(splits.test)} to test on"
+        counts = (
+            f"{len(splits.train)} to train on, {len(splits.validation)} held out, "
+            f"{len(splits.test)} to test on"
+        )
         lines = [
             f"task      {self.spec.name}: {counts}",
             f"method    {self.config.method}, objective {self.config.objective}",
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
         ]
         if self.has_journal:
-            lines.insert(2, f"a step    {build.step_in_words(self.config, self.config.data.batch_size, 'examples')}")
+            step = build.step_in_words(self.config, self.config.data.batch_size, "examples")
+            lines.insert(2, f"a step    {step}")
         return "\n".join(lines)
 
     def data(self) -> list[dict[str, Any]]:
@@ -91,16 +101,28 @@ class LlmPlan:
     def load(self, ranks: Ranks) -> Parts:
         config = self.config
         if ranks.world > 1 and config.method in FIRST_ORDER:
-            raise ConfigError(f"method {config.method} on {ranks.world} processes", "one process", "start it without torchrun")
+            raise ConfigError(
+                f"method {config.method} on {ranks.world} processes",
+                "one process",
+                "start it without torchrun",
+            )
         base = load_base(config, self.model_folder, self.device, self.dtype)
         base.lm.part_before_(base.trained)
-        encoded = {name: encode(base.lm, getattr(self.splits, name), config.data.max_tokens) for name in PARTS}
+        encoded = {
+            name: encode(base.lm, getattr(self.splits, name), config.data.max_tokens)
+            for name in PARTS
+        }
 
         def scores(out: RunFolder, tracker: Tracker) -> Scores:
-            out.write_json("dataset.json", [row for name in encoded for row in self._counted(name, encoded[name])])
+            out.write_json(
+                "dataset.json",
+                [row for name in encoded for row in self._counted(name, encoded[name])],
+            )
             _tell_of_cuts([one for part in encoded.values() for one in part])
             size = build.micro_batch_size(config, config.data.batch_size)
-            held_out, test = (evaluation_batches(base.lm, encoded[name], size) for name in ("validation", "test"))
+            held_out, test = (
+                evaluation_batches(base.lm, encoded[name], size) for name in ("validation", "test")
+            )
             return Scores(out, base.lm, self.spec, test, tracker, held_out)
 
         build.check_share(config.data.batch_size, ranks.world)
@@ -119,21 +141,31 @@ class LlmPlan:
                 share=ranks.share,
                 keep_in=build.DEFAULT_CACHE if config.data.keep_hidden else None,
             ),
-            header=journal_header(config, config.data.batch_size, base.codes, base.initial) | _facts(config),
+            header=journal_header(config, config.data.batch_size, base.codes, base.initial)
+            | _facts(config),
             extras=scores,
             take_step=base.take_step,
         )
 
     def _counted(self, split: str, encoded: list[Encoded]) -> list[dict[str, Any]]:
         rows = _table(split, getattr(self.splits, split))
-        return [row | {"tokens": one.length, "cut": one.cut} for row, one in zip(rows, encoded, strict=True)]
+        return [
+            row | {"tokens": one.length, "cut": one.cut}
+            for row, one in zip(rows, encoded, strict=True)
+        ]
 
 
 def _facts(config: LlmConfig) -> dict[str, Any]:
     """What a journal of a language model says beyond one of a style run."""
     lora, data = config.lora.model_dump(), config.data.model_dump()
     beside = {"unquantized": config.qzo.unquantized}
-    return {"kind": "llm", "method": config.method, "task": config.task, "lora": lora, "data": data} | beside
+    return {
+        "kind": "llm",
+        "method": config.method,
+        "task": config.task,
+        "lora": lora,
+        "data": data,
+    } | beside
 
 
 def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:
@@ -141,18 +173,29 @@ def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:
     rows = []
     for example in examples:
         content = repr((example.prompt, example.continuations, example.label, example.answers))
-        rows.append({"file": example.place, "split": split, "sha256": hashlib.sha256(content.encode()).hexdigest()})
+        rows.append(
+            {
+                "file": example.place,
+                "split": split,
+                "sha256": hashlib.sha256(content.encode()).hexdigest(),
+            }
+        )
     return rows
 
 
 def _tell_of_cuts(encoded: list[Encoded]) -> None:
     cut = [one.cut for one in encoded if one.cut]
     if cut:
-        say(f"warning: {len(cut)} of {len(encoded)} texts are longer than data.max_tokens and lost up to {max(cut)} tokens")
+        say(
+            f"warning: {len(cut)} of {len(encoded)} texts are longer than data.max_tokens and "
+            f"lost up to {max(cut)} tokens"
+        )
 
 
 def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
-    """Resolve the task, the model, the device and the data, and check all of them; parts that are not `needed` may be empty."""
+    """Resolve the task, the model, the device and the data, and check all of them; parts that are
+    not `needed` may be empty.
+    """
     spec = read_task(config.task)
     folder, why = build.choose_lm(config.model)
     say(why)
@@ -169,18 +212,25 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
         settled.model = str(folder.absolute())  # what a link leads to may have another ending
     if config.task not in shipped_tasks():
         settled.task = str(Path(config.task).resolve())
-    return LlmPlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits)
+    return LlmPlan(
+        settled, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits
+    )
 
 
 def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Splits:
-    """Disjoint random choices, the same for every seed of a run; the test examples are chosen first where one file holds all.
+    """Disjoint random choices, the same for every seed of a run; the test examples are chosen first
+    where one file holds all.
 
     Raises:
         DataError: a file is missing or wrong, or a part that is asked for is empty.
     """
     data = config.data
     if data.dir is None:
-        raise ConfigError("no folder of data", "the folder of the task's files", "pass --data-dir DIR or set data.dir")
+        raise ConfigError(
+            "no folder of data",
+            "the folder of the task's files",
+            "pass --data-dir DIR or set data.dir",
+        )
     folder = data_folder(data.dir)
     train_path = find_data(folder, [data.train_file] if data.train_file else spec.train)
     test_path = find_data(folder, [data.test_file] if data.test_file else spec.test)
@@ -188,22 +238,35 @@ def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Spl
     def rows(path: Path) -> list[Row]:
         return read_rows(path, spec.fields, spec.columns)
 
-    if train_path.samefile(test_path):  # however each is written; by the file's own name, which is drawn from, both are
+    if train_path.samefile(test_path):
+        # however each is written; by the file's own name, which is drawn from, both are
         wanted = [data.test_examples, data.train_examples, data.validation_examples]
-        test, train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.resolve().name)
+        test, train, validation = choose_rows(
+            rows(train_path), wanted, data.split_seed, train_path.resolve().name
+        )
     else:
         wanted = [data.train_examples, data.validation_examples]
         train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.name)
-        (test,) = choose_rows(rows(test_path), [data.test_examples], data.split_seed, test_path.name)
-    parts = (("train", train, 1), ("validation", validation, data.validation_examples), ("test", test, data.test_examples))
+        (test,) = choose_rows(
+            rows(test_path), [data.test_examples], data.split_seed, test_path.name
+        )
+    parts = (
+        ("train", train, 1),
+        ("validation", validation, data.validation_examples),
+        ("test", test, data.test_examples),
+    )
     for name, chosen, asked in parts:
         if not chosen and asked != 0 and name in needed:
             raise DataError(
-                f"no example is left for {name}: {len(train)} to train on, {len(validation)} held out, {len(test)} to test on",
+                f"no example is left for {name}: {len(train)} to train on, {len(validation)} "
+                f"held out, {len(test)} to test on",
                 "at least one in each part that is asked for",
-                f"lower another count (data.train_examples=N), or leave the part out (data.{name}_examples=0)",
+                "lower another count (data.train_examples=N), or leave the part out "
+                f"(data.{name}_examples=0)",
             )
-    return Splits(*(make_examples(spec, _named(part, folder)) for part in (train, validation, test)))
+    return Splits(
+        *(make_examples(spec, _named(part, folder)) for part in (train, validation, test))
+    )
 
 
 def _named(rows: list[Row], folder: Path) -> list[Row]:
@@ -212,7 +275,11 @@ def _named(rows: list[Row], folder: Path) -> list[Row]:
 
 
 def _check_objective(config: LlmConfig, spec: TaskSpec) -> None:
-    fitting = {"choice": ("loss", "accuracy"), "answer": ("loss", "accuracy", "f1"), "text": ("loss",)}[spec.kind]
+    fitting = {
+        "choice": ("loss", "accuracy"),
+        "answer": ("loss", "accuracy", "f1"),
+        "text": ("loss",),
+    }[spec.kind]
     if config.objective not in fitting:
         raise ConfigError(
             f"objective {config.objective} for the task {spec.name}",
@@ -229,7 +296,9 @@ def evaluate(config: LlmConfig, run: Path | None) -> dict[str, Any]:
     if tuned is not None:
         apply_(base, *tuned, run or Path())
     batches = evaluation_batches(
-        base.lm, _encoded_test(base.lm, plan), build.micro_batch_size(plan.config, plan.config.data.batch_size)
+        base.lm,
+        _encoded_test(base.lm, plan),
+        build.micro_batch_size(plan.config, plan.config.data.batch_size),
     )
     started = time.perf_counter()
     with base.scales.showing(base.numbers.view()):

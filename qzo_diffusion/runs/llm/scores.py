@@ -1,4 +1,6 @@
-"""How well a language model does its task while it is tuned: the metric on held-out examples before and after."""
+"""How well a language model does its task while it is tuned: the metric on held-out examples before
+and after.
+"""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ FILE = "evaluation.json"
 
 @dataclass
 class Scores:
-    """`training_job.Extras` of a language-model run; evaluation.json holds what was measured, also for a run that goes on."""
+    """`training_job.Extras` of a language-model run; evaluation.json holds what was measured, also
+    for a run that goes on.
+    """
 
     out: RunFolder
     lm: CausalLm
@@ -33,7 +37,9 @@ class Scores:
         if not self.test or str(step) in found:
             return
         value = mean_metric(self.lm, self.test, self.spec)
-        self.tracker.say(f"step {step}: {self.spec.metric} {value:.4f} on {self._count} test examples")
+        self.tracker.say(
+            f"step {step}: {self.spec.metric} {value:.4f} on {self._count} test examples"
+        )
         self.out.write_json(FILE, self._facts() | {"by_step": found | {str(step): value}})
 
     def measured(self) -> dict[str, float]:
@@ -48,7 +54,11 @@ class Scores:
         if not steps:
             return {"task": self.spec.name, self.spec.metric: None}
         start, end = found[str(steps[0])], found[str(steps[-1])]
-        return self._facts() | {self.spec.metric: {"start": start, "end": end}} | interval(self.spec.metric, end, self._count)
+        return (
+            self._facts()
+            | {self.spec.metric: {"start": start, "end": end}}
+            | interval(self.spec.metric, end, self._count)
+        )
 
     @property
     def _count(self) -> int:

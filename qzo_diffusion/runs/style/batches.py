@@ -1,4 +1,6 @@
-"""From a style folder to batches: everything that needs the text encoders or the VAE's encoder, which are gone afterwards."""
+"""From a style folder to batches: everything that needs the text encoders or the VAE's encoder,
+which are gone afterwards.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import StepBatch
 
-VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)  # every held-out image at each, with noise of its own
+# every held-out image at each, with noise of its own
+VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,22 @@ class Encoded:
 
 
 def encode(
-    config: Config, folder: Path, style: StyleFolder, sample_prompts: Sequence[str], device: torch.device, dtype: torch.dtype
+    config: Config,
+    folder: Path,
+    style: StyleFolder,
+    sample_prompts: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Encoded:
-    """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder freed before the next."""
+    """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder
+    freed before the next.
+    """
     cache = build.tensor_cache(config)
-    texts = [sample.caption for sample in style.samples] + list(sample_prompts) + ["", config.sample.negative_prompt]
+    texts = (
+        [sample.caption for sample in style.samples]
+        + list(sample_prompts)
+        + ["", config.sample.negative_prompt]
+    )
     unique = list(dict.fromkeys(texts))
     prompts = build.prompt_encoder(config, folder, device, dtype).encode(unique)
 
@@ -64,16 +78,35 @@ def encode(
 
 
 class TrainingBatches:
-    """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise and noise levels."""
+    """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise
+    and noise levels.
+    """
 
-    def __init__(self, config: Config, samples: Sequence[Sample], encoded: Encoded, device: torch.device, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: Config,
+        samples: Sequence[Sample],
+        encoded: Encoded,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
         build.check_share(config.data.batch_size, ranks.world)
         items = [(index, (sample.width, sample.height)) for index, sample in enumerate(samples)]
         seed = config.train.seed
-        self._plan = BatchPlan(items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats)
-        self._config, self._samples, self._encoded, self._device, self._ranks = config, samples, encoded, device, ranks
+        self._plan = BatchPlan(
+            items, batch_size=config.data.batch_size, seed=seed, repeats=config.data.repeats
+        )
+        self._config, self._samples, self._encoded, self._device, self._ranks = (
+            config,
+            samples,
+            encoded,
+            device,
+            ranks,
+        )
         one_of_each_size = {(sample.width, sample.height): sample for sample in samples}.values()
-        regions = [self._regions(encoded.latents.latents(sample.id, False)) for sample in one_of_each_size]
+        regions = [
+            self._regions(encoded.latents.latents(sample.id, False)) for sample in one_of_each_size
+        ]
         build.check_scalars(config, config.data.batch_size, max(regions))
 
     def __call__(self, step: int) -> StepBatch[Batch]:
@@ -86,12 +119,21 @@ class TrainingBatches:
             "" if float(chance) < data.caption_dropout else sample.caption
             for chance, sample in zip(chances[1], chosen, strict=True)
         ]
-        latents = torch.stack([self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)])
+        latents = torch.stack(
+            [self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)]
+        )
         noise = torch.randn(latents.shape, generator=generator)
         sigma_settings = self._config.sigma
-        sigma = sample_sigmas(len(chosen), generator, distribution=sigma_settings.distribution, shift=sigma_settings.shift)
+        sigma = sample_sigmas(
+            len(chosen),
+            generator,
+            distribution=sigma_settings.distribution,
+            shift=sigma_settings.shift,
+        )
         share, regions = self._ranks.share(len(chosen)), self._regions(latents)
-        whole = make_batch(self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions)
+        whole = make_batch(
+            self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions
+        )
         mine = whole.part(share).to(self._device)
         return StepBatch(
             mine.split(build.micro_batch_size(self._config, len(mine))),
@@ -108,10 +150,14 @@ class TrainingBatches:
 def validation_batches(
     samples: Sequence[Sample], encoded: Encoded, device: torch.device, batch_size: int, seed: int
 ) -> list[Batch]:
-    """The same images, noise and noise levels every time, whatever the run's settings: only the seed of the run counts."""
+    """The same images, noise and noise levels every time, whatever the run's settings: only the
+    seed of the run counts.
+    """
 
     def noise(sample: Sample, sigma: float) -> Tensor:
-        generator = torch.Generator().manual_seed(derive_key(seed, "validation", sample.sha256, str(sigma), bits=64) >> 1)
+        generator = torch.Generator().manual_seed(
+            derive_key(seed, "validation", sample.sha256, str(sigma), bits=64) >> 1
+        )
         return torch.randn(encoded.latents.latents(sample.id, False).shape, generator=generator)
 
     batches = []
@@ -135,7 +181,9 @@ def _by_shape(samples: Sequence[Sample]) -> list[list[tuple[Sample, float]]]:
     """Every held-out image at every noise level, those of one size together."""
     by_shape: dict[tuple[int, int], list[tuple[Sample, float]]] = {}
     for sample in samples:
-        by_shape.setdefault((sample.width, sample.height), []).extend((sample, sigma) for sigma in VALIDATION_SIGMAS)
+        by_shape.setdefault((sample.width, sample.height), []).extend(
+            (sample, sigma) for sigma in VALIDATION_SIGMAS
+        )
     return list(by_shape.values())
 
 
@@ -152,6 +200,8 @@ def make_batch(
     return Batch(latents, noise, sigma, embeds, pooled, regions).to(device)
 
 
-def token_counts(style: StyleFolder, prompts: dict[str, EncodedPrompt]) -> dict[str, tuple[int, bool]]:
+def token_counts(
+    style: StyleFolder, prompts: dict[str, EncodedPrompt]
+) -> dict[str, tuple[int, bool]]:
     """sample id -> (tokens, truncated), for dataset.json."""
     return {s.id: (prompts[s.caption].tokens, prompts[s.caption].truncated) for s in style.samples}

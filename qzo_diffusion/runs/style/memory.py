@@ -1,4 +1,5 @@
-"""The memory plan of a run: what a model's configs and the settings say of every phase, and what to change where it is too much.
+"""The memory plan of a run: what a model's configs and the settings say of every phase, and what to
+change where it is too much.
 
 Where nobody says how many probes go into one forward, it follows from that.
 """
@@ -17,7 +18,8 @@ from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
 
-# In the order in which they are tried: first what costs nothing but time, last what changes the result.
+# In the order in which they are tried: first what costs nothing but time, last what changes the
+# result.
 CHANGES = (
     ("compute.dtype", "bfloat16"),
     ("train.micro_batch_size", 1),
@@ -31,22 +33,30 @@ CHANGES = (
 )
 
 SHARING, LARGEST, IN_CACHE = 16, 2**24, 2**22
-"""On a CPU rows of one forward share one reading of the weights, but tensors that no cache holds make all that lies between the
-products slower. So a forward has 16 rows, where the widest layer gives no more than 2^24 numbers for them, and more as long as
-those fill no more than 4 MB (measured: docs/decisions.md)."""
+"""On a CPU rows of one forward share one reading of the weights, but tensors that no cache holds
+make all that lies between the products slower. So a forward has 16 rows, where the widest layer
+gives no more than 2^24 numbers for them, and more as long as those fill no more than 4 MB
+(measured: docs/decisions.md)."""
 FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
 
 
-def fitting_micro_batch(config: Config, place: build.Place, images: int = 0, prompts: int = 0) -> int:
-    """How many probes of examples a forward should have: the whole batch, or the largest power of two that fits and is fast.
+def fitting_micro_batch(
+    config: Config, place: build.Place, images: int = 0, prompts: int = 0
+) -> int:
+    """How many probes of examples a forward should have: the whole batch, or the largest power of
+    two that fits and is fast.
 
     Raises:
         ModelError: the model's folder lacks something.
     """
 
     def training(count: int) -> float:
-        tried = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": count})})
-        return next(phase.total for phase in _phases(tried, place, images, prompts) if phase.name == "train")
+        tried = config.model_copy(
+            update={"train": config.train.model_copy(update={"micro_batch_size": count})}
+        )
+        return next(
+            phase.total for phase in _phases(tried, place, images, prompts) if phase.name == "train"
+        )
 
     most = whole = config.data.batch_size * build.probes_at_once(config)
     available = memory.available_bytes(place.device)
@@ -65,7 +75,9 @@ def rows_on_cpu(width: int, image_tokens: int, dtype: torch.dtype) -> int:
     return max(2, min(SHARING, LARGEST // widest), IN_CACHE // (widest * dtype.itemsize))
 
 
-def memory_plan(config: Config, place: build.Place, images: int = 0, prompts: int = 0) -> MemoryPlan:
+def memory_plan(
+    config: Config, place: build.Place, images: int = 0, prompts: int = 0
+) -> MemoryPlan:
     """Every phase on the device of `place`, with the changes that make it fit where it does not.
 
     Args:
@@ -85,7 +97,9 @@ def memory_plan(config: Config, place: build.Place, images: int = 0, prompts: in
         tried: Config = make_config(settings)
         dtype = devices.choose_dtype(tried.compute.dtype, place.device)
         there = build.Place(place.folder, place.device, dtype)
-        before = build.Place(place.folder, place.device, devices.choose_dtype(changed.compute.dtype, place.device))
+        before = build.Place(
+            place.folder, place.device, devices.choose_dtype(changed.compute.dtype, place.device)
+        )
         if _peak(tried, there, images, prompts) >= _peak(changed, before, images, prompts):
             continue
         changed, made = tried, [*made, f"{key}={value}"]
@@ -103,19 +117,41 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     found = find_transformer(build.transformer_place(config, folder))
     transformer = found.config
     width, image_tokens = _shape(config, place, transformer)
-    size = ModelSize.of(empty_transformer(transformer), build.quantization(config.quant), dtype, width)
-    vae_config, vae = read_config(folder / "vae" / "config.json"), memory.stored_bytes(read_entries(folder / "vae"), torch.float32)
+    size = ModelSize.of(
+        empty_transformer(transformer), build.quantization(config.quant), dtype, width
+    )
+    vae_config, vae = (
+        read_config(folder / "vae" / "config.json"),
+        memory.stored_bytes(read_entries(folder / "vae"), torch.float32),
+    )
     side = config.data.resolution or sd3.native_resolution(folder)
     reduction = _reduction(vae_config)
     text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)
     libraries = memory.LIBRARIES[device]
-    on_device = devices.choose_device(config.compute.vae_device).type == device if config.compute.vae_device else True
+    on_device = (
+        devices.choose_device(config.compute.vae_device).type == device
+        if config.compute.vae_device
+        else True
+    )
     tile = config.compute.vae_tile
 
     def vae_work(direction: str) -> dict[str, float]:
-        return {"VAE": vae, f"{direction} a tile": memory.vae_bytes(vae_config, direction, side, side, tile)} if on_device else {}
+        return (
+            {
+                "VAE": vae,
+                f"{direction} a tile": memory.vae_bytes(vae_config, direction, side, side, tile),
+            }
+            if on_device
+            else {}
+        )
 
-    kept = images * transformer["in_channels"] * (side // reduction) ** 2 * 4 * (2 if config.data.flip else 1)
+    kept = (
+        images
+        * transformer["in_channels"]
+        * (side // reduction) ** 2
+        * 4
+        * (2 if config.data.flip else 1)
+    )
     kept += prompts * text_tokens * transformer["joint_attention_dim"] * dtype.itemsize
     data = {"encoded data": float(kept)} if device == "cpu" else {}
     base = {"libraries": libraries}
@@ -126,25 +162,39 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     return [
         Phase("encode", base | _largest_encoder(config, place)),
         Phase("images", base | data | vae_work("encode")),
-        Phase("load", resident | {"reading": memory.reading_bytes(found.entries, dtype, device, size.largest)}),
+        Phase(
+            "load",
+            resident
+            | {"reading": memory.reading_bytes(found.entries, dtype, device, size.largest)},
+        ),
         Phase(
             "train",
             resident
             | {
                 "forward": memory.forward_bytes(size, image_tokens, text_tokens, batch, dtype),
                 "shown scales": memory.shown_bytes(size, config.qzo.parametrization, device),
-                "trained numbers": memory.trained_bytes(size, config.qzo.parametrization, config.train.optimizer),
+                "trained numbers": memory.trained_bytes(
+                    size, config.qzo.parametrization, config.train.optimizer
+                ),
             },
         ),
-        Phase("sample", resident | _sampling(size, image_tokens, text_tokens, (drawn, batch), place, vae_work("decode"))),
+        Phase(
+            "sample",
+            resident
+            | _sampling(size, image_tokens, text_tokens, (drawn, batch), place, vae_work("decode")),
+        ),
     ]
 
 
 def _shape(config: Config, place: build.Place, transformer: dict[str, Any]) -> tuple[int, int]:
     """Width of its hidden states, and tokens of an image."""
     side = config.data.resolution or sd3.native_resolution(place.folder)
-    patch = _reduction(read_config(place.folder / "vae" / "config.json")) * transformer["patch_size"]
-    return transformer["num_attention_heads"] * transformer["attention_head_dim"], (side // patch) ** 2
+    patch = (
+        _reduction(read_config(place.folder / "vae" / "config.json")) * transformer["patch_size"]
+    )
+    return transformer["num_attention_heads"] * transformer["attention_head_dim"], (
+        side // patch
+    ) ** 2
 
 
 def _reduction(vae: dict[str, Any]) -> int:
@@ -153,9 +203,16 @@ def _reduction(vae: dict[str, Any]) -> int:
 
 
 def _sampling(
-    size: ModelSize, image_tokens: int, text_tokens: int, counts: tuple[int, int], place: build.Place, decoding: dict[str, float]
+    size: ModelSize,
+    image_tokens: int,
+    text_tokens: int,
+    counts: tuple[int, int],
+    place: build.Place,
+    decoding: dict[str, float],
 ) -> dict[str, float]:
-    """Denoising and decoding come one after the other; a CPU's allocator keeps what forwards of samples and of training had."""
+    """Denoising and decoding come one after the other; a CPU's allocator keeps what forwards of
+    samples and of training had.
+    """
     drawn, trained = counts
     count = max(drawn, trained) if place.device.type == "cpu" else drawn
     forward = memory.forward_bytes(size, image_tokens, text_tokens, count, place.dtype)
@@ -166,14 +223,18 @@ def _sampling(
 
 
 def _largest_encoder(config: Config, place: build.Place) -> dict[str, float]:
-    """Text encoders are loaded one after the other, so the largest counts, with what passes while it is read."""
+    """Text encoders are loaded one after the other, so the largest counts, with what passes while
+    it is read.
+    """
     mode = build.t5_mode(config, place.folder)
     sizes: dict[str, float] = {}
     for part in (CLIP_L, CLIP_G, *((T5,) if mode != "none" else ())):
         entries = read_entries(place.folder / part)
         reading = memory.reading_bytes(entries, place.dtype, place.device.type, 0)
         if part == T5 and mode == "nf4":
-            weights = ModelSize.of(empty_text_encoder(place.folder, part), Quantization(), place.dtype).weights
+            weights = ModelSize.of(
+                empty_text_encoder(place.folder, part), Quantization(), place.dtype
+            ).weights
         else:
             weights = memory.stored_bytes(entries, place.dtype)
         sizes[part] = weights + reading

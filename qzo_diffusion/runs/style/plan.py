@@ -1,4 +1,7 @@
-"""What `qzo-diffuse train` trains: a style, from a folder of images. `training_run` does the rest."""
+"""What `qzo-diffuse train` trains: a style, from a folder of images.
+
+`training_run` does the rest.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,12 @@ from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.prompts import read_prompts
-from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table, read_style_folder, summary
+from qzo_diffusion.diffusion.style_folder import (
+    StyleFolder,
+    dataset_table,
+    read_style_folder,
+    summary,
+)
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.job import Parts, journal_header
 from qzo_diffusion.runs.style import batches as style_data
@@ -59,7 +67,8 @@ class StylePlan:
             self.memory().describe(),
         ]
         if self.has_journal:
-            lines.insert(2, f"a step    {build.step_in_words(self.config, self.config.data.batch_size, 'images')}")
+            step = build.step_in_words(self.config, self.config.data.batch_size, "images")
+            lines.insert(2, f"a step    {step}")
         if self.config.init_from is not None:
             lines.insert(1, f"begins    with {described(self.config)}")
         return "\n".join(lines)
@@ -81,7 +90,11 @@ class StylePlan:
 
     def settings(self) -> dict[str, Any]:
         # where things lie, and what memory each process has
-        local = {"data": {"style_dir", "validation_dir", "cache_dir"}, "sample": {"prompts"}, "train": {"micro_batch_size"}}
+        local = {
+            "data": {"style_dir", "validation_dir", "cache_dir"},
+            "sample": {"prompts"},
+            "train": {"micro_batch_size"},
+        }
         return self.config.model_dump(exclude=local | {"init_from": True})
 
     def metadata(self, parts: Parts) -> dict[str, str]:
@@ -91,24 +104,39 @@ class StylePlan:
         """Encode the data, free the encoders, load and quantize the transformer."""
         config, device, dtype = self.config, self.device, self.dtype
         if ranks.world > 1 and not self.has_journal:
-            raise ConfigError(f"method {config.method} on {ranks.world} processes", "one process", "start it without torchrun")
+            raise ConfigError(
+                f"method {config.method} on {ranks.world} processes",
+                "one process",
+                "start it without torchrun",
+            )
         if not ranks.first:
-            ranks.wait()  # until the first rank has encoded everything; then all of it is in the cache
-        encoded = style_data.encode(config, self.model_folder, self.style, self.sample_prompts, device, dtype)
+            # until the first rank has encoded everything; then all of it is in the cache
+            ranks.wait()
+        encoded = style_data.encode(
+            config, self.model_folder, self.style, self.sample_prompts, device, dtype
+        )
         if ranks.first:
             ranks.wait()
-        transformer, scales, numbers = build.load_base(config, build.Place(self.model_folder, device, dtype))
+        transformer, scales, numbers = build.load_base(
+            config, build.Place(self.model_folder, device, dtype)
+        )
         set_initial_(config, transformer, scales)
-        optimizer, take_step = (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
+        optimizer, take_step = (
+            (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
+        )
 
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
             counts = style_data.token_counts(self.style, encoded.prompts)
             out.write_json("dataset.json", dataset_table(self.style, counts))
-            rows = [{"row": row, "prompt": prompt} for row, prompt in enumerate(self.sample_prompts)]
+            rows = [
+                {"row": row, "prompt": prompt} for row, prompt in enumerate(self.sample_prompts)
+            ]
             out.write_json("samples/prompts.json", rows)
             _warn_of_truncation(counts)
             vae, prompts = encoded.vae, self.sample_prompts
-            sampler = build.sampler(config, self.model_folder, transformer, vae, prompts, encoded.prompts, device, dtype)
+            sampler = build.sampler(
+                config, self.model_folder, transformer, vae, prompts, encoded.prompts, device, dtype
+            )
             held_out = style_data.validation_batches(
                 self.style.validation, encoded, device, config.data.batch_size, config.train.seed
             )
@@ -120,7 +148,9 @@ class StylePlan:
             optimizer=optimizer,
             objective=lambda batch: velocity_loss(transformer, batch, dtype),
             batches=style_data.TrainingBatches(config, self.style.train, encoded, device, ranks),
-            header=journal_header(config, config.data.batch_size, *build.fingerprints(transformer, scales))
+            header=journal_header(
+                config, config.data.batch_size, *build.fingerprints(transformer, scales)
+            )
             | ({} if config.init_from is None else {"init_from": config.init_from}),
             extras=pictures,
             take_step=take_step,
@@ -130,14 +160,20 @@ class StylePlan:
 def make_plan(config: Config) -> StylePlan:
     """Resolve the model, the device and the data, and check all of them."""
     if config.data.style_dir is None:
-        raise ConfigError("no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir")
+        raise ConfigError(
+            "no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir"
+        )
     folder, why = build.choose_model(config.model)
     say(why)
     build.check_model(config, folder)
     device = devices.choose_device(config.compute.device)
     resolution = config.data.resolution or sd3.native_resolution(folder)
     images = resources.find_file(config.data.style_dir, "demo_images")
-    held_out = resources.find_file(config.data.validation_dir, "demo_images") if config.data.validation_dir else None
+    held_out = (
+        resources.find_file(config.data.validation_dir, "demo_images")
+        if config.data.validation_dir
+        else None
+    )
     style = read_style_folder(
         images,
         resolution=resolution,
@@ -149,9 +185,15 @@ def make_plan(config: Config) -> StylePlan:
         seed=config.train.seed,
     )
     if not style.train:
-        raise DataError("no image to train on", "at least one", "give more images or a separate --validation-dir")
+        raise DataError(
+            "no image to train on",
+            "at least one",
+            "give more images or a separate --validation-dir",
+        )
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
-    prompts = read_prompts(resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger)
+    prompts = read_prompts(
+        resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
+    )
     settled = config.model_copy(deep=True)
     settled.data.resolution = resolution
     build.settle_sampling_(settled, folder)
@@ -161,7 +203,9 @@ def make_plan(config: Config) -> StylePlan:
     settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
         settled.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
-    plan = StylePlan(settled, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts)
+    plan = StylePlan(
+        settled, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts
+    )
     if settled.train.micro_batch_size is None:
         settled.train.micro_batch_size = plan.rows_that_fit()
     return plan
@@ -170,4 +214,7 @@ def make_plan(config: Config) -> StylePlan:
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:
     cut = [name for name, (_, truncated) in counts.items() if truncated]
     if cut:
-        say(f"warning: {len(cut)} of {len(counts)} captions are longer than the text encoders read, for example {cut[0]}")
+        say(
+            f"warning: {len(cut)} of {len(counts)} captions are longer than the text encoders "
+            f"read, for example {cut[0]}"
+        )

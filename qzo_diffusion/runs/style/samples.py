@@ -1,4 +1,6 @@
-"""What a style run shows while it goes on: a column of pictures for every few steps, and all columns side by side."""
+"""What a style run shows while it goes on: a column of pictures for every few steps, and all
+columns side by side.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +10,15 @@ from typing import Any
 from PIL import Image
 
 from qzo_diffusion.diffusion.flow_matching import Batch
-from qzo_diffusion.diffusion.sampling import Sampler, grid, join_columns, load_picture, mean_chroma, mean_saturation, save_picture
+from qzo_diffusion.diffusion.sampling import (
+    Sampler,
+    grid,
+    join_columns,
+    load_picture,
+    mean_chroma,
+    mean_saturation,
+    save_picture,
+)
 from qzo_diffusion.train.tracking import Tracker
 
 
@@ -39,6 +49,11 @@ class Pictures:
     def results(self) -> dict[str, Any]:
         columns = self.columns()
         return {
-            name: {"start": measure([columns[0]]), "end": measure([columns[-1]])} if columns else None
-            for name, measure in (("sample_chroma", mean_chroma), ("sample_saturation", mean_saturation))
+            name: {"start": measure([columns[0]]), "end": measure([columns[-1]])}
+            if columns
+            else None
+            for name, measure in (
+                ("sample_chroma", mean_chroma),
+                ("sample_saturation", mean_saturation),
+            )
         }

@@ -1,4 +1,6 @@
-"""What `qzo-diffuse evaluate --images` does: score any folder of pictures against prompts, and against a style's images."""
+"""What `qzo-diffuse evaluate --images` does: score any folder of pictures against prompts, and
+against a style's images.
+"""
 
 import json
 import sys
@@ -33,7 +35,10 @@ class ScoreRequest:
 
 
 def run(request: ScoreRequest) -> dict[str, Any]:
-    """Raises DataError: no pictures, other numbers of pictures and prompts, or none can be read. OutputError: the output."""
+    """Raises DataError: no pictures, other numbers of pictures and prompts, or none can be read.
+
+    OutputError: the output.
+    """
     pairs = _pairs(request)
     if request.output is not None:
         prepare_file(request.output)
@@ -41,7 +46,9 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     prompts = [prompt for path, prompt in pairs if path in pictures]
     contents = [clip_score.content_of(prompt) or prompt for prompt in prompts]
     name = request.scorer or DEFAULT_SCORER
-    scorer = load_scorer(name, devices.choose_device("auto"), resources.embedded_scorer(), request.batch_size)
+    scorer = load_scorer(
+        name, devices.choose_device("auto"), resources.embedded_scorer(), request.batch_size
+    )
     features = scorer.image_features(list(pictures.values()))
     results: dict[str, Any] = {"scorer": {"name": scorer.name, "note": scorer.note}}
     results["clip_score"] = clip_score.score(scorer, features, contents)
@@ -75,11 +82,16 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
                 "pass --prompts FILE with one prompt a line, in the order of the pictures' names",
             )
         return _from_table(request.images, table)
-    paths = [request.images / file for file, _ in _rows(table)] if table.is_file() else _images_in(request.images)
+    paths = (
+        [request.images / file for file, _ in _rows(table)]
+        if table.is_file()
+        else _images_in(request.images)
+    )
     prompts = read_prompts(resources.find_file(request.prompts, "prompts"))
     if len(prompts) != len(paths):
         raise DataError(
-            f"{len(paths)} pictures in {request.images} and {len(prompts)} prompts in {request.prompts}",
+            f"{len(paths)} pictures in {request.images} and {len(prompts)} prompts in "
+            f"{request.prompts}",
             "one prompt for each picture, in the order of the pictures' names",
             "take out the pictures or lines that belong to nothing",
         )
@@ -96,25 +108,36 @@ def _from_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
 def _rows(table: Path) -> list[tuple[str, str]]:
     """File names and prompts; a name must lie in the folder itself."""
     try:
-        rows = [(str(row["file"]), str(row["prompt"])) for row in json.loads(table.read_text(encoding="utf-8"))]
+        rows = [
+            (str(row["file"]), str(row["prompt"]))
+            for row in json.loads(table.read_text(encoding="utf-8"))
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{table} can't be used: {error}", "a list of {file, prompt}", "pass --prompts FILE") from None
+        raise DataError(
+            f"{table} can't be used: {error}", "a list of {file, prompt}", "pass --prompts FILE"
+        ) from None
     for file, _ in rows:
         if Path(file).name != file:
-            raise DataError(f"{table} names {file!r}", "files in the same folder", "correct or remove it")
+            raise DataError(
+                f"{table} names {file!r}", "files in the same folder", "correct or remove it"
+            )
     return rows
 
 
 def _images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"there is no folder {folder}", "a folder of pictures", "pass the path of one")
+        raise DataError(
+            f"there is no folder {folder}", "a folder of pictures", "pass the path of one"
+        )
     paths = sorted(path for path in visible_files(folder) if is_image_name(path))
     if not paths:
         raise DataError(f"no picture in {folder}", "at least one", "pass another folder")
     return paths
 
 
-def _opened(paths: list[Path], folder: Path) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
+def _opened(
+    paths: list[Path], folder: Path
+) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
     """The pictures that can be read, and the others with reasons, which are told and counted."""
     opened, unusable = {}, []
     for path in paths:
@@ -124,7 +147,11 @@ def _opened(paths: list[Path], folder: Path) -> tuple[dict[Path, Image.Image], l
             unusable.append({"file": path.name, "reason": error.reason})
             _warn(f"{path.name} is left out: {error.reason}")
     if not opened:
-        raise DataError(f"none of the {len(paths)} pictures in {folder} can be read", "at least one", "replace the files")
+        raise DataError(
+            f"none of the {len(paths)} pictures in {folder} can be read",
+            "at least one",
+            "replace the files",
+        )
     return opened, unusable
 
 

@@ -1,4 +1,6 @@
-"""The memory plan and the presets, on the real architectures: configs and headers of full size, and not one weight."""
+"""The memory plan and the presets, on the real architectures: configs and headers of full size, and
+not one weight.
+"""
 
 import json
 import math
@@ -24,14 +26,45 @@ from qzo_diffusion.runs.style import memory as planning
 from tests.conftest import failing
 
 CPU = torch.device("cpu")
-BASE = {"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "qk_norm": "rms_norm"}
+BASE = {
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "qk_norm": "rms_norm",
+}
 BASE |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048}
-LARGE = BASE | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
-MEDIUM = BASE | {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+LARGE = BASE | {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+}
+MEDIUM = BASE | {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+}
 MEDIUM |= {"dual_attention_layers": list(range(13))}
-T5 = {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
+T5 = {
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+}
 T5 |= {"feed_forward_proj": "gated-gelu"}
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
 CLIP_G = {
     "hidden_size": 1280,
     "intermediate_size": 5120,
@@ -39,22 +72,46 @@ CLIP_G = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
-TWICE = {"sd3.5_large.safetensors", "text_encoders/clip_g.safetensors", "text_encoders/t5xxl_fp16.safetensors"}
-WANTED = {
-    *("model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"),
-    *("text_encoder_3/model-00001-of-00002.safetensors", "tokenizer/merges.txt", "tokenizer_3/spiece.model", "vae/config.json"),
+TWICE = {
+    "sd3.5_large.safetensors",
+    "text_encoders/clip_g.safetensors",
+    "text_encoders/t5xxl_fp16.safetensors",
 }
-PRESETS = {"sd35_large_8gb": LARGE, "sd35_large_24gb": LARGE, "sd35_medium": MEDIUM, "sd35_large_paper": LARGE}
+WANTED = {
+    *(
+        "model_index.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+    ),
+    *(
+        "text_encoder_3/model-00001-of-00002.safetensors",
+        "tokenizer/merges.txt",
+        "tokenizer_3/spiece.model",
+        "vae/config.json",
+    ),
+}
+PRESETS = {
+    "sd35_large_8gb": LARGE,
+    "sd35_large_24gb": LARGE,
+    "sd35_medium": MEDIUM,
+    "sd35_large_paper": LARGE,
+}
 
 
 def hollow(folder, config, make_empty, stem="model"):
-    """A part as it is on disk, of the right length and with no content: a file of holes takes no room."""
+    """A part as it is on disk, of the right length and with no content: a file of holes takes no
+    room.
+    """
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     header, end = {}, 0
     for name, tensor in make_empty().state_dict().items():
         size = tensor.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + size]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + size],
+        }
         end += size
     text = json.dumps(header).encode()
     with (folder / f"{stem}.safetensors").open("wb") as file:
@@ -68,7 +125,9 @@ def pipelines(tmp_path_factory):
     from diffusers import AutoencoderKL
 
     root = tmp_path_factory.mktemp("hollow")
-    vae_config = json.loads((tiny_model() / "vae" / "config.json").read_text()) | {"block_out_channels": [128, 256, 512, 512]}
+    vae_config = json.loads((tiny_model() / "vae" / "config.json").read_text()) | {
+        "block_out_channels": [128, 256, 512, 512]
+    }
     vae_config |= {
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -77,14 +136,23 @@ def pipelines(tmp_path_factory):
     vae_config |= {"norm_num_groups": 32}
     for name, config in {"large": LARGE, "medium": MEDIUM}.items():
         place = root / name
-        hollow(place / "transformer", config, lambda config=config: empty_transformer(config), "diffusion_pytorch_model")
+        hollow(
+            place / "transformer",
+            config,
+            lambda config=config: empty_transformer(config),
+            "diffusion_pytorch_model",
+        )
 
         def empty_vae():
             with torch.device("meta"):
                 return AutoencoderKL.from_config(vae_config)
 
         hollow(place / "vae", vae_config, empty_vae, "diffusion_pytorch_model")
-        for part, settings in {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5}.items():
+        for part, settings in {
+            "text_encoder": CLIP_L,
+            "text_encoder_2": CLIP_G,
+            "text_encoder_3": T5,
+        }.items():
             (place / part).mkdir()
             (place / part / "config.json").write_text(json.dumps(settings))
             model = text_encoders.empty_text_encoder(place, part)
@@ -126,11 +194,16 @@ def test_presets_fit_what_their_header_says(pipelines, preset, gigabytes):
 
 
 def test_the_plan_counts_what_the_tensors_have(pipelines):
-    """From the facts of the architecture: 8,053,694,464 weights in 4 bits less those that are skipped, and a scale for each 64."""
+    """From the facts of the architecture: 8,053,694,464 weights in 4 bits less those that are
+    skipped, and a scale for each 64.
+    """
     plan = plan_of("sd35_large_8gb", pipelines)
     weights = next(phase for phase in plan.phases if phase.name == "train").parts["weights"]
     quantized = sum(
-        linear.weight.numel() for _, linear in linears_to_quantize(empty_transformer(LARGE), make_config({}).quant.skip, 64)
+        linear.weight.numel()
+        for _, linear in linears_to_quantize(
+            empty_transformer(LARGE), make_config({}).quant.skip, 64
+        )
     )
     skipped = 8_056_627_520 - quantized + 192 * 192 * 2432
     assert weights == quantized / 2 + quantized / 64 * 4 + skipped * 2
@@ -152,23 +225,36 @@ def test_a_device_that_is_too_small_is_told_what_to_change(pipelines, monkeypatc
         set_dotted(settings, *parse_override(change))
     config = make_config(settings)
     folder = pipelines[json.dumps(LARGE)]
-    again = planning.memory_plan(config, build.Place(folder, CPU, torch.bfloat16), images=20, prompts=30)
+    again = planning.memory_plan(
+        config, build.Place(folder, CPU, torch.bfloat16), images=20, prompts=30
+    )
     assert again.fits
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1e9)
     assert "no setting makes it fit" in plan_of("sd35_large_24gb", pipelines).describe()
 
 
-@pytest.mark.parametrize(("gigabytes", "rows"), [(5.0, 1), (7.0, 2), (8.0, 4), (12.0, 16), (1000.0, 32), (None, 32)])
+@pytest.mark.parametrize(
+    ("gigabytes", "rows"), [(5.0, 1), (7.0, 2), (8.0, 4), (12.0, 16), (1000.0, 32), (None, 32)]
+)
 def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, gigabytes, rows):
-    monkeypatch.setattr(memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9)
+    monkeypatch.setattr(
+        memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9
+    )
     config = make_config({"model": "large", "data": {"resolution": 1024}})
     place = build.Place(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
     assert planning.fitting_micro_batch(config, place) == rows
-    monkeypatch.setattr(memory, "available_bytes", lambda device: None)  # or the plan looks for settings that fit
+    # or the plan looks for settings that fit
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
 
     def training(count):
-        tried = make_config({"model": "large", "data": {"resolution": 1024}, "train": {"micro_batch_size": count}})
-        return next(phase.total for phase in planning.memory_plan(tried, place).phases if phase.name == "train")
+        tried = make_config(
+            {"model": "large", "data": {"resolution": 1024}, "train": {"micro_batch_size": count}}
+        )
+        return next(
+            phase.total
+            for phase in planning.memory_plan(tried, place).phases
+            if phase.name == "train"
+        )
 
     assert gigabytes is None or rows == 1 or training(rows) <= gigabytes * 1e9
     assert gigabytes is None or rows == 32 or training(2 * rows) > gigabytes * 1e9
@@ -224,7 +310,8 @@ def test_a_dry_run_prints_the_plan_and_loads_nothing(train_arguments, capsys, mo
 
 
 def test_doctor_prints_the_plan(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # with a GPU it misses the weights of the large model
+    # with a GPU it misses the weights of the large model
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["memory_plan"]["fits"] is True
 
@@ -239,7 +326,9 @@ def test_doctor_plans_as_many_probes_at_once_as_a_run_does(pipelines, monkeypatc
     assert facts["problems"] == []
     monkeypatch.setattr(memory, "available_bytes", lambda device: 6e9)
     monkeypatch.setattr(build, "least_memory", lambda folder, device: 5e9)
-    assert any("train --preset sd35_large_8gb" in problem for problem in doctor.examine()["problems"])
+    assert any(
+        "train --preset sd35_large_8gb" in problem for problem in doctor.examine()["problems"]
+    )
 
 
 def test_the_download_of_a_gated_model_leaves_out_what_is_there_twice():
@@ -247,7 +336,9 @@ def test_the_download_of_a_gated_model_leaves_out_what_is_there_twice():
     assert words[:3] == ["hf", "download", build.BIG_MODEL]
     flags, patterns = words[3::2], words[4::2]
     assert set(flags) == {"--exclude"}  # each with one pattern: hf takes one a flag
-    left_out = {name: any(fnmatch(name, pattern) for pattern in patterns) for name in TWICE | WANTED}
+    left_out = {
+        name: any(fnmatch(name, pattern) for pattern in patterns) for name in TWICE | WANTED
+    }
     assert {name for name, out in left_out.items() if out} == TWICE
     assert build.download_command("org/name") == "hf download org/name"
 
@@ -276,8 +367,18 @@ def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, ima
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     usage = shutil.disk_usage(Path.home())
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda path: usage._replace(free=math.floor(5e9)))
-    code = main(["train", "--style-dir", str(images), "--model", "stabilityai/stable-diffusion-3.5-large"])
+    monkeypatch.setattr(
+        build.shutil, "disk_usage", lambda path: usage._replace(free=math.floor(5e9))
+    )
+    code = main(
+        ["train", "--style-dir", str(images), "--model", "stabilityai/stable-diffusion-3.5-large"]
+    )
     error = failing(capsys, code)
-    for words in ("accept the licence", "hf auth login", "hf download", "5 GB are free", "without network"):
+    for words in (
+        "accept the licence",
+        "hf auth login",
+        "hf download",
+        "5 GB are free",
+        "without network",
+    ):
         assert words in error
