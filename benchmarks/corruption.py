@@ -60,21 +60,21 @@ class Bench:
         with contextlib.redirect_stderr(io.StringIO()):
             assert qzo_diffuse(arguments) == 0
         self.config = load_config(self.run / "config.yaml")
-        _, _, self.numbers = build.load_base(self.config, build.find_place(self.config))
+        _, _, self.theta = build.load_base(self.config, build.find_runtime(self.config))
         self.journal = read_journal(self.run / "journal.qzo")
         self.right = {step: self.state_at(step) for step in range(STEPS + 1)}
 
     def state_at(self, step: int) -> dict[str, Tensor]:
         self.reset()
         optimizer = build.optimizer(self.config)
-        replay_(self.journal, self.numbers, optimizer, to_step=step)
+        replay_(self.journal, self.theta, optimizer, to_step=step)
         return {
             name: tensor.clone()
-            for name, tensor in (self.numbers.state() | optimizer.state()).items()
+            for name, tensor in (self.theta.state() | optimizer.state()).items()
         }
 
     def reset(self) -> None:
-        for tensor in self.numbers.state().values():
+        for tensor in self.theta.state().values():
             tensor.zero_()
 
     def restore(self, run: Path) -> str:
@@ -85,11 +85,11 @@ class Bench:
             journal = read_journal(run / "journal.qzo")
             checkpoints, problems = list_checkpoints(run / "checkpoints")
             step = restore_(
-                checkpoints[-1] if checkpoints else None, journal, self.numbers, optimizer
+                checkpoints[-1] if checkpoints else None, journal, self.theta, optimizer
             )
         except UserError:
             return "refused"
-        state = self.numbers.state() | optimizer.state()
+        state = self.theta.state() | optimizer.state()
         if state.keys() != self.right[step].keys() or any(
             not torch.equal(state[n], t) for n, t in self.right[step].items()
         ):

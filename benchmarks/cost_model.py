@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.record import put_between_markers, write_results
 from benchmarks.sd35_full_size.model import LARGE
 from qzo_diffusion.config.style import QuantConfig
-from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
+from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.choose import matching
@@ -62,7 +62,7 @@ def count(model: nn.Module) -> tuple[Linears, dict[str, tuple[int, int]]]:
         name: (layer.out_features, layer.in_features)
         for name, layer in linears_to_quantize(model, QuantConfig().skip, BLOCK)
     }
-    apart = set(matching(shapes, POINTWISE_LAYERS))
+    apart = set(matching(shapes, TOKEN_WISE_LAYERS))
     weights = sum(n * k for n, k in shapes.values())
     return Linears(
         weights,

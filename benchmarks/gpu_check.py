@@ -54,16 +54,14 @@ def equal(device: torch.device) -> dict[str, bool]:
     for level in ("dense", "row", "column", "layer"):
         results = []
         for place in (CPU, device):
-            numbers = parametrize(find_scales(tiny(place, torch.float32)), level)  # type: ignore[arg-type]
+            theta = parametrize(find_scales(tiny(place, torch.float32)), level)  # type: ignore[arg-type]
             direction = Direction(7, 3)
-            z = {
-                name: numbers.combined(name, [direction], [1.0]).cpu() for name in numbers.numbers()
-            }
+            z = {name: theta.combined(name, [direction], [1.0]).cpu() for name in theta.templates()}
             for step in range(40):  # to many different numbers: a GPU's exp in fp32 is not a CPU's
-                numbers.move_([Direction(7, step)], [0.01 / (step + 1)])
-            moved = {name: number.cpu().clone() for name, number in numbers.state().items()}
+                theta.move_([Direction(7, step)], [0.01 / (step + 1)])
+            moved = {name: number.cpu().clone() for name, number in theta.state().items()}
             results.append(
-                (z, moved, {name: scale.cpu() for name, scale in tuned_scales(numbers).items()})
+                (z, moved, {name: scale.cpu() for name, scale in tuned_scales(theta).items()})
             )
         for what, one, other in zip(("z", "numbers", "scales"), *results, strict=True):
             found[f"{level}_{what}"] = all(torch.equal(one[name], other[name]) for name in one)
@@ -75,8 +73,8 @@ def _equal_codes(device: torch.device) -> bool:
     for place in (CPU, device):
         config = make_config({"model": "tiny", "method": "quzo"})
         model = build.quantized_transformer(config, tiny_model(), place, torch.float32)
-        scales, numbers = build.scales_and_numbers(config, model)
-        numbers.move_([Direction(7, 3)], [0.3])
+        scales, theta = build.scales_and_numbers(config, model)
+        theta.move_([Direction(7, 3)], [0.3])
         moved.append({name: tensor.cpu() for name, tensor in scales.tensors().items()})
     return all(torch.equal(tensor, moved[1][name]) for name, tensor in moved[0].items())
 
@@ -120,10 +118,10 @@ def _predictions(
         for name, value in inputs.items()
     }
     found = {"plain": model(**moved).sample}
-    scales, numbers = build.scales_and_numbers(config, model)
-    numbers.move_([Direction(7, 3)], [0.01])
-    with scales.showing(
-        *numbers.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])
+    scales, theta = build.scales_and_numbers(config, model)
+    theta.move_([Direction(7, 3)], [0.01])
+    with scales.override(
+        *theta.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])
     ):
         found["probed"] = model(
             **{name: torch.cat([value, value]) for name, value in moved.items()}
@@ -277,11 +275,11 @@ def step_of(
     model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config
 ) -> Callable[[], object]:
     """A whole step of a run with this config; a further one at every call."""
-    _, numbers = build.scales_and_numbers(config, model)
-    regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
-    whole = StepBatch([replace(batch, regions=regions)], regions=regions)
+    _, theta = build.scales_and_numbers(config, model)
+    patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
+    whole = StepBatch([replace(batch, patch_groups=patch_groups)], patch_groups=patch_groups)
     optimizer, probing, counted = build.optimizer(config), build.probing(config), iter(range(10**9))
-    return lambda: train_step_(objective, whole, numbers, optimizer, probing, 1e-9, next(counted))
+    return lambda: train_step_(objective, whole, theta, optimizer, probing, 1e-9, next(counted))
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def note_completed_steps(file: Path) -> None:
         original(*arguments)
         os.write(done, b".")
 
-    call_in_place(training_job.Job, "on_step", on_step)
+    call_in_place(training_job.Trainer, "on_step", on_step)
 
 
 def tear_a_record(chance: random.Random) -> None:

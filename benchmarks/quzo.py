@@ -164,10 +164,10 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     scales, grids = find_codes(base.lm.model)
     rows: dict[str, Any] = {}
     for probe in ("codes", "float"):
-        numbers = Codes(scales, grids, probe=probe)  # type: ignore[arg-type]
+        theta = Codes(scales, grids, probe=probe)  # type: ignore[arg-type]
         for eps in EPS:
             name = next(iter(scales))
-            view = numbers.view(Direction(0, 0), eps)
+            view = theta.perturbed(Direction(0, 0), eps)
             assert view is not None
             shown = view([name])[name]
             shift = (shown if shown.is_floating_point() else grids[name].codes(shown)) - grids[
@@ -177,7 +177,7 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
                 estimate(
                     lambda one: task_loss(base.lm, one),
                     batch,
-                    numbers,
+                    theta,
                     [Direction(1, index)],
                     eps=eps,
                 ).directional_derivative[0]

@@ -51,9 +51,9 @@ def settings(case: str) -> Config:
 
 def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
     config = settings(case)
-    transformer, scales, numbers = build.load_base(config, build.find_place(config))
+    transformer, scales, theta = build.load_base(config, build.find_runtime(config))
     base = {name: tensor.clone() for name, tensor in scales.tensors().items()}
-    state = {name: tensor.clone() for name, tensor in numbers.state().items()}
+    state = {name: tensor.clone() for name, tensor in theta.state().items()}
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(BATCH, 16, SIDE, SIDE, generator=generator) for _ in range(2))
     embeds = torch.randn(BATCH, TOKENS, transformer.config.joint_attention_dim, generator=generator)  # type: ignore[union-attr]
@@ -63,7 +63,7 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
     def go_back() -> None:
         for name, tensor in base.items():
             scales[name].copy_(tensor)
-        numbers.load_state_(state)
+        theta.load_state_(state)
 
     def training(journal: Path) -> float:
         go_back()
@@ -73,7 +73,7 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
         train(
             lambda one: velocity_loss(transformer, one, torch.float32),
             lambda step: StepBatch([batch]),
-            numbers,
+            theta,
             optimizer,
             build.probing(config),
             schedule,
@@ -87,16 +87,16 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
         go_back()
         optimizer = build.optimizer(config)
         began = time.perf_counter()
-        replay_(read_journal(journal), numbers, optimizer)
+        replay_(read_journal(journal), theta, optimizer)
         return time.perf_counter() - began
 
     trained, replayed, equal, sizes = [], [], True, []
     for turn in range(rounds + 1):  # the first one warms up
         journal = folder / f"{case}_{turn}.qzo"
         seconds = training(journal)
-        right = {name: tensor.clone() for name, tensor in numbers.state().items()}
+        right = {name: tensor.clone() for name, tensor in theta.state().items()}
         again = statistics.median(replaying(journal) for _ in range(3))
-        equal &= all(torch.equal(right[name], tensor) for name, tensor in numbers.state().items())
+        equal &= all(torch.equal(right[name], tensor) for name, tensor in theta.state().items())
         if turn:
             trained.append(seconds / steps)
             replayed.append(again / steps)
@@ -111,7 +111,7 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
         },
         "equal_bit_for_bit": equal,
         "journal_bytes_per_step": round(statistics.median(sizes) / steps, 1),
-        "trained_numbers": sum(tensor.numel() for tensor in numbers.numbers().values()),
+        "trained_numbers": sum(tensor.numel() for tensor in theta.templates().values()),
         "batch": BATCH,
         "steps": steps,
         "rounds": rounds,

@@ -30,7 +30,7 @@ import torch
 from benchmarks.record import write_results
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.optimizer import Sgd
-from qzo_diffusion.core.spsa import alone
+from qzo_diffusion.core.spsa import no_reduce
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.distributed import Ranks, join, leave
@@ -39,7 +39,7 @@ from qzo_diffusion.train.loop import Probing, StepBatch, train
 BATCH, TOKENS, SIDE = 16, 32, 8  # examples a rank, of the size that `tiny` trains at
 # times the work of one core that two processes without any exchange must do for a round to count as
 # quiet
-QUIET = 1.9
+MIDDLE_BLOCKS = 1.9
 # of tcpi_bytes_acked in Linux' struct tcp_info, followed by tcpi_bytes_received
 BYTES_SENT_AT = 120
 
@@ -48,8 +48,8 @@ def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], No
     """A function that does so many steps of the product's own loop with this exchange."""
     config = Config(model="tiny")
     config.qzo.parametrization = "dense" if dense else "layer"
-    place = build.find_place(config)
-    transformer, _, numbers = build.load_base(config, place)
+    place = build.find_runtime(config)
+    transformer, _, theta = build.load_base(config, place)
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(BATCH, 16, SIDE, SIDE, generator=generator) for _ in range(2))
     embeds = torch.randn(BATCH, TOKENS, transformer.config.joint_attention_dim, generator=generator)  # type: ignore[union-attr]
@@ -60,7 +60,7 @@ def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], No
         train(
             lambda one: velocity_loss(transformer, one, torch.float32),
             lambda step: StepBatch([batch]),
-            numbers,
+            theta,
             Sgd(),
             Probing(seed=0, eps=1e-2),
             lambda step: 1e-9,
@@ -114,7 +114,7 @@ def one_rank(rank: int, steps: int, rounds: int, file: Path) -> None:
     for _ in range(rounds):
         ranks.wait()
         if ranks.first:
-            found["one_rank"].append(timed(lambda: go(steps, alone)))
+            found["one_rank"].append(timed(lambda: go(steps, no_reduce)))
         ranks.wait()
         sent, before = ranks.bytes_sent, kernel_bytes()
         found["two_ranks"].append(timed(lambda: go(steps, ranks.sum)))
@@ -123,7 +123,7 @@ def one_rank(rank: int, steps: int, rounds: int, file: Path) -> None:
             [(now - then) / steps for now, then in zip(kernel_bytes(), before, strict=True)]
         )
         ranks.wait()
-        found["two_alone"].append(timed(lambda: go(steps, alone)))
+        found["two_alone"].append(timed(lambda: go(steps, no_reduce)))
     ranks.wait()
     file.write_text(json.dumps(found))
     leave()
@@ -140,7 +140,7 @@ def figures(first: dict[str, Any], second: dict[str, Any], steps: int) -> dict[s
     ratios = [
         (2 * a / b, 2 * a / c) for a, b, c in zip(first["one_rank"], together, apart, strict=True)
     ]
-    quiet = [achieved for achieved, possible in ratios if possible >= QUIET]
+    quiet = [achieved for achieved, possible in ratios if possible >= MIDDLE_BLOCKS]
     siblings = Path("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
     achieved, ceiling = ratio(first["one_rank"], together), ratio(first["one_rank"], apart)
     return {

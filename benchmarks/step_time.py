@@ -43,7 +43,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, patches, velocity_loss
-from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
+from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.objectives import task_loss
@@ -78,7 +78,7 @@ class Setup:
     batch: Any
     drawn: Callable[[int, bool], Sequence[Any]]
     at_once: int
-    regions: int
+    patch_groups: int
     default: Callable[[ScaleSet], Parametrization]
 
 
@@ -87,11 +87,11 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     if name == "smollm2":
         return set_up_text(tokens, count, dtype)
     model = build_model(name, dtype)
-    batch = replace(random_batch(model, side, tokens, count), regions=REGIONS)
-    apart = matching([name for name, _ in model.named_modules()], POINTWISE_LAYERS)
+    batch = replace(random_batch(model, side, tokens, count), patch_groups=REGIONS)
+    apart = matching([name for name, _ in model.named_modules()], TOKEN_WISE_LAYERS)
 
     def default(scales: ScaleSet) -> Parametrization:
-        return parametrize(scales, "separable", pointwise=apart, last_readers=last_readers(scales))
+        return parametrize(scales, "separable", token_wise=apart, last_readers=last_readers(scales))
 
     rows = rows_on_cpu(
         model.config.num_attention_heads * model.config.attention_head_dim,
@@ -182,7 +182,7 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
     imports = resident("VmRSS")
     setup = set_up(case, getattr(torch, dtype_name))
     objective, batch = setup.objective, setup.batch
-    whole = replace(batch, regions=1) if setup.regions > 1 else batch
+    whole = replace(batch, patch_groups=1) if setup.patch_groups > 1 else batch
     parameters = sum(p.numel() for p in setup.model.parameters())
 
     @torch.no_grad()
@@ -199,7 +199,9 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         trained.update(dense=parametrize(scales, "dense"), default=setup.default(scales))
 
     def one_step(of: str, probing: Probing, micro_batches: Sequence[Batch]) -> None:
-        step_batch = StepBatch(micro_batches, regions=setup.regions if probing.per_example else 1)
+        step_batch = StepBatch(
+            micro_batches, patch_groups=setup.patch_groups if probing.per_example else 1
+        )
         record = train_step_(
             objective, step_batch, trained[of], Sgd(), probing, 1e-6, next(count_steps)
         )
@@ -222,22 +224,22 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
 
     def probes_in_flight() -> None:
         """As many rows in flight as in an inference forward; in all as many as a run's step has."""
-        copies = min(DIRECTIONS, len(batch))
+        probes_per_forward = min(DIRECTIONS, len(batch))
         one_step(
             "default",
-            replace(default, copies=copies),
-            setup.drawn(len(batch) // copies, True)[: PROBES // len(batch)],
+            replace(default, probes_per_forward=probes_per_forward),
+            setup.drawn(len(batch) // probes_per_forward, True)[: PROBES // len(batch)],
         )
 
     def draw_and_apply() -> None:
         """What a step does beside its forwards: two views and one update over all scales."""
-        direction, numbers = Direction(0, next(count_steps)), trained["dense"]
+        direction, theta = Direction(0, next(count_steps)), trained["dense"]
         for radius in (1e-2, -1e-2):
-            view = numbers.view(direction, radius)
+            view = theta.perturbed(direction, radius)
             assert view is not None
             for chunk in scales.chunks():
                 view(chunk)
-        numbers.move_([direction], [1e-9])
+        theta.move_([direction], [1e-9])
 
     in_flight = (dense, probes_in_flight)
     start()

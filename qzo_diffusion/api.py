@@ -64,12 +64,12 @@ def tune_(
         return StepBatch([batches(step) if callable(batches) else batches[step % len(batches)]])
 
     scales = find_scales(model)
-    numbers = parametrize(scales, level, units)
+    theta = parametrize(scales, level, units)
     try:
         return train(
             loss,
             batch_of_step,
-            numbers,
+            theta,
             make_optimizer(optimizer),
             Probing(
                 seed,
@@ -85,4 +85,4 @@ def tune_(
             on_step=on_step,
         )
     finally:
-        numbers.merge_()
+        theta.merge_()

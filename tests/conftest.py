@@ -124,16 +124,16 @@ def train(train_arguments):
 
 def killed_after(monkeypatch, step):
     """As by a kill, nothing of what comes after that many steps is done."""
-    from qzo_diffusion.runs.job import Job
+    from qzo_diffusion.runs.job import Trainer
 
-    original = Job.on_step
+    original = Trainer.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step + 1 == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Job, "on_step", on_step)
+    monkeypatch.setattr(Trainer, "on_step", on_step)
 
 
 def metrics(run: Path, seconds: bool = False):

@@ -29,13 +29,13 @@ BELOW = {
     "cli": {"commands", "runs", "runs.style", "runs.llm"} | LIBRARY,
 }
 CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}
-KERNEL = "core/fused_gain.py"  # in Triton, which comes with torch for Linux
+KERNEL = "core/fused_scaling.py"  # in Triton, which comes with torch for Linux
 # What every run goes through; a further level of numbers is a file of its own (core/grouped.py).
 MATHEMATICS = [
     f"core/{name}.py"
     for name in ("noise", "scales", "spsa", "parametrization", "parametrize", "dense", "optimizer")
 ]
-MAY_DIFFERENTIATE = {"core/oracle.py", "llm/rivals.py"}
+MAY_DIFFERENTIATE = {"core/oracle.py", "llm/baselines.py"}
 DERIVATIVES = (
     "autograd.grad",
     "autograd.backward",
@@ -139,7 +139,7 @@ def test_the_package_keeps_the_rules():
     ("path", "source", "reason"),
     [
         ("core/spsa.py", "import transformers", "core knows torch"),
-        ("core/gains.py", "import triton", "core knows torch"),
+        ("core/activation_scaling.py", "import triton", "core knows torch"),
         ("core/spsa.py", "from qzo_diffusion.quant.base import Layer", "arrows"),
         ("core/spsa.py", "from qzo_diffusion import quant", "arrows"),
         ("core/spsa.py", "from . import noise", "relative"),
@@ -186,7 +186,7 @@ def test_too_much_mathematics_is_found():
     ("path", "source"),
     [
         ("core/oracle.py", "import torch\ntorch.autograd.grad(y, x)"),
-        ("llm/rivals.py", "loss.backward()"),
+        ("llm/baselines.py", "loss.backward()"),
         (
             "core/spsa.py",
             "import math, numpy\nimport torch.nn.functional as F\nfrom qzo_diffusion.core "

@@ -43,12 +43,12 @@ class SmallTask:
     def __init__(self, backend="reference"):
         self.model, self.scales = scaled_network(backend)
         self.held_out = [inputs(8, seed=99)]
-        self.pointwise = ["0"]
+        self.token_wise = ["0"]
 
     def objective(self, micro_batch):
         return squared_output(self.model)(micro_batch)
 
-    def batches(self, seed, batch, regions, sigma):
+    def batches(self, seed, batch, patch_groups, sigma):
         return lambda step: StepBatch([inputs(batch, seed=1000 * seed + step)])
 
     def handles(self) -> Iterable:

@@ -31,7 +31,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.choose import chosen
-from qzo_diffusion.train.calibrate import survey
+from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.first_order import ExactAdam
 from qzo_diffusion.train.loop import Probing, StepRecord, train
 from qzo_diffusion.train.run_folder import write_whole
@@ -88,15 +88,15 @@ class CellRun:
         self._batches = self._task.batches(
             self.cell.seed, self.method.batch, settings.regions, settings.sigma
         )
-        pointwise = self._task.pointwise if settings.regions > 1 else ()
+        token_wise = self._task.token_wise if settings.regions > 1 else ()
         trained = chosen(self._task.scales, settings.layers)
         if settings.level == "lora":
             if self._adapters is None:
                 self._adapters = Adapters(self._task.model, list(self._task.scales), self.cell.seed)
-            self.numbers: Parametrization = self._adapters.numbers
+            self.theta: Parametrization = self._adapters.theta
         else:
-            self.numbers = parametrize(
-                self._task.scales, settings.level, settings.units, trained, pointwise
+            self.theta = parametrize(
+                self._task.scales, settings.level, settings.units, trained, token_wise
             )
         made = make_optimizer(
             settings.optimizer, in_running_spreads=settings.normalize == "running"
@@ -114,7 +114,7 @@ class CellRun:
         try:
             while self.progress.step < target and not stop_requested():
                 if self.progress.step >= ends[self.progress.phase]:
-                    self.numbers.merge_()
+                    self.theta.merge_()
                     self._enter(self.progress.phase + 1)
                 stop = min(target, ends[self.progress.phase])
                 (self._exact_steps if self.method.first_order else self._probed_steps)(
@@ -143,13 +143,13 @@ class CellRun:
             normalize=settings.normalize is True,
         )
         if settings.calibrate and progress.rate_factor is None:
-            terrain = survey(self._task.objective, self._batches, self.numbers, probing)
-            progress.rate_factor = terrain.rate_factor
+            calibration = calibrate(self._task.objective, self._batches, self.theta, probing)
+            progress.rate_factor = calibration.rate_factor
         optimizer: Optimizer = self.optimizer
         train(
             self._task.objective,
             self._batches,
-            self.numbers,
+            self.theta,
             optimizer,
             probing,
             self._schedule(),
@@ -178,16 +178,14 @@ class CellRun:
                 raise TrainingDiverged(
                     "a gradient that is NaN or infinite", "finite numbers", "lower the rate"
                 )
-            self.optimizer.step_(self.numbers, gradient, schedule(self.progress.step))
+            self.optimizer.step_(self.theta, gradient, schedule(self.progress.step))
             self.progress.step += 1
 
     def _gradient(self, micro_batches: Sequence[Any]) -> dict[str, Tensor]:
         if self._adapters is not None:
-            return self._adapters.gradient(self._task.objective, micro_batches, self.numbers)
-        assert isinstance(self.numbers, Dense | Grouped)
-        return exact_gradient(
-            self._task.objective, micro_batches, self.numbers, self._task.handles()
-        )
+            return self._adapters.gradient(self._task.objective, micro_batches, self.theta)
+        assert isinstance(self.theta, Dense | Grouped)
+        return exact_gradient(self._task.objective, micro_batches, self.theta, self._task.handles())
 
     @property
     def spent(self) -> int:
@@ -198,7 +196,7 @@ class CellRun:
     def evaluate(self) -> float:
         """Append the held-out loss to the curve."""
         began, cpu = time.perf_counter(), time.process_time()
-        with self.numbers.scales.showing(self.numbers.view()):
+        with self.theta.scales.override(self.theta.perturbed()):
             loss = mean_loss(self._task.objective, self._task.held_out)
         self.progress.curve.append((self.spent, loss if math.isfinite(loss) else None))
         self.progress.evaluate_seconds += time.perf_counter() - began
@@ -210,7 +208,7 @@ class CellRun:
         phases are in them.
         """
         tensors = {f"scales.{name}": live for name, live in self._task.scales.tensors().items()}
-        tensors |= {f"numbers.{name}": tensor for name, tensor in self.numbers.state().items()}
+        tensors |= {f"numbers.{name}": tensor for name, tensor in self.theta.state().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         plain = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
@@ -242,7 +240,7 @@ class CellRun:
             live.copy_(tensors[f"scales.{name}"])
         self.progress = progress
         self._enter(progress.phase)
-        for part, prefix in ((self.numbers, "numbers."), (self.optimizer, "optimizer.")):
+        for part, prefix in ((self.theta, "numbers."), (self.optimizer, "optimizer.")):
             part.load_state_(
                 {
                     name.removeprefix(prefix): t

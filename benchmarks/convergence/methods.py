@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from qzo_diffusion.config.llm import PICTURES_OVER_QUIET, QUIET
+from qzo_diffusion.config.llm import MIDDLE_BLOCKS, PICTURES_OVER_QUIET
 from qzo_diffusion.config.style import suited_lr
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
 from qzo_diffusion.core.spsa import Estimator
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
-from qzo_diffusion.train.calibrate import batches_to_survey
+from qzo_diffusion.train.calibrate import calibration_batches
 
 # every one is a Task (benchmarks.convergence.tasks)
 DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")
@@ -92,7 +92,7 @@ class Method:
     @property
     def calibration(self) -> int:
         """Example-forwards before the first step."""
-        return 3 * batches_to_survey(self.batch) * self.batch if self.phases[0].calibrate else 0
+        return 3 * calibration_batches(self.batch) * self.batch if self.phases[0].calibrate else 0
 
     @property
     def steps(self) -> int:
@@ -244,8 +244,8 @@ def default_exponent(
 
 DEFAULT_EXPONENT = default_exponent(BUDGET)
 ON_TEXT = (
-    ("layers", QUIET["qzo.layers"]),
-    ("eps", QUIET["qzo.eps"]),
+    ("layers", MIDDLE_BLOCKS["qzo.layers"]),
+    ("eps", MIDDLE_BLOCKS["qzo.eps"]),
     ("calibrate", False),
     ("schedule", "cosine"),
 )

@@ -95,7 +95,7 @@ def _of_run(
         if finish(run, stop_requested, show) is None:
             return None
         run.save()
-        with run.numbers.scales.showing(run.numbers.view()):
+        with run.theta.scales.override(run.theta.perturbed()):
             return images()
     finally:
         run.close()

@@ -26,7 +26,7 @@ from qzo_diffusion.diffusion.captions import METADATA_NAME
 from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sampling import Sampler
-from qzo_diffusion.diffusion.sd3 import POINTWISE_LAYERS
+from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
@@ -63,7 +63,7 @@ class Task(Protocol):
     model: nn.Module
     scales: ScaleSet
     held_out: Sequence[Any]
-    pointwise: Sequence[str]
+    token_wise: Sequence[str]
 
     def objective(self, micro_batch: Any) -> Tensor:
         """One loss per example, [B]."""
@@ -195,7 +195,7 @@ class StyleTask:
         )
         self.scales, _ = build.scales_and_numbers(plan.config, self.model)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
-        self.pointwise = matching(self.scales, POINTWISE_LAYERS)
+        self.token_wise = matching(self.scales, TOKEN_WISE_LAYERS)
 
     def _settings(self, seed: int, batch: int) -> dict[str, Any]:
         folders = {

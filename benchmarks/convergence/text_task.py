@@ -45,7 +45,7 @@ class TextTask:
         self._lm = load_causal_lm(model or smollm2(), dtype)
         quantize_(self._lm.model, quant_type="nf4", blocksize=64, skip=[OUTPUT_HEAD])
         self.model: nn.Module = self._lm.model
-        self.pointwise: Sequence[str] = []  # an answer is one token: nothing to divide
+        self.token_wise: Sequence[str] = []  # an answer is one token: nothing to divide
         self.scales: ScaleSet = find_scales(self._lm.model)
         self._train = self._encoded(self._spec.train, TRAIN)
         self.held_out: Sequence[Batch] = evaluation_batches(

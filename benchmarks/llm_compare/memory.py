@@ -90,11 +90,11 @@ def measure(name: str, places: Places) -> dict[str, float]:
 
     def steps() -> None:
         probing, schedule = build.probing(plan.config), build.schedule(plan.config)
-        numbers, optimizer = base.numbers, base.optimizer
+        theta, optimizer = base.theta, base.optimizer
         train(
             objective,
             batches,
-            numbers,
+            theta,
             optimizer,
             probing,
             schedule,

@@ -62,9 +62,9 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     }.items():
         # What this file proves is memory and time, so no step moves a scale further than rounding.
         config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}})
-        _, numbers = build.scales_and_numbers(config, model)
-        regions = divisor_up_to(config.qzo.regions, patches(batch.latents))
-        mine = replace(batch, regions=regions)
+        _, theta = build.scales_and_numbers(config, model)
+        patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
+        mine = replace(batch, patch_groups=patch_groups)
         optimizer, probing, pairs = (
             build.optimizer(config),
             build.probing(config),
@@ -79,8 +79,8 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
                 started = time.perf_counter()
                 record = train_step_(
                     objective,
-                    StepBatch([mine], regions=regions),
-                    numbers,
+                    StepBatch([mine], patch_groups=patch_groups),
+                    theta,
                     optimizer,
                     probing,
                     1e-9,
@@ -105,7 +105,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
             "steps": count,
             "pairs_of_forwards": pairs,
         }
-        del numbers, optimizer
+        del theta, optimizer
         print(name, figures[name], file=sys.stderr)
     figures["two_forwards_seconds"] = round(statistics.median(forwards), 2)
     for key in ("step_peak_rss_gb", "memory_over_inference", "step_over_two_forwards"):

@@ -62,9 +62,12 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
         )
     try:
         folder, facts["model"] = build.choose_model("auto")
-        config, place = Config(), build.Place(folder, device, devices.choose_dtype("auto", device))
-        config.train.micro_batch_size = fitting_micro_batch(config, place)  # as a run settles it
-        plan = memory_plan(config, place)
+        config, runtime = (
+            Config(),
+            build.Runtime(folder, device, devices.choose_dtype("auto", device)),
+        )
+        config.train.micro_batch_size = fitting_micro_batch(config, runtime)  # as a run settles it
+        plan = memory_plan(config, runtime)
         facts["memory_plan"] = plan.facts()
         if not plan.fits:
             problems.append(

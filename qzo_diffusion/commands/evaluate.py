@@ -15,10 +15,10 @@ from torch import nn
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.style import Config, load_config
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import sample_losses
 from qzo_diffusion.core.scales import ScaleSet
@@ -65,7 +65,7 @@ class _Work:
     encoded: style_data.Encoded
     transformer: nn.Module
     scales: ScaleSet
-    numbers: Parametrization
+    theta: Parametrization
     held_out: list[Batch]
 
     def objective(self, batch: Batch) -> torch.Tensor:
@@ -104,7 +104,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     pictures, losses, signals = {}, {}, {}
     for state, scales in (("base", None), ("tuned", tuned)):
         if scales is not None:
-            blend_(work.scales, [(scales, 1.0)])
+            merge_changes_(work.scales, [(scales, 1.0)])
         pictures[state] = _pictures(request.run, work, state)
         losses[state] = [sample_losses(work.objective, batch) for batch in work.held_out]
         signals[state] = _signal(work, peak)
@@ -175,12 +175,12 @@ def _load(plan: style_run.StylePlan) -> _Work:
     encoded = style_data.encode(
         config, plan.model_folder, plan.style, plan.sample_prompts, plan.device, plan.dtype
     )
-    place = build.Place(plan.model_folder, plan.device, plan.dtype)
-    transformer, scales, numbers = build.load_base(config, place)
+    runtime = build.Runtime(plan.model_folder, plan.device, plan.dtype)
+    transformer, scales, theta = build.load_base(config, runtime)
     held_out = style_data.validation_batches(
         plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
     )
-    return _Work(plan, encoded, transformer, scales, numbers, held_out)
+    return _Work(plan, encoded, transformer, scales, theta, held_out)
 
 
 def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
@@ -311,35 +311,33 @@ def _signal(work: _Work, lr: float) -> dict[str, Any]:
     )
     probed, other = (batches(config.train.max_steps + index) for index in (1, 2))
     first, second = (
-        [replace(batch, regions=1) for batch in step.micro_batches] for step in (probed, other)
+        [replace(batch, patch_groups=1) for batch in step.micro_batches] for step in (probed, other)
     )
     qzo, seed = config.qzo, config.train.seed + 1
     found = signal.two_seeds(
-        work.objective, first, second, work.numbers, eps=qzo.eps, seed=seed, count=signal.DIRECTIONS
+        work.objective, first, second, work.theta, eps=qzo.eps, seed=seed, count=signal.DIRECTIONS
     )
     estimates = signal.as_the_run_does(
         work.objective,
         probed.micro_batches,
-        work.numbers,
+        work.theta,
         eps=qzo.eps,
         estimator=qzo.estimator,
         per_example=bool(qzo.per_example),
         num_directions=qzo.num_directions,
-        regions=probed.regions,
+        patch_groups=probed.patch_groups,
         normalize=bool(qzo.normalize),
         seed=seed,
     )
-    found["step_sizes"] = signal.step_sizes(work.numbers, estimates[0], lr)
+    found["step_sizes"] = signal.step_sizes(work.theta, estimates[0], lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
     if (
-        isinstance(work.numbers, Dense | Grouped)
+        isinstance(work.theta, Dense | Grouped)
         and parameters <= AFFORDABLE
         and qzo.units == "relative"
     ):
         handles = handles_of(work.transformer)
-        found["exact"] = signal.exact_cosine(
-            work.objective, first, work.numbers, handles, estimates
-        )
+        found["exact"] = signal.exact_cosine(work.objective, first, work.theta, handles, estimates)
     return found
 
 

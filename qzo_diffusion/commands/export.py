@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from qzo_diffusion import __version__, devices
 from qzo_diffusion.config.style import Config, load_config
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.delta import shrunk
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.model_card import card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
@@ -94,8 +94,8 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
             "export it with --format native, or bf16",
         )
     tensors, facts = load_scales(run_folder)
-    place = build.find_place(config)
-    transformer, scales, _ = build.load_base(config, place)
+    runtime = build.find_runtime(config)
+    transformer, scales, _ = build.load_base(config, runtime)
     check_codes(facts, frozen_fingerprint(transformer, scales), run_folder)
     tuned = as_scales(scales, tensors, facts)
     export = _Export(run_folder, config, kind, facts)
@@ -107,19 +107,19 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
             )
         }
         return _write(export, files, {}, output_dir)
-    blend_(scales, [(tuned, 1.0)])
-    return _write(export, *_model_files(export, transformer, place), output_dir)
+    merge_changes_(scales, [(tuned, 1.0)])
+    return _write(export, *_model_files(export, transformer, runtime), output_dir)
 
 
 def _model_files(
-    export: _Export, transformer: nn.Module, place: build.Place
+    export: _Export, transformer: nn.Module, runtime: build.Runtime
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
     """Tensors and metadata by file name, and the config beside them."""
-    found = find_transformer(build.transformer_place(export.config, place.folder)).config
+    found = find_transformer(build.transformer_place(export.config, runtime.folder)).config
     config = {"_class_name": "SD3Transformer2DModel"} | {
         name: found[name] for name in found if name != "quantization_config"
     }
-    side = sd3.native_resolution(place.folder)
+    side = sd3.native_resolution(runtime.folder)
     own = {**export.facts, "qzo.format": f"{export.kind}/1"}
 
     def facts(original: bool) -> dict[str, str]:
@@ -138,7 +138,7 @@ def _model_files(
         "load_in_8bit": False,
         "bnb_4bit_quant_type": export.config.quant.type,
         "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": devices.dtype_name(place.dtype),
+        "bnb_4bit_compute_dtype": devices.dtype_name(runtime.dtype),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": [
             name for name, module in transformer.named_modules() if type(module) is nn.Linear
@@ -262,10 +262,10 @@ def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_room(target: Path, size: int) -> None:
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    runtime = target.absolute()
+    while not runtime.exists():
+        runtime = runtime.parent
+    free = shutil.disk_usage(runtime).free
     if free < 1.02 * size:
         got = f"{free / 1e9:.1f} GB free for an export of {size / 1e9:.1f} GB"
         raise OutputError(

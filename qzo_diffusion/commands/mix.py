@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.config.style import Config, load_config
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.tuned import as_scales, check_codes
@@ -42,11 +42,11 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     check_empty(output_dir, ANOTHER)
     config: Config = load_config(settings_file(chosen[0][0]))
     tuned = [(load_scales(path), weight) for path, weight in chosen]
-    transformer, scales, _ = build.load_base(config, build.find_place(config))
+    transformer, scales, _ = build.load_base(config, build.find_runtime(config))
     codes = frozen_fingerprint(transformer, scales)
     for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
         check_codes(facts, codes, path)
-    blend_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
+    merge_changes_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
     out = RunFolder.create(output_dir, ANOTHER)
     out.save_scales(
         "final",

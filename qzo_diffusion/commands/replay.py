@@ -50,19 +50,19 @@ def run(
     config: RunConfig
     if journal.header.get("kind") == "llm":
         config = language_config_of(journal, model)
-        numbers, optimizer, (codes, initial), facts = _language_base(config)
+        theta, optimizer, (codes, initial), facts = _language_base(config)
     else:
         config = config_of(journal, model, init_from)
-        numbers, optimizer, (codes, initial), facts = _style_base(config)
+        theta, optimizer, (codes, initial), facts = _style_base(config)
     provenance.check_journal_fits(
         journal, {**journal.header, "codes": codes, "initial_scales": initial}
     )
     out = RunFolder.create(output_dir, ANOTHER)
     started = time.perf_counter()
-    steps = replay_(journal, numbers, optimizer, to_step=to_step)
+    steps = replay_(journal, theta, optimizer, to_step=to_step)
     seconds = time.perf_counter() - started
     metadata = provenance.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
-    out.save_scales("final", tuned_scales(numbers), metadata)
+    out.save_scales("final", tuned_scales(theta), metadata)
     out.write_text("config.yaml", config.to_yaml())
     return {
         "run": str(output_dir),
@@ -79,9 +79,9 @@ of themselves.
 
 
 def _style_base(config: Config) -> _Base:
-    transformer, scales, numbers = build.load_base(config, build.find_place(config))
+    transformer, scales, theta = build.load_base(config, build.find_runtime(config))
     set_initial_(config, transformer, scales)
-    return numbers, build.optimizer(config), build.fingerprints(transformer, scales), {}
+    return theta, build.optimizer(config), build.fingerprints(transformer, scales), {}
 
 
 def _language_base(config: LlmConfig) -> _Base:
@@ -91,7 +91,7 @@ def _language_base(config: LlmConfig) -> _Base:
         config, folder, device, devices.choose_dtype(config.compute.dtype, device)
     )
     facts = {"qzo.method": config.method, "qzo.task": config.task}
-    return base.numbers, base.optimizer, (base.codes, base.initial), facts
+    return base.theta, base.optimizer, (base.codes, base.initial), facts
 
 
 def config_of(journal: Journal, model: str | None, init_from: str | None = None) -> Config:

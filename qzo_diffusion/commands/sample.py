@@ -9,8 +9,8 @@ from typing import Any
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.style import Config, load_config
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.errors import ConfigError, OutputError
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import grid
@@ -59,8 +59,8 @@ def run(request: SampleRequest) -> dict[str, Any]:
     config = _config_of(request)
     _, why = build.choose_model(config.model)
     _say(why)
-    place = build.find_place(config)
-    folder, device, dtype = place.folder, place.device, place.dtype
+    runtime = build.find_runtime(config)
+    folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
     prompts = read_prompts(
         resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
@@ -71,10 +71,10 @@ def run(request: SampleRequest) -> dict[str, Any]:
     )
     vae = build.load_vae(config, folder, device)
     sd3.drop_encoder_(vae)
-    transformer, scales, _ = build.load_base(config, place)
+    transformer, scales, _ = build.load_base(config, runtime)
     if tuned is not None:
         check_codes(tuned[1], frozen_fingerprint(transformer, scales), request.run or Path())
-        blend_(scales, [(as_scales(scales, *tuned), request.strength)])
+        merge_changes_(scales, [(as_scales(scales, *tuned), request.strength)])
     sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()
     # not before: what fails leaves nothing behind

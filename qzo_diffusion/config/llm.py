@@ -53,7 +53,7 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
 }
 # QZO trains the layers that have the least noise for their signal (docs/decisions.md). Probes of
 # them change the loss less, so that in bfloat16 they need a larger radius.
-QUIET: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
+MIDDLE_BLOCKS: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
 # QZO's normalised rate for styles, over those for these layers and for all
 PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5
 PLAIN_LR = 1e-3  # of QZO's steps that are not normalised
@@ -123,7 +123,7 @@ class LlmConfig(RunConfig):
         )
         if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
             quiet = estimate_settings(qzo)["normalize"] and qzo.get("layers", "quiet") == "quiet"
-            suited |= QUIET if quiet else {}
+            suited |= MIDDLE_BLOCKS if quiet else {}
             suited["train.lr"] = rate_for(
                 qzo, train, PICTURES_OVER_QUIET if quiet else PICTURES_OVER_ALL, PLAIN_LR
             )

@@ -162,7 +162,7 @@ class QzoConfig(Section):
         return estimate_settings(given) if isinstance(given, dict) else given
 
     @property
-    def has_gains(self) -> bool:
+    def scales_activations(self) -> bool:
         """Whether numbers are factors of inputs and outputs, which examples can have of their
         own.
         """
@@ -172,7 +172,7 @@ class QzoConfig(Section):
     def _absolute_needs_dense(self) -> "QzoConfig":
         if self.units == "absolute" and self.parametrization != "dense":
             raise ValueError("units: absolute needs parametrization: dense")
-        if self.per_example and not self.has_gains:
+        if self.per_example and not self.scales_activations:
             raise ValueError("per_example: true needs a parametrization other than dense or codes")
         if self.estimator == "leave_one_out" and self.num_directions == 1:
             raise ValueError(

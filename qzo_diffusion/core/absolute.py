@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.scales import View
+from qzo_diffusion.core.scales import Override
 
 
 class DenseAbsolute(Dense):
@@ -17,11 +17,11 @@ class DenseAbsolute(Dense):
     What is no scale (`ScaleSet.weights`) is of either sign.
     """
 
-    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+    def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
         weights = {name: one for name, one in self._trained.items() if name in self.scales.weights}
         if direction is None and weights:
             return lambda names: {name: weights[name] for name in names if name in weights}
-        return super().view(direction, radius)
+        return super().perturbed(direction, radius)
 
     def _shifted(
         self, names: Sequence[str], direction: Direction, radius: float
@@ -43,4 +43,4 @@ class DenseAbsolute(Dense):
 
     def merge_(self) -> None:
         """Only the weights of a 16-bit model are not yet in it."""
-        self.scales.put_back(self.scales.weights)
+        self.scales.restore(self.scales.weights)

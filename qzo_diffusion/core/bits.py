@@ -20,7 +20,7 @@ _BITS_OF_BYTE = np.unpackbits(
 _SIGNS_OF_BYTE = np.where(_BITS_OF_BYTE, 1.0, -1.0).T  # [8, 256]
 
 
-def sent(packed: PackedBits, device: torch.device) -> Tensor:
+def to_device(packed: PackedBits, device: torch.device) -> Tensor:
     """From memory that a GPU reads by itself: else the processor would wait for all that is queued
     there.
     """
@@ -32,7 +32,7 @@ def sent(packed: PackedBits, device: torch.device) -> Tensor:
     )
 
 
-def choose(
+def select(
     packed: Tensor,
     pairs: Sequence[tuple[float, float]],
     dtype: torch.dtype,
@@ -114,7 +114,7 @@ def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> No
         for part in (slice(start, start + 32) for start in range(0, len(whole), 32)):
             into[place] += (
                 amounts[part]
-                @ choose(packed[part], [(1.0, -1.0)], torch.float64, place.start, place.stop)[0]
+                @ select(packed[part], [(1.0, -1.0)], torch.float64, place.start, place.stop)[0]
             )
 
 

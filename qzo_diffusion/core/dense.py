@@ -11,27 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import PackedBits, choose
+from qzo_diffusion.core.bits import PackedBits, select
 from qzo_diffusion.core.noise import Direction, bits_drawn
 from qzo_diffusion.core.parametrization import copy_by_name_, exp, only_probe
-from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.scales import Override, ScaleSet
 from qzo_diffusion.core.sign_cache import SignCache
 
 
 class Dense:
     """In relative units. `trained` names the layers that take part; None is all."""
 
-    has_gains = False
+    scales_activations = False
 
     def __init__(self, scales: ScaleSet, trained: Sequence[str] | None = None) -> None:
         self.scales = scales
         self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
         self._signs = SignCache()
 
-    def numbers(self) -> dict[str, Tensor]:
+    def templates(self) -> dict[str, Tensor]:
         return self._trained
 
-    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+    def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
         if direction is None:
             return None
 
@@ -69,7 +69,7 @@ class Dense:
             )
 
         packed = self._signs.packed((direction,), tuple(names), drawn, like[0].device)
-        chosen = choose(packed, [(math.exp(radius), math.exp(-radius))], like[0].dtype).flatten()
+        chosen = select(packed, [(math.exp(radius), math.exp(-radius))], like[0].dtype).flatten()
         parts = zip(chosen.split([bits_drawn(one.numel()) for one in like]), like, strict=True)
         return [
             part if part.shape == one.shape else part[: one.numel()].view_as(one)
@@ -78,7 +78,7 @@ class Dense:
 
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
-    ) -> tuple[View | None, None]:
+    ) -> tuple[Override | None, None]:
         return only_probe(self, directions, radii)
 
     def combined(

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import PackedBits, choose, signed_sum
-from qzo_diffusion.core.gains import Gains, LayerGain
+from qzo_diffusion.core.activation_scaling import ActivationScaling, LayerScaling
+from qzo_diffusion.core.bits import PackedBits, select, signed_sum
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import copy_by_name_, exp
-from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.scales import Override, ScaleSet
 from qzo_diffusion.core.sign_cache import SignCache
 
 Axis = Literal["layer", "row", "column"]
@@ -44,7 +44,7 @@ class _Kind:
     """
 
     axis: Axis
-    pointwise: bool
+    token_wise: bool
     of_layer: dict[str, slice]
 
     def chosen(self, names: Sequence[str]) -> list[str]:
@@ -64,12 +64,12 @@ class _Probe(NamedTuple):
     directions: tuple[Direction, ...]
     radii: tuple[float, ...]
 
-    def groups(self, pointwise: bool) -> int:
+    def groups(self, token_wise: bool) -> int:
         """How many runs of tokens or of examples see numbers of their own."""
         return (
             len(self.radii)
             * len(self.directions)
-            * (self.directions[0].regions if pointwise else 1)
+            * (self.directions[0].patch_groups if token_wise else 1)
         )
 
 
@@ -88,14 +88,14 @@ class Grouped:
         ValueError: blocks cross rows, so that rows have no scales of their own.
     """
 
-    has_gains = True
+    scales_activations = True
 
     def __init__(
         self,
         scales: ScaleSet,
         axes: Sequence[Axis],
         trained: Sequence[str] | None = None,
-        pointwise: Collection[str] = (),
+        token_wise: Collection[str] = (),
         last_readers: Collection[str] = (),
     ) -> None:
         self.scales, self._last_readers = scales, frozenset(last_readers)
@@ -106,24 +106,24 @@ class Grouped:
         # by whether they are pointwise
         self._numbers_of, self._scales_of = {False: 0, True: 0}, {False: 0, True: 0}
         for name in names:
-            self._scales_of[name in pointwise] += scales[name].numel()
+            self._scales_of[name in token_wise] += scales[name].numel()
         for axis in axes:
-            for apart in (False, True):
-                members = [name for name in names if (name in pointwise) == apart]
+            for is_token_wise in (False, True):
+                members = [name for name in names if (name in token_wise) == is_token_wise]
                 if members:
                     ends = np.cumsum(
                         [0, *(_count(scales, name, axis) for name in members)]
                     ).tolist()
-                    key = f"{axis}.pointwise" if apart else axis
+                    key = f"{axis}.pointwise" if is_token_wise else axis
                     self._kinds[key] = _Kind(
                         axis,
-                        apart,
+                        is_token_wise,
                         {name: slice(*ends[i : i + 2]) for i, name in enumerate(members)},
                     )
                     self.theta[key] = scales[names[0]].new_zeros(ends[-1])
-                    self._numbers_of[apart] += ends[-1]
+                    self._numbers_of[is_token_wise] += ends[-1]
 
-    def numbers(self) -> dict[str, Tensor]:
+    def templates(self) -> dict[str, Tensor]:
         return self.theta
 
     def layers(self, key: str) -> list[str]:
@@ -140,18 +140,18 @@ class Grouped:
         )
         return self.theta[key][self._kinds[key].of_layer[name]]
 
-    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
-        if direction is not None and direction.regions != 1:
+    def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
+        if direction is not None and direction.patch_groups != 1:
             raise ValueError(
-                f"a view shows one direction to a whole forward, not {direction.regions} regions; "
-                "use probes"
+                "an override has one direction for a whole forward, not "
+                f"{direction.patch_groups} patch groups; use probes"
             )
         probe = None if direction is None else _Probe((direction,), (radius,))
-        return self._view(dict.fromkeys(self._kinds, probe))
+        return self._override(dict.fromkeys(self._kinds, probe))
 
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
-    ) -> tuple[View | None, Gains | None]:
+    ) -> tuple[Override | None, ActivationScaling | None]:
         """Numbers that are the same for all examples are shown as scales, the others as factors of
         inputs and outputs.
 
@@ -161,18 +161,20 @@ class Grouped:
         alone: dict[str, _Probe | None] = {}
         gained: dict[str, bool] = {}  # by kind, whether its θ goes with its z
         for key, kind in self._kinds.items():
-            groups = probe.groups(kind.pointwise)
+            groups = probe.groups(kind.token_wise)
             if groups == 1:
                 alone[key] = probe
             else:
                 gained[key] = (
-                    groups * self._numbers_of[kind.pointwise] < self._scales_of[kind.pointwise]
+                    groups * self._numbers_of[kind.token_wise] < self._scales_of[kind.token_wise]
                 )
                 if not gained[key]:
                     alone[key] = None
-        return self._view(alone) if alone else None, self._gains(probe, gained) if gained else None
+        return self._override(alone) if alone else None, self._scaling(
+            probe, gained
+        ) if gained else None
 
-    def _view(self, probes: Mapping[str, "_Probe | None"]) -> View:
+    def _override(self, probes: Mapping[str, "_Probe | None"]) -> Override:
         """Of some kinds of numbers, each at a probe of one group or where it is."""
 
         def shown(names: Sequence[str]) -> dict[str, Tensor]:
@@ -187,12 +189,12 @@ class Grouped:
                         chosen,
                         theta if probe is None else theta * self._exp_z(key, probe, start, stop)[0],
                     )
-            return {name: self._spread(name, of_layer) for name, of_layer in factors.items()}
+            return {name: self._expand(name, of_layer) for name, of_layer in factors.items()}
 
         return shown
 
-    def _gains(self, probe: "_Probe", kinds: Mapping[str, bool]) -> Gains:
-        def of_layers(names: Sequence[str]) -> dict[str, LayerGain]:
+    def _scaling(self, probe: "_Probe", kinds: Mapping[str, bool]) -> ActivationScaling:
+        def of_layers(names: Sequence[str]) -> dict[str, LayerScaling]:
             factors: dict[str, dict[Axis, Tensor]] = {}
             for key, with_theta in kinds.items():
                 if chosen := self._kinds[key].chosen(names):
@@ -202,7 +204,7 @@ class Grouped:
                         factor.mul_(exp(self.theta[key][start:stop]))
                     self._collect(factors, key, chosen, factor)
             return {
-                name: self._gain(of_layer, name in self._last_readers)
+                name: self._layer_scaling(of_layer, name in self._last_readers)
                 for name, of_layer in factors.items()
             }
 
@@ -217,10 +219,10 @@ class Grouped:
             into.setdefault(name, {})[kind.axis] = factor
 
     @staticmethod
-    def _gain(factors: dict[Axis, Tensor], overwrites: bool) -> LayerGain:
+    def _layer_scaling(factors: dict[Axis, Tensor], overwrites: bool) -> LayerScaling:
         output = [factors[axis] for axis in ("layer", "row") if axis in factors]
         product = output[0] * output[1] if len(output) == 2 else output[0] if output else None
-        return LayerGain(product, factors.get("column"), overwrites)
+        return LayerScaling(product, factors.get("column"), overwrites)
 
     def _exp_z(self, key: str, probe: "_Probe", start: int, stop: int) -> Tensor:
         """exp(radius · z), a new tensor [groups, stop - start]; groups are radii · directions ·
@@ -230,26 +232,26 @@ class Grouped:
         directions, radii = probe.directions, probe.radii
         if directions[0].distribution == "gaussian":
             drawn = [
-                direction.exp_z(key, like, radius, each=kind.pointwise)
+                direction.exp_z(key, like, radius, each=kind.token_wise)
                 for radius in radii
                 for direction in directions
             ]
             return torch.stack(drawn).view(-1, like.numel())[:, start:stop]
         pairs = [(math.exp(radius), math.exp(-radius)) for radius in radii]
-        return choose(
+        return select(
             self._packed(key, directions, keep=True), pairs, like.dtype, start, stop
         ).flatten(0, 1)
 
     def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
         """The bits of the signs, [directions · regions, bytes]."""
-        theta, each = self.theta[key], self._kinds[key].pointwise
+        theta, each = self.theta[key], self._kinds[key].token_wise
 
         def drawn(direction: Direction) -> PackedBits:
             return direction.packed(key, theta.numel(), each)
 
         return self._signs.packed(directions, key, drawn, theta.device, keep).flatten(0, -2)
 
-    def _spread(self, name: str, factors: dict[Axis, Tensor]) -> Tensor:
+    def _expand(self, name: str, factors: dict[Axis, Tensor]) -> Tensor:
         """The layer's scales times its factors; the blocks of a row lie side by side."""
         live = self.scales[name]
         grid = live.view(self.scales.rows(name), -1) if factors.keys() - {"layer"} else live
@@ -261,14 +263,14 @@ class Grouped:
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
     ) -> Tensor:
         kind, theta = self._kinds[name], self.theta[name]
-        if not kind.pointwise:
+        if not kind.token_wise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
             return signed_sum(
                 self._packed(name, directions, keep=False), amounts, theta.numel()
             ).to(theta.dtype)
         drawn = (
-            direction.z(name, theta, each=kind.pointwise).view(-1, theta.numel())
+            direction.z(name, theta, each=kind.token_wise).view(-1, theta.numel())
             for direction in directions
         )
         total = torch.zeros_like(theta)
@@ -284,7 +286,7 @@ class Grouped:
         self.theta[name].add_(delta)
 
     def merge_(self) -> None:
-        view = self.view()
+        view = self.perturbed()
         assert view is not None
         for chunk in self.scales.chunks():
             for name, merged in view(chunk).items():
@@ -301,8 +303,11 @@ class Grouped:
 
 def _per_direction(directions: Sequence[Direction], amounts: Sequence[float]) -> list[float]:
     """What its regions say together, for numbers that have one z for a whole example."""
-    regions = directions[0].regions
-    return [math.fsum(amounts[i * regions : (i + 1) * regions]) for i in range(len(directions))]
+    patch_groups = directions[0].patch_groups
+    return [
+        math.fsum(amounts[i * patch_groups : (i + 1) * patch_groups])
+        for i in range(len(directions))
+    ]
 
 
 def _count(scales: ScaleSet, name: str, axis: Axis) -> int:

@@ -286,7 +286,7 @@ def replay_(
             count = len(entry.projected_grad)
             examples = journal.header.get("examples") or count
             directions = directions_of_step(
-                entry.seed, entry.step, examples, distribution, regions=count // examples
+                entry.seed, entry.step, examples, distribution, patch_groups=count // examples
             )
             optimizer.step_(parametrization, Update(directions, entry.projected_grad, entry.lr))
         done = entry.step + 1

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import PackedBits, choose, sent
+from qzo_diffusion.core.bits import PackedBits, select, to_device
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -92,7 +92,7 @@ class Direction:
     step: int
     index: int = 0
     distribution: Distribution = "rademacher"
-    regions: int = 1
+    patch_groups: int = 1
 
     def z(self, name: str, like: Tensor, each: bool = False) -> Tensor:
         """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1.
@@ -116,30 +116,30 @@ class Direction:
         [regions, bytes of whole words].
         """
         bits = packed_bits(
-            (self.regions if each else 1) * bits_drawn(numel),
+            (self.patch_groups if each else 1) * bits_drawn(numel),
             self.seed,
             self.step,
             self.index,
             name,
         )
-        return bits.reshape(self.regions, -1) if each else bits
+        return bits.reshape(self.patch_groups, -1) if each else bits
 
     def _choose(
         self, name: str, like: Tensor, each: bool, if_set: float, if_clear: float
     ) -> Tensor:
-        packed = sent(self.packed(name, like.numel(), each), like.device)
-        chosen = choose(packed, [(if_set, if_clear)], like.dtype, 0, like.numel())
-        return chosen.view(self.regions, *like.shape) if each else chosen.view(like.shape)
+        packed = to_device(self.packed(name, like.numel(), each), like.device)
+        chosen = select(packed, [(if_set, if_clear)], like.dtype, 0, like.numel())
+        return chosen.view(self.patch_groups, *like.shape) if each else chosen.view(like.shape)
 
     def _gaussian(self, name: str, like: Tensor, each: bool) -> Tensor:
         generator = np.random.Generator(_generators.keyed(self.seed, self.step, self.index, name))
         values = generator.standard_normal(
-            (self.regions, *like.shape) if each else tuple(like.shape), dtype=np.float32
+            (self.patch_groups, *like.shape) if each else tuple(like.shape), dtype=np.float32
         )
         return torch.from_numpy(values).to(device=like.device, dtype=like.dtype)
 
 
 def directions_of_step(
-    seed: int, step: int, count: int, distribution: Distribution, regions: int = 1
+    seed: int, step: int, count: int, distribution: Distribution, patch_groups: int = 1
 ) -> tuple[Direction, ...]:
-    return tuple(Direction(seed, step, index, distribution, regions) for index in range(count))
+    return tuple(Direction(seed, step, index, distribution, patch_groups) for index in range(count))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import Parametrization
-from qzo_diffusion.core.spsa import spread
+from qzo_diffusion.core.spsa import rms
 
 Schedule = Callable[[int], float]
 
@@ -72,7 +72,7 @@ class Momentum:
         self._velocity: dict[str, Tensor] = {}
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
-        for name, like in parametrization.numbers().items():
+        for name, like in parametrization.templates().items():
             velocity = self._velocity.get(name)
             if velocity is None:
                 velocity = self._velocity[name] = torch.zeros_like(like)
@@ -100,7 +100,7 @@ class Adam:
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         self._count += 1
         bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
-        for name, like in parametrization.numbers().items():
+        for name, like in parametrization.templates().items():
             grad = gradient_of(parametrization, update, name)
             square = self._square(update, grad)
             if name not in self._first:
@@ -170,23 +170,23 @@ class InRunningSpreads:
     biases the estimate."""
 
     def __init__(self, inner: Optimizer, decay: float = 0.9) -> None:
-        self._inner, self._spread = inner, RunningSpread(decay)
+        self._inner, self._rms = inner, RunningSpread(decay)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
-        unit = self._spread.after(spread(update.projected_grad, update.directions[0].regions) ** 2)
+        unit = self._rms.after(rms(update.projected_grad, update.directions[0].patch_groups) ** 2)
         self._inner.step_(
             parametrization,
             replace(update, projected_grad=tuple(g / unit for g in update.projected_grad)),
         )
 
     def state(self) -> dict[str, Tensor]:
-        return self._inner.state() | {"spread": self._spread.state()}
+        return self._inner.state() | {"spread": self._rms.state()}
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         self._inner.load_state_(
             {name: tensor for name, tensor in state.items() if name != "spread"}
         )
-        self._spread.load_state_(state.get("spread"))
+        self._rms.load_state_(state.get("spread"))
 
 
 OptimizerName = Literal["sgd", "momentum", "adam"]

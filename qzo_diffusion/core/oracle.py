@@ -32,7 +32,7 @@ class DifferentiableHandle(ScaleHandle, Protocol):
 def exact_gradient(
     objective: Objective[Batch],
     micro_batches: Sequence[Batch],
-    numbers: Dense | Grouped,
+    theta: Dense | Grouped,
     handles: Iterable[DifferentiableHandle],
 ) -> dict[str, Tensor]:
     """dL/dθ of the trained numbers where they are, by name, in the shapes of `numbers.numbers()`; L
@@ -41,10 +41,10 @@ def exact_gradient(
     Args:
         handles: of all quantized layers of the model.
     """
-    scales, count = numbers.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
+    scales, count = theta.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
     with (
         torch.enable_grad(),
-        scales.showing(numbers.view()),
+        scales.override(theta.perturbed()),
         _differentiable(scales, handles) as deltas,
     ):
         for micro_batch in micro_batches:
@@ -54,11 +54,11 @@ def exact_gradient(
             name: torch.zeros_like(delta) if delta.grad is None else delta.grad
             for name, delta in deltas.items()
         }
-    if isinstance(numbers, Dense):
-        return {name: grids[name].view_as(live) for name, live in numbers.numbers().items()}
+    if isinstance(theta, Dense):
+        return {name: grids[name].view_as(live) for name, live in theta.templates().items()}
     return {
-        key: torch.cat([_SUMS[numbers.axis(key)](grids[name]) for name in numbers.layers(key)])
-        for key in numbers.theta
+        key: torch.cat([_SUMS[theta.axis(key)](grids[name]) for name in theta.layers(key)])
+        for key in theta.theta
     }
 
 
@@ -115,9 +115,9 @@ class Alignment:
     estimate_norm: float
 
 
-def alignment(numbers: Dense | Grouped, found: Estimate, exact: dict[str, Tensor]) -> Alignment:
+def alignment(theta: Dense | Grouped, found: Estimate, exact: dict[str, Tensor]) -> Alignment:
     update = Update(found.directions, found.projected_grad, lr=1.0)
-    estimated = torch.cat([gradient_of(numbers, update, name).double().flatten() for name in exact])
+    estimated = torch.cat([gradient_of(theta, update, name).double().flatten() for name in exact])
     wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])
     lengths = estimated.norm().item(), wanted.norm().item()
     cosine = (estimated @ wanted).item() / (lengths[0] * lengths[1]) if all(lengths) else math.nan

@@ -19,26 +19,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.gains import Gains
+from qzo_diffusion.core.activation_scaling import ActivationScaling
 from qzo_diffusion.core.noise import Direction
-from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.scales import Override, ScaleSet
 
 
 class Parametrization(Protocol):
     scales: ScaleSet
 
     @property
-    def has_gains(self) -> bool:
+    def scales_activations(self) -> bool:
         """Whether changes can be shown as factors of inputs and outputs, other ones for every
         example.
         """
         ...
 
-    def numbers(self) -> dict[str, Tensor]:
+    def templates(self) -> dict[str, Tensor]:
         """A tensor per name with the shape, dtype and device of the trained numbers."""
         ...
 
-    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+    def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
         """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the
         numbers themselves.
         """
@@ -46,7 +46,7 @@ class Parametrization(Protocol):
 
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
-    ) -> tuple[View | None, Gains | None]:
+    ) -> tuple[Override | None, ActivationScaling | None]:
         """The same for one forward over a group of examples for each radius and direction:
         arguments of `ScaleSet.showing`.
 
@@ -54,7 +54,7 @@ class Parametrization(Protocol):
         are divided into as many runs of tokens in layers that treat tokens apart.
 
         Raises:
-            ValueError: more than one group without `has_gains`.
+            ValueError: more than one group without `scales_activations`.
         """
         ...
 
@@ -88,16 +88,16 @@ class Parametrization(Protocol):
     def load_state_(self, state: dict[str, Tensor]) -> None: ...
 
 
-def exp(numbers: Tensor) -> Tensor:
+def exp(theta: Tensor) -> Tensor:
     """By float64, rounded once: the same bits on every machine, where those of fp32 differ between
     a CPU and a GPU.
     """
-    return torch.exp(numbers.double()).to(numbers.dtype)
+    return torch.exp(theta.double()).to(theta.dtype)
 
 
 def only_probe(
-    numbers: Parametrization, directions: Sequence[Direction], radii: Sequence[float]
-) -> tuple[View | None, None]:
+    theta: Parametrization, directions: Sequence[Direction], radii: Sequence[float]
+) -> tuple[Override | None, None]:
     """`probes` of numbers that have no gains.
 
     Raises:
@@ -107,15 +107,15 @@ def only_probe(
         raise ValueError(
             "only rows, columns and layers can be probed along several directions in one forward"
         )
-    return numbers.view(directions[0], radii[0]), None
+    return theta.perturbed(directions[0], radii[0]), None
 
 
-def tuned_scales(numbers: Parametrization) -> dict[str, Tensor]:
+def tuned_scales(theta: Parametrization) -> dict[str, Tensor]:
     """The scales of all layers as a forward at the numbers sees them; nothing is merged or
     changed.
     """
-    view, shown = numbers.view(), numbers.scales.tensors()
-    for chunk in numbers.scales.chunks() if view is not None else ():
+    view, shown = theta.perturbed(), theta.scales.tensors()
+    for chunk in theta.scales.chunks() if view is not None else ():
         shown |= view(chunk)  # type: ignore[misc]
     return shown
 

@@ -18,7 +18,7 @@ def parametrize(
     level: Level,
     units: Units = "relative",
     trained: Sequence[str] | None = None,
-    pointwise: Collection[str] = (),
+    token_wise: Collection[str] = (),
     last_readers: Collection[str] = (),
 ) -> Parametrization:
     """The parametrization by its name in a config; `trained` names the layers that take part, None
@@ -43,6 +43,6 @@ def parametrize(
         scales,
         ("row", "column") if level == "separable" else (level,),
         trained,
-        pointwise,
+        token_wise,
         last_readers,
     )

@@ -50,9 +50,9 @@ class Probes(Generic[Batch]):
     all of them."""
 
     objective: Objective[Batch]
-    numbers: Parametrization
+    theta: Parametrization
     radii: tuple[float, ...]
-    copies: int | None = None
+    probes_per_forward: int | None = None
 
     def losses(
         self, batch: Batch, directions: Sequence[Sequence[Direction]]
@@ -63,11 +63,18 @@ class Probes(Generic[Batch]):
             directions: the first for all examples, then the second; each is one, or one for every
                 example.
         """
-        copies = len(directions) * len(self.radii) if self.copies is None else self.copies
-        if not self.numbers.has_gains or copies == 1:
+        probes_per_forward = (
+            len(directions) * len(self.radii)
+            if self.probes_per_forward is None
+            else self.probes_per_forward
+        )
+        if not self.theta.scales_activations or probes_per_forward == 1:
             return self._in_parts(batch, directions, 1, 1)
         found = self._in_parts(
-            batch, directions, max(1, copies // len(self.radii)), min(copies, len(self.radii))
+            batch,
+            directions,
+            max(1, probes_per_forward // len(self.radii)),
+            min(probes_per_forward, len(self.radii)),
         )
         return found or self._in_parts(batch, directions, 1, 1)
 
@@ -94,16 +101,16 @@ class Probes(Generic[Batch]):
     def _forward(
         self, batch: Batch, directions: Sequence[Sequence[Direction]], radii: Sequence[float]
     ) -> list[list[float]]:
-        copies = len(directions) * len(radii)
+        probes_per_forward = len(directions) * len(radii)
         copied = batch
-        if copies > 1:
-            copied = repeated(batch, copies)
+        if probes_per_forward > 1:
+            copied = repeated(batch, probes_per_forward)
             if copied is None:
                 return []
         flat = [direction for of_copy in directions for direction in of_copy]
-        with self.numbers.scales.showing(*self.numbers.probes(flat, radii)):
+        with self.theta.scales.override(*self.theta.probes(flat, radii)):
             losses = sample_losses(self.objective, copied)
-        if copies > 1 and len(losses) != len(copied) * flat[0].regions:  # type: ignore[arg-type]  # one loss for all
+        if probes_per_forward > 1 and len(losses) != len(copied) * flat[0].patch_groups:  # type: ignore[arg-type]  # one loss for all
             return []
-        size = len(losses) // copies
+        size = len(losses) // probes_per_forward
         return [losses[i : i + size] for i in range(0, len(losses), size)]

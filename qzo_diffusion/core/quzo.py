@@ -34,7 +34,7 @@ from torch import Tensor
 from qzo_diffusion.core.noise import Direction, packed_bits
 from qzo_diffusion.core.optimizer import RunningSpread, Update
 from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_, only_probe
-from qzo_diffusion.core.scales import ScaleSet, View
+from qzo_diffusion.core.scales import Override, ScaleSet
 
 BLOCK = 2**18  # codes at a time; even, since two may share a byte
 Probe = Literal["codes", "float"]
@@ -90,7 +90,7 @@ class Codes:
         probe: whether a forward sees rounded codes or c ± ε u itself.
     """
 
-    has_gains = False
+    scales_activations = False
 
     def __init__(
         self,
@@ -102,10 +102,10 @@ class Codes:
         self.scales, self._grids, self._probe = scales, grids, probe
         self._trained = {name: scales[name] for name in (scales if trained is None else trained)}
 
-    def numbers(self) -> dict[str, Tensor]:
+    def templates(self) -> dict[str, Tensor]:
         return self._trained
 
-    def view(self, direction: Direction | None = None, radius: float = 0.0) -> View | None:
+    def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
         if direction is None:
             return None
 
@@ -148,7 +148,7 @@ class Codes:
 
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
-    ) -> tuple[View | None, None]:
+    ) -> tuple[Override | None, None]:
         return only_probe(self, directions, radii)
 
     def combined(
@@ -250,13 +250,13 @@ class ErrorFeedback:
     def __init__(self, decay: float = 0.95, steps: int = 40, spread_decay: float = 0.95) -> None:
         self.decay, self.steps = decay, steps
         self._past: list[Move] = []
-        self._spread = RunningSpread(spread_decay)
+        self._rms = RunningSpread(spread_decay)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         if not isinstance(parametrization, Codes):
             raise ValueError("optimizer feedback is for integer codes; scales need none")
         count = len(update.projected_grad)
-        unit = self._spread.after(math.fsum(g * g for g in update.projected_grad) / count) * count
+        unit = self._rms.after(math.fsum(g * g for g in update.projected_grad) / count) * count
         now = Move(update.directions, tuple(-update.lr * g / unit for g in update.projected_grad))
         parametrization.move_with_feedback_(self._past, now, self.decay)
         self._past = [*self._past, now][-self.steps :]
@@ -273,12 +273,12 @@ class ErrorFeedback:
         return {
             "directions": torch.tensor(facts),
             "amounts": amounts,
-            "spread": self._spread.state(),
+            "spread": self._rms.state(),
         }
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         self._past = []
-        self._spread.load_state_(state.get("spread"))
+        self._rms.load_state_(state.get("spread"))
         if state:
             for facts, amounts in zip(
                 state["directions"].tolist(), state["amounts"].tolist(), strict=True

@@ -8,7 +8,7 @@ the lens is closed: the live scales themselves are never touched.
 
 Numbers that belong to whole rows or to whole blocks of columns need no temporary scales at all,
 because they are factors of a layer's outputs and inputs; those can also differ from example to
-example (`core.gains`)."""
+example (`core.activation_scaling`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,30 +17,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qzo_diffusion.core.activation_scaling import ActivationScaling, ScaledLayer, without_bias
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.gains import Factors, Gains, no_bias
 from qzo_diffusion.core.weights import WeightHandle
 
-SHOWN_AT_ONCE = 2**20
+OVERRIDDEN_AT_ONCE = 2**20
 """Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5
 Large). Fewer, larger operations: between two layers of a forward each Python call costs several
 times what it costs in a row, since the products have emptied the caches (measured on `tiny`: 360
 against 50 microseconds a layer)."""
 # a block of SD3.5 Large: launching costs the same whatever the size
-SHOWN_ON_GPU = 4 * SHOWN_AT_ONCE
+OVERRIDDEN_ON_GPU = 4 * OVERRIDDEN_AT_ONCE
 FEW = 2**18  # are shown at once whatever they are of
 # whose factors are several for each scale, when many examples each have their own
-FEW_WITH_GAINS = 2**15
+FEW_WITH_SCALING = 2**15
 
 
-def shown_at_once(numel: int, device: str, few: int = FEW) -> int:
+def overridden_at_once(numel: int, device: str, few: int = FEW) -> int:
     """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so
     that it stays small beside them.
     """
-    return min(SHOWN_AT_ONCE if device == "cpu" else SHOWN_ON_GPU, max(few, numel // 8))
+    return min(OVERRIDDEN_AT_ONCE if device == "cpu" else OVERRIDDEN_ON_GPU, max(few, numel // 8))
 
 
-View = Callable[[Sequence[str]], Mapping[str, Tensor]]
+Override = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Names of layers -> the scales that their forwards shall see; a layer that is left out sees its
 live ones.
 """
@@ -60,7 +60,7 @@ class ScaleHandle(Protocol):
         """The tensor that the layer's next forward will use."""
         ...
 
-    def show(self, scales: Tensor) -> None:
+    def override(self, scales: Tensor) -> None:
         """Make the layer's next forward use `scales` instead."""
         ...
 
@@ -103,11 +103,11 @@ class ScaleSet:
                     "prepare the layer with its back-end first",
                 )
         self._numel = sum(live.numel() for live in self._live.values())
-        self._chunks, self._chunks_with_gains = (
+        self._chunks, self._chunks_with_scaling = (
             self._neighbours(FEW),
-            self._neighbours(FEW_WITH_GAINS),
+            self._neighbours(FEW_WITH_SCALING),
         )
-        self._lens: _Lens | None = None
+        self._active: _Override | None = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -127,43 +127,45 @@ class ScaleSet:
         return int(self._handles[name].module.out_features)  # type: ignore[arg-type]
 
     def chunks(self) -> list[list[str]]:
-        """The layers in order, neighbours together up to `shown_at_once` scales."""
+        """The layers in order, neighbours together up to `overridden_at_once` scales."""
         return self._chunks
 
     def _neighbours(self, few: int) -> list[list[str]]:
-        most = shown_at_once(self._numel, next(iter(self._live.values())).device.type, few)
+        most = overridden_at_once(self._numel, next(iter(self._live.values())).device.type, few)
         return list(_chunks({name: live.numel() for name, live in self._live.items()}, most))
 
     def numel(self) -> int:
         return self._numel
 
-    def put_back(self, names: Iterable[str]) -> None:
+    def restore(self, names: Iterable[str]) -> None:
         for name in names:
-            self._handles[name].show(self._live[name])
+            self._handles[name].override(self._live[name])
 
     @contextmanager
-    def showing(self, view: View | None = None, gains: Gains | None = None) -> Iterator[None]:
+    def override(
+        self, view: Override | None = None, scaling: ActivationScaling | None = None
+    ) -> Iterator[None]:
         """While open, every quantized layer's forward sees the scales of `view` and is multiplied
         by `gains`; None changes nothing.
 
         Views do not add up: an inner one replaces the outer one until it is closed.
         """
-        chunks = self._chunks if gains is None else self._chunks_with_gains
-        outer, lens = self._lens, _Lens(self._handles, self._live, chunks, view, gains)
+        chunks = self._chunks if scaling is None else self._chunks_with_scaling
+        outer, override = self._active, _Override(self._handles, self._live, chunks, view, scaling)
         try:
             if outer is not None:
                 outer.close()
-            self._lens = lens
-            lens.open()
+            self._active = override
+            override.open()
             yield
         finally:
-            lens.close()
-            self._lens = outer
+            override.close()
+            self._active = outer
             if outer is not None:
                 outer.open()
 
 
-class _Lens:
+class _Override:
     """One view: the hooks it needs, and what must be put back."""
 
     def __init__(
@@ -171,19 +173,19 @@ class _Lens:
         handles: Mapping[str, ScaleHandle],
         live: Mapping[str, Tensor],
         chunks: Sequence[Sequence[str]],
-        view: View | None,
-        gains: Gains | None,
+        view: Override | None,
+        scaling: ActivationScaling | None,
     ) -> None:
-        self._handles, self._live, self._chunks, self._view, self._gains = (
+        self._handles, self._live, self._chunks, self._override, self._scaling = (
             handles,
             live,
             chunks,
             view,
-            gains,
+            scaling,
         )
         self._chunk: int | None = None
         self._displaced: Sequence[str] = ()
-        self._factors: dict[str, Factors] = {}
+        self._factors: dict[str, ScaledLayer] = {}
         self._biases: dict[str, nn.Parameter] = {}  # of layers that run without theirs
         self._hooks: list[Any] = []
 
@@ -191,7 +193,7 @@ class _Lens:
         """A single chunk is shown right away and needs no hook before a layer: most of the cost of
         a small model's step.
         """
-        if self._view is None and self._gains is None:
+        if self._override is None and self._scaling is None:
             return
         if len(self._chunks) == 1:
             self._show(0)
@@ -204,7 +206,7 @@ class _Lens:
                     self._hooks += [
                         user.register_forward_pre_hook(self._before(name, index)) for user in users
                     ]
-                if self._gains is not None and (len(self._chunks) > 1 or factors):
+                if self._scaling is not None and (len(self._chunks) > 1 or factors):
                     self._hooks.append(module.register_forward_hook(self._after(name)))
 
     def close(self) -> None:
@@ -220,7 +222,7 @@ class _Lens:
                 self._show(chunk)
             factors = self._factors.get(name)
             return (
-                (factors.of_input(args[0]), *args[1:])
+                (factors.scale_input(args[0]), *args[1:])
                 if factors and factors.scales_inputs
                 else None
             )
@@ -231,35 +233,36 @@ class _Lens:
         def scale(_module: nn.Module, _args: Any, output: Tensor) -> None:
             factors = self._factors.get(name)
             if factors:
-                factors.of_output_(output)
+                factors.scale_output_(output)
 
         return scale
 
     def _show(self, chunk: int) -> None:
         self._put_back()
         names = self._chunks[chunk]
-        if self._gains is not None:
-            gains = self._gains(names)
-            for name, gain in gains.items():
+        if self._scaling is not None:
+            scaling = self._scaling(names)
+            for name, layer_scaling in scaling.items():
                 bias = self._handles[name].module.bias
-                if gain.output is not None and isinstance(bias, nn.Parameter):
+                if layer_scaling.output is not None and isinstance(bias, nn.Parameter):
                     # before it is gone: an interrupt in between must still be undone
                     self._biases[name] = bias
-                    self._handles[name].module.register_parameter("bias", no_bias(bias))
+                    self._handles[name].module.register_parameter("bias", without_bias(bias))
             self._factors = {
-                name: Factors(name, gain, self._biases.get(name)) for name, gain in gains.items()
+                name: ScaledLayer(name, layer_scaling, self._biases.get(name))
+                for name, layer_scaling in scaling.items()
             }
-        if self._view is not None:
-            shown = self._view(names)
+        if self._override is not None:
+            shown = self._override(names)
             # before the first is shown: an interrupt in between must still be undone
             self._displaced = names
             for name, scales in shown.items():
-                self._handles[name].show(scales)
+                self._handles[name].override(scales)
         self._chunk = chunk
 
     def _put_back(self) -> None:
         for name in self._displaced:
-            self._handles[name].show(self._live[name])
+            self._handles[name].override(self._live[name])
         for name, bias in self._biases.items():
             self._handles[name].module.register_parameter("bias", bias)
         self._displaced, self._factors, self._biases, self._chunk = (), {}, {}, None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import PackedBits, sent
+from qzo_diffusion.core.bits import PackedBits, to_device
 from qzo_diffusion.core.noise import Direction
 
 
@@ -19,7 +19,7 @@ from qzo_diffusion.core.noise import Direction
 class _Group:
     """What some directions are for some numbers."""
 
-    numbers: Hashable
+    theta: Hashable
     directions: tuple[Direction, ...]
     bits: Tensor
 
@@ -38,7 +38,7 @@ class SignCache:
     def packed(
         self,
         directions: Sequence[Direction],
-        numbers: Hashable,
+        theta: Hashable,
         draw: Callable[[Direction], PackedBits],
         device: torch.device,
         keep: bool = True,
@@ -50,7 +50,7 @@ class SignCache:
         asked = tuple(directions)
         if self._by_age and _step(self._by_age[-1].directions) != _step(asked):
             self._forget()
-        known = self._of_numbers.get(numbers, [])
+        known = self._of_numbers.get(theta, [])
         for group in known:
             if group.directions == asked:
                 return group.bits
@@ -62,19 +62,19 @@ class SignCache:
         missing = [direction for direction in asked if direction not in rows]
         if missing:
             drawn = np.stack([draw(direction) for direction in missing])
-            rows.update(zip(missing, sent(drawn, device), strict=True))
+            rows.update(zip(missing, to_device(drawn, device), strict=True))
         bits = torch.stack([rows[direction] for direction in asked])
         if keep:
-            self._keep(_Group(numbers, asked, bits))
+            self._keep(_Group(theta, asked, bits))
         return bits
 
     def _keep(self, group: _Group) -> None:
         self._by_age.append(group)
-        self._of_numbers.setdefault(group.numbers, []).append(group)
+        self._of_numbers.setdefault(group.theta, []).append(group)
         self._bytes += group.bits.numel()
         while self._bytes > self._limit and self._by_age[0].directions != group.directions:
             oldest = self._by_age.popleft()
-            self._of_numbers[oldest.numbers].remove(oldest)
+            self._of_numbers[oldest.theta].remove(oldest)
             self._bytes -= oldest.bits.numel()
 
     def _forget(self) -> None:

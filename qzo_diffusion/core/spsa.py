@@ -75,7 +75,7 @@ def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> fl
     return math.fsum(losses) / len(losses)
 
 
-def alone(values: Sequence[float]) -> list[float]:
+def no_reduce(values: Sequence[float]) -> list[float]:
     """The sum over ranks where there is one."""
     return list(values)
 
@@ -98,23 +98,23 @@ def estimate(
     eps: float,
     estimator: Estimator = "antithetic",
     per_example: bool = False,
-    copies: int | None = None,
+    probes_per_forward: int | None = None,
     clip_threshold: float | None = None,
     normalize: bool = False,
     first_example: int = 0,
     examples: int | None = None,
-    sum_over_ranks: SumOverRanks = alone,
+    sum_over_ranks: SumOverRanks = no_reduce,
 ) -> Estimate:
     """Two forward passes of the batch per direction, or one with `leave_one_out`; shared by all
     examples, or each along its own.
 
     The mean of d_i z_i over B examples with directions of their own has up to 1/B of the variance
     that one shared direction leaves, for the same two forwards. It needs numbers that are factors
-    of inputs and outputs (`has_gains`); those can also run several probes in one forward of so many
-    copies of the batch, which reads and dequantizes the weights once. Where directions have
-    regions, the numbers of pointwise layers are probed once more by each region of each example,
-    against that region's loss (`core.grouped`). The scales are bit for bit what they were, also
-    when `objective` raises.
+    of inputs and outputs (`scales_activations`); those can also run several probes in one forward
+    of so many copies of the batch, which reads and dequantizes the weights once. Where directions
+    have regions, the numbers of pointwise layers are probed once more by each region of each
+    example, against that region's loss (`core.grouped`). The scales are bit for bit what they were,
+    also when `objective` raises.
 
     Args:
         objective: one loss per example of a micro-batch.
@@ -138,21 +138,27 @@ def estimate(
             loss for a whole batch; regions without `per_example`; `leave_one_out` of a single
             direction.
     """
-    if per_example and not parametrization.has_gains:
+    if per_example and not parametrization.scales_activations:
         raise ValueError(
             "these numbers have no factors, which alone can give every example its own direction; "
             "use rows or layers"
         )
-    regions, alike = directions[0].regions, (examples or len(directions)) if per_example else 1
+    patch_groups, alike = (
+        directions[0].patch_groups,
+        (examples or len(directions)) if per_example else 1,
+    )
     if estimator == "leave_one_out" and len(directions) < 2 * alike:
         raise ValueError(
             "leave_one_out sets a direction against others of the same examples: it needs two or "
             "more of them"
         )
-    if regions > 1 and not per_example:
+    if patch_groups > 1 and not per_example:
         raise ValueError("regions have directions of their own only where examples have")
     probes = Probes(
-        objective, parametrization, (eps, -eps) if estimator == "antithetic" else (eps,), copies
+        objective,
+        parametrization,
+        (eps, -eps) if estimator == "antithetic" else (eps,),
+        probes_per_forward,
     )
     if per_example:
         at_radii = _of_each_example(
@@ -161,7 +167,9 @@ def estimate(
     else:
         at_radii = _of_shared_directions(probes, micro_batches, directions, sum_over_ranks)
     plus = at_radii[0]
-    minus = at_radii[1] if estimator == "antithetic" else _mean_of_others(plus, alike * regions)
+    minus = (
+        at_radii[1] if estimator == "antithetic" else _mean_of_others(plus, alike * patch_groups)
+    )
     distance, counted = (
         (2 * eps, 1.0) if estimator == "antithetic" else (eps, 1 - alike / len(directions))
     )
@@ -179,8 +187,8 @@ def _of_each_example(
     sum_over_ranks: SumOverRanks,
 ) -> list[list[float]]:
     """For each radius the loss of each region of each direction."""
-    regions = directions[0].regions
-    found = [[0.0] * (len(directions) * regions) for _ in probes.radii]
+    patch_groups = directions[0].patch_groups
+    found = [[0.0] * (len(directions) * patch_groups) for _ in probes.radii]
     start = first_example
     for micro_batch in micro_batches:
         size = len(micro_batch)  # type: ignore[arg-type]
@@ -188,12 +196,12 @@ def _of_each_example(
         probed = probes.losses(micro_batch, [directions[at : at + size] for at in places])
         for of_radius, at_radius in zip(found, probed, strict=True):
             for at, losses in zip(places, at_radius, strict=True):
-                if len(losses) != size * regions:
+                if len(losses) != size * patch_groups:
                     raise ValueError(
-                        f"{len(losses)} losses for {size} examples of {regions} regions: "
+                        f"{len(losses)} losses for {size} examples of {patch_groups} regions: "
                         "per_example needs one loss for each"
                     )
-                of_radius[at * regions : (at + size) * regions] = losses
+                of_radius[at * patch_groups : (at + size) * patch_groups] = losses
         start += size
     # others have zeros where this process has its own
     flat = sum_over_ranks([loss for of_radius in found for loss in of_radius])
@@ -222,21 +230,24 @@ def _of_shared_directions(
     return [means[i : i + len(directions)] for i in range(0, len(means), len(directions))]
 
 
-def _mean_of_others(losses: Sequence[float], apart: int) -> list[float]:
+def _mean_of_others(losses: Sequence[float], stride: int) -> list[float]:
     """Beside each loss the mean of those that lie whole multiples of `apart` from it."""
-    sums = [math.fsum(losses[place::apart]) for place in range(apart)]
-    others = len(losses) // apart - 1
-    return [(sums[index % apart] - loss) / others for index, loss in enumerate(losses)]
+    sums = [math.fsum(losses[place::stride]) for place in range(stride)]
+    others = len(losses) // stride - 1
+    return [(sums[index % stride] - loss) / others for index, loss in enumerate(losses)]
 
 
-def over_regions(values: Sequence[float], regions: int) -> list[float]:
+def over_patch_groups(values: Sequence[float], patch_groups: int) -> list[float]:
     """The mean over the regions of each direction."""
-    return [math.fsum(values[i : i + regions]) / regions for i in range(0, len(values), regions)]
+    return [
+        math.fsum(values[i : i + patch_groups]) / patch_groups
+        for i in range(0, len(values), patch_groups)
+    ]
 
 
-def spread(derivatives: Sequence[float], regions: int = 1) -> float:
+def rms(derivatives: Sequence[float], patch_groups: int = 1) -> float:
     """√(mean d²) over directions; d of a direction is the mean over its regions."""
-    of_direction = over_regions(derivatives, regions)
+    of_direction = over_patch_groups(derivatives, patch_groups)
     return math.sqrt(math.fsum(d * d for d in of_direction) / len(of_direction))
 
 
@@ -255,7 +266,7 @@ def _from_losses(
         math.isfinite(d) and d != g for d, g in zip(derivatives, projected, strict=True)
     )
     if normalize:
-        unit = spread(projected, directions[0].regions) or 1.0  # all zero: they stay so
+        unit = rms(projected, directions[0].patch_groups) or 1.0  # all zero: they stay so
         projected = [g / unit for g in projected]
     return Estimate(
         tuple(directions),

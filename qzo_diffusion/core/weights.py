@@ -26,5 +26,5 @@ class WeightHandle:
     def module(self) -> nn.Module:
         return self.modules[0]
 
-    def show(self, scales: Tensor) -> None:
+    def override(self, scales: Tensor) -> None:
         self._parameter.data = scales.to(self._dtype)

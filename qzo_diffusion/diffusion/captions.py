@@ -44,7 +44,7 @@ _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text":
 
 _Sidecars = Mapping[tuple[Path, str], Path]  # image and suffix to the caption file
 # what happened to files, such as "captions are empty", and to which, in order
-_Told = dict[str, dict[str, None]]
+_Notes = dict[str, dict[str, None]]
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,25 @@ def read_captions(
         DataError: a wrong line in metadata.jsonl, no image with a caption, caption files of which
             none matches, or a "[trigger]" without a trigger.
     """
-    told: _Told = {}
+    noted: _Notes = {}
     present = visible_files(folder, skip=other)
     metadata: dict[Path, str] = {}
     for path in present:
         if path.name == METADATA_NAME:
-            _add_metadata(metadata, path, folder, files, other, told)
+            _add_metadata(metadata, path, folder, files, other, noted)
     if other is not None and not _is_below(other, folder):
         metadata = _metadata_of_other(other, folder, files) | metadata
     sidecars = _match_sidecars(
-        folder, files, metadata, [path for path in present if is_sidecar(path)], told
+        folder, files, metadata, [path for path in present if is_sidecar(path)], noted
     )
     by_file = {}
     for image in files:
-        found = _own_caption(folder, image, metadata, sidecars, told)
+        found = _own_caption(folder, image, metadata, sidecars, noted)
         by_file[image] = found or (
             Caption("", "none") if fallback is None else Caption(fallback.strip(), "--caption")
         )
     check_any_caption(by_file.values(), folder)
-    notes = [f"{len(names)} {what}: {listed(list(names))}" for what, names in told.items()]
+    notes = [f"{len(names)} {what}: {listed(list(names))}" for what, names in noted.items()]
     return Captions(_with_trigger(by_file, trigger, folder, notes), tuple(notes))
 
 
@@ -161,11 +161,11 @@ def listed(names: Sequence[str], *, between: str = ", ", limit: int = 10) -> str
     return between.join([*names[:limit], *more])
 
 
-def _tell(told: _Told, what: str, name: str) -> None:
+def _note(noted: _Notes, what: str, name: str) -> None:
     """One note for each kind of thing, not one for each file; a file that is read for two images
     counts once.
     """
-    told.setdefault(what, {})[name] = None
+    noted.setdefault(what, {})[name] = None
 
 
 def _refuse_unreadable(error: OSError) -> None:
@@ -176,7 +176,7 @@ def _refuse_unreadable(error: OSError) -> None:
     ) from error
 
 
-def _read_text(path: Path, folder: Path, told: _Told) -> str:
+def _read_text(path: Path, folder: Path, noted: _Notes) -> str:
     """The text of a caption file; what is not UTF-8 is read as UTF-16 (if marked so) or Latin-1,
     with a note.
     """
@@ -189,14 +189,14 @@ def _read_text(path: Path, folder: Path, told: _Told) -> str:
             "change its permissions, or remove it",
         ) from error
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        _tell(
-            told, "caption files are read as UTF-16; UTF-8 is expected", relative_id(path, folder)
+        _note(
+            noted, "caption files are read as UTF-16; UTF-8 is expected", relative_id(path, folder)
         )
         return data.decode("utf-16", errors="replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        _tell(told, "caption files are not UTF-8, read as Latin-1", relative_id(path, folder))
+        _note(noted, "caption files are not UTF-8, read as Latin-1", relative_id(path, folder))
         return data.decode("latin-1")
 
 
@@ -206,7 +206,7 @@ def _add_metadata(
     folder: Path,
     files: Sequence[Path],
     other: Path | None,
-    told: _Told,
+    noted: _Notes,
 ) -> None:
     """Add the captions of one metadata.jsonl.
 
@@ -215,15 +215,15 @@ def _add_metadata(
     near = [image for image in files if image.is_relative_to(path.parent)]
     exact = {image.relative_to(path.parent).as_posix(): image for image in near}
     composed = {_composed(name): image for name, image in exact.items()}
-    for where, name, text in _lines(path, folder, told):
+    for where, name, text in _lines(path, folder, noted):
         image = exact.get(name) or composed.get(_composed(name))
         if (
             image is None
             and other is not None
             and _is_below(path.parent / posixpath.dirname(name), other)
         ):
-            _tell(
-                told,
+            _note(
+                noted,
                 f"lines of {METADATA_NAME} are for images in {other}",
                 name.encode("utf-8", "backslashreplace").decode(),
             )
@@ -263,11 +263,11 @@ def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict
     return captions
 
 
-def _lines(path: Path, folder: Path, told: _Told) -> Iterator[tuple[str, str, str]]:
+def _lines(path: Path, folder: Path, noted: _Notes) -> Iterator[tuple[str, str, str]]:
     """Where it stands, the name and the text of each line of a metadata.jsonl below `folder`."""
     # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside
     # a string.
-    for number, line in enumerate(_read_text(path, folder, told).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path, folder, noted).split("\n"), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             name, text = _parse_line(line, where)
@@ -330,7 +330,7 @@ def _match_sidecars(
     files: Sequence[Path],
     metadata: Mapping[Path, str],
     present: Sequence[Path],
-    told: _Told,
+    noted: _Notes,
 ) -> _Sidecars:
     """Note the .txt and .caption files that are for no image; an error if that is all of them and
     captions are needed.
@@ -350,14 +350,14 @@ def _match_sidecars(
     for path in present:
         if _composed_stem(path) in stems:
             if path not in matched:
-                _tell(
-                    told,
+                _note(
+                    noted,
                     "caption files are not read: another has the same name",
                     relative_id(path, folder),
                 )
         elif path.stem.lower() not in _PAPERS:
             lonely.append(relative_id(path, folder))
-            _tell(told, "caption files match no image", lonely[-1])
+            _note(noted, "caption files match no image", lonely[-1])
     if lonely and not matched and any(image not in metadata for image in files):
         raise DataError(
             f"{len(lonely)} caption files in {folder}, and none has the name of an image: "
@@ -373,20 +373,20 @@ def _composed_stem(path: Path) -> Path:
 
 
 def _own_caption(
-    folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, told: _Told
+    folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, noted: _Notes
 ) -> Caption | None:
     """The first source with text; an empty one is noted and passed over."""
     if image in metadata:
         if text := metadata[image].strip():
             return Caption(text, METADATA_NAME)
-        _tell(told, f"texts in {METADATA_NAME} are empty", relative_id(image, folder))
+        _note(noted, f"texts in {METADATA_NAME} are empty", relative_id(image, folder))
     for suffix in CAPTION_SUFFIXES:
         path = sidecars.get((image, suffix))
         if path is None:
             continue
-        if text := _read_text(path, folder, told).strip():
+        if text := _read_text(path, folder, noted).strip():
             return Caption(text, suffix[1:])
-        _tell(told, "captions are empty", relative_id(path, folder))
+        _note(noted, "captions are empty", relative_id(path, folder))
     return None
 
 

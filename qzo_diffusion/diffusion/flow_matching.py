@@ -32,7 +32,7 @@ class Batch:
     sigma: Tensor
     prompt_embeds: Tensor
     pooled: Tensor
-    regions: int = 1
+    patch_groups: int = 1
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -55,7 +55,7 @@ class Batch:
 
     def _with(self, tensors: Iterable[Tensor]) -> "Batch":
         latents, noise, sigma, prompt_embeds, pooled = tensors
-        return Batch(latents, noise, sigma, prompt_embeds, pooled, self.regions)
+        return Batch(latents, noise, sigma, prompt_embeds, pooled, self.patch_groups)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
@@ -121,8 +121,8 @@ def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
         return_dict=False,
     )[0]
     error = (prediction.float() - (batch.noise - batch.latents)).square()
-    if batch.regions == 1:
+    if batch.patch_groups == 1:
         return error.flatten(1).mean(1)
     # row by row, as the transformer's tokens are
     of_patches = F.avg_pool2d(error.mean(1, keepdim=True), PATCH).flatten(1)
-    return of_patches.view(len(batch), batch.regions, -1).mean(2)
+    return of_patches.view(len(batch), batch.patch_groups, -1).mean(2)

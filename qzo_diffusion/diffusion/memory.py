@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from qzo_diffusion.core.quzo import BLOCK
-from qzo_diffusion.core.scales import SHOWN_AT_ONCE, shown_at_once
+from qzo_diffusion.core.scales import OVERRIDDEN_AT_ONCE, overridden_at_once
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import Entry
@@ -152,8 +152,8 @@ def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
     are made with.
     """
     if parametrization == "codes":
-        return max(size.largest, SHOWN_AT_ONCE) + 6 * 4.0 * BLOCK
-    return 3 * 4.0 * min(size.scales, shown_at_once(size.scales, device))
+        return max(size.largest, OVERRIDDEN_AT_ONCE) + 6 * 4.0 * BLOCK
+    return 3 * 4.0 * min(size.scales, overridden_at_once(size.scales, device))
 
 
 def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:

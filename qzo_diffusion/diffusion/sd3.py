@@ -44,7 +44,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PIPELINE_T5_TOKENS = 256
 # Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss.
 # Keys and values do not.
-POINTWISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
+TOKEN_WISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
 SAMPLE_SIZE = 128  # of latents, all models of the SD3 family
 # bytes; larger files are told apart by size, time and their first part
 HASHED_IN_FULL = 256 * 2**20

@@ -94,7 +94,7 @@ def render(facts: RunFacts) -> str:
 def _galleries(facts: RunFacts) -> list[dict[str, Any]]:
     found = []
     if facts.subjects:
-        kept = _spread(list(facts.subjects[0].pictures), MOST_STEPS)
+        kept = _rms(list(facts.subjects[0].pictures), MOST_STEPS)
         found.append(_gallery("steps", "While it was tuned", facts.subjects, kept))
     if facts.scored:
         found.append(
@@ -126,7 +126,7 @@ def _gallery(
     }
 
 
-def _spread(labels: Sequence[str], most: int) -> list[str]:
+def _rms(labels: Sequence[str], most: int) -> list[str]:
     if len(labels) <= most:
         return list(labels)
     return [labels[round(index * (len(labels) - 1) / (most - 1))] for index in range(most)]

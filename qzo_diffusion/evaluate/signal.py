@@ -36,7 +36,7 @@ def two_seeds(
     objective: Objective[Batch],
     first: Sequence[Batch],
     second: Sequence[Batch],
-    numbers: Parametrization,
+    theta: Parametrization,
     *,
     eps: float,
     seed: int,
@@ -50,7 +50,7 @@ def two_seeds(
         found: list[float] = []
         for index in tqdm(range(count), desc="slopes of two seeds", leave=False):
             direction = directions_of_step(seed, index, 1, "rademacher")
-            found += estimate(objective, batch, numbers, direction, eps=eps).directional_derivative
+            found += estimate(objective, batch, theta, direction, eps=eps).directional_derivative
         slopes.append(np.array(found))
     return agreement(*slopes)
 
@@ -79,13 +79,13 @@ def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, An
 def as_the_run_does(
     objective: Objective[Batch],
     micro_batches: Sequence[Batch],
-    numbers: Parametrization,
+    theta: Parametrization,
     *,
     eps: float,
     estimator: Estimator,
     per_example: bool,
     num_directions: int,
-    regions: int,
+    patch_groups: int,
     normalize: bool,
     seed: int,
 ) -> list[Estimate]:
@@ -96,11 +96,13 @@ def as_the_run_does(
     found = []
     for repeat in range(REPEATS):
         count = num_directions * (examples or 1)
-        directions = directions_of_step(seed, DIRECTIONS + repeat, count, "rademacher", regions)
+        directions = directions_of_step(
+            seed, DIRECTIONS + repeat, count, "rademacher", patch_groups
+        )
         probed = estimate(
             objective,
             micro_batches,
-            numbers,
+            theta,
             directions,
             eps=eps,
             estimator=estimator,
@@ -115,7 +117,7 @@ def as_the_run_does(
 def exact_cosine(
     objective: Objective[Batch],
     micro_batches: Sequence[Batch],
-    numbers: Dense | Grouped,
+    theta: Dense | Grouped,
     handles: Iterable[DifferentiableHandle],
     estimates: Sequence[Estimate],
 ) -> dict[str, Any]:
@@ -124,8 +126,8 @@ def exact_cosine(
     Args:
         micro_batches: the same batch, with one loss per example.
     """
-    exact = exact_gradient(objective, micro_batches, numbers, handles)
-    compared = [alignment(numbers, one, exact) for one in estimates]
+    exact = exact_gradient(objective, micro_batches, theta, handles)
+    compared = [alignment(theta, one, exact) for one in estimates]
     return {
         "cosine": float(np.mean([one.cosine for one in compared])),
         "expected": compared[0].expected_cosine,
@@ -135,7 +137,7 @@ def exact_cosine(
     }
 
 
-def step_sizes(numbers: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
+def step_sizes(theta: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
     """How far one plain step of this rate moves the trained numbers of each group: root mean
     square, the largest group first.
     """
@@ -143,8 +145,8 @@ def step_sizes(numbers: Parametrization, probed: Estimate, lr: float) -> list[di
         Update(probed.directions, probed.projected_grad, lr),
         dict[str, list[Tensor]](),
     )
-    for name in numbers.numbers():
-        step = gradient_of(numbers, update, name).double() * lr
+    for name in theta.templates():
+        step = gradient_of(theta, update, name).double() * lr
         squares.setdefault(_group(name), []).append(step.square().flatten())
     rows = [
         {"group": group, "rms": float(torch.cat(parts).mean().sqrt())}

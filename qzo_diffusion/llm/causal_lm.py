@@ -148,7 +148,7 @@ class CausalLm:
         tokens: Tensor,
         *,
         normalize: bool = True,
-        copies: int = 1,
+        probes_per_forward: int = 1,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """Log-probability of each of `tokens` to follow the text up to a position; fp32 [R, P].
@@ -162,7 +162,7 @@ class CausalLm:
             copies: so many times the same rows stand in `ids`, all of them and then all again.
             hidden: what `prefix` gives for them, where that is known.
         """
-        last = self._last_hidden(ids, copies, hidden)
+        last = self._last_hidden(ids, probes_per_forward, hidden)
         chosen = last.gather(1, positions.unsqueeze(-1).expand(-1, -1, last.shape[-1]))
         if positions.shape == tokens.shape:
             scores: Tensor = self.head(chosen, tokens.unsqueeze(-1), normalize).squeeze(-1)
@@ -170,9 +170,11 @@ class CausalLm:
             scores = self.head(chosen.squeeze(1), tokens, normalize)
         return scores
 
-    def _last_hidden(self, ids: Tensor, copies: int, hidden: Tensor | None) -> Tensor:
-        if hidden is None and copies > 1 and self.prefix is not None:
-            hidden = self.prefix.before(ids[: len(ids) // copies]).repeat(copies, 1, 1)
+    def _last_hidden(self, ids: Tensor, probes_per_forward: int, hidden: Tensor | None) -> Tensor:
+        if hidden is None and probes_per_forward > 1 and self.prefix is not None:
+            hidden = self.prefix.before(ids[: len(ids) // probes_per_forward]).repeat(
+                probes_per_forward, 1, 1
+            )
         if hidden is not None:
             assert self.prefix is not None
             return self.prefix.after(ids, hidden)

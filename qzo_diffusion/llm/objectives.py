@@ -31,7 +31,7 @@ def choice_scores(lm: CausalLm, batch: Batch) -> Tensor:
         batch.positions,
         batch.tokens,
         normalize=not batch.shared,
-        copies=batch.copies,
+        probes_per_forward=batch.probes_per_forward,
         hidden=batch.hidden,
     )
     if batch.shared:

@@ -192,7 +192,7 @@ class Batch:
     prompt_mask: Tensor
     answers: tuple[tuple[str, ...], ...]
     shared: bool
-    copies: int = 1
+    probes_per_forward: int = 1
     hidden: Tensor | None = None
 
     def __len__(self) -> int:
@@ -201,7 +201,7 @@ class Batch:
     def repeated(self, times: int) -> "Batch":
         """All examples and then all again, so many times."""
         copied = self._with(lambda tensor: torch.cat([tensor] * times), self.answers * times)
-        return replace(copied, copies=times * self.copies)
+        return replace(copied, probes_per_forward=times * self.probes_per_forward)
 
     def to(self, device: torch.device) -> "Batch":
         return self._with(lambda tensor: tensor.to(device), self.answers)

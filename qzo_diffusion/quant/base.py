@@ -40,7 +40,7 @@ class OwnLayerHandle:
         result: Tensor = self.module.dequantized()
         return result
 
-    def show(self, scales: Tensor) -> None:
+    def override(self, scales: Tensor) -> None:
         self.module.scales = scales
 
 

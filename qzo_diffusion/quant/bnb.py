@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.base import QuantType
-from qzo_diffusion.quant.weights import apart
+from qzo_diffusion.quant.weights import empty_pages
 
 T = TypeVar("T")
 QUANTIZED_AT_ONCE = 2**17  # weights; small, so that what passes leaves small holes among what stays
@@ -100,8 +100,8 @@ def _quantized_in_parts(
             weight.contiguous(), blocksize=blocksize, quant_type=quant_type
         )
         return packed, state.absmax
-    packed = apart((weight.numel() // 2, 1), torch.uint8)
-    absmax = apart((weight.numel() // blocksize,), torch.float32)
+    packed = empty_pages((weight.numel() // 2, 1), torch.uint8)
+    absmax = empty_pages((weight.numel() // blocksize,), torch.float32)
     for start in range(0, rows, at_once):
         part = weight[start : start + at_once].contiguous()
         codes, state = functional.quantize_4bit(part, blocksize=blocksize, quant_type=quant_type)
@@ -267,5 +267,5 @@ class BnbHandle:
             self.module.weight.data, self.module.weight.quant_state
         )
 
-    def show(self, scales: Tensor) -> None:
+    def override(self, scales: Tensor) -> None:
         self.module.weight.quant_state.absmax = scales

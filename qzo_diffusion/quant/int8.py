@@ -84,5 +84,5 @@ class Int8Handle:
         """The weight [N, K], fp32, at the scales that are shown."""
         return self.module.state.CB.float() * (self.module.state.SCB / LARGEST).unsqueeze(1)
 
-    def show(self, scales: Tensor) -> None:
+    def override(self, scales: Tensor) -> None:
         self.module.state.SCB = scales

@@ -199,7 +199,7 @@ class CodesHandle:
     def grid(self) -> Int8Grid:
         return self.module.grid
 
-    def show(self, scales: Tensor) -> None:
+    def override(self, scales: Tensor) -> None:
         self.module.codes = scales
 
 

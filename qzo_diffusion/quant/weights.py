@@ -64,7 +64,7 @@ class Entry:
 
     def read(self) -> Tensor:
         """The tensor on the CPU. Raises ModelError when the file ends before it."""
-        tensor = apart(self.shape, self.dtype)
+        tensor = empty_pages(self.shape, self.dtype)
         target = (
             tensor.reshape(-1).view(torch.uint8).numpy().data if self.nbytes else memoryview(b"")
         )
@@ -74,7 +74,7 @@ class Entry:
         return tensor
 
 
-def apart(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def empty_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialized memory in pages of its own on the CPU, given back when the tensor goes.
 
     Weights that stay and weights that pass, mixed in the allocator's heap, leave holes: SD3.5 Large

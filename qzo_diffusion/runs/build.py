@@ -47,7 +47,7 @@ GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin
 
 
 @dataclass(frozen=True)
-class Place:
+class Runtime:
     """Which pipeline folder, and on which device and in which dtype its forwards run."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Place:
     dtype: torch.dtype
 
 
-def find_place(config: Config) -> Place:
+def find_runtime(config: Config) -> Runtime:
     """Everything about the model that is known before anything heavy is loaded.
 
     Raises:
@@ -65,14 +65,14 @@ def find_place(config: Config) -> Place:
     folder, _ = choose_model(config.model)
     check_model(config, folder)
     device = choose_device(config.compute.device)
-    return Place(folder, device, choose_dtype(config.compute.dtype, device))
+    return Runtime(folder, device, choose_dtype(config.compute.dtype, device))
 
 
-def load_base(config: Config, place: Place) -> tuple[nn.Module, ScaleSet, Parametrization]:
+def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Parametrization]:
     """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are
     before a run.
     """
-    transformer = quantized_transformer(config, place.folder, place.device, place.dtype)
+    transformer = quantized_transformer(config, runtime.folder, runtime.device, runtime.dtype)
     return transformer, *scales_and_numbers(config, transformer)
 
 
@@ -242,7 +242,7 @@ def is_tiny(folder: Path) -> bool:
     return folder.resolve() == resources.tiny_model().resolve()
 
 
-def settle_sampling_(config: Config, folder: Path) -> None:
+def resolve_sampling_(config: Config, folder: Path) -> None:
     """Fill in the number of steps and the guidance that suit the model where the user gave none."""
     steps, guidance = (16, 2.0) if is_tiny(folder) else (28, 4.5)
     config.sample.steps = config.sample.steps or steps
@@ -261,7 +261,7 @@ def sampler(
     dtype: torch.dtype,
 ) -> Sampler:
     """Square samples of `prompts` at the run's resolution, or at the model's own."""
-    settle_sampling_(config, folder)
+    resolve_sampling_(config, folder)
     side, settings = config.data.resolution or sd3.native_resolution(folder), config.sample
     return Sampler(
         transformer,
@@ -382,7 +382,7 @@ def scales_and_numbers(
         find_codes(transformer) if level == "codes" else (find_scales(transformer, beside), {})
     )
     trained = trained_of(scales, wanted)
-    pointwise = matching(scales, sd3.POINTWISE_LAYERS) if config.qzo.regions > 1 else []
+    token_wise = matching(scales, sd3.TOKEN_WISE_LAYERS) if config.qzo.regions > 1 else []
     if scales.weights.issuperset(trained):
         remedy = "correct qzo.layers, or give null for all layers"
         raise ConfigError(
@@ -401,7 +401,7 @@ def scales_and_numbers(
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
     return scales, parametrize(
-        scales, level, config.qzo.units, trained, pointwise, last_readers(scales)
+        scales, level, config.qzo.units, trained, token_wise, last_readers(scales)
     )
 
 
@@ -421,7 +421,7 @@ def probing(config: RunConfig) -> Probing:
         clip_threshold=config.qzo.clip_threshold,
         # else by the optimizer, which knows of steps before
         normalize=config.qzo.normalize is True,
-        copies=probes_at_once(config),
+        probes_per_forward=probes_at_once(config),
         estimator=config.qzo.estimator,
     )
 
@@ -451,7 +451,7 @@ def probes_at_once(config: RunConfig) -> int:
     """How many probes of an example go into one forward: all of its directions, or both sides of
     one, as far as there is room.
     """
-    if not config.qzo.has_gains:
+    if not config.qzo.scales_activations:
         return 1
     wanted, every = (
         config.train.micro_batch_size,
@@ -478,15 +478,15 @@ def check_share(batch_size: int, processes: int) -> None:
         )
 
 
-def check_scalars(config: RunConfig, examples: int, regions: int = 1) -> None:
+def check_scalars(config: RunConfig, examples: int, patch_groups: int = 1) -> None:
     """Raises ConfigError when a step would have more scalars than a record of the journal has room
     for.
     """
     directions = config.qzo.num_directions * (examples if config.qzo.per_example else 1)
-    if directions * regions > MOST_SCALARS:
+    if directions * patch_groups > MOST_SCALARS:
         raise ConfigError(
-            f"{directions} directions a step, {regions} regions each: {directions * regions} "
-            "scalars",
+            f"{directions} directions a step, {patch_groups} regions each: "
+            f"{directions * patch_groups} scalars",
             f"at most {MOST_SCALARS}, which is what a record of the journal holds",
             "lower data.batch_size, qzo.num_directions or qzo.regions",
         )
@@ -502,8 +502,8 @@ def optimizer(config: RunConfig) -> Optimizer:
 def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:
     """Adam along the exact gradient of the trained scales: what zeroth order is compared with."""
 
-    def gradient(objective: Any, micro_batches: Any, numbers: Any) -> dict[str, Tensor]:
-        return exact_gradient(objective, micro_batches, numbers, handles_of(model))
+    def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
+        return exact_gradient(objective, micro_batches, theta, handles_of(model))
 
     return ExactAdam(), first_order_step(gradient)
 

@@ -28,7 +28,7 @@ CHECK_RANKS_EVERY = 100
 
 
 @dataclass
-class Parts:
+class Components:
     """What every process of a run has: the trained numbers, what they are trained on, and how.
 
     optimizer: `core.optimizer.Optimizer`, or whatever `take_step` uses in its place with `state`
@@ -36,16 +36,16 @@ class Parts:
     writes what the run folder says of its data."""
 
     scales: ScaleSet
-    numbers: Parametrization
+    theta: Parametrization
     optimizer: Any
     objective: Objective[Any]
     batches: Callable[[int], StepBatch[Any]]
     header: dict[str, Any]
-    extras: Callable[[RunFolder, Tracker], "Extras"]
+    callbacks: Callable[[RunFolder, Tracker], "Callbacks"]
     take_step: TakeStep | None = None
 
 
-class Extras(Protocol):
+class Callbacks(Protocol):
     """What a kind of run does besides training, such as pictures of every few steps.
 
     held_out: micro-batches of the validation loss, always the same. every: how often `show` is due;
@@ -67,7 +67,7 @@ class Extras(Protocol):
 
 
 @dataclass
-class Job:
+class Trainer:
     """What the first process does between two steps: it writes, validates and shows.
 
     Everything is done once, whether the run was stopped in between or not: what exists is not
@@ -75,8 +75,8 @@ class Job:
 
     config: RunConfig
     out: RunFolder
-    parts: Parts
-    extras: Extras
+    components: Components
+    callbacks: Callbacks
     tracker: Tracker
     journal: JournalWriter | None
     ranks: Ranks
@@ -95,7 +95,7 @@ class Job:
 
     def after_step(self, steps_done: int) -> None:
         if _due(CHECK_RANKS_EVERY, steps_done):
-            check_ranks(self.ranks, self.parts.numbers)
+            check_ranks(self.ranks, self.components.theta)
         self.finish_step(steps_done)
 
     def finish_step(self, steps_done: int) -> None:
@@ -104,23 +104,23 @@ class Job:
             self.validate(steps_done)
         if _due(self.config.train.checkpoint_every, steps_done):
             self.checkpoint(steps_done)
-        if _due(self.extras.every, steps_done):
+        if _due(self.callbacks.every, steps_done):
             self.show(steps_done)
         if _due(self.config.train.validate_every, steps_done) or _due(
-            self.extras.every, steps_done
+            self.callbacks.every, steps_done
         ):
             self.report()
 
     def validate(self, step: int) -> None:
-        if not self.extras.held_out or step in self.validation:
+        if not self.callbacks.held_out or step in self.validation:
             return
-        with self.parts.scales.showing(self.parts.numbers.view()):
-            self.validation[step] = mean_loss(self.parts.objective, self.extras.held_out)
+        with self.components.scales.override(self.components.theta.perturbed()):
+            self.validation[step] = mean_loss(self.components.objective, self.callbacks.held_out)
         self.tracker.on_validation(step, self.validation[step])
 
     def show(self, step: int) -> None:
-        with self.parts.scales.showing(self.parts.numbers.view()):
-            self.extras.show(step)
+        with self.components.scales.override(self.components.theta.perturbed()):
+            self.callbacks.show(step)
 
     def checkpoint(self, step: int) -> None:
         folder = self.out.path / "checkpoints"
@@ -131,8 +131,8 @@ class Job:
             self.journal.sync()
         save_checkpoint(
             folder,
-            self.parts.numbers,
-            self.parts.optimizer,
+            self.components.theta,
+            self.components.optimizer,
             step=step,
             chain="" if self.journal is None else self.journal.chain,
             metadata=self.metadata | {"qzo.steps": str(step)},
@@ -144,7 +144,7 @@ class Job:
         if self.journal is not None:
             self.journal.sync()
         self.out.save_scales(
-            "final", tuned_scales(self.parts.numbers), self.metadata | {"qzo.steps": str(step)}
+            "final", tuned_scales(self.components.theta), self.metadata | {"qzo.steps": str(step)}
         )
 
     def report(self) -> None:
@@ -170,7 +170,7 @@ class Job:
             else None,
             "processes": self.ranks.world,
             "bytes_sent": self.ranks.bytes_sent,
-        } | self.extras.results()
+        } | self.callbacks.results()
 
     def close(self) -> None:
         self.tracker.close()
@@ -178,12 +178,12 @@ class Job:
             self.journal.close()
 
 
-def check_ranks(ranks: Ranks, numbers: Parametrization) -> None:
+def check_ranks(ranks: Ranks, theta: Parametrization) -> None:
     """Every rank calls this after the same step; raises RankLost when the trained numbers of one
     are others.
     """
     if ranks.world > 1:
-        ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "trained numbers")
+        ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "trained numbers")
 
 
 def check_same_run(

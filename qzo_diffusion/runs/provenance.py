@@ -26,7 +26,7 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.blake2b(config.to_yaml().encode(), digest_size=16).hexdigest()
 
 
-_SETTLED = (
+_RESOLVED = (
     "codes",
     "initial_scales",
     "directions",
@@ -51,7 +51,7 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             f"format {JOURNAL_FORMAT}",
             "use the version that wrote it",
         )
-    for key in _SETTLED:
+    for key in _RESOLVED:
         if journal.header.get(key) != header.get(key):
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",

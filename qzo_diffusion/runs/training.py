@@ -21,8 +21,14 @@ from qzo_diffusion.core.errors import (
 )
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
 from qzo_diffusion.runs import build, provenance
-from qzo_diffusion.runs.job import CHECK_RANKS_EVERY, Job, Parts, check_ranks, check_same_run
-from qzo_diffusion.train.calibrate import survey
+from qzo_diffusion.runs.job import (
+    CHECK_RANKS_EVERY,
+    Components,
+    Trainer,
+    check_ranks,
+    check_same_run,
+)
+from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
     cut_metrics,
@@ -90,9 +96,9 @@ class Plan(Protocol):
         """All that must be the same on every rank."""
         ...
 
-    def load(self, ranks: Ranks) -> Parts: ...
+    def load(self, ranks: Ranks) -> Components: ...
 
-    def metadata(self, parts: Parts) -> dict[str, str]:
+    def metadata(self, components: Components) -> dict[str, str]:
         """What must be known to apply the result to a base again."""
         ...
 
@@ -153,34 +159,34 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
 
     A resumed run is read from its folder.
     """
-    parts = _load(plan, ranks)
+    components = _load(plan, ranks)
     first_step = bad_steps = 0
     journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
-    rate = _rate_factor(plan, parts, ranks, journal)
+    rate = _rate_factor(plan, components, ranks, journal)
     if resumed is not None:
-        first_step, bad_steps, _ = _restore_(plan, parts, journal, resumed)
-    check_ranks(ranks, parts.numbers)
+        first_step, bad_steps, _ = _restore_(plan, components, journal, resumed)
+    check_ranks(ranks, components.theta)
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
         _train(
             plan,
-            parts,
+            components,
             ranks,
             first_step,
             bad_steps,
             rate,
             after_step=lambda done: (
-                check_ranks(ranks, parts.numbers) if done % CHECK_RANKS_EVERY == 0 else None
+                check_ranks(ranks, components.theta) if done % CHECK_RANKS_EVERY == 0 else None
             ),
         )
-        check_ranks(ranks, parts.numbers)
+        check_ranks(ranks, components.theta)
     leave()
     return {}
 
 
 def _train(
     plan: Plan,
-    parts: Parts,
+    components: Components,
     ranks: Ranks,
     first_step: int,
     bad_steps: int,
@@ -188,10 +194,10 @@ def _train(
     **reports: Any,
 ) -> Outcome:
     return train(
-        parts.objective,
-        parts.batches,
-        parts.numbers,
-        parts.optimizer,
+        components.objective,
+        components.batches,
+        components.theta,
+        components.optimizer,
         build.probing(plan.config),
         build.schedule(plan.config, 1.0 if rate is None else rate),
         max_steps=plan.config.train.max_steps,
@@ -199,7 +205,7 @@ def _train(
         bad_steps_before=bad_steps,
         stop_requested=ranks.stop_agreed,
         sum_over_ranks=ranks.sum,
-        take_step=parts.take_step,
+        take_step=components.take_step,
         **reports,
     )
 
@@ -213,7 +219,7 @@ def _work(
         if journal.torn_bytes:
             say(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
     try:
-        job, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
+        trainer, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
     except BaseException:
         if writer is not None:
             writer.close()
@@ -228,39 +234,43 @@ def _work(
         with stop_on_signal(say) as stop:
             ranks.wants_stop = stop.is_set
             if first_step:
-                job.finish_step(first_step)  # whatever a kill left undone
+                trainer.finish_step(first_step)  # whatever a kill left undone
             else:
-                job.validate(0)
-                job.show(0)
-                job.report()
+                trainer.validate(0)
+                trainer.show(0)
+                trainer.report()
             try:
-                reports = {"on_step": job.on_step, "after_step": job.after_step}
-                outcome = _train(plan, job.parts, ranks, first_step, bad_steps, rate, **reports)
-                check_ranks(ranks, job.parts.numbers)
+                reports = {"on_step": trainer.on_step, "after_step": trainer.after_step}
+                outcome = _train(
+                    plan, trainer.components, ranks, first_step, bad_steps, rate, **reports
+                )
+                check_ranks(ranks, trainer.components.theta)
             except (TrainingDiverged, RankLost):
-                job.checkpoint(job.steps_done)
+                trainer.checkpoint(trainer.steps_done)
                 raise
         if outcome.stopped:
-            job.checkpoint(outcome.steps_done)
+            trainer.checkpoint(outcome.steps_done)
         else:
-            job.validate(outcome.steps_done)
-            job.show(outcome.steps_done)
-            job.finish(outcome.steps_done)
-        job.report()
-        results = job.results(outcome)
+            trainer.validate(outcome.steps_done)
+            trainer.show(outcome.steps_done)
+            trainer.finish(outcome.steps_done)
+        trainer.report()
+        results = trainer.results(outcome)
     finally:
-        job.close()
+        trainer.close()
     leave()
     return results
 
 
-def _load(plan: Plan, ranks: Ranks) -> Parts:
-    parts = plan.load(ranks)
-    check_same_run(ranks, plan.settings(), plan.data(), plan.facts, parts.header)
-    return parts
+def _load(plan: Plan, ranks: Ranks) -> Components:
+    components = plan.load(ranks)
+    check_same_run(ranks, plan.settings(), plan.data(), plan.facts, components.header)
+    return components
 
 
-def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None) -> float | None:
+def _rate_factor(
+    plan: Plan, components: Components, ranks: Ranks, journal: Journal | None
+) -> float | None:
     """What the rate is multiplied by: measured where a run begins, read from its journal where it
     goes on. None: not calibrated.
 
@@ -284,20 +294,26 @@ def _rate_factor(plan: Plan, parts: Parts, ranks: Ranks, journal: Journal | None
             steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first
         )
 
-    terrain = survey(
-        parts.objective, parts.batches, parts.numbers, build.probing(plan.config), ranks.sum, shown
+    calibration = calibrate(
+        components.objective,
+        components.batches,
+        components.theta,
+        build.probing(plan.config),
+        ranks.sum,
+        shown,
     )
-    if ranks.first and terrain.rate_factor < 1:
+    if ranks.first and calibration.rate_factor < 1:
         say(
-            f"train.lr {train.lr:.3g} -> {train.lr * terrain.rate_factor:.3g}: the loss has a "
-            f"slope of {terrain.slope:.2g} for a "
-            f"curvature of {terrain.curvature:.2g} (train.calibrate_lr=false leaves the rate alone)"
+            f"train.lr {train.lr:.3g} -> {train.lr * calibration.rate_factor:.3g}: the loss has a "
+            f"slope of {calibration.slope:.2g} for a "
+            f"curvature of {calibration.curvature:.2g} "
+            "(train.calibrate_lr=false leaves the rate alone)"
         )
-    return terrain.rate_factor
+    return calibration.rate_factor
 
 
 def _restore_(
-    plan: Plan, parts: Parts, journal: Journal | None, run_folder: Path
+    plan: Plan, components: Components, journal: Journal | None, run_folder: Path
 ) -> tuple[int, int, list[Path]]:
     """Bring the numbers to where the run was. Returns the steps done, how many bad ones in a row
     come last, damaged checkpoints.
@@ -306,7 +322,7 @@ def _restore_(
         ConfigError: more steps are done than the run is to have.
     """
     if journal is not None:
-        provenance.check_journal_fits(journal, parts.header)
+        provenance.check_journal_fits(journal, components.header)
     checkpoints, damaged = examine_checkpoints(run_folder / "checkpoints")
     for problem in damaged.values():
         say(f"warning: passed over a checkpoint: {problem}")
@@ -314,11 +330,11 @@ def _restore_(
     done = bad_steps = 0
     if journal is not None:
         done, bad_steps = (
-            restore_(newest, journal, parts.numbers, parts.optimizer),
+            restore_(newest, journal, components.theta, components.optimizer),
             bad_steps_at_end(journal),
         )
     elif newest is not None:
-        load_checkpoint_(newest, parts.numbers, parts.optimizer)
+        load_checkpoint_(newest, components.theta, components.optimizer)
         done = newest.step
     if done > plan.config.train.max_steps:
         raise ConfigError(
@@ -339,16 +355,16 @@ def _start(
     resumed: bool,
     writer: JournalWriter | None,
     journal: Journal | None,
-) -> tuple[Job, int, int, float | None]:
+) -> tuple[Trainer, int, int, float | None]:
     """The parts of the run, brought to where it was, with everything that writes and shows; and the
     factor of its rate.
     """
     config = plan.config
-    parts = _load(plan, ranks)
-    rate = _rate_factor(plan, parts, ranks, journal)
+    components = _load(plan, ranks)
+    rate = _rate_factor(plan, components, ranks, journal)
     first_step, bad_steps, damaged, validation = 0, 0, list[Path](), dict[int, float]()
     if resumed:
-        first_step, bad_steps, damaged = _restore_(plan, parts, journal, out.path)
+        first_step, bad_steps, damaged = _restore_(plan, components, journal, out.path)
         validation = cut_metrics(out.path / METRICS, first_step)
         say(
             f"going on at step {first_step}, "
@@ -356,25 +372,25 @@ def _start(
         )
     elif plan.has_journal:
         writer = JournalWriter.create(
-            out.path / JOURNAL, parts.header | ({} if rate is None else {RATE_FACTOR: rate})
+            out.path / JOURNAL, components.header | ({} if rate is None else {RATE_FACTOR: rate})
         )
     # nobody goes on before all have read the checkpoints, for the old ones are dropped
-    check_ranks(ranks, parts.numbers)
+    check_ranks(ranks, components.theta)
     set_aside(damaged)
     tracker = Tracker(out.path, config.train.max_steps, first_step)
-    job = Job(
+    trainer = Trainer(
         config=config,
         out=out,
-        parts=parts,
-        extras=parts.extras(out, tracker),
+        components=components,
+        callbacks=components.callbacks(out, tracker),
         tracker=tracker,
         journal=writer,
         ranks=ranks,
-        metadata=plan.metadata(parts),
+        metadata=plan.metadata(components),
         validation=validation,
         steps_done=first_step,
     )
-    return job, first_step, bad_steps, rate
+    return trainer, first_step, bad_steps, rate
 
 
 def _as_many_as_fit(changes: Sequence[str]) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import provenance
@@ -46,7 +46,7 @@ def set_initial_(config: Config, transformer: nn.Module, scales: ScaleSet) -> No
     run = Path(config.init_from)
     tensors, facts = load_scales(run)
     check_codes(facts, frozen_fingerprint(transformer, scales), run)
-    blend_(scales, [(as_scales(scales, tensors, facts), 1.0)])
+    merge_changes_(scales, [(as_scales(scales, tensors, facts), 1.0)])
 
 
 def as_scales(

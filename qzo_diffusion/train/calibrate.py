@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Batch, Objective, sample_losses
-from qzo_diffusion.core.spsa import SumOverRanks, alone, over_regions, spread
+from qzo_diffusion.core.spsa import SumOverRanks, no_reduce, over_patch_groups, rms
 from qzo_diffusion.train.loop import Probing, StepBatch, probe
 
 # at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
@@ -29,7 +29,7 @@ FULL_RATE = 0.055  # √s / tr(H) from which the usual rate is right
 
 
 @dataclass(frozen=True)
-class Terrain:
+class LrCalibration:
     """slope: √(mean d²) over the directions of a batch. curvature: tr(H) over the trained numbers,
     with its standard error.
     """
@@ -48,19 +48,19 @@ class Terrain:
         return min(1.0, self.slope / self.curvature / FULL_RATE)
 
 
-def batches_to_survey(examples: int) -> int:
+def calibration_batches(examples: int) -> int:
     """How many batches of so many examples are looked at."""
     return -(-EXAMPLES // examples)
 
 
-def survey(
+def calibrate(
     objective: Objective[Batch],
     batch_of_step: Callable[[int], StepBatch[Batch]],
     parametrization: Parametrization,
     probing: Probing,
-    sum_over_ranks: SumOverRanks = alone,
+    sum_over_ranks: SumOverRanks = no_reduce,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
-) -> Terrain:
+) -> LrCalibration:
     """Slope and curvature where the numbers are, over the first steps' batches: three forwards of
     `EXAMPLES` examples or more.
 
@@ -68,7 +68,7 @@ def survey(
     it is."""
     slopes, curvatures = [], list[float]()
     first = batch_of_step(0)
-    for step in progress(range(batches_to_survey(first.whole))):
+    for step in progress(range(calibration_batches(first.whole))):
         batch = batch_of_step(step) if step else first
         slope, of_examples = _of_batch(
             objective, batch, parametrization, probing, step, sum_over_ranks
@@ -77,9 +77,9 @@ def survey(
         curvatures += of_examples
     if len(curvatures) < 2 or not all(map(math.isfinite, [*slopes, *curvatures])):
         # the loop will see it, and skip or stop
-        return Terrain(math.nan, math.nan, math.nan)
+        return LrCalibration(math.nan, math.nan, math.nan)
     error = statistics.stdev(curvatures) / math.sqrt(len(curvatures))
-    return Terrain(
+    return LrCalibration(
         math.sqrt(statistics.fmean(slope**2 for slope in slopes)),
         statistics.fmean(curvatures),
         error,
@@ -95,20 +95,22 @@ def _of_batch(
     sum_over_ranks: SumOverRanks,
 ) -> tuple[float, list[float]]:
     """√(mean d²), and zᵀHz of each example."""
-    regions, eps = batch.regions, WIDER * probing.eps
+    patch_groups, eps = batch.patch_groups, WIDER * probing.eps
     on_both_sides = replace(probing, eps=eps, num_directions=1, estimator="antithetic")
     found = probe(objective, batch, parametrization, on_both_sides, step, sum_over_ranks)
-    with parametrization.scales.showing(parametrization.view()):
+    with parametrization.scales.override(parametrization.perturbed()):
         mine = [
             loss
             for micro_batch in batch.micro_batches
             for loss in sample_losses(objective, micro_batch)
         ]
-    middle = [0.0] * (batch.whole * regions)
-    middle[batch.first_example * regions : batch.first_example * regions + len(mine)] = mine
+    middle = [0.0] * (batch.whole * patch_groups)
+    middle[batch.first_example * patch_groups : batch.first_example * patch_groups + len(mine)] = (
+        mine
+    )
     middle = sum_over_ranks(middle)  # others have zeros where this process has its examples
     bends = [
         (up + down - 2 * at) / eps**2
         for up, down, at in zip(found.loss_plus, found.loss_minus, middle, strict=True)
     ]
-    return spread(found.directional_derivative, regions), over_regions(bends, regions)
+    return rms(found.directional_derivative, patch_groups), over_patch_groups(bends, patch_groups)

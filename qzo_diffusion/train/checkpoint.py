@@ -53,7 +53,7 @@ class Checkpoint:
 
 def save_checkpoint(
     checkpoints: Path,
-    numbers: Parametrization,
+    theta: Parametrization,
     optimizer: Stateful,
     *,
     step: int,
@@ -68,9 +68,9 @@ def save_checkpoint(
     state = {"step": step, "chain": chain, "validation_loss": validation_loss}
 
     def write(folder: Path) -> None:
-        save_tensors(folder / NUMBERS, numbers.state())
+        save_tensors(folder / NUMBERS, theta.state())
         save_tensors(folder / OPTIMIZER, optimizer.state())
-        save_tensors(folder / SCALES, tuned_scales(numbers), metadata)
+        save_tensors(folder / SCALES, tuned_scales(theta), metadata)
         write_whole(folder / STATE, json.dumps(state).encode())
 
     path = write_folder(checkpoints / f"step_{step:06d}", write)
@@ -146,7 +146,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 
 def restore_(
-    checkpoint: Checkpoint | None, journal: Journal, numbers: Parametrization, optimizer: Optimizer
+    checkpoint: Checkpoint | None, journal: Journal, theta: Parametrization, optimizer: Optimizer
 ) -> int:
     """Bring `numbers` and `optimizer` to the end of the journal. Returns the number of steps done.
 
@@ -155,7 +155,7 @@ def restore_(
         OutputError: the checkpoint does not fit this model.
     """
     if checkpoint is None:
-        return replay_(journal, numbers, optimizer)
+        return replay_(journal, theta, optimizer)
     if not journal.holds(checkpoint.chain):
         raise JournalError(
             f"a journal that ends at step {journal.steps_done} and never was where checkpoint "
@@ -164,18 +164,18 @@ def restore_(
             "restore journal.qzo; the checkpoint itself can still be sampled and exported, by "
             "--run",
         )
-    load_checkpoint_(checkpoint, numbers, optimizer)
-    return max(checkpoint.step, replay_(journal, numbers, optimizer, first_step=checkpoint.step))
+    load_checkpoint_(checkpoint, theta, optimizer)
+    return max(checkpoint.step, replay_(journal, theta, optimizer, first_step=checkpoint.step))
 
 
-def load_checkpoint_(checkpoint: Checkpoint, numbers: Parametrization, optimizer: Stateful) -> None:
+def load_checkpoint_(checkpoint: Checkpoint, theta: Parametrization, optimizer: Stateful) -> None:
     """Both come to the device of `numbers`.
 
     Raises OutputError when the checkpoint does not fit this model.
     """
-    device = next(iter(numbers.numbers().values())).device
+    device = next(iter(theta.templates().values())).device
     try:
-        numbers.load_state_(load_tensors(checkpoint.folder / NUMBERS)[0])
+        theta.load_state_(load_tensors(checkpoint.folder / NUMBERS)[0])
         state, _ = load_tensors(checkpoint.folder / OPTIMIZER)
         optimizer.load_state_({name: tensor.to(device) for name, tensor in state.items()})
     except (ValueError, KeyError, RuntimeError) as error:

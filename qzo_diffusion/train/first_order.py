@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Objective
-from qzo_diffusion.core.spsa import SumOverRanks, alone
+from qzo_diffusion.core.spsa import SumOverRanks, no_reduce
 from qzo_diffusion.train.loop import Probing, StepBatch, StepRecord, TakeStep
 
 Gradient = Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]
@@ -31,7 +31,7 @@ class ExactAdam:
         self._count = 0
         self._moments: dict[str, Tensor] = {}
 
-    def step_(self, numbers: Parametrization, gradient: dict[str, Tensor], lr: float) -> None:
+    def step_(self, theta: Parametrization, gradient: dict[str, Tensor], lr: float) -> None:
         self._count += 1
         bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
         for name, slope in gradient.items():
@@ -39,7 +39,7 @@ class ExactAdam:
             second = self._moments.setdefault(f"second.{name}", torch.zeros_like(slope))
             first.mul_(self.beta1).add_(slope * (1 - self.beta1))
             second.mul_(self.beta2).add_(slope * slope * (1 - self.beta2))
-            numbers.add_(name, first / (torch.sqrt(second / bias2) + self.tiny) * (-lr / bias1))
+            theta.add_(name, first / (torch.sqrt(second / bias2) + self.tiny) * (-lr / bias1))
 
     def state(self) -> dict[str, Tensor]:
         return self._moments | {"count": torch.tensor(self._count)}
@@ -64,7 +64,7 @@ def first_order_step(gradient: Gradient) -> TakeStep:
         probing: Probing,
         lr: float,
         step: int,
-        sum_over_ranks: SumOverRanks = alone,
+        sum_over_ranks: SumOverRanks = no_reduce,
     ) -> StepRecord:
         started = time.perf_counter()
         losses: list[float] = []

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 @contextmanager
-def stop_on_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
+def stop_on_signal(report: Callable[[str], None]) -> Iterator[threading.Event]:
     """The first signal sets the event, so that the step in hand is finished; a second one raises
     KeyboardInterrupt at once.
 
@@ -23,7 +23,7 @@ def stop_on_signal(tell: Callable[[str], None]) -> Iterator[threading.Event]:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
-        tell("\nstopping after this step; once more to stop at once")
+        report("\nstopping after this step; once more to stop at once")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

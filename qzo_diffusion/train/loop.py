@@ -15,7 +15,14 @@ from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, Update
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Batch, Objective
-from qzo_diffusion.core.spsa import Estimate, Estimator, SumOverRanks, alone, estimate, over_regions
+from qzo_diffusion.core.spsa import (
+    Estimate,
+    Estimator,
+    SumOverRanks,
+    estimate,
+    no_reduce,
+    over_patch_groups,
+)
 
 MAX_BAD_STEPS = 10  # in a row; then the run stops
 
@@ -63,7 +70,7 @@ class StepBatch(Generic[Batch]):
     sigma_mean: float | None = None
     first_example: int = 0
     examples: int | None = None
-    regions: int = 1
+    patch_groups: int = 1
 
     @property
     def whole(self) -> int:
@@ -83,7 +90,7 @@ class Probing:
     clip_threshold: float | None = None
     normalize: bool = False
     # the most probes of a batch in one forward, where the numbers allow several; None: all of them
-    copies: int | None = None
+    probes_per_forward: int | None = None
     estimator: Estimator = "antithetic"
 
 
@@ -101,7 +108,7 @@ class TakeStep(Protocol):
         probing: Probing,
         lr: float,
         step: int,
-        sum_over_ranks: SumOverRanks = alone,
+        sum_over_ranks: SumOverRanks = no_reduce,
     ) -> StepRecord: ...
 
 
@@ -130,7 +137,7 @@ def train(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     after_step: Callable[[int], None] = lambda steps_done: None,
     stop_requested: Callable[[], bool] = lambda: False,
-    sum_over_ranks: SumOverRanks = alone,
+    sum_over_ranks: SumOverRanks = no_reduce,
     take_step: TakeStep | None = None,
 ) -> Outcome:
     """Run steps `first_step` .. `max_steps - 1`.
@@ -185,7 +192,7 @@ def train_step_(
     probing: Probing,
     lr: float,
     step: int,
-    sum_over_ranks: SumOverRanks = alone,
+    sum_over_ranks: SumOverRanks = no_reduce,
 ) -> StepRecord:
     """One whole step: estimate, then update."""
     started = time.perf_counter()
@@ -201,7 +208,7 @@ def probe(
     parametrization: Parametrization,
     probing: Probing,
     step: int,
-    sum_over_ranks: SumOverRanks = alone,
+    sum_over_ranks: SumOverRanks = no_reduce,
 ) -> Estimate:
     """The estimate of a step, along the directions that follow from (seed, step).
 
@@ -215,10 +222,10 @@ def probe(
         objective,
         batch.micro_batches,
         parametrization,
-        directions_of_step(probing.seed, step, count, probing.distribution, batch.regions),
+        directions_of_step(probing.seed, step, count, probing.distribution, batch.patch_groups),
         eps=probing.eps,
         per_example=probing.per_example,
-        copies=probing.copies,
+        probes_per_forward=probing.probes_per_forward,
         estimator=probing.estimator,
         clip_threshold=probing.clip_threshold,
         normalize=probing.normalize,
@@ -236,10 +243,10 @@ def _record(
     sigma_mean: float | None,
     seconds: float,
 ) -> StepRecord:
-    regions = result.directions[0].regions
+    patch_groups = result.directions[0].patch_groups
 
     def one_or_list(values: tuple[float, ...]) -> float | list[float]:
-        of_direction = over_regions(values, regions)
+        of_direction = over_patch_groups(values, patch_groups)
         return of_direction[0] if len(of_direction) == 1 else of_direction
 
     return StepRecord(

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from qzo_diffusion.cli import main
 from qzo_diffusion.commands import export as export_run
 from qzo_diffusion.config.style import make_config, read_yaml
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.run_folder import load_scales
@@ -99,9 +99,9 @@ def tuned_model(run):
     config = make_config(
         {**read_yaml(run / "config.yaml"), "compute": {"device": "cpu", "dtype": "float32"}}
     )
-    base, scales, _ = build.load_base(config, build.find_place(config))
+    base, scales, _ = build.load_base(config, build.find_runtime(config))
     codes = {handle.name: handle.codes.clone() for handle in handles_of(base)}
-    blend_(scales, [(load_scales(run)[0], 1.0)])
+    merge_changes_(scales, [(load_scales(run)[0], 1.0)])
     return base, codes
 
 

@@ -146,7 +146,7 @@ EVER = 0.1  # of inverse_sqrt, which needs no number of steps
 
 
 @pytest.mark.parametrize(
-    ("given", "per_example", "regions", "normalize", "lr"),
+    ("given", "per_example", "patch_groups", "normalize", "lr"),
     [
         ({}, True, 16, True, EVER),
         ({"parametrization": "row"}, True, 16, True, suited_lr(1000)),
@@ -175,10 +175,10 @@ EVER = 0.1  # of inverse_sqrt, which needs no number of steps
         ),
     ],
 )
-def test_what_is_not_given_follows_from_what_is(given, per_example, regions, normalize, lr):
+def test_what_is_not_given_follows_from_what_is(given, per_example, patch_groups, normalize, lr):
     config = make_config({"qzo": given})
     found = (config.qzo.per_example, config.qzo.regions, config.qzo.normalize, config.train.lr)
-    assert found == (per_example, regions, normalize, pytest.approx(lr))
+    assert found == (per_example, patch_groups, normalize, pytest.approx(lr))
     usual = per_example and normalize and given.get("parametrization") is None
     assert config.train.schedule == ("inverse_sqrt" if usual else "cosine")
     assert make_config(yaml.safe_load(config.to_yaml())) == config
@@ -248,7 +248,7 @@ def test_a_step_has_as_many_forwards_however_it_probes(
 
 
 @pytest.mark.parametrize(
-    ("micro", "qzo", "copies", "examples"),
+    ("micro", "qzo", "probes_per_forward", "examples"),
     [
         (None, {}, 8, 4),
         (1, {}, 1, 1),
@@ -261,10 +261,10 @@ def test_a_step_has_as_many_forwards_however_it_probes(
     ],
 )
 def test_a_micro_batch_holds_examples_with_all_their_probes_or_some_probes_of_one(
-    micro, qzo, copies, examples
+    micro, qzo, probes_per_forward, examples
 ):
     config = make_config({"train": {"micro_batch_size": micro}, "qzo": qzo})
-    assert build.probing(config).copies == copies
+    assert build.probing(config).probes_per_forward == probes_per_forward
     assert build.micro_batch_size(config, config.data.batch_size) == examples
 
 

@@ -44,7 +44,7 @@ class Layer(nn.Module):
     def module(self) -> nn.Module:
         return self
 
-    def show(self, scales: torch.Tensor) -> None:
+    def override(self, scales: torch.Tensor) -> None:
         self.scales = scales
 
 
@@ -67,9 +67,9 @@ def hashes(journal: Journal) -> dict[str, str]:
         scales = ScaleSet(
             [Layer(name, rows, blocks, words) for name, (rows, blocks) in LAYERS.items()]
         )
-        numbers = parametrize(scales, level)
-        assert replay_(journal, numbers, make_optimizer(optimizer)) == STEPS
-        for what, tensors in (("numbers", numbers.state()), ("scales", tuned_scales(numbers))):
+        theta = parametrize(scales, level)
+        assert replay_(journal, theta, make_optimizer(optimizer)) == STEPS
+        for what, tensors in (("numbers", theta.state()), ("scales", tuned_scales(theta))):
             content = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
             found[f"{level} {optimizer} {what}"] = hashlib.blake2b(
                 content, digest_size=16

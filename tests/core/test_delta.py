@@ -16,10 +16,10 @@ LEVELS = ["layer", "row", "column", "separable", "dense"]
 
 def tuned_by(level, seed=0):
     _, scales = scaled_network("reference", width=512, out=64)
-    numbers, generator = parametrize(scales, level), torch.Generator().manual_seed(seed)
-    for name, number in numbers.numbers().items():
-        numbers.add_(name, torch.randn(number.shape, generator=generator) * 0.05)
-    return {name: one.clone() for name, one in tuned_scales(numbers).items()}
+    theta, generator = parametrize(scales, level), torch.Generator().manual_seed(seed)
+    for name, number in theta.templates().items():
+        theta.add_(name, torch.randn(number.shape, generator=generator) * 0.05)
+    return {name: one.clone() for name, one in tuned_scales(theta).items()}
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -242,28 +242,28 @@ def test_a_newer_format_is_told(path):
 def trained(path, optimizer_name, level, directions, distribution="rademacher"):
     """A short run with its journal; returns copies of the trained numbers after each step."""
     model, scales = scaled_network()
-    numbers, optimizer = parametrize(scales, level), make_optimizer(optimizer_name)
+    theta, optimizer = parametrize(scales, level), make_optimizer(optimizer_name)
     writer = JournalWriter.create(path, HEADER | {"directions": distribution})
-    states = [copies(numbers)]
+    states = [copies(theta)]
     for index in range(5):
         found = estimate(
             squared_output(model),
             [inputs(seed=index)],
-            numbers,
+            theta,
             directions_of_step(3, index, directions, distribution),
             eps=1e-2,
         )
         skipped = index == 2
         if not skipped:
-            optimizer.step_(numbers, Update(found.directions, found.projected_grad, 0.05))
+            optimizer.step_(theta, Update(found.directions, found.projected_grad, 0.05))
         writer.append(StepEntry(index, 3, 0.05, 1e-2, found.loss, found.projected_grad, skipped))
-        states.append(copies(numbers))
+        states.append(copies(theta))
     writer.close()
     return states
 
 
-def copies(numbers):
-    return {name: tensor.clone() for name, tensor in numbers.state().items()}
+def copies(theta):
+    return {name: tensor.clone() for name, tensor in theta.state().items()}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
@@ -278,15 +278,15 @@ def test_replay_gives_the_numbers_of_every_step_bit_for_bit(
     journal = read_journal(path)
     for to_step, expected in enumerate(states):
         _, scales = scaled_network()
-        numbers = parametrize(scales, level)
-        assert replay_(journal, numbers, make_optimizer(optimizer), to_step=to_step) == to_step
-        assert all(torch.equal(expected[name], tensor) for name, tensor in numbers.state().items())
+        theta = parametrize(scales, level)
+        assert replay_(journal, theta, make_optimizer(optimizer), to_step=to_step) == to_step
+        assert all(torch.equal(expected[name], tensor) for name, tensor in theta.state().items())
 
 
 def test_replay_can_go_on_from_a_step(path):
     states = trained(path, "sgd", "layer", 1)
     _, scales = scaled_network()
-    numbers = parametrize(scales, "layer")
-    numbers.load_state_(states[2])
-    assert replay_(read_journal(path), numbers, make_optimizer("sgd"), first_step=2) == 5
-    assert all(torch.equal(states[-1][name], tensor) for name, tensor in numbers.state().items())
+    theta = parametrize(scales, "layer")
+    theta.load_state_(states[2])
+    assert replay_(read_journal(path), theta, make_optimizer("sgd"), first_step=2) == 5
+    assert all(torch.equal(states[-1][name], tensor) for name, tensor in theta.state().items())

@@ -12,29 +12,34 @@ from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probes import sample_losses
-from qzo_diffusion.core.spsa import estimate, spread
+from qzo_diffusion.core.spsa import estimate, rms
 from qzo_diffusion.quant.load import handles_of
+from tests.core.test_patch_groups import EXAMPLES, REGIONS, network_of_tokens, of_regions, tokens
 from tests.core.test_per_example import exact_gradient
-from tests.core.test_regions import EXAMPLES, REGIONS, network_of_tokens, of_regions, tokens
 from tests.quantized import assert_same, inputs, scaled_network, snapshot, squared_output
 
 MADE = {"eps": 1e-2, "estimator": "leave_one_out"}
 
 
-@pytest.mark.parametrize("copies", [None, 1, 2, 3])
+@pytest.mark.parametrize("probes_per_forward", [None, 1, 2, 3])
 @pytest.mark.parametrize("level", ["row", "separable"])
-def test_derivatives_are_those_of_the_formula(level, copies):
+def test_derivatives_are_those_of_the_formula(level, probes_per_forward):
     """Also in regions, and where this process has examples 1 and 2 of a batch of 4."""
-    model, scales, numbers = network_of_tokens(level)
+    model, scales, theta = network_of_tokens(level)
     x = tokens(4)
     directions = directions_of_step(0, 0, 5 * 4, "rademacher", REGIONS)
-    made = MADE | {"per_example": True, "first_example": 1, "examples": 4, "copies": copies}
-    found = estimate(of_regions(model), list(x[1:3].split(1)), numbers, directions, **made)
+    made = MADE | {
+        "per_example": True,
+        "first_example": 1,
+        "examples": 4,
+        "probes_per_forward": probes_per_forward,
+    }
+    found = estimate(of_regions(model), list(x[1:3].split(1)), theta, directions, **made)
     for example in (1, 2):
         own = directions[example::4]
         losses = []
         for direction in own:
-            with scales.showing(*numbers.probes([direction], [1e-2])):
+            with scales.override(*theta.probes([direction], [1e-2])):
                 losses.append(
                     torch.tensor(sample_losses(of_regions(model), x[example : example + 1]))
                 )
@@ -61,19 +66,19 @@ def test_derivatives_are_those_of_the_formula(level, copies):
 def test_the_mean_over_seeds_is_the_gradient(level, per_example):
     """Of a loss with curvature, at a radius where one side alone is far off."""
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)
-    numbers = parametrize(scales, level)
+    theta = parametrize(scales, level)
     x = inputs(2, width=64, dtype=torch.float64)
-    exact = exact_gradient(model, scales, numbers, x) if level != "dense" else None
-    samples = {name: [] for name in numbers.numbers()}
+    exact = exact_gradient(model, scales, theta, x) if level != "dense" else None
+    samples = {name: [] for name in theta.templates()}
     for seed in range(1000):
         directions = directions_of_step(seed, 0, 8 if per_example else 4, "rademacher")
         made = {"per_example": True, "examples": 2} if per_example else {}
         found = estimate(
-            squared_output(model), [x], numbers, directions, **MADE | {"eps": 3e-3}, **made
+            squared_output(model), [x], theta, directions, **MADE | {"eps": 3e-3}, **made
         )
         for name in samples:
             samples[name].append(
-                gradient_of(numbers, Update(directions, found.directional_derivative, lr=1.0), name)
+                gradient_of(theta, Update(directions, found.directional_derivative, lr=1.0), name)
             )
     if exact is None:
         exact = {name: scales_gradient(model, scales, name, x) for name in samples}
@@ -97,7 +102,7 @@ def scales_gradient(model, scales, name, x):
 def test_of_as_many_forwards_it_makes_more_directions(count):
     """K forwards: K - 1 of them count, where probes of both sides make K / 2."""
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, "row")
+    theta = parametrize(scales, "row")
     x = inputs(1, dtype=torch.float64)
     variances = []
     for estimator, directions_each in (("antithetic", count // 2), ("leave_one_out", count)):
@@ -107,7 +112,7 @@ def test_of_as_many_forwards_it_makes_more_directions(count):
             one = estimate(
                 squared_output(model),
                 [x],
-                numbers,
+                theta,
                 directions,
                 eps=1e-4,
                 estimator=estimator,
@@ -115,7 +120,7 @@ def test_of_as_many_forwards_it_makes_more_directions(count):
                 examples=1,
             )
             found.append(
-                gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row")
+                gradient_of(theta, Update(directions, one.directional_derivative, lr=1.0), "row")
             )
         variances.append(torch.stack(found).var(0).sum())
     assert variances[0] / variances[1] == pytest.approx((count - 1) / (count / 2), rel=0.12)
@@ -124,7 +129,7 @@ def test_of_as_many_forwards_it_makes_more_directions(count):
 def test_neither_the_loss_itself_nor_the_same_curvature_everywhere_is_seen():
     """c + k · Σθ² rises by the same in every direction of ±1."""
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, "dense")
+    theta = parametrize(scales, "dense")
     before = {name: live.clone() for name, live in scales.tensors().items()}
 
     def bowl(_):
@@ -139,7 +144,7 @@ def test_neither_the_loss_itself_nor_the_same_curvature_everywhere_is_seen():
             ]
         )
 
-    found = estimate(bowl, [None], numbers, directions_of_step(0, 0, 4, "rademacher"), **MADE)
+    found = estimate(bowl, [None], theta, directions_of_step(0, 0, 4, "rademacher"), **MADE)
     assert found.directional_derivative == pytest.approx([0.0] * 4, abs=1e-9)
     assert found.loss > 3.0
 
@@ -147,12 +152,12 @@ def test_neither_the_loss_itself_nor_the_same_curvature_everywhere_is_seen():
 @pytest.mark.parametrize("level", ["dense", "separable"])
 def test_shared_directions_are_set_against_each_other_over_the_whole_batch(level):
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, level)
+    theta = parametrize(scales, level)
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 3, "rademacher")
-    found = estimate(squared_output(model), list(x.split(2)), numbers, directions, **MADE)
+    found = estimate(squared_output(model), list(x.split(2)), theta, directions, **MADE)
     losses = []
     for direction in directions:
-        with scales.showing(numbers.view(direction, 1e-2)):
+        with scales.override(theta.perturbed(direction, 1e-2)):
             losses.append(squared_output(model)(x).mean().item())
     expected = [(loss - (sum(losses) - loss) / 2) / 1e-2 for loss in losses]
     assert found.directional_derivative == pytest.approx(expected, rel=1e-6)
@@ -160,17 +165,17 @@ def test_shared_directions_are_set_against_each_other_over_the_whole_batch(level
 
 
 def test_ranks_that_share_a_batch_find_what_one_does():
-    _, _, numbers = found = network_of_tokens("separable")
+    _, _, theta = found = network_of_tokens("separable")
     model, x = found[0], tokens()
     directions = directions_of_step(0, 0, 4 * EXAMPLES, "rademacher", REGIONS)
     made = MADE | {"per_example": True, "examples": EXAMPLES, "normalize": True}
-    whole = estimate(of_regions(model), [x], numbers, directions, **made)
+    whole = estimate(of_regions(model), [x], theta, directions, **made)
     sent = []
     for start, stop in ((0, 1), (1, 3)):
         estimate(
             of_regions(model),
             [x[start:stop]],
-            numbers,
+            theta,
             directions,
             first_example=start,
             sum_over_ranks=kept(sent),
@@ -180,10 +185,10 @@ def test_ranks_that_share_a_batch_find_what_one_does():
     assert len(sent[0]) == len(directions) * REGIONS
     added = [a + b for a, b in zip(*sent, strict=True)]
     shared = estimate(
-        of_regions(model), [x[:1]], numbers, directions, sum_over_ranks=lambda _: added, **made
+        of_regions(model), [x[:1]], theta, directions, sum_over_ranks=lambda _: added, **made
     )
     assert shared.projected_grad == pytest.approx(whole.projected_grad, rel=1e-9)
-    assert spread(whole.projected_grad, REGIONS) == pytest.approx(1.0)
+    assert rms(whole.projected_grad, REGIONS) == pytest.approx(1.0)
 
 
 def kept(sent):
@@ -216,7 +221,7 @@ def test_one_bad_probe_spoils_the_step_and_clipping_bounds_it():
 
 def test_a_direction_needs_others():
     model, scales = scaled_network()
-    numbers = parametrize(scales, "row")
+    theta = parametrize(scales, "row")
     for count, made in (
         (1, {}),
         (3, {"per_example": True}),
@@ -226,7 +231,7 @@ def test_a_direction_needs_others():
             estimate(
                 squared_output(model),
                 [inputs(3)],
-                numbers,
+                theta,
                 directions_of_step(0, 0, count, "rademacher"),
                 **MADE,
                 **made,
@@ -236,7 +241,7 @@ def test_a_direction_needs_others():
 @pytest.mark.parametrize("level", ["dense", "separable"])
 def test_scales_are_what_they_were_when_the_objective_raises(level):
     model, scales = scaled_network("bnb")
-    numbers, before, calls = parametrize(scales, level), snapshot(model, scales), []
+    theta, before, calls = parametrize(scales, level), snapshot(model, scales), []
 
     def failing(x):
         calls.append(None)
@@ -248,9 +253,9 @@ def test_scales_are_what_they_were_when_the_objective_raises(level):
         estimate(
             failing,
             [inputs(2)],
-            numbers,
+            theta,
             [Direction(0, 0, index) for index in range(4)],
-            copies=1,
+            probes_per_forward=1,
             **MADE,
         )
     assert_same(before, snapshot(model, scales))
@@ -258,21 +263,21 @@ def test_scales_are_what_they_were_when_the_objective_raises(level):
 
 def test_the_cosine_with_the_gradient_is_that_of_one_direction_less():
     model, scales = scaled_network("reference", width=64, out=2, blocksize=32)
-    numbers = parametrize(scales, "row")
+    theta = parametrize(scales, "row")
     x, found = inputs(1, width=64), []
-    exact = oracle.exact_gradient(squared_output(model), [x], numbers, handles_of(model))
+    exact = oracle.exact_gradient(squared_output(model), [x], theta, handles_of(model))
     for seed in range(300):
         directions = directions_of_step(seed, 0, 8, "rademacher")
         one = estimate(
             squared_output(model),
             [x],
-            numbers,
+            theta,
             directions,
             per_example=True,
             examples=1,
             **MADE | {"eps": 3e-3},
         )
-        found.append(oracle.alignment(numbers, one, exact))
+        found.append(oracle.alignment(theta, one, exact))
     total = len(exact["row"])
     assert found[0].expected_cosine == pytest.approx(math.sqrt(7 / (7 + total)))
     assert sum(one.cosine for one in found) / 300 == pytest.approx(

@@ -14,7 +14,7 @@ from qzo_diffusion.core.bits import (
     _choose_by_mask,
     _sum_by_product_,
     _sum_by_table_,
-    choose,
+    select,
     signed_sum,
 )
 from qzo_diffusion.core.noise import (
@@ -39,7 +39,7 @@ def test_bits_are_those_of_numpys_philox_lowest_bit_first():
     )
     words = np.random.Philox(key=key).random_raw(3)
     expected = [bool(int(words[i // 64]) >> (i % 64) & 1) for i in range(130)]
-    drawn = choose(
+    drawn = select(
         torch.from_numpy(packed_bits(130, 7, 3, 0, "layer")), [(1.0, 0.0)], torch.float32, 0, 130
     )[0]
     assert drawn.bool().tolist() == expected
@@ -48,10 +48,10 @@ def test_bits_are_those_of_numpys_philox_lowest_bit_first():
 @pytest.mark.parametrize(("start", "stop"), [(0, 192), (3, 5), (8, 16), (13, 131), (64, 65)])
 def test_any_range_of_bits_can_be_chosen_alone(start, stop):
     packed = stacked(192, 3)
-    whole = choose(packed, [(0.25, -0.5)], torch.float64)[0]
+    whole = select(packed, [(0.25, -0.5)], torch.float64)[0]
     assert whole.shape == (3, 192)
     assert whole.unique().tolist() == [-0.5, 0.25]
-    both = choose(packed, [(0.25, -0.5), (1.0, 2.0)], torch.float64, start, stop)
+    both = select(packed, [(0.25, -0.5), (1.0, 2.0)], torch.float64, start, stop)
     assert torch.equal(both[0], whole[:, start:stop])
     assert torch.equal(both[1], torch.where(whole > 0, 1.0, 2.0)[:, start:stop].double())
 
@@ -61,7 +61,7 @@ def test_a_gpu_chooses_the_same_another_way(dtype):
     packed, pairs = stacked(192, 3), [(math.exp(0.01), math.exp(-0.01)), (1.0, -1.0)]
     found = torch.empty(2, *packed.shape, 8, dtype=dtype)
     _choose_by_mask(packed, pairs, found)
-    assert torch.equal(found.flatten(-2), choose(packed, pairs, dtype))
+    assert torch.equal(found.flatten(-2), select(packed, pairs, dtype))
 
 
 AMOUNTS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=70)
@@ -70,7 +70,7 @@ AMOUNTS = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=70)
 @given(AMOUNTS, st.randoms(use_true_random=False))
 def test_signed_sums_are_the_same_in_any_order_and_right_to_their_last_bit(amounts, order):
     packed = stacked(100, len(amounts))
-    signs = choose(packed, [(1.0, -1.0)], torch.float64, 0, 100)[0]
+    signs = select(packed, [(1.0, -1.0)], torch.float64, 0, 100)[0]
     found = signed_sum(packed, amounts, 100)
     exact = torch.tensor(amounts, dtype=torch.float64) @ signs
     # Each amount is off by at most half a unit of 2^-39 of the largest; the sum to compare with

@@ -32,10 +32,10 @@ def known_update(
 def numbers_after(optimizer, updates):
     """θ of every layer after the steps, at layer level."""
     _, scales = scaled_network()
-    numbers = parametrize(scales, "layer")
+    theta = parametrize(scales, "layer")
     for one in updates:
-        optimizer.step_(numbers, one)
-    return {name: numbers.of_layer("layer", name).item() for name in scales}
+        optimizer.step_(theta, one)
+    return {name: theta.of_layer("layer", name).item() for name in scales}
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -68,19 +68,19 @@ def test_momentum_is_an_average_of_past_estimates():
 def test_adam_agrees_with_torchs_adam_on_the_same_gradients(count, distribution):
     updates = [known_update(count, distribution, step, grad=0.3 + step) for step in range(5)]
     _, scales = scaled_network()
-    numbers = parametrize(scales, "dense")
+    theta = parametrize(scales, "dense")
     name = next(iter(scales))
     initial = scales[name].clone()
-    theta = torch.zeros_like(scales[name], requires_grad=True)
-    theirs = torch.optim.Adam([theta], lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+    parameter = torch.zeros_like(scales[name], requires_grad=True)
+    theirs = torch.optim.Adam([parameter], lr=0.01, betas=(0.9, 0.99), eps=1e-8)
     ours = Adam()
     for one in updates:
-        theta.grad = gradient_of(numbers, one, name)
+        parameter.grad = gradient_of(theta, one, name)
         theirs.step()
-        ours.step_(numbers, one)
+        ours.step_(theta, one)
     # fp32 scales carry θ with an error of one rounding a step.
     torch.testing.assert_close(
-        torch.log(scales[name] / initial), theta.detach(), rtol=0, atol=5 * 5 * 2**-24
+        torch.log(scales[name] / initial), parameter.detach(), rtol=0, atol=5 * 5 * 2**-24
     )
 
 
@@ -98,30 +98,30 @@ def test_a_loaded_state_continues_as_if_never_stopped(name):
     updates = [known_update(step=step, grad=0.3 + step) for step in range(4)]
     whole = numbers_after(make_optimizer(name), updates)
     _, scales = scaled_network()
-    numbers, first = parametrize(scales, "layer"), make_optimizer(name)
+    theta, first = parametrize(scales, "layer"), make_optimizer(name)
     for one in updates[:2]:
-        first.step_(numbers, one)
+        first.step_(theta, one)
     second = make_optimizer(name)
     second.load_state_(first.state())
     for one in updates[2:]:
-        second.step_(numbers, one)
-    assert whole == {name: numbers.of_layer("layer", name).item() for name in scales}
+        second.step_(theta, one)
+    assert whole == {name: theta.of_layer("layer", name).item() for name in scales}
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 @pytest.mark.parametrize("level", ["dense", "layer"])
 def test_the_loss_falls(name, level):
     model, scales = scaled_network()
-    numbers, optimizer = parametrize(scales, level), make_optimizer(name)
+    theta, optimizer = parametrize(scales, level), make_optimizer(name)
     objective, x = squared_output(model), inputs(16)
     start = mean_loss(objective, [x])
     for step in range(60):
-        result = estimate(objective, [x], numbers, [Direction(0, step)], eps=1e-2)
+        result = estimate(objective, [x], theta, [Direction(0, step)], eps=1e-2)
         optimizer.step_(
-            numbers,
+            theta,
             Update(result.directions, result.projected_grad, lr=0.02 if name == "adam" else 0.1),
         )
-    with scales.showing(numbers.view()):
+    with scales.override(theta.perturbed()):
         end = mean_loss(objective, [x])
     assert end < 0.9 * start
 
@@ -151,14 +151,14 @@ def test_in_running_spreads_the_scale_of_a_loss_says_nothing_and_a_resumed_run_g
         after, rel=1e-6
     )
     _, scales = scaled_network()
-    numbers, optimizer = parametrize(scales, "layer"), InRunningSpreads(make_optimizer(name))
+    theta, optimizer = parametrize(scales, "layer"), InRunningSpreads(make_optimizer(name))
     for index, one in enumerate(updates(1.0)):
         if index == 2:
             state = {key: tensor.clone() for key, tensor in optimizer.state().items()}
             optimizer = InRunningSpreads(make_optimizer(name))
             optimizer.load_state_(state)
-        optimizer.step_(numbers, one)
-    assert {layer: numbers.of_layer("layer", layer).item() for layer in scales} == after
+        optimizer.step_(theta, one)
+    assert {layer: theta.of_layer("layer", layer).item() for layer in scales} == after
 
 
 def test_a_past_without_any_loss_difference_does_not_divide_by_zero():

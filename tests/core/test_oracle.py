@@ -16,31 +16,31 @@ LEVELS = ["dense", "row", "column", "layer", "separable"]
 @pytest.mark.parametrize("level", LEVELS)
 def test_it_is_the_slope_of_the_loss_along_any_direction(level):
     model, scales = scaled_network(dtype=torch.float64, width=64, blocksize=32)
-    numbers = parametrize(scales, level)
-    numbers.move_([Direction(1, 1)], [0.1])
+    theta = parametrize(scales, level)
+    theta.move_([Direction(1, 1)], [0.1])
     objective, x = squared_output(model), inputs(4, width=64, dtype=torch.float64)
-    gradient = exact_gradient(objective, list(x.split(3)), numbers, handles_of(model))
+    gradient = exact_gradient(objective, list(x.split(3)), theta, handles_of(model))
     direction = Direction(0, 0)
     along = sum(
-        (gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item()
+        (gradient[name] * theta.combined(name, [direction], [1.0])).sum().item()
         for name in gradient
     )
     losses = []
     for radius in (1e-5, -1e-5):
-        with scales.showing(numbers.view(direction, radius)):
+        with scales.override(theta.perturbed(direction, radius)):
             losses.append(mean_loss(objective, [x]))
     assert along == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
 
 
 def test_losses_of_regions_are_those_of_their_example():
     model, scales = scaled_network()
-    numbers, objective, x = parametrize(scales, "row"), squared_output(model), inputs(4)
+    theta, objective, x = parametrize(scales, "row"), squared_output(model), inputs(4)
 
     def of_regions(batch):  # their mean is the example's loss
         return objective(batch).unsqueeze(1) * torch.tensor([0.5, 1.5])
 
     one, other = (
-        exact_gradient(loss, [x], numbers, handles_of(model))["row"]
+        exact_gradient(loss, [x], theta, handles_of(model))["row"]
         for loss in (objective, of_regions)
     )
     torch.testing.assert_close(other, one)
@@ -70,18 +70,18 @@ def test_both_backends_give_the_same_gradient():
 
 def test_the_cosine_of_an_estimate_is_what_its_directions_allow():
     model, scales = scaled_network(dtype=torch.float64)
-    numbers, objective, x = (
+    theta, objective, x = (
         parametrize(scales, "row"),
         squared_output(model),
         inputs(1, dtype=torch.float64),
     )
-    exact = exact_gradient(objective, [x], numbers, handles_of(model))
+    exact = exact_gradient(objective, [x], theta, handles_of(model))
     cosines = []
     for seed in range(40):
         found = estimate(
-            objective, [x], numbers, directions_of_step(seed, 0, 16, "rademacher"), eps=1e-3
+            objective, [x], theta, directions_of_step(seed, 0, 16, "rademacher"), eps=1e-3
         )
-        one = alignment(numbers, found, exact)
+        one = alignment(theta, found, exact)
         cosines.append(one.cosine)
     assert one.expected_cosine == pytest.approx((16 / (16 + 136)) ** 0.5)
     assert sum(cosines) / 40 == pytest.approx(

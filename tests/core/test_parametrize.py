@@ -23,34 +23,34 @@ def copies(scales):
 
 def test_dense_relative_multiplies_by_the_exponential():
     _, scales = scaled_network(dtype=torch.float64)
-    before, numbers = copies(scales), parametrize(scales, "dense")
-    numbers.move_([DIRECTION], [0.03])
+    before, theta = copies(scales), parametrize(scales, "dense")
+    theta.move_([DIRECTION], [0.03])
     for name in scales:
-        theta = torch.log(scales[name] / before[name])
-        torch.testing.assert_close(theta, 0.03 * DIRECTION.z(name, theta), rtol=1e-12, atol=1e-12)
+        moved = torch.log(scales[name] / before[name])
+        torch.testing.assert_close(moved, 0.03 * DIRECTION.z(name, moved), rtol=1e-12, atol=1e-12)
 
 
 def test_the_exponential_is_the_nearest_number_of_fp32_as_on_any_machine():
     """That of fp32 is not, and another one on a GPU: a journal would give other scales there."""
-    numbers = torch.randn(500, generator=torch.Generator().manual_seed(0)) / 4
+    theta = torch.randn(500, generator=torch.Generator().manual_seed(0)) / 4
     exact = torch.tensor(
-        [float(Decimal(number).exp()) for number in numbers.tolist()], dtype=torch.float64
+        [float(Decimal(number).exp()) for number in theta.tolist()], dtype=torch.float64
     )
-    assert torch.equal(exp(numbers), exact.float())
-    assert not torch.equal(torch.exp(numbers), exact.float())
+    assert torch.equal(exp(theta), exact.float())
+    assert not torch.equal(torch.exp(theta), exact.float())
 
 
 def test_dense_relative_keeps_scales_positive_however_far_it_moves():
     _, scales = scaled_network()
-    numbers = parametrize(scales, "dense")
-    numbers.move_([DIRECTION], [20.0])
+    theta = parametrize(scales, "dense")
+    theta.move_([DIRECTION], [20.0])
     assert all((scales[name] > 0).all() for name in scales)
 
 
 def test_dense_absolute_adds_and_stops_at_zero():
     _, scales = scaled_network()
-    before, numbers = copies(scales), parametrize(scales, "dense", "absolute")
-    numbers.move_([DIRECTION], [-0.2])
+    before, theta = copies(scales), parametrize(scales, "dense", "absolute")
+    theta.move_([DIRECTION], [-0.2])
     for name in scales:
         moved = before[name] + (-0.2 * DIRECTION.z(name, before[name]))
         assert torch.equal(scales[name], moved.clamp(min=0))
@@ -59,30 +59,32 @@ def test_dense_absolute_adds_and_stops_at_zero():
 
 def test_per_layer_moves_one_number_and_no_scale_until_merged():
     model, scales = scaled_network()
-    before, numbers = copies(scales), parametrize(scales, "layer")
-    numbers.move_([DIRECTION], [0.1])
+    before, theta = copies(scales), parametrize(scales, "layer")
+    theta.move_([DIRECTION], [0.1])
     assert all(torch.equal(before[name], scales[name]) for name in scales)
-    with scales.showing(numbers.view()):
+    with scales.override(theta.perturbed()):
         viewed = model(inputs())
-    theta = {name: numbers.of_layer("layer", name).clone() for name in scales}
-    numbers.merge_()
+    of_layer = {name: theta.of_layer("layer", name).clone() for name in scales}
+    theta.merge_()
     assert torch.equal(viewed, model(inputs()))
-    assert torch.equal(torch.cat(list(theta.values())), 0.1 * DIRECTION.z("layer", torch.empty(2)))
+    assert torch.equal(
+        torch.cat(list(of_layer.values())), 0.1 * DIRECTION.z("layer", torch.empty(2))
+    )
     for name in scales:
-        assert torch.equal(scales[name], before[name] * torch.exp(theta[name]))
-    assert not numbers.theta["layer"].any()
+        assert torch.equal(scales[name], before[name] * torch.exp(of_layer[name]))
+    assert not theta.theta["layer"].any()
 
 
 @pytest.mark.parametrize(("level", "units"), LEVELS)
 def test_a_view_at_radius_r_is_what_moving_by_r_gives(level, units):
     """Estimator and update speak of the same numbers."""
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, level, units)
+    theta = parametrize(scales, level, units)
     x = inputs(dtype=torch.float64)
-    with scales.showing(numbers.view(DIRECTION, 0.01)):
+    with scales.override(theta.perturbed(DIRECTION, 0.01)):
         viewed = model(x)
-    numbers.move_([DIRECTION], [0.01])
-    with scales.showing(numbers.view()):
+    theta.move_([DIRECTION], [0.01])
+    with scales.override(theta.perturbed()):
         moved = model(x)
     torch.testing.assert_close(viewed, moved, rtol=1e-12, atol=1e-12)
 
@@ -91,11 +93,11 @@ def test_a_view_at_radius_r_is_what_moving_by_r_gives(level, units):
 def test_moving_is_adding_z(level, units):
     _, moved = scaled_network(dtype=torch.float64)
     _, added = scaled_network(dtype=torch.float64)
-    numbers, others = parametrize(moved, level, units), parametrize(added, level, units)
-    numbers.move_([DIRECTION], [-0.02])
-    for name in others.numbers():
+    theta, others = parametrize(moved, level, units), parametrize(added, level, units)
+    theta.move_([DIRECTION], [-0.02])
+    for name in others.templates():
         others.add_(name, others.combined(name, [DIRECTION], [-0.02]))
-    numbers.merge_()
+    theta.merge_()
     others.merge_()
     for name in moved:
         torch.testing.assert_close(moved[name], added[name], rtol=1e-14, atol=1e-14)
@@ -104,13 +106,13 @@ def test_moving_is_adding_z(level, units):
 @pytest.mark.parametrize(("level", "units"), LEVELS)
 def test_state_brings_the_numbers_back(level, units):
     _, scales = scaled_network()
-    numbers = parametrize(scales, level, units)
-    numbers.move_([DIRECTION], [0.05])
-    state = {name: tensor.clone() for name, tensor in numbers.state().items()}
+    theta = parametrize(scales, level, units)
+    theta.move_([DIRECTION], [0.05])
+    state = {name: tensor.clone() for name, tensor in theta.state().items()}
     _, fresh = scaled_network()
     restored = parametrize(fresh, level, units)
     restored.load_state_(state)
-    numbers.merge_()
+    theta.merge_()
     restored.merge_()
     assert all(torch.equal(scales[name], fresh[name]) for name in scales)
 

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qzo_diffusion.core.activation_scaling import (
+    LayerScaling,
+    ScaledLayer,
+    _scale_at_once,
+    _scale_by_parts,
+)
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.core.gains import Factors, LayerGain, _scale_at_once, _scale_by_parts
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
@@ -22,15 +27,15 @@ GAINED = ["row", "layer", "column", "separable"]
 @pytest.mark.parametrize("backend", ["reference", "bnb"])
 def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level, distribution):
     model, scales = scaled_network(backend)
-    numbers = parametrize(scales, level)
-    numbers.move_([Direction(9, 0)], [0.05])
+    theta = parametrize(scales, level)
+    theta.move_([Direction(9, 0)], [0.05])
     x = inputs(4)
     directions = directions_of_step(0, 0, 4, distribution)
     with torch.no_grad():
-        with scales.showing(*numbers.probes(directions, [0.02])):
+        with scales.override(*theta.probes(directions, [0.02])):
             together = model(x)
         for index, direction in enumerate(directions):
-            with scales.showing(numbers.view(direction, 0.02)):
+            with scales.override(theta.perturbed(direction, 0.02)):
                 alone = model(x[index : index + 1])
             # Two layers of products of 128 terms and a handful of single roundings, each 2^-24 of
             # the largest output.
@@ -45,35 +50,41 @@ def test_each_example_sees_what_its_direction_does_to_the_scales(backend, level,
 @pytest.mark.parametrize("level", GAINED)
 def test_derivatives_are_those_of_the_examples_one_at_a_time(level):
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, level)
+    theta = parametrize(scales, level)
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
     found = estimate(
-        squared_output(model), list(x.split(2)), numbers, directions, eps=1e-2, per_example=True
+        squared_output(model), list(x.split(2)), theta, directions, eps=1e-2, per_example=True
     )
     for index, direction in enumerate(directions):
         single = estimate(
-            squared_output(model), [x[index : index + 1]], numbers, [direction], eps=1e-2
+            squared_output(model), [x[index : index + 1]], theta, [direction], eps=1e-2
         )
         assert found.directional_derivative[index] == pytest.approx(
             single.directional_derivative[0], rel=1e-9
         )
 
 
-@pytest.mark.parametrize("copies", [None, 1])
-def test_several_directions_of_each_example_are_as_many_estimates(copies):
+@pytest.mark.parametrize("probes_per_forward", [None, 1])
+def test_several_directions_of_each_example_are_as_many_estimates(probes_per_forward):
     """Also where this process has examples 2 to 4 of a batch of 6."""
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, "separable")
+    theta = parametrize(scales, "separable")
     x, directions = inputs(3, dtype=torch.float64), directions_of_step(0, 0, 12, "rademacher")
-    made = {"eps": 1e-2, "per_example": True, "first_example": 2, "examples": 6, "copies": copies}
-    found = estimate(squared_output(model), list(x.split(2)), numbers, directions, **made)
+    made = {
+        "eps": 1e-2,
+        "per_example": True,
+        "first_example": 2,
+        "examples": 6,
+        "probes_per_forward": probes_per_forward,
+    }
+    found = estimate(squared_output(model), list(x.split(2)), theta, directions, **made)
     assert len(found.directional_derivative) == 12
     for index, direction in enumerate(directions):
         if 2 <= index % 6 < 5:
             single = estimate(
                 squared_output(model),
                 [x[index % 6 - 2 : index % 6 - 1]],
-                numbers,
+                theta,
                 [direction],
                 eps=1e-2,
             )
@@ -87,7 +98,7 @@ def test_several_directions_of_each_example_are_as_many_estimates(copies):
 def test_two_directions_have_half_the_variance_of_one():
     """Where examples are alike: what is left then is that directions are few."""
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, "row")
+    theta = parametrize(scales, "row")
     x = inputs(1, dtype=torch.float64).repeat(4, 1)
     variances = []
     for each in (1, 2):
@@ -97,14 +108,14 @@ def test_two_directions_have_half_the_variance_of_one():
             one = estimate(
                 squared_output(model),
                 [x],
-                numbers,
+                theta,
                 directions,
                 eps=1e-3,
                 per_example=True,
                 examples=4,
             )
             found.append(
-                gradient_of(numbers, Update(directions, one.directional_derivative, lr=1.0), "row")
+                gradient_of(theta, Update(directions, one.directional_derivative, lr=1.0), "row")
             )
         variances.append(torch.stack(found).var(0).sum())
     # over some 100 rows, each known to 7 % from 400 seeds
@@ -114,27 +125,25 @@ def test_two_directions_have_half_the_variance_of_one():
 @pytest.mark.parametrize("level", GAINED)
 def test_the_mean_over_seeds_is_the_gradient(level):
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)
-    numbers = parametrize(scales, level)
+    theta = parametrize(scales, level)
     x = inputs(8, width=64, dtype=torch.float64)
-    exact = exact_gradient(model, scales, numbers, x)
-    samples = {axis: [] for axis in numbers.theta}
+    exact = exact_gradient(model, scales, theta, x)
+    samples = {axis: [] for axis in theta.theta}
     for seed in range(600):
         directions = directions_of_step(seed, 0, 8, "rademacher")
-        found = estimate(
-            squared_output(model), [x], numbers, directions, eps=1e-3, per_example=True
-        )
+        found = estimate(squared_output(model), [x], theta, directions, eps=1e-3, per_example=True)
         update = Update(directions, found.directional_derivative, lr=1.0)
         for axis in samples:
-            samples[axis].append(gradient_of(numbers, update, axis))
+            samples[axis].append(gradient_of(theta, update, axis))
     for axis, values in samples.items():
         stacked = torch.stack(values)
         deviation = (stacked.mean(0) - exact[axis]).abs() / (stacked.std(0) / 600**0.5)
         assert deviation.max() < 5, axis
 
 
-def exact_gradient(model, scales, numbers, x):
+def exact_gradient(model, scales, theta, x):
     """By autograd through the scales, summed over each group."""
-    exact = {axis: [] for axis in numbers.theta}
+    exact = {axis: [] for axis in theta.theta}
     for name in scales:
         layer = model.get_submodule(name)
         live = layer.absmax
@@ -154,19 +163,17 @@ def exact_gradient(model, scales, numbers, x):
 
 def test_it_has_less_variance_than_one_shared_direction():
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, "row")
+    theta = parametrize(scales, "row")
     x = inputs(16, dtype=torch.float64)
     shared, own = [], []
     for seed in range(60):
         for kept, count in ((shared, 1), (own, 16)):
             directions = directions_of_step(seed, 0, count, "rademacher")
             found = estimate(
-                squared_output(model), [x], numbers, directions, eps=1e-3, per_example=count > 1
+                squared_output(model), [x], theta, directions, eps=1e-3, per_example=count > 1
             )
             kept.append(
-                gradient_of(
-                    numbers, Update(directions, found.directional_derivative, lr=1.0), "row"
-                )
+                gradient_of(theta, Update(directions, found.directional_derivative, lr=1.0), "row")
             )
     ratio = torch.stack(shared).var(0).sum() / torch.stack(own).var(0).sum()
     # 16 · |mean gradient|² / mean |example's gradient|² in expectation, which is less than 16
@@ -176,7 +183,7 @@ def test_it_has_less_variance_than_one_shared_direction():
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_nothing_changes_and_no_factor_stays(error):
     model, scales = scaled_network("bnb")
-    numbers = parametrize(scales, "row")
+    theta = parametrize(scales, "row")
     before, plain = snapshot(model, scales), model(inputs())
 
     def broken(x):
@@ -187,7 +194,7 @@ def test_nothing_changes_and_no_factor_stays(error):
         estimate(
             broken,
             [inputs()],
-            numbers,
+            theta,
             directions_of_step(0, 0, 6, "rademacher"),
             eps=1e-2,
             per_example=True,
@@ -202,10 +209,10 @@ def test_dense_numbers_have_no_factor_of_outputs():
         parametrize(scales, "dense").probes([Direction(0, 0)], [1e-2, -1e-2])
 
 
-def gained(product, bias, gain, dtype=torch.float32):
+def gained(product, bias, layer_scaling, dtype=torch.float32):
     """What a quantized layer gives for `product + bias` under a gain."""
     output = product.to(dtype, copy=True)
-    Factors("layer", LayerGain(output=gain), bias).of_output_(output)
+    ScaledLayer("layer", LayerScaling(output=layer_scaling), bias).scale_output_(output)
     return output
 
 
@@ -214,43 +221,45 @@ def gained(product, bias, gain, dtype=torch.float32):
 def test_gain_leaves_the_bias_alone_in_any_shape(shape, groups):
     generator = torch.Generator().manual_seed(0)
     product, bias = torch.randn(shape, generator=generator), torch.randn(8, generator=generator)
-    gain = torch.rand(groups, 8, generator=generator)
-    of_example = gain.repeat_interleave(6 // groups, 0).view(6, *(1,) * (len(shape) - 2), 8)
-    torch.testing.assert_close(gained(product, bias, gain), product * of_example + bias)
+    layer_scaling = torch.rand(groups, 8, generator=generator)
+    of_example = layer_scaling.repeat_interleave(6 // groups, 0).view(
+        6, *(1,) * (len(shape) - 2), 8
+    )
+    torch.testing.assert_close(gained(product, bias, layer_scaling), product * of_example + bias)
 
 
 def test_a_small_gain_is_not_lost_in_bfloat16():
     """1.01 alone rounds to 1.0078 there; the product is formed in fp32 and rounded once."""
-    value, gain = torch.tensor([[1.9921875]], dtype=torch.bfloat16), torch.tensor([[1.01]])
-    scaled = gained(value, None, gain, torch.bfloat16)
-    assert torch.equal(scaled, (value.float() * gain).bfloat16())
-    assert not torch.equal(scaled, value * gain.bfloat16())
+    value, layer_scaling = torch.tensor([[1.9921875]], dtype=torch.bfloat16), torch.tensor([[1.01]])
+    scaled = gained(value, None, layer_scaling, torch.bfloat16)
+    assert torch.equal(scaled, (value.float() * layer_scaling).bfloat16())
+    assert not torch.equal(scaled, value * layer_scaling.bfloat16())
 
 
 def test_examples_that_do_not_fit_the_groups_are_refused():
     model, scales = scaled_network()
-    numbers = parametrize(scales, "row")
-    probes = numbers.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
-    with pytest.raises(ModelError, match="4 groups are probed"), scales.showing(*probes):
+    theta = parametrize(scales, "row")
+    probes = theta.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
+    with pytest.raises(ModelError, match="4 groups are probed"), scales.override(*probes):
         model(inputs(6))
 
 
 @pytest.mark.parametrize("level", GAINED)
 def test_both_signs_in_one_forward_are_what_two_forwards_give(level):
     model, scales = scaled_network(dtype=torch.float64)
-    numbers = parametrize(scales, level)
-    numbers.move_([Direction(5, 5)], [0.1])
+    theta = parametrize(scales, level)
+    theta.move_([Direction(5, 5)], [0.1])
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
     for per_example, chosen in ((True, directions), (False, directions[:2])):
         together, apart = (
             estimate(
                 squared_output(model),
                 list(x.split(2)),
-                numbers,
+                theta,
                 chosen,
                 eps=1e-2,
                 per_example=per_example,
-                copies=both,
+                probes_per_forward=both,
             )
             for both in (None, 1)
         )
@@ -302,7 +311,7 @@ def test_examples_with_directions_of_their_own_need_a_loss_each():
 @pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 8)])
 def test_a_gain_in_one_pass_is_the_one_by_parts_bit_for_bit(bias, monkeypatch):
     """What a GPU is told to do in 16 bits, and what a CPU does."""
-    monkeypatch.setattr("qzo_diffusion.core.gains.AT_ONCE", 40)
+    monkeypatch.setattr("qzo_diffusion.core.activation_scaling.AT_ONCE", 40)
     generator = torch.Generator().manual_seed(0)
     tensor = torch.randn(6, 5, 8, generator=generator).bfloat16()
     factor = 1 + torch.rand(6, 1, 8, generator=generator) / 10
@@ -333,15 +342,19 @@ class Operations(TorchDispatchMode):
 def test_a_gain_is_one_operation_on_a_device_that_converts_on_its_way(tokens):
     x = torch.empty(4, tokens, 128, dtype=torch.bfloat16, device="meta")
     y = torch.empty(4, tokens, 96, dtype=torch.bfloat16, device="meta")
-    gain = LayerGain(torch.empty(4, 96, device="meta"), torch.empty(4, 2, device="meta"))
+    layer_scaling = LayerScaling(
+        torch.empty(4, 96, device="meta"), torch.empty(4, 2, device="meta")
+    )
     with Operations() as counted:
-        factors = Factors("layer", gain, torch.empty(96, dtype=torch.bfloat16, device="meta"))
+        factors = ScaledLayer(
+            "layer", layer_scaling, torch.empty(96, dtype=torch.bfloat16, device="meta")
+        )
     assert counted.count == 0
     with Operations() as counted:
-        factors.of_input(x)
+        factors.scale_input(x)
     assert counted.count == 1
     with Operations() as counted:
-        factors.of_output_(y)
+        factors.scale_output_(y)
     assert counted.count == 1
 
 
@@ -351,6 +364,6 @@ def test_inputs_are_scaled_block_by_block_for_few_and_for_many_tokens(tokens, dt
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, tokens, 24, generator=generator).to(dtype)
     factor = 1 + torch.rand(2, 3, generator=generator) / 10
-    scaled = Factors("layer", LayerGain(input=factor), None).of_input(x)
+    scaled = ScaledLayer("layer", LayerScaling(input=factor), None).scale_input(x)
     expected = x.float() * factor.repeat_interleave(2, 0).repeat_interleave(8, 1).unsqueeze(1)
     assert torch.equal(scaled, expected.to(dtype))

@@ -66,12 +66,12 @@ def test_the_two_roundings_are_independent(distribution, eps):
     """E[p Q2(u)] / ε = 1 for a number and 0 between two; p with itself in place of Q2 would not
     give that.
     """
-    layer, numbers = one_layer([0] * 40_000)
+    layer, theta = one_layer([0] * 40_000)
     first, twice = [], []
     for seed in range(30):
         direction = Direction(seed, 0, 0, distribution)
-        p = numbers.view(direction, eps)(["w"])["w"].double().flatten()
-        u2 = numbers.combined("w", [direction], [1.0]).double().flatten()
+        p = theta.perturbed(direction, eps)(["w"])["w"].double().flatten()
+        u2 = theta.combined("w", [direction], [1.0]).double().flatten()
         first.append(torch.stack([(p * u2) / eps, (p * u2.roll(1)) / eps], 1))
         twice.append((p / eps).square())
     assert within(torch.cat(first), torch.tensor([1.0, 0.0]).double())
@@ -82,7 +82,7 @@ def test_the_two_roundings_are_independent(distribution, eps):
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
 def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
     start = [3, -7, 20, 0, 11, -40]
-    layer, numbers = one_layer(start)
+    layer, theta = one_layer(start)
     curvature, goal = (
         torch.tensor([1.0, 0.5, 2.0, 0.1, 3.0, 0.2]),
         torch.tensor([0.0, 1.0, 15.0, -5.0, 12.0, -20.0]),
@@ -94,10 +94,8 @@ def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
     found = []
     for seed in range(4000):
         direction = Direction(seed, 0, 0, distribution)
-        mu = estimate(loss, [torch.zeros(1)], numbers, [direction], eps=0.6).directional_derivative[
-            0
-        ]
-        found.append(mu * numbers.combined("w", [direction], [1.0])[0].double())
+        mu = estimate(loss, [torch.zeros(1)], theta, [direction], eps=0.6).directional_derivative[0]
+        found.append(mu * theta.combined("w", [direction], [1.0])[0].double())
     assert within(torch.stack(found), (curvature * (torch.tensor(start) - goal)).double())
 
 
@@ -105,13 +103,13 @@ def test_the_spread_of_the_probe_grows_as_one_over_eps():
     """Var(p / ε): 1 / ε below one code, and 1 from there on; the probe in floating point has 1
     everywhere.
     """
-    _, numbers = one_layer([0] * 200_000)
+    _, theta = one_layer([0] * 200_000)
     _, plain = one_layer([0] * 200_000)
     plain = Codes(plain.scales, {"w": Int8Grid()}, probe="float")
     for eps in (0.05, 0.2, 0.5, 1.0):
-        p = numbers.view(Direction(0, 0), eps)(["w"])["w"].double() / eps
+        p = theta.perturbed(Direction(0, 0), eps)(["w"])["w"].double() / eps
         assert p.square().mean().item() == pytest.approx(1 / eps, rel=0.05)
-        assert plain.view(Direction(0, 0), eps)(["w"])["w"].div(
+        assert plain.perturbed(Direction(0, 0), eps)(["w"])["w"].div(
             eps
         ).square().mean().item() == pytest.approx(1.0)
 
@@ -122,14 +120,14 @@ def test_probes_leave_the_codes_as_they_were_also_after_an_exception(kind, probe
     if (kind, probe) == ("fp8", "float"):
         pytest.skip("fp8 has no numbers between its codes; the config refuses it")
     model, scales, grids = grid_network(kind)
-    numbers, before = Codes(scales, grids, probe=probe), snapshot(model, scales)
+    theta, before = Codes(scales, grids, probe=probe), snapshot(model, scales)
     seen = []
-    with torch.no_grad(), scales.showing(numbers.view(Direction(0, 0), 1.0)):
+    with torch.no_grad(), scales.override(theta.perturbed(Direction(0, 0), 1.0)):
         seen.append(model(inputs()))
     assert not torch.equal(seen[0], model(inputs()))
 
     def interrupted():
-        with scales.showing(numbers.view(Direction(0, 0), -1.0)):
+        with scales.override(theta.perturbed(Direction(0, 0), -1.0)):
             model(inputs())
             raise KeyboardInterrupt
 
@@ -142,18 +140,18 @@ def test_probes_leave_the_codes_as_they_were_also_after_an_exception(kind, probe
 def test_moves_stay_in_the_range_and_change_only_what_they_say(kind, monkeypatch):
     monkeypatch.setattr(quzo, "BLOCK", 512)  # several blocks a layer
     _, scales, grids = grid_network(kind, seed=3)
-    grid, numbers = grids["0"], Codes(scales, grids, trained=["0"])
+    grid, theta = grids["0"], Codes(scales, grids, trained=["0"])
     before = {name: grids[name].codes(scales[name]) for name in scales}
     direction = Direction(7, 2)
-    wanted = numbers.combined("0", [direction], [1.0])
-    numbers.move_([direction], [40.0])
+    wanted = theta.combined("0", [direction], [1.0])
+    theta.move_([direction], [40.0])
     after = {name: grids[name].codes(scales[name]) for name in scales}
     gated = (before["0"] + 40 * wanted > grid.high) | (before["0"] + 40 * wanted < grid.low)
     assert torch.equal(after["0"], torch.where(gated, before["0"], before["0"] + 40 * wanted))
     assert torch.equal(after["2"], before["2"])
     assert gated.any()
     for _ in range(5):
-        numbers.move_([direction], [3.5])
+        theta.move_([direction], [3.5])
     codes = grid.codes(scales["0"])
     assert codes.min() >= grid.low
     assert codes.max() <= grid.high
@@ -161,16 +159,16 @@ def test_moves_stay_in_the_range_and_change_only_what_they_say(kind, monkeypatch
 
 
 def test_a_small_move_is_right_on_average():
-    layer, numbers = one_layer([0] * 400_000)
+    layer, theta = one_layer([0] * 400_000)
     direction = Direction(1, 0)
-    numbers.move_([direction], [0.01])
-    u = numbers.combined("w", [direction], [1.0])[0]
+    theta.move_([direction], [0.01])
+    u = theta.combined("w", [direction], [1.0])[0]
     assert within((layer.codes[0].float() * u).double()[:, None], torch.tensor(0.01).double())
 
 
 def test_feedback_is_what_its_definition_says(monkeypatch):
     monkeypatch.setattr(quzo, "BLOCK", 256)
-    layer, numbers = one_layer([5] * 1000)
+    layer, theta = one_layer([5] * 1000)
     feedback, generator = (
         ErrorFeedback(decay=0.8, steps=50, spread_decay=0.7),
         torch.Generator().manual_seed(0),
@@ -180,12 +178,12 @@ def test_feedback_is_what_its_definition_says(monkeypatch):
     for step in range(30):
         directions = directions_of_step(3, step, 2, "rademacher")
         scalars = tuple(torch.randn(2, generator=generator).tolist())
-        feedback.step_(numbers, Update(directions, scalars, 0.3))
+        feedback.step_(theta, Update(directions, scalars, 0.3))
         square = 0.7 * square + 0.3 * (scalars[0] ** 2 + scalars[1] ** 2) / 2
         weight = 0.7 * weight + 0.3
         unit = (square / weight) ** 0.5
         wanted = (
-            numbers.combined("w", directions, [-0.3 * g / 2 / unit for g in scalars])[0].double()
+            theta.combined("w", directions, [-0.3 * g / 2 / unit for g in scalars])[0].double()
             + 0.8 * left
         )
         left = wanted - wanted.round()
@@ -198,12 +196,12 @@ def test_feedback_moves_what_rounding_alone_would_lose():
     """A steady slope of 0.08 of a code a step: 0.8 of one where γ = 0.9 has summed it up, nothing
     without feedback.
     """
-    layer, numbers = one_layer([0] * 100)
+    layer, theta = one_layer([0] * 100)
     same = Direction(0, 0)
     feedback = ErrorFeedback(decay=0.9, steps=30)
     for _ in range(40):
-        feedback.step_(numbers, Update((same,), (1.0,), 0.08))
-    u = numbers.combined("w", [same], [1.0])[0]
+        feedback.step_(theta, Update((same,), (1.0,), 0.08))
+    u = theta.combined("w", [same], [1.0])[0]
     assert ((layer.codes[0] * -u) >= 1).all()
     _, lost = one_layer([0] * 100)
     lost.move_with_feedback_([], Move((same,), (0.08,)), 0.9)
@@ -215,10 +213,10 @@ def test_feedback_moves_what_rounding_alone_would_lose():
 def test_a_run_goes_on_from_its_state_and_replays_bit_for_bit(kind, make):
     def run(first, last, model, optimizer):
         scales, grids = find_codes(model)
-        numbers = Codes(scales, grids)
+        theta = Codes(scales, grids)
         for step in range(first, last):
             directions = directions_of_step(5, step, 2, "gaussian" if step % 2 else "rademacher")
-            optimizer.step_(numbers, Update(directions, (1.0 + step, -2.0), 0.2))
+            optimizer.step_(theta, Update(directions, (1.0 + step, -2.0), 0.2))
         return scales
 
     whole, optimizer = network("intgrid", kind, 32), make()
@@ -238,15 +236,15 @@ def test_a_run_goes_on_from_its_state_and_replays_bit_for_bit(kind, make):
 
 def test_what_codes_cannot_do_is_refused():
     model, scales, grids = grid_network()
-    numbers = Codes(scales, grids)
+    theta = Codes(scales, grids)
     update = Update((Direction(0, 0),), (1.0,), 0.1)
     with pytest.raises(ValueError, match="sgd or feedback"):
-        numbers.add_("0", torch.zeros(1))
+        theta.add_("0", torch.zeros(1))
     with pytest.raises(ValueError, match="only rows, columns and layers"):
-        numbers.probes([Direction(0, 0)], [1.0, -1.0])
+        theta.probes([Direction(0, 0)], [1.0, -1.0])
     with pytest.raises(ValueError, match="integer codes"):
         ErrorFeedback().step_(object(), update)
     with pytest.raises(ValueError, match="no factors"):
         estimate(
-            squared_output(model), [inputs()], numbers, [Direction(0, 0)], eps=1.0, per_example=True
+            squared_output(model), [inputs()], theta, [Direction(0, 0)], eps=1.0, per_example=True
         )

@@ -23,11 +23,11 @@ LEVELS = [
 @pytest.mark.parametrize(("level", "units"), LEVELS)
 def test_estimates_leave_everything_bit_for_bit(backend, quant_type, blocksize, level, units):
     model, scales = scaled_network(backend, quant_type, blocksize)
-    numbers = parametrize(scales, level, units)
+    theta = parametrize(scales, level, units)
     before = snapshot(model, scales)
     plain = model(inputs())
     for step in range(20):
-        estimate(squared_output(model), [inputs()], numbers, [Direction(0, step)], eps=1e-2)
+        estimate(squared_output(model), [inputs()], theta, [Direction(0, step)], eps=1e-2)
     assert_same(before, snapshot(model, scales))
     assert torch.equal(plain, model(inputs()))
 
@@ -58,7 +58,7 @@ class Interruptible(nn.Module):
 @pytest.mark.parametrize(("level", "units"), LEVELS)
 def test_an_exception_inside_a_forward_puts_everything_back(error, backend, level, units):
     model, scales = scaled_network(backend)
-    numbers = parametrize(scales, level, units)
+    theta = parametrize(scales, level, units)
     before = snapshot(model, scales)
     layer = model[2]
     seen = (
@@ -70,10 +70,10 @@ def test_an_exception_inside_a_forward_puts_everything_back(error, backend, leve
     original = layer.forward
     wrapped.arm(layer, scales, "2", seen)
     with pytest.raises(type(error)):
-        estimate(squared_output(wrapped), [inputs()], numbers, [Direction(0, 0)], eps=1e-2)
+        estimate(squared_output(wrapped), [inputs()], theta, [Direction(0, 0)], eps=1e-2)
     layer.forward = original
     # Changes that are factors of inputs and outputs leave even the running layer's scales alone.
-    assert wrapped.displaced is not numbers.has_gains
+    assert wrapped.displaced is not theta.scales_activations
     assert torch.equal(seen(), scales["2"])
     assert_same(before, snapshot(model, scales))
 
@@ -83,7 +83,7 @@ def doubled(scales):
 
 
 def test_large_models_are_shown_a_few_layers_at_a_time(monkeypatch):
-    monkeypatch.setattr("qzo_diffusion.core.scales.SHOWN_AT_ONCE", 1)
+    monkeypatch.setattr("qzo_diffusion.core.scales.OVERRIDDEN_AT_ONCE", 1)
     model, scales = scaled_network()
     assert scales.chunks() == [["0"], ["2"]]
     live = {name: scales[name] for name in scales}
@@ -98,7 +98,7 @@ def test_large_models_are_shown_a_few_layers_at_a_time(monkeypatch):
         layer.register_forward_hook(count)
     plain = model(inputs())
     displaced.clear()
-    with scales.showing(doubled(scales)):
+    with scales.override(doubled(scales)):
         seen = model(inputs())
     assert displaced == [["0"], ["0"], ["2"]]
     assert not torch.equal(seen, plain)
@@ -109,17 +109,17 @@ def test_large_models_are_shown_a_few_layers_at_a_time(monkeypatch):
 def test_a_few_layers_at_a_time_give_the_same_estimate(monkeypatch, level):
     found = []
     for at_once in (2**20, 1):
-        monkeypatch.setattr("qzo_diffusion.core.scales.SHOWN_AT_ONCE", at_once)
+        monkeypatch.setattr("qzo_diffusion.core.scales.OVERRIDDEN_AT_ONCE", at_once)
         model, scales = scaled_network("bnb")
-        numbers = parametrize(scales, level)
-        numbers.move_([Direction(3, 3)], [0.03])
-        for per_example in (False, True) if numbers.has_gains else (False,):
+        theta = parametrize(scales, level)
+        theta.move_([Direction(3, 3)], [0.03])
+        for per_example in (False, True) if theta.scales_activations else (False,):
             directions = directions_of_step(0, 0, 6 if per_example else 2, "rademacher")
             found.append(
                 estimate(
                     squared_output(model),
                     [inputs()],
-                    numbers,
+                    theta,
                     directions,
                     eps=1e-2,
                     per_example=per_example,
@@ -131,7 +131,7 @@ def test_a_few_layers_at_a_time_give_the_same_estimate(monkeypatch, level):
 def test_a_view_is_seen_by_the_forward():
     model, scales = scaled_network("bnb")
     plain = model[0](inputs()) - model[0].bias
-    with scales.showing(doubled(scales)):
+    with scales.override(doubled(scales)):
         twice = model[0](inputs()) - model[0].bias
     # Doubling is exact in every product and sum; only adding and subtracting the bias again rounds.
     torch.testing.assert_close(twice, 2 * plain, rtol=0, atol=4 * 2**-23 * plain.abs().max().item())
@@ -139,9 +139,9 @@ def test_a_view_is_seen_by_the_forward():
 
 def test_views_nest_and_end():
     model, scales = scaled_network()
-    with scales.showing(doubled(scales)):
+    with scales.override(doubled(scales)):
         outer = model(inputs())
-        with scales.showing(None):
+        with scales.override(None):
             inner = model(inputs())
         assert torch.equal(outer, model(inputs()))
     assert torch.equal(inner, model(inputs()))
@@ -151,10 +151,10 @@ def test_views_nest_and_end():
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 @pytest.mark.parametrize("at_once", [1, 2**20])
 def test_outside_of_a_view_the_model_has_no_hooks(monkeypatch, error, at_once):
-    monkeypatch.setattr("qzo_diffusion.core.scales.SHOWN_AT_ONCE", at_once)
+    monkeypatch.setattr("qzo_diffusion.core.scales.OVERRIDDEN_AT_ONCE", at_once)
     model, scales = scaled_network()
     try:
-        with scales.showing(doubled(scales)):
+        with scales.override(doubled(scales)):
             if at_once == 1:
                 assert all(len(model[index]._forward_pre_hooks) == 1 for index in (0, 2))
             if error:

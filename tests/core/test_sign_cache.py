@@ -10,8 +10,8 @@ from qzo_diffusion.core.sign_cache import SignCache
 CPU = torch.device("cpu")
 
 
-def directions(count, step=0, regions=1):
-    return directions_of_step(0, step, count, "rademacher", regions)
+def directions(count, step=0, patch_groups=1):
+    return directions_of_step(0, step, count, "rademacher", patch_groups)
 
 
 def draw(name, each=False):
@@ -38,7 +38,7 @@ def draws(monkeypatch):
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize("limit", [100, 2**25])  # a direction takes 32 bytes here, with `each` 96
 def test_cached_bits_are_the_drawn_ones(limit, each):
-    cache, all_six = SignCache(limit), directions(6, regions=3)
+    cache, all_six = SignCache(limit), directions(6, patch_groups=3)
     for asked in (all_six[:2], all_six[2:5], all_six[:2], all_six, all_six[4:]):
         for name in ("a", "b"):
             for keep in (True, False):

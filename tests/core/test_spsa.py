@@ -33,17 +33,16 @@ def exact_gradient(model, scales, x, units):
 def test_error_of_the_derivative_is_of_second_order_in_eps(units, distribution):
     model, scales = scaled_network(dtype=torch.float64)
     x = inputs(dtype=torch.float64)
-    numbers = parametrize(scales, "dense", units)
+    theta = parametrize(scales, "dense", units)
     direction = Direction(0, 0, 0, distribution)
     gradient = exact_gradient(model, scales, x, units)
     exact = sum(
-        (gradient[name] * numbers.combined(name, [direction], [1.0])).sum().item()
-        for name in scales
+        (gradient[name] * theta.combined(name, [direction], [1.0])).sum().item() for name in scales
     )
     radii = [0.004, 0.008, 0.016, 0.032] if units == "relative" else [0.0005, 0.001, 0.002, 0.004]
     errors = []
     for eps in radii:
-        result = estimate(squared_output(model), [x], numbers, [direction], eps=eps)
+        result = estimate(squared_output(model), [x], theta, [direction], eps=eps)
         errors.append(abs(result.directional_derivative[0] - exact))
     logs = torch.tensor(
         [[math.log(eps), math.log(error)] for eps, error in zip(radii, errors, strict=True)]
@@ -57,21 +56,21 @@ def test_error_of_the_derivative_is_of_second_order_in_eps(units, distribution):
 def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=64)
     x = inputs(width=64, dtype=torch.float64)
-    numbers = parametrize(scales, level)
+    theta = parametrize(scales, level)
     dense = exact_gradient(model, scales, x, "relative")
     exact = (
         dense
         if level == "dense"
         else {"layer": torch.stack([dense[name].sum() for name in scales])}
     )
-    samples = {name: [] for name in numbers.numbers()}
+    samples = {name: [] for name in theta.templates()}
     for seed in range(4000):
         direction = Direction(seed, 0)
         d = estimate(
-            squared_output(model), [x], numbers, [direction], eps=1e-3
+            squared_output(model), [x], theta, [direction], eps=1e-3
         ).directional_derivative[0]
         for name, drawn in samples.items():
-            drawn.append(d * numbers.combined(name, [direction], [1.0]))
+            drawn.append(d * theta.combined(name, [direction], [1.0]))
     for name in samples:
         stacked = torch.stack(samples[name]).double()
         standard_error = stacked.std(0) / 4000**0.5
@@ -90,14 +89,14 @@ def test_nothing_asks_for_a_derivative(monkeypatch, units):
     monkeypatch.setattr(torch.Tensor, "backward", refuse)
     monkeypatch.setattr(torch.autograd, "backward", refuse)
     monkeypatch.setattr(torch.autograd, "grad", refuse)
-    numbers = parametrize(scales, "dense", units)
+    theta = parametrize(scales, "dense", units)
 
     def objective(x):
         assert not torch.is_grad_enabled()
         return squared_output(model)(x)
 
-    result = estimate(objective, [inputs()], numbers, [Direction(0, 0)], eps=1e-2)
-    Sgd().step_(numbers, Update(result.directions, result.projected_grad, lr=1e-3))
+    result = estimate(objective, [inputs()], theta, [Direction(0, 0)], eps=1e-2)
+    Sgd().step_(theta, Update(result.directions, result.projected_grad, lr=1e-3))
     assert result.finite
 
 
@@ -123,12 +122,12 @@ def test_clipping_keeps_the_sign_and_lets_nan_through():
 
 def test_a_clipped_direction_is_told_and_others_are_not():
     model, scales = scaled_network()
-    numbers = parametrize(scales, "layer")
+    theta = parametrize(scales, "layer")
     directions = [Direction(0, 0, index) for index in range(4)]
-    free = estimate(squared_output(model), [inputs()], numbers, directions, eps=1e-2)
+    free = estimate(squared_output(model), [inputs()], theta, directions, eps=1e-2)
     bound = sorted(map(abs, free.directional_derivative))[1]
     result = estimate(
-        squared_output(model), [inputs()], numbers, directions, eps=1e-2, clip_threshold=bound
+        squared_output(model), [inputs()], theta, directions, eps=1e-2, clip_threshold=bound
     )
     assert sum(result.clipped) == sum(abs(d) > bound for d in free.directional_derivative) > 0
     assert all(abs(g) <= bound for g in result.projected_grad)

@@ -17,32 +17,32 @@ LEVELS = [
 @pytest.mark.parametrize(("level", "units"), LEVELS)
 def test_only_the_chosen_layers_are_shown_changed_and_moved(level, units):
     _, scales = scaled_network()
-    numbers = parametrize(scales, level, units, trained=["2"])
+    theta = parametrize(scales, level, units, trained=["2"])
     before = {name: scales[name].clone() for name in scales}
-    view = numbers.view(Direction(0, 0), 0.05)
+    view = theta.perturbed(Direction(0, 0), 0.05)
     shown = view(["0", "2"])
     assert list(shown) == ["2"]
     assert not torch.equal(shown["2"], scales["2"])
     assert view(["0"]) == {}
-    numbers.move_([Direction(0, 0)], [0.05])
-    numbers.merge_()
+    theta.move_([Direction(0, 0)], [0.05])
+    theta.merge_()
     assert torch.equal(scales["0"], before["0"])
     assert not torch.equal(scales["2"], before["2"])
     expected = {"dense": scales["2"].numel(), "row": 8, "layer": 1, "column": 2, "separable": 10}[
         level
     ]
-    assert sum(tensor.numel() for tensor in numbers.numbers().values()) == expected
+    assert sum(tensor.numel() for tensor in theta.templates().values()) == expected
 
 
 def test_examples_are_probed_in_the_chosen_layers_only():
     model, scales = scaled_network("bnb")
-    numbers = parametrize(scales, "row", trained=["2"])
-    _, gains = numbers.probes([Direction(0, 0)], [0.01, -0.01])
-    assert list(gains(["0", "2"])) == ["2"]
+    theta = parametrize(scales, "row", trained=["2"])
+    _, scaling = theta.probes([Direction(0, 0)], [0.01, -0.01])
+    assert list(scaling(["0", "2"])) == ["2"]
     found = estimate(
         squared_output(model),
         [inputs()],
-        numbers,
+        theta,
         directions_of_step(0, 0, 6, "rademacher"),
         eps=1e-2,
         per_example=True,

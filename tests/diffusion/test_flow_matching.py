@@ -133,23 +133,23 @@ def test_losses_of_regions_average_to_the_examples_and_see_their_own_patches_onl
     wrong = batch.noise - batch.latents
     wrong[:, :, 2:4, 4:6] += 3.0  # the patch in row 1, column 2: the seventh of sixteen
     whole = velocity_loss(Recorder(wrong), batch, torch.float32)
-    for regions in (1, 2, 4, 16):
+    for patch_groups in (1, 2, 4, 16):
         of_regions = velocity_loss(
-            Recorder(wrong), replace(batch, regions=regions), torch.float32
+            Recorder(wrong), replace(batch, patch_groups=patch_groups), torch.float32
         ).view(4, -1)
         torch.testing.assert_close(of_regions.mean(1), whole)
-        assert of_regions[0].nonzero().flatten().tolist() == [6 * regions // 16]
+        assert of_regions[0].nonzero().flatten().tolist() == [6 * patch_groups // 16]
 
 
 def test_a_batch_keeps_its_regions_whatever_is_done_to_it():
-    batch = replace(make_batch(), regions=4)
+    batch = replace(make_batch(), patch_groups=4)
     parts = [
         batch.part(slice(1, 3)),
         batch.repeated(2),
         batch.to(torch.device("cpu")),
         *batch.split(2),
     ]
-    assert {part.regions for part in parts} == {4}
+    assert {part.patch_groups for part in parts} == {4}
 
 
 @given(st.integers(1, 64), st.integers(1, 5000))

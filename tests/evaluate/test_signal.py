@@ -51,12 +51,12 @@ def test_noise_alone_is_no_signal():
 
 
 def test_the_same_batch_twice_agrees_entirely(layer):
-    numbers = parametrize(find_scales(layer), "row")
+    theta = parametrize(find_scales(layer), "row")
     found = signal.two_seeds(
         lambda x: layer(x).square().mean(1),
         [batch(0)],
         [batch(0)],
-        numbers,
+        theta,
         eps=1e-2,
         seed=3,
         count=6,
@@ -70,7 +70,7 @@ def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
     """The first loss pulls every example the same way; the second multiplies by random signs: its
     gradient is zero on average.
     """
-    numbers = parametrize(find_scales(layer), "row")
+    theta = parametrize(find_scales(layer), "row")
 
     def no_gradient(x):
         signs = torch.where(x > 0, 1.0, -1.0)
@@ -78,9 +78,9 @@ def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
 
     kept = {"eps": 1e-2, "seed": 3, "count": 16}
     same = signal.two_seeds(
-        lambda x: layer(x).square().mean(1), [batch(0, 64)], [batch(1, 64)], numbers, **kept
+        lambda x: layer(x).square().mean(1), [batch(0, 64)], [batch(1, 64)], theta, **kept
     )
-    none = signal.two_seeds(no_gradient, [batch(0)], [batch(1)], numbers, **kept)
+    none = signal.two_seeds(no_gradient, [batch(0)], [batch(1)], theta, **kept)
     assert same["agreement_ci95"][0] > 0.5
     assert none["agreement_ci95"][0] < 0
 
@@ -89,7 +89,7 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
     """64 rows, 64 directions: √(64 / 128) = 0.71 on average; four estimates scatter by less than
     0.1.
     """
-    numbers = parametrize(find_scales(layer), "row")
+    theta = parametrize(find_scales(layer), "row")
 
     def loss(x):
         return layer(x).square().mean(1)
@@ -99,12 +99,12 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
         "estimator": "antithetic",
         "per_example": False,
         "num_directions": 64,
-        "regions": 1,
+        "patch_groups": 1,
         "normalize": False,
         "seed": 0,
     }
-    estimates = signal.as_the_run_does(loss, [batch(0)], numbers, **made)
-    found = signal.exact_cosine(loss, [batch(0)], numbers, handles_of(layer), estimates)
+    estimates = signal.as_the_run_does(loss, [batch(0)], theta, **made)
+    found = signal.exact_cosine(loss, [batch(0)], theta, handles_of(layer), estimates)
     assert (found["numbers"], found["derivatives"]) == (64, 64)
     assert found["expected"] == pytest.approx(math.sqrt(0.5))
     assert found["cosine"] == pytest.approx(found["expected"], abs=0.15)
@@ -112,20 +112,20 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
 
 def test_a_step_is_as_large_as_its_rate_and_slopes_make_it(layer):
     """Along one direction each number moves by lr · |d|."""
-    numbers = parametrize(find_scales(layer), "row")
+    theta = parametrize(find_scales(layer), "row")
     made = {
         "eps": 1e-3,
         "estimator": "antithetic",
         "per_example": False,
         "num_directions": 1,
-        "regions": 1,
+        "patch_groups": 1,
         "normalize": False,
         "seed": 0,
     }
-    first = signal.as_the_run_does(
-        lambda x: layer(x).square().mean(1), [batch(0)], numbers, **made
-    )[0]
-    (row,) = signal.step_sizes(numbers, first, lr=0.5)
+    first = signal.as_the_run_does(lambda x: layer(x).square().mean(1), [batch(0)], theta, **made)[
+        0
+    ]
+    (row,) = signal.step_sizes(theta, first, lr=0.5)
     assert row == {
         "group": "row",
         "rms": pytest.approx(0.5 * abs(first.projected_grad[0]), rel=1e-6),

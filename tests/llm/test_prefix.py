@@ -174,13 +174,13 @@ def test_blocks_are_back_in_their_places_after_an_error(lm, error):
     assert torch.equal(task_loss(lm, batch), before)
 
 
-def estimated(lm, numbers, batch):
+def estimated(lm, theta, batch):
     directions = directions_of_step(0, 0, len(batch), "rademacher")
     with counted(lm) as rows:
         found = estimate(
             lambda part: task_loss(lm, part),
             [batch],
-            numbers,
+            theta,
             directions,
             eps=0.05,
             per_example=True,
@@ -189,12 +189,12 @@ def estimated(lm, numbers, batch):
 
 
 def test_a_step_runs_them_once_for_both_probes_and_finds_the_same(lm):
-    numbers = prepared(lm)
+    theta = prepared(lm)
     batch = make_batch(lm, encoded_sentences(lm))
-    shared, rows = estimated(lm, numbers, batch)
+    shared, rows = estimated(lm, theta, batch)
     assert rows == [8, 8, 16, 16]
     lm.prefix = None
-    plain, rows = estimated(lm, numbers, batch)
+    plain, rows = estimated(lm, theta, batch)
     assert rows == [16, 16, 16, 16]
     # Products of 8 rows in place of 16 may round in another way: single roundings of four blocks,
     # over 2 · eps.
@@ -207,13 +207,13 @@ def test_a_step_runs_them_once_for_both_probes_and_finds_the_same(lm):
 # labels of one token, and of several: a row for each
 @pytest.mark.parametrize("task", ["sst2", "sst2_review"])
 def test_what_is_kept_is_not_computed_again(lm, tmp_path, task):
-    numbers, encoded = prepared(lm), encoded_sentences(lm, task=task)
+    theta, encoded = prepared(lm), encoded_sentences(lm, task=task)
     plain = TextBatches(lm, encoded, batch_size=4, seed=0)
     kept = TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path / "new" / "folder")
     for _ in (0, 1):
-        found, rows = estimated(lm, numbers, kept(0).micro_batches[0])
+        found, rows = estimated(lm, theta, kept(0).micro_batches[0])
         assert rows[0] == 0 < rows[2]
-        expected, _ = estimated(lm, numbers, plain(0).micro_batches[0])
+        expected, _ = estimated(lm, theta, plain(0).micro_batches[0])
         assert found.directional_derivative == pytest.approx(
             expected.directional_derivative, rel=0, abs=2**-24 * 64 / 0.05
         )

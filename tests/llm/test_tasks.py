@@ -176,7 +176,7 @@ def test_every_example_can_have_a_direction_of_its_own(tmp_path, choices, level)
     """
     lm = tiny_llama()
     quantize_(lm.model, backend="reference", skip=["lm_head"])
-    numbers = parametrize(find_scales(lm.model), level)
+    theta = parametrize(find_scales(lm.model), level)
     _, examples = examples_of(
         tmp_path,
         own_task(tmp_path, choices=choices),
@@ -189,13 +189,13 @@ def test_every_example_can_have_a_direction_of_its_own(tmp_path, choices, level)
         return task_loss(lm, batch)
 
     found = estimate(
-        objective, [make_batch(lm, encoded)], numbers, directions, eps=0.1, per_example=True
+        objective, [make_batch(lm, encoded)], theta, directions, eps=0.1, per_example=True
     )
     for one, direction, up, down in zip(
         encoded, directions, found.loss_plus, found.loss_minus, strict=True
     ):
         single = estimate(
-            objective, [make_batch(lm, [one])], numbers, [direction], eps=0.1, copies=1
+            objective, [make_batch(lm, [one])], theta, [direction], eps=0.1, probes_per_forward=1
         )
         assert (up, down) == pytest.approx(
             (single.loss_plus[0], single.loss_minus[0]), rel=1e-4, abs=1e-4

@@ -72,22 +72,22 @@ def test_what_is_found():
 
 
 def test_a_step_moves_scales_and_weights_along_the_same_derivative():
-    model, numbers = quantized_llama("all")
-    start = {name: one.clone() for name, one in numbers.numbers().items()}
+    model, theta = quantized_llama("all")
+    start = {name: one.clone() for name, one in theta.templates().items()}
     probing = Probing(seed=3, eps=1e-3, distribution="gaussian")
-    record = train_step_(objective_of(model), StepBatch([IDS]), numbers, Sgd(), probing, 1e-6, 0)
+    record = train_step_(objective_of(model), StepBatch([IDS]), theta, Sgd(), probing, 1e-6, 0)
     (direction,) = directions_of_step(3, 0, 1, "gaussian")
     assert record.projected_grad != 0
     for name, before in start.items():
         expected = before - 1e-6 * record.projected_grad * direction.z(name, before)
-        torch.testing.assert_close(numbers.numbers()[name], expected, rtol=0, atol=1e-7, msg=name)
+        torch.testing.assert_close(theta.templates()[name], expected, rtol=0, atol=1e-7, msg=name)
 
 
 def test_only_scales_stop_at_zero():
-    _, numbers = quantized_llama("all")
-    for name, one in numbers.numbers().items():
-        numbers.add_(name, torch.full_like(one, -1e3))
-        assert (one < 0).all() if name in numbers.scales.weights else (one == 0).all(), name
+    _, theta = quantized_llama("all")
+    for name, one in theta.templates().items():
+        theta.add_(name, torch.full_like(one, -1e3))
+        assert (one < 0).all() if name in theta.scales.weights else (one == 0).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -95,14 +95,14 @@ def test_only_scales_stop_at_zero():
 def test_a_shared_tensor_is_seen_by_all_that_use_it(monkeypatch, few, dtype):
     """At its beginning and its end a tied embedding is the changed one; a norm between them too."""
     monkeypatch.setattr("qzo_diffusion.core.scales.FEW", few)
-    model, numbers = quantized_llama("all", dtype)
+    model, theta = quantized_llama("all", dtype)
     changed, before = (
         ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"],
         everything(model),
     )
     plain = logits(model)
-    with numbers.scales.showing(
-        lambda names: {name: numbers.scales[name] * 1.25 for name in names if name in changed}
+    with theta.scales.override(
+        lambda names: {name: theta.scales[name] * 1.25 for name in names if name in changed}
     ):
         seen = logits(model)
     assert torch.equal(logits(model), plain)
@@ -117,7 +117,7 @@ def test_a_shared_tensor_is_seen_by_all_that_use_it(monkeypatch, few, dtype):
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_an_exception_inside_a_forward_puts_everything_back(monkeypatch, few, error):
     monkeypatch.setattr("qzo_diffusion.core.scales.FEW", few)
-    model, numbers = quantized_llama("all", torch.bfloat16)
+    model, theta = quantized_llama("all", torch.bfloat16)
     before = everything(model)
 
     def objective(ids):
@@ -125,21 +125,21 @@ def test_an_exception_inside_a_forward_puts_everything_back(monkeypatch, few, er
         raise error
 
     with pytest.raises(type(error)):
-        train_step_(objective, StepBatch([IDS]), numbers, Sgd(), Probing(seed=0, eps=1e-3), 1e-6, 0)
+        train_step_(objective, StepBatch([IDS]), theta, Sgd(), Probing(seed=0, eps=1e-3), 1e-6, 0)
     assert_same(before, everything(model))
     assert not model.model.norm._forward_pre_hooks
 
 
 def test_updates_below_a_bfloat16_step_add_up():
-    model, numbers = quantized_llama("gains", torch.bfloat16)
+    model, theta = quantized_llama("gains", torch.bfloat16)
     gain = model.model.norm.weight
     assert (gain == 1).all()
     for _ in range(100):
         # of steps of 0.0078
-        numbers.add_("model.norm.weight", torch.full_like(gain, 1e-4, dtype=torch.float32))
-    with numbers.scales.showing(numbers.view()):
+        theta.add_("model.norm.weight", torch.full_like(gain, 1e-4, dtype=torch.float32))
+    with theta.scales.override(theta.perturbed()):
         logits(model)
-    numbers.merge_()
+    theta.merge_()
     assert gain.dtype == torch.bfloat16
     torch.testing.assert_close(
         model.model.norm.weight.float(),
@@ -268,7 +268,7 @@ def test_layers_choose_among_quantized_ones_alone(folders):
         "post_attention_layernorm",
         "norm",
     }
-    assert set(base.trained) == set(base.numbers.numbers())
+    assert set(base.trained) == set(base.theta.templates())
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,9 @@ def gptq_state(
     zeros = torch.full((groups, outputs), 8)
     if not symmetric:
         zeros = torch.randint(4, 12, (groups, outputs), generator=torch.Generator().manual_seed(2))
-    of_input = scales.float()[g_idx]  # [K, N]
-    codes = (weight.t() / of_input + zeros[g_idx]).round().clamp(0, 15)
-    plain = (of_input * (codes - zeros[g_idx])).t()
+    scale_input = scales.float()[g_idx]  # [K, N]
+    codes = (weight.t() / scale_input + zeros[g_idx]).round().clamp(0, 15)
+    plain = (scale_input * (codes - zeros[g_idx])).t()
     stored = zeros - 1 if version == 1 else zeros
     state = {
         "qweight": gptq.pack(codes.to(torch.uint8), 0),

@@ -147,7 +147,7 @@ def test_a_deepcopy_is_tuned_through_its_own_state():
     scales = find_scales(twin)
     with torch.no_grad():
         plain = model(inputs())
-        with scales.showing(lambda names: {name: scales[name] * 2 for name in names}):
+        with scales.override(lambda names: {name: scales[name] * 2 for name in names}):
             shown = twin(inputs())
         assert not torch.equal(plain, shown)
         assert torch.equal(plain, model(inputs()))

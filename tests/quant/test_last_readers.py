@@ -37,7 +37,7 @@ def probed(model, inputs, overwriting):
     """
     scales = find_scales(model)
     names = last_readers(scales) if overwriting else ()
-    numbers = parametrize(scales, "separable", last_readers=names)
+    theta = parametrize(scales, "separable", last_readers=names)
     given, replaced, hooks = {}, [], []
     for name in scales:
         module = model.get_submodule(name)
@@ -48,7 +48,7 @@ def probed(model, inputs, overwriting):
         )
     with (
         torch.no_grad(),
-        scales.showing(*numbers.probes(directions_of_step(0, 0, 2, "rademacher"), [0.1])),
+        scales.override(*theta.probes(directions_of_step(0, 0, 2, "rademacher"), [0.1])),
     ):
         for name in scales:
             module = model.get_submodule(name)

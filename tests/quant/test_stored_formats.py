@@ -112,19 +112,19 @@ def test_training_moves_scales_and_nothing_else(kind, level):
     with torch.no_grad():
         model(inputs())  # whatever a first forward does to a layer
     before, codes = snapshot(model, scales), codes_fingerprint(model)
-    numbers, objective = parametrize(scales, level), squared_output(model)
+    theta, objective = parametrize(scales, level), squared_output(model)
     start = objective(inputs()).mean().item()
     probing = Probing(seed=0, eps=1e-2, per_example=level != "dense")
     train(
         objective,
         lambda step: StepBatch([inputs()]),
-        numbers,
+        theta,
         Sgd(),
         probing,
         lambda step: 0.05,
         max_steps=20,
     )
-    numbers.merge_()
+    theta.merge_()
     assert objective(inputs()).mean().item() < start
     assert codes_fingerprint(model) == codes
     after = snapshot(model, scales)
@@ -141,7 +141,7 @@ def test_what_was_shown_is_put_back_bit_for_bit(kind):
     with torch.no_grad():
         plain = model(inputs())
         before = snapshot(model, scales)
-        with scales.showing(lambda names: {name: scales[name] * 1.1 for name in names}):
+        with scales.override(lambda names: {name: scales[name] * 1.1 for name in names}):
             assert not torch.equal(model(inputs()), plain)
         assert_same(before, snapshot(model, scales))
         assert torch.equal(model(inputs()), plain)
@@ -151,12 +151,12 @@ def test_what_was_shown_is_put_back_bit_for_bit(kind):
 @pytest.mark.parametrize("level", ["row", "column", "separable"])
 def test_factors_of_inputs_and_outputs_are_those_of_scales(kind, level):
     model = network(kind)
-    numbers = parametrize(find_scales(model), level)
+    theta = parametrize(find_scales(model), level)
     (direction,) = directions_of_step(0, 0, 1, "rademacher")
     with torch.no_grad():
-        with numbers.scales.showing(numbers.view(direction, 0.1)):
+        with theta.scales.override(theta.perturbed(direction, 0.1)):
             viewed = model(inputs())
-        with numbers.scales.showing(*numbers.probes([direction, direction], [0.1])):
+        with theta.scales.override(*theta.probes([direction, direction], [0.1])):
             # two groups, of equal directions
             gained = model(inputs())
     torch.testing.assert_close(viewed, gained, rtol=1e-4, atol=1e-5)

@@ -115,14 +115,14 @@ def test_a_folder_that_does_not_fit_leaves_the_one_before(small_disk):
 
 def at_step(monkeypatch, step, action):
     """Do something when the step was recorded."""
-    original = training_job.Job.on_step
+    original = training_job.Trainer.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step == step:
             action()
 
-    monkeypatch.setattr(training_job.Job, "on_step", on_step)
+    monkeypatch.setattr(training_job.Trainer, "on_step", on_step)
 
 
 @pytest.fixture

@@ -177,9 +177,9 @@ def test_what_is_trained_is_what_the_moved_model_has(model, monkeypatch, method)
     base = load_base(
         make_config({"method": method}, LlmConfig), model, torch.device("cpu"), torch.float32
     )
-    numbers = base.numbers.numbers()
-    assert numbers
-    for name, number in numbers.items():
+    theta = base.theta.templates()
+    assert theta
+    for name, number in theta.items():
         assert number.data_ptr() == base.lm.model.get_submodule(name).weight.data_ptr(), name
 
 
@@ -469,7 +469,7 @@ def test_one_file_is_one_file_however_it_is_written(model, tmp_path, how):
 def test_methods_that_train_no_scales_take_the_chosen_layers(model, method):
     def trained(**qzo):
         config = make_config({"method": method, "qzo": qzo}, LlmConfig)
-        return set(load_base(config, model, torch.device("cpu"), torch.float32).numbers.numbers())
+        return set(load_base(config, model, torch.device("cpu"), torch.float32).theta.templates())
 
     assert len(trained()) == 14 * (1 if method == "mezo" else 2)
     assert {name.split(".lora")[0] for name in trained(layers=["layers.1.mlp"])} == {

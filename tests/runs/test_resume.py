@@ -56,14 +56,14 @@ def whole(train, tmp_path):
 
 def stop_after(monkeypatch, step):
     """SIGTERM to this process when the step was recorded."""
-    original = training_job.Job.on_step
+    original = training_job.Trainer.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training_job.Job, "on_step", on_step)
+    monkeypatch.setattr(training_job.Trainer, "on_step", on_step)
 
 
 @pytest.mark.parametrize("step", [0, 3])

@@ -48,7 +48,7 @@ class Handle:
     def scales(self):
         return self.module.scales
 
-    def show(self, scales):
+    def override(self, scales):
         self.module.scales = scales
 
 
@@ -58,7 +58,7 @@ def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: 
     """
     model = Diagonal(torch.linspace(0.5, 1.5, NUMBERS, dtype=torch.float64))
     scales = ScaleSet([Handle(model)])
-    numbers, records = parametrize(scales, level, units), []
+    theta, records = parametrize(scales, level, units), []
 
     def batch(step):
         before(step)
@@ -71,7 +71,7 @@ def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: 
     outcome = train(
         lambda x: (model(x) - 1).square().sum(-1),
         batch,
-        numbers,
+        theta,
         make_optimizer(optimizer),
         Probing(seed=5, eps=EPS, **probing),
         make_schedule("constant", LR, STEPS),
@@ -84,13 +84,13 @@ def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: 
         {key: value for key, value in record.as_dict().items() if key != "seconds"}
         for record in records
     ]
-    trained = {name: tensor.tolist() for name, tensor in numbers.state().items()}
+    trained = {name: tensor.tolist() for name, tensor in theta.state().items()}
     return {
         "records": told,
         "numbers": trained,
         "steps": outcome.steps_done,
         "stopped": outcome.stopped,
-    }, numbers
+    }, theta
 
 
 def lost_after(action):
@@ -120,13 +120,13 @@ def main(index, out, ports):
     found["share"] = [ranks.share(EXAMPLES).start, ranks.share(EXAMPLES).stop]
     for name, case in CASES.items():
         sent = ranks.bytes_sent
-        found[name], numbers = run(ranks, **case)
+        found[name], theta = run(ranks, **case)
         found[name]["bytes"] = ranks.bytes_sent - sent
-    ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers")
+    ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "numbers")
     if index == 2:
-        numbers.theta["row"][3] += 1e-15
+        theta.theta["row"][3] += 1e-15
     found["deviating"] = lost_after(
-        lambda: ranks.check_equal(bytes.fromhex(fingerprint(numbers.state().items())), "numbers")
+        lambda: ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "numbers")
     )
 
     ranks.wants_stop = lambda: index == 1 and current[0] == 2

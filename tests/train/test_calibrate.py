@@ -9,7 +9,13 @@ import torch
 
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.train.calibrate import FULL_RATE, WIDER, Terrain, batches_to_survey, survey
+from qzo_diffusion.train.calibrate import (
+    FULL_RATE,
+    WIDER,
+    LrCalibration,
+    calibrate,
+    calibration_batches,
+)
 from qzo_diffusion.train.loop import Probing, StepBatch
 from tests.quantized import assert_same, inputs, scaled_network, snapshot
 
@@ -24,7 +30,7 @@ class Exponentials:
 
     def __init__(self):
         self.model, self.scales = scaled_network(dtype=torch.float64)
-        self.numbers = parametrize(self.scales, "row", trained=["2"])
+        self.theta = parametrize(self.scales, "row", trained=["2"])
         self.weights = torch.linspace(-1.0, 2.0, self.scales.rows("2"), dtype=torch.float64)
 
     def batch(self, step):
@@ -39,22 +45,22 @@ class Exponentials:
         with torch.no_grad():
             return (self.model(whole) - self.model.get_submodule("2").bias) * self.weights
 
-    def survey(self, **changes):
+    def calibrate(self, **changes):
         given = {"seed": SEED, "eps": EPS, "per_example": True, "normalize": True} | changes
-        return survey(self.objective, self.batch, self.numbers, Probing(**given))
+        return calibrate(self.objective, self.batch, self.theta, Probing(**given))
 
 
-@pytest.mark.parametrize("copies", [None, 1])
-def test_slope_and_curvature_are_those_of_the_formula(copies):
+@pytest.mark.parametrize("probes_per_forward", [None, 1])
+def test_slope_and_curvature_are_those_of_the_formula(probes_per_forward):
     task = Exponentials()
     before = snapshot(task.model, task.scales)
-    found = task.survey(copies=copies)
+    found = task.calibrate(probes_per_forward=probes_per_forward)
     assert_same(snapshot(task.model, task.scales), before)
     radius, squares, traces = WIDER * EPS, [], []
     for step in range(BATCHES):
         gradients = task.gradients(step)
         directions = directions_of_step(SEED, step, EXAMPLES, "rademacher")
-        z = torch.stack([direction.z("row", task.numbers.theta["row"]) for direction in directions])
+        z = torch.stack([direction.z("row", task.theta.theta["row"]) for direction in directions])
         squares.append(
             (gradients * z).sum(1).square().mean().item() * (math.sinh(radius) / radius) ** 2
         )
@@ -64,25 +70,25 @@ def test_slope_and_curvature_are_those_of_the_formula(copies):
     assert found.error == pytest.approx(
         torch.tensor(traces).std().item() / math.sqrt(BATCHES * EXAMPLES), rel=1e-4
     )
-    assert [batches_to_survey(examples) for examples in (1, 6, 16, 64)] == [16, BATCHES, 1, 1]
+    assert [calibration_batches(examples) for examples in (1, 6, 16, 64)] == [16, BATCHES, 1, 1]
 
 
 def test_a_larger_loss_asks_for_nothing_else():
     """Slope and curvature grow alike, so the rate of a normalised step stays."""
     task = Exponentials()
-    one = task.survey()
+    one = task.calibrate()
     task.weights = task.weights * 50
-    assert task.survey().rate_factor == pytest.approx(one.rate_factor, rel=1e-6)
+    assert task.calibrate().rate_factor == pytest.approx(one.rate_factor, rel=1e-6)
 
 
 def test_only_a_loss_that_curves_much_for_its_slope_lowers_the_rate():
-    assert Terrain(1.0, 1.0, 0.1).rate_factor == 1
-    assert Terrain(0.4, 8.0, 0.3).rate_factor == pytest.approx(0.05 / FULL_RATE)
-    assert Terrain(0.1, 8.0, 4.1).rate_factor == 1  # as far as can be told it may be flat
-    assert Terrain(0.1, -8.0, 0.1).rate_factor == 1
-    assert Terrain(0.0, 8.0, 0.1).rate_factor == 1  # nothing moves at any rate
-    assert Terrain(math.nan, 8.0, 0.1).rate_factor == 1  # the step itself is skipped
-    assert Terrain(0.1, math.nan, 0.1).rate_factor == 1
+    assert LrCalibration(1.0, 1.0, 0.1).rate_factor == 1
+    assert LrCalibration(0.4, 8.0, 0.3).rate_factor == pytest.approx(0.05 / FULL_RATE)
+    assert LrCalibration(0.1, 8.0, 4.1).rate_factor == 1  # as far as can be told it may be flat
+    assert LrCalibration(0.1, -8.0, 0.1).rate_factor == 1
+    assert LrCalibration(0.0, 8.0, 0.1).rate_factor == 1  # nothing moves at any rate
+    assert LrCalibration(math.nan, 8.0, 0.1).rate_factor == 1  # the step itself is skipped
+    assert LrCalibration(0.1, math.nan, 0.1).rate_factor == 1
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
@@ -92,11 +98,11 @@ def test_a_loss_that_is_no_number_leaves_the_rate_to_the_loop(broken):
     task.objective = lambda x: (
         sound(x) + torch.tensor([broken] + [0.0] * (len(x) - 1), dtype=torch.float64)
     )
-    assert task.survey().rate_factor == 1
+    assert task.calibrate().rate_factor == 1
 
 
 def test_parts_of_a_batch_on_several_processes_find_what_one_does():
-    whole = Exponentials().survey()
+    whole = Exponentials().calibrate()
     asked: list[list[float]] = []
 
     def part(start, stop, sums):
@@ -107,7 +113,7 @@ def test_parts_of_a_batch_on_several_processes_find_what_one_does():
             return StepBatch([mine], first_example=start, examples=EXAMPLES)
 
         probing = Probing(seed=SEED, eps=EPS, per_example=True, normalize=True)
-        return survey(task.objective, batch, task.numbers, probing, sums)
+        return calibrate(task.objective, batch, task.theta, probing, sums)
 
     part(0, 2, lambda values: asked.append(list(values)) or list(values))
     heard = iter(asked)

@@ -33,7 +33,7 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.folder, self.level, self.optimizer_name = folder, level, optimizer
         self.model, self.scales = scaled_network()
-        self.numbers, self.optimizer = parametrize(self.scales, level), make_optimizer(optimizer)
+        self.theta, self.optimizer = parametrize(self.scales, level), make_optimizer(optimizer)
 
     def go(self, steps, first_step=0, every=2, losses=None):
         path = self.folder / "journal.qzo"
@@ -52,14 +52,12 @@ class Run:
                     "validation_loss": loss,
                     "keep": 2,
                 }
-                save_checkpoint(
-                    self.folder / "checkpoints", self.numbers, self.optimizer, **options
-                )
+                save_checkpoint(self.folder / "checkpoints", self.theta, self.optimizer, **options)
 
         train(
             squared_output(self.model),
             lambda step: StepBatch([inputs(seed=step)]),
-            self.numbers,
+            self.theta,
             self.optimizer,
             Probing(0, 1e-2),
             make_schedule("constant", 0.02, steps),
@@ -74,14 +72,14 @@ class Run:
     def restored(self, checkpoint):
         fresh = Run(self.folder, self.optimizer_name, self.level)
         return fresh, restore_(
-            checkpoint, read_journal(self.folder / "journal.qzo"), fresh.numbers, fresh.optimizer
+            checkpoint, read_journal(self.folder / "journal.qzo"), fresh.theta, fresh.optimizer
         )
 
 
 def same_numbers(first, second):
     return all(
-        torch.equal(tensor, second.numbers.state()[name])
-        for name, tensor in first.numbers.state().items()
+        torch.equal(tensor, second.theta.state()[name])
+        for name, tensor in first.theta.state().items()
     )
 
 
@@ -90,11 +88,11 @@ class OnAnotherDevice:
     device.
     """
 
-    def __init__(self, numbers):
-        self._numbers = numbers
+    def __init__(self, theta):
+        self._numbers = theta
 
-    def numbers(self):
-        return {name: number.to("meta") for name, number in self._numbers.numbers().items()}
+    def templates(self):
+        return {name: number.to("meta") for name, number in self._numbers.templates().items()}
 
     def load_state_(self, state):
         self._numbers.load_state_(state)
@@ -104,9 +102,9 @@ def test_what_an_optimizer_remembers_comes_to_the_numbers_device(tmp_path):
     run = Run(tmp_path / "run", "momentum").go(4)
     (checkpoint, *_), _ = list_checkpoints(tmp_path / "run" / "checkpoints")
     fresh = make_optimizer("momentum")
-    load_checkpoint_(checkpoint, OnAnotherDevice(run.numbers), fresh)
+    load_checkpoint_(checkpoint, OnAnotherDevice(run.theta), fresh)
     velocities = fresh.state()
-    assert velocities.keys() == {f"velocity.{name}" for name in run.numbers.numbers()}
+    assert velocities.keys() == {f"velocity.{name}" for name in run.theta.templates()}
     assert all(velocity.is_meta for velocity in velocities.values())
 
 
@@ -157,10 +155,10 @@ def test_tuned_scales_are_what_the_model_sees_and_can_be_read(tmp_path):
     run = Run(tmp_path / "run").go(2)
     before = {name: run.scales[name].clone() for name in run.scales}
     tensors, _ = load_scales(tmp_path / "run/checkpoints/step_000002")
-    seen = tuned_scales(run.numbers)
+    seen = tuned_scales(run.theta)
     assert all(torch.equal(tensors[name], seen[name]) for name in seen)
     assert all(torch.equal(before[name], run.scales[name]) for name in before)
-    run.numbers.merge_()
+    run.theta.merge_()
     assert all(torch.equal(tensors[name], run.scales[name]) for name in tensors)
 
 

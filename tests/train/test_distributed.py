@@ -74,8 +74,8 @@ def test_ranks_equal_one_process_up_to_the_order_of_summation(told, alone, case)
         )
         allowed = 1.1 * allowed + step
     assert allowed < 1e-9  # or the comparison below would say nothing
-    for name, numbers in other["numbers"].items():
-        assert first["numbers"][name] == pytest.approx(numbers, rel=0, abs=allowed)
+    for name, theta in other["numbers"].items():
+        assert first["numbers"][name] == pytest.approx(theta, rel=0, abs=allowed)
 
 
 def test_an_examples_direction_is_its_place_in_the_whole_batch(told, alone):

@@ -19,14 +19,14 @@ class Run:
         self, *, steps=5, level="dense", spoil=lambda step: False, optimizer="sgd", **probing
     ):
         self.model, self.scales = scaled_network()
-        self.numbers = parametrize(self.scales, level)
+        self.theta = parametrize(self.scales, level)
         self.records, self.done = [], []
         self.step = -1
         self.spoil = spoil
         self.arguments = {
             "objective": self.objective,
             "batch_of_step": self.batch,
-            "parametrization": self.numbers,
+            "parametrization": self.theta,
             "optimizer": make_optimizer(optimizer),
             "probing": Probing(**{"seed": 0, "eps": 1e-2, **probing}),
             "schedule": make_schedule("linear", 0.1, steps),
@@ -91,7 +91,7 @@ def test_the_same_run_twice_is_bit_identical(level, optimizer):
     runs = [Run(level=level, optimizer=optimizer) for _ in range(2)]
     for run in runs:
         run.go()
-        run.numbers.merge_()
+        run.theta.merge_()
     assert without_seconds(runs[0].records) == without_seconds(runs[1].records)
     assert all(torch.equal(runs[0].scales[name], runs[1].scales[name]) for name in runs[0].scales)
 

@@ -81,11 +81,11 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
 
     def fill(target: Path) -> None:
         if is_gguf(folder):
-            save_gguf(folder, target, base.lm.model, tuned_scales(base.numbers))
+            save_gguf(folder, target, base.lm.model, tuned_scales(base.theta))
         elif stored:
-            save_stored(folder, target, tuned_scales(base.numbers), base.scales.weights)
+            save_stored(folder, target, tuned_scales(base.theta), base.scales.weights)
         else:
-            base.numbers.merge_()
+            base.theta.merge_()
             _write_bitsandbytes(
                 base.lm.model, has, folder, target, devices.dtype_name(dtype), facts
             )

@@ -14,7 +14,7 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.llm import rivals
+from qzo_diffusion.llm import baselines
 from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
 from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.stored import empty_causal_lm, stored_method
@@ -39,7 +39,7 @@ class Base:
 
     lm: CausalLm
     scales: ScaleSet
-    numbers: Parametrization
+    theta: Parametrization
     optimizer: Any
     codes: str
     initial: str
@@ -64,7 +64,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
                 )
             ],
         )
-        weights = rivals.mezo_numbers(lm.model, layers)
+        weights = baselines.mezo_numbers(lm.model, layers)
         return Base(
             lm,
             weights.scales,
@@ -78,11 +78,11 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     _quantize_(config, lm, device)
     if config.method == "qlora":
         layers = _layers(config, [handle.name for handle in handles_of(lm.model)])
-        rivals.add_lora_(
+        baselines.add_lora_(
             lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
         )
-        adapters = rivals.lora_numbers(lm.model)
-        step = first_order_step(rivals.lora_gradient(lm.model))
+        adapters = baselines.lora_numbers(lm.model)
+        step = first_order_step(baselines.lora_gradient(lm.model))
         return Base(
             lm,
             adapters.scales,
@@ -93,13 +93,13 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
             step,
         )
     beside = unquantized_of(lm.model, config.qzo.unquantized)
-    scales, numbers = build.scales_and_numbers(config, lm.model, beside)
+    scales, theta = build.scales_and_numbers(config, lm.model, beside)
     codes, initial = build.fingerprints(lm.model, scales)
     trained = tuple(build.trained_of(scales, config.qzo.layers))
     if config.method == "fo-scales":
         optimizer, step = build.first_order(lm.model)
-        return Base(lm, scales, numbers, optimizer, codes, initial, step, trained)
-    return Base(lm, scales, numbers, build.optimizer(config), codes, initial, trained=trained)
+        return Base(lm, scales, theta, optimizer, codes, initial, step, trained)
+    return Base(lm, scales, theta, build.optimizer(config), codes, initial, trained=trained)
 
 
 def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
@@ -195,11 +195,11 @@ def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device)
     layers = _layers(
         config, [name for name, _ in linears_to_quantize(lm.model, config.quant.skip, 1)]
     )
-    rivals.add_lora_(
+    baselines.add_lora_(
         lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
     )
     _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
-    adapters = rivals.lora_numbers(lm.model)
+    adapters = baselines.lora_numbers(lm.model)
     return Base(
         lm,
         adapters.scales,

@@ -23,7 +23,7 @@ from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_examples
 from qzo_diffusion.runs import build, provenance
-from qzo_diffusion.runs.job import Parts, journal_header
+from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.scores import Scores
@@ -94,11 +94,11 @@ class LlmPlan:
     def settings(self) -> dict[str, Any]:
         return self.config.model_dump(exclude={"data": {"dir"}, "model": True, "task": True})
 
-    def metadata(self, parts: Parts) -> dict[str, str]:
-        facts = provenance.scales_metadata(self.config, parts.header["codes"])
+    def metadata(self, components: Components) -> dict[str, str]:
+        facts = provenance.scales_metadata(self.config, components.header["codes"])
         return facts | {"qzo.method": self.config.method, "qzo.task": self.spec.name}
 
-    def load(self, ranks: Ranks) -> Parts:
+    def load(self, ranks: Ranks) -> Components:
         config = self.config
         if ranks.world > 1 and config.method in FIRST_ORDER:
             raise ConfigError(
@@ -127,9 +127,9 @@ class LlmPlan:
 
         build.check_share(config.data.batch_size, ranks.world)
         build.check_scalars(config, config.data.batch_size)
-        return Parts(
+        return Components(
             scales=base.scales,
-            numbers=base.numbers,
+            theta=base.theta,
             optimizer=base.optimizer,
             objective=objective(base.lm, self.spec, config.objective),
             batches=TextBatches(
@@ -143,7 +143,7 @@ class LlmPlan:
             ),
             header=journal_header(config, config.data.batch_size, base.codes, base.initial)
             | _facts(config),
-            extras=scores,
+            callbacks=scores,
             take_step=base.take_step,
         )
 
@@ -203,17 +203,17 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     device = devices.choose_device(config.compute.device)
     splits = read_splits(config, spec, needed)
     _check_objective(config, spec)
-    settled = config.model_copy(deep=True)
-    settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
-    settled.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
+    resolved = config.model_copy(deep=True)
+    resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
+    resolved.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
     if Path(config.model).is_dir():
-        settled.model = str(folder.resolve())
+        resolved.model = str(folder.resolve())
     elif is_gguf(Path(config.model)):
-        settled.model = str(folder.absolute())  # what a link leads to may have another ending
+        resolved.model = str(folder.absolute())  # what a link leads to may have another ending
     if config.task not in shipped_tasks():
-        settled.task = str(Path(config.task).resolve())
+        resolved.task = str(Path(config.task).resolve())
     return LlmPlan(
-        settled, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits
+        resolved, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits
     )
 
 
@@ -250,12 +250,12 @@ def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Spl
         (test,) = choose_rows(
             rows(test_path), [data.test_examples], data.split_seed, test_path.name
         )
-    parts = (
+    components = (
         ("train", train, 1),
         ("validation", validation, data.validation_examples),
         ("test", test, data.test_examples),
     )
-    for name, chosen, asked in parts:
+    for name, chosen, asked in components:
         if not chosen and asked != 0 and name in needed:
             raise DataError(
                 f"no example is left for {name}: {len(train)} to train on, {len(validation)} "
@@ -301,7 +301,7 @@ def evaluate(config: LlmConfig, run: Path | None) -> dict[str, Any]:
         build.micro_batch_size(plan.config, plan.config.data.batch_size),
     )
     started = time.perf_counter()
-    with base.scales.showing(base.numbers.view()):
+    with base.scales.override(base.theta.perturbed()):
         value = mean_metric(base.lm, batches, plan.spec)
     count = len(plan.splits.test)
     return {

@@ -104,10 +104,10 @@ class TrainingBatches:
             ranks,
         )
         one_of_each_size = {(sample.width, sample.height): sample for sample in samples}.values()
-        regions = [
+        patch_groups = [
             self._regions(encoded.latents.latents(sample.id, False)) for sample in one_of_each_size
         ]
-        build.check_scalars(config, config.data.batch_size, max(regions))
+        build.check_scalars(config, config.data.batch_size, max(patch_groups))
 
     def __call__(self, step: int) -> StepBatch[Batch]:
         data = self._config.data
@@ -130,9 +130,15 @@ class TrainingBatches:
             distribution=sigma_settings.distribution,
             shift=sigma_settings.shift,
         )
-        share, regions = self._ranks.share(len(chosen)), self._regions(latents)
+        share, patch_groups = self._ranks.share(len(chosen)), self._regions(latents)
         whole = make_batch(
-            self._encoded.prompts, captions, latents, noise, sigma, torch.device("cpu"), regions
+            self._encoded.prompts,
+            captions,
+            latents,
+            noise,
+            sigma,
+            torch.device("cpu"),
+            patch_groups,
         )
         mine = whole.part(share).to(self._device)
         return StepBatch(
@@ -140,7 +146,7 @@ class TrainingBatches:
             float(sigma.mean()),
             first_example=share.start,
             examples=len(chosen),
-            regions=regions,
+            patch_groups=patch_groups,
         )
 
     def _regions(self, latents: Tensor) -> int:
@@ -194,10 +200,10 @@ def make_batch(
     noise: Tensor,
     sigma: Tensor,
     device: torch.device,
-    regions: int = 1,
+    patch_groups: int = 1,
 ) -> Batch:
     embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
-    return Batch(latents, noise, sigma, embeds, pooled, regions).to(device)
+    return Batch(latents, noise, sigma, embeds, pooled, patch_groups).to(device)
 
 
 def token_counts(

@@ -41,7 +41,7 @@ FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
 
 
 def fitting_micro_batch(
-    config: Config, place: build.Place, images: int = 0, prompts: int = 0
+    config: Config, runtime: build.Runtime, images: int = 0, prompts: int = 0
 ) -> int:
     """How many probes of examples a forward should have: the whole batch, or the largest power of
     two that fits and is fast.
@@ -55,17 +55,19 @@ def fitting_micro_batch(
             update={"train": config.train.model_copy(update={"micro_batch_size": count})}
         )
         return next(
-            phase.total for phase in _phases(tried, place, images, prompts) if phase.name == "train"
+            phase.total
+            for phase in _phases(tried, runtime, images, prompts)
+            if phase.name == "train"
         )
 
     most = whole = config.data.batch_size * build.probes_at_once(config)
-    available = memory.available_bytes(place.device)
+    available = memory.available_bytes(runtime.device)
     if available is not None:
         one, two = training(1), training(2)
         most = 1 + int((available - one) / (two - one))
-    if place.device.type == "cpu":
-        transformer = find_transformer(build.transformer_place(config, place.folder)).config
-        most = min(most, rows_on_cpu(*_shape(config, place, transformer), place.dtype))
+    if runtime.device.type == "cpu":
+        transformer = find_transformer(build.transformer_place(config, runtime.folder)).config
+        most = min(most, rows_on_cpu(*_shape(config, runtime, transformer), runtime.dtype))
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
 
@@ -76,7 +78,7 @@ def rows_on_cpu(width: int, image_tokens: int, dtype: torch.dtype) -> int:
 
 
 def memory_plan(
-    config: Config, place: build.Place, images: int = 0, prompts: int = 0
+    config: Config, runtime: build.Runtime, images: int = 0, prompts: int = 0
 ) -> MemoryPlan:
     """Every phase on the device of `place`, with the changes that make it fit where it does not.
 
@@ -86,8 +88,8 @@ def memory_plan(
     Raises:
         ModelError: the model's folder lacks something.
     """
-    available = memory.available_bytes(place.device)
-    plan = MemoryPlan(_phases(config, place, images, prompts), place.device.type, available)
+    available = memory.available_bytes(runtime.device)
+    plan = MemoryPlan(_phases(config, runtime, images, prompts), runtime.device.type, available)
     if plan.fits:
         return plan
     changed, made = config, list[str]()
@@ -95,10 +97,12 @@ def memory_plan(
         settings = changed.model_dump()
         set_dotted(settings, key, value)
         tried: Config = make_config(settings)
-        dtype = devices.choose_dtype(tried.compute.dtype, place.device)
-        there = build.Place(place.folder, place.device, dtype)
-        before = build.Place(
-            place.folder, place.device, devices.choose_dtype(changed.compute.dtype, place.device)
+        dtype = devices.choose_dtype(tried.compute.dtype, runtime.device)
+        there = build.Runtime(runtime.folder, runtime.device, dtype)
+        before = build.Runtime(
+            runtime.folder,
+            runtime.device,
+            devices.choose_dtype(changed.compute.dtype, runtime.device),
         )
         if _peak(tried, there, images, prompts) >= _peak(changed, before, images, prompts):
             continue
@@ -108,15 +112,15 @@ def memory_plan(
     return plan
 
 
-def _peak(config: Config, place: build.Place, images: int, prompts: int) -> float:
-    return max(phase.total for phase in _phases(config, place, images, prompts))
+def _peak(config: Config, runtime: build.Runtime, images: int, prompts: int) -> float:
+    return max(phase.total for phase in _phases(config, runtime, images, prompts))
 
 
-def _phases(config: Config, place: build.Place, images: int, prompts: int) -> list[Phase]:
-    folder, dtype, device = place.folder, place.dtype, place.device.type
+def _phases(config: Config, runtime: build.Runtime, images: int, prompts: int) -> list[Phase]:
+    folder, dtype, device = runtime.folder, runtime.dtype, runtime.device.type
     found = find_transformer(build.transformer_place(config, folder))
     transformer = found.config
-    width, image_tokens = _shape(config, place, transformer)
+    width, image_tokens = _shape(config, runtime, transformer)
     size = ModelSize.of(
         empty_transformer(transformer), build.quantization(config.quant), dtype, width
     )
@@ -160,7 +164,7 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
     resident = base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
     return [
-        Phase("encode", base | _largest_encoder(config, place)),
+        Phase("encode", base | _largest_encoder(config, runtime)),
         Phase("images", base | data | vae_work("encode")),
         Phase(
             "load",
@@ -181,16 +185,18 @@ def _phases(config: Config, place: build.Place, images: int, prompts: int) -> li
         Phase(
             "sample",
             resident
-            | _sampling(size, image_tokens, text_tokens, (drawn, batch), place, vae_work("decode")),
+            | _sampling(
+                size, image_tokens, text_tokens, (drawn, batch), runtime, vae_work("decode")
+            ),
         ),
     ]
 
 
-def _shape(config: Config, place: build.Place, transformer: dict[str, Any]) -> tuple[int, int]:
+def _shape(config: Config, runtime: build.Runtime, transformer: dict[str, Any]) -> tuple[int, int]:
     """Width of its hidden states, and tokens of an image."""
-    side = config.data.resolution or sd3.native_resolution(place.folder)
+    side = config.data.resolution or sd3.native_resolution(runtime.folder)
     patch = (
-        _reduction(read_config(place.folder / "vae" / "config.json")) * transformer["patch_size"]
+        _reduction(read_config(runtime.folder / "vae" / "config.json")) * transformer["patch_size"]
     )
     return transformer["num_attention_heads"] * transformer["attention_head_dim"], (
         side // patch
@@ -207,36 +213,36 @@ def _sampling(
     image_tokens: int,
     text_tokens: int,
     counts: tuple[int, int],
-    place: build.Place,
+    runtime: build.Runtime,
     decoding: dict[str, float],
 ) -> dict[str, float]:
     """Denoising and decoding come one after the other; a CPU's allocator keeps what forwards of
     samples and of training had.
     """
     drawn, trained = counts
-    count = max(drawn, trained) if place.device.type == "cpu" else drawn
-    forward = memory.forward_bytes(size, image_tokens, text_tokens, count, place.dtype)
+    count = max(drawn, trained) if runtime.device.type == "cpu" else drawn
+    forward = memory.forward_bytes(size, image_tokens, text_tokens, count, runtime.dtype)
     decode = sum(value for name, value in decoding.items() if name != "VAE")
-    if place.device.type == "cpu":
+    if runtime.device.type == "cpu":
         return {"forward": forward, "decode": decode}
     return {"forward": forward} if forward >= decode else {"decode": decode}
 
 
-def _largest_encoder(config: Config, place: build.Place) -> dict[str, float]:
+def _largest_encoder(config: Config, runtime: build.Runtime) -> dict[str, float]:
     """Text encoders are loaded one after the other, so the largest counts, with what passes while
     it is read.
     """
-    mode = build.t5_mode(config, place.folder)
+    mode = build.t5_mode(config, runtime.folder)
     sizes: dict[str, float] = {}
     for part in (CLIP_L, CLIP_G, *((T5,) if mode != "none" else ())):
-        entries = read_entries(place.folder / part)
-        reading = memory.reading_bytes(entries, place.dtype, place.device.type, 0)
+        entries = read_entries(runtime.folder / part)
+        reading = memory.reading_bytes(entries, runtime.dtype, runtime.device.type, 0)
         if part == T5 and mode == "nf4":
             weights = ModelSize.of(
-                empty_text_encoder(place.folder, part), Quantization(), place.dtype
+                empty_text_encoder(runtime.folder, part), Quantization(), runtime.dtype
             ).weights
         else:
-            weights = memory.stored_bytes(entries, place.dtype)
+            weights = memory.stored_bytes(entries, runtime.dtype)
         sizes[part] = weights + reading
     name = max(sizes, key=lambda part: sizes[part])
     return {name: sizes[name]}

@@ -23,7 +23,7 @@ from qzo_diffusion.diffusion.style_folder import (
     summary,
 )
 from qzo_diffusion.runs import build, provenance
-from qzo_diffusion.runs.job import Parts, journal_header
+from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 from qzo_diffusion.runs.style.samples import Pictures
@@ -79,11 +79,11 @@ class StylePlan:
     def rows_that_fit(self) -> int:
         return fitting_micro_batch(self.config, *self._needs())
 
-    def _needs(self) -> tuple[build.Place, int, int]:
+    def _needs(self) -> tuple[build.Runtime, int, int]:
         """Where the run is, and how many images and prompts it keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
-        place = build.Place(self.model_folder, self.device, self.dtype)
-        return place, len(self.style.samples), len(captions) + len(self.sample_prompts)
+        runtime = build.Runtime(self.model_folder, self.device, self.dtype)
+        return runtime, len(self.style.samples), len(captions) + len(self.sample_prompts)
 
     def data(self) -> list[dict[str, Any]]:
         return dataset_table(self.style)
@@ -97,10 +97,10 @@ class StylePlan:
         }
         return self.config.model_dump(exclude=local | {"init_from": True})
 
-    def metadata(self, parts: Parts) -> dict[str, str]:
-        return provenance.scales_metadata(self.config, parts.header["codes"])
+    def metadata(self, components: Components) -> dict[str, str]:
+        return provenance.scales_metadata(self.config, components.header["codes"])
 
-    def load(self, ranks: Ranks) -> Parts:
+    def load(self, ranks: Ranks) -> Components:
         """Encode the data, free the encoders, load and quantize the transformer."""
         config, device, dtype = self.config, self.device, self.dtype
         if ranks.world > 1 and not self.has_journal:
@@ -117,8 +117,8 @@ class StylePlan:
         )
         if ranks.first:
             ranks.wait()
-        transformer, scales, numbers = build.load_base(
-            config, build.Place(self.model_folder, device, dtype)
+        transformer, scales, theta = build.load_base(
+            config, build.Runtime(self.model_folder, device, dtype)
         )
         set_initial_(config, transformer, scales)
         optimizer, take_step = (
@@ -142,9 +142,9 @@ class StylePlan:
             )
             return Pictures(out.path / "samples", sampler, tracker, held_out, config.sample.every)
 
-        return Parts(
+        return Components(
             scales=scales,
-            numbers=numbers,
+            theta=theta,
             optimizer=optimizer,
             objective=lambda batch: velocity_loss(transformer, batch, dtype),
             batches=style_data.TrainingBatches(config, self.style.train, encoded, device, ranks),
@@ -152,7 +152,7 @@ class StylePlan:
                 config, config.data.batch_size, *build.fingerprints(transformer, scales)
             )
             | ({} if config.init_from is None else {"init_from": config.init_from}),
-            extras=pictures,
+            callbacks=pictures,
             take_step=take_step,
         )
 
@@ -194,20 +194,20 @@ def make_plan(config: Config) -> StylePlan:
     prompts = read_prompts(
         resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
     )
-    settled = config.model_copy(deep=True)
-    settled.data.resolution = resolution
-    build.settle_sampling_(settled, folder)
-    settled.data.style_dir = str(images.resolve())
-    settled.data.validation_dir = str(held_out.resolve()) if held_out else None
-    settled.init_from = str(Path(config.init_from).resolve()) if config.init_from else None
-    settled.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
+    resolved = config.model_copy(deep=True)
+    resolved.data.resolution = resolution
+    build.resolve_sampling_(resolved, folder)
+    resolved.data.style_dir = str(images.resolve())
+    resolved.data.validation_dir = str(held_out.resolve()) if held_out else None
+    resolved.init_from = str(Path(config.init_from).resolve()) if config.init_from else None
+    resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
-        settled.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
+        resolved.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
     plan = StylePlan(
-        settled, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts
+        resolved, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts
     )
-    if settled.train.micro_batch_size is None:
-        settled.train.micro_batch_size = plan.rows_that_fit()
+    if resolved.train.micro_batch_size is None:
+        resolved.train.micro_batch_size = plan.rows_that_fit()
     return plan
 
 

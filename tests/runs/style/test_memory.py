@@ -181,7 +181,7 @@ def plan_of(preset, pipelines, **settings):
     config = make_config(config.model_dump() | settings) if settings else config
     folder = pipelines[json.dumps(PRESETS[preset])]
     dtype = devices.choose_dtype(config.compute.dtype, CPU)
-    return planning.memory_plan(config, build.Place(folder, CPU, dtype), images=20, prompts=30)
+    return planning.memory_plan(config, build.Runtime(folder, CPU, dtype), images=20, prompts=30)
 
 
 GIGABYTES = {"sd35_large_8gb": 8, "sd35_large_24gb": 24, "sd35_medium": 6, "sd35_large_paper": 24}
@@ -226,7 +226,7 @@ def test_a_device_that_is_too_small_is_told_what_to_change(pipelines, monkeypatc
     config = make_config(settings)
     folder = pipelines[json.dumps(LARGE)]
     again = planning.memory_plan(
-        config, build.Place(folder, CPU, torch.bfloat16), images=20, prompts=30
+        config, build.Runtime(folder, CPU, torch.bfloat16), images=20, prompts=30
     )
     assert again.fits
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1e9)
@@ -241,7 +241,7 @@ def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, g
         memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9
     )
     config = make_config({"model": "large", "data": {"resolution": 1024}})
-    place = build.Place(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
+    place = build.Runtime(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
     assert planning.fitting_micro_batch(config, place) == rows
     # or the plan looks for settings that fit
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
@@ -263,7 +263,7 @@ def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, g
 @pytest.mark.parametrize(("side", "rows"), [(256, 4), (512, 2), (1024, 2)])
 def test_a_cpu_gets_no_more_than_its_caches_bear(pipelines, monkeypatch, side, rows):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1e12)
-    place = build.Place(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
+    place = build.Runtime(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
     assert planning.fitting_micro_batch(make_config({"data": {"resolution": side}}), place) == rows
 
 

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 
-from qzo_diffusion.core import gains
+from qzo_diffusion.core import activation_scaling
 
 pytest.importorskip("triton", reason="Triton comes with torch for Linux alone")
-NAME = "qzo_diffusion.core.fused_gain"
+NAME = "qzo_diffusion.core.fused_scaling"
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def test_without_a_compiler_torch_does_the_same_and_it_is_said_once(monkeypatch)
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(importlib.import_module(NAME), "scale", broken)
-    gains._fused.cache_clear()
+    activation_scaling._fused.cache_clear()
     with pytest.warns(UserWarning, match="longer than they need to.*C compiler"):
-        assert gains._fused(torch.device("cpu")) is None
+        assert activation_scaling._fused(torch.device("cpu")) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert gains._fused(torch.device("cpu")) is None
-    gains._fused.cache_clear()
+        assert activation_scaling._fused(torch.device("cpu")) is None
+    activation_scaling._fused.cache_clear()

@@ -16,7 +16,7 @@ from qzo_diffusion.core.errors import ModelError
 
 
 @dataclass(frozen=True)
-class LayerGain:
+class LayerScaling:
     """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, fp32.
 
     One row for each group of neighbouring examples, so the number of rows divides the batch: one
@@ -30,7 +30,7 @@ class LayerGain:
     overwrites: bool = False
 
 
-Gains = Callable[[Sequence[str]], Mapping[str, LayerGain]]
+ActivationScaling = Callable[[Sequence[str]], Mapping[str, LayerScaling]]
 """Names of layers -> their factors; a layer that is left out has none."""
 
 
@@ -75,7 +75,7 @@ def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) ->
 def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], None] | None:
     """None where Triton is not installed, or finds no compiler."""
     try:
-        from qzo_diffusion.core.fused_gain import scale
+        from qzo_diffusion.core.fused_scaling import scale
 
         one = torch.ones(1, 1, 1, device=device)
         scale(one, one[0], None, one)
@@ -116,25 +116,25 @@ def _places(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(group, group + groups_at_once), slice(token, token + tokens_at_once)
 
 
-class Factors:
+class ScaledLayer:
     """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is
     added after the product.
     """
 
-    def __init__(self, name: str, gain: LayerGain, bias: Tensor | None) -> None:
+    def __init__(self, name: str, layer_scaling: LayerScaling, bias: Tensor | None) -> None:
         self._name, self._input, self._output, self._overwrites = (
             name,
-            gain.input,
-            gain.output,
-            gain.overwrites,
+            layer_scaling.input,
+            layer_scaling.output,
+            layer_scaling.overwrites,
         )
         self._bias = None if bias is None else bias.detach()
-        if bias is not None and bias.device.type == "cpu" and gain.output is not None:
+        if bias is not None and bias.device.type == "cpu" and layer_scaling.output is not None:
             # a GPU converts on its way
-            self._bias = bias.detach().to(gain.output.dtype)
-        self.scales_inputs = gain.input is not None
+            self._bias = bias.detach().to(layer_scaling.output.dtype)
+        self.scales_inputs = layer_scaling.input is not None
 
-    def of_input(self, x: Tensor) -> Tensor:
+    def scale_input(self, x: Tensor) -> Tensor:
         """A new tensor, since several layers may read the same x; x itself where the gain says that
         none does after this one.
         """
@@ -147,7 +147,7 @@ class Factors:
         _scale(by_group, self._input, None, into=scaled)
         return scaled.view(x.shape)
 
-    def of_output_(self, output: Tensor) -> None:
+    def scale_output_(self, output: Tensor) -> None:
         """In place: the layer has just made it, and a second tensor of its size would cost more
         than the product.
         """
@@ -170,7 +170,7 @@ class Factors:
             )
 
 
-def no_bias(bias: nn.Parameter) -> nn.Parameter | None:
+def without_bias(bias: nn.Parameter) -> nn.Parameter | None:
     """What a layer has in place of its bias while it is under a gain.
 
     On a CPU in 16 bits zeros: without a bias torch's product takes another path, whose buffers

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qzo_diffusion.core.blend import blend_
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.noise import Direction
 from tests.quantized import scaled_network
 
@@ -19,16 +19,16 @@ def base_and_tuned(radius=0.1, seed=0):
 
 def test_strength_one_is_the_tuned_model_and_zero_the_base_bit_for_bit():
     scales, base, tuned = base_and_tuned()
-    blend_(scales, [(tuned, 0.0)])
+    merge_changes_(scales, [(tuned, 0.0)])
     assert all(torch.equal(scales[name], base[name]) for name in scales)
-    blend_(scales, [(tuned, 1.0)])
+    merge_changes_(scales, [(tuned, 1.0)])
     assert all(torch.equal(scales[name], tuned[name]) for name in scales)
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.5, -1.0])
 def test_other_strengths_are_on_a_straight_line_of_log_scales(strength):
     scales, base, tuned = base_and_tuned()
-    blend_(scales, [(tuned, strength)])
+    merge_changes_(scales, [(tuned, strength)])
     for name in scales:
         expected = strength * torch.log(tuned[name] / base[name])
         torch.testing.assert_close(
@@ -39,7 +39,7 @@ def test_other_strengths_are_on_a_straight_line_of_log_scales(strength):
 def test_two_runs_mix_by_adding_their_changes():
     scales, base, first = base_and_tuned()
     _, _, second = base_and_tuned(radius=0.2, seed=1)
-    blend_(scales, [(first, 0.7), (second, 0.3)])
+    merge_changes_(scales, [(first, 0.7), (second, 0.3)])
     for name in scales:
         expected = 0.7 * torch.log(first[name] / base[name]) + 0.3 * torch.log(
             second[name] / base[name]
@@ -54,7 +54,7 @@ def test_zeros_stay_finite():
     scales["0"][0] = 0.0
     tuned["0"][0], tuned["0"][1] = 0.5, 0.0
     before = scales["0"][1].item()
-    blend_(scales, [(tuned, 0.5)])
+    merge_changes_(scales, [(tuned, 0.5)])
     assert scales["0"][0] == 0.25
     assert scales["0"][1] == pytest.approx(before / 2)
     assert all(torch.isfinite(scales[name]).all() for name in scales)
@@ -63,6 +63,6 @@ def test_zeros_stay_finite():
 def test_scales_of_another_model_are_refused():
     scales, _, tuned = base_and_tuned()
     with pytest.raises(ModelError, match="do not fit"):
-        blend_(scales, [({"elsewhere": torch.ones(1)}, 1.0)])
+        merge_changes_(scales, [({"elsewhere": torch.ones(1)}, 1.0)])
     with pytest.raises(ModelError, match="do not fit"):
-        blend_(scales, [({name: tensor[:-1] for name, tensor in tuned.items()}, 1.0)])
+        merge_changes_(scales, [({name: tensor[:-1] for name, tensor in tuned.items()}, 1.0)])

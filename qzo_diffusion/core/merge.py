@@ -16,7 +16,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleSet
 
 
-def blend_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
+def merge_changes_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
     """Set the live scales, which must hold the base, to the blend of all `(tuned scales, weight)`.
 
     Raises:

@@ -11,7 +11,7 @@ from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate, spread
+from qzo_diffusion.core.spsa import estimate, rms
 from qzo_diffusion.quant.load import handles_of
 from tests.quantized import assert_same, inputs, scaled_network, snapshot
 
@@ -23,22 +23,22 @@ def tokens(count=EXAMPLES, width=128, dtype=torch.float64):
     return inputs(count * TOKENS, width, dtype).view(count, TOKENS, width)
 
 
-def of_regions(model: nn.Module, regions=REGIONS):
+def of_regions(model: nn.Module, patch_groups=REGIONS):
     """An objective that treats tokens apart: a loss for each run of them, [B, R]."""
-    return lambda x: model(x).square().mean(-1).view(len(x), regions, -1).mean(-1)
+    return lambda x: model(x).square().mean(-1).view(len(x), patch_groups, -1).mean(-1)
 
 
-def network_of_tokens(level, pointwise=("0", "2"), **options):
+def network_of_tokens(level, token_wise=("0", "2"), **options):
     model, scales = scaled_network(dtype=torch.float64, **options)
-    return model, scales, parametrize(scales, level, pointwise=pointwise)
+    return model, scales, parametrize(scales, level, token_wise=token_wise)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("level", LEVELS)
 def test_each_region_sees_what_its_own_z_does_to_the_scales(level, distribution):
-    model, scales, numbers = network_of_tokens(level)
+    model, scales, theta = network_of_tokens(level)
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, distribution, REGIONS)
-    with scales.showing(*numbers.probes(directions, [0.02])):
+    with scales.override(*theta.probes(directions, [0.02])):
         together = model(x)
     for example, direction in enumerate(directions):
         for region in range(REGIONS):
@@ -54,43 +54,41 @@ def test_each_region_sees_what_its_own_z_does_to_the_scales(level, distribution)
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
-    ("count", "regions", "viewed", "gained"),
+    ("count", "patch_groups", "viewed", "gained"),
     [(1, 2, {"0"}, {"2"}), (2, 2, set(), {"0", "2"}), (1, 1, {"0", "2"}, set())],
 )
 def test_what_all_examples_share_is_shown_as_scales_and_theta_goes_with_its_z(
-    level, count, regions, viewed, gained
+    level, count, patch_groups, viewed, gained
 ):
     """These layers have more scales than factors; pointwise is layer "2"."""
-    model, scales, numbers = network_of_tokens(level, ("2",), width=2048, out=2048)
-    numbers.move_(directions_of_step(1, 0, 1, "rademacher", regions), [0.1] * regions)
-    directions = directions_of_step(0, 0, count, "rademacher", regions)
-    view, gains = numbers.probes(directions, [0.02])
+    model, scales, theta = network_of_tokens(level, ("2",), width=2048, out=2048)
+    theta.move_(directions_of_step(1, 0, 1, "rademacher", patch_groups), [0.1] * patch_groups)
+    directions = directions_of_step(0, 0, count, "rademacher", patch_groups)
+    view, scaling = theta.probes(directions, [0.02])
     assert set(view(["0", "2"]) if view else ()) == viewed
-    assert set(gains(["0", "2"]) if gains else ()) == gained
-    with scales.showing(view, gains):
+    assert set(scaling(["0", "2"]) if scaling else ()) == gained
+    with scales.override(view, scaling):
         found = model(tokens(count, 2048))
-    numbers._scales_of = dict.fromkeys(numbers._scales_of, 0)  # then θ stays where it was
-    view, gains = numbers.probes(directions, [0.02])
+    theta._scales_of = dict.fromkeys(theta._scales_of, 0)  # then θ stays where it was
+    view, scaling = theta.probes(directions, [0.02])
     assert set(view(["0", "2"])) == viewed | gained
-    with scales.showing(view, gains):
+    with scales.override(view, scaling):
         torch.testing.assert_close(found, model(tokens(count, 2048)), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("pointwise", [("0", "2"), ("2",)])
-def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(pointwise):
-    model, _, numbers = network_of_tokens("separable", pointwise, width=64, out=2, blocksize=32)
+@pytest.mark.parametrize("token_wise", [("0", "2"), ("2",)])
+def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(token_wise):
+    model, _, theta = network_of_tokens("separable", token_wise, width=64, out=2, blocksize=32)
     x, count = tokens(4, width=64), 600
-    exact = exact_gradient(of_regions(model, 1), [x], numbers, handles_of(model))
+    exact = exact_gradient(of_regions(model, 1), [x], theta, handles_of(model))
     drawn = {name: [] for name in exact}
     for seed in range(count):
         directions = directions_of_step(seed, 0, 4, "rademacher", REGIONS)
         found = estimate(
-            of_regions(model), list(x.split(3)), numbers, directions, eps=1e-3, per_example=True
+            of_regions(model), list(x.split(3)), theta, directions, eps=1e-3, per_example=True
         )
         for name, kept in drawn.items():
-            kept.append(
-                gradient_of(numbers, Update(directions, found.projected_grad, lr=1.0), name)
-            )
+            kept.append(gradient_of(theta, Update(directions, found.projected_grad, lr=1.0), name))
     for name, values in drawn.items():
         stacked = torch.stack(values)
         deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / count**0.5)
@@ -98,17 +96,17 @@ def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(pointwise)
 
 
 def test_it_has_less_variance_than_a_direction_for_each_example():
-    model, _, numbers = network_of_tokens("row")
+    model, _, theta = network_of_tokens("row")
     x, of_one, of_many = tokens(4), [], []
     for seed in range(60):
-        for kept, regions in ((of_one, 1), (of_many, REGIONS)):
-            directions = directions_of_step(seed, 0, 4, "rademacher", regions)
+        for kept, patch_groups in ((of_one, 1), (of_many, REGIONS)):
+            directions = directions_of_step(seed, 0, 4, "rademacher", patch_groups)
             found = estimate(
-                of_regions(model, regions), [x], numbers, directions, eps=1e-3, per_example=True
+                of_regions(model, patch_groups), [x], theta, directions, eps=1e-3, per_example=True
             )
             kept.append(
                 gradient_of(
-                    numbers, Update(directions, found.projected_grad, lr=1.0), "row.pointwise"
+                    theta, Update(directions, found.projected_grad, lr=1.0), "row.pointwise"
                 )
             )
     ratio = torch.stack(of_one).var(0).sum() / torch.stack(of_many).var(0).sum()
@@ -117,13 +115,19 @@ def test_it_has_less_variance_than_a_direction_for_each_example():
 
 
 def test_both_signs_in_one_forward_are_what_two_forwards_give():
-    model, _, numbers = network_of_tokens("separable", ("2",))
+    model, _, theta = network_of_tokens("separable", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     together, apart = (
         estimate(
-            of_regions(model), [x], numbers, directions, eps=1e-2, per_example=True, copies=copies
+            of_regions(model),
+            [x],
+            theta,
+            directions,
+            eps=1e-2,
+            per_example=True,
+            probes_per_forward=probes_per_forward,
         )
-        for copies in (None, 1)
+        for probes_per_forward in (None, 1)
     )
     assert len(together.projected_grad) == EXAMPLES * REGIONS
     assert together.loss_plus == pytest.approx(apart.loss_plus, rel=1e-12)
@@ -131,25 +135,25 @@ def test_both_signs_in_one_forward_are_what_two_forwards_give():
 
 
 def test_whole_numbers_move_by_what_all_regions_say_together():
-    _, _, numbers = network_of_tokens("row", ("2",))
-    direction = Direction(0, 0, regions=REGIONS)
-    moved = numbers.combined("row", [direction], [0.1, 0.2, 0.3, 0.4])
+    _, _, theta = network_of_tokens("row", ("2",))
+    direction = Direction(0, 0, patch_groups=REGIONS)
+    moved = theta.combined("row", [direction], [0.1, 0.2, 0.3, 0.4])
     assert torch.equal(
         moved, torch.tensor(1.0, dtype=torch.float64) * Direction(0, 0).z("row", moved)
     )
-    of_region = direction.z("row.pointwise", numbers.theta["row.pointwise"], each=True)
-    assert torch.equal(numbers.combined("row.pointwise", [direction], [0, 0, 1, 0]), of_region[2])
+    of_region = direction.z("row.pointwise", theta.theta["row.pointwise"], each=True)
+    assert torch.equal(theta.combined("row.pointwise", [direction], [0, 0, 1, 0]), of_region[2])
     assert len({tuple(row.tolist()) for row in of_region}) == REGIONS
 
 
 def test_one_region_is_the_estimate_without_regions_on_whole_numbers():
-    model, _, numbers = network_of_tokens("row", ())
+    model, _, theta = network_of_tokens("row", ())
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher")
-    found = estimate(of_regions(model, 1), [x], numbers, directions, eps=1e-2, per_example=True)
+    found = estimate(of_regions(model, 1), [x], theta, directions, eps=1e-2, per_example=True)
     same = estimate(
         lambda x: model(x).square().mean((1, 2)),
         [x],
-        numbers,
+        theta,
         directions,
         eps=1e-2,
         per_example=True,
@@ -158,13 +162,13 @@ def test_one_region_is_the_estimate_without_regions_on_whole_numbers():
 
 
 def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
-    model, _, numbers = network_of_tokens("row", ("2",))
+    model, _, theta = network_of_tokens("row", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     plain, normal = (
         estimate(
             of_regions(model),
             [x],
-            numbers,
+            theta,
             directions,
             eps=1e-2,
             per_example=True,
@@ -172,21 +176,21 @@ def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
         )
         for wanted in (False, True)
     )
-    assert spread(normal.projected_grad, REGIONS) == pytest.approx(1)
-    unit = spread(plain.directional_derivative, REGIONS)
+    assert rms(normal.projected_grad, REGIONS) == pytest.approx(1)
+    unit = rms(plain.directional_derivative, REGIONS)
     assert [g * unit for g in normal.projected_grad] == pytest.approx(list(plain.projected_grad))
     assert not any(normal.clipped)
-    assert spread([3.0, -4.0]) == pytest.approx((25 / 2) ** 0.5)
-    assert spread([3.0, -3.0], 2) == 0
+    assert rms([3.0, -4.0]) == pytest.approx((25 / 2) ** 0.5)
+    assert rms([3.0, -3.0], 2) == 0
 
 
 def test_no_slope_at_all_moves_nothing_and_stays_finite():
-    _, _, numbers = network_of_tokens("row", ("2",))
+    _, _, theta = network_of_tokens("row", ("2",))
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     flat = estimate(
         lambda x: torch.ones(len(x), REGIONS),
         [tokens()],
-        numbers,
+        theta,
         directions,
         eps=1e-2,
         per_example=True,
@@ -199,7 +203,7 @@ def test_no_slope_at_all_moves_nothing_and_stays_finite():
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_nothing_changes_whatever_happens(error):
     model, scales = scaled_network("bnb")
-    numbers, x = parametrize(scales, "separable", pointwise=("0",)), tokens(dtype=torch.float32)
+    theta, x = parametrize(scales, "separable", token_wise=("0",)), tokens(dtype=torch.float32)
     before, plain = snapshot(model, scales), model(x)
 
     def broken(x):
@@ -210,7 +214,7 @@ def test_nothing_changes_whatever_happens(error):
         estimate(
             broken,
             [x],
-            numbers,
+            theta,
             directions_of_step(0, 0, 3, "rademacher", REGIONS),
             eps=1e-2,
             per_example=True,
@@ -220,17 +224,17 @@ def test_nothing_changes_whatever_happens(error):
 
 
 def test_what_does_not_fit_is_refused():
-    model, scales, numbers = network_of_tokens("row")
+    model, scales, theta = network_of_tokens("row")
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", 3)
     with (
         pytest.raises(ModelError, match="8 tokens"),
-        scales.showing(*numbers.probes(directions, [0.01])),
+        scales.override(*theta.probes(directions, [0.01])),
     ):
         model(tokens())
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     with pytest.raises(ValueError, match="3 losses for 3 examples of 4 regions"):
-        estimate(of_regions(model, 1), [tokens()], numbers, directions, eps=1e-2, per_example=True)
+        estimate(of_regions(model, 1), [tokens()], theta, directions, eps=1e-2, per_example=True)
     with pytest.raises(ValueError, match="only where examples have"):
-        estimate(of_regions(model), [tokens()], numbers, directions[:1], eps=1e-2)
-    with pytest.raises(ValueError, match="not 4 regions"):
-        numbers.view(directions[0], 0.01)(["0"])
+        estimate(of_regions(model), [tokens()], theta, directions[:1], eps=1e-2)
+    with pytest.raises(ValueError, match="not 4 patch groups"):
+        theta.perturbed(directions[0], 0.01)(["0"])

@@ -80,11 +80,11 @@ def lora_gradient(
     """dL/d(adapters) of the mean loss over all examples, by name."""
 
     def gradient(
-        objective: Objective[Any], micro_batches: Sequence[Any], numbers: Parametrization
+        objective: Objective[Any], micro_batches: Sequence[Any], theta: Parametrization
     ) -> dict[str, Tensor]:
         count = sum(map(len, micro_batches))
         weights: dict[str, Any] = {
-            name: model.get_submodule(name).weight for name in numbers.numbers()
+            name: model.get_submodule(name).weight for name in theta.templates()
         }
         with torch.enable_grad():
             for micro_batch in micro_batches:
