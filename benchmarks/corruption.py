@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.record import write_results
 from qzo_diffusion import resources
 from qzo_diffusion.cli import main as qzo_diffuse
-from qzo_diffusion.config.style import load_config
+from qzo_diffusion.config.files import load_config
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import read_journal, replay_
 from qzo_diffusion.runs import build

@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.record import put_between_markers, write_results
 from benchmarks.sd35_full_size.model import LARGE
-from qzo_diffusion.config.style import QuantConfig
+from qzo_diffusion.config.sections import QuantConfig
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize

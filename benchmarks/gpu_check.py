@@ -26,7 +26,8 @@ import torch
 from benchmarks.record import write_results
 from benchmarks.resident import reset_peak
 from benchmarks.sd35_full_size.model import batch_of, config_of, status
-from qzo_diffusion.config.style import QuantConfig, make_config
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.config.sections import QuantConfig
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize

@@ -66,8 +66,9 @@ def first_order(optimizer: str, places: Places) -> dict[str, float]:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from benchmarks.resident import peak_of, resident
+    from qzo_diffusion.config.defaults import set_dotted
+    from qzo_diffusion.config.files import make_config, parse_override
     from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.llm.causal_lm import load_causal_lm
     from qzo_diffusion.llm.objectives import task_loss
     from qzo_diffusion.llm.tasks import encode
@@ -137,8 +138,9 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope
     along independent directions.
     """
+    from qzo_diffusion.config.defaults import set_dotted
+    from qzo_diffusion.config.files import make_config, parse_override
     from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.core.noise import Direction
     from qzo_diffusion.core.quzo import Codes
     from qzo_diffusion.core.spsa import estimate

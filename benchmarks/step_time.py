@@ -35,7 +35,7 @@ from benchmarks.record import write_results
 from benchmarks.resident import FREED_AT_ONCE, peak_of, resident
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
-from qzo_diffusion.config.style import QuantConfig
+from qzo_diffusion.config.sections import QuantConfig
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd

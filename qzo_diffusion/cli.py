@@ -14,10 +14,9 @@ from typing import Any
 
 from qzo_diffusion import __version__
 
-DONE, MENDABLE, INTERRUPTED = 0, 2, 130
+Flags = dict[str, tuple[str, str]]  # flag -> (key of the setting, help)
 
-Flags = dict[str, tuple[str, str]]
-"""Flags that are settings by another name: flag -> (key, help)."""
+DONE, MENDABLE, INTERRUPTED = 0, 2, 130
 
 LLM_FLAGS: Flags = {
     "--task": (
@@ -292,6 +291,7 @@ def _llm_train(options: argparse.Namespace) -> int:
 
 
 def _llm_evaluate(options: argparse.Namespace) -> int:
+    from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.config.llm import LlmConfig
     from qzo_diffusion.runs.llm import plan as llm_run
 
@@ -315,6 +315,7 @@ def _run_training(
     """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class
     `kind`.
     """
+    from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.core.errors import ConfigError
     from qzo_diffusion.runs import training as training_run
     from qzo_diffusion.train.run_folder import default_output_dir
@@ -427,12 +428,13 @@ def _export(options: argparse.Namespace) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     from qzo_diffusion import resources
-    from qzo_diffusion.config import style as config
+    from qzo_diffusion.config.files import make_config, read_yaml
     from qzo_diffusion.config.llm import LlmConfig
+    from qzo_diffusion.config.style import Config
 
-    settings = config.read_yaml(resources.find_file(options.config, "configs"))
-    kind = LlmConfig if "task" in settings else config.Config  # a run of `llm train` names its task
-    print(config.make_config(settings, kind).to_yaml(), end="")
+    settings = read_yaml(resources.find_file(options.config, "configs"))
+    kind = LlmConfig if "task" in settings else Config  # a run of `llm train` names its task
+    print(make_config(settings, kind).to_yaml(), end="")
     return DONE
 
 
@@ -453,51 +455,6 @@ def run_to_resume(options: argparse.Namespace) -> Path:
         return folder
     path = Path(options.resume)
     return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
-def resolve_settings(
-    options: argparse.Namespace, resumed: Path | None, flags: Flags, kind: Any
-) -> Any:
-    """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value;
-    later ones win.
-    """
-    from qzo_diffusion import resources
-    from qzo_diffusion.config import style as config
-    from qzo_diffusion.core.errors import ConfigError
-
-    preset = getattr(options, "preset", None)
-    if bool(preset) + bool(options.config) + (resumed is not None) > 1:
-        raise ConfigError(
-            "more than one of --preset, --config, --resume and --run",
-            "one of them",
-            "leave the others out",
-        )
-    settings: dict[str, Any] = {}
-    if resumed is not None:
-        settings = config.read_yaml(resumed / "config.yaml")
-    elif preset:
-        name = f"{preset}.yaml"
-        if not (resources.shipped("configs") / name).is_file():
-            known = sorted(file.stem for file in resources.shipped("configs").glob("*.yaml"))
-            raise ConfigError(
-                f"no preset {preset!r}", f"one of {', '.join(known)}", "choose one of them"
-            )
-        settings = config.read_yaml(resources.shipped("configs") / name)
-    elif options.config:
-        settings = config.read_yaml(resources.find_file(options.config, "configs"))
-    for flag, (key, _) in flags.items():
-        value = getattr(options, flag.removeprefix("--").replace("-", "_"))
-        if value is not None:
-            config.set_dotted(settings, key, value)
-    if getattr(options, "strict", False):
-        config.set_dotted(settings, "data.strict", True)
-    overrides = [config.parse_override(text, kind) for text in options.settings]
-    if resumed is not None and any(key == "train.lr" for key, _ in overrides):
-        # a rate that somebody chose is taken as it is
-        config.set_dotted(settings, "train.calibrate_lr", False)
-    for key, value in overrides:
-        config.set_dotted(settings, key, value)
-    return config.make_config(settings, kind)
 
 
 def _tell(results: dict[str, Any], as_json: bool, line: str) -> None:

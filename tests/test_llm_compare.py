@@ -12,7 +12,8 @@ from benchmarks.llm_compare import cells as cells_module
 from benchmarks.llm_compare.cells import run_cell
 from benchmarks.llm_compare.methods import METHODS, TASKS, Cell, Places, arguments_of, cells
 from benchmarks.llm_compare.report import TABLE, report
-from qzo_diffusion.cli import LLM_TRAIN_FLAGS, parse, resolve_settings
+from qzo_diffusion.cli import LLM_TRAIN_FLAGS, parse
+from qzo_diffusion.config.files import resolve_settings
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.runs import build
 from tests.tiny_llama import save_tiny_llama, write_sentences

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.convergence.methods import UNSEEN
 from benchmarks.convergence.text_task import TextTask
 from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
-from qzo_diffusion.config.style import make_config
+from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.scales import ScaleSet

@@ -47,8 +47,9 @@ def measure(name: str, places: Places) -> dict[str, float]:
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from benchmarks.resident import peak_of, resident
+    from qzo_diffusion.config.defaults import set_dotted
+    from qzo_diffusion.config.files import make_config, parse_override
     from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.config.style import make_config, parse_override, set_dotted
     from qzo_diffusion.core.spsa import mean_loss
     from qzo_diffusion.llm.objectives import task_loss
     from qzo_diffusion.llm.tasks import Batch, encode

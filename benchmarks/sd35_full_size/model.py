@@ -105,7 +105,7 @@ def config_of(layers: int) -> dict[str, Any]:
 
 
 def load_model(folder: Path, cache: Path | None) -> nn.Module:
-    from qzo_diffusion.config.style import QuantConfig
+    from qzo_diffusion.config.sections import QuantConfig
     from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
     from qzo_diffusion.quant.stream import Quantization
     from qzo_diffusion.runs.loading import Source, load_quantized

@@ -27,7 +27,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     """
     import tempfile
 
-    from qzo_diffusion.config.style import make_config
+    from qzo_diffusion.config.files import make_config
     from qzo_diffusion.core.journal import JournalWriter
     from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
     from qzo_diffusion.runs import build

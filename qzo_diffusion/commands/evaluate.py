@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from qzo_diffusion import resources
-from qzo_diffusion.config.style import Config, load_config
+from qzo_diffusion.config.files import load_config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.core.grouped import Grouped

@@ -16,7 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from qzo_diffusion import __version__, devices
-from qzo_diffusion.config.style import Config, load_config
+from qzo_diffusion.config.files import load_config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.delta import shrunk
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.journal import read_journal

@@ -5,7 +5,8 @@ weight.
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion.config.style import Config, load_config
+from qzo_diffusion.config.files import load_config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import frozen_fingerprint

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import devices
+from qzo_diffusion.config.files import AnyConfig, make_config
 from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.config.style import AnyConfig, Config, RunConfig, TrainConfig, make_config
+from qzo_diffusion.config.sections import RunConfig, TrainConfig
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.optimizer import Optimizer

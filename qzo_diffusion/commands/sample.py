@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import resources
-from qzo_diffusion.config.style import Config, load_config
+from qzo_diffusion.config.files import load_config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3

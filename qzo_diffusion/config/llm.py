@@ -4,10 +4,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config.style import (
+from qzo_diffusion.config.defaults import (
     DIRECTIONS,
     FIRST_ORDER_SCALES,
     PROBES,
+    estimate_settings,
+    filled_in,
+    rate_for,
+    suited_to_quzo,
+)
+from qzo_diffusion.config.sections import (
     Count,
     Positive,
     QuantConfig,
@@ -15,10 +21,6 @@ from qzo_diffusion.config.style import (
     RunConfig,
     Section,
     check_method,
-    estimate_settings,
-    filled_in,
-    rate_for,
-    suited_to_quzo,
 )
 
 Method = Literal["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion import resources
-from qzo_diffusion.config.style import Config, QuantConfig, RunConfig
+from qzo_diffusion.config.sections import QuantConfig, RunConfig
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.journal import MOST_SCALARS
 from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qzo_diffusion.config.style import RunConfig
+from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qzo_diffusion import __version__, resources
-from qzo_diffusion.config.style import RunConfig
+from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
 

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion.config.style import read_yaml
+from qzo_diffusion.config.files import read_yaml
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.sampling import cells, load_picture

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from qzo_diffusion.config.style import RunConfig, changed_settings, load_config
+from qzo_diffusion.config.files import changed_settings, load_config
+from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import (
     ConfigError,
     JournalError,

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.commands import export as export_run
-from qzo_diffusion.config.style import make_config, read_yaml
+from qzo_diffusion.config.files import make_config, read_yaml
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import handles_of

@@ -5,17 +5,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.config.style import (
-    Config,
+from qzo_diffusion.config.defaults import set_dotted, suited_lr
+from qzo_diffusion.config.files import (
     known_keys,
     load_config,
     make_config,
     parse_override,
     read_yaml,
-    set_dotted,
-    suited_lr,
 )
+from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.resources import shipped
 from qzo_diffusion.runs import build

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from qzo_diffusion.config.style import make_config
+from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import sd3, text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.config.style import make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm import gguf_file
 from qzo_diffusion.llm.causal_lm import load_causal_lm

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.config.style import load_config
 from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Sgd

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config.files import load_config, make_config
 from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.config.style import load_config, make_config
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.quant.load import find_scales, quantize_

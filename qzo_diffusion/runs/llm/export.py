@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from qzo_diffusion import devices
+from qzo_diffusion.config.files import load_config, read_yaml
 from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.config.style import load_config, read_yaml
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf

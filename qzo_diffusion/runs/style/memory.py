@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from qzo_diffusion import devices
-from qzo_diffusion.config.style import Config, make_config, set_dotted
+from qzo_diffusion.config.defaults import set_dotted
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.config.style import Config
 from qzo_diffusion.diffusion import memory, sd3
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
 from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, empty_text_encoder

@@ -15,7 +15,7 @@ import torch
 from qzo_diffusion import devices
 from qzo_diffusion.cli import main
 from qzo_diffusion.commands import doctor
-from qzo_diffusion.config.style import load_config, make_config
+from qzo_diffusion.config.files import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import memory, text_encoders
 from qzo_diffusion.diffusion.transformer import empty_transformer
@@ -218,7 +218,8 @@ def test_a_device_that_is_too_small_is_told_what_to_change(pipelines, monkeypatc
     assert "TOO LITTLE" in plan.describe()
     assert all(f"{key}={value}" in plan.describe() for key, value in changed.items())
     # What it says is true: with those settings it fits.
-    from qzo_diffusion.config.style import parse_override, set_dotted
+    from qzo_diffusion.config.defaults import set_dotted
+    from qzo_diffusion.config.files import parse_override
 
     settings = load_config(shipped("configs") / "sd35_large_24gb.yaml").model_dump()
     for change in plan.changes:
