@@ -75,7 +75,7 @@ def rate_for(
 
 
 # What suits training of codes where nothing is said, in pictures and texts alike
-# (docs/decisions.md).
+# (docs/decisions/rates.md D28, docs/quzo.md).
 QUZO: dict[str, Any] = {
     "qzo.parametrization": "codes",
     "quant.backend": "intgrid",

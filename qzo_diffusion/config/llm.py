@@ -26,8 +26,8 @@ from qzo_diffusion.config.sections import (
 Method = Literal["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]
 
 # What suits a method where nothing is said. QZO's rates were found on SmolLM2 and SST-2
-# (docs/decisions.md), MeZO's and QLoRA's are those of their papers; first-order on the scales takes
-# the rate that the convergence benchmark found for styles.
+# (docs/decisions/rates.md D25), MeZO's and QLoRA's are those of their papers; first-order on the
+# scales takes the rate that the convergence benchmark found for styles.
 DEFAULTS: dict[Method, dict[str, Any]] = {
     "qzo": {},
     "mezo": {
@@ -53,8 +53,9 @@ DEFAULTS: dict[Method, dict[str, Any]] = {
     "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
     "fo-scales": FIRST_ORDER_SCALES,
 }
-# QZO trains the layers that have the least noise for their signal (docs/decisions.md). Probes of
-# them change the loss less, so that in bfloat16 they need a larger radius.
+# QZO trains the layers that have the least noise for their signal
+# (docs/decisions/language_models.md D42). Probes of them change the loss less, so that in bfloat16
+# they need a larger radius.
 MIDDLE_BLOCKS: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
 # QZO's normalised rate for styles, over those for these layers and for all
 PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5

@@ -11,7 +11,7 @@ So can every region of an example, a run of its tokens, in layers that treat tok
 ("pointwise": feed-forward, queries, attention's output). What such a layer does to a region shows
 almost only in that region's own loss, so one forward measures as many directions as there are
 regions; what it does to other regions through later attention is left out. On `tiny` the gradient
-that remains has a cosine of 0.97 with the whole one (docs/decisions.md).
+that remains has a cosine of 0.97 with the whole one (docs/decisions/estimator.md D3).
 
 All numbers of an axis are one tensor over all layers, those of pointwise layers another: one draw,
 one update and one moment tensor instead of hundreds.

@@ -65,7 +65,7 @@ class Move(NamedTuple):
 
 def stochastic_round(x: Tensor, *key: int | str) -> Tensor:
     """Q(x) for flat fp32 x: one of the two neighbouring whole numbers, x on average. Chances are
-    exact to 2^-31.
+    exact to 2^-25 near 1, where fp32 rounds them, and to 2^-31 below 2^-7.
 
     The magnitude is rounded and its sign given back, so that a small negative x keeps its
     precision."""

@@ -37,7 +37,8 @@ def last_readers(names: Iterable[str]) -> list[str]:
 
 
 def quiet(names: Iterable[str]) -> list[str]:
-    """Where a language model's layers have little noise for their signal (docs/decisions.md).
+    """Where a language model's layers have little noise for their signal
+    (docs/decisions/language_models.md D42).
 
     Those in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, but for projections to
     queries or keys alone. Layers outside of blocks aren't. The name may be one before the last:

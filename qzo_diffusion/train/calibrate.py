@@ -9,7 +9,7 @@ measured before the first step; c is not, which would take many more forwards.
 
 With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 9 to 14 for
 every style, √s 0.3 to 1.2, and where √s / tr(H) is small the usual rate was found too high
-(docs/decisions.md)."""
+(docs/decisions/rates.md D24)."""
 
 import math
 import statistics

@@ -38,7 +38,7 @@ SHARING, LARGEST, IN_CACHE = 16, 2**24, 2**22
 """On a CPU rows of one forward share one reading of the weights, but tensors that no cache holds
 make all that lies between the products slower. So a forward has 16 rows, where the widest layer
 gives no more than 2^24 numbers for them, and more as long as those fill no more than 4 MB
-(measured: docs/decisions.md)."""
+(docs/decisions/speed_and_memory.md D30)."""
 FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
 
 
