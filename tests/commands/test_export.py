@@ -468,10 +468,10 @@ def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(
 
 KILLED = """
 import sys
-from qzo_diffusion import export_run
+from qzo_diffusion.commands import export
 from qzo_diffusion.cli import main
 from tests.killed_writing import kill_while_writing
-kill_while_writing(export_run, int(sys.argv[1]))
+kill_while_writing(export, int(sys.argv[1]))
 main(sys.argv[2:])
 """
 

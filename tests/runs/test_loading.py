@@ -144,7 +144,7 @@ def test_small_models_leave_no_copy(folder, tmp_path):
 KILLED = """
 import sys, torch
 from pathlib import Path
-from qzo_diffusion import loading
+from qzo_diffusion.runs import loading
 from tests.killed_writing import kill_while_writing
 from tests.runs.test_loading import SKIP, source_of
 from qzo_diffusion.quant.stream import Quantization

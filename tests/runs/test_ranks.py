@@ -22,7 +22,7 @@ STEPS = 4
 SETTINGS = ["--max-steps", STEPS, "train.optimizer=momentum", "train.checkpoint_every=2"]
 # one shared direction: its scalar is a sum over ranks
 SETTINGS += ["qzo.parametrization=row", "qzo.per_example=false"]
-HOOKED = "import sys; from tests import test_ranks; test_ranks.main_with_accident(sys.argv[1:])"
+HOOKED = "import sys; from tests.runs.test_ranks import main_with_accident as m; m(sys.argv[1:])"
 
 
 def main_with_accident(arguments):
@@ -210,7 +210,7 @@ def test_ranks_started_with_other_settings_are_refused(train_arguments, alone, t
         for process in processes:
             _, errors = process.communicate(timeout=120)
             assert process.returncode == 2
-            assert "rank 1 has other model, images or settings than rank 0" in errors
+            assert "rank 1 has other model, data or settings than rank 0" in errors
     finally:
         kill_all(processes)
 

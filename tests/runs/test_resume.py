@@ -150,8 +150,8 @@ def test_killed_at_the_worst_moments_it_goes_on_bit_for_bit(
     product."""
     target, count = MOMENTS[moment]
     script = (
-        "import json, sys; from tests import test_resume; test_resume._die_at_call(sys.argv[1], "
-        "int(sys.argv[2])); "
+        "import json, sys; from tests.runs.test_resume import _die_at_call; "
+        "_die_at_call(sys.argv[1], int(sys.argv[2])); "
     )
     script += "from qzo_diffusion.cli import main; main(json.loads(sys.argv[3]))"
     arguments = json.dumps(train_arguments(*SETTINGS, name="parts"))
