@@ -22,9 +22,9 @@ from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.captions import METADATA_NAME
 from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
+from qzo_diffusion.diffusion.listing import METADATA_NAME
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample

@@ -13,20 +13,28 @@ because of a file name is the costliest mistake other tools allow. For the same 
 in metadata.jsonl is an error with its number. Names that look alike are alike: they are compared as
 composed Unicode, and the one with the same bytes comes first."""
 
-import codecs
 import functools
-import json
 import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.diffusion.listing import (
+    CAPTION_SUFFIXES,
+    METADATA_NAME,
+    Listing,
+    is_metadata,
+    is_sidecar,
+    list_files,
+    listed,
+    relative_id,
+)
+from qzo_diffusion.diffusion.metadata_file import line_error, metadata_lines, shown
+from qzo_diffusion.diffusion.text_file import decode
 
-METADATA_NAME = "metadata.jsonl"
-CAPTION_SUFFIXES = (".txt", ".caption")
 PLACEHOLDER = "[trigger]"
 
 # Text files that come with collections of images and are no captions.
@@ -40,7 +48,6 @@ _PAPERS = {
     "notice",
     "readme",
 }
-_EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
 
 _Sidecars = Mapping[tuple[Path, str], Path]  # image and suffix to the caption file
 # what happened to files, such as "captions are empty", and to which, in order
@@ -88,16 +95,14 @@ def read_captions(
             none matches, or a "[trigger]" without a trigger.
     """
     noted: _Notes = {}
-    present = visible_files(folder, skip=other)
+    listing = list_files(folder, skip=other)
     metadata: dict[Path, str] = {}
-    for path in present:
-        if path.name == METADATA_NAME:
-            _add_metadata(metadata, path, folder, files, other, noted)
+    for path in filter(is_metadata, listing.files):
+        _add_metadata(metadata, path, folder, files, other, listing, noted)
     if other is not None and not _is_below(other, folder):
         metadata = _metadata_of_other(other, folder, files) | metadata
-    sidecars = _match_sidecars(
-        folder, files, metadata, [path for path in present if is_sidecar(path)], noted
-    )
+    present = [path for path in listing.files if is_sidecar(path)]
+    sidecars = _match_sidecars(folder, files, metadata, present, noted)
     by_file = {}
     for image in files:
         found = _own_caption(folder, image, metadata, sidecars, noted)
@@ -122,45 +127,6 @@ def check_any_caption(captions: Iterable[Caption], folder: Path) -> None:
         )
 
 
-def visible_files(folder: Path, *, skip: Path | None = None) -> list[Path]:
-    """All files below `folder` in the order of their paths, without hidden ones and without those
-    below `skip`.
-
-    Links to folders are not followed, since they may lead in circles or far away; they are listed
-    as if they were files, so that they can be named to the user.
-    """
-    skipped = None if skip is None else os.path.realpath(skip)
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=_refuse_unreadable):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) != skipped
-        ]
-        found += [Path(root, name) for name in names + links if not name.startswith(".")]
-    return sorted(found)
-
-
-def is_sidecar(path: Path) -> bool:
-    """Whether the name is one that may hold the caption of the image beside it."""
-    return path.suffix.lower() in CAPTION_SUFFIXES
-
-
-def relative_id(path: Path, folder: Path) -> str:
-    """The posix path relative to `folder`; bytes in a name that are not UTF-8 are shown as
-    backslash escapes.
-    """
-    name = path.relative_to(folder).as_posix()
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def listed(names: Sequence[str], *, between: str = ", ", limit: int = 10) -> str:
-    """The first names in one line, and how many more there are."""
-    more = [f"... and {len(names) - limit} more"] if len(names) > limit else []
-    return between.join([*names[:limit], *more])
-
-
 def _note(noted: _Notes, what: str, name: str) -> None:
     """One note for each kind of thing, not one for each file; a file that is read for two images
     counts once.
@@ -168,18 +134,8 @@ def _note(noted: _Notes, what: str, name: str) -> None:
     noted.setdefault(what, {})[name] = None
 
 
-def _refuse_unreadable(error: OSError) -> None:
-    raise DataError(
-        f"cannot list {error.filename}: {error.strerror}",
-        "a folder of images whose sub-folders can all be read",
-        "change its permissions, or move it elsewhere",
-    ) from error
-
-
 def _read_text(path: Path, folder: Path, noted: _Notes) -> str:
-    """The text of a caption file; what is not UTF-8 is read as UTF-16 (if marked so) or Latin-1,
-    with a note.
-    """
+    """The text of a caption file; a note says how it was read where it is not UTF-8."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -188,16 +144,13 @@ def _read_text(path: Path, folder: Path, noted: _Notes) -> str:
             "caption files that can be read",
             "change its permissions, or remove it",
         ) from error
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        _note(
-            noted, "caption files are read as UTF-16; UTF-8 is expected", relative_id(path, folder)
-        )
-        return data.decode("utf-16", errors="replace")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        _note(noted, "caption files are not UTF-8, read as Latin-1", relative_id(path, folder))
-        return data.decode("latin-1")
+    name = relative_id(path, folder)
+    text, encoding = decode(data)
+    if encoding is not None:
+        _note(noted, f"caption files are not UTF-8, read as {encoding}", name)
+    if "\0" in text:
+        _note(noted, "caption files hold NUL characters, which are left out", name)
+    return text.replace("\0", "")
 
 
 def _add_metadata(
@@ -206,6 +159,7 @@ def _add_metadata(
     folder: Path,
     files: Sequence[Path],
     other: Path | None,
+    listing: Listing,
     noted: _Notes,
 ) -> None:
     """Add the captions of one metadata.jsonl.
@@ -217,22 +171,21 @@ def _add_metadata(
     composed = {_composed(name): image for name, image in exact.items()}
     for where, name, text in _lines(path, folder, noted):
         image = exact.get(name) or composed.get(_composed(name))
-        if (
+        printable = name.encode("utf-8", "backslashreplace").decode()
+        if image is None and listing.leaves_out(path.parent / name):
+            _note(noted, f"lines of {METADATA_NAME} are for files that are no data", printable)
+        elif (
             image is None
             and other is not None
             and _is_below(path.parent / posixpath.dirname(name), other)
         ):
-            _note(
-                noted,
-                f"lines of {METADATA_NAME} are for images in {other}",
-                name.encode("utf-8", "backslashreplace").decode(),
-            )
+            _note(noted, f"lines of {METADATA_NAME} are for images in {other}", printable)
         elif image is None:
-            raise _line_error(
-                where, f"{_shown(name)} is not among the images found below {path.parent}"
+            raise line_error(
+                where, f"{shown(name)} is not among the images found below {path.parent}"
             )
         elif image in captions:
-            raise _line_error(where, f"{_shown(name)} has a caption already")
+            raise line_error(where, f"{shown(name)} has a caption already")
         else:
             captions[image] = text
 
@@ -246,32 +199,23 @@ def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict
     exact = {(real(image.parent), image.name): image for image in files}
     composed = {(place, _composed(name)): image for (place, name), image in exact.items()}
     captions: dict[Path, str] = {}
-    for path in visible_files(other, skip=folder):
-        if path.name != METADATA_NAME:
-            continue
+    for path in filter(is_metadata, list_files(other, skip=folder).files):
         for where, name, text in _lines(path, other, {}):
             place, last = real(path.parent / posixpath.dirname(name)), posixpath.basename(name)
             image = exact.get((place, last)) or composed.get((place, _composed(last)))
             if image is None and _is_below(place, folder):
-                raise _line_error(
-                    where, f"{_shown(name)} is not among the images found below {folder}"
+                raise line_error(
+                    where, f"{shown(name)} is not among the images found below {folder}"
                 )
             if image is not None and image in captions:
-                raise _line_error(where, f"{_shown(name)} has a caption already")
+                raise line_error(where, f"{shown(name)} has a caption already")
             if image is not None:
                 captions[image] = text
     return captions
 
 
 def _lines(path: Path, folder: Path, noted: _Notes) -> Iterator[tuple[str, str, str]]:
-    """Where it stands, the name and the text of each line of a metadata.jsonl below `folder`."""
-    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside
-    # a string.
-    for number, line in enumerate(_read_text(path, folder, noted).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            name, text = _parse_line(line, where)
-            yield where, _inside(name, where), text
+    return metadata_lines(path, _read_text(path, folder, noted))
 
 
 def _is_below(place: Path, folder: Path) -> bool:
@@ -285,44 +229,9 @@ def _real(place: Path) -> Path:
         return place
 
 
-def _parse_line(line: str, where: str) -> tuple[str, str]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _line_error(where, f"not JSON ({error})") from error
-    if not isinstance(entry, dict):
-        raise _line_error(where, f"a JSON {type(entry).__name__}, not an object")
-    for key in ("file_name", "text"):
-        if key not in entry:
-            raise _line_error(where, f'no key "{key}"')
-        if not isinstance(entry[key], str):
-            raise _line_error(where, f'"{key}" is a {type(entry[key]).__name__}, not a string')
-    # Half of a surrogate pair passes as JSON, and would stop the tokenizer and every file it is
-    # written to later.
-    if any("\ud800" <= character <= "\udfff" for character in entry["text"]):
-        raise _line_error(where, '"text" holds half of a Unicode surrogate pair')
-    return entry["file_name"], entry["text"]
-
-
-def _inside(name: str, where: str) -> str:
-    """The name without "." and "..", refused when it leads out of the folder of metadata.jsonl."""
-    normal = posixpath.normpath(name)
-    if normal.startswith("/") or PureWindowsPath(name).drive or normal.split("/")[0] == "..":
-        raise _line_error(where, f"{_shown(name)} leads out of the folder")
-    return normal
-
-
-def _line_error(where: str, problem: str) -> DataError:
-    return DataError(f"{where}: {problem}", _EXPECTED_LINE, "correct that line, or remove it")
-
-
 def _composed(name: str) -> str:
     """Unicode NFC: a Mac stores "é" as two characters, and names typed elsewhere hold it as one."""
     return unicodedata.normalize("NFC", name)
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 def _match_sidecars(
@@ -405,7 +314,7 @@ def _with_trigger(
         return captions
     if not marked:
         notes.append(
-            f"the trigger {_shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}"
+            f"the trigger {shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}"
         )
     return {
         image: Caption(caption.text.replace(PLACEHOLDER, trigger), caption.source)

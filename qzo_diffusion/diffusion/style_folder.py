@@ -14,17 +14,17 @@ from pathlib import Path
 
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.diffusion.buckets import nearest_bucket
-from qzo_diffusion.diffusion.captions import (
-    METADATA_NAME,
-    Caption,
-    check_any_caption,
-    is_sidecar,
-    listed,
-    read_captions,
-    relative_id,
-    visible_files,
-)
+from qzo_diffusion.diffusion.captions import Caption, check_any_caption, read_captions
 from qzo_diffusion.diffusion.images import IMAGE_SUFFIXES, BadImage, is_image_name, open_image
+from qzo_diffusion.diffusion.listing import (
+    Listing,
+    is_metadata,
+    is_sidecar,
+    list_files,
+    listed,
+    notes_on_left_out,
+    relative_id,
+)
 
 HOLD_OUT_FROM = 20
 _HOLD_OUT_LEAST, _HOLD_OUT_MOST = 4, 32
@@ -222,10 +222,10 @@ def _read(
     captions.
     """
     _check_folder(folder)
-    files = visible_files(folder, skip=other)
-    images = [path for path in files if is_image_name(path)]
+    listing = list_files(folder, skip=other)
+    images = [path for path in listing.files if is_image_name(path)]
     if not images:
-        raise _no_images(folder, files)
+        raise _no_images(folder, listing)
     _check_any_usable(folder, images)
     captions = read_captions(folder, images, fallback=caption, trigger=trigger, other=other)
     samples: list[Sample] = []
@@ -237,7 +237,8 @@ def _read(
             bad.append((relative_id(path, folder), error.reason))
     # Once more, since the only captions may have been those of bad images.
     check_any_caption((captions.by_file[sample.path] for sample in samples), folder)
-    notes = [*_notes_on_files(files), *_notes_on_copies(samples)]
+    left_out = notes_on_left_out(listing, folder)
+    notes = [*left_out, *_notes_on_files(listing.files), *_notes_on_copies(samples)]
     return StyleFolder(samples, bad, notes), [*_notes_on_missing_captions(samples), *captions.notes]
 
 
@@ -323,12 +324,11 @@ def _bad_by_kind(bad: Sequence[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def _no_images(folder: Path, files: Sequence[Path]) -> DataError:
-    held = (
-        f"only other files ({_counted([_kind(path) for path in files])})" if files else "no files"
-    )
+def _no_images(folder: Path, listing: Listing) -> DataError:
+    kinds = _counted([_kind(path) for path in listing.files])
+    held = f"only other files ({kinds})" if kinds else "no files"
     return DataError(
-        f"{folder} holds {held}",
+        "; ".join([f"{folder} holds {held}", *notes_on_left_out(listing, folder)]),
         f"at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), in it or in its sub-folders",
         "put images into it, convert those of other formats, or pass another folder",
     )
@@ -341,9 +341,7 @@ def _notes_on_missing_captions(samples: Sequence[Sample]) -> list[str]:
 
 def _notes_on_files(files: Sequence[Path]) -> list[str]:
     others = [
-        path
-        for path in files
-        if not (is_image_name(path) or is_sidecar(path) or path.name == METADATA_NAME)
+        path for path in files if not (is_image_name(path) or is_sidecar(path) or is_metadata(path))
     ]
     return (
         [f"{len(others)} other files were not used: {_counted([_kind(path) for path in others])}"]

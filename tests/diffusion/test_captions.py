@@ -82,7 +82,7 @@ def test_notes_of_one_kind_are_one_note(tmp_path: Path) -> None:
         "12 captions are empty: "
         + ", ".join(f"{index:02}.txt" for index in range(10))
         + ", ... and 2 more",
-        "13 caption files are not UTF-8, read as Latin-1: "
+        "13 caption files are not UTF-8, read as Windows-1252: "
         + ", ".join(f"{index}.txt" for index in range(12, 22))
         + ", ... and 3 more",
     )
@@ -109,12 +109,12 @@ def test_a_caption_file_that_gives_way_to_one_of_the_same_name_is_noted(tmp_path
     [
         (
             "ein Kätzchen".encode("latin-1"),
-            ("1 caption files are not UTF-8, read as Latin-1: a.txt",),
+            ("1 caption files are not UTF-8, read as Windows-1252: a.txt",),
         ),
         ("ein Kätzchen".encode("utf-8-sig"), ()),
         (
             "ein Kätzchen".encode("utf-16"),
-            ("1 caption files are read as UTF-16; UTF-8 is expected: a.txt",),
+            ("1 caption files are not UTF-8, read as UTF-16: a.txt",),
         ),
         ("ein Kätzchen".encode(), ()),
     ],

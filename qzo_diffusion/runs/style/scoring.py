@@ -12,8 +12,8 @@ from PIL import Image
 
 from qzo_diffusion import devices, resources
 from qzo_diffusion.core.errors import DataError
-from qzo_diffusion.diffusion.captions import visible_files
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
+from qzo_diffusion.diffusion.listing import list_files
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, load_scorer
@@ -85,7 +85,7 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
     paths = (
         [request.images / file for file, _ in _rows(table)]
         if table.is_file()
-        else _images_in(request.images)
+        else _images_in(request.images, own_outputs=True)
     )
     prompts = read_prompts(resources.find_file(request.prompts, "prompts"))
     if len(prompts) != len(paths):
@@ -124,12 +124,13 @@ def _rows(table: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path, *, own_outputs: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {folder}", "a folder of pictures", "pass the path of one"
         )
-    paths = sorted(path for path in visible_files(folder) if is_image_name(path))
+    found = list_files(folder, own_outputs=own_outputs).files
+    paths = [path for path in found if is_image_name(path)]
     if not paths:
         raise DataError(f"no picture in {folder}", "at least one", "pass another folder")
     return paths

@@ -1,0 +1,59 @@
+"""metadata.jsonl: one caption a line, `{"file_name": "a.png", "text": "a cat"}`."""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+
+from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.diffusion.text_file import is_encodable
+
+_EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
+
+
+def metadata_lines(path: Path, text: str) -> Iterator[tuple[str, str, str]]:
+    """Where it stands, the file's name and the caption of each line of `text`.
+
+    Raises DataError for a wrong line.
+    """
+    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside
+    # a string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            name, caption = _parse_line(line, where)
+            yield where, _inside(name, where), caption
+
+
+def line_error(where: str, problem: str) -> DataError:
+    return DataError(f"{where}: {problem}", _EXPECTED_LINE, "correct that line, or remove it")
+
+
+def shown(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")
+
+
+def _parse_line(line: str, where: str) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise line_error(where, f"not JSON ({error})") from error
+    if not isinstance(entry, dict):
+        raise line_error(where, f"a JSON {type(entry).__name__}, not an object")
+    for key in ("file_name", "text"):
+        if key not in entry:
+            raise line_error(where, f'no key "{key}"')
+        if not isinstance(entry[key], str):
+            raise line_error(where, f'"{key}" is a {type(entry[key]).__name__}, not a string')
+    # It passes as JSON, and would stop the tokenizer and every file it is written to later.
+    if not is_encodable(entry["text"]):
+        raise line_error(where, '"text" holds half of a Unicode surrogate pair')
+    return entry["file_name"], entry["text"]
+
+
+def _inside(name: str, where: str) -> str:
+    """The name without "." and "..", refused when it leads out of the folder of metadata.jsonl."""
+    normal = posixpath.normpath(name)
+    if normal.startswith("/") or PureWindowsPath(name).drive or normal.split("/")[0] == "..":
+        raise line_error(where, f"{shown(name)} leads out of the folder")
+    return normal
