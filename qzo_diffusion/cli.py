@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import __version__
+from qzo_diffusion.console import emit, report
 
 Flags = dict[str, tuple[str, str]]  # flag -> (key of the setting, help)
 
@@ -305,7 +306,7 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
         f"{metric} {results[metric]:.4f}{width} on {results['test_examples']} examples of "
         f"{results['task']}"
     )
-    _tell(results, options.json, line)
+    emit(results, options.json, line)
     return DONE
 
 
@@ -331,7 +332,7 @@ def _run_training(
     if options.dry_run:
         print(plan.describe())
         return DONE
-    training_run.say(plan.summary())
+    report(plan.summary())
     if resumed is not None:
         output_dir, results = resumed, training_run.resume(plan, resumed, force=options.force)
     else:
@@ -340,7 +341,7 @@ def _run_training(
         results = training_run.run(plan, output_dir)
     if not results:  # one of several processes, and not the one that tells
         return DONE
-    _tell(results, options.json, f"done: {output_dir}")
+    emit(results, options.json, f"done: {output_dir}")
     return INTERRUPTED if results["stopped"] else DONE
 
 
@@ -356,7 +357,7 @@ def _sample(options: argparse.Namespace) -> int:
         options.seed,
     )
     results = sample_run.run(request)
-    _tell(results, options.json, f"done: {results['samples']}")
+    emit(results, options.json, f"done: {results['samples']}")
     return DONE
 
 
@@ -379,7 +380,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     else:
         results = evaluate_run.run(evaluate_run.EvaluateRequest(options.run, *chosen))
         line = "\n".join(entry["text"] for entry in results["verdict"])
-    _tell(results, options.json, line)
+    emit(results, options.json, line)
     return DONE
 
 
@@ -387,7 +388,7 @@ def _report(options: argparse.Namespace) -> int:
     from qzo_diffusion.runs import report as report_run
 
     results = report_run.run(options.run, options.output)
-    _tell(results, options.json, f"done: {results['report']}")
+    emit(results, options.json, f"done: {results['report']}")
     return DONE
 
 
@@ -397,14 +398,14 @@ def _replay(options: argparse.Namespace) -> int:
     results = replay_run.run(
         options.journal, options.model, options.to_step, options.output_dir, options.init_from
     )
-    _tell(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
+    emit(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
     return DONE
 
 
 def _mix(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import mix as mix_run
 
-    _tell(mix_run.run(options.run, options.output_dir), options.json, f"done: {options.output_dir}")
+    emit(mix_run.run(options.run, options.output_dir), options.json, f"done: {options.output_dir}")
     return DONE
 
 
@@ -414,11 +415,11 @@ def _export(options: argparse.Namespace) -> int:
 
     if llm_export.is_language_run(options.run):
         results = llm_export.run(options.run, options.format, options.output_dir)
-        _tell(
+        emit(
             results, options.json, f"done: {options.output_dir}\nto score it: {results['lm_eval']}"
         )
     else:
-        _tell(
+        emit(
             export_run.run(options.run, options.format, options.output_dir),
             options.json,
             f"done: {options.output_dir}",
@@ -455,13 +456,6 @@ def run_to_resume(options: argparse.Namespace) -> Path:
         return folder
     path = Path(options.resume)
     return path.parent.parent if path.parent.name == "checkpoints" else path
-
-
-def _tell(results: dict[str, Any], as_json: bool, line: str) -> None:
-    if as_json:
-        print(json.dumps(results))
-    else:
-        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.files import write_whole
 from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.first_order import ExactAdam
 from qzo_diffusion.train.loop import Probing, StepRecord, train
-from qzo_diffusion.train.run_folder import write_whole
 
 EVALUATIONS = 50  # every 2 % of the budget
 CPU_LIMIT_SECONDS = 40 * 60

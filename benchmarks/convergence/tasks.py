@@ -28,6 +28,7 @@ from qzo_diffusion.diffusion.listing import METADATA_NAME
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.files import write_whole
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
@@ -35,7 +36,6 @@ from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style.plan import make_plan
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import StepBatch
-from qzo_diffusion.train.run_folder import write_whole
 
 STYLE_WORDS = {
     "fluent_mono": "mono style",

@@ -16,6 +16,7 @@ from torch import nn
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
+from qzo_diffusion.console import report
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.core.grouped import Grouped
@@ -31,15 +32,15 @@ from qzo_diffusion.evaluate import clip_score, intervals, signal, style
 from qzo_diffusion.evaluate import compare as comparison
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED, Scorer, load_scorer
 from qzo_diffusion.evaluate.verdict import verdict
+from qzo_diffusion.files import prepare_file, write_folder
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import plan as style_run
-from qzo_diffusion.runs.training import say
 from qzo_diffusion.runs.tuned import check_codes
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.run_folder import RunFolder, load_scales, prepare_file, write_folder
+from qzo_diffusion.train.run_folder import RunFolder, load_scales
 
 EVALUATION, PICTURES = "evaluation.json", "evaluation"
 AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked for
@@ -219,7 +220,7 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
             plan.device,
             plan.dtype,
         )
-        say(f"sampling {len(files)} pictures: {state}")
+        report(f"sampling {len(files)} pictures: {state}")
         images = sampler.images()
 
         def write(aside: Path) -> None:

@@ -26,18 +26,13 @@ from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.model_card import card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
+from qzo_diffusion.files import check_new, free_bytes, write_folder
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import (
-    SCALES,
-    check_new,
-    load_scales,
-    settings_file,
-    write_folder,
-)
+from qzo_diffusion.train.run_folder import SCALES, load_scales, settings_file
 
 Format = Literal["nf4", "bf16", "delta", "journal", "native"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
@@ -263,10 +258,7 @@ def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_room(target: Path, size: int) -> None:
-    runtime = target.absolute()
-    while not runtime.exists():
-        runtime = runtime.parent
-    free = shutil.disk_usage(runtime).free
+    free = free_bytes(target)
     if free < 1.02 * size:
         got = f"{free / 1e9:.1f} GB free for an export of {size / 1e9:.1f} GB"
         raise OutputError(

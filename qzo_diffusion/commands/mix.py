@@ -9,16 +9,11 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.merge import merge_changes_
+from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import (
-    ANOTHER,
-    RunFolder,
-    check_empty,
-    load_scales,
-    settings_file,
-)
+from qzo_diffusion.train.run_folder import RunFolder, load_scales, settings_file
 
 
 def parse_part(text: str) -> tuple[Path, float]:

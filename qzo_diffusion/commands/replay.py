@@ -16,10 +16,11 @@ from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
+from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.llm.methods import load_base as load_language_base
 from qzo_diffusion.runs.tuned import set_initial_
-from qzo_diffusion.train.run_folder import ANOTHER, RunFolder, check_empty
+from qzo_diffusion.train.run_folder import RunFolder
 
 # what settles the trained numbers
 _NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")

@@ -2,7 +2,6 @@
 tuned scales.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,21 +9,17 @@ from typing import Any
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
+from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import grid
+from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import (
-    ANOTHER,
-    RunFolder,
-    check_empty,
-    load_scales,
-    settings_file,
-)
+from qzo_diffusion.train.run_folder import RunFolder, load_scales, settings_file
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     tuned = load_scales(request.run) if request.run else None
     config = _config_of(request)
     _, why = build.choose_model(config.model)
-    _say(why)
+    report(why)
     runtime = build.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
@@ -105,7 +100,7 @@ def _config_of(request: SampleRequest) -> Config:
             config = load_config(settings_file(request.run))
         except OutputError as error:
             # scales alone: the base is checked against their codes, so it can't be a wrong one
-            _say(f"{error.got}: with the settings as they come by default")
+            report(f"{error.got}: with the settings as they come by default")
     if request.model is not None:
         config.model = request.model
     if request.prompts is not None:
@@ -113,7 +108,3 @@ def _config_of(request: SampleRequest) -> Config:
     if request.seed is not None:
         config.sample.seed = request.seed
     return config
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

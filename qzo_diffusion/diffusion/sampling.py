@@ -1,6 +1,6 @@
 """Generate images from encoded prompts with equal seeds, and lay them out as grids to look at."""
 
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
+from qzo_diffusion.files import write_whole
 
 LABEL_HEIGHT = 16
 # pixels; smaller images are enlarged in grids by whole factors, so that a person can see them
@@ -143,9 +144,9 @@ def join_columns(columns: Sequence[Image.Image]) -> Image.Image:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """A PNG that is there as a whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    picture.save(aside, format="PNG")
-    os.replace(aside, path)
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    write_whole(path, data.getvalue())
 
 
 def load_picture(path: Path) -> Image.Image:

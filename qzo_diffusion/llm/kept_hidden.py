@@ -6,7 +6,6 @@ SmolLM2, 2 GB for as many long prompts of an 8B model. The file has no name, so 
 the process however that ends."""
 
 import io
-import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.files import free_bytes
 from qzo_diffusion.llm.causal_lm import CausalLm, padded
 
 Rows = Sequence[tuple[int, ...]]
@@ -91,5 +91,4 @@ class KeptHidden:
 
 def fits(rows: Rows, bytes_of_token: int, folder: Path) -> bool:
     """Whether there is room in the file system of `folder`."""
-    parent = next(place for place in (folder, *folder.parents) if place.exists())
-    return SPARE * sum(map(len, rows)) * bytes_of_token < shutil.disk_usage(parent).free
+    return SPARE * sum(map(len, rows)) * bytes_of_token < free_bytes(folder)

@@ -3,7 +3,6 @@
 Below it nothing has heard of a config.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
+from qzo_diffusion.files import free_bytes
 from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.choose import chosen, last_readers, matching
@@ -143,9 +143,7 @@ def _not_here(name: str) -> ModelError:
         if get_token() is None:
             got.append("it is gated and no access token is stored here")
             steps.append("`hf auth login`")
-    free = shutil.disk_usage(
-        next(folder for folder in (place, *place.parents) if folder.exists())
-    ).free
+    free = free_bytes(place)
     if gated and free < DOWNLOAD:
         got.append(
             f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB "

@@ -10,7 +10,6 @@ is not as long as its header says counts as absent."""
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ModelError, OutputError
+from qzo_diffusion.files import COMPLETE, free_bytes, write_folder
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.stream import Filled, Quantization, fill_
 from qzo_diffusion.quant.weights import Entry, header_bytes, read_entries, write_tensors
-from qzo_diffusion.train.run_folder import COMPLETE, write_folder
 
 WEIGHTS, SOURCE = "model.safetensors", "source.json"
 FORMAT = 1  # of what is stored; raised when the same source would give other numbers
@@ -86,7 +86,7 @@ def _fill(
             model, entries, quantization, dtype=dtype, device=device, progress=bar.update
         )
     if filled.unused:
-        _say(
+        report(
             f"warning: {len(filled.unused)} tensors on disk have no place in the model, for "
             f"example {filled.unused[0]}"
         )
@@ -136,7 +136,7 @@ def _entries_of(stored: Path) -> Mapping[str, Entry] | None:
     try:
         return read_entries(stored / WEIGHTS)
     except ModelError as error:
-        _say(f"warning: a stored 4-bit copy is passed over and made again: {error.got}")
+        report(f"warning: a stored 4-bit copy is passed over and made again: {error.got}")
         shutil.rmtree(stored, ignore_errors=True)
         return None
 
@@ -155,17 +155,15 @@ def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
 
     try:
         stored.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(stored.parent).free
+        free = free_bytes(stored.parent)
         if free < 1.05 * size:
-            _say(
+            report(
                 f"warning: no 4-bit copy is stored for the next start: {size / 1e9:.1f} GB "
                 f"needed, {free / 1e9:.1f} GB free"
             )
             return
         write_folder(stored, write)
     except (OutputError, OSError) as error:
-        _say(f"warning: no 4-bit copy is stored for the next start: {getattr(error, 'got', error)}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        report(
+            f"warning: no 4-bit copy is stored for the next start: {getattr(error, 'got', error)}"
+        )

@@ -13,7 +13,7 @@ from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate.report import RunFacts, Subject, render
 from qzo_diffusion.evaluate.task_score import TaskScore
-from qzo_diffusion.train.run_folder import write_whole
+from qzo_diffusion.files import write_whole
 
 PAGE = "report.html"
 

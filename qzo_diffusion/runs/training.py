@@ -3,7 +3,6 @@ never been stopped.
 """
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from qzo_diffusion.config.files import changed_settings, load_config
 from qzo_diffusion.config.sections import RunConfig
+from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import (
     ConfigError,
     JournalError,
@@ -47,10 +47,6 @@ from qzo_diffusion.train.tracking import Tracker
 JOURNAL, METRICS = "journal.qzo", "metrics.jsonl"
 RATE_FACTOR = "lr_factor"  # in the journal's header, where it was measured
 MOST_NOTED = 2**15  # bytes of a note: a record of the journal has room for twice as many
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Plan(Protocol):
@@ -218,7 +214,7 @@ def _work(
     if resumed and plan.has_journal:
         writer, journal = JournalWriter.reopen(out.path / JOURNAL)
         if journal.torn_bytes:
-            say(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
+            report(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
     try:
         trainer, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
     except BaseException:
@@ -232,7 +228,7 @@ def _work(
             writer.append(
                 NoteEntry("resume", {"step": first_step, "changes": _as_many_as_fit(changes)})
             )
-        with stop_on_signal(say) as stop:
+        with stop_on_signal(report) as stop:
             ranks.wants_stop = stop.is_set
             if first_step:
                 trainer.finish_step(first_step)  # whatever a kill left undone
@@ -304,7 +300,7 @@ def _rate_factor(
         shown,
     )
     if ranks.first and calibration.rate_factor < 1:
-        say(
+        report(
             f"train.lr {train.lr:.3g} -> {train.lr * calibration.rate_factor:.3g}: the loss has a "
             f"slope of {calibration.slope:.2g} for a "
             f"curvature of {calibration.curvature:.2g} "
@@ -326,7 +322,7 @@ def _restore_(
         provenance.check_journal_fits(journal, components.header)
     checkpoints, damaged = examine_checkpoints(run_folder / "checkpoints")
     for problem in damaged.values():
-        say(f"warning: passed over a checkpoint: {problem}")
+        report(f"warning: passed over a checkpoint: {problem}")
     newest = checkpoints[-1] if checkpoints else None
     done = bad_steps = 0
     if journal is not None:
@@ -367,7 +363,7 @@ def _start(
     if resumed:
         first_step, bad_steps, damaged = _restore_(plan, components, journal, out.path)
         validation = cut_metrics(out.path / METRICS, first_step)
-        say(
+        report(
             f"going on at step {first_step}, "
             + ("the journal's end" if plan.has_journal else "the last checkpoint")
         )

@@ -19,16 +19,9 @@ from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import Journal, StepEntry, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
+from qzo_diffusion.files import check_folder, remove_folder, write_folder, write_whole
 from qzo_diffusion.train.loop import StepRecord
-from qzo_diffusion.train.run_folder import (
-    SCALES,
-    check_folder,
-    load_tensors,
-    remove_folder,
-    save_tensors,
-    write_folder,
-    write_whole,
-)
+from qzo_diffusion.train.run_folder import SCALES, load_tensors, save_tensors
 
 NUMBERS, OPTIMIZER, STATE = "numbers.safetensors", "optimizer.safetensors", "state.json"
 

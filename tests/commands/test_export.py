@@ -433,7 +433,9 @@ def test_too_little_room_is_told_before_anything_is_written(
     finished, tmp_path, capsys, monkeypatch
 ):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(export_run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(
+        "qzo_diffusion.files.shutil.disk_usage", lambda path: usage._replace(free=1000)
+    )
     assert "GB free for an export" in failing(capsys, main(arguments(finished, tmp_path)))
     assert not (tmp_path / "out").exists()
 

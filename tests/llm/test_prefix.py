@@ -20,7 +20,6 @@ from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import estimate
-from qzo_diffusion.llm import kept_hidden
 from qzo_diffusion.llm.data_files import Row
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.prefix import find_prefix
@@ -242,8 +241,7 @@ def test_nothing_is_kept_where_there_is_no_room(lm, tmp_path, monkeypatch):
     tokens = sum(len(row) for one in encoded for row in one.rows)
     for free, kept in ((2 * tokens * 4 * 64, False), (2 * tokens * 4 * 64 + 1, True)):
         monkeypatch.setattr(
-            kept_hidden.shutil,
-            "disk_usage",
+            "qzo_diffusion.files.shutil.disk_usage",
             lambda _place, free=free: type("Usage", (), {"free": free}),
         )
         batch = TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path)(0).micro_batches[0]

@@ -130,7 +130,9 @@ def test_a_copy_that_cannot_be_written_is_told_and_the_model_is_there(
     assert state
     assert "no 4-bit copy is stored" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(
+        "qzo_diffusion.files.shutil.disk_usage", lambda path: usage._replace(free=1000)
+    )
     load()
     assert "GB free" in capsys.readouterr().err
 

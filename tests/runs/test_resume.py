@@ -129,7 +129,7 @@ MOMENTS = {
     "between metrics and journal": ("qzo_diffusion.core.journal.JournalWriter.append", 4),
     "before a checkpoint": ("qzo_diffusion.runs.job.save_checkpoint", 1),
     "inside a checkpoint": ("qzo_diffusion.train.checkpoint.write_whole", 1),
-    "between a folder and its name": ("qzo_diffusion.train.run_folder.os.replace", 12),
+    "between a folder and its name": ("qzo_diffusion.files.os.replace", 12),
     "before a picture": ("qzo_diffusion.runs.style.samples.save_picture", 2),
 }
 # the others with -m slow: each costs a start of Python

@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.files import COMPLETE, check_folder, check_new, prepare_file, write_folder
 from qzo_diffusion.train.loop import StepRecord
-from qzo_diffusion.train.run_folder import (
-    COMPLETE,
-    RunFolder,
-    check_folder,
-    check_new,
-    load_scales,
-    prepare_file,
-    settings_file,
-    write_folder,
-)
+from qzo_diffusion.train.run_folder import RunFolder, load_scales, settings_file
 from qzo_diffusion.train.tracking import MetricsLog, Tracker
 
 SCALES = {"block.0": torch.arange(4.0), "block.1": torch.ones(2)}

@@ -14,13 +14,14 @@ from qzo_diffusion.config.files import load_config, read_yaml
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
+from qzo_diffusion.files import check_new, write_folder
 from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf
 from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, stored_method
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.weights import compare_tensors, write_tensors
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.llm.methods import apply_, load_base
-from qzo_diffusion.train.run_folder import check_new, load_scales, write_folder
+from qzo_diffusion.train.run_folder import load_scales
 
 WEIGHTS = "model.safetensors"
 BITSANDBYTES = ("nf4", "fp4")

@@ -14,6 +14,7 @@ import torch
 
 from qzo_diffusion import devices
 from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
+from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
@@ -27,7 +28,6 @@ from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.scores import Scores
-from qzo_diffusion.runs.training import say
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder, load_scales
 from qzo_diffusion.train.tracking import Tracker
@@ -186,7 +186,7 @@ def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:
 def _tell_of_cuts(encoded: list[Encoded]) -> None:
     cut = [one.cut for one in encoded if one.cut]
     if cut:
-        say(
+        report(
             f"warning: {len(cut)} of {len(encoded)} texts are longer than data.max_tokens and "
             f"lost up to {max(cut)} tokens"
         )
@@ -198,7 +198,7 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     """
     spec = read_task(config.task)
     folder, why = build.choose_lm(config.model)
-    say(why)
+    report(why)
     check_model_folder(folder)
     device = devices.choose_device(config.compute.device)
     splits = read_splits(config, spec, needed)

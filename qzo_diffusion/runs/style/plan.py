@@ -11,6 +11,7 @@ import torch
 
 from qzo_diffusion import devices, resources
 from qzo_diffusion.config.style import Config
+from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
@@ -27,7 +28,6 @@ from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 from qzo_diffusion.runs.style.samples import Pictures
-from qzo_diffusion.runs.training import say
 from qzo_diffusion.runs.tuned import described, set_initial_
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
@@ -164,7 +164,7 @@ def make_plan(config: Config) -> StylePlan:
             "no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir"
         )
     folder, why = build.choose_model(config.model)
-    say(why)
+    report(why)
     build.check_model(config, folder)
     device = devices.choose_device(config.compute.device)
     resolution = config.data.resolution or sd3.native_resolution(folder)
@@ -214,7 +214,7 @@ def make_plan(config: Config) -> StylePlan:
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:
     cut = [name for name, (_, truncated) in counts.items() if truncated]
     if cut:
-        say(
+        report(
             f"warning: {len(cut)} of {len(counts)} captions are longer than the text encoders "
             f"read, for example {cut[0]}"
         )

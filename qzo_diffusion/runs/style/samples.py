@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.sampling import (
     Sampler,
@@ -40,7 +41,7 @@ class Pictures:
         try:
             save_picture(grid([self.sampler.images()], [f"step {step}"]), path)
             save_picture(join_columns(self.columns()), self.folder / "grid.png")
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, OutputError) as error:
             self.tracker.say(f"warning: no samples at step {step}: {error}")
 
     def columns(self) -> list[Image.Image]:

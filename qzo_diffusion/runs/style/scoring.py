@@ -17,7 +17,8 @@ from qzo_diffusion.diffusion.listing import list_files
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, load_scorer
-from qzo_diffusion.train.run_folder import RunFolder, prepare_file
+from qzo_diffusion.files import prepare_file
+from qzo_diffusion.train.run_folder import RunFolder
 
 TABLE = "prompts.json"  # what `sample` writes beside its pictures: which was made from which prompt
 

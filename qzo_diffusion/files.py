@@ -1,0 +1,205 @@
+"""Files and folders, written as a whole or not at all, and read as they were written.
+
+A folder is written under another name, synced, marked and renamed. Its marker COMPLETE holds a hash
+of every file, so damage is found when the folder is read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qzo_diffusion.core.errors import OutputError
+
+COMPLETE = "COMPLETE"
+ANOTHER = "choose another --output-dir"
+
+
+def check_empty(path: Path, remedy: str = ANOTHER) -> None:
+    """Raises OutputError when there is something at `path` already, or it can't be made there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(
+            f"{path} exists and is not an empty folder",
+            "a new output folder; a run is never overwritten",
+            remedy,
+        )
+    place = existing(path)
+    if not place.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{place} is no folder"))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise unwritable(
+            path, PermissionError(errno.EACCES, f"no permission to write into {place}")
+        )
+
+
+def check_new(path: Path, remedy: str = ANOTHER) -> None:
+    """As `check_empty`, for what `write_folder` puts in the place of `path`.
+
+    That may not be the current folder, although it is empty: whoever stands in it would be left in
+    one that was deleted."""
+    check_empty(path, remedy)
+    if path.is_dir() and path.samefile("."):
+        raise OutputError(
+            f"{path} is the current folder",
+            "a folder that can be put in the place of what is there",
+            remedy,
+        )
+
+
+def prepare_file(path: Path) -> None:
+    """Make the folder that a file will be written into, before the work whose results it holds.
+
+    Raises OutputError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission")
+    except OSError as error:
+        reason = error.strerror or error
+        expected = "a file, in a folder that can be made and written"
+        raise OutputError(
+            f"{path} can't be written: {reason}", expected, "choose another --output"
+        ) from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write to another name, sync, rename: a reader never sees half a file. Raises OutputError."""
+    path = path.absolute()  # the current folder's name is empty otherwise
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with aside.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise unwritable(path, error) from error
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder aside, then mark it complete and rename it to `target`, replacing
+    what was there.
+
+    Raises:
+        OutputError: no room or no permission; what was there before is still there.
+    """
+    target = target.absolute()  # the current folder's name is empty otherwise
+    aside, old = (
+        target.with_name(f".{target.name}.partial"),
+        target.with_name(f".{target.name}.old"),
+    )
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        write(aside)
+        hashes = {name: hash_of(aside / name) for name in sorted(_names(aside))}
+        write_whole(aside / COMPLETE, json.dumps(hashes, indent=1).encode())
+        sync(aside)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)
+        os.replace(aside, target)
+        sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise unwritable(target, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename it out of the way, then delete it: a kill leaves the whole of it or nothing under its
+    name. Failures are ignored.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.replace(folder, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OutputError unless the folder was written to its end and every file is what it was
+    then.
+
+    Files whose names begin with a dot don't count: file managers and hubs leave some of their own.
+    """
+    remedy = "give another checkpoint of the run, or the finished run"
+    try:
+        hashes = json.loads((folder / COMPLETE).read_bytes())
+    except FileNotFoundError:
+        got = (
+            f"{folder} was not written to its end"
+            if folder.is_dir()
+            else f"there is no folder {folder}"
+        )
+        raise OutputError(got, f"a folder with the marker {COMPLETE}", remedy) from None
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{folder}/{COMPLETE} is damaged: {error}", "the marker as it was written", remedy
+        ) from None
+    if not isinstance(hashes, dict) or _names(folder) - {COMPLETE} != {
+        name for name in hashes if not name.startswith(".")
+    }:
+        raise OutputError(
+            f"{folder} holds other files than its marker names",
+            "the folder as it was written",
+            remedy,
+        )
+    for name, expected in hashes.items():
+        if not name.startswith(".") and hash_of(folder / name) != expected:
+            raise OutputError(f"{folder / name} is damaged", "the file as it was written", remedy)
+
+
+def _names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+
+
+def hash_of(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as handle:
+        while chunk := handle.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(path: Path, error: Exception) -> OutputError:
+    reason = getattr(error, "strerror", None) or error
+    return OutputError(
+        f"{path} can't be written: {reason}",
+        "a folder that can be made and written, with room for the run",
+        "free space, correct the permissions, or choose another --output-dir; what was "
+        "written before is intact",
+    )
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or its nearest parent that exists."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return place
+
+
+def free_bytes(path: Path) -> int:
+    """Free space, in bytes, where `path` is or would be made."""
+    return shutil.disk_usage(existing(path)).free
