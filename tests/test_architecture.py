@@ -16,6 +16,7 @@ GROUND = (
     "devices",
     "files",
     "console",
+    "escape",
 )  # "" is the bare package (its __version__)
 LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {
