@@ -35,7 +35,7 @@ def resolve_settings(
         )
     settings: dict[str, Any] = {}
     if resumed is not None:
-        settings = read_yaml(resumed / "yaml")
+        settings = read_yaml(resumed / "config.yaml")
     elif preset:
         name = f"{preset}.yaml"
         if not (resources.shipped("configs") / name).is_file():
