@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import __version__
-from qzo_diffusion.console import emit, report
+from qzo_diffusion.console import emit, report, show
 
 Flags = dict[str, tuple[str, str]]  # flag -> (key of the setting, help)
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from qzo_diffusion.core.errors import UserError
 
         if isinstance(error, UserError):
-            print(f"qzo-diffuse: {type(error).__name__}\n{error}", file=sys.stderr)
+            report(f"qzo-diffuse: {type(error).__name__}\n{error}")
             return MENDABLE
         raise
 
@@ -330,7 +330,7 @@ def _run_training(
         )
     plan = make_plan(resolve_settings(options, resumed, flags, kind))
     if options.dry_run:
-        print(plan.describe())
+        show(plan.describe())
         return DONE
     report(plan.summary())
     if resumed is not None:
@@ -367,7 +367,10 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     if options.compare:
         results, table = evaluate_run.compare(options.compare, options.output)
-        print(json.dumps(results) if options.json else table)
+        if options.json:
+            emit(results, True, table)
+        else:
+            show(table)
         return DONE
     chosen = (options.prompts, options.style_dir, options.scorer, options.output)
     if options.images:
@@ -443,7 +446,10 @@ def _doctor(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import doctor
 
     facts = doctor.examine()
-    print(json.dumps(facts, indent=1) if options.json else doctor.as_text(facts))
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        show(doctor.as_text(facts))
     return MENDABLE if facts["problems"] else DONE
 
 

@@ -5,15 +5,24 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from qzo_diffusion import escape
+
 
 def report(text: str) -> None:
-    """One message for a person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """One message for a person, on stderr, without control characters."""
+    print(escape.terminal(text), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """A result for a person, on stdout, without control characters."""
+    print(escape.terminal(text))
 
 
 def emit(results: Mapping[str, Any], as_json: bool, text: str) -> None:
-    """The end of a verb: `results` as JSON on stdout, or `text` on stderr."""
+    """The end of a verb: `results` as strict JSON on stdout, or `text` on stderr."""
+    from qzo_diffusion.files import finite
+
     if as_json:
-        print(json.dumps(results))
+        print(json.dumps(finite(results), allow_nan=False))
     else:
         report(text)

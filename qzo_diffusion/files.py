@@ -8,10 +8,12 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -203,3 +205,12 @@ def existing(path: Path) -> Path:
 def free_bytes(path: Path) -> int:
     """Free space, in bytes, where `path` is or would be made."""
     return shutil.disk_usage(existing(path)).free
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinities, for which JSON has no numbers."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,13 +1,14 @@
 """Text from outside, as terminals and Markdown show it."""
 
 import html
+import json
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qzo_diffusion import escape
+from qzo_diffusion import console, escape
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202e\u2066\ud800-\udfff]")
 
@@ -67,3 +68,20 @@ def test_names_as_people_write_them_stay_readable():
 )
 def test_markdown_code(text, code):
     assert escape.markdown_code(text) == code
+
+
+def test_messages_and_results_hold_no_control_characters(capsys):
+    for write in (console.report, console.show):
+        write("done: \x1b[31mred\u202e\nnext line")
+    shown = capsys.readouterr()
+    assert shown.out == shown.err == "done: \\x1b[31mred\\u202e\nnext line\n"
+
+
+def test_results_are_strict_json(capsys):
+    found = {"loss": float("nan"), "rows": [(1.0, float("-inf"))], "name": "nan"}
+    console.emit(found, True, "")
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "loss": None,
+        "rows": [[1.0, None]],
+        "name": "nan",
+    }

@@ -17,6 +17,7 @@ from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.files import (
     check_empty,
     check_folder,
+    finite,
     sync,
     unwritable,
     write_folder,
@@ -76,7 +77,9 @@ class RunFolder:
         write_whole(self.path / name, text.encode())
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        """Strict JSON: a number that is not finite is written as null."""
+        text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+        self.write_text(name, text + "\n")
 
     def save_scales(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]

@@ -3,7 +3,6 @@ against a style's images.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from qzo_diffusion import devices, resources
+from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.listing import list_files
@@ -158,4 +158,4 @@ def _opened(
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    report(f"warning: {text}")
