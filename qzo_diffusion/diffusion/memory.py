@@ -15,8 +15,8 @@ from torch import nn
 from qzo_diffusion.core.quzo import BLOCK
 from qzo_diffusion.core.scales import OVERRIDDEN_AT_ONCE, overridden_at_once
 from qzo_diffusion.quant.base import linears_to_quantize
+from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.stream import Quantization
-from qzo_diffusion.quant.weights import Entry
 
 # bytes of a process that has imported everything; of a CUDA context
 LIBRARIES = {"cpu": 0.87e9, "cuda": 0.6e9}
@@ -185,7 +185,7 @@ def stored_bytes(entries: Mapping[str, Entry], dtype: torch.dtype) -> float:
     return sum(
         entry.nbytes // entry.dtype.itemsize * dtype.itemsize
         for entry in entries.values()
-        if entry.dtype.is_floating_point
+        if entry.dtype.is_floating_point or entry.scale is not None
     )
 
 
@@ -202,6 +202,8 @@ def reading_bytes(
         if entry.dtype not in (dtype, torch.uint8)
     ]
     cast = max(floats, default=0) * dtype.itemsize
+    scaled = [entry.nbytes // entry.dtype.itemsize for entry in entries.values() if entry.scale]
+    cast += 4 * max(scaled, default=0)  # in fp32 on the way
     return tensor + cast + (QUANTIZING if device == "cpu" else 6 * 4.0 * largest)
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant.weights import Entry, Pending, joined
+from qzo_diffusion.quant.describe import described_tensors
+from qzo_diffusion.quant.entries import Entry, joined
+from qzo_diffusion.quant.weights import Pending
 
 PREFIX = "model.diffusion_model."
 _BLOCK = "joint_blocks.0.x_block.attn."
@@ -141,40 +143,61 @@ def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
             "qk_norm": "rms_norm" if _BLOCK + "ln_q.weight" in names else None,
         }
     except (KeyError, IndexError, ZeroDivisionError) as error:
+        kind = described_tensors(entries)
         raise ModelError(
-            f"a single file that is not a Stable Diffusion 3 transformer: {error}",
+            f"a single file that is {kind.name}"
+            if kind
+            else f"a single file that is not a Stable Diffusion 3 transformer: it lacks {error}",
             "a checkpoint in the layout of Stability AI, such as sd3.5_large.safetensors",
-            "give that file, or a diffusers folder",
+            kind.remedy if kind else "give that file, or a diffusers folder",
         ) from None
 
 
 def to_diffusers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
     """The same bytes of the file under diffusers' names. Other parts that the file may hold (VAE,
-    encoders) are left out.
+    encoders) are left out; the transformer's own that the layout lacks keep their place beside a
+    layer, so that a scale is noticed.
 
     Raises:
         ModelError: a tensor is missing.
     """
     names, found = _without_prefix(entries), dict[str, Entry]()
-    for original, pieces in layout_of(config).items():
+    table = layout_of(config)
+    for original, pieces in table.items():
         if original not in names:
             raise ModelError(
                 f"a single file without {original}",
                 "all tensors of the transformer",
                 "download it again",
             )
-        entry, count = names[original], len(pieces.names)
-        if pieces.swapped:
-            half = entry.shape[0] // 2
-            entry = joined([entry.rows(half, 2 * half), entry.rows(0, half)])
-        rows = entry.shape[0] // count
-        parts = (
-            [entry]
-            if count == 1
-            else [entry.rows(rows * part, rows * (part + 1)) for part in range(count)]
+        found |= _parts(original, names[original], pieces)
+    left = {_place_of(name, table): names[name] for name in names if name not in table}
+    return found | left
+
+
+def _parts(original: str, entry: Entry, pieces: Pieces) -> dict[str, Entry]:
+    """Diffusers' tensors of one original tensor."""
+    count = len(pieces.names)
+    if count == 1 and not pieces.swapped:
+        return {pieces.names[0]: entry}
+    sections = 2 if pieces.swapped else count
+    if not entry.shape or entry.shape[0] == 0 or entry.shape[0] % sections:
+        raise ModelError(
+            f"{original} of the shape {entry.shape}",
+            f"rows that {sections} tensors share",
+            "give a file of Stable Diffusion 3 or 3.5",
         )
-        found |= dict(zip(pieces.names, parts, strict=True))
-    return found
+    rows = entry.shape[0] // sections
+    parts = [entry.rows(rows * part, rows * (part + 1)) for part in range(sections)]
+    whole = [joined(parts[::-1])] if pieces.swapped else parts
+    return dict(zip(pieces.names, whole, strict=True))
+
+
+def _place_of(name: str, table: Mapping[str, Pieces]) -> str:
+    """A name beside a layer of the layout, as it would stand beside diffusers' layer."""
+    layer, _, part = name.rpartition(".")
+    pieces = table.get(f"{layer}.weight")
+    return name if pieces is None else f"{pieces.names[0].rpartition('.')[0]}.{part}"
 
 
 def to_original(tensors: Mapping[str, Pending], config: Mapping[str, Any]) -> dict[str, Pending]:

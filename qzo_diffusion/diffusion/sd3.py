@@ -189,7 +189,7 @@ class PromptEncoder:
             "encoders": self._identity,
             "t5_tokens": length,
             "dtype": str(self._dtype),
-            "format": 1,
+            "format": 2,
         }
         return key if self._t5 == "full" else key | {"t5": self._t5}
 

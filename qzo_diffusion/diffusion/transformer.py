@@ -13,7 +13,8 @@ from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import original_layout
-from qzo_diffusion.quant.weights import Entry, read_entries
+from qzo_diffusion.quant.entries import Entry
+from qzo_diffusion.quant.weights import read_entries
 
 
 @dataclass(frozen=True)

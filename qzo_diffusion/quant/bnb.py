@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.base import QuantType
-from qzo_diffusion.quant.weights import empty_pages
+from qzo_diffusion.quant.entries import empty_pages
 
 T = TypeVar("T")
 QUANTIZED_AT_ONCE = 2**17  # weights; small, so that what passes leaves small holes among what stays

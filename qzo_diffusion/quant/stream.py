@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant import base, bnb, intgrid, reference
+from qzo_diffusion.quant import base, bnb, fits, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
-from qzo_diffusion.quant.weights import Entry
+from qzo_diffusion.quant.entries import Entry
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,18 @@ def fill_(
         progress: called with the bytes of each tensor that was read.
 
     Raises:
-        ModelError: a tensor is missing or of another shape, a file is damaged, or nothing could be
-            quantized.
+        ModelError: a tensor is missing, of another shape or belongs to one that is used, a file is
+            damaged, or nothing could be quantized.
     """
-    filler = _Filler(model, _named_as_in(model, entries), quantization, dtype, device)
+    named = fits.named_as_in(model, entries)
+    unused = fits.check_fits(model, named)
+    filler = _Filler(model, named, quantization, dtype, device)
     for name in sorted(filler.entries, key=lambda name: _place(filler.entries[name])):
         if not bnb.belongs_to_a_weight(name, filler.entries):
             filler.arrive(name)
         progress(filler.entries[name].nbytes)
     filler.finish()
-    return Filled(filler.quantized, filler.taken_over, sorted(filler.unused))
+    return Filled(filler.quantized, filler.taken_over, sorted(unused))
 
 
 class _Filler:
@@ -102,27 +104,19 @@ class _Filler:
             if how
             else set()
         )
-        self._slots = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
-            n for n, _ in model.named_buffers()
-        }
-        self._tied: dict[str, list[str]] = {}
-        for target, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
-            if target not in entries:
-                self._tied.setdefault(source, []).append(target)
+        self._slots = fits.slots_of(model).keys()
+        self._tied = fits.tied_targets(model, entries)
         self.quantized = self.taken_over = 0
-        self.unused: list[str] = []
 
     def arrive(self, name: str) -> None:
         targets = [target for target in (name, *self._tied.get(name, ())) if target in self._slots]
         if not targets:
-            self.unused.append(name)
             return
         layer = name.removesuffix(".weight")
         state = bnb.stored_state(layer, self.entries) if name.endswith(".weight") else {}
         if state:
             self._take_over(layer, {key: entry.read() for key, entry in state.items()})
             return
-        self._check_shape(name, targets[0])
         whole = self.entries[name].read()
         kept: nn.Parameter | None = None
         for target in targets:
@@ -130,15 +124,6 @@ class _Filler:
                 self._quantize(target.removesuffix(".weight"), whole)
             else:
                 kept = self._keep(target, whole, kept)
-
-    def _check_shape(self, name: str, target: str) -> None:
-        there, wanted = self.entries[name].shape, tuple(_get(self.model, target).shape)
-        if there != wanted:
-            raise ModelError(
-                f"{name} has the shape {there}",
-                f"{wanted}, as the model's config says",
-                "give weights and config of one model",
-            )
 
     def _quantize(self, layer: str, weight: Tensor) -> None:
         assert self._how is not None
@@ -192,29 +177,15 @@ class _Filler:
 
     def finish(self) -> None:
         """Raises ModelError when something is missing, or nothing was quantized."""
-        left = [name for name, tensor in _tensors(self.model) if tensor.is_meta]
+        left = [name for name, tensor in fits.slots_of(self.model).items() if tensor.is_meta]
         if left:
-            got = f"{len(left)} tensors of the model are not in its files, for example {left[0]}"
-            raise ModelError(
-                got,
-                "weights of the model that its config describes",
-                "download the model again, with all its parts",
-            )
+            raise fits.missing_error(left)
         for buffer_name, buffer in list(self.model.named_buffers()):
             parent, _, child = buffer_name.rpartition(".")
             self.model.get_submodule(parent)._buffers[child] = buffer.to(self._device)
         if self._how is not None and not self.quantized + self.taken_over:
             raise base.nothing_to_quantize(self._how.skip, self._how.columns)
         self.model.eval().requires_grad_(False)
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    parent, _, child = name.rpartition(".")
-    return getattr(model.get_submodule(parent), child)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -224,40 +195,3 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _place(entry: Entry) -> tuple[str, int]:
     return str(entry.spans[0].file), entry.spans[0].start
-
-
-def _named_as_in(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-    """By the model's own names: transformers renames layers between versions, and adds or drops a
-    prefix for heads.
-    """
-    slots: dict[str, Any] = dict(_tensors(model))
-    slots |= dict.fromkeys(getattr(model, "all_tied_weights_keys", None) or (), True)
-    if not hasattr(model, "base_model_prefix") or all(
-        _weight_of(name, entries) in slots for name in entries
-    ):
-        return entries
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [
-        step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)
-    ]
-
-    def renamed(name: str) -> str:
-        weight = _weight_of(name, entries)
-        return rename_source_key(weight, renamings, [], model.base_model_prefix, slots)[
-            0
-        ] + name.removeprefix(weight)
-
-    return {renamed(name): entry for name, entry in entries.items()}
-
-
-def _weight_of(name: str, entries: Mapping[str, Entry]) -> str:
-    """The weight that a scale, a codebook or a description of a 4-bit layer belongs to; other names
-    are their own.
-    """
-    return (
-        f"{name.rpartition('.weight.')[0]}.weight"
-        if bnb.belongs_to_a_weight(name, entries)
-        else name
-    )

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ModelError, OutputError
 from qzo_diffusion.files import COMPLETE, free_bytes, write_folder
+from qzo_diffusion.quant.entries import Entry
+from qzo_diffusion.quant.header import header_bytes
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.stream import Filled, Quantization, fill_
-from qzo_diffusion.quant.weights import Entry, header_bytes, read_entries, write_tensors
+from qzo_diffusion.quant.weights import read_entries, write_tensors
 
 WEIGHTS, SOURCE = "model.safetensors", "source.json"
 FORMAT = 1  # of what is stored; raised when the same source would give other numbers
