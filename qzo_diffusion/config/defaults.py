@@ -1,123 +1,256 @@
-"""What suits the settings that are not given, where it depends on those that are."""
+"""The settings that nobody gave: which value suits them, where it follows from others.
+
+The tables of rules below are the whole of it. `filled` applies one from top to bottom, and
+docs/settings.md shows them.
+"""
 
 import math
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 SHARED = ("dense", "codes")  # numbers that have one direction for all examples
-
-PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
-
-PROBES = 32  # forwards of one example that a step makes where nothing is said
-
+PROBES = 32  # forward passes of one example that a step makes where nothing is said
 DIRECTIONS = 8  # of them for each example
+PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
+NOT_GIVEN = None  # in a rule's condition
+Known = Mapping[str, Any]  # dotted key -> value that was given, follows, or stands for all runs
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A value that is computed from other settings, and the words for it."""
+
+    words: str
+    of: Callable[[Known], Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`setting` is `value` where nobody gave it and every setting of `when` has the value there, or
+    one of them.
+    """
+
+    setting: str
+    value: Any
+    when: Mapping[str, Any] = field(default_factory=dict)
+
+    def holds(self, known: Known) -> bool:
+        return all(_is_one_of(known.get(key), wanted) for key, wanted in self.when.items())
+
+
+def _is_one_of(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
+
+
+def rules(values: Mapping[str, Any], **when: Any) -> list[Rule]:
+    """A rule for each of several settings under one condition, qzo__eps for qzo.eps."""
+    condition = {key.replace("__", "."): value for key, value in when.items()}
+    return [Rule(setting, value, condition) for setting, value in values.items()]
 
 
 def suited_lr(max_steps: int, estimator: str = "leave_one_out", schedule: str = "cosine") -> float:
     """The rate of normalised steps: 0.08 for 500 of them (antithetic 0.05), and like 1 / √steps, at
     most twice as much.
 
-    What the directions' randomness leaves in a number grows like lr · √steps, and that is what a
-    rate must keep small. Of 32 probes 28 count as directions with leave_one_out, and 16 with
-    antithetic ones. The schedule inverse_sqrt falls by itself: it begins with 0.1 (0.0625), however
-    many steps there are."""
+    The directions' randomness leaves a random walk of lr · √steps in every number, and a rate must
+    keep that small. Of 32 probes 28 count as directions with leave_one_out, and 16 with antithetic
+    ones. The schedule inverse_sqrt falls by itself: it begins with 0.1 (0.0625) for any number of
+    steps.
+    """
     of_500_steps = 0.08 if estimator == "leave_one_out" else 0.05
     if schedule == "inverse_sqrt":
         return 1.25 * of_500_steps
     return of_500_steps * min(2.0, math.sqrt(500 / max(1, max_steps)))
 
 
-def suited_batch_size(qzo: Mapping[str, Any]) -> int:
-    """Few examples where each is probed along several directions, so that a step has the same
-    number of forwards.
-    """
-    suited = estimate_settings(qzo)
-    if (
-        suited["estimator"] != "leave_one_out"
-        or not suited["per_example"]
-        or not isinstance(suited["num_directions"], int)
-    ):
-        return PROBES // 2
-    return max(1, PROBES // max(1, suited["num_directions"]))
+def normalised_lr(divisor: int = 1) -> Formula:
+    def rate(known: Known) -> float:
+        try:
+            steps = int(known["train.max_steps"])  # a flag's value is text
+        except (TypeError, ValueError, OverflowError):
+            return PLAIN_LR  # no number of steps: the check behind this one refuses it
+        return suited_lr(steps, known["qzo.estimator"], known["train.schedule"]) / divisor
 
-
-def estimate_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings of section `qzo`, with what suits them where nothing was given."""
-    each = given.get("per_example", given.get("parametrization") not in SHARED)
-    directions = given.get(
-        "num_directions", DIRECTIONS if each and given.get("estimator") != "antithetic" else 1
+    part = f", over {divisor}" if divisor > 1 else ""
+    words = (
+        "0.08 · min(2, √(500 / `train.max_steps`)), and 0.1 with `inverse_sqrt`; with `antithetic` "
+        f"0.05 and 0.0625 in their place{part}"
     )
-    estimator = "leave_one_out" if each and directions != 1 else "antithetic"
-    return {
-        "per_example": each,
-        "num_directions": directions,
-        "estimator": estimator,
-        "normalize": each,
-        **given,
-    }
+    return Formula(words, rate)
 
 
-def rate_for(
-    qzo: Mapping[str, Any], train: Mapping[str, Any], divisor: float = 1, plain: float = PLAIN_LR
-) -> float:
-    """The rate that suits how the given settings scale the estimate: `suited_lr` over `divisor`, or
-    `plain` without normalising.
-    """
-    suited = estimate_settings(qzo)
-    if not suited["normalize"]:
-        return plain
-    try:
-        # a flag's value is text until the settings are checked
-        steps = int(train.get("max_steps", 1000))
-    except (TypeError, ValueError, OverflowError):
-        return plain  # and what is no number at all is refused then
-    return suited_lr(steps, suited["estimator"], train.get("schedule", "cosine")) / divisor
+def _examples_of_a_step(known: Known) -> int:
+    directions = known["qzo.num_directions"]
+    return max(1, PROBES // max(1, directions)) if isinstance(directions, int) else PROBES // 2
 
 
-# What suits training of codes where nothing is said, in pictures and texts alike
-# (docs/decisions/rates.md D28, docs/quzo.md).
-QUZO: dict[str, Any] = {
-    "qzo.parametrization": "codes",
-    "quant.backend": "intgrid",
-    "quant.type": "int8",
-    "train.optimizer": "feedback",
-    "train.lr": 0.2,  # codes that a typical step moves each number
-    # a constant rate ends in noise; under a cosine nothing reaches a code any more half way
-    "train.schedule": "linear",
-}
+NORMALISED = (True, "running")
 
-
-# A code is 3 % of a typical weight in int8, 40 % in int4 and 6 to 12 % in fp8; rounded probes of
-# int4 would drown everything.
-QUZO_PROBES: dict[str, dict[str, Any]] = {
-    "int8": {"qzo.eps": 1.0},
-    "int4": {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.05},
-    "fp8": {"qzo.eps": 0.25, "train.lr": 0.15},
-}
-
-
-def suited_to_quzo(quant: Any) -> dict[str, Any]:
-    """What suits codes of the given section `quant`."""
-    kind = quant.get("type", "int8") if isinstance(quant, dict) else "int8"
-    return QUZO | QUZO_PROBES.get(str(kind), {})
-
-
+# Codes that a typical step moves each number. A constant rate ends in noise, and under a cosine
+# nothing reaches a code any more half way. A code is 3 % of a typical weight in int8, 40 % in int4
+# and 6 to 12 % in fp8; rounded probes of int4 would drown everything (docs/decisions/rates.md D28).
+QUZO = (
+    rules(
+        {
+            "qzo.parametrization": "codes",
+            "quant.backend": "intgrid",
+            "quant.type": "int8",
+            "train.optimizer": "feedback",
+            "train.schedule": "linear",
+        },
+        method="quzo",
+    )
+    + rules({"qzo.eps": 1.0}, method="quzo", quant__type="int8")
+    + rules(
+        {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.05}, method="quzo", quant__type="int4"
+    )
+    + rules({"qzo.eps": 0.25, "train.lr": 0.15}, method="quzo", quant__type="fp8")
+    + rules({"train.lr": 0.2}, method="quzo")
+)
 # First-order on the scales: the rate that the convergence benchmark found for styles.
-FIRST_ORDER_SCALES: dict[str, Any] = {"train.lr": 1e-3, "qzo.parametrization": "dense"}
+FIRST_ORDER_SCALES = rules({"train.lr": 1e-3, "qzo.parametrization": "dense"}, method="fo-scales")
+
+# Numbers that all examples share have one direction, probed on both sides, and no normalisation.
+ESTIMATE = [
+    *rules({"qzo.per_example": False}, qzo__parametrization=SHARED),
+    *rules({"qzo.num_directions": 1}, qzo__per_example=False),
+    *rules({"qzo.num_directions": 1}, qzo__estimator="antithetic"),
+    *rules({"qzo.estimator": "antithetic"}, qzo__per_example=False),
+    *rules({"qzo.estimator": "antithetic"}, qzo__num_directions=1),
+    *rules({"qzo.normalize": False}, qzo__per_example=False),
+]
+# A step has the same number of forward passes however it probes.
+BATCH = [
+    *rules(
+        {
+            "data.batch_size": Formula(
+                f"{PROBES} / `qzo.num_directions`, at least 1", _examples_of_a_step
+            )
+        },
+        method="qzo",
+        qzo__per_example=True,
+        qzo__estimator="leave_one_out",
+    ),
+    Rule("data.batch_size", PROBES // 2),
+]
+# Pictures are divided into 16 patch groups. Their rate falls by itself, and is calibrated where
+# nobody chose it.
+PICTURES = [
+    *QUZO,
+    *FIRST_ORDER_SCALES,
+    *ESTIMATE,
+    *rules({"qzo.regions": 16}, method="qzo", qzo__per_example=True),
+    *rules(
+        {"train.schedule": "inverse_sqrt"},
+        method="qzo",
+        qzo__per_example=True,
+        qzo__normalize=NORMALISED,
+        qzo__parametrization="separable",
+    ),
+    *rules(
+        {"train.calibrate_lr": True},
+        method="qzo",
+        qzo__per_example=True,
+        qzo__normalize=NORMALISED,
+        qzo__parametrization="separable",
+        train__lr=NOT_GIVEN,
+    ),
+    *rules({"train.lr": PLAIN_LR}, qzo__normalize=False),
+    Rule("train.lr", normalised_lr()),
+    *BATCH,
+]
+
+# The layers that have the least noise for their signal, by quant.choose. Probes of them change the
+# loss less, so that in bfloat16 they need a larger radius (docs/decisions/language_models.md D42).
+MIDDLE_BLOCKS: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
+# the normalised rate of pictures, over those of texts for these layers and for all
+PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5
+# QZO's rates were found on SmolLM2 and SST-2 (docs/decisions/rates.md D25), MeZO's and QLoRA's are those of their papers;
+# quzo-lora has the radius and the rate of MeZO's LoRA runs.
+TEXTS = [
+    *rules(
+        {
+            "train.lr": 1e-6,
+            "train.schedule": "constant",
+            "qzo.parametrization": "dense",
+            "qzo.units": "absolute",
+            "qzo.eps": 1e-3,
+            "qzo.directions": "gaussian",
+        },
+        method="mezo",
+    ),
+    *QUZO,
+    *rules(
+        {
+            "train.lr": 1e-4,
+            "train.schedule": "constant",
+            "quant.backend": "intgrid",
+            "quant.type": "int8",
+            "qzo.parametrization": "dense",
+            "qzo.units": "absolute",
+            "qzo.eps": 1e-2,
+        },
+        method="quzo-lora",
+    ),
+    *rules(
+        {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
+        method="qlora",
+    ),
+    *FIRST_ORDER_SCALES,
+    *ESTIMATE,
+    *rules({"qzo.layers": MIDDLE_BLOCKS["qzo.layers"]}, method="qzo", qzo__normalize=NORMALISED),
+    *rules(
+        {"qzo.eps": MIDDLE_BLOCKS["qzo.eps"]},
+        method="qzo",
+        qzo__normalize=NORMALISED,
+        qzo__layers="quiet",
+    ),
+    *rules({"train.lr": 1e-3}, method="qzo", qzo__normalize=False),
+    *rules(
+        {"train.lr": normalised_lr(PICTURES_OVER_QUIET)},
+        method="qzo",
+        qzo__layers="quiet",
+    ),
+    *rules({"train.lr": normalised_lr(PICTURES_OVER_ALL)}, method="qzo"),
+    *rules({"train.lr": PLAIN_LR}, qzo__normalize=False),
+    Rule("train.lr", normalised_lr()),
+    *BATCH,
+]
 
 
-def filled_in(settings: Mapping[str, Any], suited: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with those of the dotted `suited` ones that they do not give; sections that are no
-    mapping stay as they are.
+def filled(
+    given: Mapping[str, Any], table: Sequence[Rule], usual: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The nested settings `given`, with those that follow from them by the rules of `table`.
+
+    Args:
+        usual: dotted key -> the value that the setting has where no rule says otherwise.
+
+    A section that is no mapping stays as it is: the check behind this one refuses it.
     """
-    filled = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()
-    }
-    for key, value in suited.items():
-        section, _, name = key.partition(".")
-        if isinstance(filled.get(section, {}), dict) and name not in filled.get(section, {}):
-            set_dotted(filled, key, value)
-    return filled
+    settings = {key: dict(at) if isinstance(at, Mapping) else at for key, at in given.items()}
+    found = flat(settings)
+    known = ChainMap(found, {key: at for key, at in usual.items() if key != "train.lr"})
+    for rule in table:
+        section, _, name = rule.setting.partition(".")
+        there = settings.get(section, {})
+        if not isinstance(there, dict) or name in there or not rule.holds(known):
+            continue
+        value = rule.value.of(known) if isinstance(rule.value, Formula) else rule.value
+        found[rule.setting] = value
+        set_dotted(settings, rule.setting, value)
+    return settings
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}"""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= {f"{prefix}{key}": value} if inner is None else inner
+    return found
 
 
 def set_dotted(settings: dict[str, Any], key: str, value: Any) -> None:

@@ -1,21 +1,13 @@
-"""Settings of `qzo-diffuse llm`; those that every run has are in `config`."""
+"""Settings of `qzo-diffuse llm`; those that every run has are in `sections`."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config.defaults import (
-    DIRECTIONS,
-    FIRST_ORDER_SCALES,
-    PROBES,
-    estimate_settings,
-    filled_in,
-    rate_for,
-    suited_to_quzo,
-)
+from qzo_diffusion.config.defaults import DIRECTIONS, PROBES, TEXTS, Rule
+from qzo_diffusion.config.kinds import Count, PathInside, PathOrName, Positive, Seed, Whole
 from qzo_diffusion.config.sections import (
-    Count,
-    Positive,
     QuantConfig,
     QzoConfig,
     RunConfig,
@@ -24,68 +16,37 @@ from qzo_diffusion.config.sections import (
 )
 
 Method = Literal["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]
-
-# What suits a method where nothing is said. QZO's rates were found on SmolLM2 and SST-2
-# (docs/decisions/rates.md D25), MeZO's and QLoRA's are those of their papers; first-order on the
-# scales takes the rate that the convergence benchmark found for styles.
-DEFAULTS: dict[Method, dict[str, Any]] = {
-    "qzo": {},
-    "mezo": {
-        "train.lr": 1e-6,
-        "train.schedule": "constant",
-        "qzo.parametrization": "dense",
-        "qzo.units": "absolute",
-        "qzo.eps": 1e-3,
-        "qzo.directions": "gaussian",
-    },
-    "quzo": {},
-    # QuZO's second mode: adapters beside a base on an integer grid, by forwards alone; radius and
-    # rate of MeZO's LoRA runs.
-    "quzo-lora": {
-        "train.lr": 1e-4,
-        "train.schedule": "constant",
-        "quant.backend": "intgrid",
-        "quant.type": "int8",
-        "qzo.parametrization": "dense",
-        "qzo.units": "absolute",
-        "qzo.eps": 1e-2,
-    },
-    "qlora": {"train.lr": 2e-4, "train.schedule": "linear", "qzo.parametrization": "dense"},
-    "fo-scales": FIRST_ORDER_SCALES,
-}
-# QZO trains the layers that have the least noise for their signal
-# (docs/decisions/language_models.md D42). Probes of them change the loss less, so that in bfloat16
-# they need a larger radius.
-MIDDLE_BLOCKS: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
-# QZO's normalised rate for styles, over those for these layers and for all
-PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5
-PLAIN_LR = 1e-3  # of QZO's steps that are not normalised
 FIRST_ORDER: tuple[Method, ...] = ("qlora", "fo-scales")
 
 
 class LlmDataConfig(Section):
-    dir: str | None = None  # folder of the task's files
-    # None: the task's own names. The same file for both: what is drawn is disjoint
-    train_file: str | None = None
-    test_file: str | None = None
-    # not given, 16 where examples have no several directions of their own
+    dir: PathOrName | None = None
+    """folder of the task's data files, or a dataset's Hub id in the local cache"""
+    train_file: PathInside | None = None
+    """file in that folder; null: the task's own name. It may be test_file too: examples that are
+    drawn are disjoint"""
+    test_file: PathInside | None = None
+    """file in that folder; null: the task's own name"""
     batch_size: Count = PROBES // DIRECTIONS
-    train_examples: Count | None = 1000  # drawn from the training file; None: all of it
-    validation_examples: Annotated[int, Field(ge=0)] = 200  # drawn from what is left of it
-    # drawn from the test file; 0: none, None: all of it
-    test_examples: Annotated[int, Field(ge=0)] | None = 1000
-    # the same examples for every seed of a run
-    split_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    # on disk: what the blocks before the first trained one give for each training example
+    """examples of a step"""
+    train_examples: Count | None = 1000
+    """drawn from the training file; null: all of it"""
+    validation_examples: Whole = 200
+    """drawn from those of the training file that are left"""
+    test_examples: Whole | None = 1000
+    """drawn from the test file; 0: none; null: all of it"""
+    split_seed: Seed = 0
+    """seed of the drawn examples, the same for every train.seed"""
     keep_hidden: bool = True
-    # longer prompts lose their beginning; None: they are an error
+    """keep on disk the hidden states in front of the first trained block, for each example"""
     max_tokens: Annotated[int, Field(ge=16)] | None = None
+    """longer prompts lose their beginning; null: they are an error"""
 
 
 class LlmQzoConfig(QzoConfig):
-    # Trained beside the scales, in absolute units: gains of norms and biases, or embeddings and
-    # head too (the paper, with AQLM)
     unquantized: Literal["none", "gains", "all"] = "none"
+    """trained beside the scales, in absolute units: gains of norms and biases, or embeddings and
+    head too (the paper, with AQLM)"""
 
 
 class LlmQuantConfig(QuantConfig):
@@ -96,50 +57,42 @@ class LlmQuantConfig(QuantConfig):
     _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4", "int8")
     # tied to the embedding in small models
     skip: list[str] = Field(default_factory=lambda: ["lm_head"])
+    """layers that stay as they are, by parts of their names"""
 
 
 class LoraConfig(Section):
     rank: Count = 8
+    """of adapters, methods qlora and quzo-lora"""
     alpha: Positive = 16.0
+    """adapters are multiplied by alpha / rank"""
 
 
 class LlmConfig(RunConfig):
     """Of a run on a language model."""
 
-    task: str = "sst2"
+    table: ClassVar[Sequence[Rule]] = TEXTS
+
+    task: PathOrName = "sst2"
+    """a task that comes along, or a task file"""
     method: Method = "qzo"
+    """qzo, mezo, quzo and quzo-lora: forward passes alone; qlora and fo-scales: by gradients"""
     objective: Literal["loss", "accuracy", "f1"] = "loss"
+    """figure that is tuned for"""
     data: LlmDataConfig = LlmDataConfig()
     qzo: LlmQzoConfig = LlmQzoConfig()
     quant: LlmQuantConfig = LlmQuantConfig()
     lora: LoraConfig = LoraConfig()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, settings: Any) -> Any:
-        """What suits the method, where the settings say nothing."""
-        if not isinstance(settings, dict):
-            return settings
-        method, qzo, train = (settings.get(name, {}) for name in ("method", "qzo", "train"))
-        suited = dict(
-            next((values for name, values in DEFAULTS.items() if name == (method or "qzo")), {})
-        )
-        if (method or "qzo") == "qzo" and isinstance(qzo, dict) and isinstance(train, dict):
-            quiet = estimate_settings(qzo)["normalize"] and qzo.get("layers", "quiet") == "quiet"
-            suited |= MIDDLE_BLOCKS if quiet else {}
-            suited["train.lr"] = rate_for(
-                qzo, train, PICTURES_OVER_QUIET if quiet else PICTURES_OVER_ALL, PLAIN_LR
-            )
-        if method == "quzo":
-            suited = suited_to_quzo(settings.get("quant", {}))
-        return filled_in(settings, suited)
-
     @model_validator(mode="after")
-    def _fits_together(self) -> "LlmConfig":
+    def _one_loss_for_an_answer(self) -> "LlmConfig":
         if self.method in FIRST_ORDER and self.objective != "loss":
             raise ValueError(
                 f"objective: loss for method {self.method}; accuracy and f1 have no gradient"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _by_one_method(self) -> "LlmConfig":
         check_method(self.method, self)
         if self.method in ("mezo", "quzo-lora") and (
             self.qzo.units != "absolute" or self.qzo.parametrization != "dense"
@@ -148,6 +101,10 @@ class LlmConfig(RunConfig):
                 f"qzo.units: absolute and qzo.parametrization: dense for method {self.method}, "
                 "which trains no scales"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LlmConfig":
         # which has dense numbers alone
         in_absolute_units = self.qzo.units == "absolute" and self.method == "qzo"
         if self.qzo.unquantized != "none" and not in_absolute_units:

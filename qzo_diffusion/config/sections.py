@@ -4,91 +4,86 @@ A setting is described once, here or in `style` and `llm`. Configs stop at `runs
 everything takes plain arguments.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qzo_diffusion.config.defaults import (
-    DIRECTIONS,
-    PROBES,
-    SHARED,
-    estimate_settings,
-    rate_for,
-    suited_batch_size,
-    suited_lr,
-)
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-Count = Annotated[int, Field(ge=1)]
+from qzo_diffusion.config.defaults import DIRECTIONS, PICTURES, SHARED, Rule, filled, flat
+from qzo_diffusion.config.kinds import Count, PathOrName, Positive, Seed, Whole
 
 GRID_TYPES = ("int8", "int4", "fp8")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class TrainConfig(Section):
-    max_steps: Annotated[int, Field(ge=0)] = 1000
-    # Not given, it follows from schedule and max_steps; how far a step moves where qzo.normalize is
-    # on
-    lr: Positive = suited_lr(1000)
-    # Before the first step: lower lr where the loss curves much for its slope. True for pictures
-    # where lr is not given
+    max_steps: Whole = 1000
+    """number of steps"""
+    lr: Positive = 0.1
+    """learning rate: how far a step moves where qzo.normalize is on"""
     calibrate_lr: bool = False
-    # not given, pictures take inverse_sqrt
+    """before the first step, lower lr where the loss curves much for its slope"""
     schedule: Literal["constant", "linear", "cosine", "hold", "inverse_sqrt"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    # feedback: of integer codes, see core/quzo.py
+    """how the rate falls from step to step"""
+    warmup_steps: Whole = 0
+    """steps in which the rate rises to lr"""
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"
+    """feedback: of integer codes; rounding errors are added to later steps"""
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    feedback_steps: Count = 40  # what rounding left is computed again from so many steps
-    # probes of examples in one forward; None: pictures what fits and is fast, texts all
+    """share of a rounding error that is kept for the next step"""
+    feedback_steps: Count = 40
+    """steps whose rounding errors are computed again from the journal"""
     micro_batch_size: Count | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    validate_every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
-    # 0: only when stopped; the journal alone can rebuild a run
-    checkpoint_every: Annotated[int, Field(ge=0)] = 100
-    keep_checkpoints: Count = 3  # besides the best
+    """probes of examples in one forward pass; null: what fits and is fast for pictures, all for
+    texts"""
+    seed: Seed = 0
+    """seed of directions, noise and order"""
+    validate_every: Whole = 100
+    """steps between two held-out losses; 0: only at the start and the end"""
+    checkpoint_every: Whole = 100
+    """steps between two checkpoints; 0: only when stopped. The journal alone can rebuild a run"""
+    keep_checkpoints: Count = 3
+    """newest checkpoints that are kept, besides the best"""
 
 
 class QzoConfig(Section):
-    """What is not given follows from what is: dense numbers have no directions of each example."""
-
-    # codes: of method quzo
     parametrization: Literal["dense", "row", "layer", "column", "separable", "codes"] = "separable"
-    # Parts of layer names, such as ff.net; quiet: see quant.choose; None: every quantized layer
+    """numbers that are trained: one for a scale, a row, a layer, a column, or row and column;
+    codes: of method quzo"""
     layers: list[str] | Literal["quiet"] | None = None
+    """parts of layer names, such as ff.net; middle (or quiet): the middle blocks; null: every
+    quantized layer"""
     units: Literal["relative", "absolute"] = "relative"
+    """relative: a number multiplies its scale; absolute: it is added"""
     eps: Positive = 1e-2
-    num_directions: Count = DIRECTIONS  # of each example, or of all together
-    # leave_one_out: one forward for a direction, beside the mean of the example's others;
-    # antithetic: two, at +eps and -eps
+    """perturbation radius"""
+    num_directions: Count = DIRECTIONS
+    """directions of each example, or of all together"""
     estimator: Literal["antithetic", "leave_one_out"] = "leave_one_out"
-    # directions of its own for every example of the batch; not for dense numbers
+    """leave_one_out: one forward pass for a direction, compared with the mean of the example's
+    others; antithetic: two, at +eps and -eps"""
     per_example: bool = True
-    # of an example's picture, with directions of their own in pointwise layers
+    """directions of its own for every example of the batch; not for dense numbers or codes"""
     regions: Annotated[int, Field(ge=1, le=1024)] = 1
-    # Divide derivatives by their spread, so that lr does not depend on the loss: by that of the
-    # step, or of the last ten or so
+    """patch groups of a picture, each with directions of its own in token-wise layers; may be
+    written patch_groups"""
     normalize: bool | Literal["running"] = True
+    """divide derivatives by their rms, so that lr does not depend on the loss; running: by that of
+    the last ten steps or so"""
     directions: Literal["rademacher", "gaussian"] = "rademacher"
-    # of integer codes: rounded to the grid, or as they are
+    """distribution of random directions"""
     probe: Literal["codes", "float"] = "codes"
-    clip_threshold: Positive | None = None  # DDC; None: no clipping
-
-    @model_validator(mode="before")
-    @classmethod
-    def _follow(cls, given: Any) -> Any:
-        return estimate_settings(given) if isinstance(given, dict) else given
+    """perturbed integer codes: rounded to the grid, or as they are"""
+    clip_threshold: Positive | None = None
+    """largest directional derivative (DDC); null: no clipping"""
 
     @property
     def scales_activations(self) -> bool:
-        """Whether numbers are factors of inputs and outputs, which examples can have of their
+        """Whether the numbers are factors of inputs and outputs, so that each example can have its
         own.
         """
         return self.parametrization not in SHARED
@@ -97,6 +92,10 @@ class QzoConfig(Section):
     def _absolute_needs_dense(self) -> "QzoConfig":
         if self.units == "absolute" and self.parametrization != "dense":
             raise ValueError("units: absolute needs parametrization: dense")
+        return self
+
+    @model_validator(mode="after")
+    def _examples_need_their_own_numbers(self) -> "QzoConfig":
         if self.per_example and not self.scales_activations:
             raise ValueError("per_example: true needs a parametrization other than dense or codes")
         if self.estimator == "leave_one_out" and self.num_directions == 1:
@@ -106,6 +105,10 @@ class QzoConfig(Section):
             )
         if self.regions > 1 and not self.per_example:
             raise ValueError("regions above 1 need per_example: true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_number_is_not_normalised(self) -> "QzoConfig":
         if self.normalize is True and not self.per_example and self.num_directions == 1:
             raise ValueError(
                 "normalize: true needs per_example: true or several directions; of one only the "
@@ -116,13 +119,15 @@ class QzoConfig(Section):
 
 class QuantConfig(Section):
     type: Literal["nf4", "fp4", "int8", "int4", "fp8"] = "nf4"
+    """format of the quantized weights"""
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """weights that share a scale, in nf4 and fp4"""
     backend: Literal["bnb", "reference", "intgrid"] = "bnb"
-    # int8: inputs are rounded with a scale for each token; intgrid only
+    """bnb: bitsandbytes; reference: plain torch; intgrid: integer codes, for int8, int4 and fp8"""
     activations: Literal["float", "int8"] = "float"
+    """int8: inputs are rounded with a scale for each token; intgrid only"""
     _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
-    # Input, output and embedding layers of an SD3 transformer: 0.5 % of the weights, and the ones
-    # that hurt when quantized.
+    # 0.5 % of an SD3 transformer's weights, and the ones that hurt when quantized
     skip: list[str] = Field(
         default_factory=lambda: [
             "pos_embed",
@@ -132,6 +137,7 @@ class QuantConfig(Section):
             "proj_out",
         ]
     )
+    """layers that stay as they are, by parts of their names"""
 
     @model_validator(mode="after")
     def _of_one_backend(self) -> "QuantConfig":
@@ -148,18 +154,24 @@ class QuantConfig(Section):
 
 class ComputeConfig(Section):
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    vae_device: str | None = None  # None: the same; cpu spares the memory of a small card
-    # pixels; larger images go through the VAE in such squares
+    """of activations and unquantized weights"""
+    vae_device: str | None = None
+    """null: the same; cpu spares the memory of a small card"""
     vae_tile: Annotated[int, Field(ge=64, multiple_of=8)] | None = 512
-    # seconds that a process waits for the others; the first one also samples and validates
+    """pixels; larger images go through the VAE in such squares; null: whole"""
     rank_timeout: Positive = 1800.0
+    """seconds that a process waits for the others; the first one also samples and validates"""
 
 
 class RunConfig(Section):
     """What every run has, whatever it trains."""
 
-    model: str = "auto"
+    table: ClassVar[Sequence[Rule]] = PICTURES
+
+    model: PathOrName = "auto"
+    """auto, tiny, a Hub id in the local cache, or the path of a model"""
     train: TrainConfig = TrainConfig()
     qzo: QzoConfig = QzoConfig()
     quant: QuantConfig = QuantConfig()
@@ -168,20 +180,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _follow(cls, given: Any) -> Any:
-        """The rate that suits how the estimate is scaled, where none is given."""
-        qzo, train = (
-            (given.get(section, {}) for section in ("qzo", "train"))
-            if isinstance(given, dict)
-            else (None, None)
-        )
-        if not isinstance(qzo, dict) or not isinstance(train, dict):
-            return given
-        filled = given | {"train": {"lr": rate_for(qzo, train)} | train}
-        data = given.get("data", {})
-        if "data" in cls.model_fields and isinstance(data, dict):
-            size = suited_batch_size(qzo) if given.get("method", "qzo") == "qzo" else PROBES // 2
-            filled["data"] = {"batch_size": size} | data
-        return filled
+        return filled(spelled(given), cls.table, usual(cls)) if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _calibrated_in_its_own_unit(self) -> "RunConfig":
@@ -208,6 +207,41 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+# The field's words for settings and values that had others first; both are understood.
+NEW_KEYS = {"qzo.patch_groups": "qzo.regions"}
+NEW_VALUES = {"qzo.layers": {"middle": "quiet"}}
+
+
+def spelled(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with the names that are stored; a setting under both of its names keeps both, and the
+    check behind this one refuses it.
+    """
+    sections = {key: dict(at) if isinstance(at, dict) else at for key, at in given.items()}
+    for new, old in NEW_KEYS.items():
+        section, _, name = new.partition(".")
+        there, old_name = sections.get(section), old.partition(".")[2]
+        if isinstance(there, dict) and name in there and old_name not in there:
+            there[old_name] = there.pop(name)
+    for key, words in NEW_VALUES.items():
+        section, _, name = key.partition(".")
+        there = sections.get(section)
+        if isinstance(there, dict) and isinstance(there.get(name), str):
+            there[name] = words.get(there[name], there[name])
+    return sections
+
+
+_USUAL: dict[type[RunConfig], dict[str, Any]] = {}
+
+
+def usual(kind: type[RunConfig]) -> dict[str, Any]:
+    """Dotted key -> the value that a setting has where nothing is given and no rule says
+    otherwise.
+    """
+    if kind not in _USUAL:
+        _USUAL[kind] = flat(kind.model_construct().model_dump())
+    return _USUAL[kind]
 
 
 def check_method(method: str, config: RunConfig) -> None:

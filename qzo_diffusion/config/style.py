@@ -1,63 +1,77 @@
 """Settings of `qzo-diffuse train`: a style, from a folder of images."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qzo_diffusion.config.defaults import (
-    DIRECTIONS,
-    FIRST_ORDER_SCALES,
-    PROBES,
-    estimate_settings,
-    filled_in,
-    suited_to_quzo,
-)
-from qzo_diffusion.config.sections import (
+from qzo_diffusion.config.defaults import DIRECTIONS, PROBES
+from qzo_diffusion.config.kinds import (
     Count,
+    FreeText,
     NotNegative,
+    PathOrName,
+    PathText,
     Positive,
-    RunConfig,
-    Section,
-    check_method,
+    Seed,
+    Whole,
 )
+from qzo_diffusion.config.sections import RunConfig, Section, check_method
 
 
 class DataConfig(Section):
-    style_dir: str | None = None
-    validation_dir: str | None = None
-    caption: str | None = None
-    trigger: str | None = None
-    resolution: Annotated[int, Field(ge=16, multiple_of=16)] | None = None  # None: the model's own
-    # not given, 16 where examples have no several directions of their own
+    style_dir: PathOrName | None = None
+    """folder of images in the style; captions beside them"""
+    validation_dir: PathOrName | None = None
+    """held-out images in the style; null: some of style_dir"""
+    caption: FreeText | None = None
+    """caption of images that have none; may hold [trigger]"""
+    trigger: FreeText | None = None
+    """word that replaces [trigger] in captions and prompts"""
+    resolution: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
+    """side of a square of as many pixels as an image has; null: the model's own"""
     batch_size: Count = PROBES // DIRECTIONS
+    """images of a step"""
     repeats: Count = 1
+    """times that an image is seen in one pass over the data"""
     flip: bool = False
+    """mirror images at random"""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of captions that are left out, for guidance"""
     strict: bool = False
-    cache_dir: str | None = None  # None: the user's cache folder
+    """stop at the first image that can't be used"""
+    cache_dir: PathText | None = None
+    """folder of encoded images and prompts; null: the user's cache folder"""
 
 
 class SigmaConfig(Section):
     distribution: Literal["uniform", "logit_normal"] = "uniform"
+    """of noise levels in training"""
     shift: Positive = 1.0
+    """towards high noise levels, above 1"""
 
 
 class SampleConfig(Section):
-    prompts: str | None = None  # a file; None: the shipped grid prompts
-    every: Annotated[int, Field(ge=0)] = 100  # 0: only at the start and the end
-    steps: Count | None = None  # None: what suits the model, 28 for Stable Diffusion 3.5
-    guidance: NotNegative | None = None  # None: what suits the model, 4.5 for Stable Diffusion 3.5
-    negative_prompt: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    prompts: PathOrName | None = None
+    """file with one prompt a line; null: the shipped grid prompts"""
+    every: Whole = 100
+    """steps between two sample grids; 0: only at the start and the end"""
+    steps: Count | None = None
+    """sampling steps; null: as suits the model, 28 for Stable Diffusion 3.5"""
+    guidance: NotNegative | None = None
+    """guidance scale; null: as suits the model, 4.5 for Stable Diffusion 3.5"""
+    negative_prompt: FreeText = ""
+    """prompt that guidance leads away from"""
+    seed: Seed = 0
+    """prompt i is sampled from seed + i"""
     batch_size: Count = 8
+    """images that are sampled together"""
 
 
 class TextConfig(Section):
-    # T5 is larger than the 4-bit transformer. auto: in NF4 where its files are beyond 2 GB; none:
-    # zeros in its place
     t5: Literal["auto", "nf4", "full", "none"] = "auto"
-    # None: the tokenizer's own limit, at most 256 as in the SD3 pipeline
+    """auto: in NF4 where its files are beyond 2 GB; none: zeros in its place"""
     t5_tokens: Count | None = None
+    """null: the tokenizer's own limit, at most 256 as in the SD3 pipeline"""
 
 
 StyleMethod = Literal["qzo", "quzo", "fo-scales"]
@@ -67,10 +81,11 @@ class Config(RunConfig):
     """Of a style run."""
 
     method: StyleMethod = "qzo"
-    # another one than the model's own: a folder, or a single file in the original layout
-    transformer: str | None = None
-    # a run, one of its checkpoints or a delta, whose scales this one begins with
-    init_from: str | None = None
+    """qzo: forward passes alone; quzo: integer codes; fo-scales: by gradients"""
+    transformer: PathText | None = None
+    """another one than the model's own: a folder, or a single file in the original layout"""
+    init_from: PathText | None = None
+    """a run, one of its checkpoints or a delta, whose scales this one begins with"""
     data: DataConfig = DataConfig()
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()
@@ -80,32 +95,3 @@ class Config(RunConfig):
     def _by_one_method(self) -> "Config":
         check_method(self.method, self)
         return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _divide_pictures(cls, given: Any) -> Any:
-        """Into 16 regions, where examples have directions of their own. Their rate falls like 1 /
-        √steps, and is calibrated where nobody chose it."""
-        if isinstance(given, dict):
-            suited = {
-                "quzo": suited_to_quzo(given.get("quant", {})),
-                "fo-scales": FIRST_ORDER_SCALES,
-            }
-            given = filled_in(given, suited.get(str(given.get("method")), {}))
-        qzo = given.get("qzo", {}) if isinstance(given, dict) else None
-        if not isinstance(qzo, dict):
-            return given
-        suited = estimate_settings(qzo)
-        each = suited["per_example"] and given.get("method", "qzo") == "qzo"
-        given = given | {"qzo": {"regions": 16 if each else 1} | qzo}
-        train = given.get("train", {})
-        usual = (
-            each and suited["normalize"] and qzo.get("parametrization", "separable") == "separable"
-        )
-        if isinstance(train, dict) and usual:
-            given["train"] = (
-                {"schedule": "inverse_sqrt"}
-                | ({} if "lr" in train else {"calibrate_lr": True})
-                | train
-            )
-        return given
