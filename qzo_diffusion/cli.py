@@ -431,14 +431,10 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from qzo_diffusion import resources
-    from qzo_diffusion.config.files import make_config, read_yaml
-    from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.config.style import Config
+    from qzo_diffusion.config.files import find_config, kind_of, make_config, read_yaml
 
-    settings = read_yaml(resources.find_file(options.config, "configs"))
-    kind = LlmConfig if "task" in settings else Config  # a run of `llm train` names its task
-    print(make_config(settings, kind).to_yaml(), end="")
+    settings = read_yaml(find_config(options.config))
+    print(make_config(settings, kind_of(settings)).to_yaml(), end="")
     return DONE
 
 

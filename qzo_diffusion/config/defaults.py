@@ -167,8 +167,8 @@ PICTURES = [
 MIDDLE_BLOCKS: dict[str, Any] = {"qzo.layers": "quiet", "qzo.eps": 3e-2}
 # the normalised rate of pictures, over those of texts for these layers and for all
 PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5
-# QZO's rates were found on SmolLM2 and SST-2 (docs/decisions/rates.md D25), MeZO's and QLoRA's are those of their papers;
-# quzo-lora has the radius and the rate of MeZO's LoRA runs.
+# QZO's rates were found on SmolLM2 and SST-2 (docs/decisions/rates.md D25), MeZO's and QLoRA's are
+# those of their papers; quzo-lora has the radius and the rate of MeZO's LoRA runs.
 TEXTS = [
     *rules(
         {
