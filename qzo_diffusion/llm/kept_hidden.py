@@ -1,5 +1,5 @@
-"""What the untrained first blocks give for each training text, kept in a file for the next time
-that the text is drawn.
+"""Keep the hidden states that the untrained first blocks compute for each training text in a file,
+for the next time that the text is drawn.
 
 It is not kept in memory, where it would be more than a step's own: 35 MB for 1,000 sentences of
 SmolLM2, 2 GB for as many long prompts of an 8B model. The file has no name, so that it is gone with
@@ -11,7 +11,9 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
@@ -28,8 +30,8 @@ WIDTHS = 32
 class KeptHidden:
     """Hidden states [T, D] by row of tokens.
 
-    What a row's are depends, in the last bits, on the rows beside it in a forward. So rows go
-    together as `groups` has them, always the same ones, and a run that goes on with an empty file
+    The last bits of a row's states depend on the rows beside it in a forward pass. So each row is
+    always computed with the first group that holds it, and a run that goes on with an empty file
     sees the bits that it would have read.
 
     Args:
@@ -43,7 +45,11 @@ class KeptHidden:
 
     def __init__(self, lm: CausalLm, groups: Sequence[Rows], folder: Path) -> None:
         self._lm, self._groups = lm, groups
-        self._group_of = {row: index for index, rows in enumerate(groups) for row in rows}
+        # A text may stand in several groups. The first counts, whichever is asked for first.
+        self._group_of: dict[tuple[int, ...], int] = {}
+        for index, rows in enumerate(groups):
+            for row in rows:
+                self._group_of.setdefault(row, index)
         self._place: dict[tuple[int, ...], int] = {}
         self._dtype, self._width = torch.float32, 0  # known from the first forward on
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,16 +61,17 @@ class KeptHidden:
         """[R, longest, D], with zeros behind the end of a row, which nothing reads."""
         for row in rows:
             if row not in self._place:
-                self._add(self._groups[self._group_of[row]])
+                self._add(self._group_of[row])
         hidden = torch.zeros(len(rows), max(map(len, rows)), self._width, dtype=self._dtype)
         for states, row in zip(hidden, rows, strict=True):
-            self._file.seek(self._place[row])
-            # a row's beginning is one run of bytes
-            self._file.readinto(states[: len(row)].view(torch.uint8).numpy())
+            # the states of a row's tokens are one run of bytes
+            self._read(self._place[row], states[: len(row)].view(torch.uint8).numpy())
         return hidden.to(self._lm.device)
 
-    def _add(self, rows: Rows) -> None:
+    def _add(self, group: int) -> None:
+        """Compute a group and keep those of its rows that belong to it."""
         assert self._lm.prefix is not None
+        rows = self._groups[group]
         width = min(-(-max(map(len, rows)) // WIDTHS) * WIDTHS, self._lm.context)
         hidden = self._lm.prefix.before(
             padded(rows, self._lm.padding, width=width).to(self._lm.device)
@@ -72,10 +79,14 @@ class KeptHidden:
         self._dtype, self._width = hidden.dtype, hidden.shape[-1]
         try:
             for row, states in zip(rows, hidden, strict=True):
-                self._place[row] = self._file.seek(0, io.SEEK_END)
-                self._write(
-                    memoryview(states[: len(row)].contiguous().view(torch.uint8).numpy().ravel())
-                )
+                if self._group_of[row] == group and row not in self._place:
+                    place = self._file.seek(0, io.SEEK_END)
+                    self._write(
+                        memoryview(
+                            states[: len(row)].contiguous().view(torch.uint8).numpy().ravel()
+                        )
+                    )
+                    self._place[row] = place
         except OSError as error:
             raise OutputError(
                 f"what the first blocks give can't be kept: {error.strerror or error}",
@@ -87,6 +98,24 @@ class KeptHidden:
     def _write(self, rest: memoryview) -> None:
         while rest:
             rest = rest[self._file.write(rest) :]
+
+    def _read(self, place: int, target: NDArray[np.uint8]) -> None:
+        rest = memoryview(target.reshape(-1))
+        self._file.seek(place)
+        while rest:  # one read may give less than is asked for
+            count = self._file.readinto(rest)
+            if not count:
+                raise _lost()
+            rest = rest[count:]
+
+
+def _lost() -> OutputError:
+    return OutputError(
+        "the file of kept hidden states is shorter than it was written",
+        "a file that nobody else changes",
+        "--resume the run, with data.keep_hidden=false if it happens again; every step before "
+        "this one is safe",
+    )
 
 
 def fits(rows: Rows, bytes_of_token: int, folder: Path) -> bool:

@@ -3,6 +3,9 @@ would change a loss.
 """
 
 import contextlib
+import io
+import itertools
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +24,7 @@ from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import estimate
 from qzo_diffusion.llm.data_files import Row
+from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.prefix import find_prefix
 from qzo_diffusion.llm.task_file import read_task
@@ -232,6 +236,39 @@ def test_a_run_that_goes_on_with_an_empty_file_reads_the_same_bits(lm, tmp_path)
     for step in (7, 5, 6):  # in another order, beside other texts
         assert torch.equal(second(step).micro_batches[0].hidden, hidden[step])
     assert list(tmp_path.iterdir()) == []  # the file has no name
+
+
+@pytest.mark.parametrize(
+    "groups", [("ad", "db"), ("da", "bd", "d"), ("dad", "b"), ("abc", "bca", "cab")]
+)
+def test_a_text_that_stands_in_several_groups_has_the_same_bits_in_any_order(lm, tmp_path, groups):
+    prepared(lm)
+    texts = {letter: tuple(range(3, 3 + 7 * (place + 1))) for place, letter in enumerate("abcd")}
+    rows = [[texts[letter] for letter in group] for group in groups]
+    orders = set(itertools.permutations(sorted(set("".join(groups)))))
+    found = {}
+    for order in orders:
+        kept = KeptHidden(lm, rows, tmp_path)
+        for letter in (*order, *order):
+            states = kept.of([texts[letter]])
+            assert torch.equal(states, found.setdefault(letter, states)), order
+
+
+def test_a_short_read_goes_on_and_a_short_file_is_an_error(lm, tmp_path):
+    prepared(lm)
+    row = tuple(range(3, 20))
+    kept = KeptHidden(lm, [[row]], tmp_path)
+    whole = kept.of([row])
+
+    class Slow(io.FileIO):
+        def readinto(self, target):
+            return super().readinto(memoryview(target)[:100])
+
+    with Slow(os.dup(kept._file.fileno()), "rb+") as kept._file:
+        assert torch.equal(kept.of([row]), whole)
+        kept._file.truncate(1000)
+        with pytest.raises(OutputError, match=r"(?s)shorter than.*data\.keep_hidden=false"):
+            kept.of([row])
 
 
 def test_nothing_is_kept_where_there_is_no_room(lm, tmp_path, monkeypatch):
