@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.probes import Batch, Objective
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
@@ -77,7 +78,7 @@ def _differentiable(
     shown scale · exp(δ).
     """
     deltas: dict[str, Tensor] = {}
-    hooks: list[Any] = []
+    hooks = Hooks()
 
     def product_with(handle: DifferentiableHandle, delta: Tensor) -> Callable[..., Tensor]:
         def product(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
@@ -88,18 +89,18 @@ def _differentiable(
         return product
 
     try:
-        for handle in handles:
-            live = scales[handle.name]
-            deltas[handle.name] = (
-                torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
-            )
-            hooks.append(
-                handle.module.register_forward_hook(product_with(handle, deltas[handle.name]))
-            )
-        yield deltas
-    finally:
-        for hook in hooks:
-            hook.remove()
+        try:
+            for handle in handles:
+                live = scales[handle.name]
+                deltas[handle.name] = (
+                    torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
+                )
+                hooks.after(handle.module, product_with(handle, deltas[handle.name]))
+            yield deltas
+        finally:
+            hooks.remove()
+    finally:  # once more: an interrupt may have cut the first one short
+        hooks.remove()
 
 
 @dataclass(frozen=True)

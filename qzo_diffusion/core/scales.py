@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.activation_scaling import ActivationScaling, ScaledLayer, without_bias
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.weights import WeightHandle
 
 OVERRIDDEN_AT_ONCE = 2**20
@@ -153,16 +154,33 @@ class ScaleSet:
         chunks = self._chunks if scaling is None else self._chunks_with_scaling
         outer, override = self._active, _Override(self._handles, self._live, chunks, view, scaling)
         try:
-            if outer is not None:
-                outer.close()
-            self._active = override
-            override.open()
-            yield
-        finally:
-            override.close()
+            try:
+                if outer is not None:
+                    outer.close()
+                self._active = override
+                override.open()
+                yield
+            finally:
+                self._end(override, outer)
+        finally:  # once more: an interrupt may have cut the first one short
+            self._end(override, outer)
+
+    def close(self) -> None:
+        """End an override that is still open.
+
+        An interrupt can come between two instructions of a `with`, where its end is never reached.
+        """
+        if self._active is not None:
+            self._active.close()
+            self._active = None
+
+    def _end(self, override: "_Override", outer: "_Override | None") -> None:
+        """Return to `outer`; does nothing more when called again."""
+        override.close()
+        if self._active is override:
             self._active = outer
-            if outer is not None:
-                outer.open()
+        if outer is not None and self._active is outer and not outer.is_open:
+            outer.open()
 
 
 class _Override:
@@ -187,14 +205,20 @@ class _Override:
         self._displaced: Sequence[str] = ()
         self._factors: dict[str, ScaledLayer] = {}
         self._biases: dict[str, nn.Parameter] = {}  # of layers that run without theirs
-        self._hooks: list[Any] = []
+        self._hooks, self.is_open = Hooks(), False
 
     def open(self) -> None:
-        """A single chunk is shown right away and needs no hook before a layer: most of the cost of
-        a small model's step.
+        """Set the hooks; begins anew where an interrupt has cut it short.
+
+        A single chunk is set right away and needs no hook before a layer: most of the cost of a
+        small model's step.
         """
-        if self._override is None and self._scaling is None:
-            return
+        self.close()
+        if self._override is not None or self._scaling is not None:
+            self._set_hooks()
+        self.is_open = True
+
+    def _set_hooks(self) -> None:
         if len(self._chunks) == 1:
             self._show(0)
         for index, chunk in enumerate(self._chunks):
@@ -203,18 +227,16 @@ class _Override:
                 module = handle.module
                 if len(self._chunks) > 1 or (factors and factors.scales_inputs):
                     users = handle.modules if isinstance(handle, WeightHandle) else (module,)
-                    self._hooks += [
-                        user.register_forward_pre_hook(self._before(name, index)) for user in users
-                    ]
+                    for user in users:
+                        self._hooks.before(user, self._before(name, index))
                 if self._scaling is not None and (len(self._chunks) > 1 or factors):
-                    self._hooks.append(module.register_forward_hook(self._after(name)))
+                    self._hooks.after(module, self._after(name))
 
     def close(self) -> None:
         """Safe at any moment, also between two lines of `open` or `_show`."""
+        self.is_open = False
         self._put_back()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.remove()
 
     def _before(self, name: str, chunk: int) -> Callable[..., Any]:
         def prepare(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
