@@ -109,6 +109,8 @@ class Adam:
                     torch.zeros_like(square),
                 )
             first, second = self._first[name], self._second[name]
+            if square.numel() > second.numel():  # more directions a step than before
+                second = self._second[name] = second.expand_as(square).clone()
             first.mul_(self.beta1).add_(grad * (1 - self.beta1))
             second.mul_(self.beta2).add_(square * (1 - self.beta2))
             scale = torch.sqrt(second / bias2) + self.tiny

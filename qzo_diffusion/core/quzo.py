@@ -262,32 +262,41 @@ class ErrorFeedback:
         self._past = [*self._past, now][-self.steps :]
 
     def state(self) -> dict[str, Tensor]:
-        """Seeds and scalars alone: int64 [steps, n, 4], float64 [steps, n] and [2]."""
+        """Seeds and scalars alone: int64 [steps, n, 4], float64 [steps, n] and [2].
+
+        n is the most directions of a step. A step of fewer is filled up with NaN as amounts.
+        """
         if not self._past:
             return {}
-        facts = [
-            [(d.seed, d.step, d.index, int(d.distribution == "gaussian")) for d in move.directions]
-            for move in self._past
-        ]
-        amounts = torch.tensor([move.amounts for move in self._past], dtype=torch.float64)
-        return {
-            "directions": torch.tensor(facts),
-            "amounts": amounts,
-            "spread": self._rms.state(),
-        }
+        most = max(len(move.amounts) for move in self._past)
+        facts = torch.zeros(len(self._past), most, 4, dtype=torch.int64)
+        amounts = torch.full((len(self._past), most), math.nan, dtype=torch.float64)
+        for place, move in enumerate(self._past):
+            facts[place, : len(move.amounts)] = torch.tensor(
+                [
+                    (d.seed, d.step, d.index, int(d.distribution == "gaussian"))
+                    for d in move.directions
+                ]
+            )
+            amounts[place, : len(move.amounts)] = torch.tensor(move.amounts, dtype=torch.float64)
+        return {"directions": facts, "amounts": amounts, "spread": self._rms.state()}
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         self._past = []
         self._rms.load_state_(state.get("spread"))
         if state:
-            for facts, amounts in zip(
-                state["directions"].tolist(), state["amounts"].tolist(), strict=True
-            ):
-                directions = (
-                    Direction(s, t, i, "gaussian" if gaussian else "rademacher")
-                    for s, t, i, gaussian in facts
-                )
-                self._past.append(Move(tuple(directions), tuple(amounts)))
+            rows = zip(state["directions"].tolist(), state["amounts"].tolist(), strict=True)
+            self._past = [_move(facts, amounts) for facts, amounts in rows]
+
+
+def _move(facts: list[list[int]], amounts: list[float]) -> Move:
+    """A step of `ErrorFeedback.state`, without what lies behind its last direction."""
+    kept = [
+        (Direction(seed, step, index, "gaussian" if gaussian else "rademacher"), amount)
+        for (seed, step, index, gaussian), amount in zip(facts, amounts, strict=True)
+        if not math.isnan(amount)
+    ]
+    return Move(tuple(direction for direction, _ in kept), tuple(amount for _, amount in kept))
 
 
 def _key(direction: Direction, name: str, index: int) -> tuple[int | str, ...]:

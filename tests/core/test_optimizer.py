@@ -93,6 +93,19 @@ def test_adam_stores_one_scalar_for_a_single_rademacher_direction():
     assert all(tensor.numel() == 1 for tensor in seconds)
 
 
+def test_adam_goes_on_with_more_directions_or_fewer():
+    """Its scalar of one direction becomes a number for each scale, and stays so."""
+    _, scales = scaled_network()
+    adam, theta = Adam(), parametrize(scales, "dense")
+    for step, count in enumerate((1, 2, 1)):
+        directions = directions_of_step(0, step, count, "rademacher")
+        adam.step_(theta, Update(directions, (1.0, -0.5)[:count], 1e-3))
+        again = Adam()
+        again.load_state_(adam.state())
+        adam = again
+    assert adam.state()["second.0"].shape == scales["0"].shape
+
+
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
 def test_a_loaded_state_continues_as_if_never_stopped(name):
     updates = [known_update(step=step, grad=0.3 + step) for step in range(4)]

@@ -234,6 +234,24 @@ def test_a_run_goes_on_from_its_state_and_replays_bit_for_bit(kind, make):
     )
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 2, 2), (3, 1, 2, 1)])
+def test_steps_of_other_numbers_of_directions_are_kept_too(counts):
+    """As after `--resume --force qzo.num_directions=2`."""
+    _, theta = one_layer([0] * 500)
+    _, other = one_layer([0] * 500)
+    whole, parts = ErrorFeedback(0.9, 4), ErrorFeedback(0.9, 4)
+    for step, count in enumerate(counts):
+        directions = directions_of_step(3, step, count, "gaussian" if step % 2 else "rademacher")
+        update = Update(directions, (1.5, -2.0, 0.5)[:count], 0.3)
+        whole.step_(theta, update)
+        parts.step_(other, update)
+        state = {name: tensor.clone() for name, tensor in parts.state().items()}
+        parts = ErrorFeedback(0.9, 4)
+        parts.load_state_(state)
+    assert parts._past == whole._past
+    assert torch.equal(theta.scales["w"], other.scales["w"])
+
+
 def test_what_codes_cannot_do_is_refused():
     model, scales, grids = grid_network()
     theta = Codes(scales, grids)
