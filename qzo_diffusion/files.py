@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,17 +108,40 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
         write(aside)
         hashes = {name: hash_of(aside / name) for name in sorted(_names(aside))}
         write_whole(aside / COMPLETE, json.dumps(hashes, indent=1).encode())
+        _share_alike(aside)
         sync(aside)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-        os.replace(aside, target)
-        sync(target.parent)
+        _put_in_place(aside, target, old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise unwritable(target, error) from error
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _share_alike(folder: Path) -> None:
+    """Give all files the mode that the umask gives, which the marker has.
+
+    safetensors leaves its files readable by their owner alone.
+    """
+    mode = stat.S_IMODE((folder / COMPLETE).stat().st_mode)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def _put_in_place(new: Path, target: Path, old: Path) -> None:
+    """Rename `target` to `old` and `new` to `target`; where the second fails, undo the first."""
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        if target.exists():
+            os.replace(target, old)
+        os.replace(new, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise
+    sync(target.parent)
 
 
 def remove_folder(folder: Path) -> None:

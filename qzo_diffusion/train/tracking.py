@@ -5,6 +5,7 @@ told where the run can answer, and not by the traceback of a thread.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -36,11 +37,10 @@ class MetricsLog:
             raise self._unwritable(error) from error
 
     def write(self, entry: dict[str, Any]) -> None:
-        line = memoryview(json.dumps(_strict(entry), allow_nan=False).encode() + b"\n")
+        line = json.dumps(_strict(entry), allow_nan=False).encode() + b"\n"
         start = self._file.tell()
         try:
-            while line:
-                line = line[self._file.write(line) :]
+            _write_all(self._file, line)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
@@ -56,6 +56,23 @@ class MetricsLog:
             "free space or correct the permissions, then --resume the run; every step before "
             "this one is safe",
         )
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    """All of it: one write to an unbuffered file may take less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+class _Whole:
+    """An unbuffered file as TensorBoard's writer needs it: each write takes all of its bytes."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        _write_all(self._file, data)
 
 
 class Curves:
@@ -77,7 +94,7 @@ class Curves:
         except OSError as error:
             self.problem = str(error)
             return
-        self._records = RecordWriter(self._file)
+        self._records = RecordWriter(_Whole(self._file))
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add(self, tag: str, value: float, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,39 @@ def test_no_partial_files_are_left(tmp_path):
     out.save_scales("final", SCALES, {})
     out.write_json("dataset.json", [])
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()])
+def test_what_was_there_comes_back_where_the_new_folder_cannot_take_its_place(
+    tmp_path, monkeypatch, error
+):
+    target = write_folder(tmp_path / "final", lambda folder: (folder / "a").write_text("old"))
+    replace = os.replace
+
+    def refused(source, place):
+        if Path(source).name == ".final.partial":
+            raise error
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        write_folder(target, lambda folder: (folder / "a").write_text("new"))
+    assert (target / "a").read_text() == "old"
+    check_folder(target)
+    assert not (tmp_path / ".final.old").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_all_files_have_the_mode_of_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        out = RunFolder.create(tmp_path / "run")
+        out.save_scales("final", SCALES, {})
+        out.write_json("dataset.json", [])
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in out.path.rglob("*") if file.is_file()}
+    assert modes == {0o666 & ~mask}
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path):

@@ -1,8 +1,12 @@
 """The curves are files that TensorBoard reads."""
 
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+import io
+import json
 
-from qzo_diffusion.train.tracking import Curves
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from qzo_diffusion.train.tracking import Curves, MetricsLog, _Whole
 
 
 def test_tensorboard_reads_the_curves(tmp_path):
@@ -19,3 +23,23 @@ def test_tensorboard_reads_the_curves(tmp_path):
     ]
     assert [(step, tag) for step, tag, _ in found] == [(step, "train/loss") for step in range(3)]
     assert [round(value, 6) for _, _, value in found] == [1.0, 0.5, 0.333333]
+
+
+def test_a_write_that_takes_less_than_it_is_given_goes_on(tmp_path):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(memoryview(data)[:7])
+
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.close()
+    with Slow(tmp_path / "metrics.jsonl", "ab") as log._file:
+        log.write({"step": 1, "loss": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    curves = Curves(tmp_path / "tensorboard")
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    curves.close()
+    with Slow(file, "ab") as slow:
+        curves._records = RecordWriter(_Whole(slow))
+        curves.add("train/loss", 0.25, 3)
+    (_, event) = EventFileLoader(str(file)).Load()
+    assert event.step == 3
