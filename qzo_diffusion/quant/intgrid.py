@@ -22,6 +22,7 @@ from torch import Tensor, nn
 GridType = Literal["int4", "int8", "fp8"]
 Activations = Literal["float", "int8"]
 LARGEST_ACTIVATION = 127
+FEWEST_ROWS = 32  # of a product of int8 on a GPU, which refuses 16
 
 
 class Int8Grid:
@@ -164,7 +165,7 @@ class IntGridLinear(nn.Module):
         )
         rounded = (flat / unit).round_()
         if self.codes.dtype == torch.int8:
-            product = torch._int_mm(rounded.to(torch.int8), self.codes.t()).float()
+            product = int8_product(rounded.to(torch.int8), self.codes).float()
             y = product * unit * (self.scales / self.grid.largest)
         else:
             y = F.linear(rounded, self.dequantized()) * unit
@@ -176,6 +177,25 @@ class IntGridLinear(nn.Module):
     ) -> Tensor:
         y = y if factor is None else y.mul_(factor)
         return (y if bias is None else y.add_(bias.float())).to(dtype)
+
+
+def int8_product(x: Tensor, codes: Tensor) -> Tensor:
+    """x codesᵀ, exact: int8 [R, K] and [N, K] -> int32 [R, N].
+
+    On a GPU `torch._int_mm` wants more than 16 rows and multiples of 8 elsewhere: zeros fill up.
+    """
+    if not x.numel() or not codes.numel():
+        return x.new_zeros(len(x), len(codes), dtype=torch.int32)
+    if x.device.type != "cuda":
+        return torch._int_mm(x, codes.t())
+    return _filled_up_product(x, codes)
+
+
+def _filled_up_product(x: Tensor, codes: Tensor) -> Tensor:
+    columns, outputs = -x.shape[1] % 8, -len(codes) % 8
+    wide = F.pad(x, (0, columns, 0, max(0, FEWEST_ROWS - len(x))))
+    wide_codes = F.pad(codes, (0, columns, 0, outputs)) if columns or outputs else codes
+    return torch._int_mm(wide.contiguous(), wide_codes.t())[: len(x), : len(codes)]
 
 
 def quantize_linear(

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant.intgrid import GRIDS, IntGridLinear, quantize
+from qzo_diffusion.quant import intgrid
+from qzo_diffusion.quant.intgrid import GRIDS, IntGridLinear, int8_product, quantize
 from qzo_diffusion.quant.load import (
     find_codes,
     find_scales,
@@ -98,6 +99,35 @@ def test_the_products_of_int8_are_exact():
     whole = (x / unit).round().double() @ model[0].codes.double().t()
     wanted = whole * unit.double() * (model[0].scales.double() / 127) + model[0].bias.double()
     assert torch.allclose(model[0](x).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def of_a_gpu(x, turned):
+    """What CUDA's `torch._int_mm` takes."""
+    rows, columns = x.shape
+    assert rows > 16
+    assert columns % 8 == 0 == turned.shape[1] % 8
+    assert min(*x.shape, turned.shape[1]) > 0
+    assert x.is_contiguous()
+    return (x.double() @ turned.double()).to(torch.int32)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 33])
+@pytest.mark.parametrize(("columns", "outputs"), [(128, 8), (126, 8), (128, 5), (3, 1)])
+def test_the_product_of_a_gpu_is_exact_for_every_shape(monkeypatch, rows, columns, outputs):
+    monkeypatch.setattr(torch, "_int_mm", of_a_gpu)
+    generator = torch.Generator().manual_seed(rows)
+    x, codes = (
+        torch.randint(-127, 128, (count, columns), generator=generator, dtype=torch.int8)
+        for count in (rows, outputs)
+    )
+    found = intgrid._filled_up_product(x, codes)
+    assert torch.equal(found.double(), x.double() @ codes.double().t())
+
+
+def test_no_rows_give_no_rows():
+    assert int8_product(
+        torch.zeros(0, 16, dtype=torch.int8), torch.zeros(8, 16, dtype=torch.int8)
+    ).shape == (0, 8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
