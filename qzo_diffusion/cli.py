@@ -295,10 +295,11 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
     from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.config.llm import LlmConfig
     from qzo_diffusion.runs.llm import plan as llm_run
+    from qzo_diffusion.runs.locate import locate
 
     run = None
     if options.run is not None:
-        run = options.run.parent.parent if options.run.parent.name == "checkpoints" else options.run
+        run = locate(options.run).need("llm").run()
     results = llm_run.evaluate(resolve_settings(options, run, LLM_FLAGS, LlmConfig), options.run)
     metric = results["metric"]
     width = f" ± {results['ci95']:.4f}" if "ci95" in results else ""
@@ -319,9 +320,9 @@ def _run_training(
     from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.core.errors import ConfigError
     from qzo_diffusion.runs import training as training_run
-    from qzo_diffusion.train.run_folder import default_output_dir
+    from qzo_diffusion.runs.locate import default_output_dir, to_resume
 
-    resumed = run_to_resume(options) if options.resume else None
+    resumed = to_resume(options.resume, options.output_dir) if options.resume else None
     if resumed is not None and options.output_dir not in (None, resumed):
         raise ConfigError(
             f"--resume {options.resume} with --output-dir {options.output_dir}",
@@ -415,8 +416,9 @@ def _mix(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import export as export_run
     from qzo_diffusion.runs.llm import export as llm_export
+    from qzo_diffusion.runs.locate import locate
 
-    if llm_export.is_language_run(options.run):
+    if locate(options.run).kind() == "llm":
         results = llm_export.run(options.run, options.format, options.output_dir)
         emit(
             results, options.json, f"done: {options.output_dir}\nto score it: {results['lm_eval']}"
@@ -447,17 +449,6 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         show(doctor.as_text(facts))
     return MENDABLE if facts["problems"] else DONE
-
-
-def run_to_resume(options: argparse.Namespace) -> Path:
-    """The run folder that `--resume` means: `latest`, a run, or one of its checkpoints."""
-    from qzo_diffusion.train.run_folder import newest_run
-
-    if options.resume == "latest":
-        folder: Path = options.output_dir or newest_run(Path("outputs"))
-        return folder
-    path = Path(options.resume)
-    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from qzo_diffusion.core.errors import OutputError
 
 COMPLETE = "COMPLETE"
+SCALES = "scales.safetensors"  # tuned scales, in final/, a checkpoint or a delta
 ANOTHER = "choose another --output-dir"
 
 

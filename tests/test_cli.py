@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.diffusion.sampling import cells, load_picture
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing, metrics
 
 

@@ -36,11 +36,12 @@ from qzo_diffusion.files import prepare_file, write_folder
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs import report as report_run
+from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import plan as style_run
-from qzo_diffusion.runs.tuned import check_codes
+from qzo_diffusion.runs.tuned import load_tuned
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.run_folder import RunFolder, load_scales
+from qzo_diffusion.train.run_folder import RunFolder
 
 EVALUATION, PICTURES = "evaluation.json", "evaluation"
 AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked for
@@ -84,11 +85,11 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
         OutputError: the run was not finished, its scales are damaged, or the output can't be
             written.
     """
-    folder = report_run.run_of(request.run)
+    folder = locate(request.run).need("style").run()
     target = request.output or _evaluation_of(request.run)
     prepare_file(target)
     config = _config(request, folder)
-    tuned, facts = load_scales(request.run)
+    found = load_tuned(request.run)
     plan = style_run.make_plan(config)
     contents = [_content(prompt, config.data.trigger) for prompt in plan.sample_prompts]
     device = plan.device
@@ -96,7 +97,8 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     scorer = load_scorer(name, device, resources.embedded_scorer())
 
     work = _load(plan)
-    check_codes(facts, build.fingerprints(work.transformer, work.scales)[0], request.run)
+    found.check(build.fingerprints(work.transformer, work.scales)[0])
+    tuned = found.over(work.scales)
     start = {
         layer: scales.detach().clone().cpu() for layer, scales in work.scales.tensors().items()
     }
@@ -112,7 +114,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
         signals[state] = _signal(work, peak)
     results: dict[str, Any] = {
         "run": str(folder),
-        "step": int(facts.get("qzo.steps", 0)),
+        "step": int(found.facts.get("qzo.steps", 0)),
         "scorer": {"name": scorer.name, "note": scorer.note},
         "sampling": {
             "seed": config.sample.seed,
@@ -141,8 +143,9 @@ def _evaluation_of(path: Path) -> Path:
     """evaluation.json of a run; a checkpoint of it has a file of its own beside it,
     evaluation_step_NNNNNN.json.
     """
-    folder = report_run.run_of(path)
-    return folder / (EVALUATION if path == folder else f"evaluation_{path.name}.json")
+    found = locate(path)
+    own = EVALUATION if found.step is None else f"evaluation_step_{found.step:06d}.json"
+    return found.run() / own
 
 
 def default_scorer(model_folder: Path) -> str:
@@ -202,9 +205,10 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
     key = hashlib.blake2b(
         json.dumps([shown, scales], default=str).encode(), digest_size=8
     ).hexdigest()
-    folder = report_run.run_of(path)
-    own = folder / PICTURES / state
-    target = own if path == folder else folder / PICTURES / path.name / state
+    found = locate(path)
+    own = found.run() / PICTURES / state
+    step = None if found.step is None else f"step_{found.step:06d}"
+    target = own if step is None else found.run() / PICTURES / step / state
     files = [f"{index:03d}.png" for index in range(len(plan.sample_prompts))]
     if _kept(own, key, files):
         target = own

@@ -26,13 +26,13 @@ from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.model_card import card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
-from qzo_diffusion.files import check_new, free_bytes, write_folder
+from qzo_diffusion.files import SCALES, check_new, free_bytes, write_folder
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.runs import build, provenance
-from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import SCALES, load_scales, settings_file
+from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.tuned import load_tuned
 
 Format = Literal["nf4", "bf16", "delta", "journal", "native"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
@@ -80,7 +80,7 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
             together.
     """
     check_new(output_dir)
-    config: Config = load_config(settings_file(run_folder))
+    config: Config = load_config(locate(run_folder).need("style").settings())
     if kind == "journal":
         return _export_journal(run_folder, config, output_dir)
     if kind == "nf4" and config.quant.type != "nf4":
@@ -89,17 +89,17 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
             "a run in nf4",
             "export it with --format native, or bf16",
         )
-    tensors, facts = load_scales(run_folder)
+    found = load_tuned(run_folder)
     runtime = build.find_runtime(config)
     transformer, scales, _ = build.load_base(config, runtime)
-    check_codes(facts, frozen_fingerprint(transformer, scales), run_folder)
-    tuned = as_scales(scales, tensors, facts)
-    export = _Export(run_folder, config, kind, facts)
+    found.check(frozen_fingerprint(transformer, scales))
+    tuned = found.over(scales)
+    export = _Export(run_folder, config, kind, found.facts)
     if kind == "delta":
         files = {
             SCALES: (
                 {name: Pending.of(one) for name, one in shrunk(scales, tuned).items()},
-                _delta_facts(facts),
+                _delta_facts(found.facts),
             )
         }
         return _write(export, files, {}, output_dir)
@@ -229,7 +229,7 @@ def _scores(export: _Export) -> dict[str, Any]:
     """What an evaluation of these very scales says, of this step, or else the held-out losses of
     the run itself.
     """
-    folder, step = settings_file(export.run).parent, int(export.facts.get("qzo.steps", 0))
+    folder, step = locate(export.run).run(), int(export.facts.get("qzo.steps", 0))
     for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))

@@ -8,12 +8,11 @@ from typing import Any
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
-from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.files import ANOTHER, check_empty
-from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build, provenance
-from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import RunFolder, load_scales, settings_file
+from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.tuned import apply_, load_tuned
+from qzo_diffusion.train.run_folder import RunFolder
 
 
 def parse_part(text: str) -> tuple[Path, float]:
@@ -36,13 +35,14 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
     """Leave `final/` with the blend, usable wherever a run is: `sample --run`, `export --run`."""
     chosen = [parse_part(text) for text in parts]
     check_empty(output_dir, ANOTHER)
-    config: Config = load_config(settings_file(chosen[0][0]))
-    tuned = [(load_scales(path), weight) for path, weight in chosen]
+    located = [locate(path) for path, _ in chosen]
+    for one in located:
+        if one.folder is not None:  # scales alone have no settings; codes are compared below
+            one.need("style")
+    config: Config = load_config(located[0].settings())
+    tuned = [(load_tuned(path), weight) for path, weight in chosen]
     transformer, scales, _ = build.load_base(config, build.find_runtime(config))
-    codes = frozen_fingerprint(transformer, scales)
-    for (path, _), ((_, facts), _) in zip(chosen, tuned, strict=True):
-        check_codes(facts, codes, path)
-    merge_changes_(scales, [(as_scales(scales, *found), weight) for found, weight in tuned])
+    codes = apply_(transformer, scales, tuned)
     out = RunFolder.create(output_dir, ANOTHER)
     out.save_scales(
         "final",

@@ -11,15 +11,14 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.files import ANOTHER, check_empty
-from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import build
-from qzo_diffusion.runs.tuned import as_scales, check_codes
-from qzo_diffusion.train.run_folder import RunFolder, load_scales, settings_file
+from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.tuned import apply_, load_tuned
+from qzo_diffusion.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
             "add --run RUN, or leave --strength out for the base",
         )
     check_empty(request.output_dir, ANOTHER)
-    tuned = load_scales(request.run) if request.run else None
+    tuned = load_tuned(request.run) if request.run else None
     config = _config_of(request)
     _, why = build.choose_model(config.model)
     report(why)
@@ -69,8 +68,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     sd3.drop_encoder_(vae)
     transformer, scales, _ = build.load_base(config, runtime)
     if tuned is not None:
-        check_codes(tuned[1], frozen_fingerprint(transformer, scales), request.run or Path())
-        merge_changes_(scales, [(as_scales(scales, *tuned), request.strength)])
+        apply_(transformer, scales, [(tuned, request.strength)])
     sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
     images = sampler.images()
     # not before: what fails leaves nothing behind
@@ -97,7 +95,7 @@ def _config_of(request: SampleRequest) -> Config:
     config = Config()
     if request.run is not None:
         try:
-            config = load_config(settings_file(request.run))
+            config = load_config(locate(request.run).need("style").settings())
         except OutputError as error:
             # scales alone: the base is checked against their codes, so it can't be a wrong one
             report(f"{error.got}: with the settings as they come by default")

@@ -14,13 +14,14 @@ from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate.report import RunFacts, Subject, render
 from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.files import write_whole
+from qzo_diffusion.runs.locate import locate
 
 PAGE = "report.html"
 
 
 def run(folder: Path, output: Path | None = None) -> dict[str, Any]:
     """Raises OutputError when there is no run, or the page can't be written."""
-    target = write(run_of(folder), output)
+    target = write(locate(folder).run(), output)
     return {"report": str(target), "bytes": target.stat().st_size}
 
 
@@ -41,21 +42,6 @@ def write(folder: Path, output: Path | None = None) -> Path:
         ) from error
     write_whole(target, page.encode())
     return target
-
-
-def run_of(path: Path) -> Path:
-    """The folder of a run, given it or one of its checkpoints.
-
-    Raises OutputError when there is none.
-    """
-    folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (folder / "config.yaml").is_file():
-        raise OutputError(
-            f"no config.yaml in {folder}",
-            "the folder of a run",
-            "give --run the --output-dir of a training run",
-        )
-    return folder
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,11 @@
-"""A run that begins with what another run tuned: `train --init-from RUN`, for more images or
-another style on top of it.
+"""What runs tuned: load it, check it against a base, apply it.
+
+Every verb that reads a run, a checkpoint, a mix or a delta goes through here; so does
+`train --init-from RUN`, which begins with what another run tuned.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -11,9 +15,73 @@ from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.files import SCALES, check_folder
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import provenance
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.train.run_folder import load_tensors
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Tuned scales as a run left them, or the changes of a delta.
+
+    Attributes:
+        path: where they came from, as the user gave it.
+        tensors: by layer. facts: metadata of the file, `qzo.*`.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, str]
+
+    def check(self, codes: str) -> None:
+        """Raises ModelError when they belong to other codes than a base with these has."""
+        if self.facts.get("qzo.codes") != codes:
+            model = self.facts.get("qzo.model", "an unknown model")
+            raise ModelError(
+                f"{self.path} was tuned on {model}, over other codes",
+                "the base model and quantization that the run was tuned on",
+                "give the run's own --model and quantization settings",
+            )
+
+    def over(self, base: ScaleSet) -> dict[str, Tensor]:
+        """Whole scales by layer; those of a delta follow from `base`, which holds the base's."""
+        is_delta = self.facts.get("qzo.format") == provenance.DELTA_FORMAT
+        return expanded(base, self.tensors) if is_delta else self.tensors
+
+
+def load_tuned(path: Path) -> Tuned:
+    """What a run, one of its checkpoints, a delta, or a safetensors file holds.
+
+    Raises:
+        OutputError: there is nothing tuned, or it is damaged or was not finished.
+    """
+    return Tuned(path, *load_scales(path))
+
+
+def load_scales(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of `load_tuned`."""
+    if path.is_file():
+        return load_tensors(path)
+    folder = locate(path).scales()
+    check_folder(folder)
+    return load_tensors(folder / SCALES)
+
+
+def apply_(model: nn.Module, scales: ScaleSet, parts: Sequence[tuple[Tuned, float]]) -> str:
+    """Move the live scales, which hold the base, by weighted changes: weight 1 is as tuned.
+
+    Returns the hash of the base's codes.
+
+    Raises:
+        ModelError: something was tuned over other codes.
+    """
+    codes = frozen_fingerprint(model, scales)
+    for tuned, _ in parts:
+        tuned.check(codes)
+    merge_changes_(scales, [(tuned.over(scales), weight) for tuned, weight in parts])
+    return codes
 
 
 def described(config: Config) -> str:
@@ -23,7 +91,7 @@ def described(config: Config) -> str:
         OutputError: there are no tuned scales at `init_from`, or they are damaged.
         ConfigError: they were tuned over another quantization.
     """
-    _, facts = load_scales(Path(config.init_from or ""))
+    facts = load_tuned(Path(config.init_from or "")).facts
     theirs = facts.get("qzo.quant_type"), facts.get("qzo.blocksize")
     ours = config.quant.type, str(config.quant.blocksize)
     if theirs != ours:
@@ -43,28 +111,4 @@ def set_initial_(config: Config, transformer: nn.Module, scales: ScaleSet) -> No
     """
     if config.init_from is None:
         return
-    run = Path(config.init_from)
-    tensors, facts = load_scales(run)
-    check_codes(facts, frozen_fingerprint(transformer, scales), run)
-    merge_changes_(scales, [(as_scales(scales, tensors, facts), 1.0)])
-
-
-def as_scales(
-    scales: ScaleSet, tensors: dict[str, Tensor], facts: dict[str, str]
-) -> dict[str, Tensor]:
-    """What `load_scales` found, as whole scales; of an exported delta these are its changes of
-    `scales`, which hold the base.
-    """
-    return (
-        expanded(scales, tensors) if facts.get("qzo.format") == provenance.DELTA_FORMAT else tensors
-    )
-
-
-def check_codes(facts: dict[str, str], codes: str, path: Path) -> None:
-    """Raises ModelError when tuned scales belong to other codes than this base has."""
-    if facts.get("qzo.codes") != codes:
-        raise ModelError(
-            f"{path} was tuned on {facts.get('qzo.model', 'an unknown model')}, over other codes",
-            "the base model and quantization that the run was tuned on",
-            "give the run's own --model and quantization settings",
-        )
+    apply_(transformer, scales, [(load_tuned(Path(config.init_from)), 1.0)])

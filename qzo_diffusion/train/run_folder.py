@@ -15,39 +15,14 @@ from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.files import (
+    SCALES,
     check_empty,
-    check_folder,
     finite,
     sync,
     unwritable,
     write_folder,
     write_whole,
 )
-
-SCALES = "scales.safetensors"
-
-
-def default_output_dir(outputs: Path, name: str) -> Path:
-    """outputs/<name>, with a number behind it where that exists."""
-    candidate, count = outputs / name, 2
-    while candidate.exists():
-        candidate, count = outputs / f"{name}-{count}", count + 1
-    return candidate
-
-
-def newest_run(outputs: Path) -> Path:
-    """The folder below `outputs` whose journal or metrics were written last.
-
-    Raises OutputError when there is none.
-    """
-    written = [
-        path for name in ("journal.qzo", "metrics.jsonl") for path in outputs.glob(f"*/{name}")
-    ]
-    if not written:
-        raise OutputError(
-            f"no run in {outputs}", "a run to go on with", "give its folder: --resume PATH"
-        )
-    return max(written, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 class RunFolder:
@@ -115,44 +90,3 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise OutputError(
             f"{path} is damaged: {error}", "a safetensors file of this program", "give another run"
         ) from None
-
-
-def load_scales(run: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tuned scales of a run folder (its `final/`), of a checkpoint folder, or of a safetensors
-    file, with metadata.
-
-    Raises:
-        OutputError: there are none, or they are damaged or were not finished.
-    """
-    if run.is_file():
-        return load_tensors(run)
-    folder = run / "final" if (run / "final").is_dir() else run
-    if not (folder / SCALES).is_file():
-        remedy = "give the folder of a finished run, or one of its checkpoints"
-        raise OutputError(f"no tuned scales in {run}", f"final/{SCALES}", remedy)
-    check_folder(folder)
-    return load_tensors(folder / SCALES)
-
-
-def settings_file(run: Path) -> Path:
-    """config.yaml of whatever `load_scales` reads: of a run, or of the run that its `final/` or a
-    checkpoint belongs to.
-
-    Raises:
-        OutputError: there is none.
-    """
-    place = run.resolve()  # so that "." has parents too
-    folder = place.parent if place.is_file() else place
-    candidates = [folder]
-    if folder.name == "final":
-        candidates.append(folder.parent)
-    if folder.parent.name == "checkpoints":
-        candidates.append(folder.parent.parent)
-    for candidate in candidates:
-        if (candidate / "config.yaml").is_file():
-            return candidate / "config.yaml"
-    raise OutputError(
-        f"no config.yaml in {run}",
-        "the folder of a run",
-        "give --run a run folder or one of its checkpoints",
-    )

@@ -13,7 +13,7 @@ from qzo_diffusion.cli import main
 from qzo_diffusion.commands import evaluate as evaluate_run
 from qzo_diffusion.evaluate import signal
 from qzo_diffusion.runs.style import scoring as score_run
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import FAST, failing
 
 FEW = 4

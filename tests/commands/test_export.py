@@ -19,7 +19,7 @@ from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import FAST, failing
 from tests.small_models import sd3_inputs
 

@@ -15,7 +15,7 @@ from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
 from qzo_diffusion.runs.llm.plan import make_plan
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing
 from tests.tiny_llama import tiny_llama, write_sentences
 

@@ -19,7 +19,7 @@ from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.plan import make_plan
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing, killed_after, metrics
 from tests.quant.stored_formats import convert_folder
 from tests.tiny_llama import save_tiny_llama, write_sentences

@@ -12,9 +12,9 @@ import torch
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
 from tests.ranks import free_port, kill_all, start, start_ranks
 

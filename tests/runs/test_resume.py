@@ -18,9 +18,9 @@ from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs import job as training_job
+from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train import calibrate
 from qzo_diffusion.train.checkpoint import list_checkpoints
-from qzo_diffusion.train.run_folder import load_scales
 from tests.conftest import failing, metrics
 from tests.ranks import start
 

@@ -10,6 +10,7 @@ from qzo_diffusion.core.journal import JournalWriter, read_journal
 from qzo_diffusion.core.optimizer import make_optimizer, make_schedule
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
     cut_metrics,
@@ -22,7 +23,6 @@ from qzo_diffusion.train.checkpoint import (
     save_checkpoint,
 )
 from qzo_diffusion.train.loop import Probing, StepBatch, train
-from qzo_diffusion.train.run_folder import load_scales
 from tests.quantized import inputs, scaled_network, squared_output
 
 

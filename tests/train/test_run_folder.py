@@ -10,8 +10,9 @@ import torch
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.files import COMPLETE, check_folder, check_new, prepare_file, write_folder
+from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.loop import StepRecord
-from qzo_diffusion.train.run_folder import RunFolder, load_scales, settings_file
+from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import MetricsLog, Tracker
 
 SCALES = {"block.0": torch.arange(4.0), "block.1": torch.ones(2)}
@@ -111,32 +112,6 @@ def test_a_file_s_folder_is_made_before_the_work(tmp_path):
     for path in (tmp_path / "file" / "scores.json", tmp_path / "a"):
         with pytest.raises(OutputError, match="choose another --output"):
             prepare_file(path)
-
-
-def test_settings_are_those_of_the_run_that_scales_belong_to(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    out = RunFolder.create(run)
-    out.write_text("config.yaml", "")
-    final, checkpoint = (
-        out.save_scales(name, SCALES, {}) for name in ("final", "checkpoints/step_000002")
-    )
-    for path in (
-        run,
-        final,
-        final / "scales.safetensors",
-        checkpoint,
-        checkpoint / "scales.safetensors",
-    ):
-        assert settings_file(path) == run / "config.yaml"
-    monkeypatch.chdir(checkpoint)
-    assert settings_file(Path()) == run / "config.yaml"
-    for path in (
-        out.save_scales("samples/mine", SCALES, {}),
-        tmp_path / "none",
-        run / "checkpoints",
-    ):
-        with pytest.raises(OutputError, match=r"no config\.yaml"):
-            settings_file(path)
 
 
 def test_files_of_file_managers_and_hubs_harm_nothing(tmp_path):

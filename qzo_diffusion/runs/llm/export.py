@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from qzo_diffusion import devices
-from qzo_diffusion.config.files import load_config, read_yaml
+from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
@@ -21,22 +21,12 @@ from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.weights import compare_tensors, write_tensors
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.llm.methods import apply_, load_base
-from qzo_diffusion.train.run_folder import load_scales
+from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.tuned import load_scales
 
 WEIGHTS = "model.safetensors"
 BITSANDBYTES = ("nf4", "fp4")
 KNOWN_TO_LM_EVAL = ("sst2", "rte", "cb", "boolq")
-
-
-def settings_file(run_folder: Path) -> Path:
-    """config.yaml of a run, or of the run that a checkpoint belongs to."""
-    own = run_folder / "config.yaml"
-    return own if own.is_file() else run_folder.parent.parent / "config.yaml"
-
-
-def is_language_run(run_folder: Path) -> bool:
-    file = settings_file(run_folder)
-    return file.is_file() and "task" in read_yaml(file)
 
 
 def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
@@ -50,7 +40,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
             it was.
     """
     check_new(output_dir)
-    config: LlmConfig = load_config(settings_file(run_folder), LlmConfig)
+    config: LlmConfig = load_config(locate(run_folder).need("llm").settings(), LlmConfig)
     folder, _ = build.choose_lm(config.model)
     if config.method not in ("qzo", "fo-scales"):
         got = f"--format {kind} for a language model tuned by {config.method}"

@@ -28,8 +28,9 @@ from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.scores import Scores
+from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.run_folder import RunFolder, load_scales
+from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
 PARTS = ("train", "validation", "test")
