@@ -10,10 +10,26 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qzo_diffusion import __version__
+from qzo_diffusion.config.arguments import (
+    Parser,
+    check_names,
+    count,
+    not_negative,
+    path,
+    path_text,
+    seed,
+    strength,
+    weighted,
+    whole,
+)
 from qzo_diffusion.console import emit, report, show
+
+if TYPE_CHECKING:
+    from qzo_diffusion.config.files import AnyConfig
+    from qzo_diffusion.runs.training import Plan
 
 Flags = dict[str, tuple[str, str]]  # flag -> (key of the setting, help)
 
@@ -57,11 +73,11 @@ TRAIN_FLAGS: Flags = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
     # a note on an optional package that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    verb: Callable[[argparse.Namespace], int] = options.verb
     try:
+        options = parse(arguments)
+        verb: Callable[[argparse.Namespace], int] = options.verb
         return verb(options)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -79,6 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """argparse takes the key=value settings of `train` in one place only; here they may stand
     anywhere between the flags.
     """
+    check_names(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     settings = getattr(options, "settings", None)
@@ -90,8 +107,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="qzo-diffuse",
         description="Tune a 4-bit diffusion model on a folder of images by forward passes alone.",
     )
@@ -132,10 +149,11 @@ def _add_training_arguments(train: argparse.ArgumentParser, flags: Flags) -> Non
     """What every training has, whatever it trains."""
     _add_settings(train, flags)
     train.add_argument(
-        "--output-dir", type=Path, help="folder of the run; default outputs/<date>-<name>"
+        "--output-dir", type=path, help="folder of the run; default outputs/<date>-<name>"
     )
     train.add_argument(
         "--resume",
+        type=path_text,
         metavar="latest|PATH",
         help="go on with a run; latest: --output-dir, or the newest in outputs/",
     )
@@ -171,7 +189,7 @@ def _add_llm(verbs: Any) -> None:
     evaluate = inner.add_parser("evaluate", help="accuracy or F1 on the task's test examples")
     evaluate.add_argument(
         "--run",
-        type=Path,
+        type=path,
         help="a run folder or one of its checkpoints; default: the model as it is",
     )
     _add_settings(evaluate, LLM_FLAGS)
@@ -182,14 +200,23 @@ def _add_sample(verbs: Any) -> None:
     sample = verbs.add_parser(
         "sample", help="make images from a model, with or without a run's tuned scales"
     )
-    sample.add_argument("--model", help="default: the run's model, or auto")
-    sample.add_argument("--run", type=Path, help="a run folder or one of its checkpoints")
+    sample.add_argument("--model", type=path_text, help="default: the run's model, or auto")
+    sample.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
     sample.add_argument(
-        "--strength", type=float, default=1.0, help="0: the base, 1: as tuned; default 1"
+        "--strength", type=strength, default=1.0, help="0: the base, 1: as tuned; default 1"
     )
-    sample.add_argument("--prompts", help="file with one prompt a line")
-    sample.add_argument("--output-dir", type=Path, required=True)
-    sample.add_argument("--seed", type=int, help="prompt i is sampled from seed + i")
+    prompts = sample.add_mutually_exclusive_group()
+    prompts.add_argument("--prompts", type=path_text, help="file with one prompt a line")
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="one prompt; may be given several times"
+    )
+    sample.add_argument("--negative-prompt", help="prompt that guidance leads away from")
+    sample.add_argument("--steps", type=count, help="sampling steps; default: as suits the model")
+    sample.add_argument(
+        "--guidance", type=not_negative, help="guidance scale; default: as suits the model"
+    )
+    sample.add_argument("--output-dir", type=path, required=True)
+    sample.add_argument("--seed", type=seed, help="prompt i is sampled from seed + i")
     sample.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     sample.set_defaults(verb=_sample)
 
@@ -199,35 +226,38 @@ def _add_evaluate_and_report(verbs: Any) -> None:
         "evaluate", help="score a run, base against tuned, or a folder of images; compare runs"
     )
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="a run folder or one of its checkpoints")
-    what.add_argument("--images", type=Path, help="a folder of images, in the order of the prompts")
+    what.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
+    what.add_argument("--images", type=path, help="a folder of images, in the order of the prompts")
     what.add_argument(
         "--compare",
-        type=Path,
+        type=path,
         nargs="+",
         metavar="RUN",
         help="runs that were evaluated, in one table",
     )
     evaluate.add_argument(
-        "--prompts", help="file with one prompt a line; default: the shipped score prompts"
+        "--prompts",
+        type=path_text,
+        help="file with one prompt a line; default: the shipped score prompts",
     )
     evaluate.add_argument(
-        "--style-dir", type=Path, help="images of the style; default: those the run was trained on"
+        "--style-dir", type=path, help="images of the style; default: those the run was trained on"
     )
     evaluate.add_argument(
         "--scorer",
+        type=path_text,
         help="MODEL/PRETRAINED of open_clip, a folder, or embedded (default for --model tiny)",
     )
     evaluate.add_argument(
         "--output",
-        type=Path,
+        type=path,
         help="default: evaluation.json in the run; of a checkpoint evaluation_step_N.json",
     )
     evaluate.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     evaluate.set_defaults(verb=_evaluate)
     report = verbs.add_parser("report", help="write one self-contained page on a run")
-    report.add_argument("--run", type=Path, required=True)
-    report.add_argument("--output", type=Path, help="default: report.html in the run")
+    report.add_argument("--run", type=path, required=True)
+    report.add_argument("--output", type=path, help="default: report.html in the run")
     report.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     report.set_defaults(verb=_report)
 
@@ -236,11 +266,12 @@ def _add_replay_and_mix(verbs: Any) -> None:
     replay = verbs.add_parser(
         "replay", help="rebuild the scales of any step from a journal and the base model"
     )
-    replay.add_argument("--journal", type=Path, required=True, help="journal.qzo of a run")
-    replay.add_argument("--model", help="default: the model that the journal names")
-    replay.add_argument("--to-step", type=int, help="number of steps to apply; default all")
+    replay.add_argument("--journal", type=path, required=True, help="journal.qzo of a run")
+    replay.add_argument("--model", type=path_text, help="default: the model that the journal names")
+    replay.add_argument("--to-step", type=whole, help="number of steps to apply; default all")
     replay.add_argument(
         "--init-from",
+        type=path_text,
         metavar="RUN",
         help="what the run began with; default: where the journal says it was",
     )
@@ -249,11 +280,12 @@ def _add_replay_and_mix(verbs: Any) -> None:
         "--run",
         action="append",
         required=True,
+        type=weighted,
         metavar="RUN=WEIGHT",
         help="may be given several times",
     )
     for verb, function in ((replay, _replay), (mix, _mix)):
-        verb.add_argument("--output-dir", type=Path, required=True)
+        verb.add_argument("--output-dir", type=path, required=True)
         verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
         verb.set_defaults(verb=function)
 
@@ -263,7 +295,7 @@ def _add_export(verbs: Any) -> None:
         "export", help="write a run's tuned model in a form that other programs load"
     )
     export.add_argument(
-        "--run", type=Path, required=True, help="a run folder, one of its checkpoints, or a mix"
+        "--run", type=path, required=True, help="a run folder, one of its checkpoints, or a mix"
     )
     formats = ("nf4", "bf16", "delta", "journal", "native")
     export.add_argument(
@@ -272,35 +304,59 @@ def _add_export(verbs: Any) -> None:
         required=True,
         help="nf4: diffusers, 4 bit; bf16: diffusers and ComfyUI",
     )
-    export.add_argument("--output-dir", type=Path, required=True)
+    export.add_argument("--output-dir", type=path, required=True)
     export.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     export.set_defaults(verb=_export)
 
 
 def _train(options: argparse.Namespace) -> int:
     from qzo_diffusion.config.style import Config
-    from qzo_diffusion.runs.style import plan as style_run
 
-    return _run_training(options, TRAIN_FLAGS, Config, style_run.make_plan)
+    resumed, config = _checked_settings(options, TRAIN_FLAGS, Config)
+    from qzo_diffusion.runs.style.plan import make_plan
+
+    return _run_training(options, resumed, make_plan(config))
 
 
 def _llm_train(options: argparse.Namespace) -> int:
     from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.runs.llm import plan as llm_run
 
-    return _run_training(options, LLM_TRAIN_FLAGS, LlmConfig, llm_run.make_plan)
+    resumed, config = _checked_settings(options, LLM_TRAIN_FLAGS, LlmConfig)
+    from qzo_diffusion.runs.llm.plan import make_plan
+
+    return _run_training(options, resumed, make_plan(config))
+
+
+def _checked_settings(
+    options: argparse.Namespace, flags: Flags, kind: "type[AnyConfig]"
+) -> "tuple[Path | None, AnyConfig]":
+    """The run that goes on, if one does, and the settings; both without torch, so that a typo is
+    told at once.
+    """
+    from qzo_diffusion.config.files import resolve_settings
+    from qzo_diffusion.core.errors import ConfigError
+    from qzo_diffusion.runs.locate import to_resume
+
+    resumed = to_resume(options.resume, options.output_dir) if options.resume else None
+    if resumed is not None and options.output_dir not in (None, resumed):
+        raise ConfigError(
+            f"--resume {options.resume} with --output-dir {options.output_dir}",
+            "one of them; a run goes on in its own folder",
+            "leave --output-dir out",
+        )
+    return resumed, resolve_settings(options, resumed, flags, kind)
 
 
 def _llm_evaluate(options: argparse.Namespace) -> int:
     from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.runs.llm import plan as llm_run
     from qzo_diffusion.runs.locate import locate
 
-    run = None
-    if options.run is not None:
-        run = locate(options.run).need("llm").run()
-    results = llm_run.evaluate(resolve_settings(options, run, LLM_FLAGS, LlmConfig), options.run)
+    run = None if options.run is None else locate(options.run).need("llm").run()
+    config = resolve_settings(options, run, LLM_FLAGS, LlmConfig)
+    from qzo_diffusion.runs.llm import plan as llm_run
+
+    results = llm_run.evaluate(config, options.run)
     metric = results["metric"]
     width = f" ± {results['ci95']:.4f}" if "ci95" in results else ""
     line = (
@@ -311,25 +367,11 @@ def _llm_evaluate(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _run_training(
-    options: argparse.Namespace, flags: Flags, kind: Any, make_plan: Callable[[Any], Any]
-) -> int:
-    """A new run, or one that goes on, of whatever `make_plan` plans from settings of the class
-    `kind`.
-    """
-    from qzo_diffusion.config.files import resolve_settings
-    from qzo_diffusion.core.errors import ConfigError
+def _run_training(options: argparse.Namespace, resumed: Path | None, plan: "Plan") -> int:
+    """A new run, or one that goes on, of whatever the plan trains."""
     from qzo_diffusion.runs import training as training_run
-    from qzo_diffusion.runs.locate import default_output_dir, to_resume
+    from qzo_diffusion.runs.locate import default_output_dir
 
-    resumed = to_resume(options.resume, options.output_dir) if options.resume else None
-    if resumed is not None and options.output_dir not in (None, resumed):
-        raise ConfigError(
-            f"--resume {options.resume} with --output-dir {options.output_dir}",
-            "one of them; a run goes on in its own folder",
-            "leave --output-dir out",
-        )
-    plan = make_plan(resolve_settings(options, resumed, flags, kind))
     if options.dry_run:
         show(plan.describe())
         return DONE
@@ -350,12 +392,15 @@ def _sample(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import sample as sample_run
 
     request = sample_run.SampleRequest(
-        options.model,
-        options.run,
-        options.strength,
-        options.prompts,
-        options.output_dir,
-        options.seed,
+        output_dir=options.output_dir,
+        model=options.model,
+        run=options.run,
+        strength=options.strength,
+        prompts=options.prompt or options.prompts,
+        negative_prompt=options.negative_prompt,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
     )
     results = sample_run.run(request)
     emit(results, options.json, f"done: {results['samples']}")

@@ -185,8 +185,9 @@ def test_configs_of_either_kind_are_validated(tmp_path, capsys):
     path.write_text("task: sst2\nobjective: accuracy\n")
     assert main(["validate", "--config", str(path)]) == 0
     assert "objective: accuracy" in capsys.readouterr().out
-    path.write_text("objective: accuracy\n")
-    assert "unknown setting" in failing(capsys, main(["validate", "--config", str(path)]))
+    path.write_text("objective: accuracy\ncaption: a\n")
+    error = failing(capsys, main(["validate", "--config", str(path)]))
+    assert "unknown setting 'caption'" in error
 
 
 def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):

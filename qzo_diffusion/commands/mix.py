@@ -2,12 +2,14 @@
 weight.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qzo_diffusion.config.arguments import unusual
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.console import report
 from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.locate import locate
@@ -15,25 +17,10 @@ from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.train.run_folder import RunFolder
 
 
-def parse_part(text: str) -> tuple[Path, float]:
-    """`outputs/run=0.5` -> (Path("outputs/run"), 0.5).
-
-    The last `=` counts, since a folder's name may hold one.
+def run(chosen: Sequence[tuple[Path, float]], output_dir: Path) -> dict[str, Any]:
+    """Leave `final/` with the sum of each run's change times its weight, usable wherever a run is:
+    `sample --run`, `export --run`.
     """
-    path, equals, weight = text.rpartition("=")
-    try:
-        if not equals or not path:
-            raise ValueError
-        return Path(path), float(weight)
-    except ValueError:
-        raise ConfigError(
-            f"--run {text}", "RUN=WEIGHT, for example outputs/ink=0.7", "give each run a weight"
-        ) from None
-
-
-def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
-    """Leave `final/` with the blend, usable wherever a run is: `sample --run`, `export --run`."""
-    chosen = [parse_part(text) for text in parts]
     check_empty(output_dir, ANOTHER)
     located = [locate(path) for path, _ in chosen]
     for one in located:
@@ -41,13 +28,17 @@ def run(parts: list[str], output_dir: Path) -> dict[str, Any]:
             one.need("style")
     config: Config = load_config(located[0].settings())
     tuned = [(load_tuned(path), weight) for path, weight in chosen]
+    for path, weight in chosen:
+        if warning := unusual(weight, f"the weight of {path},"):
+            report(warning)
     transformer, scales, _ = build.load_base(config, build.find_runtime(config))
     codes = apply_(transformer, scales, tuned)
+    parts = " ".join(f"{path}={weight:g}" for path, weight in chosen)
     out = RunFolder.create(output_dir, ANOTHER)
     out.save_scales(
         "final",
         scales.tensors(),
-        provenance.scales_metadata(config, codes) | {"qzo.mix": " ".join(parts)},
+        provenance.scales_metadata(config, codes) | {"qzo.mix": parts},
     )
     out.write_text("config.yaml", config.to_yaml())
-    return {"run": str(output_dir), "runs": len(parts)}
+    return {"run": str(output_dir), "runs": len(chosen)}

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import resources
+from qzo_diffusion.config.arguments import unusual
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.diffusion import sd3
-from qzo_diffusion.diffusion.prompts import read_prompts
+from qzo_diffusion.diffusion.prompts import read_prompts, with_trigger
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.runs import build
@@ -24,15 +25,18 @@ from qzo_diffusion.train.run_folder import RunFolder
 @dataclass(frozen=True)
 class SampleRequest:
     """`strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the
-    log-scales.
+    log-scales. `prompts` is a file, or the prompts themselves. None: the run's own, or the default.
     """
 
-    model: str | None
-    run: Path | None
-    strength: float
-    prompts: str | None
     output_dir: Path
-    seed: int | None
+    model: str | None = None
+    run: Path | None = None
+    strength: float = 1.0
+    prompts: str | list[str] | None = None
+    negative_prompt: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
 
 
 def run(request: SampleRequest) -> dict[str, Any]:
@@ -49,6 +53,8 @@ def run(request: SampleRequest) -> dict[str, Any]:
             "a run, whose changes it scales",
             "add --run RUN, or leave --strength out for the base",
         )
+    if warning := unusual(request.strength, "--strength"):
+        report(warning)
     check_empty(request.output_dir, ANOTHER)
     tuned = load_tuned(request.run) if request.run else None
     config = _config_of(request)
@@ -56,11 +62,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     report(why)
     runtime = build.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
-    default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
-    prompts = read_prompts(
-        resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
-    )
-
+    prompts = _prompts(request, config, folder)
     encoded = build.prompt_encoder(config, folder, device, dtype).encode(
         [*prompts, config.sample.negative_prompt]
     )
@@ -101,8 +103,17 @@ def _config_of(request: SampleRequest) -> Config:
             report(f"{error.got}: with the settings as they come by default")
     if request.model is not None:
         config.model = request.model
-    if request.prompts is not None:
+    if isinstance(request.prompts, str):
         config.sample.prompts = request.prompts
-    if request.seed is not None:
-        config.sample.seed = request.seed
+    for name in ("seed", "steps", "guidance", "negative_prompt"):
+        if getattr(request, name) is not None:
+            setattr(config.sample, name, getattr(request, name))
     return config
+
+
+def _prompts(request: SampleRequest, config: Config, folder: Path) -> list[str]:
+    if isinstance(request.prompts, list):
+        return with_trigger(request.prompts, config.data.trigger, "--prompt")
+    default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
+    file = resources.find_file(config.sample.prompts or default, "prompts")
+    return read_prompts(file, config.data.trigger)

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ValidationError
 
 from qzo_diffusion import resources, strict_yaml
 from qzo_diffusion.config import kinds
+from qzo_diffusion.config.arguments import note_double
 from qzo_diffusion.config.defaults import flat, set_dotted
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.names import suggestion
 from qzo_diffusion.config.sections import NEW_KEYS, RunConfig
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError
 
 Flags = dict[str, tuple[str, str]]
@@ -42,7 +42,7 @@ def resolve_settings(
     if resumed is not None and any(key == "train.lr" for key, _ in given):
         # a rate that somebody chose is taken as it is
         set_dotted(settings, "train.calibrate_lr", False)
-    _note_double(given)
+    note_double(given)
     for key, value in given:
         set_dotted(settings, key, value)
     return make_config(settings, kind)
@@ -100,17 +100,6 @@ def _given_flags(options: argparse.Namespace, flags: Flags) -> Iterable[tuple[st
             yield key, value
     if getattr(options, "strict", False):
         yield "data.strict", True
-
-
-def _note_double(given: Iterable[tuple[str, Any]]) -> None:
-    """Later ones win, so that a script's settings can be changed behind it; but not unseen."""
-    seen: dict[str, Any] = {}
-    for key, value in given:
-        if key in seen and str(seen[key]) != str(value):
-            report(
-                f"note: {key} is given twice, as {seen[key]!r} and as {value!r}; the last counts"
-            )
-        seen[key] = value
 
 
 def known_keys(kind: type[RunConfig] = Config) -> list[str]:

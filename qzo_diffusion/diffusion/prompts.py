@@ -25,10 +25,19 @@ def read_prompts(path: Path, trigger: str | None = None) -> list[str]:
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise DataError(f"no prompt in {path}", expected, "write at least one prompt into it")
+    return with_trigger(prompts, trigger, str(path))
+
+
+def with_trigger(prompts: list[str], trigger: str | None, place: str) -> list[str]:
+    """The prompts with `trigger` for `[trigger]`; `place` says in a message where they stand.
+
+    Raises:
+        DataError: a placeholder without a trigger.
+    """
     marked = [prompt for prompt in prompts if PLACEHOLDER in prompt]
     if marked and not trigger:
         raise DataError(
-            f"{PLACEHOLDER} in {path}: {marked[0]!r}",
+            f"{PLACEHOLDER} in {place}: {marked[0]!r}",
             "a trigger word to put there",
             "pass --trigger WORD to train, or write the word itself",
         )
