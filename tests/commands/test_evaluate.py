@@ -170,7 +170,7 @@ def test_where_scores_go_is_looked_at_before_anything_is_loaded(
     run, tmp_path, monkeypatch, capsys, wanted
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate_run, "load_scales", None)
+    monkeypatch.setattr(evaluate_run, "load_tuned", None)
     monkeypatch.setattr(evaluate_run.json, "loads", None)
     for what in ("--run", "--compare"):
         error = failing(

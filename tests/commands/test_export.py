@@ -312,7 +312,7 @@ def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(
         failing(capsys, main(command))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out" / "samples").mkdir(parents=True)
-    monkeypatch.setattr(sample_run, "load_scales", None)
+    monkeypatch.setattr(sample_run, "load_tuned", None)
     error = failing(capsys, main(command))
     assert "not an empty folder" in error
     assert "--resume" not in error
