@@ -100,7 +100,7 @@ class KeptHidden:
             rest = rest[self._file.write(rest) :]
 
     def _read(self, place: int, target: NDArray[np.uint8]) -> None:
-        rest = memoryview(target.reshape(-1))
+        rest = target.reshape(-1).data
         self._file.seek(place)
         while rest:  # one read may give less than is asked for
             count = self._file.readinto(rest)
