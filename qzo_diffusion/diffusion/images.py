@@ -4,17 +4,21 @@ Everything that a folder from the wild holds is either converted, with a note th
 refused as a `BadImage` with a reason. Sizes are judged from the header, before any pixel is
 decoded, so a decompression bomb costs nothing."""
 
+import contextlib
 import warnings
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.diffusion.colour import Convert, by_strips, to_srgb
+from qzo_diffusion.diffusion.image_metadata import without_metadata
 
 # Formats are named because Pillow would otherwise try all it knows, and some of those start other
 # programs.
@@ -54,6 +58,20 @@ _NAMES = {
 }
 
 
+# The mode whose colours a mode holds; RGB for all others.
+_PLAIN_MODES = {
+    **dict.fromkeys(("1", "L", "LA", "La", "I;16"), "L"),
+    **{mode: mode for mode in ("CMYK", "LAB")},
+}
+# What a header claims must fit to the length of the file: this much is always free, ...
+_FREE_BYTES = 100_000_000
+_COMPRESSION = 200  # ... and so many bytes of pixels for each byte of the file
+_BYTES_PER_PIXEL = 4  # in Pillow's memory, also of RGB
+_LARGEST_TILE = 2**24  # pixels
+_TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP = 322, 323, 278  # tags of TIFF
+_JPEG_SCAN, _MOST_SCANS = b"\xff\xda", 1000
+
+
 class BadImage(DataError):
     """One file that cannot be trained on; `reason` says why in a few words, without the path."""
 
@@ -85,8 +103,8 @@ def is_image_name(path: Path) -> bool:
 
 
 def open_image(path: Path) -> OpenedImage:
-    """Decode a file to RGB: EXIF rotation applied, transparency laid over white, the first frame of
-    an animation.
+    """Decode a file to RGB: turned as EXIF says, in sRGB, transparency laid over white, the first
+    frame of an animation.
 
     Raises:
         BadImage: not an image, damaged, too small, or too large to be decoded safely.
@@ -96,34 +114,50 @@ def open_image(path: Path) -> OpenedImage:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with Image.open(path, formats=tuple(_FORMATS)) as image:
-                _check_size(image, path)
-                notes = _notes_from_header(image)
-                rotated = _note_rotation(image, notes)
-                image.load()
-                # Asked again: Pillow turns TIFFs by itself in `load`, and then drops the tag, so
-                # that none is left to do.
-                turn = _turn(image) if rotated else None
-                rgb = _to_rgb(image, path, notes)
+            opened = _decoded(path, path)
         except BadImage:
             raise
-        except Image.DecompressionBombError as error:
-            raise BadImage(f"too large to decode: {error}", path) from error
-        except UnidentifiedImageError as error:
-            empty = "an empty file (0 bytes)" if path.stat().st_size == 0 else None
-            raise BadImage(
-                empty or _unread_format(path) or "not an image, by its content", path
-            ) from error
         except Exception as error:
             # Decoders of damaged bytes raise nearly everything: struct.error, IndexError, ...
-            reason = (
-                _unread_format(path) or f"damaged or truncated ({type(error).__name__}: {error})"
-            )
-            raise BadImage(reason, path) from error
-    if turn is not None:
-        rgb = rgb.transpose(turn)
-    notes += [str(item.message) for item in caught if issubclass(item.category, UserWarning)]
-    return OpenedImage(rgb, tuple(notes))
+            opened = _without_metadata(path, error)
+    more = [str(item.message) for item in caught if issubclass(item.category, UserWarning)]
+    return OpenedImage(opened.image, tuple(dict.fromkeys([*opened.notes, *more])))
+
+
+def _decoded(source: Path | BytesIO, path: Path) -> OpenedImage:
+    frames = _note_on_frames(source)
+    with Image.open(source, formats=tuple(_FORMATS)) as image:
+        _check_size(image, path)
+        notes = [*frames, *_notes_from_header(image)]
+        rotated = _note_rotation(image, notes)
+        image.load()
+        # Asked again: Pillow turns TIFFs by itself in `load`, and then drops the tag, so that none
+        # is left to do.
+        turn = _turn(image) if rotated else None
+        rgb = _to_rgb(image, path, notes)
+    return OpenedImage(rgb if turn is None else rgb.transpose(turn), tuple(notes))
+
+
+def _without_metadata(path: Path, error: Exception) -> OpenedImage:
+    """Once more without texts, profiles and tags: what is wrong with them costs no picture."""
+    for stripped in without_metadata(path):
+        with contextlib.suppress(Exception):
+            opened = _decoded(BytesIO(stripped), path)
+            reason = f"metadata unreadable and left out ({type(error).__name__})"
+            return OpenedImage(opened.image, (reason, *opened.notes))
+    raise BadImage(_reason(path, error), path) from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"too large to decode: {error}"
+    if unread := _unread_format(path):
+        return unread
+    if path.stat().st_size == 0:
+        return "an empty file (0 bytes)"
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, by its content"
+    return f"damaged or truncated ({type(error).__name__}: {error})"
 
 
 def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor:
@@ -164,25 +198,60 @@ def _cover(image_width: int, image_height: int, width: int, height: int) -> tupl
 
 
 def _check_size(image: Image.Image, path: Path) -> None:
-    size = f"{image.width}x{image.height} pixels"
-    if image.width * image.height > MAX_PIXELS:
+    size, pixels = f"{image.width}x{image.height} pixels", image.width * image.height
+    if pixels > MAX_PIXELS:
         raise BadImage(f"too large to decode: {size}, at most {MAX_PIXELS} in all", path)
     if min(image.size) < MIN_SIDE:
         raise BadImage(f"too small: {size}, the shorter side must have at least {MIN_SIDE}", path)
+    length = path.stat().st_size
+    if _BYTES_PER_PIXEL * pixels > _FREE_BYTES + _COMPRESSION * length:
+        raise BadImage(f"too large to decode: {size} in a file of {length} bytes", path)
+    _check_blocks(image, path)
+    if image.format in ("JPEG", "MPO") and path.read_bytes().count(_JPEG_SCAN) > _MOST_SCANS:
+        raise BadImage(f"more than {_MOST_SCANS} scans, which would take hours", path)
+
+
+def _check_blocks(image: Image.Image, path: Path) -> None:
+    """A decoder of TIFF allocates a tile or a strip as its tags claim."""
+    tags = getattr(image, "tag_v2", {})
+    width = tags.get(_TILE_WIDTH, image.width)
+    height = tags.get(_TILE_LENGTH, min(tags.get(_ROWS_PER_STRIP, image.height), image.height))
+    if width * height > max(2 * image.width * image.height, _LARGEST_TILE):
+        raise BadImage(f"damaged: tiles of {width}x{height} pixels", path)
+
+
+def _note_on_frames(source: Path | BytesIO) -> list[str]:
+    """Counted in an image of its own: counting reads all frames, of which later ones may be
+    damaged.
+    """
+    try:
+        with Image.open(source, formats=tuple(_FORMATS)) as image:
+            frames = getattr(image, "n_frames", 1)
+    except Exception:  # As in open_image.
+        return ["the first of an unknown number of frames"]
+    return [f"first of {frames} frames"] if frames > 1 else []
 
 
 def _notes_from_header(image: Image.Image) -> list[str]:
     notes = []
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        notes.append(f"first of {frames} frames")
     # Pillow reduces 16-bit colour to 8 bits by itself; only the raw mode of the undecoded tiles
     # still tells.
     if image.mode in ("RGB", "RGBA", "LA") and any(
         ";16" in str(tile) for tile in getattr(image, "tile", ())
     ):
         notes.append("converted from 16 bits a channel")
+    if "icc_profile" not in image.info and _is_adobe_rgb(image):
+        notes.append("Adobe RGB by its EXIF data, without a profile; taken as sRGB")
+    gamma = image.info.get("gamma")
+    if {"icc_profile", "srgb"}.isdisjoint(image.info) and gamma and abs(gamma - 1 / 2.2) > 0.05:
+        notes.append(f"a gamma of {gamma:.3g} in its header is not applied")
     return notes
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    with contextlib.suppress(Exception):  # As in open_image: a parser of damaged bytes.
+        return image.getexif().get_ifd(ExifTags.IFD.Interop).get(1) == "R03"
+    return False
 
 
 def _note_rotation(image: Image.Image, notes: list[str]) -> bool:
@@ -215,20 +284,37 @@ def _unread_format(path: Path) -> str | None:
 
 
 def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image.copy()
     if image.mode in ("I", "F"):
         # 32-bit samples have no agreed white, so any scale would be a guess.
         raise BadImage(
             f"32-bit samples (mode {image.mode}); save it with 8 or 16 bits a channel", path
         )
+    profile, clear = image.info.get("icc_profile") or None, image.has_transparency_data
     if image.mode.startswith("I;16"):
         notes.append("converted from 16-bit grey")
+    elif image.mode != "RGB" or clear:
+        guess = " without a colour profile" if image.mode == "CMYK" and profile is None else ""
+        notes.append(f"converted from {_NAMES.get(image.mode, image.mode)}{guess}")
+    mode = _PLAIN_MODES.get(image.mode[:4], "RGB")
+    convert = to_srgb(mode, profile, notes)
+    if convert is None and image.mode == "RGB" and not clear:
+        return image
+    convert = convert or (lambda strip: strip)
+    if not clear:
+        return by_strips(image, lambda strip: convert(_as_plain(strip, mode)))
+    least = [255]
+    rgb = by_strips(image, lambda strip: _over_white(strip, mode, convert, least))
+    if min(least) < 255:
+        notes.append("transparent parts laid over white")
+    return rgb
+
+
+def _as_plain(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
         return _from_16_bit(image)
-    notes.append(f"converted from {_NAMES.get(image.mode, image.mode)}")
-    if image.has_transparency_data:
-        return _over_white(image.convert("RGBA"), notes)
-    return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
@@ -236,12 +322,16 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     white picture.
     """
     values = np.asarray(image).astype(np.uint32)
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _over_white(rgba: Image.Image, notes: list[str]) -> Image.Image:
-    least = np.asarray(rgba.getchannel("A")).min()
-    if least < 255:
-        notes.append("transparent parts laid over white")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
+def _over_white(image: Image.Image, mode: str, convert: Convert, least: list[int]) -> Image.Image:
+    """Colours in sRGB first, then laid over white, as browsers do it. Adds to `least` the smallest
+    alpha.
+    """
+    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    alpha = rgba.getchannel("A")
+    least.append(int(np.asarray(alpha).min()))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(convert(rgba.convert("RGB").convert(mode)), mask=alpha)
+    return white

@@ -15,8 +15,8 @@ from qzo_diffusion.diffusion.images import load_pixels
 from qzo_diffusion.diffusion.style_folder import Sample
 
 # Raised whenever `load_pixels` or the file layout gives other numbers, so that old entries are not
-# hit. 2: rotated TIFFs were turned twice before.
-FORMAT_VERSION = 2
+# hit. 2: rotated TIFFs were turned twice before. 3: colour profiles were passed over before.
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

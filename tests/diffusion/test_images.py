@@ -1,3 +1,4 @@
+import contextlib
 import os
 import pickle
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def test_damaged_exif_data_loses_no_picture(tmp_path: Path) -> None:
             Image.new("CMYK", (16, 16), (0, 255, 255, 0)),
             "a.tif",
             (255, 0, 0),
-            ("converted from CMYK",),
+            ("converted from CMYK without a colour profile",),
         ),
         (Image.new("RGB", (16, 16), BLUE).quantize(4), "a.png", BLUE, ("converted from palette",)),
         (Image.new("RGBA", (16, 16), (*BLUE, 255)), "a.png", BLUE, ("converted from RGBA",)),
@@ -343,6 +344,69 @@ def test_a_bomb_is_refused_before_a_pixel_is_decoded(
     path = save_bomb(tmp_path / "a.png")
     with pytest.raises(BadImage, match=f"30000x30000 pixels, at most {MAX_PIXELS}"):
         open_image(path)
+
+
+def claim(path: Path, at: int, data: bytes) -> Path:
+    """Overwrite some bytes of the header."""
+    whole = bytearray(save(path).read_bytes())
+    whole[at : at + len(data)] = data
+    path.write_bytes(whole)
+    return path
+
+
+def add_scans(path: Path) -> Path:
+    noise = Image.open(save_noise(path.with_suffix(".png")))
+    data = saved(noise, path, progressive=True).read_bytes()
+    start = data.index(b"\xff\xda")
+    path.write_bytes(data[:start] + data[start:-2] * 200)
+    return path
+
+
+def write_tiles(path: Path) -> Path:
+    saved(Image.new("L", (32, 32)), path, tiffinfo={65000: 65520, 65001: 65520})
+    whole = path.read_bytes()
+    for tag, other in ((65000, 322), (65001, 323)):
+        whole = whole.replace(tag.to_bytes(2, "little"), other.to_bytes(2, "little"))
+    path.write_bytes(whole)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "reason"),
+    [
+        (lambda path: save_bomb(path, side=9_000), "a.png", "9000x9000 pixels in a file of"),
+        (
+            lambda path: claim(path, 18, (9000).to_bytes(4, "little") * 2),
+            "a.bmp",
+            "9000x9000 pixels in a file of",
+        ),
+        (
+            lambda path: claim(path, 6, (9000).to_bytes(2, "little") * 2),
+            "a.gif",
+            "9000x9000 pixels in a file of",
+        ),
+        (add_scans, "a.jpg", "scans"),
+        (write_tiles, "a.tif", "tiles of 65520x65520"),
+    ],
+)
+def test_a_forged_header_is_refused_before_anything_is_allocated(
+    tmp_path: Path, build: Callable[[Path], Path], name: str, reason: str
+) -> None:
+    with pytest.raises(BadImage, match=reason):
+        open_image(build(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_a_forged_picture_opens_or_is_bad(tmp_path: Path, suffix: str) -> None:
+    path = save_noise(tmp_path / f"a{suffix}", size=(24, 16))
+    whole, random = path.read_bytes(), np.random.default_rng(1)
+    for _ in range(40):
+        forged = bytearray(whole)
+        for at in random.integers(0, min(len(whole), 300), 3):
+            forged[at : at + 4] = random.choice([b"\xff\xff\xff\x7f", b"\0\0\x40\0", b"\xff"])
+        path.write_bytes(forged)
+        with contextlib.suppress(BadImage):
+            assert open_image(path).image.mode == "RGB"
 
 
 def test_pixels_are_float_in_minus_one_to_one(tmp_path: Path) -> None:
