@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.config.arguments import unusual
-from qzo_diffusion.config.files import load_config
+from qzo_diffusion.config.files import load_config, with_whole_paths
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.files import ANOTHER, check_empty
@@ -40,5 +40,5 @@ def run(chosen: Sequence[tuple[Path, float]], output_dir: Path) -> dict[str, Any
         scales.tensors(),
         provenance.scales_metadata(config, codes) | {"qzo.mix": parts},
     )
-    out.write_text("config.yaml", config.to_yaml())
+    out.write_text("config.yaml", with_whole_paths(config).to_yaml())
     return {"run": str(output_dir), "runs": len(chosen)}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import devices
-from qzo_diffusion.config.files import AnyConfig, make_config
+from qzo_diffusion.config.files import AnyConfig, make_config, with_whole_paths
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.sections import RunConfig, TrainConfig
 from qzo_diffusion.config.style import Config
@@ -66,7 +66,7 @@ def run(
     seconds = time.perf_counter() - started
     metadata = provenance.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
     out.save_scales("final", tuned_scales(theta), metadata)
-    out.write_text("config.yaml", config.to_yaml())
+    out.write_text("config.yaml", with_whole_paths(config).to_yaml())
     return {
         "run": str(output_dir),
         "steps": steps,

@@ -28,7 +28,7 @@ class Free:
 class Place:
     """Marks the path of a file or a folder.
 
-    inside: the path begins in another folder than the current one.
+    inside: whoever reads it knows where it begins, which is not always the current folder.
     may_be_name: a name that ships with the package, or a Hub id, may stand in its place.
     """
 
@@ -41,6 +41,8 @@ def _expanded(text: str) -> str:
         raise ValueError("a path, or null for none")
     return resources.expand_home(text)
 
+
+OWN_NAMES = ("auto", "tiny")  # of models, though a folder may be called so
 
 FreeText = Annotated[str, Free()]
 PathText = Annotated[str, AfterValidator(_expanded), Place()]
@@ -101,6 +103,8 @@ def absolute(text: str, place: Place) -> str:
     ending.
     """
     path = Path(text)
+    if place.may_be_name and text in OWN_NAMES:
+        return text
     if place.inside or path.is_absolute() or (place.may_be_name and not path.exists()):
         return text
     if path.name in ("", ".."):

@@ -72,7 +72,7 @@ class LlmConfig(RunConfig):
 
     table: ClassVar[Sequence[Rule]] = TEXTS
 
-    task: PathOrName = "sst2"
+    task: PathInside = "sst2"
     """a task that comes along, or a task file"""
     method: Method = "qzo"
     """qzo, mezo, quzo and quzo-lora: forward passes alone; qlora and fo-scales: by gradients"""

@@ -42,7 +42,6 @@ from qzo_diffusion.train.loop import Probing, TakeStep
 
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
-DEFAULT_CACHE = Path.home() / ".cache" / "qzo_diffusion"
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin with
 
@@ -342,7 +341,7 @@ def tensor_cache(config: Config) -> TensorCache:
 
 
 def cache_folder(config: Config) -> Path:
-    return Path(config.data.cache_dir) if config.data.cache_dir else DEFAULT_CACHE
+    return Path(config.data.cache_dir) if config.data.cache_dir else resources.cache_folder()
 
 
 def quantized_transformer(

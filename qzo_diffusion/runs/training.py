@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from qzo_diffusion.config.files import changed_settings, load_config
+from qzo_diffusion.config.files import DATA_PLACES, changed_settings, load_config
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import (
@@ -128,7 +128,10 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     """
     out = RunFolder(run_folder)
     before = load_config(run_folder / "config.yaml", type(plan.config))
-    changes = changed_settings(before, plan.config) + _changed_data(plan, run_folder)
+    changed_data = _changed_data(plan, run_folder)
+    # data that was moved and is the same is no change
+    changes = changed_settings(before, plan.config, () if changed_data else DATA_PLACES)
+    changes += changed_data
     if changes and not force:
         raise ConfigError(
             f"other settings or {plan.thing}s than the run was started with:\n  "

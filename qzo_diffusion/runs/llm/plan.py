@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion import devices
+from qzo_diffusion import devices, resources
+from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
@@ -140,7 +141,7 @@ class LlmPlan:
                 seed=config.train.seed,
                 micro_batch_size=build.micro_batch_size(config, config.data.batch_size),
                 share=ranks.share,
-                keep_in=build.DEFAULT_CACHE if config.data.keep_hidden else None,
+                keep_in=resources.cache_folder() if config.data.keep_hidden else None,
             ),
             header=journal_header(config, config.data.batch_size, base.codes, base.initial)
             | _facts(config),
@@ -204,7 +205,7 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     device = devices.choose_device(config.compute.device)
     splits = read_splits(config, spec, needed)
     _check_objective(config, spec)
-    resolved = config.model_copy(deep=True)
+    resolved = with_whole_paths(config)
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     resolved.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
     if Path(config.model).is_dir():

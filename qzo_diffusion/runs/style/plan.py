@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qzo_diffusion import devices, resources
+from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
@@ -194,12 +195,11 @@ def make_plan(config: Config) -> StylePlan:
     prompts = read_prompts(
         resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
     )
-    resolved = config.model_copy(deep=True)
+    resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
     build.resolve_sampling_(resolved, folder)
     resolved.data.style_dir = str(images.resolve())
     resolved.data.validation_dir = str(held_out.resolve()) if held_out else None
-    resolved.init_from = str(Path(config.init_from).resolve()) if config.init_from else None
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
         resolved.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
