@@ -9,6 +9,7 @@ from pathlib import Path
 from qzo_diffusion import cli
 from qzo_diffusion.config.files import known_keys
 from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.config.sections import NEW_KEYS
 from qzo_diffusion.config.style import Config
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +79,7 @@ def flags_in(text):
 
 
 def wrong_settings(text):
-    keys = {*known_keys(Config), *known_keys(LlmConfig)}
+    keys = {*known_keys(Config), *known_keys(LlmConfig), *NEW_KEYS}
     sections = "|".join({key.partition(".")[0] for key in keys if "." in key})
     named = re.findall(rf"(?<![\w./-])((?:{sections})\.([a-z]\w*))(?![\w/(.]*\()", text)
     return [
