@@ -7,6 +7,9 @@ from typing import Any
 
 from qzo_diffusion import escape
 
+DONE, MENDABLE, INTERRUPTED = 0, 2, 130
+"""Exit codes: done; the user can mend it; stopped by Ctrl-C or SIGTERM."""
+
 
 def report(text: str) -> None:
     """One message for a person, on stderr, without control characters."""

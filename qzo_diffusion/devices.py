@@ -1,6 +1,7 @@
 """Which device and dtype a setting means."""
 
 import os
+import sys
 from typing import Literal
 
 import torch
@@ -52,3 +53,18 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
     names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]]
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     return names[dtype]
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Most memory that this process held so far: of the GPU on a GPU, else of the machine.
+
+    None where the system does not count it.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # kilobytes elsewhere

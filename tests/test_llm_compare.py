@@ -12,7 +12,8 @@ from benchmarks.llm_compare import cells as cells_module
 from benchmarks.llm_compare.cells import run_cell
 from benchmarks.llm_compare.methods import METHODS, TASKS, Cell, Places, arguments_of, cells
 from benchmarks.llm_compare.report import TABLE, report
-from qzo_diffusion.cli import LLM_TRAIN_FLAGS, parse
+from qzo_diffusion.cli import parse
+from qzo_diffusion.commands.llm import TRAIN_FLAGS
 from qzo_diffusion.config.files import resolve_settings
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.runs import build
@@ -33,7 +34,7 @@ def test_the_settings_of_every_cell_are_valid(places):
             config = resolve_settings(
                 parse(["llm", "train", *arguments_of(cell, places)]),
                 None,
-                LLM_TRAIN_FLAGS,
+                TRAIN_FLAGS,
                 LlmConfig,
             )
             assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (
@@ -50,7 +51,7 @@ def test_the_settings_of_every_cell_are_valid(places):
     paper = resolve_settings(
         parse(["llm", "train", *arguments_of(Cell("sst2", "paper", 0), places)]),
         None,
-        LLM_TRAIN_FLAGS,
+        TRAIN_FLAGS,
         LlmConfig,
     )
     assert (paper.qzo.parametrization, paper.qzo.units, paper.qzo.directions) == (

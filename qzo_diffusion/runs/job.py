@@ -4,10 +4,13 @@ behind.
 
 import hashlib
 import json
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from qzo_diffusion import devices
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
@@ -18,6 +21,7 @@ from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs import report as report_run
+from qzo_diffusion.runs.ending import in_words
 from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import Outcome, StepBatch, StepRecord, TakeStep
@@ -25,6 +29,7 @@ from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
 CHECK_RANKS_EVERY = 100
+PACE_AFTER = 5  # steps
 
 
 @dataclass
@@ -83,6 +88,8 @@ class Trainer:
     metadata: dict[str, str]
     validation: dict[int, float] = field(default_factory=dict)
     steps_done: int = 0
+    started: float = field(default_factory=time.monotonic)
+    _seconds: list[float] = field(default_factory=list)
 
     def on_step(self, record: StepRecord) -> None:
         """Metrics first: after a kill they are cut back to the journal, and so never lack a step
@@ -92,6 +99,20 @@ class Trainer:
         if self.journal is not None:
             self.journal.append(entry_of(record, self.config.train.seed))
         self.steps_done = record.step + 1
+        self._tell_pace(record.seconds)
+
+    def _tell_pace(self, seconds: float) -> None:
+        """After the first steps of this process: a step's time, and the whole run's."""
+        if len(self._seconds) >= PACE_AFTER:
+            return
+        self._seconds.append(seconds)
+        left = self.config.train.max_steps - self.steps_done
+        if len(self._seconds) == PACE_AFTER and left:
+            step = statistics.median(self._seconds)
+            self.tracker.say(
+                f"a step takes {in_words(step)}; the {left} steps that are left take about "
+                f"{in_words(left * step)}, pictures and validation apart"
+            )
 
     def after_step(self, steps_done: int) -> None:
         if _due(CHECK_RANKS_EVERY, steps_done):
@@ -157,9 +178,13 @@ class Trainer:
     def results(self, outcome: Outcome) -> dict[str, Any]:
         """The figures for `--json`."""
         steps = sorted(self.validation)
+        peak = devices.peak_bytes(next(iter(self.components.scales.tensors().values())).device)
         return {
             "run": str(self.out.path),
             "steps": outcome.steps_done,
+            "max_steps": self.config.train.max_steps,
+            "seconds": time.monotonic() - self.started,
+            "peak_memory_gb": None if peak is None else peak / 1e9,
             "skipped": outcome.skipped,
             "stopped": outcome.stopped,
             "validation_loss": {
