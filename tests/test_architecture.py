@@ -17,6 +17,7 @@ GROUND = (
     "files",
     "console",
     "escape",
+    "texts",
     "strict_yaml",
 )  # "" is the bare package (its __version__)
 LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 from qzo_diffusion.core.errors import DataError
-from qzo_diffusion.diffusion.text_file import is_encodable
+from qzo_diffusion.texts import is_encodable
 
 _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
 

@@ -36,11 +36,6 @@ def split_lines(text: str) -> list[str]:
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def is_encodable(text: str) -> bool:
-    """False for a text with half of a surrogate pair, which no tokenizer and no file takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _of_single_bytes(data: bytes) -> tuple[str, str | None]:
     for encoding, name in (("utf-8", None), ("cp1252", "Windows-1252")):
         try:

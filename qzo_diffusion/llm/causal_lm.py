@@ -102,6 +102,11 @@ class CausalLm:
         return int(self.head.in_features * self.head.weight.dtype.itemsize)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has both an embedding and a logit for."""
+        return int(min(self.model.get_input_embeddings().num_embeddings, self.head.out_features))
+
+    @property
     def padding(self) -> int:
         """A token to fill up with; which one does not matter, for nothing looks at it, but the
         model must have it.
@@ -259,16 +264,11 @@ def load_causal_lm(
     Raises:
         ModelError: files are missing or damaged, or the model is no causal LM.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_model_folder(folder)
     try:
-        source = (
-            source_of(folder) if is_gguf(folder) else {"pretrained_model_name_or_path": str(folder)}
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            **source, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = load_tokenizer(folder)
         if read is not None:
             model = read(folder)
         elif is_gguf(folder):
@@ -286,13 +286,34 @@ def load_causal_lm(
     except QzoError:
         raise
     except Exception as error:
-        # a damaged file shows as whatever the library that reads it makes of its bytes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{folder} can't be loaded: {reason}", "a causal language model", "download it again"
-        ) from error
+        raise _damaged(folder, error) from error
     model.requires_grad_(False)
     return CausalLm(model.eval(), tokenizer)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder or GGUF file. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        source = (
+            source_of(folder) if is_gguf(folder) else {"pretrained_model_name_or_path": str(folder)}
+        )
+        return AutoTokenizer.from_pretrained(
+            **source, local_files_only=True, trust_remote_code=False
+        )
+    except QzoError:
+        raise
+    except Exception as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> ModelError:
+    """A damaged file shows as whatever the library that reads it makes of its bytes."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError(
+        f"{folder} can't be loaded: {reason}", "a causal language model", "download it again"
+    )
 
 
 def padded(

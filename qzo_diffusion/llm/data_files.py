@@ -12,6 +12,7 @@ from typing import Any
 
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.llm.task_file import as_text
+from qzo_diffusion.texts import check_encodable
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
                 f"a field {missing[0]!r}, which the task reads",
                 "correct the data or the task",
             )
+        for name in fields:
+            for value in (row.values[name], *row.alternatives.get(name, ())):
+                check_encodable(value, f"{row.place}, {name}")
     if not rows:
         raise DataError(f"{path} holds no example", "at least one", "give another file")
     return rows
@@ -142,7 +146,7 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
         ) from None
     try:
         entries = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError) as error:
         raise DataError(
             f"{path} can't be read: {error}", "a parquet file", "download it again"
         ) from None

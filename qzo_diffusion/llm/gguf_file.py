@@ -19,6 +19,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant import gguf as blocks
 from qzo_diffusion.quant.load import handles_of
 
+TOKENS = "token_embd.weight"  # its rows come last in a GGUF file's shapes
 LIKE = 2**-6  # of a weight: what differs by rounding to 16 bits, however that is done
 
 
@@ -36,6 +37,12 @@ def check_gguf(file: Path) -> None:
             ", ".join(blocks.FACTORS),
             "use a file of one of these types",
         )
+
+
+def embedding_rows(file: Path) -> int | None:
+    """How many tokens the file has embeddings for; None where it names none."""
+    shapes = [tensor.shape for tensor in _reader(file).tensors if tensor.name == TOKENS]
+    return int(shapes[0][-1]) if shapes else None
 
 
 def source_of(file: Path) -> dict[str, str]:

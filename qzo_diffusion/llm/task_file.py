@@ -48,6 +48,11 @@ class TaskSpec(BaseModel):
     answer_tokens: int = Field(default=32, ge=1)  # and after so many
     metric: Metric
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_encodable(cls, value: Any) -> Any:
+        return _with_whole_pairs(value)
+
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
@@ -118,6 +123,21 @@ _WHAT: dict[Kind, str] = {
 }
 
 
+def _with_whole_pairs(value: Any) -> Any:
+    """YAML leaves the two halves that JSON writes for one character apart.
+
+    Raises ValueError for one half.
+    """
+    if isinstance(value, str):
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise ValueError("text without half of a Unicode surrogate pair") from None
+    if isinstance(value, dict):
+        return {_with_whole_pairs(key): _with_whole_pairs(one) for key, one in value.items()}
+    return [_with_whole_pairs(one) for one in value] if isinstance(value, list) else value
+
+
 def fields_of(template: str) -> list[str]:
     """Names in braces. Raises ValueError for anything else in braces, and for braces that are not
     closed.
@@ -139,8 +159,33 @@ def fill(template: str, row: dict[str, str]) -> str:
     )
 
 
+def literal_texts(name: str, spec: TaskSpec) -> list[tuple[str, str]]:
+    """What a task says itself, without the data: place and text."""
+    found = [("template", _words_of(spec.template)), ("answer", _words_of(spec.answer or ""))]
+    found += [("choices", text) for text in (spec.choices or {}).values()]
+    found += [("stop", spec.stop)]
+    return [(_place(name, key), text) for key, text in found if text]
+
+
+def _place(name: str, key: str) -> str:
+    """The file and the line of a key in it."""
+    path = _file_of(name)
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    begins = (f"{key}:", f'"{key}"', f"'{key}'")
+    at = next((at for at, line in enumerate(lines, 1) if line.lstrip(" {").startswith(begins)), 1)
+    return f"{path}, line {at}: {key}"
+
+
+def _words_of(template: str) -> str:
+    return " ".join(text for text, *_ in string.Formatter().parse(template) if text)
+
+
 def shipped_tasks() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _file_of(name: str) -> Path:
+    return SHIPPED / f"{name}.yaml" if name in shipped_tasks() else Path(name)
 
 
 def read_task(name: str) -> TaskSpec:
@@ -150,7 +195,7 @@ def read_task(name: str) -> TaskSpec:
         ConfigError: there is none, or something in it is wrong; the message has the line and the
             field.
     """
-    path = SHIPPED / f"{name}.yaml" if name in shipped_tasks() else Path(name)
+    path = _file_of(name)
     try:
         text = path.read_text(encoding="utf-8-sig")
         node, content = yaml.compose(text), yaml.safe_load(text)

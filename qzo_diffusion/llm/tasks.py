@@ -18,6 +18,7 @@ from qzo_diffusion.llm.causal_lm import CausalLm, padded
 from qzo_diffusion.llm.data_files import Row
 from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.task_file import TaskSpec, fields_of, fill
+from qzo_diffusion.texts import check_tokens
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,17 @@ def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) ->
     beginning.
 
     Raises:
-        DataError: a continuation that is no token, or, without `max_tokens`, texts longer than the
-            model reads (counted).
+        DataError: a token without an embedding, a continuation that is no token, or, without
+            `max_tokens`, texts longer than the model reads (counted).
     """
     if not examples:
         return []
+    check_tokens(
+        lm.tokenizer,
+        lm.vocabulary,
+        ((one.place, one.prompt + text) for one in examples for text in one.continuations),
+        "the model",
+    )
     split = [_split(lm, example) for example in examples]
     single = all(len(tail) == 1 for _, tails in split for tail in tails) and len(split[0][1]) > 1
     limit = min(lm.context, max_tokens or lm.context)

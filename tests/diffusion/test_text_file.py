@@ -2,7 +2,8 @@ import codecs
 
 import pytest
 
-from qzo_diffusion.diffusion.text_file import decode, is_encodable, split_lines
+from qzo_diffusion.diffusion.text_file import decode, split_lines
+from qzo_diffusion.texts import is_encodable
 
 TEXTS = ["a red house", "красный дом, зима", "一座红色的房子", "ein „rotes“ Haus – schön…"]
 

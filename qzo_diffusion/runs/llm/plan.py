@@ -24,6 +24,7 @@ from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_examples
+from qzo_diffusion.llm.vocabulary import check_vocabulary
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
@@ -42,6 +43,9 @@ class Splits:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    def all(self) -> list[Example]:
+        return self.train + self.validation + self.test
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,7 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     device = devices.choose_device(config.compute.device)
     splits = read_splits(config, spec, needed)
     _check_objective(config, spec)
+    check_vocabulary(folder, config.task, spec, splits.all())
     resolved = with_whole_paths(config)
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     resolved.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None

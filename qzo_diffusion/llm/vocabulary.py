@@ -1,0 +1,53 @@
+"""Before a model is loaded: whether it has an embedding for every token of a task and its data."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm.causal_lm import load_tokenizer
+from qzo_diffusion.llm.gguf_file import embedding_rows, is_gguf
+from qzo_diffusion.llm.task_file import TaskSpec, literal_texts
+from qzo_diffusion.llm.tasks import Example
+from qzo_diffusion.texts import check_tokens
+
+
+def check_vocabulary(folder: Path, task: str, spec: TaskSpec, examples: Sequence[Example]) -> None:
+    """Tokenize the task's own words, then the examples.
+
+    Args:
+        folder: of the model, or its GGUF file.
+        task: name or file of the task, for the message.
+
+    Raises:
+        DataError: the text of a token that the model has no embedding for, with file and line.
+        ModelError: the tokenizer can't be loaded.
+    """
+    size = _vocabulary_size(folder)
+    if size is not None:
+        texts = _texts(task, spec, examples)
+        check_tokens(load_tokenizer(folder), size, texts, "the model")
+
+
+def _texts(task: str, spec: TaskSpec, examples: Sequence[Example]) -> Iterator[tuple[str, str]]:
+    yield from literal_texts(task, spec)
+    for example in examples:
+        for text in example.continuations:
+            yield example.place, example.prompt + text
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    """None where the config does not say: the model's own code may know better."""
+    if is_gguf(folder):
+        return embedding_rows(folder)
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'} can't be read: {error}",
+            "the config of a model",
+            "download the model again",
+        ) from None
+    return size if isinstance(size, int) else None
