@@ -31,6 +31,7 @@ from qzo_diffusion.config.sections import QuantConfig
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
@@ -38,7 +39,7 @@ from qzo_diffusion.quant.bnb import quantized_layer
 from qzo_diffusion.quant.load import find_scales
 from qzo_diffusion.resources import tiny_model
 from qzo_diffusion.runs import build
-from qzo_diffusion.train.loop import StepBatch, train_step_
+from qzo_diffusion.train.loop import Setup, train_step_
 
 CPU = torch.device("cpu")
 
@@ -280,7 +281,8 @@ def step_of(
     patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
     whole = StepBatch([replace(batch, patch_groups=patch_groups)], patch_groups=patch_groups)
     optimizer, probing, counted = build.optimizer(config), build.probing(config), iter(range(10**9))
-    return lambda: train_step_(objective, whole, theta, optimizer, probing, 1e-9, next(counted))
+    setup = Setup(objective, lambda _: whole, theta, optimizer, probing, lambda _: 1e-9)
+    return lambda: train_step_(setup, whole, next(counted))
 
 
 def main() -> None:

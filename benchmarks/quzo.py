@@ -142,8 +142,9 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
     from qzo_diffusion.config.files import make_config, parse_override
     from qzo_diffusion.config.llm import LlmConfig
     from qzo_diffusion.core.noise import Direction
+    from qzo_diffusion.core.probing import Probing
     from qzo_diffusion.core.quzo import Codes
-    from qzo_diffusion.core.spsa import estimate
+    from qzo_diffusion.core.spsa import probe
     from qzo_diffusion.llm.objectives import task_loss
     from qzo_diffusion.llm.tasks import encode
     from qzo_diffusion.quant.load import find_codes
@@ -160,13 +161,12 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
         set_dotted(settings, *parse_override(text, LlmConfig))
     plan = llm_run.make_plan(make_config(settings, LlmConfig))
     base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
-    batch = TextBatches(base.lm, encode(base.lm, plan.splits.train, 64), batch_size=BATCH, seed=0)(
-        0
-    ).micro_batches
+    encoded = encode(base.lm, plan.splits.train, 64)
+    step_batch = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0)(0)
     scales, grids = find_codes(base.lm.model)
     rows: dict[str, Any] = {}
-    for probe in ("codes", "float"):
-        theta = Codes(scales, grids, probe=probe)  # type: ignore[arg-type]
+    for kind in ("codes", "float"):
+        theta = Codes(scales, grids, probe=kind)  # type: ignore[arg-type]
         for eps in EPS:
             name = next(iter(scales))
             view = theta.perturbed(Direction(0, 0), eps)
@@ -176,20 +176,16 @@ def spread(places: Places, directions: int = 4) -> dict[str, Any]:
                 name
             ].codes(scales[name])
             slopes = [
-                estimate(
-                    lambda one: task_loss(base.lm, one),
-                    batch,
-                    theta,
-                    [Direction(1, index)],
-                    eps=eps,
+                probe(
+                    lambda one: task_loss(base.lm, one), step_batch, theta, Probing(1, eps), index
                 ).directional_derivative[0]
                 for index in range(directions)
             ]
-            rows[f"{probe}, eps {eps}"] = {
+            rows[f"{kind}, eps {eps}"] = {
                 "variance_of_probe": round(float((shift / eps).square().mean()), 3),
                 "slope_rms": round(statistics.fmean(slope**2 for slope in slopes) ** 0.5, 4),
             }
-            print(probe, eps, rows[f"{probe}, eps {eps}"], file=sys.stderr)
+            print(kind, eps, rows[f"{kind}, eps {eps}"], file=sys.stderr)
     return rows
 
 

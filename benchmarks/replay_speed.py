@@ -19,10 +19,11 @@ import torch
 from benchmarks.record import write_results
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.checkpoint import entry_of
-from qzo_diffusion.train.loop import StepBatch, train
+from qzo_diffusion.train.loop import Setup, train
 
 BATCH, TOKENS, SIDE = 16, 32, 8
 CASES = {  # name: (parametrization, optimizer, directions, one for every example)
@@ -70,13 +71,16 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
         optimizer, schedule = build.optimizer(config), build.schedule(config)
         writer = JournalWriter.create(journal, {"directions": config.qzo.directions})
         began = time.perf_counter()
-        train(
+        setup = Setup(
             lambda one: velocity_loss(transformer, one, torch.float32),
             lambda step: StepBatch([batch]),
             theta,
             optimizer,
             build.probing(config),
             schedule,
+        )
+        train(
+            setup,
             max_steps=steps,
             on_step=lambda record: writer.append(entry_of(record, config.train.seed)),
         )

@@ -30,11 +30,12 @@ import torch
 from benchmarks.record import write_results
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.optimizer import Sgd
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import no_reduce
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.distributed import Ranks, join, leave
-from qzo_diffusion.train.loop import Probing, StepBatch, train
+from qzo_diffusion.train.loop import Setup, train
 
 BATCH, TOKENS, SIDE = 16, 32, 8  # examples a rank, of the size that `tiny` trains at
 # times the work of one core that two processes without any exchange must do for a round to count as
@@ -57,16 +58,16 @@ def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], No
     batch = Batch(latents, noise, torch.rand(BATCH, generator=generator), embeds, pooled)
 
     def go(count: int, sum_over_ranks: Callable[..., list[float]]) -> None:
-        train(
+        setup = Setup(
             lambda one: velocity_loss(transformer, one, torch.float32),
             lambda step: StepBatch([batch]),
             theta,
             Sgd(),
             Probing(seed=0, eps=1e-2),
             lambda step: 1e-9,
-            max_steps=count,
-            sum_over_ranks=sum_over_ranks,
+            sum_over_ranks,
         )
+        train(setup, max_steps=count)
 
     return go
 

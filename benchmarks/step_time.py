@@ -41,6 +41,7 @@ from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, patches, velocity_loss
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
@@ -51,8 +52,8 @@ from qzo_diffusion.llm.tasks import Example, encode, make_batch
 from qzo_diffusion.quant.choose import last_readers, matching, quiet
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.runs.style.memory import rows_on_cpu
+from qzo_diffusion.train import loop
 from qzo_diffusion.train.checkpoint import entry_of
-from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
 
 CASES = {  # name: (model, side of the latents, text tokens, batch)
     "tiny_b16": ("tiny", 8, 32, 16),
@@ -202,9 +203,10 @@ def measure(case: str, dtype_name: str, rounds: int) -> dict[str, Any]:
         step_batch = StepBatch(
             micro_batches, patch_groups=setup.patch_groups if probing.per_example else 1
         )
-        record = train_step_(
-            objective, step_batch, trained[of], Sgd(), probing, 1e-6, next(count_steps)
+        task = loop.Setup(
+            objective, lambda _: step_batch, trained[of], Sgd(), probing, lambda _: 1e-6
         )
+        record = loop.train_step_(task, step_batch, next(count_steps))
         journal.append(entry_of(record, 0))
 
     both_sides = Probing(0, 1e-2, per_example=True, normalize=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import Level, Units, parametrize
-from qzo_diffusion.core.spsa import Estimator
+from qzo_diffusion.core.probing import Estimator, Probing, StepBatch
 from qzo_diffusion.quant.load import find_scales, quantize_
-from qzo_diffusion.train.loop import Outcome, Probing, StepBatch, StepRecord, train
+from qzo_diffusion.train.loop import Outcome, Setup, StepRecord, train
 
 __all__ = ["find_scales", "quantize_", "tune_"]
 
@@ -65,24 +65,23 @@ def tune_(
 
     scales = find_scales(model)
     theta = parametrize(scales, level, units)
+    setup = Setup(
+        loss,
+        batch_of_step,
+        theta,
+        make_optimizer(optimizer),
+        Probing(
+            seed,
+            eps,
+            num_directions,
+            per_example,
+            directions,
+            clip_threshold,
+            estimator=estimator,
+        ),
+        make_schedule(schedule, lr, steps),
+    )
     try:
-        return train(
-            loss,
-            batch_of_step,
-            theta,
-            make_optimizer(optimizer),
-            Probing(
-                seed,
-                eps,
-                num_directions,
-                per_example,
-                directions,
-                clip_threshold,
-                estimator=estimator,
-            ),
-            make_schedule(schedule, lr, steps),
-            max_steps=steps,
-            on_step=on_step,
-        )
+        return train(setup, max_steps=steps, on_step=on_step)
     finally:
         theta.merge_()

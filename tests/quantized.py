@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.spsa import estimate, no_reduce
 from qzo_diffusion.quant.load import find_scales, quantize_
 
 BACKENDS = [
@@ -47,6 +49,22 @@ def inputs(
 def squared_output(model: nn.Module):
     """An objective: one loss per example."""
     return lambda x: model(x).square().mean(-1)
+
+
+def estimated(
+    objective,
+    micro_batches,
+    theta,
+    directions,
+    *,
+    first_example=0,
+    examples=None,
+    sum_over_ranks=no_reduce,
+    **probing,
+):
+    """`core.spsa.estimate` of a few micro-batches along some directions."""
+    batch = StepBatch(micro_batches, first_example=first_example, examples=examples)
+    return estimate(objective, batch, theta, directions, Probing(0, **probing), sum_over_ranks)
 
 
 def snapshot(model: nn.Module, scales: ScaleSet) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing, metrics
@@ -476,8 +477,8 @@ def test_rows_with_directions_of_their_own_in_chosen_layers(train, tmp_path):
         "qzo.layers=[ff.net]",
     ]
     assert train("--max-steps", 2, "data.batch_size=3", *settings) == 0
-    step = next(line for line in metrics(tmp_path / "run") if "loss_plus" in line)
-    assert len(step["projected_grad"]) == 3 * 2
+    first, *_ = read_journal(tmp_path / "run" / "journal.qzo").steps
+    assert len(first.projected_grad) == 3 * 2 * 16  # examples, directions, patch groups
     assert train("--max-steps", 0, name="base") == 0
     base, tuned = load_scales(tmp_path / "base")[0], load_scales(tmp_path / "run")[0]
     changed = {name for name in tuned if not torch.equal(base[name], tuned[name])}

@@ -32,8 +32,8 @@ from benchmarks.convergence.tasks import (
     write_images,
 )
 from benchmarks.tiny.drawings import taught_concepts
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.quant.load import handles_of
-from qzo_diffusion.train.loop import StepBatch
 from tests.quantized import inputs, scaled_network, squared_output
 
 

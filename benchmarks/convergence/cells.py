@@ -25,16 +25,16 @@ from benchmarks.record import provenance
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
-from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.files import write_whole
 from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.train.calibrate import calibrate
-from qzo_diffusion.train.first_order import ExactAdam
-from qzo_diffusion.train.loop import Probing, StepRecord, train
+from qzo_diffusion.train.loop import Setup, StepRecord, train
 
 EVALUATIONS = 50  # every 2 % of the budget
 CPU_LIMIT_SECONDS = 40 * 60
@@ -101,7 +101,7 @@ class CellRun:
         made = make_optimizer(
             settings.optimizer, in_running_spreads=settings.normalize == "running"
         )
-        self.optimizer: Any = ExactAdam() if self.method.first_order else made
+        self.optimizer: Any = Adam() if self.method.first_order else made
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:
         """Go on to step `target`, through as many phases as that takes, or until asked to stop.
@@ -146,13 +146,9 @@ class CellRun:
             calibration = calibrate(self._task.objective, self._batches, self.theta, probing)
             progress.rate_factor = calibration.rate_factor
         optimizer: Optimizer = self.optimizer
+        schedule = self._schedule()
         train(
-            self._task.objective,
-            self._batches,
-            self.theta,
-            optimizer,
-            probing,
-            self._schedule(),
+            Setup(self._task.objective, self._batches, self.theta, optimizer, probing, schedule),
             max_steps=stop,
             first_step=progress.step,
             bad_steps_before=progress.bad_in_a_row,
@@ -178,7 +174,7 @@ class CellRun:
                 raise TrainingDiverged(
                     "a gradient that is NaN or infinite", "finite numbers", "lower the rate"
                 )
-            self.optimizer.step_(self.theta, gradient, schedule(self.progress.step))
+            self.optimizer.descend_(self.theta, gradient, schedule(self.progress.step))
             self.progress.step += 1
 
     def _gradient(self, micro_batches: Sequence[Any]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from qzo_diffusion.config.llm import MIDDLE_BLOCKS, PICTURES_OVER_QUIET
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
-from qzo_diffusion.core.spsa import Estimator
+from qzo_diffusion.core.probing import Estimator
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.train.calibrate import calibration_batches
 

@@ -21,6 +21,7 @@ from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.oracle import DifferentiableHandle
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
@@ -35,7 +36,6 @@ from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style.plan import make_plan
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.loop import StepBatch
 
 STYLE_WORDS = {
     "fluent_mono": "mono style",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion.core.oracle import DifferentiableHandle
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import SigmaDistribution
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
@@ -17,7 +18,6 @@ from qzo_diffusion.llm.task_file import read_task
 from qzo_diffusion.llm.tasks import Batch, Encoded, choose_rows, encode, make_examples
 from qzo_diffusion.quant.load import find_scales, handles_of, quantize_
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
-from qzo_diffusion.train.loop import StepBatch
 
 TRAIN, HELD_OUT = 1000, 200
 # no sentence of the dev set is longer; a longer one to train on loses its beginning

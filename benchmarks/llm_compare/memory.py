@@ -57,7 +57,7 @@ def measure(name: str, places: Places) -> dict[str, float]:
     from qzo_diffusion.runs.llm import plan as llm_run
     from qzo_diffusion.runs.llm.batches import TextBatches
     from qzo_diffusion.runs.llm.methods import load_base
-    from qzo_diffusion.train.loop import train
+    from qzo_diffusion.train.loop import Setup, train
 
     imports = resident("VmRSS")
     method = METHODS["zero_shot" if name == "adamw" else name]
@@ -92,16 +92,10 @@ def measure(name: str, places: Places) -> dict[str, float]:
     def steps() -> None:
         probing, schedule = build.probing(plan.config), build.schedule(plan.config)
         theta, optimizer = base.theta, base.optimizer
-        train(
-            objective,
-            batches,
-            theta,
-            optimizer,
-            probing,
-            schedule,
-            max_steps=2,
-            take_step=base.take_step,
+        setup = Setup(
+            objective, batches, theta, optimizer, probing, schedule, take_step=base.take_step
         )
+        train(setup, max_steps=2)
 
     def full_tuning() -> None:
         weights = [

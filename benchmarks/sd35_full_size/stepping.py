@@ -29,10 +29,11 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
 
     from qzo_diffusion.config.files import make_config
     from qzo_diffusion.core.journal import JournalWriter
+    from qzo_diffusion.core.probing import StepBatch
     from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
     from qzo_diffusion.runs import build
     from qzo_diffusion.train.checkpoint import entry_of
-    from qzo_diffusion.train.loop import StepBatch, train_step_
+    from qzo_diffusion.train.loop import Setup, train_step_
 
     import_everything()
     imports = status("VmRSS")
@@ -70,6 +71,10 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
             build.probing(config),
             build.probes_of_example(config) / 2,
         )
+        whole = StepBatch([mine], patch_groups=patch_groups)
+        setup = Setup(
+            objective, lambda _, batch=whole: batch, theta, optimizer, probing, lambda _: 1e-9
+        )
         times: list[float] = []
         ratios: list[float] = []
         with tempfile.TemporaryDirectory() as place:
@@ -77,15 +82,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
             reset_peak()
             for step in range(count):
                 started = time.perf_counter()
-                record = train_step_(
-                    objective,
-                    StepBatch([mine], patch_groups=patch_groups),
-                    theta,
-                    optimizer,
-                    probing,
-                    1e-9,
-                    step,
-                )
+                record = train_step_(setup, whole, step)
                 journal.append(entry_of(record, 0))
                 times.append(time.perf_counter() - started)
                 if step == 0:

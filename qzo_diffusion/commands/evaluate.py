@@ -319,28 +319,17 @@ def _signal(work: _Work, lr: float) -> dict[str, Any]:
     first, second = (
         [replace(batch, patch_groups=1) for batch in step.micro_batches] for step in (probed, other)
     )
-    qzo, seed = config.qzo, config.train.seed + 1
-    found = signal.two_seeds(
-        work.objective, first, second, work.theta, eps=qzo.eps, seed=seed, count=signal.DIRECTIONS
+    probing = replace(
+        build.probing(config), seed=config.train.seed + 1, normalize=bool(config.qzo.normalize)
     )
-    estimates = signal.as_the_run_does(
-        work.objective,
-        probed.micro_batches,
-        work.theta,
-        eps=qzo.eps,
-        estimator=qzo.estimator,
-        per_example=bool(qzo.per_example),
-        num_directions=qzo.num_directions,
-        patch_groups=probed.patch_groups,
-        normalize=bool(qzo.normalize),
-        seed=seed,
-    )
+    found = signal.two_seeds(work.objective, first, second, work.theta, probing, signal.DIRECTIONS)
+    estimates = signal.estimates_of(work.objective, probed, work.theta, probing)
     found["step_sizes"] = signal.step_sizes(work.theta, estimates[0], lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
     if (
         isinstance(work.theta, Dense | Grouped)
         and parameters <= AFFORDABLE
-        and qzo.units == "relative"
+        and config.qzo.units == "relative"
     ):
         handles = handles_of(work.transformer)
         found["exact"] = signal.exact_cosine(work.objective, first, work.theta, handles, estimates)

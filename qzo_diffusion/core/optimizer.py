@@ -8,7 +8,7 @@ Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused form
 `lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -89,7 +89,7 @@ class Momentum:
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) without weight decay on ĝ."""
+    """Adam (Kingma & Ba 2015) without weight decay, on ĝ or on a gradient that is known."""
 
     def __init__(self, beta1: float = 0.9, beta2: float = 0.99, tiny: float = 1e-8) -> None:
         self.beta1, self.beta2, self.tiny = beta1, beta2, tiny
@@ -98,23 +98,36 @@ class Adam:
         self._second: dict[str, Tensor] = {}
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
-        self._count += 1
-        bias1, bias2 = 1 - self.beta1**self._count, 1 - self.beta2**self._count
-        for name, like in parametrization.templates().items():
+        bias1, bias2 = self._count_step()
+        for name in parametrization.templates():
             grad = gradient_of(parametrization, update, name)
-            square = self._square(update, grad)
-            if name not in self._first:
-                self._first[name], self._second[name] = (
-                    torch.zeros_like(like),
-                    torch.zeros_like(square),
-                )
-            first, second = self._first[name], self._second[name]
-            if square.numel() > second.numel():  # more directions a step than before
-                second = self._second[name] = second.expand_as(square).clone()
-            first.mul_(self.beta1).add_(grad * (1 - self.beta1))
-            second.mul_(self.beta2).add_(square * (1 - self.beta2))
-            scale = torch.sqrt(second / bias2) + self.tiny
-            parametrization.add_(name, first / scale * (-update.lr / bias1))
+            change = self._change(name, grad, self._square(update, grad), bias2)
+            parametrization.add_(name, change * (-update.lr / bias1))
+
+    def descend_(
+        self, parametrization: Parametrization, gradient: Mapping[str, Tensor], lr: float
+    ) -> None:
+        """A step along a gradient that is known, by name."""
+        bias1, bias2 = self._count_step()
+        for name, grad in gradient.items():
+            change = self._change(name, grad, grad * grad, bias2)
+            parametrization.add_(name, change * (-lr / bias1))
+
+    def _count_step(self) -> tuple[float, float]:
+        """The factors by which the two moments are too small after so many steps."""
+        self._count += 1
+        return 1 - self.beta1**self._count, 1 - self.beta2**self._count
+
+    def _change(self, name: str, grad: Tensor, square: Tensor, bias2: float) -> Tensor:
+        """Take `grad` into the moments; the first divided by the root of the second."""
+        if name not in self._first:
+            self._first[name], self._second[name] = torch.zeros_like(grad), torch.zeros_like(square)
+        first, second = self._first[name], self._second[name]
+        if square.numel() > second.numel():  # more directions a step than before
+            second = self._second[name] = second.expand_as(square).clone()
+        first.mul_(self.beta1).add_(grad * (1 - self.beta1))
+        second.mul_(self.beta2).add_(square * (1 - self.beta2))
+        return first / (torch.sqrt(second / bias2) + self.tiny)
 
     @staticmethod
     def _square(update: Update, grad: Tensor) -> Tensor:

@@ -20,15 +20,13 @@ correlate. Normalising gives steps a length that does not depend on the scale of
 learning rate suits many models."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Batch, Objective, Probes, sample_losses
-
-Estimator = Literal["antithetic", "leave_one_out"]
+from qzo_diffusion.core.probing import Probing, StepBatch
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 """This process's sums -> the sums over all processes that share the batch."""
@@ -36,13 +34,20 @@ SumOverRanks = Callable[[Sequence[float]], list[float]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """One step's estimate. Losses are means over the examples of the batch, or of one example, or
-    of a region of one.
+    """The directional derivatives of one step, and the losses that they come from.
 
-    All tuples but `directions` have one entry for each region of each direction, in that order.
-    loss_minus: what loss_plus is set against, the loss at -ε or the mean of the other directions'
-    loss_plus. independent: how many directions the noise is that of; all of them, or K - 1 of every
-    K that are set against each other."""
+    All tuples but `directions` have one entry for each patch group of each direction, in that
+    order. A loss is the mean over the batch, or belongs to one example or one patch group of it.
+
+    Attributes:
+        loss_plus: at +ε.
+        loss_minus: at -ε, or the mean of the other directions' loss_plus with leave-one-out.
+        directional_derivative: as measured.
+        projected_grad: clipped and normalised, as the update takes it.
+        clipped: whether clipping changed it.
+        independent: how many independent directions would leave as much noise; K - 1 for K
+            directions that are compared with each other.
+    """
 
     directions: tuple[Direction, ...]
     loss_plus: tuple[float, ...]
@@ -53,16 +58,19 @@ class Estimate:
     independent: float
 
     @property
+    def patch_groups(self) -> int:
+        return self.directions[0].patch_groups if self.directions else 1
+
+    @property
     def loss(self) -> float:
-        """The mean of all probes: L(θ) up to O(ε²), without a forward of its own."""
+        """The mean over all probes: L(θ) up to O(ε²), without a forward pass of its own."""
         return (sum(self.loss_plus) + sum(self.loss_minus)) / (2 * len(self.loss_plus))
 
     @property
     def finite(self) -> bool:
-        """False when any probe was NaN or infinite; clipping must not make such a step look
-        sound.
-        """
-        return all(map(math.isfinite, self.directional_derivative))
+        """Whether all losses and derivatives are; clipping must not make a bad step look sound."""
+        seen = (self.loss_plus, self.loss_minus, self.directional_derivative)
+        return all(math.isfinite(value) for values in seen for value in values)
 
 
 def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> float:
@@ -72,7 +80,16 @@ def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> fl
     losses = [
         loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)
     ]
-    return math.fsum(losses) / len(losses)
+    return exact_sum(losses) / len(losses)
+
+
+def exact_sum(values: Iterable[float]) -> float:
+    """The exact sum, rounded once; NaN or infinite where a value is."""
+    kept = list(values)
+    try:
+        return math.fsum(kept)
+    except (ValueError, OverflowError):  # infinities of both signs, or a sum beyond float64
+        return sum(kept)
 
 
 def no_reduce(values: Sequence[float]) -> list[float]:
@@ -89,108 +106,97 @@ def clip_directional_derivative(d: float, clip_threshold: float | None) -> float
     return max(-clip_threshold, min(clip_threshold, d))
 
 
-def estimate(
+def probe(
     objective: Objective[Batch],
-    micro_batches: Sequence[Batch],
+    batch: StepBatch[Batch],
     parametrization: Parametrization,
-    directions: Sequence[Direction],
-    *,
-    eps: float,
-    estimator: Estimator = "antithetic",
-    per_example: bool = False,
-    probes_per_forward: int | None = None,
-    clip_threshold: float | None = None,
-    normalize: bool = False,
-    first_example: int = 0,
-    examples: int | None = None,
+    probing: Probing,
+    step: int,
     sum_over_ranks: SumOverRanks = no_reduce,
 ) -> Estimate:
-    """Two forward passes of the batch per direction, or one with `leave_one_out`; shared by all
-    examples, or each along its own.
+    """Estimate the derivatives of a step along the directions that follow from (seed, step)."""
+    count = probing.num_directions * (batch.whole if probing.per_example else 1)
+    directions = directions_of_step(
+        probing.seed, step, count, probing.distribution, batch.patch_groups
+    )
+    return estimate(objective, batch, parametrization, directions, probing, sum_over_ranks)
 
-    The mean of d_i z_i over B examples with directions of their own has up to 1/B of the variance
-    that one shared direction leaves, for the same two forwards. It needs numbers that are factors
-    of inputs and outputs (`scales_activations`); those can also run several probes in one forward
-    of so many copies of the batch, which reads and dequantizes the weights once. Where directions
-    have regions, the numbers of pointwise layers are probed once more by each region of each
-    example, against that region's loss (`core.grouped`). The scales are bit for bit what they were,
+
+def estimate(
+    objective: Objective[Batch],
+    batch: StepBatch[Batch],
+    parametrization: Parametrization,
+    directions: Sequence[Direction],
+    probing: Probing,
+    sum_over_ranks: SumOverRanks = no_reduce,
+) -> Estimate:
+    """Estimate the directional derivatives of the mean loss by forward passes alone.
+
+    Antithetic probing makes two forward passes of the batch for each direction, leave-one-out
+    makes one. All examples share the directions, or each example has its own (`per_example`): the
+    mean of d_i z_i over B examples has as little as 1/B of the variance of one shared direction.
+    Where directions have patch groups, token-wise layers are probed for each patch group of each
+    example against that group's loss (`core.grouped`). The scales stay bit for bit as they were,
     also when `objective` raises.
 
     Args:
-        objective: one loss per example of a micro-batch.
-        micro_batches: this process's part of the batch, in parts that fit into memory.
-        parametrization: the trained numbers.
-        directions: where to probe: shared by all examples, or `directions[i]` for example i of the
-            whole batch over all processes; where examples have several, all of them have their
-            first, and then all their next.
-        eps: ε, the radius of the probe, in the parametrization's units.
-        copies: the most probes of a micro-batch in one forward, where the numbers and the batch
-            allow several; None is all.
-        clip_threshold: C of DDC, None for no clipping.
-        normalize: divide the derivatives by their spread; a step of one direction would keep
-            nothing but its sign.
-        first_example: where this process's micro-batches begin in the whole batch.
-        examples: of the whole batch, for `per_example`; None is as many as directions.
-        sum_over_ranks: exchanges a count and one or two sums per direction, once a step.
+        objective: one loss for each example of a micro-batch.
+        parametrization: what is trained; `per_example` needs one that `scales_activations`.
+        directions: shared by all examples; or `directions[i]` for example i of the whole batch,
+            the first direction of all examples before the second of any.
+        probing: its seed, num_directions and distribution are not read here.
+        sum_over_ranks: exchanges a count and one or two sums for each direction, once.
 
     Raises:
-        ValueError: `per_example` with numbers that have no gains, or an objective that gives one
-            loss for a whole batch; regions without `per_example`; `leave_one_out` of a single
+        ValueError: `per_example` without `scales_activations`, or with an objective that gives one
+            loss for a whole batch; patch groups without `per_example`; leave-one-out of a single
             direction.
     """
-    if per_example and not parametrization.scales_activations:
+    alike = batch.whole if probing.per_example else 1  # directions that are not compared
+    _check(parametrization, directions, probing, alike)
+    probes = Probes(objective, parametrization, probing.radii, probing.probes_per_forward)
+    if probing.per_example:
+        at_radii = _of_each_example(probes, batch, directions, sum_over_ranks)
+    else:
+        at_radii = _of_shared_directions(probes, batch.micro_batches, directions, sum_over_ranks)
+    plus = at_radii[0]
+    if probing.estimator == "antithetic":
+        minus, independent = at_radii[1], float(len(plus))
+    else:
+        minus = _mean_of_others(plus, alike * directions[0].patch_groups)
+        independent = (1 - alike / len(directions)) * len(plus)
+    return _from_losses(directions, plus, minus, probing, independent)
+
+
+def _check(
+    parametrization: Parametrization, directions: Sequence[Direction], probing: Probing, alike: int
+) -> None:
+    """Raises ValueError for directions that can't be probed so."""
+    if probing.per_example and not parametrization.scales_activations:
         raise ValueError(
-            "these numbers have no factors, which alone can give every example its own direction; "
-            "use rows or layers"
+            "this parametrization does not scale activations, without which examples can't have "
+            "directions of their own; use rows or layers"
         )
-    patch_groups, alike = (
-        directions[0].patch_groups,
-        (examples or len(directions)) if per_example else 1,
-    )
-    if estimator == "leave_one_out" and len(directions) < 2 * alike:
+    if probing.estimator == "leave_one_out" and len(directions) < 2 * alike:
         raise ValueError(
-            "leave_one_out sets a direction against others of the same examples: it needs two or "
+            "leave_one_out compares the directions of an example with each other: it needs two or "
             "more of them"
         )
-    if patch_groups > 1 and not per_example:
-        raise ValueError("regions have directions of their own only where examples have")
-    probes = Probes(
-        objective,
-        parametrization,
-        (eps, -eps) if estimator == "antithetic" else (eps,),
-        probes_per_forward,
-    )
-    if per_example:
-        at_radii = _of_each_example(
-            probes, micro_batches, directions, first_example, alike, sum_over_ranks
-        )
-    else:
-        at_radii = _of_shared_directions(probes, micro_batches, directions, sum_over_ranks)
-    plus = at_radii[0]
-    minus = (
-        at_radii[1] if estimator == "antithetic" else _mean_of_others(plus, alike * patch_groups)
-    )
-    distance, counted = (
-        (2 * eps, 1.0) if estimator == "antithetic" else (eps, 1 - alike / len(directions))
-    )
-    return _from_losses(
-        directions, plus, minus, distance, clip_threshold, normalize, counted * len(plus)
-    )
+    if directions[0].patch_groups > 1 and not probing.per_example:
+        raise ValueError("patch groups have directions of their own only where examples have")
 
 
 def _of_each_example(
     probes: Probes[Batch],
-    micro_batches: Sequence[Batch],
+    batch: StepBatch[Batch],
     directions: Sequence[Direction],
-    first_example: int,
-    examples: int,
     sum_over_ranks: SumOverRanks,
 ) -> list[list[float]]:
-    """For each radius the loss of each region of each direction."""
-    patch_groups = directions[0].patch_groups
+    """Losses [radius][direction and patch group], where each example has its own directions."""
+    patch_groups, examples = directions[0].patch_groups, batch.whole
     found = [[0.0] * (len(directions) * patch_groups) for _ in probes.radii]
-    start = first_example
-    for micro_batch in micro_batches:
+    start = batch.first_example
+    for micro_batch in batch.micro_batches:
         size = len(micro_batch)  # type: ignore[arg-type]
         places = range(start, len(directions), examples)
         probed = probes.losses(micro_batch, [directions[at : at + size] for at in places])
@@ -198,7 +204,7 @@ def _of_each_example(
             for at, losses in zip(places, at_radius, strict=True):
                 if len(losses) != size * patch_groups:
                     raise ValueError(
-                        f"{len(losses)} losses for {size} examples of {patch_groups} regions: "
+                        f"{len(losses)} losses for {size} examples of {patch_groups} patch groups: "
                         "per_example needs one loss for each"
                     )
                 of_radius[at * patch_groups : (at + size) * patch_groups] = losses
@@ -214,14 +220,14 @@ def _of_shared_directions(
     directions: Sequence[Direction],
     sum_over_ranks: SumOverRanks,
 ) -> list[list[float]]:
-    """For each radius the mean loss along each direction."""
+    """Mean losses [radius][direction] over the batch of all processes."""
     parts = [
         probes.losses(micro_batch, [[direction] for direction in directions])
         for micro_batch in micro_batches
     ]
     count = sum(len(part[0][0]) for part in parts)
     sums = [
-        math.fsum(loss for part in parts for loss in part[radius][index])
+        exact_sum(loss for part in parts for loss in part[radius][index])
         for radius in range(len(probes.radii))
         for index in range(len(directions))
     ]
@@ -231,41 +237,41 @@ def _of_shared_directions(
 
 
 def _mean_of_others(losses: Sequence[float], stride: int) -> list[float]:
-    """Beside each loss the mean of those that lie whole multiples of `apart` from it."""
-    sums = [math.fsum(losses[place::stride]) for place in range(stride)]
+    """For each loss the mean of the others that lie whole multiples of `stride` from it."""
+    sums = [exact_sum(losses[place::stride]) for place in range(stride)]
     others = len(losses) // stride - 1
     return [(sums[index % stride] - loss) / others for index, loss in enumerate(losses)]
 
 
 def over_patch_groups(values: Sequence[float], patch_groups: int) -> list[float]:
-    """The mean over the regions of each direction."""
+    """The mean over the patch groups of each direction."""
     return [
-        math.fsum(values[i : i + patch_groups]) / patch_groups
+        exact_sum(values[i : i + patch_groups]) / patch_groups
         for i in range(0, len(values), patch_groups)
     ]
 
 
 def rms(derivatives: Sequence[float], patch_groups: int = 1) -> float:
-    """√(mean d²) over directions; d of a direction is the mean over its regions."""
+    """√(mean d²) over directions; d of a direction is the mean over its patch groups."""
     of_direction = over_patch_groups(derivatives, patch_groups)
-    return math.sqrt(math.fsum(d * d for d in of_direction) / len(of_direction))
+    return math.sqrt(exact_sum(d * d for d in of_direction) / len(of_direction))
 
 
 def _from_losses(
     directions: Sequence[Direction],
     plus: list[float],
     minus: list[float],
-    distance: float,
-    clip_threshold: float | None,
-    normalize: bool,
+    probing: Probing,
     independent: float,
 ) -> Estimate:
+    """Differences of losses, divided by their distance, clipped and normalised."""
+    distance = 2 * probing.eps if probing.estimator == "antithetic" else probing.eps
     derivatives = [(p - m) / distance for p, m in zip(plus, minus, strict=True)]
-    projected = [clip_directional_derivative(d, clip_threshold) for d in derivatives]
+    projected = [clip_directional_derivative(d, probing.clip_threshold) for d in derivatives]
     clipped = tuple(
         math.isfinite(d) and d != g for d, g in zip(derivatives, projected, strict=True)
     )
-    if normalize:
+    if probing.normalize:
         unit = rms(projected, directions[0].patch_groups) or 1.0  # all zero: they stay so
         projected = [g / unit for g in projected]
     return Estimate(

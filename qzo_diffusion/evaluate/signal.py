@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.grouped import Grouped
-from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.oracle import DifferentiableHandle, alignment, exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Batch, Objective
-from qzo_diffusion.core.spsa import Estimate, Estimator, estimate
+from qzo_diffusion.core.probing import Probing, StepBatch
+from qzo_diffusion.core.spsa import Estimate, probe
 from qzo_diffusion.evaluate import intervals
 
 DIRECTIONS = 24
@@ -37,20 +37,19 @@ def two_seeds(
     first: Sequence[Batch],
     second: Sequence[Batch],
     theta: Parametrization,
-    *,
-    eps: float,
-    seed: int,
+    probing: Probing,
     count: int,
 ) -> dict[str, Any]:
-    """Slopes along the same directions on two independent batches (in micro-batches), and how far
-    they agree.
+    """How far slopes along the same `count` directions agree on two independent batches, given in
+    micro-batches.
     """
+    plain = Probing(probing.seed, probing.eps)
     slopes = []
-    for batch in (first, second):
+    for micro_batches in (first, second):
         found: list[float] = []
         for index in tqdm(range(count), desc="slopes of two seeds", leave=False):
-            direction = directions_of_step(seed, index, 1, "rademacher")
-            found += estimate(objective, batch, theta, direction, eps=eps).directional_derivative
+            one = probe(objective, StepBatch(micro_batches), theta, plain, index)
+            found += one.directional_derivative
         slopes.append(np.array(found))
     return agreement(*slopes)
 
@@ -76,42 +75,12 @@ def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, An
     }
 
 
-def as_the_run_does(
-    objective: Objective[Batch],
-    micro_batches: Sequence[Batch],
-    theta: Parametrization,
-    *,
-    eps: float,
-    estimator: Estimator,
-    per_example: bool,
-    num_directions: int,
-    patch_groups: int,
-    normalize: bool,
-    seed: int,
+def estimates_of(
+    objective: Objective[Batch], batch: StepBatch[Batch], theta: Parametrization, probing: Probing
 ) -> list[Estimate]:
-    """Some estimates of one batch, each along directions of its own, made as a step of the run
-    makes them.
-    """
-    examples = sum(map(len, micro_batches)) if per_example else None  # type: ignore[arg-type]
-    found = []
-    for repeat in range(REPEATS):
-        count = num_directions * (examples or 1)
-        directions = directions_of_step(
-            seed, DIRECTIONS + repeat, count, "rademacher", patch_groups
-        )
-        probed = estimate(
-            objective,
-            micro_batches,
-            theta,
-            directions,
-            eps=eps,
-            estimator=estimator,
-            per_example=per_example,
-            normalize=normalize,
-            examples=examples,
-        )
-        found.append(probed)
-    return found
+    """Some estimates of one batch along other directions, each made as a step of the run is."""
+    steps = range(DIRECTIONS, DIRECTIONS + REPEATS)
+    return [probe(objective, batch, theta, probing, step) for step in steps]
 
 
 def exact_cosine(

@@ -11,9 +11,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
@@ -65,7 +63,7 @@ class KeptHidden:
         hidden = torch.zeros(len(rows), max(map(len, rows)), self._width, dtype=self._dtype)
         for states, row in zip(hidden, rows, strict=True):
             # the states of a row's tokens are one run of bytes
-            self._read(self._place[row], states[: len(row)].view(torch.uint8).numpy())
+            self._read(self._place[row], states[: len(row)])
         return hidden.to(self._lm.device)
 
     def _add(self, group: int) -> None:
@@ -99,8 +97,8 @@ class KeptHidden:
         while rest:
             rest = rest[self._file.write(rest) :]
 
-    def _read(self, place: int, target: NDArray[np.uint8]) -> None:
-        rest = target.reshape(-1).data
+    def _read(self, place: int, into: Tensor) -> None:
+        rest = into.view(torch.uint8).numpy().ravel().data
         self._file.seek(place)
         while rest:  # one read may give less than is asked for
             count = self._file.readinto(rest)

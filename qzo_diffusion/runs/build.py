@@ -16,10 +16,11 @@ from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.journal import MOST_SCALARS
-from qzo_diffusion.core.optimizer import Optimizer, Schedule, make_optimizer, make_schedule
+from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
@@ -37,8 +38,8 @@ from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs.loading import Source, load_quantized
-from qzo_diffusion.train.first_order import ExactAdam, first_order_step
-from qzo_diffusion.train.loop import Probing, TakeStep
+from qzo_diffusion.train.first_order import first_order_step
+from qzo_diffusion.train.loop import TakeStep
 
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
@@ -497,13 +498,13 @@ def optimizer(config: RunConfig) -> Optimizer:
     return make_optimizer(train.optimizer, in_running_spreads=config.qzo.normalize == "running")
 
 
-def first_order(model: nn.Module) -> tuple[ExactAdam, TakeStep]:
+def first_order(model: nn.Module) -> tuple[Adam, TakeStep]:
     """Adam along the exact gradient of the trained scales: what zeroth order is compared with."""
 
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
         return exact_gradient(objective, micro_batches, theta, handles_of(model))
 
-    return ExactAdam(), first_order_step(gradient)
+    return Adam(), first_order_step(gradient)
 
 
 def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:

@@ -16,15 +16,22 @@ from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.core.probes import Objective
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.ending import in_words
-from qzo_diffusion.train.checkpoint import drop_old, entry_of, save_checkpoint
+from qzo_diffusion.train.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    drop_old,
+    entry_of,
+    save_checkpoint,
+)
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.loop import Outcome, StepBatch, StepRecord, TakeStep
+from qzo_diffusion.train.loop import Outcome, StepRecord, TakeStep
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
@@ -144,20 +151,18 @@ class Trainer:
             self.callbacks.show(step)
 
     def checkpoint(self, step: int) -> None:
-        folder = self.out.path / "checkpoints"
-        if (folder / f"step_{step:06d}").exists():
-            drop_old(folder, self.config.train.keep_checkpoints)  # a kill may have come in between
+        folder = checkpoint_folder(self.out.path / "checkpoints", step)
+        if folder.exists():  # a kill may have come in between
+            drop_old(folder.parent, self.config.train.keep_checkpoints)
             return
         if self.journal is not None:
             self.journal.sync()
+        chain = "" if self.journal is None else self.journal.chain
         save_checkpoint(
-            folder,
+            Checkpoint(folder, step, chain, self.validation.get(step)),
             self.components.theta,
             self.components.optimizer,
-            step=step,
-            chain="" if self.journal is None else self.journal.chain,
             metadata=self.metadata | {"qzo.steps": str(step)},
-            validation_loss=self.validation.get(step),
             keep=self.config.train.keep_checkpoints,
         )
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Batch, Objective, sample_losses
-from qzo_diffusion.core.spsa import SumOverRanks, no_reduce, over_patch_groups, rms
-from qzo_diffusion.train.loop import Probing, StepBatch, probe
+from qzo_diffusion.core.probing import Probing, StepBatch
+from qzo_diffusion.core.spsa import SumOverRanks, no_reduce, over_patch_groups, probe, rms
 
 # at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
 EXAMPLES = 16

@@ -41,24 +41,30 @@ class Checkpoint:
     folder: Path
     step: int
     chain: str
-    validation_loss: float | None
+    validation_loss: float | None = None
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps is."""
+    return checkpoints / f"step_{step:06d}"
 
 
 def save_checkpoint(
-    checkpoints: Path,
+    checkpoint: Checkpoint,
     theta: Parametrization,
     optimizer: Stateful,
     *,
-    step: int,
-    chain: str,
     metadata: Mapping[str, str],
-    validation_loss: float | None = None,
     keep: int = 3,
 ) -> Path:
-    """Write `step_NNNNNN/`, then drop all but the last `keep` and the one with the lowest
+    """Write `checkpoint.folder`, then drop all but the last `keep` and the one with the lowest
     validation loss.
     """
-    state = {"step": step, "chain": chain, "validation_loss": validation_loss}
+    state = {
+        "step": checkpoint.step,
+        "chain": checkpoint.chain,
+        "validation_loss": checkpoint.validation_loss,
+    }
 
     def write(folder: Path) -> None:
         save_tensors(folder / NUMBERS, theta.state())
@@ -66,8 +72,8 @@ def save_checkpoint(
         save_tensors(folder / SCALES, tuned_scales(theta), metadata)
         write_whole(folder / STATE, json.dumps(state).encode())
 
-    path = write_folder(checkpoints / f"step_{step:06d}", write)
-    drop_old(checkpoints, keep)
+    path = write_folder(checkpoint.folder, write)
+    drop_old(checkpoint.folder.parent, keep)
     return path
 
 
@@ -181,9 +187,8 @@ def load_checkpoint_(checkpoint: Checkpoint, theta: Parametrization, optimizer: 
 
 def entry_of(record: StepRecord, seed: int) -> StepEntry:
     """What the journal keeps of a step's record."""
-    return StepEntry(
-        record.step, seed, record.lr, record.eps, record.loss, record.applied, record.skipped
-    )
+    applied = record.estimate.projected_grad
+    return StepEntry(record.step, seed, record.lr, record.eps, record.loss, applied, record.skipped)
 
 
 def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:

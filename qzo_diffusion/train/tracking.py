@@ -156,9 +156,8 @@ class Tracker:
             )
             self._curves.add("train/loss", record.loss, record.step)
             self._curves.add("train/lr", record.lr, record.step)
-            self._curves.add(
-                "train/directional_derivative", _first(record.directional_derivative), record.step
-            )
+            derivative = record.directional_derivative
+            self._curves.add("train/directional_derivative", derivative, record.step)
         if self._curves.problem and not self._told:
             self._told = True
             self.say(f"warning: no more curves for TensorBoard: {self._curves.problem}")
@@ -186,10 +185,6 @@ class Tracker:
         if self._skipped:
             parts.append(f"skipped {self._skipped}")
         return ", ".join(parts)
-
-
-def _first(value: float | list[float]) -> float:
-    return value[0] if isinstance(value, list) else value
 
 
 def _strict(value: Any) -> Any:

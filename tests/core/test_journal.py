@@ -21,8 +21,7 @@ from qzo_diffusion.core.journal import (
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Update, make_optimizer
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate
-from tests.quantized import inputs, scaled_network, squared_output
+from tests.quantized import estimated, inputs, scaled_network, squared_output
 
 HEADER = {"model": "tiny", "seed": 3, "directions": "rademacher"}
 
@@ -246,7 +245,7 @@ def trained(path, optimizer_name, level, directions, distribution="rademacher"):
     writer = JournalWriter.create(path, HEADER | {"directions": distribution})
     states = [copies(theta)]
     for index in range(5):
-        found = estimate(
+        found = estimated(
             squared_output(model),
             [inputs(seed=index)],
             theta,

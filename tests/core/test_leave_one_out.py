@@ -12,11 +12,11 @@ from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probes import sample_losses
-from qzo_diffusion.core.spsa import estimate, rms
+from qzo_diffusion.core.spsa import rms
 from qzo_diffusion.quant.load import handles_of
 from tests.core.test_patch_groups import EXAMPLES, REGIONS, network_of_tokens, of_regions, tokens
 from tests.core.test_per_example import exact_gradient
-from tests.quantized import assert_same, inputs, scaled_network, snapshot, squared_output
+from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot, squared_output
 
 MADE = {"eps": 1e-2, "estimator": "leave_one_out"}
 
@@ -34,7 +34,7 @@ def test_derivatives_are_those_of_the_formula(level, probes_per_forward):
         "examples": 4,
         "probes_per_forward": probes_per_forward,
     }
-    found = estimate(of_regions(model), list(x[1:3].split(1)), theta, directions, **made)
+    found = estimated(of_regions(model), list(x[1:3].split(1)), theta, directions, **made)
     for example in (1, 2):
         own = directions[example::4]
         losses = []
@@ -73,7 +73,7 @@ def test_the_mean_over_seeds_is_the_gradient(level, per_example):
     for seed in range(1000):
         directions = directions_of_step(seed, 0, 8 if per_example else 4, "rademacher")
         made = {"per_example": True, "examples": 2} if per_example else {}
-        found = estimate(
+        found = estimated(
             squared_output(model), [x], theta, directions, **MADE | {"eps": 3e-3}, **made
         )
         for name in samples:
@@ -109,7 +109,7 @@ def test_of_as_many_forwards_it_makes_more_directions(count):
         found = []
         for seed in range(600):
             directions = directions_of_step(seed, 0, directions_each, "rademacher")
-            one = estimate(
+            one = estimated(
                 squared_output(model),
                 [x],
                 theta,
@@ -144,7 +144,7 @@ def test_neither_the_loss_itself_nor_the_same_curvature_everywhere_is_seen():
             ]
         )
 
-    found = estimate(bowl, [None], theta, directions_of_step(0, 0, 4, "rademacher"), **MADE)
+    found = estimated(bowl, [None], theta, directions_of_step(0, 0, 4, "rademacher"), **MADE)
     assert found.directional_derivative == pytest.approx([0.0] * 4, abs=1e-9)
     assert found.loss > 3.0
 
@@ -154,7 +154,7 @@ def test_shared_directions_are_set_against_each_other_over_the_whole_batch(level
     model, scales = scaled_network(dtype=torch.float64)
     theta = parametrize(scales, level)
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 3, "rademacher")
-    found = estimate(squared_output(model), list(x.split(2)), theta, directions, **MADE)
+    found = estimated(squared_output(model), list(x.split(2)), theta, directions, **MADE)
     losses = []
     for direction in directions:
         with scales.override(theta.perturbed(direction, 1e-2)):
@@ -169,10 +169,10 @@ def test_ranks_that_share_a_batch_find_what_one_does():
     model, x = found[0], tokens()
     directions = directions_of_step(0, 0, 4 * EXAMPLES, "rademacher", REGIONS)
     made = MADE | {"per_example": True, "examples": EXAMPLES, "normalize": True}
-    whole = estimate(of_regions(model), [x], theta, directions, **made)
+    whole = estimated(of_regions(model), [x], theta, directions, **made)
     sent = []
     for start, stop in ((0, 1), (1, 3)):
-        estimate(
+        estimated(
             of_regions(model),
             [x[start:stop]],
             theta,
@@ -184,7 +184,7 @@ def test_ranks_that_share_a_batch_find_what_one_does():
     # one loss for each: half of what both sides send
     assert len(sent[0]) == len(directions) * REGIONS
     added = [a + b for a, b in zip(*sent, strict=True)]
-    shared = estimate(
+    shared = estimated(
         of_regions(model), [x[:1]], theta, directions, sum_over_ranks=lambda _: added, **made
     )
     assert shared.projected_grad == pytest.approx(whole.projected_grad, rel=1e-9)
@@ -205,7 +205,7 @@ def test_one_bad_probe_spoils_the_step_and_clipping_bounds_it():
     def of(*values):
         losses = iter(torch.tensor([value]) for value in values)
         directions = directions_of_step(0, 0, len(values), "rademacher")
-        return estimate(
+        return estimated(
             lambda _: next(losses),
             [None],
             parametrize(scales, "layer"),
@@ -228,7 +228,7 @@ def test_a_direction_needs_others():
         (5, {"per_example": True, "examples": 3}),
     ):
         with pytest.raises(ValueError, match="leave_one_out"):
-            estimate(
+            estimated(
                 squared_output(model),
                 [inputs(3)],
                 theta,
@@ -250,7 +250,7 @@ def test_scales_are_what_they_were_when_the_objective_raises(level):
         return squared_output(model)(x)
 
     with pytest.raises(KeyboardInterrupt):
-        estimate(
+        estimated(
             failing,
             [inputs(2)],
             theta,
@@ -268,7 +268,7 @@ def test_the_cosine_with_the_gradient_is_that_of_one_direction_less():
     exact = oracle.exact_gradient(squared_output(model), [x], theta, handles_of(model))
     for seed in range(300):
         directions = directions_of_step(seed, 0, 8, "rademacher")
-        one = estimate(
+        one = estimated(
             squared_output(model),
             [x],
             theta,

@@ -18,8 +18,8 @@ from qzo_diffusion.core.optimizer import (
     make_schedule,
 )
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate, mean_loss
-from tests.quantized import inputs, scaled_network, squared_output
+from qzo_diffusion.core.spsa import mean_loss
+from tests.quantized import estimated, inputs, scaled_network, squared_output
 
 
 def known_update(
@@ -129,7 +129,7 @@ def test_the_loss_falls(name, level):
     objective, x = squared_output(model), inputs(16)
     start = mean_loss(objective, [x])
     for step in range(60):
-        result = estimate(objective, [x], theta, [Direction(0, step)], eps=1e-2)
+        result = estimated(objective, [x], theta, [Direction(0, step)], eps=1e-2)
         optimizer.step_(
             theta,
             Update(result.directions, result.projected_grad, lr=0.02 if name == "adam" else 0.1),

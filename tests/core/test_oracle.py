@@ -6,9 +6,9 @@ import torch
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.oracle import alignment, exact_gradient
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate, mean_loss
+from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.quant.load import handles_of
-from tests.quantized import assert_same, inputs, scaled_network, snapshot, squared_output
+from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot, squared_output
 
 LEVELS = ["dense", "row", "column", "layer", "separable"]
 
@@ -78,7 +78,7 @@ def test_the_cosine_of_an_estimate_is_what_its_directions_allow():
     exact = exact_gradient(objective, [x], theta, handles_of(model))
     cosines = []
     for seed in range(40):
-        found = estimate(
+        found = estimated(
             objective, [x], theta, directions_of_step(seed, 0, 16, "rademacher"), eps=1e-3
         )
         one = alignment(theta, found, exact)

@@ -11,9 +11,9 @@ from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate, rms
+from qzo_diffusion.core.spsa import rms
 from qzo_diffusion.quant.load import handles_of
-from tests.quantized import assert_same, inputs, scaled_network, snapshot
+from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot
 
 EXAMPLES, TOKENS, REGIONS = 3, 8, 4
 LEVELS = ["row", "column", "separable", "layer"]
@@ -84,7 +84,7 @@ def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(token_wise
     drawn = {name: [] for name in exact}
     for seed in range(count):
         directions = directions_of_step(seed, 0, 4, "rademacher", REGIONS)
-        found = estimate(
+        found = estimated(
             of_regions(model), list(x.split(3)), theta, directions, eps=1e-3, per_example=True
         )
         for name, kept in drawn.items():
@@ -101,7 +101,7 @@ def test_it_has_less_variance_than_a_direction_for_each_example():
     for seed in range(60):
         for kept, patch_groups in ((of_one, 1), (of_many, REGIONS)):
             directions = directions_of_step(seed, 0, 4, "rademacher", patch_groups)
-            found = estimate(
+            found = estimated(
                 of_regions(model, patch_groups), [x], theta, directions, eps=1e-3, per_example=True
             )
             kept.append(
@@ -118,7 +118,7 @@ def test_both_signs_in_one_forward_are_what_two_forwards_give():
     model, _, theta = network_of_tokens("separable", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     together, apart = (
-        estimate(
+        estimated(
             of_regions(model),
             [x],
             theta,
@@ -149,8 +149,8 @@ def test_whole_numbers_move_by_what_all_regions_say_together():
 def test_one_region_is_the_estimate_without_regions_on_whole_numbers():
     model, _, theta = network_of_tokens("row", ())
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher")
-    found = estimate(of_regions(model, 1), [x], theta, directions, eps=1e-2, per_example=True)
-    same = estimate(
+    found = estimated(of_regions(model, 1), [x], theta, directions, eps=1e-2, per_example=True)
+    same = estimated(
         lambda x: model(x).square().mean((1, 2)),
         [x],
         theta,
@@ -165,7 +165,7 @@ def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
     model, _, theta = network_of_tokens("row", ("2",))
     x, directions = tokens(), directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
     plain, normal = (
-        estimate(
+        estimated(
             of_regions(model),
             [x],
             theta,
@@ -187,7 +187,7 @@ def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
 def test_no_slope_at_all_moves_nothing_and_stays_finite():
     _, _, theta = network_of_tokens("row", ("2",))
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
-    flat = estimate(
+    flat = estimated(
         lambda x: torch.ones(len(x), REGIONS),
         [tokens()],
         theta,
@@ -211,7 +211,7 @@ def test_nothing_changes_whatever_happens(error):
         raise error
 
     with pytest.raises(type(error)):
-        estimate(
+        estimated(
             broken,
             [x],
             theta,
@@ -232,9 +232,9 @@ def test_what_does_not_fit_is_refused():
     ):
         model(tokens())
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)
-    with pytest.raises(ValueError, match="3 losses for 3 examples of 4 regions"):
-        estimate(of_regions(model, 1), [tokens()], theta, directions, eps=1e-2, per_example=True)
+    with pytest.raises(ValueError, match="3 losses for 3 examples of 4 patch groups"):
+        estimated(of_regions(model, 1), [tokens()], theta, directions, eps=1e-2, per_example=True)
     with pytest.raises(ValueError, match="only where examples have"):
-        estimate(of_regions(model), [tokens()], theta, directions[:1], eps=1e-2)
+        estimated(of_regions(model), [tokens()], theta, directions[:1], eps=1e-2)
     with pytest.raises(ValueError, match="not 4 patch groups"):
         theta.perturbed(directions[0], 0.01)(["0"])

@@ -16,8 +16,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate
-from tests.quantized import assert_same, inputs, scaled_network, snapshot, squared_output
+from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot, squared_output
 
 GAINED = ["row", "layer", "column", "separable"]
 
@@ -52,11 +51,11 @@ def test_derivatives_are_those_of_the_examples_one_at_a_time(level):
     model, scales = scaled_network(dtype=torch.float64)
     theta = parametrize(scales, level)
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
-    found = estimate(
+    found = estimated(
         squared_output(model), list(x.split(2)), theta, directions, eps=1e-2, per_example=True
     )
     for index, direction in enumerate(directions):
-        single = estimate(
+        single = estimated(
             squared_output(model), [x[index : index + 1]], theta, [direction], eps=1e-2
         )
         assert found.directional_derivative[index] == pytest.approx(
@@ -77,11 +76,11 @@ def test_several_directions_of_each_example_are_as_many_estimates(probes_per_for
         "examples": 6,
         "probes_per_forward": probes_per_forward,
     }
-    found = estimate(squared_output(model), list(x.split(2)), theta, directions, **made)
+    found = estimated(squared_output(model), list(x.split(2)), theta, directions, **made)
     assert len(found.directional_derivative) == 12
     for index, direction in enumerate(directions):
         if 2 <= index % 6 < 5:
-            single = estimate(
+            single = estimated(
                 squared_output(model),
                 [x[index % 6 - 2 : index % 6 - 1]],
                 theta,
@@ -105,7 +104,7 @@ def test_two_directions_have_half_the_variance_of_one():
         found = []
         for seed in range(400):
             directions = directions_of_step(seed, 0, 4 * each, "rademacher")
-            one = estimate(
+            one = estimated(
                 squared_output(model),
                 [x],
                 theta,
@@ -131,7 +130,7 @@ def test_the_mean_over_seeds_is_the_gradient(level):
     samples = {axis: [] for axis in theta.theta}
     for seed in range(600):
         directions = directions_of_step(seed, 0, 8, "rademacher")
-        found = estimate(squared_output(model), [x], theta, directions, eps=1e-3, per_example=True)
+        found = estimated(squared_output(model), [x], theta, directions, eps=1e-3, per_example=True)
         update = Update(directions, found.directional_derivative, lr=1.0)
         for axis in samples:
             samples[axis].append(gradient_of(theta, update, axis))
@@ -169,7 +168,7 @@ def test_it_has_less_variance_than_one_shared_direction():
     for seed in range(60):
         for kept, count in ((shared, 1), (own, 16)):
             directions = directions_of_step(seed, 0, count, "rademacher")
-            found = estimate(
+            found = estimated(
                 squared_output(model), [x], theta, directions, eps=1e-3, per_example=count > 1
             )
             kept.append(
@@ -191,7 +190,7 @@ def test_nothing_changes_and_no_factor_stays(error):
         raise error
 
     with pytest.raises(type(error)):
-        estimate(
+        estimated(
             broken,
             [inputs()],
             theta,
@@ -252,7 +251,7 @@ def test_both_signs_in_one_forward_are_what_two_forwards_give(level):
     x, directions = inputs(5, dtype=torch.float64), directions_of_step(0, 0, 5, "rademacher")
     for per_example, chosen in ((True, directions), (False, directions[:2])):
         together, apart = (
-            estimate(
+            estimated(
                 squared_output(model),
                 list(x.split(2)),
                 theta,
@@ -275,7 +274,7 @@ def test_a_batch_that_can_not_be_repeated_is_run_twice():
         calls.append(len(batch["x"]))
         return squared_output(model)(batch["x"])
 
-    found = estimate(
+    found = estimated(
         objective, [{"x": inputs(4)}], parametrize(scales, "row"), [Direction(0, 0)], eps=1e-2
     )
     assert calls == [4, 4]
@@ -286,7 +285,7 @@ def test_one_loss_for_a_whole_batch_is_probed_by_two_forwards():
     model, scales = scaled_network(dtype=torch.float64)
     x, direction = inputs(dtype=torch.float64), Direction(0, 0)
     found = [
-        estimate(
+        estimated(
             objective, [x], parametrize(scales, "row"), [direction], eps=1e-2
         ).directional_derivative[0]
         for objective in (squared_output(model), lambda batch: squared_output(model)(batch).mean())
@@ -298,7 +297,7 @@ def test_examples_with_directions_of_their_own_need_a_loss_each():
     model, scales = scaled_network()
     directions = directions_of_step(0, 0, 6, "rademacher")
     with pytest.raises(ValueError, match="1 losses for 6 examples"):
-        estimate(
+        estimated(
             lambda x: model(x).mean(),
             [inputs()],
             parametrize(scales, "row"),

@@ -14,10 +14,9 @@ from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Sgd, Update
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback, Move, stochastic_round
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import estimate
 from qzo_diffusion.quant.intgrid import CodesHandle, Int8Grid, IntGridLinear
 from qzo_diffusion.quant.load import find_codes
-from tests.quantized import assert_same, inputs, network, snapshot, squared_output
+from tests.quantized import assert_same, estimated, inputs, network, snapshot, squared_output
 
 KINDS = ["int8", "int4", "fp8"]
 
@@ -94,7 +93,8 @@ def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
     found = []
     for seed in range(4000):
         direction = Direction(seed, 0, 0, distribution)
-        mu = estimate(loss, [torch.zeros(1)], theta, [direction], eps=0.6).directional_derivative[0]
+        one = estimated(loss, [torch.zeros(1)], theta, [direction], eps=0.6)
+        mu = one.directional_derivative[0]
         found.append(mu * theta.combined("w", [direction], [1.0])[0].double())
     assert within(torch.stack(found), (curvature * (torch.tensor(start) - goal)).double())
 
@@ -262,7 +262,7 @@ def test_what_codes_cannot_do_is_refused():
         theta.probes([Direction(0, 0)], [1.0, -1.0])
     with pytest.raises(ValueError, match="integer codes"):
         ErrorFeedback().step_(object(), update)
-    with pytest.raises(ValueError, match="no factors"):
-        estimate(
+    with pytest.raises(ValueError, match="does not scale activations"):
+        estimated(
             squared_output(model), [inputs()], theta, [Direction(0, 0)], eps=1.0, per_example=True
         )

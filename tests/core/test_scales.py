@@ -10,8 +10,15 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import estimate
-from tests.quantized import BACKENDS, assert_same, inputs, scaled_network, snapshot, squared_output
+from tests.quantized import (
+    BACKENDS,
+    assert_same,
+    estimated,
+    inputs,
+    scaled_network,
+    snapshot,
+    squared_output,
+)
 
 LEVELS = [
     ("dense", "absolute"),
@@ -27,7 +34,7 @@ def test_estimates_leave_everything_bit_for_bit(backend, quant_type, blocksize, 
     before = snapshot(model, scales)
     plain = model(inputs())
     for step in range(20):
-        estimate(squared_output(model), [inputs()], theta, [Direction(0, step)], eps=1e-2)
+        estimated(squared_output(model), [inputs()], theta, [Direction(0, step)], eps=1e-2)
     assert_same(before, snapshot(model, scales))
     assert torch.equal(plain, model(inputs()))
 
@@ -70,7 +77,7 @@ def test_an_exception_inside_a_forward_puts_everything_back(error, backend, leve
     original = layer.forward
     wrapped.arm(layer, scales, "2", seen)
     with pytest.raises(type(error)):
-        estimate(squared_output(wrapped), [inputs()], theta, [Direction(0, 0)], eps=1e-2)
+        estimated(squared_output(wrapped), [inputs()], theta, [Direction(0, 0)], eps=1e-2)
     layer.forward = original
     # Changes that are factors of inputs and outputs leave even the running layer's scales alone.
     assert wrapped.displaced is not theta.scales_activations
@@ -116,7 +123,7 @@ def test_a_few_layers_at_a_time_give_the_same_estimate(monkeypatch, level):
         for per_example in (False, True) if theta.scales_activations else (False,):
             directions = directions_of_step(0, 0, 6 if per_example else 2, "rademacher")
             found.append(
-                estimate(
+                estimated(
                     squared_output(model),
                     [inputs()],
                     theta,

@@ -8,8 +8,8 @@ import torch
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd, Update
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import clip_directional_derivative, estimate, mean_loss
-from tests.quantized import BACKENDS, inputs, scaled_network, squared_output
+from qzo_diffusion.core.spsa import clip_directional_derivative, mean_loss
+from tests.quantized import BACKENDS, estimated, inputs, scaled_network, squared_output
 
 
 def exact_gradient(model, scales, x, units):
@@ -42,7 +42,7 @@ def test_error_of_the_derivative_is_of_second_order_in_eps(units, distribution):
     radii = [0.004, 0.008, 0.016, 0.032] if units == "relative" else [0.0005, 0.001, 0.002, 0.004]
     errors = []
     for eps in radii:
-        result = estimate(squared_output(model), [x], theta, [direction], eps=eps)
+        result = estimated(squared_output(model), [x], theta, [direction], eps=eps)
         errors.append(abs(result.directional_derivative[0] - exact))
     logs = torch.tensor(
         [[math.log(eps), math.log(error)] for eps, error in zip(radii, errors, strict=True)]
@@ -66,7 +66,7 @@ def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
     samples = {name: [] for name in theta.templates()}
     for seed in range(4000):
         direction = Direction(seed, 0)
-        d = estimate(
+        d = estimated(
             squared_output(model), [x], theta, [direction], eps=1e-3
         ).directional_derivative[0]
         for name, drawn in samples.items():
@@ -95,7 +95,7 @@ def test_nothing_asks_for_a_derivative(monkeypatch, units):
         assert not torch.is_grad_enabled()
         return squared_output(model)(x)
 
-    result = estimate(objective, [inputs()], theta, [Direction(0, 0)], eps=1e-2)
+    result = estimated(objective, [inputs()], theta, [Direction(0, 0)], eps=1e-2)
     Sgd().step_(theta, Update(result.directions, result.projected_grad, lr=1e-3))
     assert result.finite
 
@@ -124,9 +124,9 @@ def test_a_clipped_direction_is_told_and_others_are_not():
     model, scales = scaled_network()
     theta = parametrize(scales, "layer")
     directions = [Direction(0, 0, index) for index in range(4)]
-    free = estimate(squared_output(model), [inputs()], theta, directions, eps=1e-2)
+    free = estimated(squared_output(model), [inputs()], theta, directions, eps=1e-2)
     bound = sorted(map(abs, free.directional_derivative))[1]
-    result = estimate(
+    result = estimated(
         squared_output(model), [inputs()], theta, directions, eps=1e-2, clip_threshold=bound
     )
     assert sum(result.clipped) == sum(abs(d) > bound for d in free.directional_derivative) > 0
@@ -137,7 +137,7 @@ def test_a_clipped_direction_is_told_and_others_are_not():
 def test_an_infinite_probe_is_not_finite_even_when_clipped():
     _, scales = scaled_network()
     losses = iter([torch.tensor([math.inf]), torch.tensor([1.0])])
-    result = estimate(
+    result = estimated(
         lambda _: next(losses),
         [None],
         parametrize(scales, "layer"),

@@ -5,8 +5,7 @@ import torch
 
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate
-from tests.quantized import inputs, scaled_network, squared_output
+from tests.quantized import estimated, inputs, scaled_network, squared_output
 
 LEVELS = [
     ("dense", "absolute"),
@@ -39,7 +38,7 @@ def test_examples_are_probed_in_the_chosen_layers_only():
     theta = parametrize(scales, "row", trained=["2"])
     _, scaling = theta.probes([Direction(0, 0)], [0.01, -0.01])
     assert list(scaling(["0", "2"])) == ["2"]
-    found = estimate(
+    found = estimated(
         squared_output(model),
         [inputs()],
         theta,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.evaluate import signal
 from qzo_diffusion.quant.load import find_scales, handles_of, quantize_
 
@@ -57,9 +58,8 @@ def test_the_same_batch_twice_agrees_entirely(layer):
         [batch(0)],
         [batch(0)],
         theta,
-        eps=1e-2,
-        seed=3,
-        count=6,
+        Probing(3, 1e-2),
+        6,
     )
     assert found["agreement"] == 1
     assert found["signal_to_noise"] is None
@@ -76,7 +76,7 @@ def test_two_batches_of_one_loss_agree_and_of_none_do_not(layer):
         signs = torch.where(x > 0, 1.0, -1.0)
         return (layer(x.flip(1)) * signs).mean(1)
 
-    kept = {"eps": 1e-2, "seed": 3, "count": 16}
+    kept = {"probing": Probing(3, 1e-2), "count": 16}
     same = signal.two_seeds(
         lambda x: layer(x).square().mean(1), [batch(0, 64)], [batch(1, 64)], theta, **kept
     )
@@ -94,16 +94,8 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
     def loss(x):
         return layer(x).square().mean(1)
 
-    made = {
-        "eps": 1e-3,
-        "estimator": "antithetic",
-        "per_example": False,
-        "num_directions": 64,
-        "patch_groups": 1,
-        "normalize": False,
-        "seed": 0,
-    }
-    estimates = signal.as_the_run_does(loss, [batch(0)], theta, **made)
+    probing = Probing(0, 1e-3, num_directions=64)
+    estimates = signal.estimates_of(loss, StepBatch([batch(0)]), theta, probing)
     found = signal.exact_cosine(loss, [batch(0)], theta, handles_of(layer), estimates)
     assert (found["numbers"], found["derivatives"]) == (64, 64)
     assert found["expected"] == pytest.approx(math.sqrt(0.5))
@@ -113,18 +105,9 @@ def test_the_cosine_with_the_exact_gradient_is_what_directions_leave(layer):
 def test_a_step_is_as_large_as_its_rate_and_slopes_make_it(layer):
     """Along one direction each number moves by lr · |d|."""
     theta = parametrize(find_scales(layer), "row")
-    made = {
-        "eps": 1e-3,
-        "estimator": "antithetic",
-        "per_example": False,
-        "num_directions": 1,
-        "patch_groups": 1,
-        "normalize": False,
-        "seed": 0,
-    }
-    first = signal.as_the_run_does(lambda x: layer(x).square().mean(1), [batch(0)], theta, **made)[
-        0
-    ]
+    first, *_ = signal.estimates_of(
+        lambda x: layer(x).square().mean(1), StepBatch([batch(0)]), theta, Probing(0, 1e-3)
+    )
     (row,) = signal.step_sizes(theta, first, lr=0.5)
     assert row == {
         "group": "row",

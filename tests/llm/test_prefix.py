@@ -22,6 +22,7 @@ from transformers import (
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import estimate
 from qzo_diffusion.llm.data_files import Row
 from qzo_diffusion.llm.kept_hidden import KeptHidden
@@ -182,11 +183,10 @@ def estimated(lm, theta, batch):
     with counted(lm) as rows:
         found = estimate(
             lambda part: task_loss(lm, part),
-            [batch],
+            StepBatch([batch]),
             theta,
             directions,
-            eps=0.05,
-            per_example=True,
+            Probing(0, eps=0.05, per_example=True),
         )
     return found, rows
 

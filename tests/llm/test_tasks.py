@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from qzo_diffusion.core.errors import DataError, ModelError
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.core.spsa import estimate
 from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm, padded
 from qzo_diffusion.llm.data_files import read_rows
 from qzo_diffusion.llm.objectives import (
@@ -32,6 +31,7 @@ from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from tests.llm.small_tasks import examples_of, own_task
 from tests.quant.stored_formats import convert_folder
+from tests.quantized import estimated
 from tests.tiny_llama import save_tiny_llama, tiny_llama, tokenizer, write_sentences
 
 FACTS = {
@@ -188,13 +188,13 @@ def test_every_example_can_have_a_direction_of_its_own(tmp_path, choices, level)
     def objective(batch):
         return task_loss(lm, batch)
 
-    found = estimate(
+    found = estimated(
         objective, [make_batch(lm, encoded)], theta, directions, eps=0.1, per_example=True
     )
     for one, direction, up, down in zip(
         encoded, directions, found.loss_plus, found.loss_minus, strict=True
     ):
-        single = estimate(
+        single = estimated(
             objective, [make_batch(lm, [one])], theta, [direction], eps=0.1, probes_per_forward=1
         )
         assert (up, down) == pytest.approx(

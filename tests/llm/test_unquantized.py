@@ -14,11 +14,12 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Sgd
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.runs.llm.methods import load_base
-from qzo_diffusion.train.loop import Probing, StepBatch, train_step_
+from qzo_diffusion.train.loop import Setup, train_step_
 from tests.conftest import failing, killed_after, metrics
 from tests.quant.stored_formats import convert_folder
 from tests.quantized import assert_same
@@ -59,6 +60,12 @@ def everything(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def step_of(objective, theta, probing):
+    setup = Setup(objective, lambda _: batch, theta, Sgd(), probing, lambda _: 1e-6)
+    batch = StepBatch([IDS])
+    return train_step_(setup, batch, 0)
+
+
 def test_what_is_found():
     model, gains = quantized_llama("gains")
     assert gains.scales.weights == {
@@ -75,7 +82,7 @@ def test_a_step_moves_scales_and_weights_along_the_same_derivative():
     model, theta = quantized_llama("all")
     start = {name: one.clone() for name, one in theta.templates().items()}
     probing = Probing(seed=3, eps=1e-3, distribution="gaussian")
-    record = train_step_(objective_of(model), StepBatch([IDS]), theta, Sgd(), probing, 1e-6, 0)
+    record = step_of(objective_of(model), theta, probing)
     (direction,) = directions_of_step(3, 0, 1, "gaussian")
     assert record.projected_grad != 0
     for name, before in start.items():
@@ -125,7 +132,7 @@ def test_an_exception_inside_a_forward_puts_everything_back(monkeypatch, few, er
         raise error
 
     with pytest.raises(type(error)):
-        train_step_(objective, StepBatch([IDS]), theta, Sgd(), Probing(seed=0, eps=1e-3), 1e-6, 0)
+        step_of(objective, theta, Probing(seed=0, eps=1e-3))
     assert_same(before, everything(model))
     assert not model.model.norm._forward_pre_hooks
 

@@ -15,11 +15,12 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm.stored import save_stored
 from qzo_diffusion.quant import aqlm, gguf, gptq, hqq
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, handles_of, quantize_
-from qzo_diffusion.train.loop import Probing, StepBatch, train
+from qzo_diffusion.train.loop import Setup, train
 from tests.quant.stored_formats import aqlm_state, convert_folder, gptq_state, hqq_state
 from tests.quantized import assert_same, inputs, snapshot, squared_output
 from tests.tiny_llama import save_tiny_llama
@@ -115,15 +116,8 @@ def test_training_moves_scales_and_nothing_else(kind, level):
     theta, objective = parametrize(scales, level), squared_output(model)
     start = objective(inputs()).mean().item()
     probing = Probing(seed=0, eps=1e-2, per_example=level != "dense")
-    train(
-        objective,
-        lambda step: StepBatch([inputs()]),
-        theta,
-        Sgd(),
-        probing,
-        lambda step: 0.05,
-        max_steps=20,
-    )
+    batch = StepBatch([inputs()])
+    train(Setup(objective, lambda _: batch, theta, Sgd(), probing, lambda _: 0.05), max_steps=20)
     theta.merge_()
     assert objective(inputs()).mean().item() < start
     assert codes_fingerprint(model) == codes

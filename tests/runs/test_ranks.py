@@ -37,13 +37,13 @@ def main_with_accident(arguments):
     signals = {"terminated": signal.SIGTERM, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
     original = loop.train_step_
 
-    def train_step_(objective, batch, theta, optimizer, probing, lr, step, sum_over_ranks):
+    def train_step_(setup, batch, step):
         if os.environ["RANK"] == rank and step == int(at):
             if what in signals:
                 os.kill(os.getpid(), signals[what])
             elif what == "deviates":
-                next(iter(theta.theta.values()))[0] += 1e-6
-        return original(objective, batch, theta, optimizer, probing, lr, step, sum_over_ranks)
+                next(iter(setup.parametrization.theta.values()))[0] += 1e-6
+        return original(setup, batch, step)
 
     loop.train_step_ = train_step_
     distributed.ROLL_CALL_SECONDS = 1.0

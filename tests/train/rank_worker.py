@@ -17,11 +17,12 @@ from torch import nn
 from qzo_diffusion.core.errors import RankLost
 from qzo_diffusion.core.optimizer import make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.train import distributed
 from qzo_diffusion.train.distributed import join, leave
-from qzo_diffusion.train.loop import Probing, StepBatch, train
+from qzo_diffusion.train.loop import Setup, train
 
 NUMBERS, EXAMPLES, STEPS, LR, EPS = 12, 8, 6, 0.01, 1e-2
 CASES = {
@@ -68,20 +69,25 @@ def run(ranks, *, level, units="relative", optimizer="sgd", before=lambda step: 
         share = ranks.share(EXAMPLES)
         return StepBatch(list(x[share].split(2)), first_example=share.start, examples=EXAMPLES)
 
-    outcome = train(
+    setup = Setup(
         lambda x: (model(x) - 1).square().sum(-1),
         batch,
         theta,
         make_optimizer(optimizer),
         Probing(seed=5, eps=EPS, **probing),
         make_schedule("constant", LR, STEPS),
-        max_steps=STEPS,
-        on_step=records.append,
-        stop_requested=ranks.stop_agreed,
-        sum_over_ranks=ranks.sum,
+        ranks.sum,
+    )
+    outcome = train(
+        setup, max_steps=STEPS, on_step=records.append, stop_requested=ranks.stop_agreed
     )
     told = [
-        {key: value for key, value in record.as_dict().items() if key != "seconds"}
+        {
+            "loss": record.loss,
+            "loss_plus": list(record.estimate.loss_plus),
+            "loss_minus": list(record.estimate.loss_minus),
+            "projected_grad": list(record.estimate.projected_grad),
+        }
         for record in records
     ]
     trained = {name: tensor.tolist() for name, tensor in theta.state().items()}

@@ -9,6 +9,7 @@ import torch
 
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.train.calibrate import (
     FULL_RATE,
     WIDER,
@@ -16,7 +17,6 @@ from qzo_diffusion.train.calibrate import (
     calibrate,
     calibration_batches,
 )
-from qzo_diffusion.train.loop import Probing, StepBatch
 from tests.quantized import assert_same, inputs, scaled_network, snapshot
 
 EXAMPLES, EPS, SEED = 6, 1e-2, 5

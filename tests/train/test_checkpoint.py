@@ -10,9 +10,12 @@ from qzo_diffusion.core.journal import JournalWriter, read_journal
 from qzo_diffusion.core.optimizer import make_optimizer, make_schedule
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.checkpoint import (
+    Checkpoint,
     bad_steps_at_end,
+    checkpoint_folder,
     cut_metrics,
     drop_old,
     entry_of,
@@ -22,7 +25,7 @@ from qzo_diffusion.train.checkpoint import (
     restore_,
     save_checkpoint,
 )
-from qzo_diffusion.train.loop import Probing, StepBatch, train
+from qzo_diffusion.train.loop import Setup, train
 from tests.quantized import inputs, scaled_network, squared_output
 
 
@@ -45,22 +48,19 @@ class Run:
         def after(done):
             if done % every == 0:
                 loss = (losses or {}).get(done)
-                options = {
-                    "step": done,
-                    "chain": writer.chain,
-                    "metadata": {},
-                    "validation_loss": loss,
-                    "keep": 2,
-                }
-                save_checkpoint(self.folder / "checkpoints", self.theta, self.optimizer, **options)
+                folder = checkpoint_folder(self.folder / "checkpoints", done)
+                at = Checkpoint(folder, done, writer.chain, loss)
+                save_checkpoint(at, self.theta, self.optimizer, metadata={}, keep=2)
 
         train(
-            squared_output(self.model),
-            lambda step: StepBatch([inputs(seed=step)]),
-            self.theta,
-            self.optimizer,
-            Probing(0, 1e-2),
-            make_schedule("constant", 0.02, steps),
+            Setup(
+                squared_output(self.model),
+                lambda step: StepBatch([inputs(seed=step)]),
+                self.theta,
+                self.optimizer,
+                Probing(0, 1e-2),
+                make_schedule("constant", 0.02, steps),
+            ),
             max_steps=steps,
             first_step=first_step,
             on_step=lambda record: writer.append(entry_of(record, 0)),

@@ -1,6 +1,7 @@
 """The loop on a network of two layers: what is recorded, skipped, stopped and repeated."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.optimizer import make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import parametrize
-from qzo_diffusion.train.loop import MAX_BAD_STEPS, Probing, StepBatch, train
+from qzo_diffusion.core.probing import Probing, StepBatch
+from qzo_diffusion.train.loop import MAX_BAD_STEPS, Setup, train
 from tests.quantized import inputs, scaled_network, squared_output
 
 
@@ -24,12 +26,14 @@ class Run:
         self.step = -1
         self.spoil = spoil
         self.arguments = {
-            "objective": self.objective,
-            "batch_of_step": self.batch,
-            "parametrization": self.theta,
-            "optimizer": make_optimizer(optimizer),
-            "probing": Probing(**{"seed": 0, "eps": 1e-2, **probing}),
-            "schedule": make_schedule("linear", 0.1, steps),
+            "setup": Setup(
+                self.objective,
+                self.batch,
+                self.theta,
+                make_optimizer(optimizer),
+                Probing(**{"seed": 0, "eps": 1e-2, **probing}),
+                make_schedule("linear", 0.1, steps),
+            ),
             "max_steps": steps,
             "on_step": self.records.append,
             "after_step": self.done.append,
@@ -64,10 +68,11 @@ def test_every_step_is_recorded_with_what_the_contract_names():
     assert [record.step for record in run.records] == [0, 1, 2, 3, 4]
     assert run.done == [1, 2, 3, 4, 5]
     record = run.records[1]
+    line = record.as_dict()
     assert record.directional_derivative == pytest.approx(
-        (record.loss_plus - record.loss_minus) / 0.02
+        (line["loss_plus"] - line["loss_minus"]) / 0.02
     )
-    assert record.loss == pytest.approx((record.loss_plus + record.loss_minus) / 2)
+    assert record.loss == pytest.approx((line["loss_plus"] + line["loss_minus"]) / 2)
     assert (record.lr, record.eps, record.sigma_mean, record.clipped) == (
         pytest.approx(0.08),
         1e-2,
@@ -77,12 +82,36 @@ def test_every_step_is_recorded_with_what_the_contract_names():
     assert record.seconds > 0
 
 
-def test_several_directions_are_recorded_as_lists_and_clipping_as_a_fraction():
-    run = Run(num_directions=4, clip_threshold=1e-9)
+def test_a_line_has_one_number_for_each_key():
+    """Means of the losses, the rms of the derivatives, the fraction clipped."""
+    run = Run(num_directions=4)
     run.go()
-    assert len(run.records[0].directional_derivative) == len(run.records[0].projected_grad) == 4
-    assert run.records[0].clipped == 1.0
-    assert all(abs(g) == 1e-9 for g in run.records[0].projected_grad)
+    found, line = run.records[0].estimate, run.records[0].as_dict()
+    assert len(found.projected_grad) == 4
+    assert not any(isinstance(value, list | tuple) for value in line.values())
+    assert line["loss_plus"] == pytest.approx(sum(found.loss_plus) / 4)
+    assert line["loss_minus"] == pytest.approx(sum(found.loss_minus) / 4)
+    squares = [d * d for d in found.directional_derivative]
+    assert line["directional_derivative"] == pytest.approx(math.sqrt(sum(squares) / 4))
+    assert line["clipped"] == 0.0
+    clipped = Run(num_directions=4, clip_threshold=1e-9)
+    clipped.go()
+    assert clipped.records[0].clipped == 1.0
+    assert clipped.records[0].projected_grad == pytest.approx(1e-9)
+
+
+def test_losses_of_both_infinities_are_a_skipped_step():
+    """Their sum has no value, and their line none either."""
+    run = Run(num_directions=2, estimator="leave_one_out", steps=1)
+    signs = iter([math.inf, -math.inf])
+
+    def objective(x):
+        losses = run.objective(x)
+        return losses * (next(signs) if len(x) == 4 else 1.0)
+
+    run.go(setup=replace(run.arguments["setup"], objective=objective))
+    assert run.records[0].skipped
+    assert math.isnan(run.records[0].as_dict()["loss_plus"])
 
 
 @pytest.mark.parametrize("level", ["dense", "layer"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.core.spsa import Estimate
 from qzo_diffusion.files import COMPLETE, check_folder, check_new, prepare_file, write_folder
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.loop import StepRecord
@@ -18,8 +19,9 @@ from qzo_diffusion.train.tracking import MetricsLog, Tracker
 SCALES = {"block.0": torch.arange(4.0), "block.1": torch.ones(2)}
 
 
-def record(step=0, loss=1.0, skipped=False, clipped=False):
-    return StepRecord(step, loss, loss, loss, 0.5, 0.5, 1e-3, 1e-2, clipped, skipped, 0.5, 0.1)
+def record(step=0, loss=1.0, clipped=False):
+    found = Estimate((), (loss,), (loss,), (0.5,), (0.5,), (clipped,), 1.0)
+    return StepRecord(step, found, 1e-3, 1e-2, 0.5, 0.1)
 
 
 def test_scales_come_back_with_their_metadata(tmp_path):
@@ -188,7 +190,7 @@ def test_tracker_appends_a_line_a_step_at_once_and_curves(tmp_path, capsys):
     tracker.on_step(record(0, 1.0, clipped=True))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     tracker.on_validation(1, 0.25)
-    tracker.on_step(record(1, math.nan, skipped=True))
+    tracker.on_step(record(1, math.nan))
     tracker.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 0

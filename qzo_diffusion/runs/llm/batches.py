@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.kept_hidden import KeptHidden, fits
 from qzo_diffusion.llm.tasks import Batch, Encoded, by_length, make_batch
 from qzo_diffusion.train.batch_plan import BatchPlan
-from qzo_diffusion.train.loop import StepBatch
 
 BATCHES_OF_A_LENGTH = 8  # so that a batch is still mixed afresh in every epoch
 

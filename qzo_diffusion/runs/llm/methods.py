@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qzo_diffusion import resources
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.optimizer import Adam
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import baselines
@@ -26,7 +27,7 @@ from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.loading import Source, load_quantized
-from qzo_diffusion.train.first_order import ExactAdam, first_order_step
+from qzo_diffusion.train.first_order import first_order_step
 from qzo_diffusion.train.loop import TakeStep
 
 
@@ -88,7 +89,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
             lm,
             adapters.scales,
             adapters,
-            ExactAdam(),
+            Adam(),
             codes_fingerprint(lm.model),
             _hash(adapters.scales),
             step,

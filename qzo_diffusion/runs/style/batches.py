@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.noise import derive_key, torch_generator
+from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
@@ -21,7 +22,6 @@ from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.loop import StepBatch
 
 # every held-out image at each, with noise of its own
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
