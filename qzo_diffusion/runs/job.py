@@ -14,11 +14,12 @@ from qzo_diffusion import devices
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
+from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.core.probes import Objective
-from qzo_diffusion.core.probing import StepBatch
+from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.core.spsa import SumOverRanks, mean_loss, no_reduce
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs import report as report_run
@@ -31,7 +32,7 @@ from qzo_diffusion.train.checkpoint import (
     save_checkpoint,
 )
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.loop import Outcome, StepRecord, TakeStep
+from qzo_diffusion.train.loop import Outcome, Setup, StepRecord, TakeStep
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
@@ -55,6 +56,21 @@ class Components:
     header: dict[str, Any]
     callbacks: Callable[[RunFolder, Tracker], "Callbacks"]
     take_step: TakeStep | None = None
+
+    def setup(
+        self, probing: Probing, schedule: Schedule, sum_over_ranks: SumOverRanks = no_reduce
+    ) -> Setup[Any]:
+        """These components as the loop takes them."""
+        return Setup(
+            self.objective,
+            self.batches,
+            self.theta,
+            self.optimizer,
+            probing,
+            schedule,
+            sum_over_ranks,
+            self.take_step,
+        )
 
 
 class Callbacks(Protocol):

@@ -40,7 +40,7 @@ from qzo_diffusion.train.checkpoint import (
 )
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
-from qzo_diffusion.train.loop import Outcome, Setup, train
+from qzo_diffusion.train.loop import Outcome, train
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
@@ -193,16 +193,8 @@ def _train(
     rate: float | None,
     **reports: Any,
 ) -> Outcome:
-    setup = Setup(
-        components.objective,
-        components.batches,
-        components.theta,
-        components.optimizer,
-        build.probing(plan.config),
-        build.schedule(plan.config, 1.0 if rate is None else rate),
-        ranks.sum,
-        components.take_step,
-    )
+    schedule = build.schedule(plan.config, 1.0 if rate is None else rate)
+    setup = components.setup(build.probing(plan.config), schedule, ranks.sum)
     return train(
         setup,
         max_steps=plan.config.train.max_steps,

@@ -19,18 +19,11 @@ def trial_step(plan: Plan) -> str:
     """
     ranks = Ranks()
     components, steps = plan.load(ranks), plan.config.train.max_steps
-    take_step, seconds = components.take_step or train_step_, 0.0
+    smallest = plan.config.train.lr * 1e-6
+    setup, seconds = components.setup(build.probing(plan.config), lambda _: smallest), 0.0
     for step in range(WARM_UP + 1):
         batch, started = components.batches(step), time.perf_counter()
-        take_step(
-            components.objective,
-            batch,
-            components.theta,
-            components.optimizer,
-            build.probing(plan.config),
-            plan.config.train.lr * 1e-6,
-            step,
-        )
+        (setup.take_step or train_step_)(setup, batch, step)
         seconds = time.perf_counter() - started
     peak = devices.peak_bytes(plan.device)
     memory = "" if peak is None else f", {peak / 1e9:.2f} GB at the peak"
