@@ -10,6 +10,7 @@ import yaml
 from qzo_diffusion import cli, resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.core import journal
 from qzo_diffusion.core.journal import JournalWriter, StepEntry
 from qzo_diffusion.core.quzo import stochastic_round
 from qzo_diffusion.core.scales import overridden_at_once
@@ -37,6 +38,7 @@ def test_bytes_a_step_are_those_of_the_journal(tmp_path):
         text_of(ROOT / "docs" / "how_it_works.md"),
     )
     assert list(sentence.groups()) == written
+    assert f"{bytes_of_a_step(0, tmp_path)} + 8 · " in journal.__doc__
     ranks = ["32"]  # what a rank sends with one direction: benchmarks/results/scale_out.json
     for path in [*DOCUMENTS, *SOURCES]:
         for number in re.findall(r"([\d,]+) bytes a step", text_of(path)):
