@@ -55,7 +55,7 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
     """All four parts at full size, written and then loaded as a run does, one after the other."""
     from diffusers import AutoencoderKL
 
-    from qzo_diffusion.diffusion import sd3, text_encoders
+    from qzo_diffusion.diffusion import text_encoders, vae
     from qzo_diffusion.quant.stream import Quantization
 
     t5 = T5_XXL | {"feed_forward_proj": "gated-gelu", "num_layers": min(24, layers)}
@@ -99,8 +99,8 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
         del encoder
         gc.collect()
         figures[f"{part}_peak_rss_gb"] = round(status("VmHWM"), 3)
-    vae = sd3.load_vae(place, torch.device("cpu"), tile=512)
-    latents = sd3.image_encoder(vae)(torch.zeros(1, 3, 512, 512))
+    decoder = vae.load_vae(place, torch.device("cpu"), tile=512)
+    latents = vae.image_encoder(decoder)(torch.zeros(1, 3, 512, 512))
     with torch.no_grad():
-        vae.decode(latents)
+        decoder.decode(latents)
     return figures | {"encoders_peak_rss_gb": round(status("VmHWM"), 3)}

@@ -12,9 +12,9 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.prompts import read_prompts, with_trigger
 from qzo_diffusion.diffusion.sampling import grid
+from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.locate import locate
@@ -67,7 +67,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
         [*prompts, config.sample.negative_prompt]
     )
     vae = build.load_vae(config, folder, device)
-    sd3.drop_encoder_(vae)
+    drop_encoder_(vae)
     transformer, scales, _ = build.load_base(config, runtime)
     if tuned is not None:
         apply_(transformer, scales, [(tuned, request.strength)])

@@ -7,7 +7,6 @@ memory."""
 
 import gc
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,10 @@ from qzo_diffusion.diffusion.text_encoders import (
     put_together,
     t5_states,
 )
+from qzo_diffusion.diffusion.vae import read_vae_config, reduction
+from qzo_diffusion.quant.config_file import read_config
+from qzo_diffusion.quant.describe import SUPPORTED, family_of_class
+from qzo_diffusion.quant.json_file import read_object
 
 TEXT_PARTS = (
     "text_encoder",
@@ -45,6 +48,7 @@ PIPELINE_T5_TOKENS = 256
 # Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss.
 # Keys and values do not.
 TOKEN_WISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SAMPLE_SIZE = 128  # of latents, all models of the SD3 family
 # bytes; larger files are told apart by size, time and their first part
 HASHED_IN_FULL = 256 * 2**20
@@ -62,63 +66,91 @@ class EncodedPrompt:
     truncated: bool
 
 
+PIPELINE = (
+    "a diffusers folder of a Stable Diffusion 3 pipeline (model_index.json, transformer/, ...)"
+)
+NEEDED = (
+    "transformer",
+    "vae",
+    "scheduler",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+)
+
+
 def check_model_folder(folder: Path, without: Sequence[str] = ()) -> None:
     """Refuse a folder that is not a whole SD3 pipeline in safetensors, before anything is loaded.
 
     Args:
-        without: parts that come from elsewhere.
+        without: parts that come from elsewhere, or that a run leaves out.
 
     Raises:
         ModelError: names the part that is missing or holds pickles only.
     """
-    expected = (
-        "a diffusers folder of a Stable Diffusion 3 pipeline (model_index.json, transformer/, "
-        "vae/, ...)"
-    )
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise ModelError(
-            f"{folder} has no model_index.json",
-            expected,
-            "give --model a pipeline folder, a Hub id, or tiny",
-        )
-    try:
-        index = json.loads(index_file.read_text())
-        parts = {name: kind for name, kind in index.items() if isinstance(kind, list) and kind[0]}
-    except (ValueError, AttributeError, IndexError) as error:
-        raise ModelError(
-            f"{index_file} is damaged: {error}", expected, "download the model again"
-        ) from None
-    for part in (
-        "transformer",
-        "vae",
-        "scheduler",
-        "text_encoder",
-        "text_encoder_2",
-        "tokenizer",
-        "tokenizer_2",
-    ):
-        if part in without:
-            continue
-        if part not in parts or not (folder / part).is_dir():
+    parts = _parts_of(folder)
+    for part in NEEDED:
+        if part not in without and (part not in parts or not (folder / part).is_dir()):
             raise ModelError(
                 f"{folder} lacks the part {part}/",
-                expected,
+                PIPELINE,
                 "download the model again, with all its parts",
             )
     for part in WEIGHT_PARTS:
         if part not in without and part in parts and not any((folder / part).glob("*.safetensors")):
-            pickles = [file.name for file in (folder / part).glob("*") if file.suffix in PICKLES]
-            got = (
-                f"{part}/ holds pickles only ({pickles[0]})"
-                if pickles
-                else f"{part}/ holds no weights"
-            )
-            raise ModelError(
-                got,
-                f"{part}/*.safetensors",
-                "get the safetensors version; pickles can run code and are not read",
-            )
+            raise _without_weights(folder, part)
+
+
+def _parts_of(folder: Path) -> set[str]:
+    """The parts that model_index.json says the pipeline has. Raises ModelError."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        kind = _kind_of_folder(folder)
+        raise ModelError(
+            f"{folder} is {kind}" if kind else f"{folder} has no model_index.json",
+            PIPELINE,
+            "give --model a pipeline folder, a Hub id, or tiny"
+            + ("; a transformer alone goes to transformer=PATH" if kind else ""),
+        )
+    index = read_object(file, PIPELINE)
+    pipeline = str(index.get("_class_name", "StableDiffusion3Pipeline"))
+    if not pipeline.startswith("StableDiffusion3"):
+        raise ModelError(
+            f"{folder} is a pipeline of {family_of_class(pipeline)} ({pipeline})",
+            SUPPORTED,
+            "give --model one of these",
+        )
+    return {name for name, kind in index.items() if isinstance(kind, list) and kind[:1] > [""]}
+
+
+def _kind_of_folder(folder: Path) -> str | None:
+    """Of a folder that is no pipeline: what else it is."""
+    if (folder / "adapter_config.json").is_file():
+        return "a LoRA, as peft saves it"
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_object(folder / "config.json", PIPELINE)
+    if "_class_name" in config:
+        return f"one part of a pipeline ({config['_class_name']})"
+    if "model_type" in config:
+        return f"a model of transformers ({config['model_type']}), for `qzo-diffuse llm`"
+    return None
+
+
+def _without_weights(folder: Path, part: str) -> ModelError:
+    files = sorted((folder / part).glob("*"))
+    pickles = [file.name for file in files if file.suffix.lower() in PICKLES]
+    remedy = "get the safetensors version; pickles can run code and are not read"
+    if not pickles:
+        remedy = "download the model again, with all its parts"
+    if part == T5:
+        remedy += "; or leave T5 out: text.t5=none"
+    return ModelError(
+        f"{part}/ holds pickles only ({pickles[0]})" if pickles else f"{part}/ holds no weights",
+        f"{part}/*.safetensors",
+        remedy,
+    )
 
 
 def fingerprint_of_files(folder: Path, parts: Iterable[str]) -> str:
@@ -250,62 +282,36 @@ def _encoded(tensors: Mapping[str, Tensor]) -> EncodedPrompt:
     return EncodedPrompt(tensors["embeds"], tensors["pooled"], tokens, tokens > limit)
 
 
-def load_vae(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None
-) -> Any:
-    """The VAE; images larger than `tile` pixels are encoded and decoded in overlapping squares of
-    that size.
-    """
-    from diffusers import AutoencoderKL
-
-    vae = AutoencoderKL.from_pretrained(
-        folder, subfolder="vae", dtype=dtype, use_safetensors=True, local_files_only=True
-    )
-    if tile is not None:
-        vae.enable_tiling()
-        vae.tile_sample_min_size = tile
-        vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)
-    return vae.to(device).eval()
-
-
 def load_scheduler(folder: Path) -> Any:
+    """Raises ModelError for a config that is damaged or of another scheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler.from_pretrained(
-        folder, subfolder="scheduler", local_files_only=True
-    )
-
-
-def image_encoder(vae: Any) -> Callable[[Tensor], Tensor]:
-    """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] fp32, `(z - shift_factor) ·
-    scaling_factor` of the mean z.
-    """
-
-    @torch.no_grad()
-    def encode(images: Tensor) -> Tensor:
-        z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
-        return ((z - vae.config.shift_factor) * vae.config.scaling_factor).float().cpu()
-
-    return encode
-
-
-def drop_encoder_(vae: Any) -> None:
-    """Free the half of the VAE that training and sampling never need again."""
-    vae.encoder = None
-    gc.collect()
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = read_object(file, "the config of a scheduler")
+    kind = config.get("_class_name", SCHEDULER)
+    try:
+        if kind != SCHEDULER:
+            raise ValueError(f"it is of {kind}")
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
+        raise ModelError(
+            f"{file} is refused: {error}",
+            f"the scheduler of Stable Diffusion 3: {SCHEDULER}",
+            "put the scheduler/ of a Stable Diffusion 3 model there",
+        ) from None
 
 
 def native_resolution(folder: Path) -> int:
     """The side in pixels that the model was trained at: the transformer's sample size times the
     VAE's reduction.
+
+    Raises ModelError for a damaged config.
     """
     config = folder / "transformer" / "config.json"
     # a single file says nothing of it
-    transformer = json.loads(config.read_text()) if config.is_file() else {}
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(transformer.get("sample_size", SAMPLE_SIZE)) * 2 ** (
-        len(vae["block_out_channels"]) - 1
-    )
+    transformer = read_config(config) if config.is_file() else {}
+    size = transformer.get("sample_size", SAMPLE_SIZE)
+    return int(size) * reduction(read_vae_config(folder / "vae" / "config.json"))
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:

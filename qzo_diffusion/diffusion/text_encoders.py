@@ -5,8 +5,7 @@ What a prompt becomes is exactly what diffusers' pipeline makes of it: 77 tokens
 OpenCLIP-G side by side (the last but one hidden state), padded with zeros to T5's width, then T5's
 tokens below; zeros where there is no T5."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion.transformer import read_config
+from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
 
@@ -29,14 +28,19 @@ def has_part(folder: Path, part: str) -> bool:
 
 def empty_text_encoder(folder: Path, part: str) -> nn.Module:
     """The encoder without memory for its weights. Raises ModelError."""
+    file = folder / part / "config.json"
+    return empty_encoder(part, read_config(file), str(file))
+
+
+def empty_encoder(part: str, config: Mapping[str, Any], place: str = "a config") -> nn.Module:
+    """The encoder of that part of a pipeline, without memory for its weights.
+
+    Raises ModelError for a config that transformers refuses; `place` names it.
+    """
     import transformers
     from accelerate import init_empty_weights
 
-    settings = {
-        name: value
-        for name, value in read_config(folder / part / "config.json").items()
-        if name != "quantization_config"
-    }
+    settings = {name: value for name, value in config.items() if name != "quantization_config"}
     try:
         # Buffers stay real: transformers computes some when it builds a model, and files lack them.
         with init_empty_weights(include_buffers=False):
@@ -45,10 +49,11 @@ def empty_text_encoder(folder: Path, part: str) -> nn.Module:
             return transformers.CLIPTextModelWithProjection(
                 transformers.CLIPTextConfig(**settings)
             ).eval()
-    except (TypeError, ValueError, KeyError) as error:
-        got = f"{folder / part / 'config.json'} is refused by transformers: {error}"
+    except Exception as error:  # a wrong value shows as whatever transformers makes of it
         raise ModelError(
-            got, "the text encoder of a Stable Diffusion 3 model", "download the model again"
+            f"{place} is refused by transformers: {error}",
+            "the text encoder of a Stable Diffusion 3 model",
+            "download the model again",
         ) from None
 
 
@@ -83,8 +88,8 @@ def load_tokenizer(folder: Path, part: str) -> Any:
         return AutoTokenizer.from_pretrained(
             folder / part.replace("text_encoder", "tokenizer"), local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # tokenizers raise Exception itself for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"the tokenizer of {part} can't be loaded: {reason}",
             "a whole model",
@@ -138,5 +143,5 @@ def t5_width(folder: Path) -> int:
     """What the transformer expects of prompts, also where there is no T5."""
     for place, name in ((folder / T5, "d_model"), (folder / "transformer", "joint_attention_dim")):
         if (place / "config.json").is_file():
-            return int(json.loads((place / "config.json").read_text(encoding="utf-8"))[name])
+            return int(read_config(place / "config.json").get(name, T5_WIDTH))
     return T5_WIDTH

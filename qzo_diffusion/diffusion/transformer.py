@@ -2,7 +2,7 @@
 into.
 """
 
-import json
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,12 @@ from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import original_layout
+from qzo_diffusion.quant import describe
+from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.weights import read_entries
+
+CLASS = "SD3Transformer2DModel"
 
 
 @dataclass(frozen=True)
@@ -38,29 +42,43 @@ def find_transformer(place: Path) -> TransformerFiles:
     original layout.
 
     Raises:
-        ModelError: something is missing or damaged.
+        ModelError: something is missing or damaged, or it is another kind of file.
     """
     entries = read_entries(place)
     if original_layout.is_original(entries):
         config = original_layout.config_of(entries)
         return TransformerFiles(original_layout.to_diffusers(entries, config), config)
-    return TransformerFiles(
-        entries, read_config((place if place.is_dir() else place.parent) / "config.json")
-    )
+    file = (place if place.is_dir() else place.parent) / "config.json"
+    if not file.is_file():
+        raise _without_config(place, entries)
+    return TransformerFiles(entries, _completed(read_config(file, len(entries)), file))
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Raises ModelError unless the file describes a model."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a mapping")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
+def _without_config(place: Path, entries: Mapping[str, Entry]) -> ModelError:
+    ours = any(".attn.add_q_proj." in name for name in entries)
+    kind = describe.WITHOUT_CONFIG if ours else describe.described_tensors(entries)
+    if kind is None:
+        return ModelError(
+            f"{place} without config.json",
+            "a folder of diffusers, or one file in the layout of Stability AI",
+            describe.SD3_FILE,
+        )
+    return ModelError(f"{place} is {kind.name}", describe.SUPPORTED, kind.remedy)
+
+
+def _completed(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """With diffusers' own value for each setting that the file leaves out."""
+    from diffusers import SD3Transformer2DModel
+
+    kind = config.get("_class_name", CLASS)
+    if kind != CLASS:
+        family = describe.family_of_class(str(kind))
         raise ModelError(
-            f"{file} can't be read: {reason}", "the config of a model", "download the model again"
-        ) from None
-    return config
+            f"{file} of a transformer of {family} ({kind})", describe.SUPPORTED, describe.SD3_FILE
+        )
+    parameters = inspect.signature(SD3Transformer2DModel.__init__).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    return defaults | config
 
 
 def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -75,7 +93,7 @@ def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             return SD3Transformer2DModel.from_config(settings).eval()
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
         raise ModelError(
             f"a transformer config that diffusers refuses: {error}",
             "a Stable Diffusion 3 model",

@@ -97,14 +97,12 @@ TENSORS: tuple[tuple[str, Kind], ...] = (
         r"layers\.\d+\.self_attn\.q_proj|\bh\.\d+\.attn\.c_attn|layers\.\d+\.attention\.query_key",
         Kind("a language model", "give it to `qzo-diffuse llm`; " + SD3_FILE),
     ),
-    (
-        r"transformer_blocks\.\d+\.attn\.add_q_proj",
-        Kind(
-            "a transformer in the names of diffusers without its config.json",
-            "put the config.json of its model beside it, and give the folder",
-        ),
-    ),
     (r"^(clip_l|clip_g|emb_params)$", Kind("a textual inversion embedding", SD3_FILE)),
+)
+
+WITHOUT_CONFIG = Kind(
+    "a transformer in the names of diffusers without its config.json",
+    "put the config.json of its model beside it",
 )
 
 # Words in the name of a model on the Hub -> its family.

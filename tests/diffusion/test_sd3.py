@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion import sd3, vae
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.resources import tiny_model
 
@@ -112,15 +112,17 @@ def test_the_length_of_t5_is_a_setting(tmp_path):
 
 
 def test_latents_are_shifted_and_scaled_and_can_be_decoded_without_the_encoder():
-    vae = sd3.load_vae(tiny_model(), CPU)
+    decoder = vae.load_vae(tiny_model(), CPU)
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    latents = sd3.image_encoder(vae)(images)
+    latents = vae.image_encoder(decoder)(images)
     with torch.no_grad():
-        mean = vae.encode(images).latent_dist.mean
+        mean = decoder.encode(images).latent_dist.mean
         assert latents.shape == (1, 16, 8, 8)
-        assert torch.equal(latents, (mean - vae.config.shift_factor) * vae.config.scaling_factor)
-        sd3.drop_encoder_(vae)
-        assert vae.decode(mean).sample.shape == images.shape
+        assert torch.equal(
+            latents, (mean - decoder.config.shift_factor) * decoder.config.scaling_factor
+        )
+        vae.drop_encoder_(decoder)
+        assert decoder.decode(mean).sample.shape == images.shape
 
 
 def test_a_changed_file_changes_the_fingerprint(model):

@@ -19,6 +19,7 @@ from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches,
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
+from qzo_diffusion.diffusion.vae import drop_encoder_, image_encoder
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
@@ -66,14 +67,14 @@ def encode(
 
         latents = encode_samples(
             style.samples,
-            sd3.image_encoder(vae),
+            image_encoder(vae),
             cache=cache,
             encoder_id=identity,
             dtype="float32",
             flip=config.data.flip,
             progress=show,
         )
-    sd3.drop_encoder_(vae)
+    drop_encoder_(vae)
     return Encoded(prompts, latents, vae)
 
 

@@ -1,0 +1,106 @@
+"""The VAE of a Stable Diffusion 3 pipeline: checked, loaded, and freed of its encoder."""
+
+import gc
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.quant.config_file import read_config
+from qzo_diffusion.quant.stream import fill_
+from qzo_diffusion.quant.weights import read_entries
+
+CLASS = "AutoencoderKL"
+
+
+def read_vae_config(file: Path) -> dict[str, Any]:
+    """Raises ModelError unless it describes a VAE whose latents have a scale and a shift."""
+    config = read_config(file)
+    factors = ("scaling_factor", "shift_factor")
+    wrong = next((key for key in factors if not _finite(config.get(key))), "")
+    channels = config.get("block_out_channels")
+    if not isinstance(channels, list) or not channels or not all(map(_positive, channels)):
+        wrong = "block_out_channels"
+    if config.get("scaling_factor") == 0:
+        wrong = "scaling_factor"
+    if not _positive(config.get("latent_channels")):
+        wrong = "latent_channels"
+    if config.get("_class_name", CLASS) != CLASS:
+        wrong = "_class_name"
+    if wrong:
+        raise ModelError(
+            f"{file} says {wrong} = {config.get(wrong)!r}",
+            "the VAE of Stable Diffusion 3: AutoencoderKL with scaling_factor and shift_factor",
+            "put the vae/ of a Stable Diffusion 3 model there, or download the model again",
+        )
+    return config
+
+
+def empty_vae(config: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device. Raises ModelError for a config that diffusers refuses."""
+    from diffusers import AutoencoderKL
+
+    settings = {name: value for name, value in config.items() if name != "quantization_config"}
+    try:
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(settings).eval()
+    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
+        raise ModelError(
+            f"a VAE config that diffusers refuses: {error}",
+            "the VAE of a Stable Diffusion 3 model",
+            "download the model again",
+        ) from None
+
+
+def load_vae(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None
+) -> Any:
+    """The VAE of a pipeline; images larger than `tile` pixels are encoded and decoded in
+    overlapping squares of that size.
+
+    Raises:
+        ModelError: its config is damaged or of another VAE, or tensors are missing.
+    """
+    vae: Any = empty_vae(read_vae_config(folder / "vae" / "config.json"))
+    fill_(vae, read_entries(folder / "vae"), None, dtype=dtype, device=device)
+    if tile is not None:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = tile
+        vae.tile_latent_min_size = tile // reduction(vae.config)
+    return vae
+
+
+def reduction(config: Mapping[str, Any]) -> int:
+    """Pixels of an image along a side of one latent."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
+def image_encoder(vae: Any) -> Callable[[Tensor], Tensor]:
+    """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] fp32, `(z - shift_factor) ·
+    scaling_factor` of the mean z.
+    """
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
+        return ((z - vae.config.shift_factor) * vae.config.scaling_factor).float().cpu()
+
+    return encode
+
+
+def drop_encoder_(vae: Any) -> None:
+    """Free the half of the VAE that training and sampling never need again."""
+    vae.encoder = None
+    gc.collect()
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0
