@@ -24,7 +24,7 @@ from qzo_diffusion.quant.fits import check_fits, named_as_in, slots_of
 from qzo_diffusion.quant.weights import read_entries
 
 NOT_HERE = Path("not here")
-STORED = torch.float16  # of published weights; bfloat16 takes as much
+STORED = torch.bfloat16  # of published weights; float16 takes as much
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,28 @@ class PipelineShape:
 
 
 def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> PipelineShape:
-    """Of a pipeline's folder and a transformer that may lie elsewhere.
+    """Of a pipeline's folder and a transformer that may lie elsewhere; `check_shape` does more.
 
     Raises:
-        ModelError: a part is damaged, incomplete or of another model.
+        ModelError: the config or header of a part is damaged.
     """
     found = find_transformer(transformer)
-    _check(empty_transformer(found.config), found.entries)
-    vae_config = vae.read_vae_config(folder / "vae" / "config.json")
-    vae_part = Part(vae_config, read_entries(folder / "vae"))
-    _check(vae.empty_vae(vae_config), vae_part.entries)
+    config = vae.read_vae_config(folder / "vae" / "config.json")
+    vae_part = Part(config, read_entries(folder / "vae"))
     encoders = {part: _encoder(folder, part) for part in _encoders(folder, with_t5)}
+    return PipelineShape(found, vae_part, encoders)
+
+
+def check_shape(shape: PipelineShape, folder: Path) -> None:
+    """Raises ModelError for a part that is incomplete, or of another model than the others."""
+    _check(empty_transformer(shape.transformer.config), shape.transformer.entries)
+    _check(vae.empty_vae(shape.vae.config), shape.vae.entries)
+    for name, part in shape.encoders.items():
+        place = str(folder / name / "config.json")
+        _check(text_encoders.empty_encoder(name, part.config, place), part.entries)
+        text_encoders.load_tokenizer(folder, name)
     sd3.load_scheduler(folder)
-    shape = PipelineShape(found, vae_part, encoders)
     _check_widths(shape, folder)
-    return shape
 
 
 def known_shape(name: str) -> PipelineShape | None:
@@ -92,11 +99,7 @@ def _encoders(folder: Path, with_t5: bool) -> list[str]:
 
 def _encoder(folder: Path, part: str) -> Part:
     entries = read_entries(folder / part)
-    config = read_config(folder / part / "config.json", len(entries))
-    place = str(folder / part / "config.json")
-    _check(text_encoders.empty_encoder(part, config, place), entries)
-    text_encoders.load_tokenizer(folder, part)
-    return Part(config, entries)
+    return Part(read_config(folder / part / "config.json", len(entries)), entries)
 
 
 def _check(model: nn.Module, entries: Mapping[str, Entry]) -> None:

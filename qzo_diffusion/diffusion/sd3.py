@@ -121,7 +121,7 @@ def _parts_of(folder: Path) -> set[str]:
             SUPPORTED,
             "give --model one of these",
         )
-    return {name for name, kind in index.items() if isinstance(kind, list) and kind[:1] > [""]}
+    return {name for name, kind in index.items() if isinstance(kind, list) and any(kind[:1])}
 
 
 def _kind_of_folder(folder: Path) -> str | None:

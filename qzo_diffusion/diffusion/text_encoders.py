@@ -23,7 +23,7 @@ T5_WIDTH = 4096
 
 
 def has_part(folder: Path, part: str) -> bool:
-    return (folder / part / "config.json").is_file()
+    return (folder / part).is_dir()
 
 
 def empty_text_encoder(folder: Path, part: str) -> nn.Module:
@@ -81,13 +81,19 @@ def ready(encoder: nn.Module) -> nn.Module:
     return encoder
 
 
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
+
+
 def load_tokenizer(folder: Path, part: str) -> Any:
+    """Raises ModelError where files are missing or damaged."""
     from transformers import AutoTokenizer
 
+    place = folder / part.replace("text_encoder", "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(
-            folder / part.replace("text_encoder", "tokenizer"), local_files_only=True
-        )
+        # without one transformers makes a tokenizer that knows no word
+        if not any(all((place / name).is_file() for name in names) for names in VOCABULARIES):
+            raise ValueError(f"{place} has no {VOCABULARIES[0][0]}")
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raise Exception itself for a damaged file
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(

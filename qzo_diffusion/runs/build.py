@@ -25,8 +25,9 @@ from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.devices import choose_device, choose_dtype
-from qzo_diffusion.diffusion import memory, sd3, text_encoders
+from qzo_diffusion.diffusion import memory, sd3, text_encoders, vae
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, check_shape, read_shape
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
@@ -49,11 +50,14 @@ GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which pipeline folder, and on which device and in which dtype its forwards run."""
+    """Which pipeline folder, and on which device and in which dtype its forwards run.
+
+    shape: of the pipeline, where it has been read."""
 
     folder: Path
     device: torch.device
     dtype: torch.dtype
+    shape: PipelineShape | None = None
 
 
 def find_runtime(config: Config) -> Runtime:
@@ -64,9 +68,9 @@ def find_runtime(config: Config) -> Runtime:
         ConfigError: there is no such device.
     """
     folder, _ = choose_model(config.model)
-    check_model(config, folder)
+    shape = check_model(config, folder)
     device = choose_device(config.compute.device)
-    return Runtime(folder, device, choose_dtype(config.compute.dtype, device))
+    return Runtime(folder, device, choose_dtype(config.compute.dtype, device), shape)
 
 
 def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Parametrization]:
@@ -77,10 +81,25 @@ def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Pa
     return transformer, *scales_and_numbers(config, transformer)
 
 
-def check_model(config: Config, folder: Path) -> None:
-    """Refuse a pipeline that lacks a part, before anything is loaded. Raises ModelError."""
-    elsewhere = transformer_place(config, folder) != folder / "transformer"
-    sd3.check_model_folder(folder, without=("transformer",) if elsewhere else ())
+def check_model(config: Config, folder: Path) -> PipelineShape:
+    """Refuse a pipeline that lacks a part or whose parts don't fit, before anything is loaded.
+
+    Raises ModelError.
+    """
+    place = transformer_place(config, folder)
+    elsewhere = ("transformer",) if place != folder / "transformer" else ()
+    t5 = ("text_encoder_3", "tokenizer_3") if config.text.t5 == "none" else ()
+    sd3.check_model_folder(folder, without=(*elsewhere, *t5))
+    shape = read_shape(folder, place, with_t5=not t5)
+    check_shape(shape, folder)
+    return shape
+
+
+def shape_of(config: Config, runtime: Runtime) -> PipelineShape:
+    """Of the pipeline of a run. Raises ModelError for damaged configs or headers."""
+    if runtime.shape is not None:
+        return runtime.shape
+    return read_shape(runtime.folder, transformer_place(config, runtime.folder))
 
 
 def transformer_place(config: Config, folder: Path) -> Path:
@@ -311,17 +330,24 @@ def prompt_encoder(
 
 
 def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
+    size = None
+    if config.text.t5 == "auto" and text_encoders.has_part(folder, text_encoders.T5):
+        size = sum(entry.nbytes for entry in read_entries(folder / text_encoders.T5).values())
+    return t5_mode_of(config, size)
+
+
+def t5_mode_of(config: Config, size: float | None) -> Literal["nf4", "full", "none"]:
+    """How T5 is loaded that has `size` bytes on disk; None where there is none."""
     if config.text.t5 != "auto":
         return config.text.t5
-    if not text_encoders.has_part(folder, text_encoders.T5):
+    if size is None:
         return "none"
-    size = sum(entry.nbytes for entry in read_entries(folder / text_encoders.T5).values())
     return "nf4" if size > LARGE_T5 else "full"
 
 
 def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
     compute = config.compute
-    return sd3.load_vae(
+    return vae.load_vae(
         folder,
         choose_device(compute.vae_device) if compute.vae_device else device,
         tile=compute.vae_tile,

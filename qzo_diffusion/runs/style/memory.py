@@ -4,7 +4,7 @@ change where it is too much.
 Where nobody says how many probes go into one forward, it follows from that.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -14,10 +14,11 @@ from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.diffusion import memory, sd3
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
-from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, empty_text_encoder
-from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer, read_config
+from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
+from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, empty_encoder
+from qzo_diffusion.diffusion.transformer import empty_transformer
+from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
-from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
 
 # In the order in which they are tried: first what costs nothing but time, last what changes the
@@ -52,6 +53,8 @@ def fitting_micro_batch(
         ModelError: the model's folder lacks something.
     """
 
+    runtime = _with_shape(config, runtime)
+
     def training(count: int) -> float:
         tried = config.model_copy(
             update={"train": config.train.model_copy(update={"micro_batch_size": count})}
@@ -68,8 +71,8 @@ def fitting_micro_batch(
         one, two = training(1), training(2)
         most = 1 + int((available - one) / (two - one))
     if runtime.device.type == "cpu":
-        transformer = find_transformer(build.transformer_place(config, runtime.folder)).config
-        most = min(most, rows_on_cpu(*_shape(config, runtime, transformer), runtime.dtype))
+        sizes = _sizes(config, build.shape_of(config, runtime))
+        most = min(most, rows_on_cpu(*sizes, runtime.dtype))
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
 
@@ -90,6 +93,7 @@ def memory_plan(
     Raises:
         ModelError: the model's folder lacks something.
     """
+    runtime = _with_shape(config, runtime)
     available = memory.available_bytes(runtime.device)
     plan = MemoryPlan(_phases(config, runtime, images, prompts), runtime.device.type, available)
     if plan.fits:
@@ -100,12 +104,8 @@ def memory_plan(
         set_dotted(settings, key, value)
         tried: Config = make_config(settings)
         dtype = devices.choose_dtype(tried.compute.dtype, runtime.device)
-        there = build.Runtime(runtime.folder, runtime.device, dtype)
-        before = build.Runtime(
-            runtime.folder,
-            runtime.device,
-            devices.choose_dtype(changed.compute.dtype, runtime.device),
-        )
+        there = replace(runtime, dtype=dtype)
+        before = replace(runtime, dtype=devices.choose_dtype(changed.compute.dtype, runtime.device))
         if _peak(tried, there, images, prompts) >= _peak(changed, before, images, prompts):
             continue
         changed, made = tried, [*made, f"{key}={value}"]
@@ -114,24 +114,24 @@ def memory_plan(
     return plan
 
 
+def _with_shape(config: Config, runtime: build.Runtime) -> build.Runtime:
+    """Headers are read once for all that is tried."""
+    return replace(runtime, shape=build.shape_of(config, runtime))
+
+
 def _peak(config: Config, runtime: build.Runtime, images: int, prompts: int) -> float:
     return max(phase.total for phase in _phases(config, runtime, images, prompts))
 
 
 def _phases(config: Config, runtime: build.Runtime, images: int, prompts: int) -> list[Phase]:
-    folder, dtype, device = runtime.folder, runtime.dtype, runtime.device.type
-    found = find_transformer(build.transformer_place(config, folder))
-    transformer = found.config
-    width, image_tokens = _shape(config, runtime, transformer)
+    dtype, device, shape = runtime.dtype, runtime.device.type, build.shape_of(config, runtime)
+    found, transformer = shape.transformer, shape.transformer.config
+    width, image_tokens = _sizes(config, shape)
     size = ModelSize.of(
         empty_transformer(transformer), build.quantization(config.quant), dtype, width
     )
-    vae_config, vae = (
-        read_config(folder / "vae" / "config.json"),
-        memory.stored_bytes(read_entries(folder / "vae"), torch.float32),
-    )
-    side = config.data.resolution or sd3.native_resolution(folder)
-    reduction = _reduction(vae_config)
+    vae_config, vae = shape.vae.config, memory.stored_bytes(shape.vae.entries, torch.float32)
+    side = config.data.resolution or shape.native_resolution
     text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)
     libraries = memory.LIBRARIES[device]
     on_device = (
@@ -154,7 +154,7 @@ def _phases(config: Config, runtime: build.Runtime, images: int, prompts: int) -
     kept = (
         images
         * transformer["in_channels"]
-        * (side // reduction) ** 2
+        * (side // reduction(vae_config)) ** 2
         * 4
         * (2 if config.data.flip else 1)
     )
@@ -166,7 +166,7 @@ def _phases(config: Config, runtime: build.Runtime, images: int, prompts: int) -
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
     resident = base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
     return [
-        Phase("encode", base | _largest_encoder(config, runtime)),
+        Phase("encode", base | _largest_encoder(config, runtime, shape)),
         Phase("images", base | data | vae_work("encode")),
         Phase(
             "load",
@@ -194,20 +194,13 @@ def _phases(config: Config, runtime: build.Runtime, images: int, prompts: int) -
     ]
 
 
-def _shape(config: Config, runtime: build.Runtime, transformer: dict[str, Any]) -> tuple[int, int]:
+def _sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
     """Width of its hidden states, and tokens of an image."""
-    side = config.data.resolution or sd3.native_resolution(runtime.folder)
-    patch = (
-        _reduction(read_config(runtime.folder / "vae" / "config.json")) * transformer["patch_size"]
-    )
-    return transformer["num_attention_heads"] * transformer["attention_head_dim"], (
-        side // patch
-    ) ** 2
-
-
-def _reduction(vae: dict[str, Any]) -> int:
-    """Pixels of an image along a side of one latent."""
-    return int(2 ** (len(vae["block_out_channels"]) - 1))
+    side = config.data.resolution or shape.native_resolution
+    transformer = shape.transformer.config
+    patch = reduction(shape.vae.config) * transformer["patch_size"]
+    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    return width, (side // patch) ** 2
 
 
 def _sampling(
@@ -230,21 +223,23 @@ def _sampling(
     return {"forward": forward} if forward >= decode else {"decode": decode}
 
 
-def _largest_encoder(config: Config, runtime: build.Runtime) -> dict[str, float]:
+def _largest_encoder(
+    config: Config, runtime: build.Runtime, shape: PipelineShape
+) -> dict[str, float]:
     """Text encoders are loaded one after the other, so the largest counts, with what passes while
     it is read.
     """
-    mode = build.t5_mode(config, runtime.folder)
+    t5 = shape.encoders.get(T5)
+    mode = build.t5_mode_of(config, None if t5 is None else t5.nbytes)
     sizes: dict[str, float] = {}
-    for part in (CLIP_L, CLIP_G, *((T5,) if mode != "none" else ())):
-        entries = read_entries(runtime.folder / part)
-        reading = memory.reading_bytes(entries, runtime.dtype, runtime.device.type, 0)
-        if part == T5 and mode == "nf4":
-            weights = ModelSize.of(
-                empty_text_encoder(runtime.folder, part), Quantization(), runtime.dtype
-            ).weights
+    for name in (CLIP_L, CLIP_G, *((T5,) if mode != "none" else ())):
+        part = shape.encoders[name]
+        reading = memory.reading_bytes(part.entries, runtime.dtype, runtime.device.type, 0)
+        if name == T5 and mode == "nf4":
+            empty = empty_encoder(name, part.config)
+            weights = ModelSize.of(empty, Quantization(), runtime.dtype).weights
         else:
-            weights = memory.stored_bytes(entries, runtime.dtype)
-        sizes[part] = weights + reading
+            weights = memory.stored_bytes(part.entries, runtime.dtype)
+        sizes[name] = weights + reading
     name = max(sizes, key=lambda part: sizes[part])
     return {name: sizes[name]}

@@ -13,10 +13,10 @@ from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
-from qzo_diffusion.core.errors import ConfigError, DataError
-from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
+from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.diffusion.style_folder import (
     StyleFolder,
@@ -45,6 +45,7 @@ class StylePlan:
     dtype: torch.dtype
     style: StyleFolder
     sample_prompts: list[str]
+    shape: PipelineShape | None = None
 
     thing = "image"
     facts = ("sha256", "caption", "bucket", "split", "repeats")
@@ -83,7 +84,7 @@ class StylePlan:
     def _needs(self) -> tuple[build.Runtime, int, int]:
         """Where the run is, and how many images and prompts it keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
-        runtime = build.Runtime(self.model_folder, self.device, self.dtype)
+        runtime = build.Runtime(self.model_folder, self.device, self.dtype, self.shape)
         return runtime, len(self.style.samples), len(captions) + len(self.sample_prompts)
 
     def data(self) -> list[dict[str, Any]]:
@@ -158,17 +159,19 @@ class StylePlan:
         )
 
 
-def make_plan(config: Config) -> StylePlan:
-    """Resolve the model, the device and the data, and check all of them."""
+def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
+    """Resolve the model, the device and the data, and check all of them.
+
+    Args:
+        dry_run: the plan is only shown, so a published model may be planned by its known shape.
+    """
     if config.data.style_dir is None:
         raise ConfigError(
             "no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir"
         )
-    folder, why = build.choose_model(config.model)
-    report(why)
-    build.check_model(config, folder)
+    folder, shape = _model(config, dry_run)
     device = devices.choose_device(config.compute.device)
-    resolution = config.data.resolution or sd3.native_resolution(folder)
+    resolution = config.data.resolution or shape.native_resolution
     images = resources.find_file(config.data.style_dir, "demo_images")
     held_out = (
         resources.find_file(config.data.validation_dir, "demo_images")
@@ -204,11 +207,33 @@ def make_plan(config: Config) -> StylePlan:
     if config.model == "auto":
         resolved.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
     plan = StylePlan(
-        resolved, folder, device, devices.choose_dtype(config.compute.dtype, device), style, prompts
+        resolved,
+        folder,
+        device,
+        devices.choose_dtype(config.compute.dtype, device),
+        style,
+        prompts,
+        shape,
     )
     if resolved.train.micro_batch_size is None:
         resolved.train.micro_batch_size = plan.rows_that_fit()
     return plan
+
+
+def _model(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
+    """The model's folder and shape; of a published model that is not here its known shape, where
+    nothing will be loaded.
+    """
+    try:
+        folder, why = build.choose_model(config.model)
+    except ModelError:
+        known = known_shape(config.model) if dry_run and config.transformer is None else None
+        if known is None:
+            raise
+        report(f"model: {config.model}, whose weights are not here; planned from its known shape")
+        return Path(config.model), known
+    report(why)
+    return folder, build.check_model(config, folder)
 
 
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from qzo_diffusion.commands import doctor
 from qzo_diffusion.config.files import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import memory, text_encoders
+from qzo_diffusion.diffusion.pipeline_shape import known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.resources import shipped, tiny_model
@@ -383,3 +385,40 @@ def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, ima
         "without network",
     ):
         assert words in error
+
+
+@pytest.mark.parametrize("preset", ["sd35_large_8gb", "sd35_medium", "sd35_large_24gb"])
+def test_a_gated_model_is_planned_before_its_weights_are_here(
+    capsys, monkeypatch, images, tmp_path, preset
+):
+    monkeypatch.setattr(build, "_cached_snapshot", lambda name, file="model_index.json": None)
+    command = ["train", "--style-dir", str(images), "--preset", preset]
+    assert main([*command, "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "weights are not here; planned from its known shape" in printed.err
+    assert "memory    phase" in printed.out
+    assert main([*command, "--output-dir", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "config"), [("large", LARGE), ("medium", MEDIUM)])
+def test_the_plan_by_the_known_shape_is_that_of_the_files(pipelines, name, config):
+    settings = load_config(shipped("configs") / f"sd35_{name}{'_8gb' * (name == 'large')}.yaml")
+    place = build.Runtime(pipelines[json.dumps(config)], torch.device("cpu"), torch.bfloat16)
+    known = replace(place, shape=known_shape(f"stabilityai/stable-diffusion-3.5-{name}"))
+    plans = [planning.memory_plan(settings, one, 10, 4).facts() for one in (place, known)]
+    assert plans[0] == plans[1]
+
+
+def test_the_known_shape_is_that_of_the_published_model():
+    """Sizes as Stability AI states them; the scales follow from blocks of 64."""
+    found = known_shape("stabilityai/stable-diffusion-3.5-large")
+    transformer = empty_transformer(found.transformer.config)
+    assert sum(one.numel() for one in transformer.parameters()) == 8_056_627_520
+    assert found.native_resolution == 1024
+    gigabytes = {name: part.nbytes / 2**30 for name, part in found.encoders.items()}
+    assert gigabytes == pytest.approx(
+        {"text_encoder": 0.23, "text_encoder_2": 1.29, "text_encoder_3": 8.9}, rel=0.02
+    )
+    assert found.vae.nbytes / 2**30 == pytest.approx(0.16, rel=0.03)
+    assert known_shape("someone/else") is None
