@@ -36,15 +36,25 @@ class Place:
     may_be_name: bool = False
 
 
+def _unicode(text: str) -> str:
+    """YAML leaves the two halves that JSON writes for one character apart; one half alone stands
+    for no character, and no file can hold it.
+    """
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError("text without half of a Unicode surrogate pair") from None
+
+
 def _expanded(text: str) -> str:
-    if not text.strip():
+    if not text.strip() or "\0" in text:
         raise ValueError("a path, or null for none")
-    return resources.expand_home(text)
+    return resources.expand_home(_unicode(text))
 
 
 OWN_NAMES = ("auto", "tiny")  # of models, though a folder may be called so
 
-FreeText = Annotated[str, Free()]
+FreeText = Annotated[str, AfterValidator(_unicode), Free()]
 PathText = Annotated[str, AfterValidator(_expanded), Place()]
 PathOrName = Annotated[str, AfterValidator(_expanded), Place(may_be_name=True)]
 PathInside = Annotated[str, AfterValidator(_expanded), Place(inside=True)]

@@ -18,13 +18,12 @@ with neither, the template is plain text to be learned as a whole.
 
 import re
 import string
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qzo_diffusion import strict_yaml
 from qzo_diffusion.core.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "task_files"
@@ -170,10 +169,7 @@ def literal_texts(name: str, spec: TaskSpec) -> list[tuple[str, str]]:
 def _place(name: str, key: str) -> str:
     """The file and the line of a key in it."""
     path = _file_of(name)
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    begins = (f"{key}:", f'"{key}"', f"'{key}'")
-    at = next((at for at, line in enumerate(lines, 1) if line.lstrip(" {").startswith(begins)), 1)
-    return f"{path}, line {at}: {key}"
+    return f"{path}, line {_read(path, name).line_of((key,))}: {key}"
 
 
 def _words_of(template: str) -> str:
@@ -196,50 +192,57 @@ def read_task(name: str) -> TaskSpec:
             field.
     """
     path = _file_of(name)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        node, content = yaml.compose(text), yaml.safe_load(text)
-    except FileNotFoundError:
-        known = ", ".join(shipped_tasks())
-        raise ConfigError(
-            f"no task {name!r}", f"{known}, or a YAML file", f"see {SHIPPED} for files that work"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path} can't be read: {error}", "YAML in UTF-8", f"see {SHIPPED} for files that work"
-        ) from None
-    if not isinstance(content, dict):
+    document = _read(path, name)
+    if not isinstance(document.content, dict):
         raise ConfigError(
             f"{path} holds no settings", "key: value lines", f"see {SHIPPED} for files that work"
         )
     try:
-        return TaskSpec.model_validate(_with_text_keys(content, node))
+        return TaskSpec.model_validate(_with_text_keys(document))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"]]
-        unknown = first["type"] == "extra_forbidden"
-        expected = (
-            f"one of {', '.join(TaskSpec.model_fields)}"
-            if unknown
-            else first["msg"].removeprefix("Value error, ")
-        )
-        if isinstance(first["input"], bool):
-            expected += ", in quotation marks: YAML reads yes, no, on and off as true and false"
-        value = "" if first["type"] == "missing" or not place else f" = {first['input']!r}"
+        raise _explained(error, path, document) from None
+
+
+def _read(path: Path, name: str) -> strict_yaml.Document:
+    remedy = f"see {SHIPPED} for files that work"
+    try:
+        return strict_yaml.read(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        known = ", ".join(shipped_tasks())
+        raise ConfigError(f"no task {name!r}", f"{known}, or a YAML file", remedy) from None
+    except (OSError, ValueError) as error:  # not UTF-8, not YAML, or a key stands twice
         raise ConfigError(
-            f"{path}, line {_line_of(node, place)}: {'.'.join(place) or 'the task'}{value}",
-            expected,
-            "correct the task file",
+            f"{path} can't be read: {error}", "YAML in UTF-8, each key once", remedy
         ) from None
 
 
-def _with_text_keys(content: dict[Any, Any], node: Any) -> dict[str, Any]:
+def _explained(error: ValidationError, path: Path, document: strict_yaml.Document) -> ConfigError:
+    first = error.errors()[0]
+    place = tuple(str(part) for part in first["loc"])
+    unknown = first["type"] == "extra_forbidden"
+    expected = (
+        f"one of {', '.join(TaskSpec.model_fields)}"
+        if unknown
+        else first["msg"].removeprefix("Value error, ")
+    )
+    if isinstance(first["input"], bool):
+        expected += ", in quotation marks: YAML reads yes, no, on and off as true and false"
+    value = "" if first["type"] == "missing" or not place else f" = {first['input']!r}"
+    return ConfigError(
+        f"{path}, line {document.line_of(place)}: {'.'.join(place) or 'the task'}{value}",
+        expected,
+        "correct the task file",
+    )
+
+
+def _with_text_keys(document: strict_yaml.Document) -> dict[str, Any]:
     """YAML reads `0:` and `true:` as numbers and truth values, `no:` too; data has the same values
     as text.
     """
+    content = document.content
     choices = content.get("choices")
     if isinstance(choices, dict):
-        words = _words_for_truth(next(value for key, value in node.value if key.value == "choices"))
+        words = _words_for_truth(document)
         texts = {
             words.get(key, as_text(key)) if isinstance(key, bool) else as_text(key): value
             for key, value in choices.items()
@@ -248,34 +251,13 @@ def _with_text_keys(content: dict[Any, Any], node: Any) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _words_for_truth(mapping: Any) -> dict[bool, str]:
+def _words_for_truth(document: strict_yaml.Document) -> dict[bool, str]:
     """By truth value, the key that stands for it in the file, where that is yes, no, on or off."""
-    keys = [
-        key
-        for key, _ in mapping.value
-        if key.tag == "tag:yaml.org,2002:bool" and key.value.lower() not in ("true", "false")
-    ]
-    return {key.value.lower() in ("yes", "on"): key.value for key in keys}
+    keys = [path[1] for path in document.lines if path[0] == "choices" and len(path) == 2]
+    words = [key for key in keys if key.lower() in ("yes", "no", "on", "off")]
+    return {key.lower() in ("yes", "on"): key for key in words}
 
 
 def as_text(value: Any) -> str:
     """A value of YAML or JSON as it stands in a file: True is `true`."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _line_of(node: Any, place: Sequence[str]) -> int:
-    """The line of the deepest part of `place` that is in the file, counted from 1."""
-    line = node.start_mark.line + 1
-    for part in place:
-        if isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-            node = node.value[int(part)]
-        elif isinstance(node, yaml.MappingNode):
-            inner = next((pair for pair in node.value if pair[0].value == part), None)
-            if inner is None:
-                break
-            line, node = inner[0].start_mark.line + 1, inner[1]
-            continue
-        else:
-            break
-        line = node.start_mark.line + 1
-    return int(line)
