@@ -214,6 +214,11 @@ def make_optimizer(name: OptimizerName, in_running_spreads: bool = False) -> Opt
     return InRunningSpreads(chosen) if in_running_spreads else chosen
 
 
+def agree_until(first: Schedule, second: Schedule, steps: int) -> int:
+    """The first step below `steps` at which two schedules differ, or `steps` where none does."""
+    return next((step for step in range(steps) if first(step) != second(step)), steps)
+
+
 def make_schedule(
     name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0
 ) -> Schedule:

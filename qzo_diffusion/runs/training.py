@@ -21,7 +21,7 @@ from qzo_diffusion.core.errors import (
     TrainingDiverged,
 )
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
-from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs import build, longer, provenance
 from qzo_diffusion.runs.job import (
     CHECK_RANKS_EVERY,
     Components,
@@ -131,6 +131,11 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     changed_data = _changed_data(plan, run_folder)
     # data that was moved and is the same is no change
     changes = changed_settings(before, plan.config, () if changed_data else DATA_PLACES)
+    if not force:
+        journal = JOURNAL if plan.has_journal else None
+        changes = longer.without_steps(
+            changes, before, plan.config, lambda: longer.steps_done(run_folder, journal)
+        )
     changes += changed_data
     if changes and not force:
         raise ConfigError(

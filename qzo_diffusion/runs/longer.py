@@ -1,0 +1,51 @@
+"""A run that goes on with another number of steps, where its rate so far is the rate that a run of
+so many steps would have had from its beginning."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from qzo_diffusion.config.style import RunConfig
+from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.core.optimizer import agree_until
+from qzo_diffusion.runs import build
+from qzo_diffusion.train.checkpoint import list_checkpoints
+
+STEPS = "train.max_steps"
+
+
+def steps_done(run: Path, journal: str | None) -> int:
+    """Of a run that was stopped: by its journal, or by its newest checkpoint where it has none."""
+    if journal is not None:
+        return read_journal(run / journal).steps_done if (run / journal).exists() else 0
+    checkpoints, _ = list_checkpoints(run / "checkpoints", check=False)
+    return checkpoints[-1].step if checkpoints else 0
+
+
+def without_steps(
+    changes: Sequence[str], before: RunConfig, after: RunConfig, done: Callable[[], int]
+) -> list[str]:
+    """`changes` of settings without that of `train.max_steps`, where it makes no difference.
+
+    Args:
+        done: how many steps are done; asked only where they matter.
+
+    Raises:
+        ConfigError: the rate so far was that of a run with its own number of steps.
+    """
+    if before.train.max_steps == after.train.max_steps:
+        return list(changes)
+    count, wanted = done(), after.train.max_steps
+    other = before.model_copy(deep=True)
+    other.train.max_steps = wanted
+    same = agree_until(build.schedule(before), build.schedule(other), count)
+    if same < count:
+        raise ConfigError(
+            f"{STEPS}: {before.train.max_steps} -> {wanted} after {count} steps with "
+            f"train.schedule={before.train.schedule}",
+            f"the rate of a run of {wanted} steps, but from step {same} on this run had the rate "
+            f"of one that ends at step {before.train.max_steps}",
+            f"leave {STEPS} as it was, begin a new run (style runs: from this one with "
+            "--init-from), or add --force to go on with rates that no whole run has",
+        )
+    return [change for change in changes if not change.startswith(f"{STEPS}: ")]
