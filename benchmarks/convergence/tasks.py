@@ -26,6 +26,7 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.listing import METADATA_NAME
+from qzo_diffusion.diffusion.prompts import Prompt, Prompts
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
 from qzo_diffusion.diffusion.style_folder import Sample
@@ -188,7 +189,7 @@ class StyleTask:
         plan = make_plan(make_config(self._settings(0, 16) | {"sample": {"guidance": 1.0}}))
         self._plan = plan
         self._encoded = style_data.encode(
-            plan.config, plan.model_folder, plan.style, [], plan.device, plan.dtype
+            plan.config, plan.model_folder, plan.style, Prompts([]), plan.device, plan.dtype
         )
         self.model = build.quantized_transformer(
             plan.config, plan.model_folder, plan.device, plan.dtype
@@ -230,14 +231,13 @@ class StyleTask:
 
     def sampler(self, captions: Sequence[str]) -> Sampler:
         plan, vae = self._plan, self._encoded.vae
-        prompts = self._encoded.prompts
         return build.sampler(
             plan.config,
             plan.model_folder,
             self.model,
             vae,
-            captions,
-            prompts,
+            [Prompt(caption) for caption in captions],
+            self._encoded.prompts,
             plan.device,
             plan.dtype,
         )

@@ -178,7 +178,7 @@ def _content(prompt: str, trigger: str | None) -> str:
 def _load(plan: style_run.StylePlan) -> _Work:
     config = plan.config
     encoded = style_data.encode(
-        config, plan.model_folder, plan.style, plan.sample_prompts, plan.device, plan.dtype
+        config, plan.model_folder, plan.style, plan.prompts, plan.device, plan.dtype
     )
     runtime = build.Runtime(plan.model_folder, plan.device, plan.dtype)
     transformer, scales, theta = build.load_base(config, runtime)
@@ -196,7 +196,7 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
     as the base's often are."""
     config, plan = work.plan.config, work.plan
     shown = [
-        plan.sample_prompts,
+        [*plan.sample_prompts, *plan.prompts.negatives],
         config.sample.model_dump(),
         config.data.resolution,
         str(plan.dtype),
@@ -219,7 +219,7 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
             plan.model_folder,
             work.transformer,
             encoded.vae,
-            plan.sample_prompts,
+            plan.prompts.prompts,
             encoded.prompts,
             plan.device,
             plan.dtype,
@@ -231,8 +231,8 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
             for image, file in zip(images, files, strict=True):
                 image.save(aside / file)
             table = [
-                {"file": file, "prompt": prompt}
-                for file, prompt in zip(files, plan.sample_prompts, strict=True)
+                {"file": file, **prompt.row}
+                for file, prompt in zip(files, plan.prompts.prompts, strict=True)
             ]
             RunFolder(aside).write_json("prompts.json", table)
             RunFolder(aside).write_json("key.json", key)

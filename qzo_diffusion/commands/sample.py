@@ -12,7 +12,7 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.diffusion.prompts import read_prompts, with_trigger
+from qzo_diffusion.diffusion.prompts import Prompts, parse_prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.files import ANOTHER, check_empty
@@ -63,15 +63,19 @@ def run(request: SampleRequest) -> dict[str, Any]:
     runtime = build.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
     prompts = _prompts(request, config, folder)
+    for note in prompts.notes:
+        report(f"note: {note}")
     encoded = build.prompt_encoder(config, folder, device, dtype).encode(
-        [*prompts, config.sample.negative_prompt]
+        [*prompts.texts, *prompts.negatives, config.sample.negative_prompt]
     )
     vae = build.load_vae(config, folder, device)
     drop_encoder_(vae)
     transformer, scales, _ = build.load_base(config, runtime)
     if tuned is not None:
         apply_(transformer, scales, [(tuned, request.strength)])
-    sampler = build.sampler(config, folder, transformer, vae, prompts, encoded, device, dtype)
+    sampler = build.sampler(
+        config, folder, transformer, vae, prompts.prompts, encoded, device, dtype
+    )
     images = sampler.images()
     # not before: what fails leaves nothing behind
     out = RunFolder.create(request.output_dir, ANOTHER)
@@ -81,7 +85,9 @@ def run(request: SampleRequest) -> dict[str, Any]:
     grid([images], [request.run.name if request.run else "base"]).save(
         out.path / "samples" / "grid.png"
     )
-    table = [{"file": name, "prompt": prompt} for name, prompt in zip(files, prompts, strict=True)]
+    table = [
+        {"file": name, **prompt.row} for name, prompt in zip(files, prompts.prompts, strict=True)
+    ]
     out.write_json("samples/prompts.json", table)
     return {
         "samples": str(out.path / "samples"),
@@ -111,9 +117,10 @@ def _config_of(request: SampleRequest) -> Config:
     return config
 
 
-def _prompts(request: SampleRequest, config: Config, folder: Path) -> list[str]:
+def _prompts(request: SampleRequest, config: Config, folder: Path) -> Prompts:
     if isinstance(request.prompts, list):
-        return with_trigger(request.prompts, config.data.trigger, "--prompt")
+        lines = [(f"--prompt {at}", text) for at, text in enumerate(request.prompts, start=1)]
+        return parse_prompts(lines, config.data.trigger)
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
     file = resources.find_file(config.sample.prompts or default, "prompts")
-    return read_prompts(file, config.data.trigger)
+    return read_prompt_file(file, config.data.trigger)

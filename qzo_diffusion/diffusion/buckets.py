@@ -6,6 +6,7 @@ A batch is a single tensor, so all its samples share a shape (`train.batch_plan`
 
 import functools
 import math
+from collections.abc import Mapping
 
 from qzo_diffusion.core.errors import ConfigError
 
@@ -56,6 +57,32 @@ def nearest_bucket(width: int, height: int, resolution: int) -> Bucket:
     return min(
         bucket_shapes(resolution), key=lambda shape: abs(aspect - math.log(shape[0] / shape[1]))
     )
+
+
+def check_positions(shapes: Mapping[str, Bucket], most: int) -> None:
+    """Raise ConfigError for a shape beyond the transformer's table of positions.
+
+    Args:
+        shapes: by a word for what has it, such as the name of an image.
+        most: pixels of a side for which the table has positions.
+    """
+    beyond = {name: shape for name, shape in shapes.items() if max(shape) > most}
+    if beyond:
+        name, (width, height) = max(beyond.items(), key=lambda pair: max(pair[1]))
+        fitting = largest_resolution(most)
+        raise ConfigError(
+            f"{width}x{height} pixels for {name} ({len(beyond)} of {len(shapes)} are too large)",
+            f"at most {most} pixels a side, which the model has positions for",
+            f"use data.resolution={fitting} or less: then every shape fits",
+        )
+
+
+def largest_resolution(most: int) -> int:
+    """The largest resolution of which no bucket is wider or higher than `most` pixels."""
+    fitting = STRIDE
+    while max(map(max, bucket_shapes(fitting + STRIDE))) <= most:
+        fitting += STRIDE
+    return fitting
 
 
 def _rounded(pixels: float) -> int:

@@ -18,7 +18,7 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qzo_diffusion.core.errors import DataError
@@ -57,11 +57,12 @@ _Notes = dict[str, dict[str, None]]
 @dataclass(frozen=True)
 class Caption:
     """One caption; `source` is "metadata.jsonl", "txt", "caption", "--caption" or "none" (then the
-    text is empty).
+    text is empty). `place` is a file, with the line in metadata.jsonl, or "--caption".
     """
 
     text: str
     source: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_captions(
     """
     noted: _Notes = {}
     listing = list_files(folder, skip=other)
-    metadata: dict[Path, str] = {}
+    metadata: dict[Path, Caption] = {}
     for path in filter(is_metadata, listing.files):
         _add_metadata(metadata, path, folder, files, other, listing, noted)
     if other is not None and not _is_below(other, folder):
@@ -107,7 +108,9 @@ def read_captions(
     for image in files:
         found = _own_caption(folder, image, metadata, sidecars, noted)
         by_file[image] = found or (
-            Caption("", "none") if fallback is None else Caption(fallback.strip(), "--caption")
+            Caption("", "none")
+            if fallback is None
+            else Caption(fallback.strip(), "--caption", "--caption")
         )
     check_any_caption(by_file.values(), folder)
     notes = [f"{len(names)} {what}: {listed(list(names))}" for what, names in noted.items()]
@@ -154,7 +157,7 @@ def _read_text(path: Path, folder: Path, noted: _Notes) -> str:
 
 
 def _add_metadata(
-    captions: dict[Path, str],
+    captions: dict[Path, Caption],
     path: Path,
     folder: Path,
     files: Sequence[Path],
@@ -187,10 +190,10 @@ def _add_metadata(
         elif image in captions:
             raise line_error(where, f"{shown(name)} has a caption already")
         else:
-            captions[image] = text
+            captions[image] = Caption(text.strip(), METADATA_NAME, where)
 
 
-def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict[Path, str]:
+def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict[Path, Caption]:
     """The captions that metadata.jsonl in `other` holds for images in `folder`; its other lines are
     for its own images.
     """
@@ -198,7 +201,7 @@ def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict
     real = functools.cache(_real)
     exact = {(real(image.parent), image.name): image for image in files}
     composed = {(place, _composed(name)): image for (place, name), image in exact.items()}
-    captions: dict[Path, str] = {}
+    captions: dict[Path, Caption] = {}
     for path in filter(is_metadata, list_files(other, skip=folder).files):
         for where, name, text in _lines(path, other, {}):
             place, last = real(path.parent / posixpath.dirname(name)), posixpath.basename(name)
@@ -210,7 +213,7 @@ def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict
             if image is not None and image in captions:
                 raise line_error(where, f"{shown(name)} has a caption already")
             if image is not None:
-                captions[image] = text
+                captions[image] = Caption(text.strip(), METADATA_NAME, where)
     return captions
 
 
@@ -237,7 +240,7 @@ def _composed(name: str) -> str:
 def _match_sidecars(
     folder: Path,
     files: Sequence[Path],
-    metadata: Mapping[Path, str],
+    metadata: Mapping[Path, Caption],
     present: Sequence[Path],
     noted: _Notes,
 ) -> _Sidecars:
@@ -282,19 +285,19 @@ def _composed_stem(path: Path) -> Path:
 
 
 def _own_caption(
-    folder: Path, image: Path, metadata: Mapping[Path, str], sidecars: _Sidecars, noted: _Notes
+    folder: Path, image: Path, metadata: Mapping[Path, Caption], sidecars: _Sidecars, noted: _Notes
 ) -> Caption | None:
     """The first source with text; an empty one is noted and passed over."""
     if image in metadata:
-        if text := metadata[image].strip():
-            return Caption(text, METADATA_NAME)
+        if metadata[image].text:
+            return metadata[image]
         _note(noted, f"texts in {METADATA_NAME} are empty", relative_id(image, folder))
     for suffix in CAPTION_SUFFIXES:
         path = sidecars.get((image, suffix))
         if path is None:
             continue
         if text := _read_text(path, folder, noted).strip():
-            return Caption(text, suffix[1:])
+            return Caption(text, suffix[1:], str(path))
         _note(noted, "captions are empty", relative_id(path, folder))
     return None
 
@@ -317,6 +320,6 @@ def _with_trigger(
             f"the trigger {shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}"
         )
     return {
-        image: Caption(caption.text.replace(PLACEHOLDER, trigger), caption.source)
+        image: replace(caption, text=caption.text.replace(PLACEHOLDER, trigger))
         for image, caption in captions.items()
     }

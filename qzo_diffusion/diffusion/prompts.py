@@ -1,44 +1,150 @@
 """Prompt files: one prompt a line, lines that begin with # are comments, empty lines are passed
 over.
+
+Kohya's trainers put options behind a prompt. `--n TEXT` is understood: the negative prompt of that
+line. All others (`--w`, `--h`, `--d`, `--l`, `--s`, ...) are left out with a note, since pictures
+of one grid share their size, steps and guidance.
 """
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.captions import PLACEHOLDER
+from qzo_diffusion.diffusion.listing import listed
+from qzo_diffusion.diffusion.text_file import decode, has_controls, split_lines
+from qzo_diffusion.texts import check_encodable
+
+_EXPECTED = "a text file with one prompt a line"
+_LARGEST = 2**24  # bytes
+_OPTION = re.compile(r"(?:^|\s)--(n|w|h|d|s|l|g|t|i|am|ow|oh|ss|fs|cn|ctr|nf)(?=\s|$)")
+_MEANT = {
+    "w": "data.resolution",
+    "h": "data.resolution",
+    "d": "sample.seed",
+    "s": "sample.steps",
+    "l": "sample.guidance",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """negative: the line's own negative prompt, None where it has none. place: where it stands."""
+
+    text: str
+    negative: str | None = None
+    place: str = ""
+
+    @property
+    def row(self) -> dict[str, str]:
+        """For a table of pictures."""
+        own = {} if self.negative is None else {"negative_prompt": self.negative}
+        return {"prompt": self.text, **own}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts in their order, and remarks for the user on how they were read."""
+
+    prompts: list[Prompt]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def negatives(self) -> list[str]:
+        """Those that stand behind a prompt."""
+        return [prompt.negative for prompt in self.prompts if prompt.negative is not None]
+
+
+def read_prompt_file(path: Path, trigger: str | None = None) -> Prompts:
+    """The prompts in their order, with `trigger` for `[trigger]`.
+
+    Raises:
+        DataError: no such file, no text, no prompt in it, or a placeholder without a trigger.
+    """
+    text, encoding = _text(path)
+    lines = [
+        (f"{path}, line {number}", line)
+        for number, line in enumerate(split_lines(text), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not lines:
+        raise DataError(f"no prompt in {path}", _EXPECTED, "write at least one prompt into it")
+    found = parse_prompts(lines, trigger)
+    notes = [f"{path} is not UTF-8, read as {encoding}"] if encoding else []
+    return Prompts(found.prompts, notes + found.notes)
 
 
 def read_prompts(path: Path, trigger: str | None = None) -> list[str]:
-    """The prompts in their order; `[trigger]` in them is replaced.
+    """The texts of `read_prompt_file` alone."""
+    return read_prompt_file(path, trigger).texts
+
+
+def parse_prompts(lines: Sequence[tuple[str, str]], trigger: str | None) -> Prompts:
+    """Prompts of (place, line).
 
     Raises:
-        DataError: no such file, not text in UTF-8, no prompt in it, or a placeholder without a
-            trigger.
+        DataError: a placeholder without a trigger, options without a prompt, or text that can't be
+            encoded.
     """
-    expected = "a text file with one prompt a line"
+    prompts, left_out = [], dict[str, list[str]]()
+    for place, line in lines:
+        check_encodable(line, place)
+        _check_trigger(line, trigger, place)
+        text, *options = _OPTION.split(line.strip())
+        if not text.strip():
+            raise DataError(f"{place}: no prompt before {line.strip()!r}", _EXPECTED, "write one")
+        pairs = list(zip(options[::2], options[1::2], strict=True))
+        negative = next((value for name, value in pairs if name == "n"), None)
+        own = None if negative is None else _filled(negative, trigger)
+        prompts.append(Prompt(_filled(text, trigger), own, place))
+        for name, _ in pairs:
+            if name != "n":
+                left_out.setdefault(name, []).append(place.rpartition(", ")[2])
+    return Prompts(prompts, _notes(left_out))
+
+
+def _text(path: Path) -> tuple[str, str | None]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        if path.stat().st_size > _LARGEST:
+            raise OSError(f"{path.stat().st_size} bytes, more than {_LARGEST}")
+        text, encoding = decode(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    if has_controls(text) or "\ufffd" in text:
+        raise _unreadable(path, "it is no text in UTF-8")
+    return text, encoding
+
+
+def _unreadable(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{path} can't be read: {reason}", _EXPECTED, "give --prompts or --sample-prompts a file"
+    )
+
+
+def _check_trigger(line: str, trigger: str | None, place: str) -> None:
+    if PLACEHOLDER in line and not trigger:
         raise DataError(
-            f"{path} can't be read: {error}", expected, "give --prompts or --sample-prompts a file"
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not prompts:
-        raise DataError(f"no prompt in {path}", expected, "write at least one prompt into it")
-    return with_trigger(prompts, trigger, str(path))
-
-
-def with_trigger(prompts: list[str], trigger: str | None, place: str) -> list[str]:
-    """The prompts with `trigger` for `[trigger]`; `place` says in a message where they stand.
-
-    Raises:
-        DataError: a placeholder without a trigger.
-    """
-    marked = [prompt for prompt in prompts if PLACEHOLDER in prompt]
-    if marked and not trigger:
-        raise DataError(
-            f"{PLACEHOLDER} in {place}: {marked[0]!r}",
+            f"{PLACEHOLDER} in {place}: {line!r}",
             "a trigger word to put there",
             "pass --trigger WORD to train, or write the word itself",
         )
-    return [prompt.replace(PLACEHOLDER, trigger or "") for prompt in prompts]
+
+
+def _filled(text: str, trigger: str | None) -> str:
+    return text.strip().replace(PLACEHOLDER, trigger or "")
+
+
+def _notes(left_out: dict[str, list[str]]) -> list[str]:
+    if not left_out:
+        return []
+    parts = []
+    for name, places in left_out.items():
+        meant = f"; {_MEANT[name]} sets it" if name in _MEANT else ""
+        parts.append(f"--{name} ({listed(places)}{meant})")
+    return [f"options behind prompts are left out: {', '.join(parts)}"]

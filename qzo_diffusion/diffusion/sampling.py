@@ -24,7 +24,7 @@ class Sampler:
     Args:
         transformer, scheduler, vae: parts of an SD3 pipeline; of the VAE only the decoder is used.
         prompts: encoded prompts, in order; prompt i is always sampled from `seed + i`.
-        negative: the encoded negative prompt, needed for guidance above 1.
+        negatives: for each prompt its encoded negative prompt, needed for guidance above 1.
         width, height: of the images in pixels.
     """
 
@@ -34,7 +34,7 @@ class Sampler:
         scheduler: Any,
         vae: Any,
         prompts: Sequence[EncodedPrompt],
-        negative: EncodedPrompt,
+        negatives: Sequence[EncodedPrompt],
         *,
         width: int,
         height: int,
@@ -51,7 +51,7 @@ class Sampler:
             transformer, scheduler, vae, None, None, None, None, None, None
         )
         self._pipeline.set_progress_bar_config(disable=True)
-        self._vae, self._prompts, self._negative = vae, list(prompts), negative
+        self._vae, self._prompts, self._negatives = vae, list(prompts), list(negatives)
         self._size = {"width": width, "height": height}
         self._settings = {"num_inference_steps": steps, "guidance_scale": guidance}
         self._seed, self._batch_size, self._device, self._dtype = seed, batch_size, device, dtype
@@ -69,7 +69,9 @@ class Sampler:
     def _latents(self, start: int) -> Tensor:
         chosen = self._prompts[start : start + self._batch_size]
         embeds, pooled = stack_prompts(chosen)
-        negative_embeds, negative_pooled = stack_prompts([self._negative] * len(chosen))
+        negative_embeds, negative_pooled = stack_prompts(
+            self._negatives[start : start + self._batch_size]
+        )
 
         def ready(tensor: Tensor) -> Tensor:
             return tensor.to(self._device, self._dtype)

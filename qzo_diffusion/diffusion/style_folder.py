@@ -39,6 +39,7 @@ class Sample:
     width, height: of the bucket, in pixels.
     notes: what `open_image` had to convert.
     split: "train" or "validation".
+    caption_place: the file of the caption, with its line in metadata.jsonl.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Sample:
     notes: tuple[str, ...]
     split: str
     repeats: int
+    caption_place: str = ""
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Samp
         sha256=_sha256(path),
         caption=caption.text,
         caption_source=caption.source,
+        caption_place=caption.place,
         width=width,
         height=height,
         notes=opened.notes,

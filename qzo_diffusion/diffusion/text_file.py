@@ -23,7 +23,7 @@ def decode(data: bytes) -> tuple[str, str | None]:
             name = None if encoding == "utf-8-sig" else encoding.upper()
             return data.decode(encoding, errors="replace"), name
     text, name = _of_single_bytes(data)
-    if _has_controls(text) and (wide := _utf_16(data)) is not None:
+    if has_controls(text) and (wide := _utf_16(data)) is not None:
         return wide, "UTF-16 without a mark"
     return text, name
 
@@ -53,10 +53,11 @@ def _utf_16(data: bytes) -> str | None:
             text = data[: len(data) // 2 * 2].decode(encoding)
         except UnicodeDecodeError:
             continue
-        if not _has_controls(text) and all(unicodedata.category(c) not in "CnCo" for c in text):
+        if not has_controls(text) and all(unicodedata.category(c) not in "CnCo" for c in text):
             found.append((len({ord(character) >> 8 for character in text}), text))
     return min(found)[1] if found else None
 
 
-def _has_controls(text: str) -> bool:
+def has_controls(text: str) -> bool:
+    """Whether it holds what no text does: NUL and its like, apart from white space."""
     return any(character < " " and character not in _WHITE for character in text)

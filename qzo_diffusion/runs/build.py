@@ -28,6 +28,7 @@ from qzo_diffusion.devices import choose_device, choose_dtype
 from qzo_diffusion.diffusion import memory, sd3, text_encoders, vae
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, check_shape, read_shape
+from qzo_diffusion.diffusion.prompts import Prompt
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
@@ -273,7 +274,7 @@ def sampler(
     folder: Path,
     transformer: nn.Module,
     vae: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     encoded: Mapping[str, sd3.EncodedPrompt],
     device: torch.device,
     dtype: torch.dtype,
@@ -285,8 +286,11 @@ def sampler(
         transformer,
         sd3.load_scheduler(folder),
         vae,
-        [encoded[prompt] for prompt in prompts],
-        encoded[settings.negative_prompt],
+        [encoded[prompt.text] for prompt in prompts],
+        [
+            encoded[settings.negative_prompt if prompt.negative is None else prompt.negative]
+            for prompt in prompts
+        ],
         width=side,
         height=side,
         steps=settings.steps or 1,

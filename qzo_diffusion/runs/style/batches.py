@@ -17,6 +17,7 @@ from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
+from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
 from qzo_diffusion.diffusion.vae import drop_encoder_, image_encoder
@@ -41,7 +42,7 @@ def encode(
     config: Config,
     folder: Path,
     style: StyleFolder,
-    sample_prompts: Sequence[str],
+    prompts: Prompts,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Encoded:
@@ -51,11 +52,12 @@ def encode(
     cache = build.tensor_cache(config)
     texts = (
         [sample.caption for sample in style.samples]
-        + list(sample_prompts)
+        + prompts.texts
+        + prompts.negatives
         + ["", config.sample.negative_prompt]
     )
     unique = list(dict.fromkeys(texts))
-    prompts = build.prompt_encoder(config, folder, device, dtype).encode(unique)
+    encoded = build.prompt_encoder(config, folder, device, dtype).encode(unique)
 
     vae = build.load_vae(config, folder, device)
     identity = sd3.fingerprint_of_files(folder, ("vae",)) + build.tiles(config, style.samples)
@@ -75,7 +77,7 @@ def encode(
             progress=show,
         )
     drop_encoder_(vae)
-    return Encoded(prompts, latents, vae)
+    return Encoded(encoded, latents, vae)
 
 
 class TrainingBatches:

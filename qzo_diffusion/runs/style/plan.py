@@ -17,7 +17,7 @@ from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
-from qzo_diffusion.diffusion.prompts import read_prompts
+from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
 from qzo_diffusion.diffusion.style_folder import (
     StyleFolder,
     dataset_table,
@@ -44,7 +44,7 @@ class StylePlan:
     device: torch.device
     dtype: torch.dtype
     style: StyleFolder
-    sample_prompts: list[str]
+    prompts: Prompts
     shape: PipelineShape | None = None
 
     thing = "image"
@@ -53,6 +53,10 @@ class StylePlan:
     @property
     def has_journal(self) -> bool:
         return self.config.method != "fo-scales"
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        return self.prompts.texts
 
     @property
     def name(self) -> str:
@@ -65,6 +69,7 @@ class StylePlan:
         lines = [
             summary(self.style),
             f"prompts   {len(self.sample_prompts)} to sample",
+            *(f"note      {note}" for note in self.prompts.notes),
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
             self.memory().describe(),
         ]
@@ -85,7 +90,8 @@ class StylePlan:
         """Where the run is, and how many images and prompts it keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
         runtime = build.Runtime(self.model_folder, self.device, self.dtype, self.shape)
-        return runtime, len(self.style.samples), len(captions) + len(self.sample_prompts)
+        prompts = self.prompts.texts + self.prompts.negatives
+        return runtime, len(self.style.samples), len(captions) + len(prompts)
 
     def data(self) -> list[dict[str, Any]]:
         return dataset_table(self.style)
@@ -115,7 +121,7 @@ class StylePlan:
             # until the first rank has encoded everything; then all of it is in the cache
             ranks.wait()
         encoded = style_data.encode(
-            config, self.model_folder, self.style, self.sample_prompts, device, dtype
+            config, self.model_folder, self.style, self.prompts, device, dtype
         )
         if ranks.first:
             ranks.wait()
@@ -130,12 +136,10 @@ class StylePlan:
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
             counts = style_data.token_counts(self.style, encoded.prompts)
             out.write_json("dataset.json", dataset_table(self.style, counts))
-            rows = [
-                {"row": row, "prompt": prompt} for row, prompt in enumerate(self.sample_prompts)
-            ]
+            rows = [{"row": at, **prompt.row} for at, prompt in enumerate(self.prompts.prompts)]
             out.write_json("samples/prompts.json", rows)
             _warn_of_truncation(counts)
-            vae, prompts = encoded.vae, self.sample_prompts
+            vae, prompts = encoded.vae, self.prompts.prompts
             sampler = build.sampler(
                 config, self.model_folder, transformer, vae, prompts, encoded.prompts, device, dtype
             )
@@ -195,7 +199,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "give more images or a separate --validation-dir",
         )
     default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
-    prompts = read_prompts(
+    prompts = read_prompt_file(
         resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
     )
     resolved = with_whole_paths(config)
