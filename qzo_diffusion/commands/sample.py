@@ -18,6 +18,7 @@ from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -65,6 +66,9 @@ def run(request: SampleRequest) -> dict[str, Any]:
     prompts = _prompts(request, config, folder)
     for note in prompts.notes:
         report(f"note: {note}")
+    shape = build.shape_of(config, runtime)
+    check_sizes(shape, config.data.resolution or shape.native_resolution)
+    check_words(config, folder, prompts)
     encoded = build.prompt_encoder(config, folder, device, dtype).encode(
         [*prompts.texts, *prompts.negatives, config.sample.negative_prompt]
     )

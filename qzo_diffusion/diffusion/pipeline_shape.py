@@ -52,6 +52,14 @@ class PipelineShape:
         size = self.transformer.config.get("sample_size", sd3.SAMPLE_SIZE)
         return int(size) * vae.reduction(self.vae.config)
 
+    @property
+    def largest_side(self) -> int | None:
+        """Pixels for which the transformer has positions; None where its config has no table."""
+        config = self.transformer.config
+        if not isinstance(most := config.get("pos_embed_max_size"), int):
+            return None
+        return most * int(config.get("patch_size", 2)) * vae.reduction(self.vae.config)
+
 
 def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> PipelineShape:
     """Of a pipeline's folder and a transformer that may lie elsewhere; `check_shape` does more.

@@ -4,23 +4,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, has_part, load_tokenizer
-from qzo_diffusion.diffusion.transformer import read_config
-from qzo_diffusion.texts import check_encodable, check_tokens
+from qzo_diffusion.quant.config_file import read_config
+from qzo_diffusion.texts import check_tokens
 
 
 def check_texts(folder: Path, texts: Iterable[tuple[str, str]], *, t5: bool) -> None:
     """Check (place, text) against the tokenizers of a pipeline folder.
 
     Args:
+        texts: that can be encoded.
         t5: whether T5 is used, where there is one.
 
     Raises:
-        DataError: half of a surrogate pair, or a token at or beyond an encoder's embedding.
+        DataError: a token at or beyond an encoder's embedding.
         ModelError: a tokenizer or a config can't be read.
     """
     wanted = list(texts)
-    for place, text in wanted:
-        check_encodable(text, place)
     for part in (CLIP_L, CLIP_G, T5):
         if has_part(folder, part) and (t5 or part != T5):
             size = read_config(folder / part / "config.json").get("vocab_size")

@@ -27,6 +27,7 @@ from qzo_diffusion.diffusion.style_folder import (
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 from qzo_diffusion.runs.style.samples import Pictures
 from qzo_diffusion.runs.tuned import described, set_initial_
@@ -202,6 +203,8 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     prompts = read_prompt_file(
         resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
     )
+    check_sizes(shape, resolution, style)
+    check_words(config, folder, prompts, style)
     resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
     build.resolve_sampling_(resolved, folder)

@@ -1,0 +1,49 @@
+"""Before anything heavy is loaded: whether the model can take the images and texts of a run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.diffusion.buckets import Bucket, check_positions
+from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
+from qzo_diffusion.diffusion.prompts import Prompts
+from qzo_diffusion.diffusion.style_folder import StyleFolder
+from qzo_diffusion.diffusion.vocabulary import check_texts
+from qzo_diffusion.texts import check_encodable
+
+
+def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None = None) -> None:
+    """Raises ConfigError for a bucket, or samples, beyond the model's table of positions."""
+    shapes: dict[str, Bucket] = {"samples": (resolution, resolution)}
+    if style is not None:
+        shapes |= {sample.id: (sample.width, sample.height) for sample in style.samples}
+    if most := shape.largest_side:
+        check_positions(shapes, most)
+
+
+def check_words(
+    config: Config, folder: Path, prompts: Prompts, style: StyleFolder | None = None
+) -> None:
+    """Check every text that will be encoded; of a model that is not here, that it can be.
+
+    Raises:
+        DataError: half of a surrogate pair, or a token without an embedding.
+    """
+    texts = list(_texts(config, prompts, style))
+    for place, text in texts:
+        check_encodable(text, place)
+    if folder.is_dir():
+        check_texts(folder, texts, t5=config.text.t5 != "none")
+
+
+def _texts(
+    config: Config, prompts: Prompts, style: StyleFolder | None
+) -> Iterator[tuple[str, str]]:
+    yield "sample.negative_prompt", config.sample.negative_prompt
+    yield "--caption", config.data.caption or ""
+    yield "--trigger", config.data.trigger or ""
+    for prompt in prompts.prompts:
+        yield prompt.place, prompt.text
+        yield prompt.place, prompt.negative or ""
+    for sample in style.samples if style else []:
+        yield sample.caption_place or sample.id, sample.caption
