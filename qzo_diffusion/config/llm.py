@@ -6,7 +6,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from qzo_diffusion.config.defaults import DIRECTIONS, PROBES, TEXTS, Rule
-from qzo_diffusion.config.kinds import Count, PathInside, PathOrName, Positive, Seed, Whole
+from qzo_diffusion.config.kinds import (
+    Count,
+    PathInside,
+    PathOrName,
+    PathText,
+    Positive,
+    Seed,
+    Whole,
+)
 from qzo_diffusion.config.sections import (
     QuantConfig,
     QzoConfig,
@@ -37,6 +45,8 @@ class LlmDataConfig(Section):
     """drawn from the test file; 0: none; null: all of it"""
     split_seed: Seed = 0
     """seed of the drawn examples, the same for every train.seed"""
+    cache_dir: PathText | None = None
+    """folder of caches; null: the user's own"""
     keep_hidden: bool = True
     """keep on disk the hidden states in front of the first trained block, for each example"""
     max_tokens: Annotated[int, Field(ge=16)] | None = None

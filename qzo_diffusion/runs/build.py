@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion import resources
+from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, ModelError
@@ -371,7 +372,7 @@ def tensor_cache(config: Config) -> TensorCache:
     return TensorCache(cache_folder(config) / "tensors")
 
 
-def cache_folder(config: Config) -> Path:
+def cache_folder(config: Config | LlmConfig) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else resources.cache_folder()
 
 
@@ -392,7 +393,7 @@ def quantization(quant: QuantConfig) -> Quantization:
     )
 
 
-def copies_folder(config: Config) -> Path:
+def copies_folder(config: Config | LlmConfig) -> Path:
     """Where 4-bit copies of large models are kept for the next start."""
     return cache_folder(config) / "quantized"
 

@@ -13,7 +13,7 @@ _NEXT: dict[Kind, Sequence[str]] = {
         "evaluate --run {run}",
         "sample --run {run} --strength 0.7 --prompt TEXT --output-dir DIR",
     ),
-    "llm": ("llm evaluate --run {run}", "export --run {run} --format native --output-dir DIR"),
+    "llm": ("llm evaluate --run {run}", "report --run {run}"),
 }
 _TRAIN: dict[Kind, str] = {"style": "train", "llm": "llm train"}
 

@@ -606,7 +606,6 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(arguments, tmp_path, mo
         (["--model", "/nowhere"], "neither a folder nor a model"),
         (["--data-dir", "/nowhere"], "'/nowhere' is neither a folder nor a dataset"),
         (["data.train_file=other.tsv"], "other.tsv"),
-        (["data.train_examples=24"], "no example is left for validation"),
         (["--objective", "f1"], "objective f1 for the task sst2"),
         (["--method", "qlora", "--objective", "accuracy"], "have no gradient"),
         (["--method", "mezo", "qzo.units=relative"], "which trains no scales"),

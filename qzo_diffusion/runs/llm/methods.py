@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo_diffusion import resources
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.optimizer import Adam
@@ -159,7 +158,7 @@ def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dt
     plain = stored_method(folder) is None and config.method not in ("mezo", "quzo-lora")
     if not plain or (config.quant.backend == "bnb" and config.quant.type == "int8"):
         return load_causal_lm(folder, dtype)
-    how, cache = build.quantization(config.quant), resources.cache_folder() / "quantized"
+    how, cache = build.quantization(config.quant), build.copies_folder(config)
 
     def read(place: Path) -> nn.Module:
         source = Source(read_entries(place), lambda: empty_causal_lm(place, dtype))

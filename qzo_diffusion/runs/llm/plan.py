@@ -12,40 +12,30 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion import devices, resources
+from qzo_diffusion import devices
 from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
-from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
+from qzo_diffusion.llm.data_files import data_folder
 from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
-from qzo_diffusion.llm.tasks import Encoded, Example, choose_rows, encode, make_examples
+from qzo_diffusion.llm.tasks import Encoded, Example, encode
 from qzo_diffusion.llm.vocabulary import check_vocabulary
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
+from qzo_diffusion.runs.llm.memory import memory_plan
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.scores import Scores
+from qzo_diffusion.runs.llm.splits import PARTS, Splits, read_splits
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
-
-PARTS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Splits:
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-
-    def all(self) -> list[Example]:
-        return self.train + self.validation + self.test
 
 
 @dataclass(frozen=True)
@@ -88,6 +78,7 @@ class LlmPlan:
             f"task      {self.spec.name}: {counts}",
             f"method    {self.config.method}, objective {self.config.objective}",
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
+            memory_plan(self.config, self.model_folder, self.device, self.dtype, splits.longest()),
         ]
         if self.has_journal:
             step = build.step_in_words(self.config, self.config.data.batch_size, "examples")
@@ -98,7 +89,9 @@ class LlmPlan:
         return [row for name in PARTS for row in _table(name, getattr(self.splits, name))]
 
     def settings(self) -> dict[str, Any]:
-        return self.config.model_dump(exclude={"data": {"dir"}, "model": True, "task": True})
+        return self.config.model_dump(
+            exclude={"data": {"dir", "cache_dir"}, "model": True, "task": True}
+        )
 
     def metadata(self, components: Components) -> dict[str, str]:
         facts = provenance.scales_metadata(self.config, components.header["codes"])
@@ -145,7 +138,7 @@ class LlmPlan:
                 seed=config.train.seed,
                 micro_batch_size=build.micro_batch_size(config, config.data.batch_size),
                 share=ranks.share,
-                keep_in=resources.cache_folder() if config.data.keep_hidden else None,
+                keep_in=build.cache_folder(config) if config.data.keep_hidden else None,
             ),
             header=journal_header(config, config.data.batch_size, base.codes, base.initial)
             | _facts(config),
@@ -163,7 +156,7 @@ class LlmPlan:
 
 def _facts(config: LlmConfig) -> dict[str, Any]:
     """What a journal of a language model says beyond one of a style run."""
-    lora, data = config.lora.model_dump(), config.data.model_dump()
+    lora, data = config.lora.model_dump(), config.data.model_dump(exclude={"cache_dir"})
     beside = {"unquantized": config.qzo.unquantized}
     return {
         "kind": "llm",
@@ -222,63 +215,6 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     return LlmPlan(
         resolved, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits
     )
-
-
-def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Splits:
-    """Disjoint random choices, the same for every seed of a run; the test examples are chosen first
-    where one file holds all.
-
-    Raises:
-        DataError: a file is missing or wrong, or a part that is asked for is empty.
-    """
-    data = config.data
-    if data.dir is None:
-        raise ConfigError(
-            "no folder of data",
-            "the folder of the task's files",
-            "pass --data-dir DIR or set data.dir",
-        )
-    folder = data_folder(data.dir)
-    train_path = find_data(folder, [data.train_file] if data.train_file else spec.train)
-    test_path = find_data(folder, [data.test_file] if data.test_file else spec.test)
-
-    def rows(path: Path) -> list[Row]:
-        return read_rows(path, spec.fields, spec.columns)
-
-    if train_path.samefile(test_path):
-        # however each is written; by the file's own name, which is drawn from, both are
-        wanted = [data.test_examples, data.train_examples, data.validation_examples]
-        test, train, validation = choose_rows(
-            rows(train_path), wanted, data.split_seed, train_path.resolve().name
-        )
-    else:
-        wanted = [data.train_examples, data.validation_examples]
-        train, validation = choose_rows(rows(train_path), wanted, data.split_seed, train_path.name)
-        (test,) = choose_rows(
-            rows(test_path), [data.test_examples], data.split_seed, test_path.name
-        )
-    components = (
-        ("train", train, 1),
-        ("validation", validation, data.validation_examples),
-        ("test", test, data.test_examples),
-    )
-    for name, chosen, asked in components:
-        if not chosen and asked != 0 and name in needed:
-            raise DataError(
-                f"no example is left for {name}: {len(train)} to train on, {len(validation)} "
-                f"held out, {len(test)} to test on",
-                "at least one in each part that is asked for",
-                "lower another count (data.train_examples=N), or leave the part out "
-                f"(data.{name}_examples=0)",
-            )
-    return Splits(
-        *(make_examples(spec, _named(part, folder)) for part in (train, validation, test))
-    )
-
-
-def _named(rows: list[Row], folder: Path) -> list[Row]:
-    """The place of a row within the data folder: on another machine the folder is elsewhere."""
-    return [Row(row.values, row.place.removeprefix(f"{folder}/"), row.alternatives) for row in rows]
 
 
 def _check_objective(config: LlmConfig, spec: TaskSpec) -> None:

@@ -1,0 +1,126 @@
+"""Which examples of a task's files a language run trains on, holds out, and tests on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qzo_diffusion.config.llm import LlmConfig, LlmDataConfig
+from qzo_diffusion.console import report
+from qzo_diffusion.core.errors import ConfigError, DataError
+from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
+from qzo_diffusion.llm.task_file import TaskSpec
+from qzo_diffusion.llm.tasks import Example, choose_rows, make_examples
+
+HELD_OUT = 5  # one row of five for each part besides training, in a file that is too small
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    def longest(self) -> int:
+        """Characters of the longest text of any part."""
+        texts = (
+            len(example.prompt) + max(map(len, example.continuations), default=0)
+            for example in (*self.train, *self.validation, *self.test)
+        )
+        return max(texts, default=0)
+
+    def all(self) -> list[Example]:
+        return self.train + self.validation + self.test
+
+
+def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Splits:
+    """Disjoint random choices, the same for every seed of a run; the test examples are chosen first
+    where one file holds all.
+
+    Raises:
+        DataError: a file is missing or wrong, or a part that is asked for is empty.
+    """
+    data = config.data
+    if data.dir is None:
+        raise ConfigError(
+            "no folder of data",
+            "the folder of the task's files",
+            "pass --data-dir DIR or set data.dir",
+        )
+    folder = data_folder(data.dir)
+    train_path = find_data(folder, [data.train_file] if data.train_file else spec.train)
+    test_path = find_data(folder, [data.test_file] if data.test_file else spec.test)
+
+    def rows(path: Path) -> list[Row]:
+        return read_rows(path, spec.fields, spec.columns)
+
+    own = rows(train_path)
+    if train_path.samefile(test_path):
+        # however each is written; by the file's own name, which is drawn from, both are
+        asked = [data.test_examples, data.train_examples, data.validation_examples]
+        wanted = fitting(len(own), asked, train=1)
+        test, train, validation = choose_rows(
+            own, wanted, data.split_seed, train_path.resolve().name
+        )
+    else:
+        wanted = fitting(len(own), [data.train_examples, data.validation_examples], train=0)
+        train, validation = choose_rows(own, wanted, data.split_seed, train_path.name)
+        (test,) = choose_rows(
+            rows(test_path), [data.test_examples], data.split_seed, test_path.name
+        )
+    _report_fewer(data, train=len(train), validation=len(validation))
+    components = (
+        ("train", train, 1),
+        ("validation", validation, data.validation_examples),
+        ("test", test, data.test_examples),
+    )
+    for name, chosen, count in components:
+        if not chosen and count != 0 and name in needed:
+            raise DataError(
+                f"no example is left for {name}: {len(train)} to train on, {len(validation)} "
+                f"held out, {len(test)} to test on",
+                "at least one in each part that is asked for",
+                "lower another count (data.train_examples=N), or leave the part out "
+                f"(data.{name}_examples=0)",
+            )
+    return Splits(
+        *(make_examples(spec, _named(part, folder)) for part in (train, validation, test))
+    )
+
+
+def _named(rows: list[Row], folder: Path) -> list[Row]:
+    """The place of a row within the data folder: on another machine the folder is elsewhere."""
+    return [Row(row.values, row.place.removeprefix(f"{folder}/"), row.alternatives) for row in rows]
+
+
+def fitting(rows: int, asked: Sequence[int | None], train: int) -> list[int | None]:
+    """How many rows each part gets of a file; None is all that are left.
+
+    The counts are as asked for where that leaves something for every part. In a file that is too
+    small for them, every part but training gets at most a fifth of it, and training the rest.
+
+    Args:
+        asked: by part, in the order in which they are drawn. train: the place of training.
+    """
+    left, short = rows, False
+    for wanted in asked:
+        short |= left <= 0 and wanted != 0
+        left -= rows if wanted is None else wanted
+    if not short:
+        return list(asked)
+    others = [0 if i == train else _share(rows, count) for i, count in enumerate(asked)]
+    most, rest = asked[train], rows - sum(others)
+    kept: list[int | None] = list(others)
+    kept[train] = rest if most is None else min(most, rest)
+    return kept
+
+
+def _share(rows: int, asked: int | None) -> int:
+    """Of a part that is held out: a fifth of the file, or less where less is asked for."""
+    return rows // HELD_OUT if asked is None else min(asked, rows // HELD_OUT)
+
+
+def _report_fewer(data: LlmDataConfig, train: int, validation: int) -> None:
+    """Say it where training gets fewer rows than asked for, so that others can be held out."""
+    if validation and data.train_examples is not None and train < data.train_examples:
+        report(f"data: {train} rows to train on; {validation} of the same file are held out")
