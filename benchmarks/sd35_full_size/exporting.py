@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.sd35_full_size.model import batch_of, load_model, need_disk, status
 
@@ -22,6 +21,7 @@ def export(folder: Path) -> dict[str, Any]:
     from qzo_diffusion.core.noise import Direction
     from qzo_diffusion.core.parametrize import parametrize
     from qzo_diffusion.diffusion.flow_matching import velocity_loss
+    from qzo_diffusion.quant.bnb import quantization_config
     from qzo_diffusion.quant.load import find_scales
     from qzo_diffusion.quant.stored import pending_tensors
     from qzo_diffusion.quant.weights import compare_tensors, read_entries, write_tensors
@@ -38,19 +38,8 @@ def export(folder: Path) -> dict[str, Any]:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     tensors = pending_tensors(model)
-    skipped = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-    }
-    quantization |= {
-        "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": "bfloat16",
-        "llm_int8_skip_modules": skipped,
-    }
     config = json.loads((folder / "transformer" / "config.json").read_text()) | {
-        "quantization_config": quantization
+        "quantization_config": quantization_config(model, "nf4", "bfloat16")
     }
     (target / "config.json").write_text(json.dumps(config))
     file = target / "diffusion_pytorch_model.safetensors"

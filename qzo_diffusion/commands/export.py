@@ -27,6 +27,7 @@ from qzo_diffusion.diffusion.model_card import card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.files import SCALES, check_new, free_bytes, write_folder
+from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
@@ -128,18 +129,9 @@ def _model_files(
         tensors = pending_dequantized(transformer, torch.bfloat16)
         original = {ORIGINAL_FILE: (to_original(tensors, config), facts(True))}
         return {DIFFUSERS_FILE: (tensors, facts(False))} | original, config
-    config["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": export.config.quant.type,
-        "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": devices.dtype_name(runtime.dtype),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [
-            name for name, module in transformer.named_modules() if type(module) is nn.Linear
-        ],
-    }
+    config["quantization_config"] = quantization_config(
+        transformer, export.config.quant.type, devices.dtype_name(runtime.dtype)
+    )
     return {DIFFUSERS_FILE: (pending_tensors(transformer), facts(False))}, config
 
 

@@ -35,6 +35,30 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def quantization_config(model: nn.Module, quant_type: str, dtype: str) -> dict[str, Any]:
+    """The entry `quantization_config` of a config.json, from which diffusers and transformers load
+    a model of 4-bit layers.
+
+    Args:
+        model: its linear layers with weights in floating point are named as not quantized.
+        dtype: that its products are computed in, such as "bfloat16".
+    """
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.weight.is_floating_point()
+        ],
+    }
+
+
 def quantize_linear(
     linear: nn.Linear,
     quant_type: QuantType,

@@ -17,6 +17,7 @@ from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.files import check_new, write_folder
 from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf
 from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, stored_method
+from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.weights import compare_tensors, write_tensors
 from qzo_diffusion.runs import build
@@ -117,23 +118,9 @@ def _write_bitsandbytes(
         if file.is_file() and not file.name.endswith(weights) and file.name != "config.json":
             shutil.copyfile(file, target / file.name)
     tensors = pending_tensors(model)
-    plain = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.is_floating_point()
-    ]
     write_tensors(target / WEIGHTS, tensors, {"format": "pt", **facts}, lambda done: None)
     compare_tensors(target / WEIGHTS, tensors, lambda done: None)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     settings["dtype"] = dtype
-    settings["quantization_config"] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": kind,
-        "bnb_4bit_use_double_quant": False,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": plain,
-    }
+    settings["quantization_config"] = quantization_config(model, kind, dtype)
     (target / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
