@@ -28,6 +28,7 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import read_journal, replay_
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.checkpoint import list_checkpoints, restore_
 
 STEPS = 8
@@ -60,7 +61,7 @@ class Bench:
         with contextlib.redirect_stderr(io.StringIO()):
             assert qzo_diffuse(arguments) == 0
         self.config = load_config(self.run / "config.yaml")
-        _, _, self.theta = build.load_base(self.config, build.find_runtime(self.config))
+        _, _, self.theta = pipeline.load_base(self.config, pipeline.find_runtime(self.config))
         self.journal = read_journal(self.run / "journal.qzo")
         self.right = {step: self.state_at(step) for step in range(STEPS + 1)}
 

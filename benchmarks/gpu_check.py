@@ -39,6 +39,7 @@ from qzo_diffusion.quant.bnb import quantized_layer
 from qzo_diffusion.quant.load import find_scales
 from qzo_diffusion.resources import tiny_model
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.loop import Setup, train_step_
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ CPU = torch.device("cpu")
 
 def tiny(device: torch.device, dtype: torch.dtype) -> Any:
     config = build.Config(model="tiny")
-    return build.quantized_transformer(config, tiny_model(), device, dtype)
+    return pipeline.quantized_transformer(config, tiny_model(), device, dtype)
 
 
 def equal(device: torch.device) -> dict[str, bool]:
@@ -74,7 +75,7 @@ def _equal_codes(device: torch.device) -> bool:
     moved = []
     for place in (CPU, device):
         config = make_config({"model": "tiny", "method": "quzo"})
-        model = build.quantized_transformer(config, tiny_model(), place, torch.float32)
+        model = pipeline.quantized_transformer(config, tiny_model(), place, torch.float32)
         scales, theta = build.scales_and_numbers(config, model)
         theta.move_([Direction(7, 3)], [0.3])
         moved.append({name: tensor.cpu() for name, tensor in scales.tensors().items()})
@@ -104,7 +105,7 @@ def _predictions(
     directions each.
     """
     config = make_config({"model": "tiny"})
-    model = build.quantized_transformer(config, tiny_model(), device, dtype)
+    model = pipeline.quantized_transformer(config, tiny_model(), device, dtype)
     inputs = {
         "hidden_states": torch.randn(2, 16, 8, 8, generator=generator),
         "encoder_hidden_states": torch.randn(

@@ -22,6 +22,7 @@ from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
 from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.checkpoint import entry_of
 from qzo_diffusion.train.loop import Setup, train
 
@@ -52,7 +53,7 @@ def settings(case: str) -> Config:
 
 def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
     config = settings(case)
-    transformer, scales, theta = build.load_base(config, build.find_runtime(config))
+    transformer, scales, theta = pipeline.load_base(config, pipeline.find_runtime(config))
     base = {name: tensor.clone() for name, tensor in scales.tensors().items()}
     state = {name: tensor.clone() for name, tensor in theta.state().items()}
     generator = torch.Generator().manual_seed(0)

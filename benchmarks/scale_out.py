@@ -33,7 +33,7 @@ from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import no_reduce
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
-from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.loop import Setup, train
 
@@ -49,8 +49,8 @@ def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], No
     """A function that does so many steps of the product's own loop with this exchange."""
     config = Config(model="tiny")
     config.qzo.parametrization = "dense" if dense else "layer"
-    place = build.find_runtime(config)
-    transformer, _, theta = build.load_base(config, place)
+    place = pipeline.find_runtime(config)
+    transformer, _, theta = pipeline.load_base(config, place)
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(BATCH, 16, SIDE, SIDE, generator=generator) for _ in range(2))
     embeds = torch.randn(BATCH, TOKENS, transformer.config.joint_attention_dim, generator=generator)  # type: ignore[union-attr]

@@ -35,6 +35,7 @@ from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.plan import make_plan
 from qzo_diffusion.train.distributed import Ranks
 
@@ -191,7 +192,7 @@ class StyleTask:
         self._encoded = style_data.encode(
             plan.config, plan.model_folder, plan.style, Prompts([]), plan.device, plan.dtype
         )
-        self.model = build.quantized_transformer(
+        self.model = pipeline.quantized_transformer(
             plan.config, plan.model_folder, plan.device, plan.dtype
         )
         self.scales, _ = build.scales_and_numbers(plan.config, self.model)
@@ -231,7 +232,7 @@ class StyleTask:
 
     def sampler(self, captions: Sequence[str]) -> Sampler:
         plan, vae = self._plan, self._encoded.vae
-        return build.sampler(
+        return pipeline.sampler(
             plan.config,
             plan.model_folder,
             self.model,

@@ -46,7 +46,7 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
 
     from qzo_diffusion.config.style import Config
     from qzo_diffusion.core.errors import ModelError
-    from qzo_diffusion.runs import build
+    from qzo_diffusion.runs.style import pipeline
     from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 
     device = devices.choose_device("auto")
@@ -61,10 +61,10 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
             torch.cuda.get_device_properties(device).total_memory / 1e9, 1
         )
     try:
-        folder, facts["model"] = build.choose_model("auto")
+        folder, facts["model"] = pipeline.choose_model("auto")
         config, runtime = (
             Config(),
-            build.Runtime(folder, device, devices.choose_dtype("auto", device)),
+            pipeline.Runtime(folder, device, devices.choose_dtype("auto", device)),
         )
         config.train.micro_batch_size = fitting_micro_batch(config, runtime)  # as a run settles it
         plan = memory_plan(config, runtime)

@@ -38,6 +38,7 @@ from qzo_diffusion.runs import build
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style import plan as style_run
 from qzo_diffusion.runs.tuned import load_tuned
 from qzo_diffusion.train.distributed import Ranks
@@ -149,16 +150,16 @@ def _evaluation_of(path: Path) -> Path:
 
 
 def default_scorer(model_folder: Path) -> str:
-    return EMBEDDED if build.is_tiny(model_folder) else DEFAULT_SCORER
+    return EMBEDDED if pipeline.is_tiny(model_folder) else DEFAULT_SCORER
 
 
 def _config(request: EvaluateRequest, folder: Path) -> Config:
     config: Config = load_config(folder / "config.yaml")
     if request.style_dir is not None:
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
-    model_folder, _ = build.choose_model(config.model)
+    model_folder, _ = pipeline.choose_model(config.model)
     config.sample.prompts = request.prompts or (
-        "tiny_score.txt" if build.is_tiny(model_folder) else "score.txt"
+        "tiny_score.txt" if pipeline.is_tiny(model_folder) else "score.txt"
     )
     return config
 
@@ -180,8 +181,8 @@ def _load(plan: style_run.StylePlan) -> _Work:
     encoded = style_data.encode(
         config, plan.model_folder, plan.style, plan.prompts, plan.device, plan.dtype
     )
-    runtime = build.Runtime(plan.model_folder, plan.device, plan.dtype)
-    transformer, scales, theta = build.load_base(config, runtime)
+    runtime = pipeline.Runtime(plan.model_folder, plan.device, plan.dtype)
+    transformer, scales, theta = pipeline.load_base(config, runtime)
     held_out = style_data.validation_batches(
         plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
     )
@@ -214,7 +215,7 @@ def _pictures(path: Path, work: _Work, state: str) -> list[Image.Image]:
         target = own
     elif not _kept(target, key, files):
         encoded = work.encoded
-        sampler = build.sampler(
+        sampler = pipeline.sampler(
             config,
             plan.model_folder,
             work.transformer,

@@ -31,8 +31,9 @@ from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
-from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_tuned
 
 Format = Literal["nf4", "bf16", "delta", "journal", "native"]
@@ -91,8 +92,8 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
             "export it with --format native, or bf16",
         )
     found = load_tuned(run_folder)
-    runtime = build.find_runtime(config)
-    transformer, scales, _ = build.load_base(config, runtime)
+    runtime = pipeline.find_runtime(config)
+    transformer, scales, _ = pipeline.load_base(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
     export = _Export(run_folder, config, kind, found.facts)
@@ -109,10 +110,10 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
 
 
 def _model_files(
-    export: _Export, transformer: nn.Module, runtime: build.Runtime
+    export: _Export, transformer: nn.Module, runtime: pipeline.Runtime
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
     """Tensors and metadata by file name, and the config beside them."""
-    found = find_transformer(build.transformer_place(export.config, runtime.folder)).config
+    found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
     config = {"_class_name": "SD3Transformer2DModel"} | {
         name: found[name] for name in found if name != "quantization_config"
     }

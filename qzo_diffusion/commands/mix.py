@@ -11,8 +11,9 @@ from qzo_diffusion.config.files import load_config, with_whole_paths
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.files import ANOTHER, check_empty
-from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -31,7 +32,7 @@ def run(chosen: Sequence[tuple[Path, float]], output_dir: Path) -> dict[str, Any
     for path, weight in chosen:
         if warning := unusual(weight, f"the weight of {path},"):
             report(warning)
-    transformer, scales, _ = build.load_base(config, build.find_runtime(config))
+    transformer, scales, _ = pipeline.load_base(config, pipeline.find_runtime(config))
     codes = apply_(transformer, scales, tuned)
     parts = " ".join(f"{path}={weight:g}" for path, weight in chosen)
     out = RunFolder.create(output_dir, ANOTHER)

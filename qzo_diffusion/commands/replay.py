@@ -19,6 +19,8 @@ from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.files import ANOTHER, check_empty
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.llm.methods import load_base as load_language_base
+from qzo_diffusion.runs.llm.models import choose_lm
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import set_initial_
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -82,14 +84,14 @@ of themselves.
 
 
 def _style_base(config: Config) -> _Base:
-    transformer, scales, theta = build.load_base(config, build.find_runtime(config))
+    transformer, scales, theta = pipeline.load_base(config, pipeline.find_runtime(config))
     set_initial_(config, transformer, scales)
     return theta, build.optimizer(config), build.fingerprints(transformer, scales), {}
 
 
 def _language_base(config: LlmConfig) -> _Base:
     device = devices.choose_device(config.compute.device)
-    folder, _ = build.choose_lm(config.model)
+    folder, _ = choose_lm(config.model)
     base = load_language_base(
         config, folder, device, devices.choose_dtype(config.compute.dtype, device)
     )

@@ -16,8 +16,8 @@ from qzo_diffusion.diffusion.prompts import Prompts, parse_prompts, read_prompt_
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.files import ANOTHER, check_empty
-from qzo_diffusion.runs import build
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.train.run_folder import RunFolder
@@ -59,25 +59,25 @@ def run(request: SampleRequest) -> dict[str, Any]:
     check_empty(request.output_dir, ANOTHER)
     tuned = load_tuned(request.run) if request.run else None
     config = _config_of(request)
-    _, why = build.choose_model(config.model)
+    _, why = pipeline.choose_model(config.model)
     report(why)
-    runtime = build.find_runtime(config)
+    runtime = pipeline.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
     prompts = _prompts(request, config, folder)
     for note in prompts.notes:
         report(f"note: {note}")
-    shape = build.shape_of(config, runtime)
+    shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
     check_words(config, folder, prompts)
-    encoded = build.prompt_encoder(config, folder, device, dtype).encode(
+    encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(
         [*prompts.texts, *prompts.negatives, config.sample.negative_prompt]
     )
-    vae = build.load_vae(config, folder, device)
+    vae = pipeline.load_vae(config, folder, device)
     drop_encoder_(vae)
-    transformer, scales, _ = build.load_base(config, runtime)
+    transformer, scales, _ = pipeline.load_base(config, runtime)
     if tuned is not None:
         apply_(transformer, scales, [(tuned, request.strength)])
-    sampler = build.sampler(
+    sampler = pipeline.sampler(
         config, folder, transformer, vae, prompts.prompts, encoded, device, dtype
     )
     images = sampler.images()
@@ -125,6 +125,6 @@ def _prompts(request: SampleRequest, config: Config, folder: Path) -> Prompts:
     if isinstance(request.prompts, list):
         lines = [(f"--prompt {at}", text) for at, text in enumerate(request.prompts, start=1)]
         return parse_prompts(lines, config.data.trigger)
-    default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
+    default = "tiny_grid.txt" if pipeline.is_tiny(folder) else "grid.txt"
     file = resources.find_file(config.sample.prompts or default, "prompts")
     return read_prompt_file(file, config.data.trigger)

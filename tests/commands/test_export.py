@@ -18,7 +18,7 @@ from qzo_diffusion.config.files import make_config, read_yaml
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import handles_of
-from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import FAST, failing
 from tests.small_models import sd3_inputs
@@ -99,7 +99,7 @@ def tuned_model(run):
     config = make_config(
         {**read_yaml(run / "config.yaml"), "compute": {"device": "cpu", "dtype": "float32"}}
     )
-    base, scales, _ = build.load_base(config, build.find_runtime(config))
+    base, scales, _ = pipeline.load_base(config, pipeline.find_runtime(config))
     codes = {handle.name: handle.codes.clone() for handle in handles_of(base)}
     merge_changes_(scales, [(load_scales(run)[0], 1.0)])
     return base, codes

@@ -17,6 +17,7 @@ from qzo_diffusion.quant.load import handles_of, quantize_
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.resources import tiny_model
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline as parts
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "", "a rocket over the sea, flat style"]
@@ -70,8 +71,8 @@ def test_a_pipeline_without_t5_needs_no_setting(tmp_path):
         ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"),
     )
     config = make_config({"data": {"cache_dir": str(tmp_path / "cache")}})
-    assert build.t5_mode(config, folder) == "none"
-    encoded = build.prompt_encoder(config, folder, CPU, torch.float32).encode(["red apple"])[
+    assert parts.t5_mode(config, folder) == "none"
+    encoded = parts.prompt_encoder(config, folder, CPU, torch.float32).encode(["red apple"])[
         "red apple"
     ]
     clip = text_encoders.load_tokenizer(folder, text_encoders.CLIP_L).model_max_length
@@ -119,11 +120,11 @@ def test_t5_in_4_bits_computes_with_its_quantized_weights(dtype):
 
 def test_large_t5_is_quantized_by_itself_and_cached_apart(tmp_path, monkeypatch):
     config = make_config({"data": {"cache_dir": str(tmp_path)}})
-    assert build.t5_mode(config, tiny_model()) == "full"
-    full = build.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
+    assert parts.t5_mode(config, tiny_model()) == "full"
+    full = parts.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
     monkeypatch.setattr(build, "LARGE_T5", 1)
-    assert build.t5_mode(config, tiny_model()) == "nf4"
-    packed = build.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
+    assert parts.t5_mode(config, tiny_model()) == "nf4"
+    packed = parts.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
     difference = (full["red apple"].embeds - packed["red apple"].embeds).norm() / full[
         "red apple"
     ].embeds.norm()

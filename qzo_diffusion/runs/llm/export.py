@@ -20,8 +20,8 @@ from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, 
 from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.weights import compare_tensors, write_tensors
-from qzo_diffusion.runs import build
 from qzo_diffusion.runs.llm.methods import apply_, load_base
+from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.tuned import load_scales
 
@@ -42,7 +42,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
     """
     check_new(output_dir)
     config: LlmConfig = load_config(locate(run_folder).need("llm").settings(), LlmConfig)
-    folder, _ = build.choose_lm(config.model)
+    folder, _ = choose_lm(config.model)
     if config.method not in ("qzo", "fo-scales"):
         got = f"--format {kind} for a language model tuned by {config.method}"
         raise ConfigError(

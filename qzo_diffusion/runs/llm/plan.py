@@ -30,6 +30,7 @@ from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.runs.llm.memory import memory_plan
 from qzo_diffusion.runs.llm.methods import apply_, load_base
+from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.llm.scores import Scores
 from qzo_diffusion.runs.llm.splits import PARTS, Splits, read_splits
 from qzo_diffusion.runs.tuned import load_scales
@@ -196,7 +197,7 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     not `needed` may be empty.
     """
     spec = read_task(config.task)
-    folder, why = build.choose_lm(config.model)
+    folder, why = choose_lm(config.model)
     report(why)
     check_model_folder(folder)
     device = devices.choose_device(config.compute.device)

@@ -22,6 +22,7 @@ from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
 from qzo_diffusion.diffusion.vae import drop_encoder_, image_encoder
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
 
@@ -49,7 +50,7 @@ def encode(
     """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder
     freed before the next.
     """
-    cache = build.tensor_cache(config)
+    cache = pipeline.tensor_cache(config)
     texts = (
         [sample.caption for sample in style.samples]
         + prompts.texts
@@ -57,10 +58,10 @@ def encode(
         + ["", config.sample.negative_prompt]
     )
     unique = list(dict.fromkeys(texts))
-    encoded = build.prompt_encoder(config, folder, device, dtype).encode(unique)
+    encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(unique)
 
-    vae = build.load_vae(config, folder, device)
-    identity = sd3.fingerprint_of_files(folder, ("vae",)) + build.tiles(config, style.samples)
+    vae = pipeline.load_vae(config, folder, device)
+    identity = sd3.fingerprint_of_files(folder, ("vae",)) + pipeline.tiles(config, style.samples)
     count = len(style.samples) * (2 if config.data.flip else 1)
     with tqdm(total=count, desc="encode images", leave=False) as bar:
 

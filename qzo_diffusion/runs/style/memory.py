@@ -20,6 +20,7 @@ from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
 
 # In the order in which they are tried: first what costs nothing but time, last what changes the
 # result.
@@ -44,7 +45,7 @@ FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
 
 
 def fitting_micro_batch(
-    config: Config, runtime: build.Runtime, images: int = 0, prompts: int = 0
+    config: Config, runtime: pipeline.Runtime, images: int = 0, prompts: int = 0
 ) -> int:
     """How many probes of examples a forward should have: the whole batch, or the largest power of
     two that fits and is fast.
@@ -71,7 +72,7 @@ def fitting_micro_batch(
         one, two = training(1), training(2)
         most = 1 + int((available - one) / (two - one))
     if runtime.device.type == "cpu":
-        sizes = _sizes(config, build.shape_of(config, runtime))
+        sizes = _sizes(config, pipeline.shape_of(config, runtime))
         most = min(most, rows_on_cpu(*sizes, runtime.dtype))
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
@@ -83,7 +84,7 @@ def rows_on_cpu(width: int, image_tokens: int, dtype: torch.dtype) -> int:
 
 
 def memory_plan(
-    config: Config, runtime: build.Runtime, images: int = 0, prompts: int = 0
+    config: Config, runtime: pipeline.Runtime, images: int = 0, prompts: int = 0
 ) -> MemoryPlan:
     """Every phase on the device of `place`, with the changes that make it fit where it does not.
 
@@ -114,17 +115,17 @@ def memory_plan(
     return plan
 
 
-def _with_shape(config: Config, runtime: build.Runtime) -> build.Runtime:
+def _with_shape(config: Config, runtime: pipeline.Runtime) -> pipeline.Runtime:
     """Headers are read once for all that is tried."""
-    return replace(runtime, shape=build.shape_of(config, runtime))
+    return replace(runtime, shape=pipeline.shape_of(config, runtime))
 
 
-def _peak(config: Config, runtime: build.Runtime, images: int, prompts: int) -> float:
+def _peak(config: Config, runtime: pipeline.Runtime, images: int, prompts: int) -> float:
     return max(phase.total for phase in _phases(config, runtime, images, prompts))
 
 
-def _phases(config: Config, runtime: build.Runtime, images: int, prompts: int) -> list[Phase]:
-    dtype, device, shape = runtime.dtype, runtime.device.type, build.shape_of(config, runtime)
+def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int) -> list[Phase]:
+    dtype, device, shape = runtime.dtype, runtime.device.type, pipeline.shape_of(config, runtime)
     found, transformer = shape.transformer, shape.transformer.config
     width, image_tokens = _sizes(config, shape)
     size = ModelSize.of(
@@ -208,7 +209,7 @@ def _sampling(
     image_tokens: int,
     text_tokens: int,
     counts: tuple[int, int],
-    runtime: build.Runtime,
+    runtime: pipeline.Runtime,
     decoding: dict[str, float],
 ) -> dict[str, float]:
     """Denoising and decoding come one after the other; a CPU's allocator keeps what forwards of
@@ -224,13 +225,13 @@ def _sampling(
 
 
 def _largest_encoder(
-    config: Config, runtime: build.Runtime, shape: PipelineShape
+    config: Config, runtime: pipeline.Runtime, shape: PipelineShape
 ) -> dict[str, float]:
     """Text encoders are loaded one after the other, so the largest counts, with what passes while
     it is read.
     """
     t5 = shape.encoders.get(T5)
-    mode = build.t5_mode_of(config, None if t5 is None else t5.nbytes)
+    mode = pipeline.t5_mode_of(config, None if t5 is None else t5.nbytes)
     sizes: dict[str, float] = {}
     for name in (CLIP_L, CLIP_G, *((T5,) if mode != "none" else ())):
         part = shape.encoders[name]

@@ -24,9 +24,10 @@ from qzo_diffusion.diffusion.style_folder import (
     read_style_folder,
     summary,
 )
-from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs import build, hub, provenance
 from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 from qzo_diffusion.runs.style.samples import Pictures
@@ -87,10 +88,10 @@ class StylePlan:
     def rows_that_fit(self) -> int:
         return fitting_micro_batch(self.config, *self._needs())
 
-    def _needs(self) -> tuple[build.Runtime, int, int]:
+    def _needs(self) -> tuple[pipeline.Runtime, int, int]:
         """Where the run is, and how many images and prompts it keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
-        runtime = build.Runtime(self.model_folder, self.device, self.dtype, self.shape)
+        runtime = pipeline.Runtime(self.model_folder, self.device, self.dtype, self.shape)
         prompts = self.prompts.texts + self.prompts.negatives
         return runtime, len(self.style.samples), len(captions) + len(prompts)
 
@@ -126,8 +127,8 @@ class StylePlan:
         )
         if ranks.first:
             ranks.wait()
-        transformer, scales, theta = build.load_base(
-            config, build.Runtime(self.model_folder, device, dtype)
+        transformer, scales, theta = pipeline.load_base(
+            config, pipeline.Runtime(self.model_folder, device, dtype)
         )
         set_initial_(config, transformer, scales)
         optimizer, take_step = (
@@ -141,7 +142,7 @@ class StylePlan:
             out.write_json("samples/prompts.json", rows)
             _warn_of_truncation(counts)
             vae, prompts = encoded.vae, self.prompts.prompts
-            sampler = build.sampler(
+            sampler = pipeline.sampler(
                 config, self.model_folder, transformer, vae, prompts, encoded.prompts, device, dtype
             )
             held_out = style_data.validation_batches(
@@ -199,7 +200,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "at least one",
             "give more images or a separate --validation-dir",
         )
-    default = "tiny_grid.txt" if build.is_tiny(folder) else "grid.txt"
+    default = "tiny_grid.txt" if pipeline.is_tiny(folder) else "grid.txt"
     prompts = read_prompt_file(
         resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
     )
@@ -207,12 +208,12 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     check_words(config, folder, prompts, style)
     resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
-    build.resolve_sampling_(resolved, folder)
+    pipeline.resolve_sampling_(resolved, folder)
     resolved.data.style_dir = str(images.resolve())
     resolved.data.validation_dir = str(held_out.resolve()) if held_out else None
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     if config.model == "auto":
-        resolved.model = "tiny" if build.is_tiny(folder) else build.BIG_MODEL
+        resolved.model = "tiny" if pipeline.is_tiny(folder) else hub.BIG_MODEL
     plan = StylePlan(
         resolved,
         folder,
@@ -232,7 +233,7 @@ def _model(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
     nothing will be loaded.
     """
     try:
-        folder, why = build.choose_model(config.model)
+        folder, why = pipeline.choose_model(config.model)
     except ModelError:
         known = known_shape(config.model) if dry_run and config.transformer is None else None
         if known is None:
@@ -240,7 +241,7 @@ def _model(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
         report(f"model: {config.model}, whose weights are not here; planned from its known shape")
         return Path(config.model), known
     report(why)
-    return folder, build.check_model(config, folder)
+    return folder, pipeline.check_model(config, folder)
 
 
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:

@@ -55,7 +55,7 @@ def test_the_advised_resolution_fits(train, images, capsys):
 
 
 def test_samples_beyond_the_positions(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("qzo_diffusion.runs.build.load_base", None)  # never reached
+    monkeypatch.setattr("qzo_diffusion.runs.style.pipeline.load_base", None)  # never reached
     settings = Config(model="tiny", data={"resolution": 1024})
     monkeypatch.setattr("qzo_diffusion.commands.sample._config_of", lambda request: settings)
     code = main(["sample", "--prompt", "a cat", "--output-dir", str(tmp_path / "s")])

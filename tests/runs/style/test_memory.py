@@ -23,8 +23,9 @@ from qzo_diffusion.diffusion.pipeline_shape import known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.resources import shipped, tiny_model
-from qzo_diffusion.runs import build
+from qzo_diffusion.runs import build, hub
 from qzo_diffusion.runs.style import memory as planning
+from qzo_diffusion.runs.style import pipeline
 from tests.conftest import failing
 
 CPU = torch.device("cpu")
@@ -183,7 +184,7 @@ def plan_of(preset, pipelines, **settings):
     config = make_config(config.model_dump() | settings) if settings else config
     folder = pipelines[json.dumps(PRESETS[preset])]
     dtype = devices.choose_dtype(config.compute.dtype, CPU)
-    return planning.memory_plan(config, build.Runtime(folder, CPU, dtype), images=20, prompts=30)
+    return planning.memory_plan(config, pipeline.Runtime(folder, CPU, dtype), images=20, prompts=30)
 
 
 GIGABYTES = {"sd35_large_8gb": 8, "sd35_large_24gb": 24, "sd35_medium": 6, "sd35_large_paper": 24}
@@ -229,7 +230,7 @@ def test_a_device_that_is_too_small_is_told_what_to_change(pipelines, monkeypatc
     config = make_config(settings)
     folder = pipelines[json.dumps(LARGE)]
     again = planning.memory_plan(
-        config, build.Runtime(folder, CPU, torch.bfloat16), images=20, prompts=30
+        config, pipeline.Runtime(folder, CPU, torch.bfloat16), images=20, prompts=30
     )
     assert again.fits
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1e9)
@@ -244,7 +245,7 @@ def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, g
         memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9
     )
     config = make_config({"model": "large", "data": {"resolution": 1024}})
-    place = build.Runtime(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
+    place = pipeline.Runtime(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
     assert planning.fitting_micro_batch(config, place) == rows
     # or the plan looks for settings that fit
     monkeypatch.setattr(memory, "available_bytes", lambda device: None)
@@ -266,7 +267,7 @@ def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, g
 @pytest.mark.parametrize(("side", "rows"), [(256, 4), (512, 2), (1024, 2)])
 def test_a_cpu_gets_no_more_than_its_caches_bear(pipelines, monkeypatch, side, rows):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1e12)
-    place = build.Runtime(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
+    place = pipeline.Runtime(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
     assert planning.fitting_micro_batch(make_config({"data": {"resolution": side}}), place) == rows
 
 
@@ -335,15 +336,15 @@ def test_doctor_plans_as_many_probes_at_once_as_a_run_does(pipelines, monkeypatc
 
 
 def test_the_download_of_a_gated_model_leaves_out_what_is_there_twice():
-    words = shlex.split(build.download_command(build.BIG_MODEL))
-    assert words[:3] == ["hf", "download", build.BIG_MODEL]
+    words = shlex.split(hub.download_command(hub.BIG_MODEL))
+    assert words[:3] == ["hf", "download", hub.BIG_MODEL]
     flags, patterns = words[3::2], words[4::2]
     assert set(flags) == {"--exclude"}  # each with one pattern: hf takes one a flag
     left_out = {
         name: any(fnmatch(name, pattern) for pattern in patterns) for name in TWICE | WANTED
     }
     assert {name for name, out in left_out.items() if out} == TWICE
-    assert build.download_command("org/name") == "hf download org/name"
+    assert hub.download_command("org/name") == "hf download org/name"
 
 
 @pytest.mark.parametrize(("gigabytes", "chosen"), [(30, "large"), (3, "tiny")])
@@ -351,7 +352,7 @@ def test_auto_takes_the_large_model_where_it_fits(pipelines, monkeypatch, gigaby
     folder = pipelines[json.dumps(LARGE)]
     monkeypatch.setattr(build, "_cached_snapshot", lambda name: folder)
     monkeypatch.setattr(memory, "available_bytes", lambda device: gigabytes * 1e9)
-    found, why = build.choose_model("auto")
+    found, why = pipeline.choose_model("auto")
     assert found == (folder if chosen == "large" else tiny_model())
     assert ("found in the local cache" in why) == (chosen == "large")
     if chosen == "tiny":
@@ -362,7 +363,7 @@ def test_auto_with_a_gpu_and_no_weights_says_both_commands(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(build, "_cached_snapshot", lambda name: None)
     with pytest.raises(ModelError, match=r"(?s)hf download.*--model tiny"):
-        build.choose_model("auto")
+        pipeline.choose_model("auto")
 
 
 def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, images):
@@ -404,7 +405,7 @@ def test_a_gated_model_is_planned_before_its_weights_are_here(
 @pytest.mark.parametrize(("name", "config"), [("large", LARGE), ("medium", MEDIUM)])
 def test_the_plan_by_the_known_shape_is_that_of_the_files(pipelines, name, config):
     settings = load_config(shipped("configs") / f"sd35_{name}{'_8gb' * (name == 'large')}.yaml")
-    place = build.Runtime(pipelines[json.dumps(config)], torch.device("cpu"), torch.bfloat16)
+    place = pipeline.Runtime(pipelines[json.dumps(config)], torch.device("cpu"), torch.bfloat16)
     known = replace(place, shape=known_shape(f"stabilityai/stable-diffusion-3.5-{name}"))
     plans = [planning.memory_plan(settings, one, 10, 4).facts() for one in (place, known)]
     assert plans[0] == plans[1]

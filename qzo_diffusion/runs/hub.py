@@ -1,0 +1,69 @@
+"""Models of the Hub: are they here, and how does a person get them? Nothing is downloaded."""
+
+from pathlib import Path
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.files import free_bytes
+
+DOWNLOAD = 30e9  # bytes of the large model with all its parts
+BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
+GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin with
+
+
+def download_command(name: str) -> str:
+    """Without what the repositories of Stable Diffusion 3 hold twice: one file for other programs,
+    and encoders for these.
+    """
+    twice = (
+        " --exclude 'sd3*.safetensors' --exclude 'text_encoders/*'"
+        if name.startswith(GATED)
+        else ""
+    )
+    return f"hf download {name}{twice}"
+
+
+def not_here(name: str) -> ModelError:
+    """Nothing is ever downloaded here; says how to, and what else is missing on this machine for
+    it.
+    """
+    from huggingface_hub import constants, get_token
+
+    place = Path(constants.HF_HUB_CACHE)
+    got = [
+        f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"
+    ]
+    steps = []
+    gated = name.startswith(GATED)
+    if gated:
+        steps.append(f"accept the licence at https://huggingface.co/{name}")
+        if get_token() is None:
+            got.append("it is gated and no access token is stored here")
+            steps.append("`hf auth login`")
+    free = free_bytes(place)
+    if gated and free < DOWNLOAD:
+        got.append(
+            f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB "
+            "are needed"
+        )
+        steps.append("free some space, or set HF_HOME to a larger disk")
+    steps.append(f"`{download_command(name)}`")
+    steps.append(
+        "without network: copy the model's folder from another machine and give --model PATH; "
+        "or --model tiny"
+    )
+    return ModelError(
+        "; ".join(got),
+        "tiny, a pipeline folder, or a Hub id that was downloaded",
+        "\n  ".join(["", *steps]),
+    )
+
+
+def cached_snapshot(name: str, file: str = "model_index.json") -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) else None

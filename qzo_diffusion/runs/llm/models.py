@@ -1,0 +1,31 @@
+"""From a config of texts to the folder of a language model."""
+
+from pathlib import Path
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm.gguf_file import is_gguf
+from qzo_diffusion.runs.hub import cached_snapshot
+
+
+def choose_lm(name: str) -> tuple[Path, str]:
+    """The folder or GGUF file of a language model that a `--model` means, and a sentence that says
+    which.
+
+    Raises:
+        ModelError: it isn't here; the message says how to get it.
+    """
+    if Path(name).is_dir():
+        return Path(name), f"model: the folder {name}"
+    if is_gguf(Path(name)):
+        return Path(name), f"model: the file {name}"
+    cached = None if name == "auto" else cached_snapshot(name, "config.json")
+    if cached is None:
+        raise ModelError(
+            "no language model is named"
+            if name == "auto"
+            else f"{name!r} is neither a folder nor a model in the local cache",
+            "a transformers folder, a GGUF file, or a Hub id that was downloaded",
+            "pass --model FOLDER or FILE.gguf; for a model of the Hub: hf download ID "
+            "--local-dir FOLDER",
+        )
+    return cached, f"model: {name} from the local cache"

@@ -1,0 +1,290 @@
+"""From a config of pictures to the parts of a pipeline.
+
+Below it nothing has heard of a config.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from qzo_diffusion import resources
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.devices import choose_device, choose_dtype
+from qzo_diffusion.diffusion import memory, sd3, text_encoders, vae
+from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, check_shape, read_shape
+from qzo_diffusion.diffusion.prompts import Prompt
+from qzo_diffusion.diffusion.sampling import Sampler
+from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
+from qzo_diffusion.quant.stream import Quantization
+from qzo_diffusion.quant.weights import read_entries
+from qzo_diffusion.runs import build, hub
+from qzo_diffusion.runs.loading import Source, load_quantized
+
+LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Which pipeline folder, and on which device and in which dtype its forwards run.
+
+    shape: of the pipeline, where it has been read."""
+
+    folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    shape: PipelineShape | None = None
+
+
+def find_runtime(config: Config) -> Runtime:
+    """Everything about the model that is known before anything heavy is loaded.
+
+    Raises:
+        ModelError: it isn't here, or a file of it is missing.
+        ConfigError: there is no such device.
+    """
+    folder, _ = choose_model(config.model)
+    shape = check_model(config, folder)
+    device = choose_device(config.compute.device)
+    return Runtime(folder, device, choose_dtype(config.compute.dtype, device), shape)
+
+
+def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Parametrization]:
+    """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are
+    before a run.
+    """
+    transformer = quantized_transformer(config, runtime.folder, runtime.device, runtime.dtype)
+    return transformer, *build.scales_and_numbers(config, transformer)
+
+
+def check_model(config: Config, folder: Path) -> PipelineShape:
+    """Refuse a pipeline that lacks a part or whose parts don't fit, before anything is loaded.
+
+    Raises ModelError.
+    """
+    place = transformer_place(config, folder)
+    elsewhere = ("transformer",) if place != folder / "transformer" else ()
+    t5 = ("text_encoder_3", "tokenizer_3") if config.text.t5 == "none" else ()
+    sd3.check_model_folder(folder, without=(*elsewhere, *t5))
+    shape = read_shape(folder, place, with_t5=not t5)
+    check_shape(shape, folder)
+    return shape
+
+
+def shape_of(config: Config, runtime: Runtime) -> PipelineShape:
+    """Of the pipeline of a run. Raises ModelError for damaged configs or headers."""
+    if runtime.shape is not None:
+        return runtime.shape
+    return read_shape(runtime.folder, transformer_place(config, runtime.folder))
+
+
+def transformer_place(config: Config, folder: Path) -> Path:
+    """Where the transformer's weights are: in the pipeline, or what `transformer` or a single file
+    as `model` names.
+    """
+    if config.transformer is not None:
+        return Path(config.transformer)
+    return Path(config.model) if Path(config.model).is_file() else folder / "transformer"
+
+
+def choose_model(name: str) -> tuple[Path, str]:
+    """The pipeline folder that a `--model` means, and a sentence that says which and why.
+
+    Raises:
+        ModelError: it isn't here; the message says how to get it.
+    """
+    if name == "auto":
+        return _choose_automatically()
+    if name == "tiny":
+        return resources.tiny_model(), "model: tiny, the embedded model"
+    if Path(name).is_dir():
+        return Path(name), f"model: the folder {name}"
+    if Path(name).is_file():
+        return Path(
+            name
+        ).resolve().parent, f"model: the single file {name}, with the other parts from its folder"
+    cached = hub.cached_snapshot(name)
+    if cached is None:
+        raise hub.not_here(name)
+    return cached, f"model: {name} from the local cache"
+
+
+def _choose_automatically() -> tuple[Path, str]:
+    """The large model where its weights are here and fit, at the least; else the embedded one, or
+    an error where there is a GPU.
+    """
+    cached = hub.cached_snapshot(hub.BIG_MODEL)
+    if cached is None:
+        if torch.cuda.is_available():
+            raise ModelError(
+                f"a GPU, but no weights of {hub.BIG_MODEL} in the local cache",
+                "downloaded weights, or a model by name",
+                f"accept the licence at https://huggingface.co/{hub.BIG_MODEL}, then "
+                f"`hf auth login` and `{hub.download_command(hub.BIG_MODEL)}`; or add --model "
+                "tiny for the embedded model",
+            )
+        return (
+            resources.tiny_model(),
+            f"model: tiny, the embedded model (no GPU and no weights of {hub.BIG_MODEL} here)",
+        )
+    device = choose_device("auto")
+    needed, free = least_memory(cached, device), memory.available_bytes(device)
+    if free is not None and needed > free:
+        why = (
+            f"{hub.BIG_MODEL} is here but needs {needed / 1e9:.1f} GB of memory at the least; "
+            f"{free / 1e9:.1f} GB are free"
+        )
+        return resources.tiny_model(), f"model: tiny, the embedded model ({why})"
+    return cached, f"model: {hub.BIG_MODEL}, found in the local cache"
+
+
+def least_memory(folder: Path, device: torch.device) -> float:
+    """Bytes that any run of a model needs. Raises ModelError when its transformer is not whole."""
+    found, dtype, quant = (
+        find_transformer(folder / "transformer"),
+        choose_dtype("auto", device),
+        Config().quant,
+    )
+    size = memory.ModelSize.of(empty_transformer(found.config), build.quantization(quant), dtype)
+    return memory.least_bytes(size, found.entries, dtype, device.type)
+
+
+def is_tiny(folder: Path) -> bool:
+    return folder.resolve() == resources.tiny_model().resolve()
+
+
+def resolve_sampling_(config: Config, folder: Path) -> None:
+    """Fill in the number of steps and the guidance that suit the model where the user gave none."""
+    steps, guidance = (16, 2.0) if is_tiny(folder) else (28, 4.5)
+    config.sample.steps = config.sample.steps or steps
+    if config.sample.guidance is None:
+        config.sample.guidance = guidance
+
+
+def sampler(
+    config: Config,
+    folder: Path,
+    transformer: nn.Module,
+    vae: Any,
+    prompts: Sequence[Prompt],
+    encoded: Mapping[str, sd3.EncodedPrompt],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Sampler:
+    """Square samples of `prompts` at the run's resolution, or at the model's own."""
+    resolve_sampling_(config, folder)
+    side, settings = config.data.resolution or sd3.native_resolution(folder), config.sample
+    return Sampler(
+        transformer,
+        sd3.load_scheduler(folder),
+        vae,
+        [encoded[prompt.text] for prompt in prompts],
+        [
+            encoded[settings.negative_prompt if prompt.negative is None else prompt.negative]
+            for prompt in prompts
+        ],
+        width=side,
+        height=side,
+        steps=settings.steps or 1,
+        guidance=settings.guidance or 0.0,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def prompt_encoder(
+    config: Config, folder: Path, device: torch.device, dtype: torch.dtype
+) -> sd3.PromptEncoder:
+    """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new
+    prompts.
+    """
+    mode = t5_mode(config, folder)
+
+    def load(part: str) -> nn.Module:
+        if part != text_encoders.T5 or mode != "nf4":
+            return text_encoders.load_text_encoder(folder, part, dtype=dtype, device=device)
+        source = Source(
+            read_entries(folder / part), lambda: text_encoders.empty_text_encoder(folder, part)
+        )
+        return text_encoders.ready(
+            load_quantized(
+                source,
+                Quantization(),
+                dtype=dtype,
+                device=device,
+                cache=build.copies_folder(config),
+            )
+        )
+
+    return sd3.PromptEncoder(
+        folder,
+        tensor_cache(config),
+        device=device,
+        dtype=dtype,
+        t5_tokens=config.text.t5_tokens,
+        t5=mode,
+        load=load,
+    )
+
+
+def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
+    size = None
+    if config.text.t5 == "auto" and text_encoders.has_part(folder, text_encoders.T5):
+        size = sum(entry.nbytes for entry in read_entries(folder / text_encoders.T5).values())
+    return t5_mode_of(config, size)
+
+
+def t5_mode_of(config: Config, size: float | None) -> Literal["nf4", "full", "none"]:
+    """How T5 is loaded that has `size` bytes on disk; None where there is none."""
+    if config.text.t5 != "auto":
+        return config.text.t5
+    if size is None:
+        return "none"
+    return "nf4" if size > LARGE_T5 else "full"
+
+
+def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
+    compute = config.compute
+    return vae.load_vae(
+        folder,
+        choose_device(compute.vae_device) if compute.vae_device else device,
+        tile=compute.vae_tile,
+    )
+
+
+def tiles(config: Config, samples: Sequence[Sample]) -> str:
+    """How images are cut for the VAE, where any is: it changes latents a little, so it belongs to
+    their cache key.
+    """
+    tile = config.compute.vae_tile
+    cut = tile is not None and any(max(sample.width, sample.height) > tile for sample in samples)
+    return f"/{tile}" if cut else ""
+
+
+def tensor_cache(config: Config) -> TensorCache:
+    return TensorCache(build.cache_folder(config) / "tensors")
+
+
+def quantized_transformer(
+    config: Config, folder: Path, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """The 4-bit transformer, ready for tuning and sampling. Raises ModelError."""
+    found = find_transformer(transformer_place(config, folder))
+    source = Source(found.entries, lambda: empty_transformer(found.config))
+    return load_quantized(
+        source,
+        build.quantization(config.quant),
+        dtype=dtype,
+        device=device,
+        cache=build.copies_folder(config),
+    )
