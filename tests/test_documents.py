@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from qzo_diffusion.commands import export
 from qzo_diffusion.config.llm import LlmConfig
 from tests.documents import (
     DECISIONS,
@@ -57,6 +58,15 @@ def test_presets_formats_and_methods_exist(path):
     assert set(re.findall(r"--format ([a-z]\w*)", text)) <= set(formats)
     methods = set(LlmConfig.model_fields["method"].annotation.__args__)
     assert set(re.findall(r"--method ([a-z][\w-]*)", text)) <= methods
+
+
+def test_cards_and_documents_say_that_diffusers_needs_a_gpu():
+    texts = [export.USE["nf4"], export.USE["native"], text_of(ROOT / "docs" / "sd35.md")]
+    assert all("No GPU found" in text for text in texts)
+    assert not any("GPU" in export.USE[kind] for kind in ("bf16", "delta", "journal"))
+    table = [line for line in text_of(ROOT / "docs" / "sd35.md").splitlines() if "patched" in line]
+    assert table
+    assert not any("plain" in line for line in table)
 
 
 @every_document

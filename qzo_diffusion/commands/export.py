@@ -40,11 +40,16 @@ Format = Literal["nf4", "bf16", "delta", "journal", "native"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
 JOURNAL = "journal.qzo"
 
+NEEDS_GPU = (
+    'diffusers loads 4-bit folders on a GPU only; elsewhere it stops with "No GPU found". Without '
+    "one, take an export in bf16, or sample with qzo-diffuse."
+)
 USE: dict[Format, str] = {
     "nf4": "A diffusers transformer in bitsandbytes' 4-bit layout, the size of the 4-bit base:\n\n"
     '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", '
     "dtype=torch.bfloat16)\n```\n\n"
-    "Give it to `StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer)`.",
+    "Give it to `StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer)`. "
+    f"{NEEDS_GPU}",
     "bf16": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers transformer in bfloat16. "
     f"`{ORIGINAL_FILE}` holds the\nsame numbers in the layout that Stability AI "
     "publishes, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",
@@ -54,7 +59,7 @@ USE: dict[Format, str] = {
     "over the base model:\n\n"
     "```\nqzo-diffuse replay --journal journal.qzo --output-dir DIR\n```",
     "native": "A diffusers transformer in the quantizer's own layout; load it with "
-    "`SD3Transformer2DModel.from_pretrained`.",
+    f"`SD3Transformer2DModel.from_pretrained`. {NEEDS_GPU}",
 }
 
 
