@@ -16,7 +16,6 @@ from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.quant.load import handles_of, quantize_
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.resources import tiny_model
-from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline as parts
 
 CPU = torch.device("cpu")
@@ -122,7 +121,7 @@ def test_large_t5_is_quantized_by_itself_and_cached_apart(tmp_path, monkeypatch)
     config = make_config({"data": {"cache_dir": str(tmp_path)}})
     assert parts.t5_mode(config, tiny_model()) == "full"
     full = parts.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
-    monkeypatch.setattr(build, "LARGE_T5", 1)
+    monkeypatch.setattr(parts, "LARGE_T5", 1)
     assert parts.t5_mode(config, tiny_model()) == "nf4"
     packed = parts.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
     difference = (full["red apple"].embeds - packed["red apple"].embeds).norm() / full[

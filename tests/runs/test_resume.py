@@ -16,8 +16,9 @@ import torch
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal
-from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs import job as training_job
+from qzo_diffusion.runs import provenance
+from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train import calibrate
 from qzo_diffusion.train.checkpoint import list_checkpoints
@@ -446,7 +447,7 @@ def test_a_run_begins_with_what_another_one_tuned(train, whole, tmp_path, capsys
 def test_what_a_run_can_not_begin_with_is_told_before_anything_is_loaded(
     train, whole, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(build, "load_base", lambda *arguments: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline, "load_base", lambda *arguments: pytest.fail("loaded"))
     capsys.readouterr()
     assert "quant.blocksize=64" in failing(
         capsys, train("--init-from", whole, "quant.blocksize=128", name="other")
@@ -488,7 +489,7 @@ def test_a_checkpoint_is_mixed_with_its_run_s_settings(train, tmp_path, monkeypa
     assert main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")]) == 0
     assert load_equal(checkpoint, tmp_path / "mix")
     # what is there already is found before anything is loaded
-    monkeypatch.setattr(build, "load_base", None)
+    monkeypatch.setattr(pipeline, "load_base", None)
     capsys.readouterr()
     error = failing(
         capsys, main(["mix", "--run", f"{checkpoint}=1", "--output-dir", str(tmp_path / "mix")])

@@ -23,7 +23,7 @@ from qzo_diffusion.diffusion.pipeline_shape import known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.resources import shipped, tiny_model
-from qzo_diffusion.runs import build, hub
+from qzo_diffusion.runs import hub
 from qzo_diffusion.runs.style import memory as planning
 from qzo_diffusion.runs.style import pipeline
 from tests.conftest import failing
@@ -306,7 +306,7 @@ def test_what_costs_memory_is_in_the_plan(pipelines, key, small, large):
 
 
 def test_a_dry_run_prints_the_plan_and_loads_nothing(train_arguments, capsys, monkeypatch):
-    monkeypatch.setattr(build, "load_base", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(pipeline, "load_base", lambda *args: pytest.fail("loaded"))
     assert main(train_arguments("--dry-run")) == 0
     text = capsys.readouterr().out
     for word in ("memory", "encode", "images", "load", "train", "sample", "enough"):
@@ -322,14 +322,14 @@ def test_doctor_prints_the_plan(capsys, monkeypatch):
 
 def test_doctor_plans_as_many_probes_at_once_as_a_run_does(pipelines, monkeypatch):
     """All 32 of a step in one forward would not fit."""
-    monkeypatch.setattr(build, "_cached_snapshot", lambda name: pipelines[json.dumps(LARGE)])
+    monkeypatch.setattr(hub, "cached_snapshot", lambda name: pipelines[json.dumps(LARGE)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(memory, "available_bytes", lambda device: 16e9)
     facts = doctor.examine()
     assert facts["memory_plan"]["fits"] is True
     assert facts["problems"] == []
     monkeypatch.setattr(memory, "available_bytes", lambda device: 6e9)
-    monkeypatch.setattr(build, "least_memory", lambda folder, device: 5e9)
+    monkeypatch.setattr(pipeline, "least_memory", lambda folder, device: 5e9)
     assert any(
         "train --preset sd35_large_8gb" in problem for problem in doctor.examine()["problems"]
     )
@@ -350,7 +350,7 @@ def test_the_download_of_a_gated_model_leaves_out_what_is_there_twice():
 @pytest.mark.parametrize(("gigabytes", "chosen"), [(30, "large"), (3, "tiny")])
 def test_auto_takes_the_large_model_where_it_fits(pipelines, monkeypatch, gigabytes, chosen):
     folder = pipelines[json.dumps(LARGE)]
-    monkeypatch.setattr(build, "_cached_snapshot", lambda name: folder)
+    monkeypatch.setattr(hub, "cached_snapshot", lambda name: folder)
     monkeypatch.setattr(memory, "available_bytes", lambda device: gigabytes * 1e9)
     found, why = pipeline.choose_model("auto")
     assert found == (folder if chosen == "large" else tiny_model())
@@ -361,7 +361,7 @@ def test_auto_takes_the_large_model_where_it_fits(pipelines, monkeypatch, gigaby
 
 def test_auto_with_a_gpu_and_no_weights_says_both_commands(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(build, "_cached_snapshot", lambda name: None)
+    monkeypatch.setattr(hub, "cached_snapshot", lambda name: None)
     with pytest.raises(ModelError, match=r"(?s)hf download.*--model tiny"):
         pipeline.choose_model("auto")
 
@@ -392,7 +392,7 @@ def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, ima
 def test_a_gated_model_is_planned_before_its_weights_are_here(
     capsys, monkeypatch, images, tmp_path, preset
 ):
-    monkeypatch.setattr(build, "_cached_snapshot", lambda name, file="model_index.json": None)
+    monkeypatch.setattr(hub, "cached_snapshot", lambda name, file="model_index.json": None)
     command = ["train", "--style-dir", str(images), "--preset", preset]
     assert main([*command, "--dry-run"]) == 0
     printed = capsys.readouterr()
