@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError, QzoError
-from qzo_diffusion.llm.gguf_file import check_gguf, is_gguf, load_gguf, source_of
+from qzo_diffusion.llm.gguf_file import is_gguf, load_gguf, source_of
+from qzo_diffusion.llm.model_folder import check_model_folder
 from qzo_diffusion.llm.prefix import Prefix, find_prefix
 from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
+from qzo_diffusion.quant.fits import check_loaded
+from qzo_diffusion.quant.weights import weight_files
 
 WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
 OUTPUT_HEAD = "lm_head"
@@ -219,39 +222,6 @@ class CausalLm:
         return [text.split(stop)[0].strip() if stop else text.strip() for text in texts]
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a
-    tokenizer, in a format that is read.
-
-    A GGUF file has all of it.
-    """
-    if is_gguf(folder):
-        return check_gguf(folder)
-    problems = {
-        "config.json": (folder / "config.json").is_file(),
-        "weights": any(folder.glob("*.safetensors"))
-        or any(folder.glob("*.safetensors.index.json")),
-        "a tokenizer": any((folder / name).is_file() for name in TOKENIZER_FILES),
-    }
-    missing = [name for name, there in problems.items() if not there]
-    if missing:
-        raise ModelError(
-            f"{folder} without {' and '.join(missing)}",
-            "a folder of transformers: config.json, *.safetensors and a tokenizer",
-            "download the whole model, for example hf download ID --local-dir FOLDER",
-        )
-    method = stored_method(folder)
-    if method not in (None, "bitsandbytes", *READ_HERE):
-        raise ModelError(
-            f"{folder} is quantized by {method}",
-            f"bitsandbytes, {', '.join(READ_HERE)}, or a model that is not quantized",
-            "give the model it was made of; it is quantized to NF4 while it is read",
-        )
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-
-
 def load_causal_lm(
     folder: Path, dtype: torch.dtype, read: Callable[[Path], Any] | None = None
 ) -> CausalLm:
@@ -264,8 +234,6 @@ def load_causal_lm(
     Raises:
         ModelError: files are missing or damaged, or the model is no causal LM.
     """
-    from transformers import AutoModelForCausalLM
-
     check_model_folder(folder)
     try:
         tokenizer = load_tokenizer(folder)
@@ -276,19 +244,33 @@ def load_causal_lm(
         elif stored_method(folder) in READ_HERE:
             model = load_stored(folder, dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            model = _by_transformers(folder, dtype)
     except QzoError:
         raise
     except Exception as error:
         raise _damaged(folder, error) from error
     model.requires_grad_(False)
     return CausalLm(model.eval(), tokenizer)
+
+
+def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:
+    """Raises ModelError where a tensor is missing, which transformers would draw at random."""
+    from transformers import AutoModelForCausalLM
+
+    names = [file.name.split(".") for file in weight_files(folder)]
+    variant = names[0][1] if len(names[0]) == 3 else None  # model.fp16.safetensors
+    model, facts = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        variant=variant,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
+    check_loaded(model, facts)
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

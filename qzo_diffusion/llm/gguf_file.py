@@ -17,21 +17,40 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant import gguf as blocks
+from qzo_diffusion.quant.describe import gguf_of_pictures
+from qzo_diffusion.quant.fits import check_loaded
+from qzo_diffusion.quant.gguf_header import has_magic, read_gguf_header
 from qzo_diffusion.quant.load import handles_of
 
 TOKENS = "token_embd.weight"  # its rows come last in a GGUF file's shapes
 LIKE = 2**-6  # of a weight: what differs by rounding to 16 bits, however that is done
 
 
+SPLIT = "merge its parts into one file: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+
+
 def is_gguf(place: Path) -> bool:
-    return place.suffix == ".gguf" and place.is_file()
+    """By its ending, in capitals or not, or by how it begins: a link may have another ending."""
+    return place.is_file() and (place.suffix.lower() == ".gguf" or has_magic(place))
 
 
 def check_gguf(file: Path) -> None:
-    """Raises ModelError unless it can be read and has a quantized layer of a type that can be
-    tuned.
+    """Raises ModelError unless it is a whole language model and has a quantized layer of a type
+    that can be tuned.
     """
-    if not any(tensor.tensor_type.name in blocks.FACTORS for tensor in _reader(file).tensors):
+    header, kinds = read_gguf_header(file), blocks.need_package().GGMLQuantizationType
+    architecture = str(header.values.get("general.architecture", "unknown"))
+    if gguf_of_pictures(architecture):
+        raise ModelError(
+            f"{file} is a GGUF file of a diffusion model ({architecture})",
+            "a language model",
+            "for pictures, `qzo-diffuse train` reads the same model as safetensors",
+        )
+    parts = header.values.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        part = header.values.get("split.no", 0)
+        raise ModelError(f"{file} is part {part + 1} of {parts}", "a file with all tensors", SPLIT)
+    if not any(kinds(tensor.kind).name in blocks.FACTORS for tensor in header.tensors.values()):
         raise ModelError(
             f"{file} without a quantized layer",
             ", ".join(blocks.FACTORS),
@@ -65,7 +84,11 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
     if hasattr(transformers, "GgufConfig"):
         # later versions may keep blocks themselves, in layers that see no changed scale
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(**source_of(file), **how)
+    loaded, facts = transformers.AutoModelForCausalLM.from_pretrained(
+        **source_of(file), **how, output_loading_info=True
+    )
+    model: Any = loaded
+    check_loaded(model, facts)
     tensors, head = (
         {tensor.name: tensor for tensor in reader.tensors},
         model.get_output_embeddings(),
@@ -75,8 +98,8 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
         if linear is not head and tensor is not None and tensor.tensor_type.name in blocks.FACTORS:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _layer(name, tensor, linear, model.config))
-    loaded: nn.Module = model
-    return loaded
+    whole: nn.Module = model
+    return whole
 
 
 def save_gguf(file: Path, target: Path, model: nn.Module, scales: Mapping[str, Tensor]) -> None:
@@ -154,6 +177,7 @@ def _interleaved(rows: int, heads: int) -> Tensor:
 
 
 def _reader(file: Path) -> Any:
+    read_gguf_header(file)
     facts = file.stat()
     return _read(file, facts.st_mtime_ns, facts.st_size)
 

@@ -4,20 +4,21 @@ layers; and saved again.
 All that these formats need is in `quant`: none of the programs that write them is imported.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.quant import aqlm, gptq, hqq
+from qzo_diffusion.quant.fits import refuse_kin
+from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.patch import patch_folder
+from qzo_diffusion.quant.weights import read_entries
 
 _FORMATS: Mapping[str, Any] = {"gptq": gptq, "aqlm": aqlm, "hqq": hqq}
 READ_HERE = tuple(_FORMATS)
@@ -89,7 +90,8 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    model.load_state_dict(floats, strict=False, assign=True)
+    result = model.load_state_dict(floats, strict=False, assign=True)
+    refuse_kin(result.unexpected_keys, model.state_dict().keys() | states.keys(), model)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
@@ -148,25 +150,10 @@ def bitsandbytes_type(folder: Path) -> str:
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{folder}/config.json can't be read: {error}", "JSON", "download the model again"
-        ) from None
-    if not isinstance(content, dict):
-        raise ModelError(
-            f"{folder}/config.json holds a {type(content).__name__}",
-            "a JSON object",
-            "download the model again",
-        )
+    content = read_object(folder / "config.json", "the config of a model")
     found = content.get("quantization_config") or {}
     return found if isinstance(found, dict) else {}
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as handle:
-            tensors |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    return tensors
+    return {name: entry.read() for name, entry in read_entries(folder).items()}

@@ -83,11 +83,20 @@ def replace_linears_(
         parent = model.get_submodule(parent_name)
         setattr(parent, child, make_layer(parent.get_submodule(child)))  # type: ignore[arg-type]
     if not chosen:
-        raise nothing_to_quantize(skip, blocksize)
+        raise nothing_to_quantize(skip, blocksize, model)
     return len(chosen)
 
 
-def nothing_to_quantize(skip: Sequence[str], blocksize: int) -> ModelError:
+def nothing_to_quantize(
+    skip: Sequence[str], blocksize: int, model: nn.Module | None = None
+) -> ModelError:
+    """The error for a model without a layer to quantize."""
+    if model is not None and any(type(one).__name__ == "Conv1D" for one in model.modules()):
+        return ModelError(
+            f"{type(model).__name__}, whose layers are Conv1D and not nn.Linear",
+            "a model of nn.Linear layers, such as Llama, Qwen, SmolLM2, OPT or GPT-NeoX",
+            "use another model",
+        )
     return ModelError(
         f"no linear layer whose width is a multiple of {blocksize} outside {list(skip)}",
         "at least one layer to quantize",

@@ -35,13 +35,6 @@ MAGIC: tuple[tuple[bytes, Kind], ...] = (
             "fetch the file: `git lfs pull` in its repository, or hf download",
         ),
     ),
-    (
-        b"GGUF",
-        Kind(
-            "a GGUF file",
-            "give a safetensors file; language models in GGUF go to `qzo-diffuse llm`",
-        ),
-    ),
     (b"\x80\x02", Kind("a pickle, such as .ckpt, .pt and .bin files are", SAFETENSORS)),
     (b"\x80\x04", Kind("a pickle, such as .ckpt, .pt and .bin files are", SAFETENSORS)),
     (b"\x89HDF", Kind("an HDF5 file of Keras or TensorFlow", "get the weights as safetensors")),
@@ -123,6 +116,7 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (r"ltx-?video|cogvideo|mochi", "video models"),
     (r"kandinsky", "Kandinsky"),
 )
+GGUF_OF_PICTURES = {"sd1", "sd2", "sd3", "sdxl", "aura", "ltxv", "hyvid", "cosmos", "wan"}
 LANGUAGE = r"llama|smollm|qwen\d|mistral|gemma|\bphi-|gpt|opt-\d|pythia|olmo|deepseek|falcon"
 
 
@@ -131,6 +125,8 @@ def described(file: Path) -> Kind | None:
     with contextlib.suppress(OSError):
         with file.open("rb") as handle:
             start = handle.read(LOOKED_AT)
+        if start.startswith(b"GGUF"):
+            return _gguf(start)
         for magic, kind in MAGIC:
             if start.startswith(magic):
                 return kind
@@ -169,6 +165,27 @@ def family_of_class(pipeline: str) -> str:
     """The family in words that a class of a pipeline or a transformer is for."""
     return re.sub(
         r"(Pipeline|Transformer2DModel|Transformer3DModel|Model|Img2Img|Inpaint)", "", pipeline
+    )
+
+
+def gguf_of_pictures(architecture: str) -> bool:
+    """Whether an architecture that a GGUF file states is one of pictures or video."""
+    return architecture in GGUF_OF_PICTURES or family_of(architecture) is not None
+
+
+def _gguf(start: bytes) -> Kind:
+    """By the architecture, which stands at the beginning of such a file."""
+    found = re.search(rb"general\.architecture\x08\0\0\0(.{8})", start, re.DOTALL)
+    end = found.end() + min(64, int.from_bytes(found[1], "little")) if found else 0
+    name = start[found.end() : end].decode("ascii", "replace") if found else ""
+    if gguf_of_pictures(name):
+        return Kind(
+            f"a GGUF file of a diffusion model ({name})",
+            "give the same model as safetensors; GGUF is read for language models alone",
+        )
+    return Kind(
+        f"a GGUF file{f' of a language model ({name})' if name else ''}",
+        "give a safetensors file; language models in GGUF go to `qzo-diffuse llm`",
     )
 
 

@@ -49,6 +49,24 @@ def missing_error(missing: Iterable[str]) -> ModelError:
     )
 
 
+def check_loaded(model: nn.Module, facts: Mapping[str, Any]) -> None:
+    """What `output_loading_info=True` of transformers tells: every tensor came from the files.
+
+    Raises ModelError for one that is missing, of another shape, or belongs to one that is used.
+    """
+    if missing := sorted(facts.get("missing_keys") or ()):
+        raise missing_error(missing)
+    for name, there, wanted in sorted(facts.get("mismatched_keys") or (), key=str):
+        raise ModelError(
+            f"{name} has the shape {tuple(there)}",
+            f"{tuple(wanted)}, as the model's config says",
+            "give weights and config of one model",
+        )
+    if errors := facts.get("error_msgs"):
+        raise ModelError(str(next(iter(errors)))[:300], "weights that can be read", AGAIN)
+    refuse_kin(sorted(facts.get("unexpected_keys") or ()), slots_of(model), model)
+
+
 def refuse_kin(unused: Iterable[str], used: Iterable[str], model: Any) -> None:
     """Raises ModelError for a tensor without a place that belongs to one that is used: a scale
     beside a weight, a bias that the config denies, a layer beyond those of the config.

@@ -9,9 +9,10 @@ from typing import Any
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.describe import described
-from qzo_diffusion.quant.entries import DTYPES, Entry, Span, damaged
+from qzo_diffusion.quant.entries import DTYPES, RARE, Entry, Span, damaged
 from qzo_diffusion.quant.json_file import parsed_object
 
+KNOWN = DTYPES | RARE
 LONGEST = 100_000_000  # bytes, the limit of the format
 # A parsed header takes up to 21 bytes for each of its own. 12 MB describe 100,000 tensors.
 ALWAYS, OF_THE_FILE = 12_000_000, 25
@@ -60,7 +61,7 @@ def _metadata(content: Any) -> dict[str, str]:
 
 
 def _entry(file: Path, facts: Any, begin: int) -> Entry:
-    dtype, shape = DTYPES[facts["dtype"]], tuple(facts["shape"])
+    dtype, shape = KNOWN[facts["dtype"]], tuple(facts["shape"])
     first, last = facts["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
         raise ValueError(f"{facts}"[:200])

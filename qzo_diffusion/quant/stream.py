@@ -184,7 +184,7 @@ class _Filler:
             parent, _, child = buffer_name.rpartition(".")
             self.model.get_submodule(parent)._buffers[child] = buffer.to(self._device)
         if self._how is not None and not self.quantized + self.taken_over:
-            raise base.nothing_to_quantize(self._how.skip, self._how.columns)
+            raise base.nothing_to_quantize(self._how.skip, self._how.columns, self.model)
         self.model.eval().requires_grad_(False)
 
 

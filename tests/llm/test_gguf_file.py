@@ -190,7 +190,7 @@ def test_a_file_that_is_none_or_has_no_blocks_is_refused(tmp_path, capsys):
             data,
         ]
     )
-    assert "damaged.gguf can't be" in failing(capsys, code)
+    assert "damaged.gguf is damaged" in failing(capsys, code)
     write_gguf(tmp_path / "half.gguf", tiny_llama(), "F16")
     code = main(
         [

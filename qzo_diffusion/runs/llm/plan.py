@@ -18,9 +18,10 @@ from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.evaluate.task_score import interval
-from qzo_diffusion.llm.causal_lm import CausalLm, check_model_folder
+from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.data_files import data_folder
 from qzo_diffusion.llm.gguf_file import is_gguf
+from qzo_diffusion.llm.model_folder import check_model_folder
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, encode

@@ -1,0 +1,94 @@
+"""Whether a folder holds a causal language model that can be read, before anything is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm.gguf_file import check_gguf, is_gguf
+from qzo_diffusion.llm.stored import READ_HERE, stored_method
+from qzo_diffusion.quant.config_file import read_config
+from qzo_diffusion.quant.describe import SAFETENSORS
+from qzo_diffusion.quant.weights import read_entries
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+FOLDER = "a folder of transformers: config.json, *.safetensors and a tokenizer"
+# Their layers are Conv1D, a linear layer whose weight is transposed.
+OF_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+WITH_LINEARS = "a model of nn.Linear layers, such as Llama, Qwen, SmolLM2, OPT or GPT-NeoX"
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a
+    tokenizer, in a format that is read.
+
+    A GGUF file has all of it.
+    """
+    if is_gguf(folder):
+        return check_gguf(folder)
+    _check_files(folder)
+    config = read_config(folder / "config.json", len(read_entries(folder)))
+    _check_kind(folder, config)
+    method = stored_method(folder)
+    if method not in (None, "bitsandbytes", *READ_HERE):
+        raise ModelError(
+            f"{folder} is quantized by {method}",
+            f"bitsandbytes, {', '.join(READ_HERE)}, or a model that is not quantized",
+            "give the model it was made of; it is quantized to NF4 while it is read",
+        )
+
+
+def _check_files(folder: Path) -> None:
+    if (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{folder} is a pipeline that makes pictures",
+            "a causal language model",
+            "give it to `qzo-diffuse train`",
+        )
+    has_config = (folder / "config.json").is_file()
+    if (folder / "adapter_config.json").is_file() and not has_config:
+        raise ModelError(
+            f"{folder} is a LoRA, as peft saves it",
+            FOLDER,
+            "give the whole model; merge the LoRA into its base first (peft: merge_and_unload)",
+        )
+    problems = {
+        "config.json": has_config,
+        "weights": any(folder.glob("*.safetensors"))
+        or any(folder.glob("*.safetensors.index.json")),
+        "a tokenizer": any((folder / name).is_file() for name in TOKENIZER_FILES),
+    }
+    missing = [name for name, there in problems.items() if not there]
+    pickles = sorted(file.name for file in folder.glob("*") if file.suffix.lower() in PICKLES)
+    if missing == ["weights"] and pickles:
+        raise ModelError(f"{folder} holds pickles only ({pickles[0]})", FOLDER, SAFETENSORS)
+    if missing:
+        raise ModelError(
+            f"{folder} without {' and '.join(missing)}",
+            FOLDER,
+            "download the whole model, for example hf download ID --local-dir FOLDER",
+        )
+
+
+def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError for a model of another kind than causal language models of linears."""
+    kind = str(config.get("model_type", ""))
+    if kind in OF_CONV1D:
+        raise ModelError(
+            f"{folder} is of the kind {kind}, whose layers are Conv1D and not nn.Linear",
+            WITH_LINEARS,
+            "use another model",
+        )
+    if config.get("is_encoder_decoder") is True:
+        raise ModelError(
+            f"{folder} is of the kind {kind}, an encoder and a decoder",
+            "a causal language model: a decoder alone",
+            "use another model",
+        )
+    if "_class_name" in config and not kind:
+        raise ModelError(
+            f"{folder} is a part of a pipeline that makes pictures ({config['_class_name']})",
+            "a causal language model",
+            "give its pipeline to `qzo-diffuse train`",
+        )
