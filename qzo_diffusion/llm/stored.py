@@ -91,7 +91,8 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
         for name, tensor in tensors.items()
     }
     result = model.load_state_dict(floats, strict=False, assign=True)
-    refuse_kin(result.unexpected_keys, model.state_dict().keys() | states.keys(), model)
+    unused = [name for name in result.unexpected_keys if not _describes(name, tensors, method)]
+    refuse_kin(unused, model.state_dict().keys() | states.keys(), model)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
@@ -99,6 +100,14 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
             f"{folder} without {missing[0]}", "all weights of the model", "download the model again"
         )
     return model
+
+
+def _describes(name: str, tensors: Mapping[str, Tensor], method: str | None) -> bool:
+    """Whether a tensor beside a layer says nothing that its weight depends on."""
+    part = name.rpartition(".")[2]
+    if method != "hqq":
+        return False
+    return part in hqq.DESCRIPTION or (part in hqq.FLAGS and not tensors[name].any())
 
 
 def _layer_maker(

@@ -25,6 +25,12 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 
 PARTS = ("W_q", "scale", "zero", "axis", "shape", "packing", "view_as_float")
+# Beside a layer, of no meaning for its weight; `quant_scale` and `quant_zero` where they are zero.
+DESCRIPTION = {
+    *("nbits", "group_size", "compute_dtype", "unpack_view_dtype", "channel_wise", "optimize"),
+    *("round_zero", "offload_meta", "encoded_state_dict", "stores_quant_config"),
+}
+FLAGS = {"quant_scale", "quant_zero"}
 STORED = "scale"  # the part that is trained
 BITS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "1bit_u8": 1}
 
