@@ -19,9 +19,7 @@ from qzo_diffusion.quant.describe import described
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # struct's letter of each type of value but strings and arrays
-NUMBERS = dict(
-    zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True)
-)
+NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 STRING, ARRAY = 8, 9
 LONGEST_NAME, LONGEST_STRING = 2**12, 2**24  # bytes; a chat template is a string
 # Elements of all arrays: a vocabulary of 260,000 words has 1.3 million, in a file of 250 MB.
