@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -21,6 +22,43 @@ DEFAULT_SCORER = "ViT-L-14-quickgelu/openai"
 EMBEDDED = "embedded"
 EMBEDDED_NOTE = "embedded scorer, not comparable with CLIP ViT-L/14"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+# Share of pixels equal to their right and lower neighbour in a set's middle image, at 64 pixels.
+# Drawings: 0.37 (fluent3d) to 0.83 in six styles, 0.18 or more in 999 of 1000 sets of ten. Photos:
+# below 0.15 in 28 of the 29 subjects of DreamBooth, 0.00 in the middle one.
+LEAST_FLAT = 0.15
+FLAT_SIDE = 64
+
+
+def content_name(note: str) -> str:
+    """How a scorer's match of picture and prompt is called: only of a CLIP it is a CLIP score."""
+    return "content score" if note else "CLIP score"
+
+
+def flat_share(images: Sequence[Image.Image]) -> float:
+    """Share of pixels that equal their right and lower neighbour, of the middle one of `images`:
+    high for drawings on a plain ground, near 0 for photos.
+    """
+    return float(np.median([_flat(image) for image in images]))
+
+
+def _flat(image: Image.Image) -> float:
+    small = image.convert("RGB").resize((FLAT_SIDE, FLAT_SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(small)
+    right = (pixels[:-1, 1:] == pixels[:-1, :-1]).all(2)
+    below = (pixels[1:, :-1] == pixels[:-1, :-1]).all(2)
+    return float((right & below).mean())
+
+
+def suits(note: str, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """Whether a scorer was made for such images: `suits`, and the figure that decides it.
+
+    The embedded one knows drawings on a plain ground; any other is taken to know everything.
+    """
+    if note != EMBEDDED_NOTE:
+        return {"suits": True, "flat_share": None}
+    share = flat_share(images)
+    return {"suits": share >= LEAST_FLAT, "flat_share": share, "least_flat_share": LEAST_FLAT}
 
 
 class Scorer(Protocol):

@@ -6,9 +6,10 @@ KID         unbiased MMD² with the kernel (x·y / D + 1)³, features scaled to 
 CMMD        1000 · MMD² with the kernel exp(-|x - y|² / 2·10²), with the diagonal
             (Jayasumana et al. 2024, arXiv 2401.09603)
 control     how far the style's held-out images are above images of other styles: what the
-            similarity can tell at all here
-nearest     cos to the closest training image, beside the same for held-out images: higher than
-            those is copying
+            similarity can tell at all here; without held-out images each training image is
+            compared with the others
+nearest     cos to the closest training image, beside the same for held-out images and for the
+            base's pictures: higher than all of those is copying
 diversity   1 - mean cos between different pictures of a set: near zero when all have become one
             picture
 """
@@ -131,28 +132,44 @@ def _kid_summary(tuned: Tensor, style: Tensor, base: Tensor | None) -> dict[str,
 def control_gap(
     held_out: Tensor, others: Tensor, style: Tensor, against: str
 ) -> dict[str, object] | None:
-    """Similarity of the style's own held-out images above that of other images; None without
-    either.
+    """Similarity of the style's own images above that of other images; None without either.
+
+    Its own are `held_out`, or else each image of `style`, compared with the rest of them.
     """
-    if not len(held_out) or not len(others):
+    own = similarity(held_out, style) if len(held_out) else leave_one_out(style)
+    if not own or not len(others):
         return None
-    own, other = similarity(held_out, style), similarity(others, style)
-    gap = float(np.mean(own) - np.mean(other))
+    other = similarity(others, style)
     return {
         "held_out": float(np.mean(own)),
         "others": float(np.mean(other)),
-        "gap": gap,
+        "gap": float(np.mean(own) - np.mean(other)),
+        "of": "held-out images" if len(held_out) else "training images, each against the others",
         "against": against,
         "ci95": intervals.of_difference(own, other),
         "n": [len(own), len(other)],
     }
 
 
+def leave_one_out(style: Tensor) -> list[float]:
+    """Similarity of each image to the rest of its set [N, D]; empty for fewer than three."""
+    if len(style) < 3:
+        return []
+    images = style.double()
+    rest = F.normalize(images.sum(0, keepdim=True) - images, dim=1)
+    return [float(value) for value in (images * rest).sum(1)]
+
+
 def nearest(
-    pictures: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor
+    pictures: Tensor,
+    style: Tensor,
+    names: Sequence[str],
+    held_out: Tensor,
+    base: Tensor | None = None,
 ) -> dict[str, object]:
-    """The closest training image of each picture. `copies`: pictures closer to one than every
-    held-out image is.
+    """The closest training image of each picture.
+
+    `copies`: pictures closer to one than every held-out image and every picture of the base is.
     """
     closest, which = (pictures.double() @ style.double().T).max(1)
     most = int(closest.argmax())
@@ -161,13 +178,17 @@ def nearest(
         "max": float(closest[most]),
         "closest": {"picture": most, "image": names[int(which[most])]},
     }
-    if len(held_out):
-        of_held_out = (held_out.double() @ style.double().T).max(1).values
-        result |= {
-            "held_out_mean": float(of_held_out.mean()),
-            "held_out_max": float(of_held_out.max()),
-        }
-        result["copies"] = int((closest > of_held_out.max()).sum())
+    compared = {"held_out": held_out} | ({} if base is None else {"base": base})
+    others = {
+        name: (images.double() @ style.double().T).max(1).values
+        for name, images in compared.items()
+        if len(images)
+    }
+    for name, found in others.items():
+        result |= {f"{name}_mean": float(found.mean()), f"{name}_max": float(found.max())}
+    if others:
+        usual = max(float(found.max()) for found in others.values())
+        result |= {"usual_max": usual, "copies": int((closest > usual).sum())}
     return result
 
 
@@ -195,7 +216,7 @@ def score(
         result["similarity"] |= intervals.paired(found, similarity(base, style))  # type: ignore[operator]
         result["control"] = control_gap(held_out, base, style, "pictures of the base model")
     result |= distances(tuned, style, base)
-    result["nearest"] = nearest(tuned, style, names, held_out)
+    result["nearest"] = nearest(tuned, style, names, held_out, base)
     result["diversity"] = {"tuned": diversity(tuned), "style": diversity(style)} | (
         {} if base is None else {"base": diversity(base)}
     )

@@ -39,7 +39,10 @@ class TaskScore:
 
         Raises KeyError, TypeError or ValueError for another file.
         """
-        by_step = {int(step): float(value) for step, value in dict(evaluation["by_step"]).items()}
+        by_step = {
+            int(step): math.nan if value is None else float(value)
+            for step, value in dict(evaluation["by_step"]).items()
+        }
         examples = int(evaluation["test_examples"])
         if examples < 1:
             raise ValueError(f"{examples} test examples")
@@ -57,6 +60,11 @@ class TaskScore:
             f"{self.examples} test examples, {'higher' if self.metric in SHARES else 'lower'} is "
             "better"
         )
+
+    @property
+    def diverged(self) -> int | None:
+        """The first step whose metric is no finite number."""
+        return next((step for step, one in self.by_step.items() if not math.isfinite(one)), None)
 
     def chart(self) -> dict[str, Any] | None:
         points = [self._point(step, value) for step, value in self.by_step.items()]

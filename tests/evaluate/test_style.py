@@ -102,6 +102,33 @@ def test_copies_of_training_images_are_counted():
     }
 
 
+def test_pictures_that_the_base_has_as_close_are_no_copies():
+    images, held_out = unit(0, 10), unit(1, 10)
+    near = F.normalize(images + 0.2 * unit(5, 10), dim=1)
+    tuned, base = near[:4], F.normalize(images[5:8] + 0.1 * unit(6, 3), dim=1)
+    names = [str(index) for index in range(10)]
+    assert style.nearest(tuned, images, names, held_out)["copies"] == 4
+    found = style.nearest(tuned, images, names, held_out, base)
+    assert found["copies"] == 0
+    assert found["base_max"] > found["max"] > found["held_out_max"]
+    # without held-out images the base's pictures say what is usual
+    assert style.nearest(images[:2], images, names, held_out[:0], base)["copies"] == 2
+
+
+def test_without_held_out_images_each_is_compared_with_the_others():
+    images, others = unit(0, 12, towards=POINT, pull=1.0), unit(1, 12)
+    found = style.control_gap(images[:0], others, images, "others")
+    assert found["ci95"][0] > 0
+    assert found["held_out"] == pytest.approx(
+        np.mean(
+            [style.similarity(images[i : i + 1], images[np.arange(12) != i]) for i in range(12)]
+        )
+    )
+    same = unit(2, 24)
+    assert style.control_gap(same[:0], same[:12], same[12:], "others")["ci95"][0] <= 0
+    assert style.control_gap(same[:0], same[:12], same[:2], "others") is None
+
+
 def test_diversity_is_nothing_for_one_picture_again_and_again():
     one = unit(0, 1)
     assert style.diversity(one.expand(5, -1)) == pytest.approx(0, abs=1e-6)
