@@ -2,8 +2,9 @@
 drawing serves light and dark.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
 BINS = 60
+LARGEST = 1e30  # beyond it a curve of everything else would be a line
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def chart(
     title: str, series: Sequence[Series], y_label: str, x_label: str = "step"
 ) -> dict[str, Any] | None:
     """Everything the page needs to draw; None where no curve has a point."""
-    shown = [one for one in series if one.points]
+    drawable = [replace(one, points=[p for p in one.points if _is_drawable(p)]) for one in series]
+    shown = [one for one in drawable if one.points]
     if not shown:
         return None
     x_range = _range([point.x for one in shown for point in one.points], margin=0.0)
@@ -104,10 +107,17 @@ def chart(
     }
 
 
+def _is_drawable(point: Point) -> bool:
+    values = [value for value in (point.x, point.y, point.low, point.high) if value is not None]
+    return all(math.isfinite(value) and abs(value) < LARGEST for value in values)
+
+
 def of_steps(rows: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
-    """Points of evaluation.json's `steps`."""
+    """Points of evaluation.json's `steps`, without figures that are no finite numbers."""
     return [
-        Point(row["step"], row[key]["mean"], *(row[key]["ci95"] or (None, None))) for row in rows
+        Point(row["step"], row[key]["mean"], *(row[key]["ci95"] or (None, None)))
+        for row in rows
+        if row[key]["mean"] is not None
     ]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from qzo_diffusion.evaluate.intervals import paired, summary
+from qzo_diffusion.evaluate.intervals import gained, summary
 from qzo_diffusion.evaluate.scorer import Scorer
 
 PREFIX = "A photo depicts "
@@ -39,13 +39,17 @@ def as_original(cosine: Sequence[float]) -> float:
 
 
 def score(
-    scorer: Scorer, images: Tensor, texts: Sequence[str], base: Tensor | None = None
+    scorer: Scorer,
+    images: Tensor,
+    texts: Sequence[str],
+    base: Tensor | None = None,
+    begun: Tensor | None = None,
 ) -> dict[str, object]:
     """The figures of one set of pictures, and of the paired difference to the base's pictures where
-    there are some.
+    there are some, or to those that the run began with.
 
     Args:
-        images, base: features of pictures of the same texts, [N, D].
+        images, base, begun: features of pictures of the same texts, [N, D].
         texts: what each picture must show, without words of style.
     """
     plain, prefixed = (
@@ -62,7 +66,8 @@ def score(
     result["with_prefix"] |= {"original": as_original(with_prefix)}  # type: ignore[operator]
     result["truncated_prompts"] = scorer.truncated(texts)
     if base is not None:
-        result |= paired(cosine, cosines(base, plain))
+        before = None if begun is None else cosines(begun, plain)
+        result |= gained(cosine, cosines(base, plain), before)
     return result
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES, SEED = 2000, 0
+# of a diverged run: figures that are no numbers have intervals that are none, without a warning
+_QUIET = np.errstate(invalid="ignore", over="ignore")
 
 
 def counts(size: int, resamples: int = RESAMPLES, seed: int = SEED) -> Values:
@@ -27,6 +29,7 @@ def interval(statistics: Values) -> Interval:
     return float(low), float(high)
 
 
+@_QUIET
 def of_mean(values: Sequence[float], clusters: Sequence[str] | None = None) -> Interval | None:
     """Of the mean; None for fewer than two values.
 
@@ -49,6 +52,7 @@ def of_mean(values: Sequence[float], clusters: Sequence[str] | None = None) -> I
     return interval(drawn @ sums / (drawn @ sizes))
 
 
+@_QUIET
 def of_difference(first: Sequence[float], second: Sequence[float]) -> Interval | None:
     """Of mean(first) - mean(second) of two independent sets; None when one has fewer than two
     values.
@@ -59,11 +63,13 @@ def of_difference(first: Sequence[float], second: Sequence[float]) -> Interval |
     return interval(counts(len(a)) @ a / len(a) - counts(len(b), seed=SEED + 1) @ b / len(b))
 
 
+@_QUIET
 def of_statistic(size: int, statistic: Callable[[Values], Values]) -> Interval | None:
     """Of any statistic of one set that is computed from `counts`; None for fewer than two items."""
     return None if size < 2 else interval(statistic(counts(size)))
 
 
+@_QUIET
 def summary(values: Sequence[float]) -> dict[str, object]:
     """n, mean, std (of the sample, None for one value) and the interval of the mean."""
     mean = float(np.mean(values))
@@ -71,6 +77,7 @@ def summary(values: Sequence[float]) -> dict[str, object]:
     return {"n": len(values), "mean": mean, "std": std, "ci95": of_mean(values)}
 
 
+@_QUIET
 def paired(
     tuned: Sequence[float], base: Sequence[float], clusters: Sequence[str] | None = None
 ) -> dict[str, object]:
@@ -81,3 +88,18 @@ def paired(
         "delta": float(np.mean(differences)),
         "delta_ci95": of_mean(differences, clusters),
     }
+
+
+def gained(
+    tuned: Sequence[float],
+    base: Sequence[float],
+    begun: Sequence[float] | None = None,
+    clusters: Sequence[str] | None = None,
+) -> dict[str, object]:
+    """As `paired`; of a run that began with another run's scales, the change since those, and
+    `begun_mean`.
+    """
+    if begun is None:
+        return paired(tuned, base, clusters)
+    found = paired(tuned, begun, clusters)
+    return found | {"base_mean": float(np.mean(base)), "begun_mean": found["base_mean"]}

@@ -4,16 +4,19 @@ to do it again.
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
+from qzo_diffusion import escape
 from qzo_diffusion.evaluate import charts
+from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
-from qzo_diffusion.evaluate.verdict import of_task
+from qzo_diffusion.evaluate.verdict import of_task, verdict
 
 TEMPLATE = "report.html.jinja"
 # of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole
@@ -54,6 +57,10 @@ class RunFacts:
     evaluation: Mapping[str, Any] | None = None
     task_score: TaskScore | None = None  # of a language model
     written: str = ""
+    style: Sequence[Subject] = ()  # the style's own images, by caption
+    costs: Mapping[str, str] = field(default_factory=dict)  # device, minutes, peak memory
+    next: Sequence[tuple[str, str]] = ()  # for what, and the command
+    prompts_note: str = ""  # which of the prompts hold the captions' trigger
 
 
 def render(facts: RunFacts) -> str:
@@ -70,6 +77,7 @@ def render(facts: RunFacts) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters |= {
         "figure": figure,
@@ -84,11 +92,27 @@ def render(facts: RunFacts) -> str:
             charts=_charts(facts),
             figures=_figures(facts),
             verdict=_verdict(facts),
+            style=[
+                (one.prompt, data_url(image))
+                for one in facts.style
+                for image in one.pictures.values()
+            ],
+            content=_content_name(facts),
             settings=_flat(facts.settings),
             environment=_flat(facts.environment),
         )
     except (UndefinedError, KeyError, TypeError) as error:
         raise ValueError(f"no such figure: {error}") from error
+
+
+def _shown(value: Any) -> Any:
+    """Control characters as escapes; Jinja escapes the rest of HTML."""
+    return escape.one_line(value) if type(value) is str else value
+
+
+def _content_name(facts: RunFacts) -> str:
+    name = content_name(facts.evaluation["scorer"]["note"]) if facts.evaluation else "CLIP score"
+    return f"{name[0].upper()}{name[1:]}"
 
 
 def _galleries(facts: RunFacts) -> list[dict[str, Any]]:
@@ -144,7 +168,7 @@ def data_url(picture: Image.Image) -> str:
 
 
 def _charts(facts: RunFacts) -> list[dict[str, Any]]:
-    steps = [line for line in facts.metrics if isinstance(line.get("loss"), float)]
+    steps = [line for line in facts.metrics if _is_finite(line.get("loss"))]
     train = (
         charts.binned([line["step"] for line in steps], [line["loss"] for line in steps])
         if steps
@@ -153,7 +177,7 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     held_out = [
         charts.Point(line["step"], line["validation_loss"])
         for line in facts.metrics
-        if "validation_loss" in line
+        if _is_finite(line.get("validation_loss"))
     ]
     loss = [
         charts.Series("training batches", train),
@@ -163,14 +187,15 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     similar = [
         charts.Series("similarity to the style", charts.of_steps(rows, "similarity"), marks=True)
     ]
-    content = [charts.Series("CLIP score", charts.of_steps(rows, "clip_score"), marks=True)]
+    name = _content_name(facts)
+    content = [charts.Series(name, charts.of_steps(rows, "clip_score"), marks=True)]
     found = [
         charts.chart(
             "Loss", loss, "mean loss" if "task" in facts.settings else "mean squared error"
         ),
         facts.task_score.chart() if facts.task_score else None,
         charts.chart("Style: similarity to its images", similar, "cosine"),
-        charts.chart("Content: CLIP score", content, "cosine"),
+        charts.chart(f"Content: {name}", content, "cosine"),
     ]
     return [one for one in found if one is not None]
 
@@ -178,7 +203,23 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
 def _verdict(facts: RunFacts) -> list[dict[str, str]]:
     if facts.task_score is not None:
         return of_task(facts.task_score)
-    return facts.evaluation["verdict"] if facts.evaluation else []
+    if facts.evaluation is not None:
+        return verdict(facts.evaluation)
+    return _divergence(facts.metrics)
+
+
+def _divergence(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """That the newest loss of a run is no finite number; nothing where it is one."""
+    for key, name in (("validation_loss", "held-out loss"), ("loss", "training loss")):
+        lines = [line for line in metrics if key in line]
+        if lines and not _is_finite(lines[-1][key]):
+            text = f"The run diverged: its {name} is no finite number at step {lines[-1]['step']}."
+            return [{"sign": "bad", "text": text}]
+    return []
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _figures(facts: RunFacts) -> list[dict[str, Any]]:
@@ -188,83 +229,80 @@ def _figures(facts: RunFacts) -> list[dict[str, Any]]:
     score, evaluation = facts.task_score, facts.evaluation
     if score is not None:
         ends = score.ends()
-        return [_row(score.name, *ends, score.difference(*ends), score.remark)] if ends else []
+        if ends is None:
+            return []
+        states = {"base": ends[0], "begun": None, "tuned": ends[1]}
+        return [_row(score.name, states, score.difference(*ends), score.remark)]
     if evaluation is None:
         return []
     style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
-    similarity, kid, cmmd = style["similarity"], style["kid"], style["cmmd"]
+    similarity, spread = style["similarity"], style["diversity"]
+    content = f"{_content_name(facts)} of the content"
+    kept = "cosine, prompts without words of style"
     rows = [
-        _row(
-            "Similarity to the style",
-            similarity["base_mean"],
-            similarity["mean"],
-            similarity,
-            "cosine, higher is closer",
-        ),
-        _row(
-            "CLIP score of the content",
-            clip["base_mean"],
-            clip["mean"],
-            clip,
-            "cosine, prompts without words of style",
-        ),
-        _row("KID to the style", kid["base"], kid["value"], kid, "lower is closer"),
-        _row(
-            "CMMD to the style",
-            cmmd["base"],
-            cmmd["value"],
-            {"delta": cmmd["delta"], "delta_ci95": None},
-            "lower is closer",
-        ),
+        _row("Similarity to the style", _means(similarity), similarity, "cosine, higher is closer"),
+        _row(content, _means(clip), clip, kept),
+        *_rows_by_trigger(evaluation.get("trigger"), content),
+        _row("KID to the style", _states(style["kid"]), style["kid"], "lower is closer"),
+        _row("CMMD to the style", _states(style["cmmd"]), style["cmmd"], "lower is closer"),
+        *_rows_of_loss(loss),
     ]
-    if loss:
-        rows.append(
-            _row(
-                "Held-out loss",
-                loss["base"],
-                loss["tuned"],
-                loss,
-                f"{loss['images']} images, lower is better",
-            )
-        )
-        rows += [
-            _row(f"Held-out loss at sigma {b['sigma']:g}", b["base"], b["tuned"], b, "")
-            for b in loss["bands"]
-        ]
-    spread = style["diversity"]
-    difference = None if spread["tuned"] is None else spread["tuned"] - spread["base"]
+    before = spread.get("begun", spread["base"])
+    unknown = spread["tuned"] is None or before is None
+    difference = {"delta": None if unknown else spread["tuned"] - before}
     remark = f"the style's images: {figure(spread['style'])}"
-    rows.append(
-        _row(
-            "Diversity",
-            spread["base"],
-            spread["tuned"],
-            {"delta": difference, "delta_ci95": None},
-            remark,
-        )
-    )
+    return [*rows, _row("Diversity", _states(spread, "tuned"), difference, remark)]
+
+
+def _rows_by_trigger(found: Mapping[str, Any] | None, content: str) -> list[dict[str, Any]]:
+    """Similarity and content of the prompts with the captions' trigger, and of those without."""
+    rows = []
+    for name in ("with", "without"):
+        part = (found or {}).get(name, {})
+        for key, label in (("style", "Similarity to the style"), ("clip", content)):
+            if key in part:
+                remark = f"{part['n']} prompts {name} the trigger"
+                rows.append(_row(f"… {label}", _means(part[key]), part[key], remark))
     return rows
 
 
+def _rows_of_loss(loss: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if not loss:
+        return []
+    remark = f"{loss['images']} images, lower is better"
+    if not _is_finite(loss["tuned"]):
+        remark = f"diverged: no finite number; {remark}"
+    bands = [
+        _row(f"Held-out loss at sigma {band['sigma']:g}", _states(band, "tuned"), band, "")
+        for band in loss["bands"]
+    ]
+    return [_row("Held-out loss", _states(loss, "tuned"), loss, remark), *bands]
+
+
+def _means(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {"base": found["base_mean"], "begun": found.get("begun_mean"), "tuned": found["mean"]}
+
+
+def _states(found: Mapping[str, Any], tuned: str = "value") -> dict[str, Any]:
+    return {"base": found["base"], "begun": found.get("begun"), "tuned": found[tuned]}
+
+
 def _row(
-    name: str, base: Any, tuned: Any, difference: Mapping[str, Any], remark: str
+    name: str, states: Mapping[str, Any], difference: Mapping[str, Any], remark: str
 ) -> dict[str, Any]:
-    delta, interval = difference["delta"], difference["delta_ci95"]
-    sure = interval is not None and not interval[0] <= 0 <= interval[1]
-    return {
-        "name": name,
-        "base": base,
-        "tuned": tuned,
-        "delta": delta,
-        "ci95": interval,
-        "sure": sure,
-        "remark": remark,
-    }
+    delta, interval = difference["delta"], difference.get("delta_ci95")
+    sure = _is_interval(interval) and not interval[0] <= 0 <= interval[1]
+    row = {"name": name, "delta": delta, "ci95": interval, "sure": sure, "remark": remark}
+    return {**row, **states}
+
+
+def _is_interval(value: Any) -> TypeGuard[Sequence[float]]:
+    return value is not None and all(map(_is_finite, value))
 
 
 def figure(value: Any, sign: bool = False) -> str:
-    """A number for a person; a dash where there is none."""
-    if value is None:
+    """A number for a person; a dash where there is none, or no finite one."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool | str) or not isinstance(value, int | float):
         return str(value)
@@ -275,11 +313,13 @@ def figure(value: Any, sign: bool = False) -> str:
 
 
 def interval(value: Sequence[float] | None) -> str:
-    return "–" if value is None else f"{figure(value[0], True)} to {figure(value[1], True)}"
+    if value is None or not _is_interval(value):
+        return "–"
+    return f"{figure(value[0], True)} to {figure(value[1], True)}"
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+    return f"{value:.0%}" if value is not None and math.isfinite(value) else "–"
 
 
 def cell(value: Any) -> str:

@@ -15,6 +15,8 @@ diversity   1 - mean cos between different pictures of a set: near zero when all
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,35 +99,49 @@ def _between_different(kernel: Values, counts: Values) -> Values:
     return np.einsum("ri,ij,rj->r", counts, off, counts, optimize=True) / np.maximum(pairs, 1)
 
 
-def distances(tuned: Tensor, style: Tensor, base: Tensor | None = None) -> dict[str, object]:
-    """KID and CMMD to the style's images, of the tuned pictures and of the base's pictures of the
-    same prompts and seeds.
+@dataclass(frozen=True)
+class Pictures:
+    """Features of pictures of the same prompts and seeds, [N, D] of unit length.
+
+    `begun`: by the scales that the run began with, where those are another run's.
     """
-    result: dict[str, object] = {"kid": _kid_summary(tuned, style, base)}
-    result["cmmd"] = {"value": cmmd(tuned, style)}
-    if base is not None:
-        result["cmmd"] |= {
-            "base": cmmd(base, style),
-            "delta": cmmd(tuned, style) - cmmd(base, style),
-        }  # type: ignore[operator]
-    return result
+
+    tuned: Tensor
+    base: Tensor | None = None
+    begun: Tensor | None = None
+
+    @property
+    def before(self) -> Tensor | None:
+        """What a change is measured from."""
+        return self.base if self.begun is None else self.begun
 
 
-def _kid_summary(tuned: Tensor, style: Tensor, base: Tensor | None) -> dict[str, object]:
-    found: dict[str, object] = {"value": kid(tuned, style), "ci95": None}
-    if base is not None:
-        found |= {"base": kid(base, style), "delta": None, "delta_ci95": None}
+def distances(pictures: Pictures, style: Tensor) -> dict[str, object]:
+    """KID and CMMD to the style's images, and their changes."""
+    found: dict[str, Any] = {"value": cmmd(pictures.tuned, style)}
+    if pictures.base is not None and pictures.before is not None:
+        found |= {"base": cmmd(pictures.base, style)}
+        found |= {"delta": found["value"] - cmmd(pictures.before, style)}
+    if pictures.begun is not None:
+        found["begun"] = cmmd(pictures.begun, style)
+    return {"kid": _kid_summary(pictures, style), "cmmd": found}
+
+
+def _kid_summary(pictures: Pictures, style: Tensor) -> dict[str, object]:
+    tuned, before = pictures.tuned, pictures.before
+    found: dict[str, Any] = {"value": kid(tuned, style), "ci95": None}
+    if pictures.base is not None:
+        found |= {"base": kid(pictures.base, style), "delta": None, "delta_ci95": None}
+    if pictures.begun is not None:
+        found["begun"] = kid(pictures.begun, style)
     if min(len(tuned), len(style)) < 2:
         return found
-    pictures, images = (
-        intervals.counts(len(tuned)),
-        intervals.counts(len(style), seed=intervals.SEED + 1),
-    )
-    of_tuned = _Mmd(tuned, style).of(pictures, images)
+    drawn = intervals.counts(len(tuned)), intervals.counts(len(style), seed=intervals.SEED + 1)
+    of_tuned = _Mmd(tuned, style).of(*drawn)
     found["ci95"] = intervals.interval(of_tuned)
-    if base is not None:
-        found["delta"] = kid(tuned, style) - kid(base, style)  # type: ignore[operator]
-        found["delta_ci95"] = intervals.interval(of_tuned - _Mmd(base, style).of(pictures, images))
+    if before is not None:
+        found["delta"] = found["value"] - (kid(before, style) or 0.0)
+        found["delta_ci95"] = intervals.interval(of_tuned - _Mmd(before, style).of(*drawn))
     return found
 
 
@@ -201,24 +217,24 @@ def diversity(pictures: Tensor) -> float | None:
 
 
 def score(
-    tuned: Tensor, style: Tensor, names: Sequence[str], held_out: Tensor, base: Tensor | None = None
+    pictures: Pictures, style: Tensor, names: Sequence[str], held_out: Tensor
 ) -> dict[str, object]:
     """All figures of style.
 
     Args:
-        tuned, base: features of pictures of the same prompts and seeds, [N, D] of unit length.
-        style: of the images trained on, called `names`; held_out: of images in the style that were
-            not.
+        style: features of the images trained on, called `names`; held_out: of images in the style
+            that were not.
     """
+    tuned, base, begun = pictures.tuned, pictures.base, pictures.begun
     found = similarity(tuned, style)
-    result: dict[str, object] = {"similarity": intervals.summary(found)}
+    result: dict[str, Any] = {"similarity": intervals.summary(found)}
     if base is not None:
-        result["similarity"] |= intervals.paired(found, similarity(base, style))  # type: ignore[operator]
+        before = None if begun is None else similarity(begun, style)
+        result["similarity"] |= intervals.gained(found, similarity(base, style), before)
         result["control"] = control_gap(held_out, base, style, "pictures of the base model")
-    result |= distances(tuned, style, base)
+    result |= distances(pictures, style)
     result["nearest"] = nearest(tuned, style, names, held_out, base)
-    result["diversity"] = {"tuned": diversity(tuned), "style": diversity(style)} | (
-        {} if base is None else {"base": diversity(base)}
-    )
+    sets = {"tuned": tuned, "style": style, "base": base, "begun": begun}
+    result["diversity"] = {name: diversity(one) for name, one in sets.items() if one is not None}
     result["n_style"], result["n_held_out"] = len(style), len(held_out)
     return result

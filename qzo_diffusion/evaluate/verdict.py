@@ -6,7 +6,7 @@ content and held-out loss may each veto: a similarity that rose does not make up
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
@@ -69,7 +69,7 @@ def _harm(results: Mapping[str, Any]) -> list[str]:
 def diverged(results: Mapping[str, Any]) -> bool:
     """Whether the run has a held-out loss that is no finite number."""
     loss = results.get("validation_loss")
-    return bool(loss) and not _is_number(loss["tuned"])
+    return loss is not None and not _is_number(loss["tuned"])
 
 
 def style_sign(results: Mapping[str, Any]) -> str:
@@ -123,9 +123,10 @@ def _style(results: Mapping[str, Any]) -> Finding:
 
 def _distance(style: Mapping[str, Any]) -> Finding | None:
     kid = style.get("kid") or {}
-    if not (_is_number(kid.get("base")) and _is_number(kid.get("value"))):
+    before, value = kid.get("begun", kid.get("base")), kid.get("value")
+    if not (_is_number(before) and _is_number(value)):
         return None
-    text = f"Distance to the style's images (KID): {kid['base']:.3f} to {kid['value']:.3f}, "
+    text = f"Distance to the style's images (KID): {before:.3f} to {value:.3f}, "
     text += f"{_change(kid['delta'], kid['delta_ci95'])}, lower is closer."
     return _finding(_sign(kid["delta_ci95"], up_is_good=False), text)
 
@@ -165,12 +166,12 @@ def _loss(results: Mapping[str, Any]) -> Finding | None:
     loss = results.get("validation_loss")
     if not loss:
         return None
+    start = loss.get("begun", loss["base"])
+    before = f"{start:.3f}" if _is_number(start) else "no finite number"
     if diverged(results):
-        before = f"{loss['base']:.3f}" if _is_number(loss["base"]) else "no finite number either"
-        return _finding("bad", f"The held-out loss is no finite number; the base's is {before}.")
+        return _finding("bad", f"The held-out loss is no finite number; before it was {before}.")
     sign = _sign(loss["delta_ci95"], up_is_good=False)
     words = {"good": "fell", "bad": "rose", "open": "did not change for certain"}
-    before = f"{loss['base']:.3f}" if _is_number(loss["base"]) else "no finite number"
     change = _change(loss["delta"], loss["delta_ci95"])
     return _finding(
         sign, f"The held-out loss {words[sign]}: {before} to {loss['tuned']:.3f}, {change}."
@@ -203,11 +204,11 @@ def _finding(sign: str, text: str) -> Finding:
     return {"sign": sign, "text": text}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _is_interval(interval: Sequence[float] | None) -> bool:
+def _is_interval(interval: Any) -> TypeGuard[Sequence[float]]:
     return interval is not None and all(map(_is_number, interval))
 
 

@@ -1,33 +1,49 @@
 """The last words of a run: where it stands, what it left, and the commands that come next."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.runs.locate import Kind
 
 _LEFT = {"grid": "samples/grid.png", "page": "report.html", "scores": "evaluation.json"}
-_NEXT: dict[Kind, Sequence[str]] = {
-    "style": (
-        "evaluate --run {run}",
-        "sample --run {run} --strength 0.7 --prompt TEXT --output-dir DIR",
-    ),
-    "llm": ("llm evaluate --run {run}", "report --run {run}"),
+# for what, and the command
+_NEXT: dict[Kind, Mapping[str, str]] = {
+    "style": {
+        "score it": "evaluate --run {run}",
+        "draw with 0.7 of it": "sample --run {run} --strength 0.7 --prompt TEXT --output-dir DIR",
+        "use it in ComfyUI": "export --run {run} --format bf16 --output-dir DIR",
+    },
+    "llm": {
+        "score it": "llm evaluate --run {run}",
+        "look at it": "report --run {run}",
+        "load it elsewhere": "export --run {run} --format native --output-dir DIR",
+    },
 }
 _TRAIN: dict[Kind, str] = {"style": "train", "llm": "llm train"}
 
 
 def last_words(results: Mapping[str, Any], kind: Kind) -> str:
     """Lines for a person at the end of a run, from `Trainer.results`."""
-    run = shlex.quote(str(results["run"]))
+    found = next_commands(str(results["run"]), kind, results["stopped"])
+    commands = [f"  {command}" for command in found.values()]
     if results["stopped"]:
         first = f"stopped at step {results['steps']} of {results['max_steps']}; go on with:"
-        return "\n".join(
-            [first, f"  qzo-diffuse {_TRAIN[kind]} --resume {run}", *_figures(results)]
-        )
-    commands = [f"  qzo-diffuse {command.format(run=run)}" for command in _NEXT[kind]]
-    return "\n".join([f"done: {results['run']}", *_figures(results), "next:", *commands])
+        return "\n".join([first, *commands, *_figures(results)])
+    # the third is on the page
+    return "\n".join([f"done: {results['run']}", *_figures(results), "next:", *commands[:2]])
+
+
+def next_commands(run: str, kind: Kind, stopped: bool) -> dict[str, str]:
+    """Commands by purpose, for a run that was stopped or is finished."""
+    place = shlex.quote(run)
+    if stopped:
+        return {"go on with it": f"qzo-diffuse {_TRAIN[kind]} --resume {place}"}
+    return {
+        purpose: f"qzo-diffuse {command.format(run=place)}"
+        for purpose, command in _NEXT[kind].items()
+    }
 
 
 def _figures(results: Mapping[str, Any]) -> list[str]:

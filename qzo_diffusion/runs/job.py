@@ -21,7 +21,7 @@ from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import SumOverRanks, mean_loss, no_reduce
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.runs import provenance
+from qzo_diffusion.runs import provenance, usage
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.ending import in_words
 from qzo_diffusion.train.checkpoint import (
@@ -192,6 +192,7 @@ class Trainer:
     def report(self) -> None:
         """The page as the run is now. No run is stopped for it."""
         try:
+            usage.record(self.out, next(iter(self.components.scales.tensors().values())).device)
             report_run.write(self.out.path)
         except (OSError, ValueError, UserError) as error:
             self.tracker.say(f"warning: no report: {error}")

@@ -2,21 +2,30 @@
 write one page on it.
 """
 
+import contextlib
 import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from qzo_diffusion import escape
 from qzo_diffusion.config.files import read_yaml
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.diffusion.images import BadImage, open_image
 from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate.report import RunFacts, Subject, render
+from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
-from qzo_diffusion.files import write_whole
-from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.files import COMPLETE, finite, write_whole
+from qzo_diffusion.runs import usage
+from qzo_diffusion.runs.ending import next_commands
+from qzo_diffusion.runs.locate import Kind, locate
+from qzo_diffusion.runs.publish import published, published_text
 
 PAGE = "report.html"
+MOST_IMAGES = 12  # of the style, shown beside the pictures
 
 
 def run(folder: Path, output: Path | None = None) -> dict[str, Any]:
@@ -27,7 +36,7 @@ def run(folder: Path, output: Path | None = None) -> dict[str, Any]:
 
 def write(folder: Path, output: Path | None = None) -> Path:
     """The page on a run as its folder is now, whole or not at all."""
-    target = output or folder / PAGE
+    target = output or scores_folder(folder) / PAGE
     try:
         page = render(_facts(folder))
     except (KeyError, TypeError, ValueError) as error:
@@ -40,8 +49,17 @@ def write(folder: Path, output: Path | None = None) -> Path:
             "files as this version writes them",
             remedy,
         ) from error
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, page.encode())
     return target
+
+
+def scores_folder(folder: Path) -> Path:
+    """Where figures and the page on a run lie: in it; beside an export, whose files are hashed."""
+    if not (folder / COMPLETE).is_file():
+        return folder
+    own = folder.absolute()
+    return own.with_name(f"{own.name}-evaluation")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -61,62 +79,132 @@ def grid_prompts(folder: Path) -> list[str]:
     return [row["prompt"] for row in table]
 
 
+def step_grids(folder: Path) -> list[tuple[int, Path]]:
+    """The grids of samples/ by step, in the order of steps."""
+    files = (folder / "samples").glob("step_*.png")
+    numbered = ((file.stem.removeprefix("step_"), file) for file in files)
+    return sorted((int(step), file) for step, file in numbered if step.isdecimal())
+
+
 def _facts(folder: Path) -> RunFacts:
     settings, metrics = read_yaml(folder / "config.yaml"), read_metrics(folder)
-    evaluation = _read_json(folder / "evaluation.json", None)
+    evaluation = finite(_read_json(scores_folder(folder) / "evaluation.json", None))
     task_score = TaskScore.read(evaluation) if evaluation and "by_step" in evaluation else None
     evaluation = None if task_score else evaluation
     journal = _journal(folder)
+    dataset = _read_json(folder / "dataset.json", [])
+    environment = _read_json(folder / "environment.json", {})
+    finished = (folder / "final").is_dir() or (folder / COMPLETE).is_file()
     return RunFacts(
-        name=folder.resolve().name,
+        name=published_text(folder.resolve().name),
         step=journal.get("steps", 0),
         max_steps=settings["train"]["max_steps"],
-        finished=(folder / "final").is_dir(),
+        finished=finished,
         subjects=_subjects(folder),
         scored=_scored(folder, evaluation),
         metrics=metrics,
-        settings=settings,
-        dataset=_read_json(folder / "dataset.json", []),
-        environment=_read_json(folder / "environment.json", {}),
+        settings=published(settings),
+        dataset=[published(row) for row in dataset],
+        environment=published(environment),
         journal=journal,
         evaluation=evaluation,
         task_score=task_score,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        style=_style(settings, dataset),
+        costs=_costs(folder, environment, metrics),
+        next=_next(folder.resolve().name, settings, finished, evaluation is not None),
+        prompts_note=_prompts_note(folder),
     )
 
 
+def _style(settings: Mapping[str, Any], dataset: Sequence[Mapping[str, Any]]) -> list[Subject]:
+    """The first training images, where they still are."""
+    place = str((settings.get("data") or {}).get("style_dir") or "")
+    shown: list[Subject] = []
+    for row in dataset if place else []:
+        if row.get("split", "train") != "train" or len(shown) == MOST_IMAGES:
+            continue
+        with contextlib.suppress(BadImage, OSError, ValueError):
+            image = open_image(Path(place) / row["file"]).image
+            shown.append(Subject(str(row.get("caption") or ""), {"": image}))
+    return shown
+
+
+def _costs(
+    folder: Path, environment: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The device, the minutes of all steps and the peak memory, as far as the run says them."""
+    found = {}
+    if device := environment.get("device"):
+        name = environment.get("device_name")
+        found["device"] = f"{device} ({name})" if name else str(device)
+    seconds = [line["seconds"] for line in metrics if isinstance(line.get("seconds"), int | float)]
+    if seconds:
+        found["minutes"] = f"{sum(seconds) / 60:.1f}"
+    if used := usage.read(folder):
+        found["peak memory"] = f"{used['peak_memory_bytes'] / 1e9:.2f} GB"
+    return found
+
+
+def _next(
+    name: str, settings: Mapping[str, Any], finished: bool, evaluated: bool
+) -> list[tuple[str, str]]:
+    """For what, and the command, as typed in the folder that holds the run."""
+    kind: Kind = "llm" if "task" in settings else "style"
+    found = next_commands(escape.one_line(name), kind, stopped=not finished)
+    if evaluated and finished:
+        del found["score it"]
+    return list(found.items())
+
+
+def _prompts_note(folder: Path) -> str:
+    """Which of the grid's prompts hold the trigger that the captions have."""
+    rows = _read_json(folder / "samples" / "prompts.json", [])
+    words = [row["trigger"] for row in rows if row.get("trigger")]
+    if not words:
+        return ""
+    count = sum(bool(row.get("with")) for row in rows)
+    note = f"{count or 'None'} of the {len(rows)} prompts hold{'s' * (count <= 1)} the trigger "
+    note += f"{words[0]!r}, as the captions do"
+    if count == len(rows):
+        return f"{note}."
+    return f"{note}; the others show what comes without it."
+
+
 def _subjects(folder: Path) -> list[Subject]:
-    prompts, columns = grid_prompts(folder), sorted((folder / "samples").glob("step_*.png"))
+    prompts, columns = grid_prompts(folder), step_grids(folder)
     pictures: list[dict[str, Any]] = [{} for _ in prompts]
-    for path in columns if prompts else []:
-        label = f"step {int(path.stem.removeprefix('step_')):,}"
+    for step, path in columns if prompts else []:
         for of_prompt, picture in zip(
             pictures, cells(load_picture(path), len(prompts)), strict=True
         ):
-            of_prompt[label] = picture
+            of_prompt[f"step {step:,}"] = picture
     return [
         Subject(prompt, shown) for prompt, shown in zip(prompts, pictures, strict=True) if shown
     ]
 
 
 def _scored(folder: Path, evaluation: dict[str, Any] | None) -> list[Subject]:
-    subjects = []
+    kept, subjects = scores_folder(folder) / "evaluation", []
     for index, row in enumerate(evaluation["prompts"] if evaluation else []):
-        files = {
-            state: folder / "evaluation" / state / f"{index:03d}.png" for state in ("base", "tuned")
-        }
+        states = ("base", "begun", "tuned") if len(row["clip"]) == 3 else ("base", "tuned")
+        files = {state: kept / state / f"{index:03d}.png" for state in states}
         if not all(file.is_file() for file in files.values()):
             return []
+        name = content_name(evaluation["scorer"]["note"]) if evaluation else ""
         notes = [
-            f"{name} {row[key][0]:.2f} → {row[key][1]:.2f}"
-            for name, key in (("CLIP score", "clip"), ("style", "style"))
+            f"{label} {' → '.join(_short(value) for value in row[key])}"
+            for label, key in ((name, "clip"), ("style", "style"))
         ]
-        subjects.append(
-            Subject(
-                row["content"], {state: load_picture(file) for state, file in files.items()}, notes
-            )
-        )
+        if "trigger" in row and evaluation and evaluation.get("trigger"):
+            notes.append("with the trigger" if row["trigger"] else "without the trigger")
+        pictures = {state: load_picture(file) for state, file in files.items()}
+        subjects.append(Subject(row["content"], pictures, notes))
     return subjects
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _journal(folder: Path) -> dict[str, Any]:

@@ -9,15 +9,17 @@ import io
 import json
 import math
 import os
-import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.train.loop import StepRecord
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TREND = 0.95  # weight of the past in the loss shown on the bar; single steps are too noisy to read
 
@@ -89,7 +91,8 @@ class Curves:
         self.problem: str | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+            # without the machine's name, which TensorBoard's own writer puts here
+            name = f"events.out.tfevents.{time.time():.6f}.run.{os.getpid()}"
             self._file = (folder / name).open("wb", buffering=0)
         except OSError as error:
             self.problem = str(error)
@@ -99,6 +102,19 @@ class Curves:
 
     def add(self, tag: str, value: float, step: int) -> None:
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=value)])
+        self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def add_picture(self, tag: str, picture: "Image", step: int) -> None:
+        """A picture as PNG."""
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, format="PNG")
+        shown = self._summary.Image(
+            height=picture.height,
+            width=picture.width,
+            colorspace=3,
+            encoded_image_string=buffer.getvalue(),
+        )
+        summary = self._summary(value=[self._summary.Value(tag=tag, image=shown)])
         self._write(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def close(self) -> None:
@@ -168,6 +184,10 @@ class Tracker:
         self._log.write({"step": step, "validation_loss": loss})
         self._curves.add("validation/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f}")
+
+    def on_pictures(self, step: int, column: "Image") -> None:
+        """The grid of a step: TensorBoard shows it with a slider over steps."""
+        self._curves.add_picture("samples", column, step)
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -407,3 +407,81 @@ def test_a_run_needs_an_end_a_scorer_and_something_to_show(run, prompts, tmp_pat
     shutil.rmtree(run / "final")
     failing(capsys, main(["evaluate", "--run", str(run)]))
     assert not (run / "evaluation.json").exists()
+
+
+def test_a_run_is_credited_with_what_it_gained_itself(train, tmp_path, prompts, capsys):
+    """Also where it is given as a delta, which is a folder of hashed files."""
+    first, second, delta = tmp_path / "first", tmp_path / "second", tmp_path / "delta"
+    assert train("--max-steps", 2, "train.lr=0.05", name="first") == 0
+    assert train("--max-steps", 0, "--init-from", first, name="second") == 0
+    command = ["evaluate", "--prompts", str(prompts), "--run"]
+    assert main([*command, str(first)]) == 0
+    assert main([*command, str(second)]) == 0
+    found = scored(second)
+    assert found["compared_with"] == "what the run began with"
+    for figures in (found["clip_score"], found["style"]["similarity"], found["style"]["kid"]):
+        assert figures["delta"] == 0
+    assert found["clip_score"]["mean"] == found["clip_score"]["begun_mean"]
+    assert found["clip_score"]["begun_mean"] != found["clip_score"]["base_mean"]
+    assert found["prompts"][0]["clip"] == [
+        scored(first)["prompts"][0]["clip"][0],
+        *[scored(first)["prompts"][0]["clip"][1]] * 2,
+    ]
+    assert all(row["rms"] == 0 for row in found["signal"]["moved"])
+    assert "Begun with" in (second / "report.html").read_text()
+
+    export = ["export", "--run", str(first), "--format", "delta", "--output-dir", str(delta)]
+    assert main(export) == 0
+    before = files_of(delta)
+    (tmp_path / "imgs").rename(tmp_path / "elsewhere")
+    assert "--style-dir DIR" in failing(capsys, main([*command, str(delta)]))
+    (tmp_path / "elsewhere").rename(tmp_path / "imgs")
+    assert main([*command, str(delta)]) == 0
+    for name in ("prompts", "clip_score", "style", "validation_loss"):
+        assert scored(tmp_path / "delta-evaluation")[name] == scored(first)[name]
+    assert main(["report", "--run", str(delta)]) == 0
+    assert "Finished." in (tmp_path / "delta-evaluation" / "report.html").read_text()
+    assert files_of(delta) == before
+
+    shutil.rmtree(first)
+    assert main([*command, str(second)]) == 0
+    assert "its gain is counted as this run's" in capsys.readouterr().err
+    assert scored(second)["clip_score"]["delta"] != 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_run_is_scored_and_has_a_page(run, prompts, monkeypatch, capsys, value):
+    from qzo_diffusion.runs.style import evaluation
+
+    def diverging(objective, batch):
+        return [value] * len(batch)
+
+    monkeypatch.setattr(evaluation, "sample_losses", diverging)
+    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    kept = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert kept == found
+    assert found["diverged"] is True
+    assert found["validation_loss"]["tuned"] is None
+    assert next(iter(found)) == "sentence"
+    assert found["sentence"].startswith("Worse than the base: the run diverged")
+    assert "the run diverged" in (run / "report.html").read_text()
+    # as an older version wrote it
+    (run / "evaluation.json").write_text(json.dumps(found).replace("null", "NaN"))
+    assert main(["report", "--run", str(run)]) == 0
+    assert main(["evaluate", "--compare", str(run)]) == 0
+
+
+@pytest.mark.parametrize(("own", "count"), [(False, 8), (True, 0)])
+def test_half_of_the_shipped_prompts_hold_the_captions_trigger(images, prompts, own, count):
+    from qzo_diffusion.config.files import make_config
+    from qzo_diffusion.runs.style.plan import make_plan
+    from qzo_diffusion.runs.style.samples import prompt_table
+
+    for index in range(6):
+        (images / f"{index}.txt").write_text(f"square {index}, zxq")
+    settings = {"model": "tiny", "data": {"style_dir": str(images)}}
+    plan = make_plan(make_config(settings | ({"sample": {"prompts": str(prompts)}} if own else {})))
+    assert sum(", zxq" in prompt for prompt in plan.sample_prompts) == count
+    assert sum(row["with"] for row in prompt_table(plan.prompts, plan.trigger)) == count
+    assert f"{count or 'none'} with the captions' trigger 'zxq'" in plan.summary()

@@ -1,6 +1,7 @@
 """The page: whole, safe and small, whatever a run's folder holds."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -38,13 +39,13 @@ def test_a_language_models_page_says_how_well_it_does_its_task():
 def test_a_language_models_page_of_one_step_or_of_a_loss_claims_nothing():
     for facts in (language_model(**{"0": 0.511}), language_model("loss", **{"0": 3.1, "9": 2.8})):
         page = render(facts)
-        assert 'class="verdict"' not in page
+        assert 'id="sentence"' not in page
         assert "on sst2" in page
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"by_step": [1]}, {"by_step": {"first": 0.5}}, {"by_step": {"0": None}}, {"test_examples": 0}],
+    [{"by_step": [1]}, {"by_step": {"first": 0.5}}, {"by_step": {"0": []}}, {"test_examples": 0}],
 )
 def test_figures_of_a_task_that_cannot_be_right_are_refused(wrong):
     with pytest.raises((KeyError, TypeError, ValueError)):
@@ -52,6 +53,37 @@ def test_figures_of_a_task_that_cannot_be_right_are_refused(wrong):
             {"task": "sst2", "metric": "accuracy", "test_examples": 872, "by_step": {"0": 0.5}}
             | wrong
         )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", float("nan"), float("-inf"), 1e300, None])
+def test_a_diverged_run_has_a_page_that_says_so(value):
+    metrics = [{"step": step, "loss": 1.0} for step in range(9)]
+    metrics += [{"step": 9, "loss": value}, {"step": 10, "validation_loss": value}]
+    page = render(young(metrics=metrics))
+    said = "The run diverged: its held-out loss is no finite number at step 10." in page
+    assert said == (value != 1e300)
+    assert "<polyline" in page
+    assert not re.search(r"\b(nan|inf)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.S))
+
+
+def test_a_language_model_that_diverged_has_a_page():
+    page = render(language_model("loss", **{"0": 3.1, "5": None, "9": float("nan")}))
+    assert "The run diverged: Loss on sst2 is no finite number at step 5." in page
+
+
+def test_the_page_shows_the_styles_images_costs_and_what_to_do_next():
+    page = render(
+        young(
+            style=[Subject("a leaf", {"": Image.new("RGB", (64, 64), "green")})],
+            costs={"device": "cpu", "minutes": "3.1"},
+            next=[
+                ("pictures at half of its strength", "qzo-diffuse sample --run run --strength 0.5")
+            ],
+            prompts_note="8 of 16 prompts hold the trigger 'zxq'.",
+        )
+    )
+    for text in ('alt="a leaf"', "device <b>cpu</b>", "--strength 0.5", "8 of 16 prompts hold"):
+        assert text in page
 
 
 def test_the_page_asks_for_nothing_from_a_network():
@@ -81,6 +113,15 @@ def test_text_of_users_stays_text():
     assert "<script>alert" not in page
     assert "{{ 7 * 7 }}" in page
     assert "abababababab…" in page
+
+
+def test_control_characters_and_turned_text_are_shown_as_escapes():
+    nasty = "a\x1b[31m\x00\u202egnp\nb"
+    subject = Subject(nasty, {nasty: Image.new("RGB", (64, 64))})
+    facts = young(name=nasty, subjects=[subject], style=[subject], settings={nasty: nasty})
+    page = render(replace(facts, dataset=[{"file": nasty, "notes": [nasty]}], costs={"a": nasty}))
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page)
+    assert page.count("a\\x1b[31m\\x00\\u202egnp\\nb") >= 8
 
 
 def test_large_pictures_are_embedded_small_and_small_ones_as_they_are():

@@ -59,7 +59,9 @@ def test_cmmd_is_its_authors_estimate():
 
 def test_the_same_pictures_differ_by_nothing():
     pictures, images = unit(0, 12), unit(1, 20)
-    result = style.score(pictures, images, [str(i) for i in range(20)], unit(2, 5), base=pictures)
+    result = style.score(
+        style.Pictures(pictures, pictures), images, [str(i) for i in range(20)], unit(2, 5)
+    )
     assert result["similarity"]["delta"] == 0
     assert result["similarity"]["delta_ci95"] == (0, 0)
     assert result["kid"]["delta"] == 0
@@ -71,7 +73,7 @@ def test_pictures_that_move_to_the_style_are_seen_by_every_figure():
     images, held_out = unit(0, 30, towards=POINT, pull=1.0), unit(1, 12, towards=POINT, pull=1.0)
     base = unit(2, 25)
     tuned = unit(2, 25, towards=POINT, pull=0.7)
-    result = style.score(tuned, images, [str(i) for i in range(30)], held_out, base)
+    result = style.score(style.Pictures(tuned, base), images, [str(i) for i in range(30)], held_out)
     assert result["similarity"]["delta_ci95"][0] > 0
     assert result["kid"]["delta_ci95"][1] < 0
     assert result["cmmd"]["delta"] < 0
@@ -82,7 +84,7 @@ def test_pictures_that_move_to_the_style_are_seen_by_every_figure():
 
 def test_an_interval_of_kid_lies_around_its_value():
     """Resamples compare no picture with itself, so they are not raised above the estimate."""
-    result = style.distances(unit(0, 20), unit(1, 20))["kid"]
+    result = style.distances(style.Pictures(unit(0, 20)), unit(1, 20))["kid"]
     low, high = result["ci95"]
     assert low < result["value"] < high
     assert abs((low + high) / 2 - result["value"]) < 0.25 * (high - low)
@@ -137,8 +139,22 @@ def test_diversity_is_nothing_for_one_picture_again_and_again():
 
 
 def test_a_single_picture_has_figures_without_intervals():
-    result = style.score(unit(0, 1), unit(1, 1), ["a.png"], unit(2, 0), base=unit(3, 1))
+    result = style.score(style.Pictures(unit(0, 1), unit(3, 1)), unit(1, 1), ["a.png"], unit(2, 0))
     assert result["kid"]["value"] is None
     assert result["similarity"]["ci95"] is None
     assert result["similarity"]["delta_ci95"] is None
     assert result["control"] is None
+
+
+def test_a_run_that_began_with_another_is_credited_with_its_own_change_alone():
+    images = unit(0, 30, towards=POINT, pull=1.0)
+    base, begun = unit(2, 25), unit(2, 25, towards=POINT, pull=0.7)
+    names = [str(index) for index in range(30)]
+    idle = style.score(style.Pictures(begun, base, begun), images, names, unit(4, 0))
+    for name in ("similarity", "kid", "cmmd"):
+        assert idle[name]["delta"] == 0
+    assert idle["similarity"]["begun_mean"] == idle["similarity"]["mean"]
+    assert idle["similarity"]["base_mean"] < idle["similarity"]["mean"]
+    assert idle["kid"]["base"] > idle["kid"]["begun"] == idle["kid"]["value"]
+    whole = style.score(style.Pictures(begun, base), images, names, unit(4, 0))
+    assert whole["similarity"]["delta"] > 0.1

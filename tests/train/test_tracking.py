@@ -2,11 +2,14 @@
 
 import io
 import json
+import socket
 
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from qzo_diffusion.train.tracking import Curves, MetricsLog, _Whole
+from qzo_diffusion.train.tracking import Curves, MetricsLog, Tracker, _Whole
 
 
 def test_tensorboard_reads_the_curves(tmp_path):
@@ -43,3 +46,17 @@ def test_a_write_that_takes_less_than_it_is_given_goes_on(tmp_path):
         curves.add("train/loss", 0.25, 3)
     (_, event) = EventFileLoader(str(file)).Load()
     assert event.step == 3
+
+
+def test_tensorboard_shows_the_pictures_of_each_step(tmp_path):
+    tracker = Tracker(tmp_path, 10, show_progress=False)
+    for step, colour in ((0, "red"), (10, "blue")):
+        tracker.on_pictures(step, Image.new("RGB", (6, 4), colour))
+    tracker.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert socket.gethostname() not in file.name
+    events = EventAccumulator(str(file)).Reload()
+    found = events.Images("samples")
+    assert [(one.step, one.width, one.height) for one in found] == [(0, 6, 4), (10, 6, 4)]
+    with Image.open(io.BytesIO(found[1].encoded_image_string)) as picture:
+        assert picture.getpixel((0, 0)) == (0, 0, 255)

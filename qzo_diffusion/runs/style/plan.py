@@ -17,20 +17,26 @@ from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
-from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
+from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.style_folder import (
     StyleFolder,
     dataset_table,
     read_style_folder,
     summary,
 )
+from qzo_diffusion.diffusion.trigger import Trigger, find_trigger
 from qzo_diffusion.runs import build, hub, provenance
 from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-from qzo_diffusion.runs.style.samples import Pictures
+from qzo_diffusion.runs.style.samples import (
+    Pictures,
+    chosen_prompts,
+    prompt_table,
+    prompts_in_words,
+)
 from qzo_diffusion.runs.tuned import described, set_initial_
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
@@ -48,6 +54,7 @@ class StylePlan:
     style: StyleFolder
     prompts: Prompts
     shape: PipelineShape | None = None
+    trigger: Trigger | None = None
 
     thing = "image"
     facts = ("sha256", "caption", "bucket", "split", "repeats")
@@ -70,7 +77,7 @@ class StylePlan:
     def summary(self) -> str:
         lines = [
             summary(self.style),
-            f"prompts   {len(self.sample_prompts)} to sample",
+            f"prompts   {prompts_in_words(self.sample_prompts, self.trigger)}",
             *(f"note      {note}" for note in self.prompts.notes),
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
             self.memory().describe(),
@@ -138,8 +145,7 @@ class StylePlan:
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
             counts = style_data.token_counts(self.style, encoded.prompts)
             out.write_json("dataset.json", dataset_table(self.style, counts))
-            rows = [{"row": at, **prompt.row} for at, prompt in enumerate(self.prompts.prompts)]
-            out.write_json("samples/prompts.json", rows)
+            out.write_json("samples/prompts.json", prompt_table(self.prompts, self.trigger))
             _warn_of_truncation(counts)
             vae, prompts = encoded.vae, self.prompts.prompts
             sampler = pipeline.sampler(
@@ -201,9 +207,8 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "give more images or a separate --validation-dir",
         )
     default = "tiny_grid.txt" if pipeline.is_tiny(folder) else "grid.txt"
-    prompts = read_prompt_file(
-        resources.find_file(config.sample.prompts or default, "prompts"), config.data.trigger
-    )
+    trigger = find_trigger([sample.caption for sample in style.samples], config.data.trigger)
+    prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
     check_sizes(shape, resolution, style)
     check_words(config, folder, prompts, style)
     resolved = with_whole_paths(config)
@@ -222,6 +227,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
         style,
         prompts,
         shape,
+        trigger,
     )
     if resolved.train.micro_batch_size is None:
         resolved.train.micro_batch_size = plan.rows_that_fit()

@@ -3,14 +3,16 @@ columns side by side.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from qzo_diffusion import escape, resources
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.diffusion.flow_matching import Batch
+from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import (
     Sampler,
     grid,
@@ -20,7 +22,39 @@ from qzo_diffusion.diffusion.sampling import (
     mean_saturation,
     save_picture,
 )
+from qzo_diffusion.diffusion.trigger import Trigger, with_and_without
+from qzo_diffusion.runs.report import step_grids
 from qzo_diffusion.train.tracking import Tracker
+
+
+def chosen_prompts(name: str, word: str | None, trigger: Trigger | None) -> Prompts:
+    """The prompts of a file; half of a shipped file's with the captions' trigger.
+
+    A file of the user's own is taken as it is: it says itself where the trigger stands.
+    """
+    file = resources.find_file(name, "prompts")
+    found = read_prompt_file(file, word)
+    if resources.shipped("prompts").resolve() not in file.resolve().parents:
+        return found
+    pairs = zip(found.prompts, with_and_without(found.texts, trigger), strict=True)
+    return replace(found, prompts=[replace(prompt, text=text) for prompt, text in pairs])
+
+
+def prompt_table(prompts: Prompts, trigger: Trigger | None) -> list[dict[str, Any]]:
+    """Rows of samples/prompts.json; where captions have a trigger, also whether the prompt has."""
+    return [
+        {"row": at, **one.row}
+        | ({} if trigger is None else {"trigger": trigger.word, "with": trigger.is_in(one.text)})
+        for at, one in enumerate(prompts.prompts)
+    ]
+
+
+def prompts_in_words(prompts: Sequence[str], trigger: Trigger | None) -> str:
+    text = f"{len(prompts)} to sample"
+    if trigger is None:
+        return text
+    count = sum(map(trigger.is_in, prompts)) or "none"
+    return f"{text}, {count} with the captions' trigger {escape.one_line(repr(trigger.word))}"
 
 
 @dataclass
@@ -39,13 +73,15 @@ class Pictures:
         if path.exists():
             return
         try:
-            save_picture(grid([self.sampler.images()], [f"step {step}"]), path)
+            column = grid([self.sampler.images()], [f"step {step}"])
+            save_picture(column, path)
+            self.tracker.on_pictures(step, column)
             save_picture(join_columns(self.columns()), self.folder / "grid.png")
         except (RuntimeError, OSError, ValueError, OutputError) as error:
             self.tracker.say(f"warning: no samples at step {step}: {error}")
 
     def columns(self) -> list[Image.Image]:
-        return [load_picture(path) for path in sorted(self.folder.glob("step_*.png"))]
+        return [load_picture(path) for _, path in step_grids(self.folder.parent)]
 
     def results(self) -> dict[str, Any]:
         columns = self.columns()

@@ -64,7 +64,7 @@ def run(request: ScoreRequest) -> dict[str, Any]:
         own, bad = _opened(paths, request.style_dir)
         names = [path.relative_to(request.style_dir).as_posix() for path in own]
         trained = scorer.image_features(list(own.values()))
-        results["style"] = style.score(features, trained, names, trained[:0])
+        results["style"] = style.score(style.Pictures(features), trained, names, trained[:0])
         results["unusable"] += bad
     if len(pictures) == 1:
         _warn("one picture has no interval; its score says little")

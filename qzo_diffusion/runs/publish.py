@@ -1,0 +1,108 @@
+"""What a run's files say to other people: settings without local paths, and without the names of
+the user and of the machine.
+"""
+
+import contextlib
+import getpass
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+# as a whole value: /home/a/b, ~/b, C:\a\b, \\host\b, ../b, file:///home/a
+_PLACE = re.compile(r"(file:)?(/|~[^/\s]*/|~$|[A-Za-z]:[\\/]|\\\\|\.\.?[\\/])")
+# inside a text: the same, after a space, a quote, a bracket or an equals sign
+_INSIDE = re.compile(
+    r"(?:(?<=[\s\"'(\[=:,])|^)(?:file:)?(?:/(?=[^\s/])|~[\w.-]*/|[A-Za-z]:[\\/](?!/)|\\\\)"
+    r"[^\s\"')\],;]*"
+)
+_FREE_TEXT = {"caption", "trigger", "negative_prompt", "text", "prompt"}  # that a user wrote
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
+SHORTEST = 3  # of a user's or machine's name that is taken out of texts
+_ORDINARY = {"auto", "localhost", "none", "root", "tiny", "user", "users", "home", "data"}
+
+
+def published(value: Any, key: str = "") -> Any:
+    """`value`, a setting or a whole mapping of them, as others may read it.
+
+    A local path becomes its last name; the names of the user and of the machine become "-". Text
+    that a user wrote for pictures (captions, prompts, the trigger) loses the home folder alone.
+    """
+    if isinstance(value, Mapping):
+        return {name: published(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [published(inner, key) for inner in value]
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        return value
+    if key in _FREE_TEXT:
+        return _without_home(value)
+    if key == "model":
+        return published_model(value)
+    return _without_names(last_name(value) if _is_place(value) else published_text(value))
+
+
+def published_text(text: str) -> str:
+    """A sentence without the local paths in it."""
+    return _without_names(_INSIDE.sub(lambda match: last_name(match[0]), _without_home(text)))
+
+
+def published_model(model: str) -> str:
+    """A Hub id, the name of an embedded model, or the name of a local folder or file alone."""
+    return base_id(model) or (model if model == "tiny" else _without_names(last_name(model)))
+
+
+def base_id(model: str) -> str | None:
+    """The Hub id that a `--model` means, also of a folder in the Hub's cache; None for any other
+    folder or file and for an embedded model.
+    """
+    cached = _CACHED.search(model)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    is_id = _HUB_ID.fullmatch(model) and not Path(model).exists()
+    return model if is_id and Path(model).suffix != ".gguf" else None
+
+
+def last_name(path: str) -> str:
+    """The last part of a path of any system; "." where it has none."""
+    text = _without_home(path.removeprefix("file:"))
+    return PureWindowsPath(text.rstrip("/\\")).name or "."
+
+
+def _is_place(value: str) -> bool:
+    """Whether all of `value` is one path, spaces and all."""
+    if "\n" in value or len(_INSIDE.findall(value)) > 1:
+        return False
+    return _PLACE.match(value) is not None or ("/" in value and Path(value).exists())
+
+
+def _without_home(text: str) -> str:
+    try:
+        home = str(Path.home())
+    except RuntimeError:
+        return text
+    return re.sub(rf"{re.escape(home)}(?=[/\\]|\W|$)", "~", text) if len(home) > 1 else text
+
+
+def _without_names(text: str) -> str:
+    for name in _names():
+        text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", "-", text, flags=re.IGNORECASE)
+    return text
+
+
+def _names() -> list[str]:
+    """Of this machine and this user, where they are no ordinary words."""
+    host = socket.gethostname()
+    found = [host, host.partition(".")[0]]
+    with contextlib.suppress(OSError, KeyError, ImportError):
+        found.append(getpass.getuser())
+    with contextlib.suppress(RuntimeError):
+        found.append(Path.home().name)
+    return sorted(
+        {name for name in found if len(name) >= SHORTEST and name.lower() not in _ORDINARY},
+        key=len,
+        reverse=True,
+    )

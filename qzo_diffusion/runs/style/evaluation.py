@@ -1,0 +1,335 @@
+"""Scores of a style run: the base, what it began with and what it tuned, at equal prompts and
+seeds, and everything that follows from them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.console import report
+from qzo_diffusion.core.dense import Dense
+from qzo_diffusion.core.errors import DataError, OutputError
+from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.merge import merge_changes_
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.probes import sample_losses
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.images import open_image
+from qzo_diffusion.diffusion.sampling import cells, load_picture
+from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.evaluate import clip_score, intervals, scorer, signal, style
+from qzo_diffusion.evaluate.scorer import Scorer
+from qzo_diffusion.evaluate.verdict import BASE
+from qzo_diffusion.quant.load import handles_of
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs import report as report_run
+from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style import plan as style_run
+from qzo_diffusion.runs.tuned import Tuned, load_tuned
+from qzo_diffusion.train.distributed import Ranks
+
+AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked for
+BEGUN = "what the run began with"
+NO_NUMBER = (
+    "The estimate can't be measured: slopes along random directions are no finite numbers; lower "
+    "train.lr."
+)
+
+Scales = dict[str, Tensor]
+
+
+@dataclass
+class Work:
+    """The model of a run, with its scales at the base or as tuned, and what it is measured on."""
+
+    plan: style_run.StylePlan
+    encoded: style_data.Encoded
+    transformer: nn.Module
+    scales: ScaleSet
+    theta: Parametrization
+    held_out: list[Batch]
+
+    def objective(self, batch: Batch) -> torch.Tensor:
+        return velocity_loss(self.transformer, batch, self.plan.dtype)
+
+
+@dataclass
+class Measured:
+    """What each state ("base", "begun", "tuned") drew, lost and estimated."""
+
+    pictures: dict[str, list[Image.Image]]
+    losses: dict[str, list[float]]
+    signals: dict[str, dict[str, Any]]
+    moved: list[dict[str, Any]]
+
+
+def load(plan: style_run.StylePlan) -> Work:
+    config = plan.config
+    encoded = style_data.encode(
+        config, plan.model_folder, plan.style, plan.prompts, plan.device, plan.dtype
+    )
+    runtime = pipeline.Runtime(plan.model_folder, plan.device, plan.dtype)
+    transformer, scales, theta = pipeline.load_base(config, runtime)
+    held_out = style_data.validation_batches(
+        plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
+    )
+    return Work(plan, encoded, transformer, scales, theta, held_out)
+
+
+def states_of(work: Work, tuned: Tuned) -> dict[str, Scales | None]:
+    """Scales by state, in the order they are measured; None is the base, which is loaded.
+
+    Raises:
+        ModelError: they belong to another model.
+    """
+    codes = build.fingerprints(work.transformer, work.scales)[0]
+    given = {"begun": begun_with(work.plan.config), "tuned": tuned}
+    states: dict[str, Scales | None] = {"base": None}
+    for name, one in given.items():
+        if one is not None:
+            one.check(codes)
+            states[name] = one.over(work.scales)
+    return states
+
+
+def begun_with(config: Config) -> Tuned | None:
+    """The scales of `init_from`; None where there is none, or it is not here any more, with a
+    note.
+    """
+    if config.init_from is None:
+        return None
+    try:
+        return load_tuned(Path(config.init_from))
+    except OutputError as error:
+        report(
+            f"warning: the run began with {config.init_from}, which can't be read: {error.got}; "
+            "its gain is counted as this run's"
+        )
+        return None
+
+
+@np.errstate(invalid="ignore", over="ignore")  # slopes of a diverged run
+def measure(work: Work, states: Mapping[str, Scales | None], draw: Any, lr: float) -> Measured:
+    """Leaves the model as tuned.
+
+    Args:
+        draw: the pictures of a state, `draw(work, state)`.
+        lr: the run's rate, for the size of a step.
+    """
+    start = {name: one.detach().clone().cpu() for name, one in work.scales.tensors().items()}
+    found = Measured({}, {}, {}, [])
+    before = "begun" if "begun" in states else "base"
+    for state, scales in states.items():
+        if scales is not None:
+            merge_changes_(work.scales, [(scales, 1.0)])
+        found.pictures[state] = draw(work, state)
+        found.losses[state] = [
+            loss for batch in work.held_out for loss in sample_losses(work.objective, batch)
+        ]
+        if state in (before, "tuned"):
+            found.signals["base" if state == before else state] = _signal(work, lr)
+    if work.plan.config.qzo.parametrization != "codes":
+        tuned = states["tuned"] or start
+        found.moved = signal.moved(states.get("begun") or start, tuned)
+    return found
+
+
+def results(
+    work: Work, measured: Measured, chosen: Scorer, folder: Path, contents: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of evaluation.json, without its verdict."""
+    plan, metrics = work.plan, report_run.read_metrics(folder)
+    trained = [open_image(sample.path).image for sample in plan.style.train]
+    features = chosen.image_features(trained)
+    found: dict[str, Any] = {
+        "compared_with": BEGUN if "begun" in measured.pictures else BASE,
+        "begins_with": "another run's scales" if plan.config.init_from else "the base",
+        "scorer": {"name": chosen.name, "note": chosen.note} | scorer.suits(chosen.note, trained),
+        "sampling": {
+            "seed": plan.config.sample.seed,
+            "steps": plan.config.sample.steps,
+            "guidance": plan.config.sample.guidance,
+        },
+        **_scores(chosen, plan, measured.pictures, contents, features),
+        "validation_loss": _held_out_loss(plan.style.validation, work.held_out, measured.losses),
+        "signal": {**measured.signals, **signal.of_metrics(metrics), "moved": measured.moved},
+        "steps": _scores_of_steps(chosen, folder, plan, features),
+        "unusable": [{"file": file, "reason": reason} for file, reason in plan.style.bad],
+    }
+    base = measured.signals["base"]
+    found["signal"]["sentence"] = (
+        signal.sentence(base, found["signal"]["clipped"])
+        if math.isfinite(base["agreement"])
+        else NO_NUMBER
+    )
+    return found
+
+
+def content_of(prompt: str, plan: style_run.StylePlan) -> str:
+    """What a picture must show. Raises DataError for a prompt that is nothing but style."""
+    trigger = plan.trigger.word if plan.trigger else plan.config.data.trigger
+    content = clip_score.content_of(prompt, trigger)
+    if not content:
+        raise DataError(
+            f"the prompt {prompt!r}, which is nothing but style",
+            "a prompt with something to show",
+            "write what the picture must hold beside the style",
+        )
+    return content
+
+
+def _scores(
+    chosen: Scorer,
+    plan: style_run.StylePlan,
+    pictures: Mapping[str, Sequence[Image.Image]],
+    contents: Sequence[str],
+    trained: Tensor,
+) -> dict[str, Any]:
+    features = {state: chosen.image_features(images) for state, images in pictures.items()}
+    held_out = torch.empty(0, trained.shape[1])
+    if plan.style.validation:
+        held_out = chosen.image_features(
+            [open_image(sample.path).image for sample in plan.style.validation]
+        )
+    texts = chosen.text_features(contents)
+    clip = [clip_score.cosines(one, texts) for one in features.values()]
+    similar = [style.similarity(one, trained) for one in features.values()]
+    rows = [
+        {
+            "prompt": prompt,
+            "content": content,
+            "trigger": plan.trigger is not None and plan.trigger.is_in(prompt),
+            "clip": [state[index] for state in clip],
+            "style": [state[index] for state in similar],
+        }
+        for index, (prompt, content) in enumerate(zip(plan.sample_prompts, contents, strict=True))
+    ]
+    tuned, base, begun = (features.get(state) for state in ("tuned", "base", "begun"))
+    assert tuned is not None
+    names = [sample.id for sample in plan.style.train]
+    return {
+        "prompts": rows,
+        "trigger": _by_trigger(plan, rows),
+        "clip_score": clip_score.score(chosen, tuned, contents, base, begun),
+        "style": style.score(style.Pictures(tuned, base, begun), trained, names, held_out),
+    }
+
+
+def _by_trigger(
+    plan: style_run.StylePlan, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Similarity and content of the prompts with the captions' trigger and of those without."""
+    if plan.trigger is None:
+        return None
+    found: dict[str, Any] = {"word": plan.trigger.word}
+    for name, wanted in (("with", True), ("without", False)):
+        chosen = [row for row in rows if row["trigger"] == wanted]
+        found[name] = {"n": len(chosen)} | (
+            {key: _changes([row[key] for row in chosen]) for key in ("style", "clip")}
+            if chosen
+            else {}
+        )
+    return found
+
+
+def _changes(values: Sequence[Sequence[float]]) -> dict[str, object]:
+    """Of values [base, (begun,) tuned] of each prompt."""
+    base, *begun, tuned = (list(column) for column in zip(*values, strict=True))
+    before = begun[0] if begun else None
+    return {"mean": sum(tuned) / len(tuned), **intervals.gained(tuned, base, before)}
+
+
+def _held_out_loss(
+    samples: Sequence[Sample], batches: Sequence[Batch], losses: Mapping[str, Sequence[float]]
+) -> dict[str, Any] | None:
+    """Each state on the same images, noise and noise levels, and per noise level; intervals over
+    images.
+    """
+    if not batches:
+        return None
+    ids = style_data.validation_order(samples)
+    levels = [round(float(level), 6) for batch in batches for level in batch.sigma]
+
+    def entry(chosen: Sequence[int]) -> dict[str, Any]:
+        parts = {state: [own[index] for index in chosen] for state, own in losses.items()}
+        tuned, clusters = parts["tuned"], [ids[index] for index in chosen]
+        found = intervals.gained(tuned, parts["base"], parts.get("begun"), clusters)
+        means = {state: found.pop(f"{state}_mean") for state in parts if state != "tuned"}
+        return {**means, "tuned": sum(tuned) / len(tuned), "n": len(chosen), **found}
+
+    bands = [
+        {"sigma": level, **entry([index for index, own in enumerate(levels) if own == level])}
+        for level in sorted(set(levels))
+    ]
+    return {**entry(range(len(levels))), "images": len(set(ids)), "bands": bands}
+
+
+def _signal(work: Work, lr: float) -> dict[str, Any]:
+    """At the scales as they are now, on batches of steps that come after the run's last; `lr` for
+    the size of a step.
+    """
+    config = work.plan.config
+    batches = style_data.TrainingBatches(
+        config, work.plan.style.train, work.encoded, work.plan.device, Ranks()
+    )
+    probed, other = (batches(config.train.max_steps + index) for index in (1, 2))
+    first, second = (
+        [replace(batch, patch_groups=1) for batch in step.micro_batches] for step in (probed, other)
+    )
+    probing = replace(
+        build.probing(config), seed=config.train.seed + 1, normalize=bool(config.qzo.normalize)
+    )
+    found = signal.two_seeds(work.objective, first, second, work.theta, probing, signal.DIRECTIONS)
+    estimates = signal.estimates_of(work.objective, probed, work.theta, probing)
+    found["step_sizes"] = signal.step_sizes(work.theta, estimates[0], lr)
+    parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
+    if (
+        isinstance(work.theta, Dense | Grouped)
+        and parameters <= AFFORDABLE
+        and config.qzo.units == "relative"
+    ):
+        handles = handles_of(work.transformer)
+        found["exact"] = signal.exact_cosine(work.objective, first, work.theta, handles, estimates)
+    return found
+
+
+def _scores_of_steps(
+    chosen: Scorer, folder: Path, plan: style_run.StylePlan, trained: Tensor
+) -> list[dict[str, Any]]:
+    """The run's own sample grids, step by step: similarity to the style and match of the prompts,
+    with intervals over prompts.
+    """
+    prompts = report_run.grid_prompts(folder)
+    columns = report_run.step_grids(folder)
+    if not columns or not prompts:
+        return []
+    trigger = plan.trigger.word if plan.trigger else plan.config.data.trigger
+    texts = chosen.text_features(
+        [clip_score.content_of(prompt, trigger) or prompt for prompt in prompts]
+    )
+    rows = []
+    for step, column in columns:
+        try:
+            features = chosen.image_features(cells(load_picture(column), len(prompts)))
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{column} can't be used: {error}", "the grid as the run wrote it", "delete it"
+            ) from None
+        rows.append(
+            {
+                "step": step,
+                "similarity": intervals.summary(style.similarity(features, trained)),
+                "clip_score": intervals.summary(clip_score.cosines(features, texts)),
+            }
+        )
+    return rows

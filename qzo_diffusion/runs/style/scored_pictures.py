@@ -1,0 +1,87 @@
+"""The pictures that an evaluation scores, kept beside it: another scorer sees the same ones."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from qzo_diffusion.console import report
+from qzo_diffusion.diffusion.sampling import load_picture
+from qzo_diffusion.files import write_folder
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.evaluation import Work
+from qzo_diffusion.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pictures by state: `own` holds those of the run's end, `part` those of a checkpoint of it.
+
+    The base's pictures of a checkpoint are often the run's own, which are not drawn again.
+    """
+
+    own: Path
+    part: Path
+
+    def draw(self, work: Work, state: str) -> list[Image.Image]:
+        """Pictures of all prompts from the scales as they are, drawn unless they are kept."""
+        key, files = _key(work), [f"{index:03d}.png" for index in range(_count(work))]
+        target = self.own / state
+        if not _kept(target, key, files):
+            target = self.part / state
+        if not _kept(target, key, files):
+            _draw(work, state, target, key, files)
+        return [load_picture(target / file) for file in files]
+
+
+def _count(work: Work) -> int:
+    return len(work.plan.sample_prompts)
+
+
+def _key(work: Work) -> str:
+    """A hash of everything that the pictures follow from."""
+    config, plan = work.plan.config, work.plan
+    size, dtype = config.data.resolution, str(plan.dtype)
+    prompts = [*plan.sample_prompts, *plan.prompts.negatives]
+    shown = [prompts, config.sample.model_dump(), size, dtype]
+    scales = build.fingerprints(work.transformer, work.scales)
+    text = json.dumps([shown, scales], default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _draw(work: Work, state: str, target: Path, key: str, files: Sequence[str]) -> None:
+    plan, encoded = work.plan, work.encoded
+    sampler = pipeline.sampler(
+        plan.config,
+        plan.model_folder,
+        work.transformer,
+        encoded.vae,
+        plan.prompts.prompts,
+        encoded.prompts,
+        plan.device,
+        plan.dtype,
+    )
+    report(f"sampling {len(files)} pictures: {state}")
+    images = sampler.images()
+
+    def write(aside: Path) -> None:
+        for image, file in zip(images, files, strict=True):
+            image.save(aside / file)
+        pairs = zip(files, plan.prompts.prompts, strict=True)
+        table = [{"file": file, **prompt.row} for file, prompt in pairs]
+        RunFolder(aside).write_json("prompts.json", table)
+        RunFolder(aside).write_json("key.json", key)
+
+    write_folder(target, write)
+
+
+def _kept(target: Path, key: str, files: Sequence[str]) -> bool:
+    try:
+        same = json.loads((target / "key.json").read_text(encoding="utf-8")) == key
+    except (OSError, ValueError):
+        return False
+    return bool(same) and all((target / file).is_file() for file in files)

@@ -1,0 +1,32 @@
+"""The memory that a run needed, as its page shows it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qzo_diffusion import devices
+from qzo_diffusion.train.run_folder import RunFolder
+
+FILE = "usage.json"
+
+
+def record(out: RunFolder, device: torch.device) -> None:
+    """Bring usage.json up to date: the peak over all processes that went on with this run."""
+    peak = devices.peak_bytes(device)
+    if peak is None:
+        return
+    of, before = device.type, read(out.path)
+    if before.get("of") == of:
+        peak = max(peak, before["peak_memory_bytes"])
+    out.write_json(FILE, {"peak_memory_bytes": peak, "of": of})
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Empty where there is none, or none that can be read: no run is stopped for it."""
+    try:
+        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return {"peak_memory_bytes": int(found["peak_memory_bytes"]), "of": str(found["of"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
