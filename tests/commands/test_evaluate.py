@@ -443,10 +443,15 @@ def test_a_run_is_credited_with_what_it_gained_itself(train, tmp_path, prompts, 
     assert "Finished." in (tmp_path / "delta-evaluation" / "report.html").read_text()
     assert files_of(delta) == before
 
-    shutil.rmtree(first)
-    assert main([*command, str(second)]) == 0
+
+def test_what_a_run_began_with_may_be_gone(tmp_path, capsys):
+    from qzo_diffusion.config.files import make_config
+    from qzo_diffusion.runs.style.evaluation import begun_with
+
+    gone = make_config({"init_from": str(tmp_path / "gone"), "data": {"style_dir": "x"}})
+    assert begun_with(gone) is None
     assert "its gain is counted as this run's" in capsys.readouterr().err
-    assert scored(second)["clip_score"]["delta"] != 0
+    assert begun_with(make_config({"data": {"style_dir": "x"}})) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
