@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.merge import check_fits
 from qzo_diffusion.core.scales import ScaleSet
 
 ROW, COLUMN, ULPS, WHOLE = ":row", ":column", ":ulps", ":scales"
@@ -21,7 +22,10 @@ ROW, COLUMN, ULPS, WHOLE = ":row", ":column", ":ulps", ":scales"
 def shrunk(scales: ScaleSet, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The changes from the live scales, which must hold the base, to `tuned`; layers that did not
     change are left out.
+
+    Raises ModelError when `tuned` does not fit the base.
     """
+    check_fits(scales, tuned)
     stored: dict[str, Tensor] = {}
     for name in scales:
         base, wanted = scales[name], tuned[name].to(scales[name].device)
@@ -37,10 +41,10 @@ def expanded(scales: ScaleSet, stored: Mapping[str, Tensor]) -> dict[str, Tensor
     """The tuned scales of every layer, from the live scales (the base) and what `shrunk` gave.
 
     Raises:
-        ModelError: changes of another model.
+        ModelError: changes of another model, or that lead to numbers that no scale can have.
     """
-    names = {name.rpartition(":")[0] for name in stored}
-    unknown = sorted(names - set(scales))
+    known = {name + part for name in scales for part in (ROW, COLUMN, ULPS, WHOLE)}
+    unknown = sorted(stored.keys() - known)
     if unknown:
         raise _of_another_model(unknown[0])
     tuned: dict[str, Tensor] = {}
@@ -50,13 +54,30 @@ def expanded(scales: ScaleSet, stored: Mapping[str, Tensor]) -> dict[str, Tensor
             for part in (ROW, COLUMN, ULPS, WHOLE)
             if name + part in stored
         }
-        try:
-            tuned[name] = (
-                _applied(scales[name], parts, scales.rows(name)) if parts else scales[name].clone()
-            )
-        except RuntimeError:
-            raise _of_another_model(name) from None
+        if not _fitting(scales[name], parts, scales.rows(name)):
+            raise _of_another_model(name)
+        tuned[name] = (
+            _applied(scales[name], parts, scales.rows(name)) if parts else scales[name].clone()
+        )
+    check_fits(scales, tuned)
     return tuned
+
+
+def _fitting(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> bool:
+    """Whether the parts have the shapes and dtypes that `shrunk` gives them."""
+    if parts.keys() <= {WHOLE}:
+        return all(
+            part.dtype == base.dtype and part.numel() == base.numel() for part in parts.values()
+        )
+    if WHOLE in parts or base.dtype != torch.float32 or base.numel() % rows:
+        return False
+    columns = base.numel() // rows
+    shapes = {ROW: ((1, 1), (rows, 1)), COLUMN: ((1, columns),), ULPS: ((rows, columns),)}
+    return all(
+        tuple(tensor.shape) in shapes[part]
+        and tensor.dtype == (torch.int8 if part == ULPS else torch.float32)
+        for part, tensor in parts.items()
+    )
 
 
 def _applied(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> Tensor:

@@ -20,10 +20,10 @@ def merge_changes_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor],
     """Set the live scales, which must hold the base, to the blend of all `(tuned scales, weight)`.
 
     Raises:
-        ModelError: other layers or shapes than the base has.
+        ModelError: other layers or shapes than the base has, or numbers that no scale can have.
     """
     for tensors, _ in tuned:
-        _check_fits(scales, tensors)
+        check_fits(scales, tensors)
     for name in scales:
         live = scales[name]
         if not live.is_floating_point() and [weight for _, weight in tuned if weight != 0] not in (
@@ -41,7 +41,7 @@ def merge_changes_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor],
         if len(parts) == 1 and parts[0][1] == 1:
             live.copy_(parts[0][0])
         elif parts:
-            live.copy_(_blended(live, parts))
+            live.copy_(_finite(name, _blended(live, parts)))
 
 
 def _blended(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
@@ -54,10 +54,26 @@ def _blended(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     return torch.where(has_logarithm, base * torch.exp(exponent), straight.clamp(min=0))
 
 
-def _check_fits(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
+def _finite(name: str, blended: Tensor) -> Tensor:
+    if not bool(blended.isfinite().all()):
+        raise ModelError(
+            f"strengths or weights that make the scales of {name} infinite",
+            "scales that are finite",
+            "give smaller ones",
+        )
+    return blended
+
+
+def check_fits(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
+    """Whether `tensors` can take the place of the live scales, which must hold the base.
+
+    Raises:
+        ModelError: other layers, shapes or dtypes; numbers that are not finite; a scale of the
+            other sign than the base's.
+    """
     live = scales.tensors()
     wrong = sorted(live.keys() ^ tensors.keys()) + [
-        name for name in live.keys() & tensors.keys() if live[name].shape != tensors[name].shape
+        name for name in live.keys() & tensors.keys() if not _alike(live[name], tensors[name])
     ]
     if wrong:
         raise ModelError(
@@ -65,3 +81,27 @@ def _check_fits(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
             "scales of the same layers and block size",
             "give the model and quantization that the run was tuned on",
         )
+    for name, base in live.items():
+        _check_numbers(name, base, tensors[name].to(base.device), signed=name in scales.weights)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype
+
+
+def _check_numbers(name: str, base: Tensor, tuned: Tensor, signed: bool) -> None:
+    if not base.is_floating_point():
+        return
+    if not bool(tuned.isfinite().all()):
+        reason = "numbers that are not finite"
+    elif not signed and bool((base.sign() * tuned.sign() < 0).any()):
+        reason = "scales of the other sign than the base has"
+    elif not signed and bool(((base == 0) & (tuned < 0)).any()):
+        reason = "negative scales where the base has zero"
+    else:
+        return
+    raise ModelError(
+        f"{reason}, in {name}",
+        "finite scales of the base's sign",
+        "use the run as it was written, or tune it again",
+    )
