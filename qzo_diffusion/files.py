@@ -19,9 +19,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.reading import read_json
 
 COMPLETE = "COMPLETE"
 SCALES = "scales.safetensors"  # tuned scales, in final/, a checkpoint or a delta
+LARGEST_MARKER = 2**20  # bytes
 ANOTHER = "choose another --output-dir"
 
 
@@ -164,7 +166,7 @@ def check_folder(folder: Path) -> None:
     """
     remedy = "give another checkpoint of the run, or the finished run"
     try:
-        hashes = json.loads((folder / COMPLETE).read_bytes())
+        hashes = read_json(folder / COMPLETE, LARGEST_MARKER)
     except FileNotFoundError:
         got = (
             f"{folder} was not written to its end"
@@ -185,8 +187,16 @@ def check_folder(folder: Path) -> None:
             remedy,
         )
     for name, expected in hashes.items():
-        if not name.startswith(".") and hash_of(folder / name) != expected:
+        if not name.startswith(".") and _hash_or_none(folder / name) != expected:
             raise OutputError(f"{folder / name} is damaged", "the file as it was written", remedy)
+
+
+def _hash_or_none(path: Path) -> str | None:
+    """None for what is no readable file."""
+    try:
+        return hash_of(path) if path.is_file() else None
+    except OSError:
+        return None
 
 
 def _names(folder: Path) -> set[str]:

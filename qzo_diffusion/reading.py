@@ -1,8 +1,8 @@
-"""JSON, JSON lines and YAML that may come from anyone.
+"""JSON that may come from anyone; YAML is read by `strict_yaml`.
 
-A parser turns a short text into far more memory: `[]` is 2 bytes in a file and 64 in Python, ten
-aliases of ten aliases are a tree that no memory holds, and a deep nesting ends the interpreter's
-stack. Size, number of values and nesting are checked on the text, before a parser sees it.
+A parser turns a short text into far more memory: `[]` is 2 bytes in a file and 64 in Python, and a
+deep nesting ends the interpreter's stack. Size, number of values and nesting are checked on the
+text, before a parser sees it.
 """
 
 import json
@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 MOST_BYTES = 2**26  # of a JSON file; the rows of 100,000 pictures take 50 MB
 MOST_VALUES = 2_000_000  # about 64 bytes each, with what they hold
-MOST_YAML_BYTES = 2**18  # PyYAML reads some 100 kB a second
 MOST_NESTED = 64
 LONGEST_LINE = 2**20
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # one without an end goes to the end
@@ -63,41 +60,6 @@ def read_json_lines(path: Path, most: int = 2**30) -> Iterator[bytes]:
                 raise TooMuch(f"a line of more than {LONGEST_LINE} bytes")
             if line.endswith(b"\n"):
                 yield line
-
-
-def check_yaml(text: str) -> None:
-    """Raises TooMuch for a text that is long, deeply nested, or larger once its aliases are
-    followed; what is no YAML passes, for the parser to refuse.
-    """
-    if len(text) > MOST_YAML_BYTES:
-        raise TooMuch(f"{len(text)} characters, where at most {MOST_YAML_BYTES} are read")
-    sizes: dict[str, int] = {}
-    open_: list[tuple[str | None, int]] = []
-    total = 0
-    for event in _events(text):
-        if isinstance(event, yaml.CollectionStartEvent):
-            open_.append((event.anchor, total))
-            if len(open_) > MOST_NESTED:
-                raise TooMuch(f"nested deeper than {MOST_NESTED} levels")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_.pop()
-            if anchor is not None:
-                sizes[anchor] = total - before
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor in [anchor for anchor, _ in open_]:
-                raise TooMuch(f"an alias *{event.anchor} within what it names")
-            total += sizes.get(event.anchor or "", 0)
-        total += 1
-        if total > MOST_YAML_BYTES:
-            raise TooMuch(f"aliases that stand for more than {MOST_YAML_BYTES} values")
-
-
-def _events(text: str) -> Iterator[yaml.Event]:
-    """Up to the first error: the parser that comes next says where it is."""
-    try:
-        yield from yaml.parse(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
-        return
 
 
 def _check_nesting(bare: bytes) -> None:

@@ -19,6 +19,7 @@ GROUND = (
     "escape",
     "texts",
     "strict_yaml",
+    "reading",
 )  # "" is the bare package (its __version__)
 LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -26,7 +27,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.noise import Distribution, directions_of_step
@@ -276,7 +277,11 @@ def replay_(
     """Apply steps `first_step` .. `to_step - 1` again: the same update path that training takes.
 
     Returns the steps now done.
+
+    Raises:
+        JournalError: numbers in the header that no run writes.
     """
+    _check_counts(journal)
     distribution: Distribution = journal.header["directions"]
     done = first_step
     for entry in journal.steps:
@@ -335,7 +340,7 @@ def _encode(entry: Entry) -> tuple[int, bytes]:
 def _decode(kind: int, payload: bytes, index: int, path: Path) -> Entry:
     for name, number in _NOTES.items():
         if kind == number:
-            return NoteEntry(name, json.loads(payload))
+            return NoteEntry(name, _from_json(payload, f"record {index + 1}", path))
     if kind not in (_STEP, _SKIPPED) or (len(payload) - _STEP_PAYLOAD.size) % 8:
         raise JournalError(
             f"{path}: record {index + 1} of an unknown kind {kind}",
@@ -346,6 +351,12 @@ def _decode(kind: int, payload: bytes, index: int, path: Path) -> Entry:
     grads = struct.unpack(
         f"<{(len(payload) - _STEP_PAYLOAD.size) // 8}d", payload[_STEP_PAYLOAD.size :]
     )
+    if kind == _STEP and not (grads and all(map(math.isfinite, (lr, eps, *grads)))):
+        raise JournalError(
+            f"{path}: step {step}, with a rate, radius or derivative that is not finite, or none",
+            "finite numbers: a step without them changes nothing and is marked as skipped",
+            "give the run's own journal",
+        )
     return StepEntry(step, seed, lr, eps, loss, grads, skipped=kind == _SKIPPED)
 
 
@@ -354,8 +365,20 @@ def _decode_header(kind: int, payload: bytes, path: Path) -> Mapping[str, Any]:
         raise JournalError(
             f"{path} has no header", "a header as the first record", "give journal.qzo of a run"
         )
-    header: Mapping[str, Any] = json.loads(payload)
-    return header
+    return _from_json(payload, "the header", path)
+
+
+def _from_json(payload: bytes, name: str, path: Path) -> Mapping[str, Any]:
+    """A payload of at most 64 kB, so that its size needs no check."""
+    try:
+        content = json.loads(payload)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise JournalError(
+            f"{path}: {name} can't be read: {error}", "facts by name", "give the run's own journal"
+        ) from None
+    return content
 
 
 def _check_order(entries: list[Entry], path: Path) -> None:
@@ -366,6 +389,25 @@ def _check_order(entries: list[Entry], path: Path) -> None:
             "steps 0, 1, 2, ...",
             "give the run's own journal",
         )
+
+
+def _check_counts(journal: Journal) -> None:
+    """Before directions are drawn for as many examples as the header says."""
+    known, examples = get_args(Distribution), journal.header.get("examples")
+    if journal.header.get("directions") not in known:
+        got, expected = f"directions {journal.header.get('directions')!r}", " or ".join(known)
+    elif examples is not None and not (type(examples) is int and examples > 0):
+        got, expected = f"{examples!r} examples", "a number of them, or null"
+    elif wrong := [
+        entry.step
+        for entry in journal.steps
+        if not entry.skipped and len(entry.projected_grad) % (examples or 1)
+    ]:
+        got = f"scalars of step {wrong[0]} that {examples} examples can't share"
+        expected = "as many for each example"
+    else:
+        return
+    raise JournalError(f"a journal with {got}", expected, "give the run's own journal")
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:

@@ -20,10 +20,12 @@ from qzo_diffusion.core.journal import Journal, StepEntry, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.files import check_folder, remove_folder, write_folder, write_whole
+from qzo_diffusion.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.train.loop import StepRecord
 from qzo_diffusion.train.run_folder import SCALES, load_tensors, save_tensors
 
 NUMBERS, OPTIMIZER, STATE = "numbers.safetensors", "optimizer.safetensors", "state.json"
+LARGEST_STATE = 2**16  # bytes
 
 
 class Stateful(Protocol):
@@ -103,12 +105,13 @@ def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
     if check:
         check_folder(folder)
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE, LARGEST_STATE)
         loss = state["validation_loss"]
-        return Checkpoint(
-            folder, int(state["step"]), str(state["chain"]), None if loss is None else float(loss)
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step = int(state["step"])
+        if step < 0:
+            raise ValueError(f"step {step}")
+        return Checkpoint(folder, step, str(state["chain"]), None if loss is None else float(loss))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise OutputError(
             f"{folder / STATE} is damaged: {error}", "the state of a run", "give another checkpoint"
         ) from None
@@ -198,16 +201,21 @@ def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
     """
     if not path.exists():
         return {}
-    kept: list[str] = []
+    kept: list[bytes] = []
     validation: dict[int, float] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        entry = _parsed(line)
-        if entry is None or entry["step"] >= steps_done + ("validation_loss" in entry):
-            continue
-        kept.append(line)
-        if "validation_loss" in entry:
-            validation[entry["step"]] = float(entry["validation_loss"])
-    write_whole(path, "".join(kept).encode())
+    try:
+        for line in read_json_lines(path):
+            entry = _parsed(line)
+            if entry is None or entry["step"] >= steps_done + ("validation_loss" in entry):
+                continue
+            kept.append(line)
+            if "validation_loss" in entry:
+                validation[entry["step"]] = float(entry["validation_loss"])
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{path} is damaged: {error}", "a line for each step", "restore it, or delete it"
+        ) from None
+    write_whole(path, b"".join(kept))
     return validation
 
 
@@ -221,11 +229,13 @@ def bad_steps_at_end(journal: Journal) -> int:
     return count
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    if not line.endswith("\n"):
-        return None
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """None for what a run does not write."""
     try:
-        entry = json.loads(line)
-    except ValueError:
+        entry = parse_json(line)
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            return None
+        float(entry.get("validation_loss", 0))
+    except (ValueError, TypeError, OverflowError):
         return None
-    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+    return entry

@@ -24,6 +24,8 @@ from qzo_diffusion.files import (
     write_whole,
 )
 
+LONGEST_HEADER = 2**24  # bytes; the 1,500 layers of a large model take 0.3 MB
+
 
 class RunFolder:
     """Names and writes the files of a run.
@@ -78,15 +80,34 @@ def save_tensors(
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Tensors and metadata of a safetensors file of a run.
 
-    Raises OutputError when it is damaged or missing.
+    Raises OutputError when it is damaged or missing, or holds a number that is not finite.
     """
     try:
+        _check_header(path)
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            return tensors, handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
+            facts = handle.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
         raise OutputError(
             f"{path} is damaged: {error}", "a safetensors file of this program", "give another run"
         ) from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise OutputError(
+                f"{path} holds numbers that are not finite, in {name}",
+                "the numbers of a run, all of them finite",
+                "give another run or checkpoint",
+            )
+    return tensors, facts
+
+
+def _check_header(path: Path) -> None:
+    """Raises ValueError for a header longer than any run's: its parser takes many times its
+    length.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"a header of {length} bytes")
