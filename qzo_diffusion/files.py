@@ -6,13 +6,15 @@ of every file, so damage is found when the folder is read.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,16 @@ from qzo_diffusion.reading import read_json
 
 COMPLETE = "COMPLETE"
 SCALES = "scales.safetensors"  # tuned scales, in final/, a checkpoint or a delta
+UNFINISHED = "UNFINISHED"
+WRITTEN = ("config.yaml", "final", "samples")  # names that a marker UNFINISHED may list
+_PARTIAL = re.compile(r"\..+\.partial", re.DOTALL)
 LARGEST_MARKER = 2**20  # bytes
 ANOTHER = "choose another --output-dir"
 
 
 def check_empty(path: Path, remedy: str = ANOTHER) -> None:
     """Raises OutputError when there is something at `path` already, or it can't be made there."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or set(os.listdir(path)) - leftovers(path)):
         raise OutputError(
             f"{path} exists and is not an empty folder",
             "a new output folder; a run is never overwritten",
@@ -87,15 +92,20 @@ def write_whole(path: Path, data: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from error
+        raise
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
+def write_folder(target: Path, write: Callable[[Path], None], marked: bool = True) -> Path:
     """Let `write` fill a folder aside, then mark it complete and rename it to `target`, replacing
     what was there.
+
+    Args:
+        marked: whether the folder gets the marker COMPLETE with its files' hashes.
 
     Raises:
         OutputError: no room or no permission; what was there before is still there.
@@ -109,16 +119,23 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> Path:
     try:
         aside.mkdir(parents=True)
         write(aside)
-        hashes = {name: hash_of(aside / name) for name in sorted(_names(aside))}
-        write_whole(aside / COMPLETE, json.dumps(hashes, indent=1).encode())
-        _share_alike(aside)
+        if marked:
+            _mark(aside)
         sync(aside)
         _put_in_place(aside, target, old)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:  # Ctrl-C, too, leaves nothing
         shutil.rmtree(aside, ignore_errors=True)
-        raise unwritable(target, error) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise unwritable(target, error) from error
+        raise
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _mark(folder: Path) -> None:
+    hashes = {name: hash_of(folder / name) for name in sorted(_names(folder))}
+    write_whole(folder / COMPLETE, json.dumps(hashes, indent=1).encode())
+    _share_alike(folder)
 
 
 def _share_alike(folder: Path) -> None:
@@ -145,6 +162,82 @@ def _put_in_place(new: Path, target: Path, old: Path) -> None:
             os.replace(old, target)
         raise
     sync(target.parent)
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Mark `folder` as unfinished while `names` are written into it.
+
+    An exception removes them again. A kill leaves the marker UNFINISHED, and the next command that
+    writes into the folder replaces them. The marker is locked as long as its writer lives.
+
+    Raises:
+        OutputError: no room or no permission.
+    """
+    marker = folder / UNFINISHED
+    try:
+        with marker.open("x", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            json.dump(list(names), file)
+            file.flush()
+            yield
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):
+            clear_leftovers(folder)
+        if isinstance(error, OSError):
+            raise unwritable(folder, error) from error
+        raise
+    marker.unlink()
+
+
+def leftovers(folder: Path) -> set[str]:
+    """Names in `folder` that a command which was killed left there: hidden files aside, an empty
+    samples/, and what the marker UNFINISHED lists.
+
+    Raises OutputError while the command still runs.
+    """
+    found = {name for name in os.listdir(folder) if _PARTIAL.fullmatch(name)}
+    samples = folder / "samples"
+    if samples.is_dir() and not samples.is_symlink() and not any(samples.iterdir()):
+        found.add(samples.name)
+    marker = folder / UNFINISHED
+    if marker.is_file() and not marker.is_symlink():
+        names = _listed(marker)
+        found |= {UNFINISHED, *names, *(f".{name}.old" for name in names)}
+    return found
+
+
+def _listed(marker: Path) -> list[str]:
+    """The names in a marker; none of one that this program did not write."""
+    with marker.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"another process writes {marker.parent}",
+                "one command at a time in a folder",
+                "wait for it, or stop it first",
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+    try:
+        names = read_json(marker, LARGEST_MARKER)
+    except (OSError, ValueError):
+        return []
+    written = isinstance(names, list) and all(name in WRITTEN for name in names)
+    return names if written else []
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what `leftovers` names, the marker last. Failures are ignored."""
+    for name in sorted(leftovers(folder) if folder.is_dir() else (), key=UNFINISHED.__eq__):
+        place = folder / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                place.unlink(missing_ok=True)
 
 
 def remove_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from qzo_diffusion.config.arguments import unusual
 from qzo_diffusion.config.files import load_config, with_whole_paths
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
-from qzo_diffusion.files import ANOTHER, check_empty
+from qzo_diffusion.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
@@ -36,10 +36,8 @@ def run(chosen: Sequence[tuple[Path, float]], output_dir: Path) -> dict[str, Any
     codes = apply_(transformer, scales, tuned)
     parts = " ".join(f"{path}={weight:g}" for path, weight in chosen)
     out = RunFolder.create(output_dir, ANOTHER)
-    out.save_scales(
-        "final",
-        scales.tensors(),
-        provenance.scales_metadata(config, codes) | {"qzo.mix": parts},
-    )
-    out.write_text("config.yaml", with_whole_paths(config).to_yaml())
+    metadata = provenance.scales_metadata(config, codes) | {"qzo.mix": parts}
+    with unfinished(output_dir, ("config.yaml", "final")):
+        out.write_text("config.yaml", with_whole_paths(config).to_yaml())
+        out.save_scales("final", scales.tensors(), metadata)
     return {"run": str(output_dir), "runs": len(chosen)}

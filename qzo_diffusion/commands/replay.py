@@ -14,9 +14,10 @@ from qzo_diffusion.config.sections import RunConfig, TrainConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal, replay_
+from qzo_diffusion.core.merge import check_numbers
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
-from qzo_diffusion.files import ANOTHER, check_empty
+from qzo_diffusion.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.llm.methods import load_base as load_language_base
 from qzo_diffusion.runs.llm.models import choose_lm
@@ -62,13 +63,16 @@ def run(
     provenance.check_journal_fits(
         journal, {**journal.header, "codes": codes, "initial_scales": initial}
     )
-    out = RunFolder.create(output_dir, ANOTHER)
     started = time.perf_counter()
     steps = replay_(journal, theta, optimizer, to_step=to_step)
     seconds = time.perf_counter() - started
+    tuned = tuned_scales(theta)
+    check_numbers(theta.scales, tuned)
     metadata = provenance.scales_metadata(config, codes) | facts | {"qzo.steps": str(steps)}
-    out.save_scales("final", tuned_scales(theta), metadata)
-    out.write_text("config.yaml", with_whole_paths(config).to_yaml())
+    out = RunFolder.create(output_dir, ANOTHER)
+    with unfinished(output_dir, ("config.yaml", "final")):
+        out.write_text("config.yaml", with_whole_paths(config).to_yaml())
+        out.save_scales("final", tuned, metadata)
     return {
         "run": str(output_dir),
         "steps": steps,

@@ -2,9 +2,12 @@
 tuned scales.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.arguments import unusual
@@ -12,10 +15,10 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.diffusion.prompts import Prompts, parse_prompts, read_prompt_file
+from qzo_diffusion.diffusion.prompts import Prompt, Prompts, parse_prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.diffusion.vae import drop_encoder_
-from qzo_diffusion.files import ANOTHER, check_empty
+from qzo_diffusion.files import ANOTHER, check_empty, unfinished, write_folder
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
@@ -83,21 +86,29 @@ def run(request: SampleRequest) -> dict[str, Any]:
     images = sampler.images()
     # not before: what fails leaves nothing behind
     out = RunFolder.create(request.output_dir, ANOTHER)
-    files = [f"{index:03d}.png" for index in range(len(images))]
-    for image, name in zip(images, files, strict=True):
-        image.save(out.path / "samples" / name)
-    grid([images], [request.run.name if request.run else "base"]).save(
-        out.path / "samples" / "grid.png"
-    )
-    table = [
-        {"file": name, **prompt.row} for name, prompt in zip(files, prompts.prompts, strict=True)
-    ]
-    out.write_json("samples/prompts.json", table)
+    sheet = grid([images], [request.run.name if request.run else "base"])
+    with unfinished(out.path, ("samples",)):
+        write_folder(
+            out.path / "samples",
+            lambda folder: _write_pictures(folder, images, prompts.prompts, sheet),
+            marked=False,
+        )
     return {
         "samples": str(out.path / "samples"),
         "images": len(images),
         "strength": request.strength,
     }
+
+
+def _write_pictures(
+    folder: Path, images: Sequence[Image.Image], prompts: Sequence[Prompt], sheet: Image.Image
+) -> None:
+    files = [f"{index:03d}.png" for index in range(len(images))]
+    for image, name in zip(images, files, strict=True):
+        image.save(folder / name)
+    sheet.save(folder / "grid.png")
+    table = [{"file": name, **prompt.row} for name, prompt in zip(files, prompts, strict=True)]
+    RunFolder(folder).write_json("prompts.json", table)
 
 
 def _config_of(request: SampleRequest) -> Config:

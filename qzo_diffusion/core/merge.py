@@ -81,15 +81,24 @@ def check_fits(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
             "scales of the same layers and block size",
             "give the model and quantization that the run was tuned on",
         )
-    for name, base in live.items():
-        _check_numbers(name, base, tensors[name].to(base.device), signed=name in scales.weights)
+    check_numbers(scales, tensors)
+
+
+def check_numbers(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
+    """As `check_fits`, of tensors that are known to have the names and shapes.
+
+    Raises:
+        ModelError: numbers that are not finite; a scale of the other sign than the base's.
+    """
+    for name, base in scales.tensors().items():
+        _check_layer(name, base, tensors[name].to(base.device), signed=name in scales.weights)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype
 
 
-def _check_numbers(name: str, base: Tensor, tuned: Tensor, signed: bool) -> None:
+def _check_layer(name: str, base: Tensor, tuned: Tensor, signed: bool) -> None:
     if not base.is_floating_point():
         return
     if not bool(tuned.isfinite().all()):

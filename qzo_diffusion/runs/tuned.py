@@ -15,7 +15,7 @@ from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.files import SCALES, check_folder
+from qzo_diffusion.files import COMPLETE, SCALES, check_folder
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
@@ -63,6 +63,8 @@ def load_tuned(path: Path) -> Tuned:
 def load_scales(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of `load_tuned`."""
     if path.is_file():
+        if path.name == SCALES and (path.parent / COMPLETE).is_file():
+            check_folder(path.parent)
         return load_tensors(path)
     folder = locate(path).scales()
     check_folder(folder)

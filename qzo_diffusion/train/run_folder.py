@@ -17,6 +17,7 @@ from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.files import (
     SCALES,
     check_empty,
+    clear_leftovers,
     finite,
     sync,
     unwritable,
@@ -45,6 +46,8 @@ class RunFolder:
             path, remedy or f"choose another --output-dir, or go on with that run: --resume {path}"
         )
         try:
+            if path.is_dir():
+                clear_leftovers(path)
             (path / "samples").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(path, error) from error

@@ -311,14 +311,15 @@ def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(
         patched.setattr(sample_run.build, "load_base", broken)
         failing(capsys, main(command))
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out" / "samples").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.png").touch()
     monkeypatch.setattr(sample_run, "load_tuned", None)
     error = failing(capsys, main(command))
     assert "not an empty folder" in error
     assert "--resume" not in error
 
 
-@pytest.mark.parametrize("strength", ["0.5", "-1", "nan"])
+@pytest.mark.parametrize("strength", ["0.5", "-1"])
 def test_a_strength_needs_a_run(tmp_path, capsys, strength):
     command = [
         "sample",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.core.merge import check_numbers
 from qzo_diffusion.core.optimizer import Adam
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
@@ -225,6 +226,7 @@ def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], ru
             "a run of the same model, quantization and method",
             "leave --model and the settings to the run",
         )
+    check_numbers(base.scales, tuned)
     for name, tensor in live.items():
         tensor.copy_(tuned[name])
 

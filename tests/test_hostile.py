@@ -1,0 +1,347 @@
+"""Numbers that no run writes, files forged with right checksums, and commands that were killed."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qzo_diffusion import files
+from qzo_diffusion.cli import main
+from qzo_diffusion.core.delta import expanded, shrunk
+from qzo_diffusion.core.errors import JournalError, ModelError, OutputError
+from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal, replay_
+from qzo_diffusion.core.merge import merge_changes_
+from qzo_diffusion.files import COMPLETE, UNFINISHED, check_empty, unfinished, write_folder
+from qzo_diffusion.reading import TooMuch, parse_json, read_json, read_json_lines
+from qzo_diffusion.runs.tuned import load_scales
+from qzo_diffusion.train.checkpoint import read_checkpoint
+from qzo_diffusion.train.run_folder import RunFolder, load_tensors
+from tests.conftest import failing
+from tests.quantized import scaled_network
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of one step on the embedded model, its prompts beside it."""
+    from PIL import Image
+
+    place = tmp_path_factory.mktemp("hostile")
+    (place / "imgs").mkdir()
+    for index in range(2):
+        Image.new("RGB", (64, 64), (90 * index, 0, 50)).save(place / "imgs" / f"{index}.png")
+    (place / "prompts.txt").write_text("red apple\n")
+    arguments = ["train", "--model", "tiny", "--style-dir", str(place / "imgs"), "--max-steps", "1"]
+    arguments += [
+        "--output-dir",
+        str(place / "run"),
+        "--sample-prompts",
+        str(place / "prompts.txt"),
+    ]
+    arguments += [f"data.cache_dir={place / 'cache'}", "data.batch_size=1", "sample.steps=1"]
+    arguments += ["sample.every=0", "train.validate_every=0", "train.checkpoint_every=1"]
+    arguments += ["train.calibrate_lr=false", "compute.dtype=float32", "data.caption=a square"]
+    assert main(arguments) == 0
+    return place / "run"
+
+
+def forged(folder, change):
+    """Change the tensors of a folder and write its marker anew, so that its hashes are right."""
+    for file in folder.glob("*.safetensors"):
+        tensors, facts = load_tensors(file)
+        change(tensors)
+        save_file(tensors, file, facts | {"format": "pt"})
+    hashes = json.loads((folder / COMPLETE).read_text())
+    hashes = {name: files.hash_of(folder / name) for name in hashes}
+    (folder / COMPLETE).write_text(json.dumps(hashes))
+
+
+def first_is(value):
+    def change(tensors):
+        for tensor in tensors.values():
+            if tensor.is_floating_point() and tensor.numel():
+                tensor.view(-1)[0] = value
+
+    return change
+
+
+@pytest.fixture(params=[math.nan, math.inf], ids=["nan", "inf"])
+def bad_run(run, tmp_path, request):
+    copy = shutil.copytree(run, tmp_path / "bad")
+    for folder in (copy / "final", copy / "checkpoints" / "step_000001"):
+        forged(folder, first_is(request.param))
+    return copy
+
+
+def test_every_verb_refuses_scales_that_are_not_finite(run, bad_run, tmp_path, capsys):
+    out, images, run = str(tmp_path / "out"), str(run.parent / "imgs"), str(bad_run)
+    for arguments in (
+        ["sample", "--run", run, "--output-dir", out],
+        ["sample", "--run", f"{run}/checkpoints/step_000001", "--output-dir", out],
+        ["sample", "--run", f"{run}/final/scales.safetensors", "--output-dir", out],
+        ["mix", "--run", f"{run}=0.5", "--output-dir", out],
+        ["evaluate", "--run", run],
+        ["train", "--dry-run", "--init-from", run, "--style-dir", images, "--caption", "x"],
+        *(
+            ["export", "--run", run, "--format", kind, "--output-dir", out]
+            for kind in ("nf4", "bf16", "delta", "native")
+        ),
+    ):
+        assert "not finite" in failing(capsys, main(arguments))
+        assert not os.path.exists(out)
+
+
+def test_a_checkpoint_that_is_not_finite_does_not_go_on(bad_run, capsys):
+    shutil.rmtree(bad_run / "final")
+    assert "not finite" in failing(
+        capsys, main(["train", "--resume", str(bad_run), "train.max_steps=2", "--force"])
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
+def test_merging_refuses_numbers_that_no_scale_has(value):
+    _, scales = scaled_network("reference", width=512, out=64)
+    tuned = {name: one.clone() for name, one in scales.tensors().items()}
+    tuned["2"].view(-1)[3] = value
+    for use in (lambda: merge_changes_(scales, [(tuned, 1.0)]), lambda: shrunk(scales, tuned)):
+        with pytest.raises(ModelError, match="in 2"):
+            use()
+
+
+def test_a_weight_that_makes_scales_infinite_is_refused():
+    _, scales = scaled_network("reference", width=512, out=64)
+    tuned = {name: one * 2 for name, one in scales.tensors().items()}
+    with pytest.raises(ModelError, match="smaller ones"):
+        merge_changes_(scales, [(tuned, 1e4)])
+
+
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        {"2:row": torch.full((1, 1), math.nan)},
+        {"2:row": torch.full((1, 1), -1.0)},
+        {"2:row": torch.full((1, 1), 3e38), "2:column": torch.full((1, 8), 3e38)},
+        {"2:row": torch.ones(1, 2**20)},  # not broadcast into gigabytes
+        {"2:ulps": torch.zeros(64, 8, dtype=torch.int32)},
+        {"2:scales": torch.ones(512, dtype=torch.float64)},
+        {"2:other": torch.ones(1)},
+    ],
+)
+def test_forged_deltas_are_refused(forgery):
+    _, scales = scaled_network("reference", width=512, out=64)
+    with pytest.raises(ModelError):
+        expanded(scales, forgery)
+
+
+def journal(path, entries, **header):
+    writer = JournalWriter.create(path, {"directions": "rademacher"} | header)
+    for entry in entries:
+        writer.append(entry)
+    writer.close()
+    return path
+
+
+def step(lr=0.1, grads=(0.5, 0.5)):
+    return StepEntry(0, 3, lr, 0.01, 1.0, tuple(grads))
+
+
+@pytest.mark.parametrize("entry", [step(lr=math.nan), step(grads=(1, math.inf)), step(grads=())])
+def test_a_step_that_is_not_finite_is_refused(tmp_path, entry):
+    with pytest.raises(JournalError, match="step 0"):
+        read_journal(journal(tmp_path / "j", [entry]))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"examples": 10**9}, {"examples": -2}, {"examples": "2"}, {"directions": ["x"]}],
+)
+def test_counts_of_a_journal_are_checked_before_directions_are_drawn(tmp_path, header):
+    found = read_journal(journal(tmp_path / "j", [step()], **header))
+    with pytest.raises(JournalError, match="a journal with"):
+        replay_(found, None, None)
+
+
+@pytest.mark.parametrize("payload", [b"[" * 60000, b"[]", b"\xff", b"1" * 50000])
+def test_a_header_that_is_no_mapping_of_facts_is_refused(tmp_path, payload, monkeypatch):
+    monkeypatch.setattr("qzo_diffusion.core.journal._to_json", lambda content: payload)
+    with pytest.raises(JournalError, match="the header"):
+        read_journal(journal(tmp_path / "j", []))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**5, '{"a":' * 10**5, '{"a": 1, "a": 2}', "1" * 10**4, '"' * 10**6, '"\\' * 10**6],
+)
+def test_json_that_no_run_writes_is_refused_at_once(tmp_path, text):
+    (tmp_path / "file").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ValueError):  # noqa: PT011, of whichever check
+        read_json(tmp_path / "file")
+    assert time.monotonic() - started < 10
+
+
+def test_more_values_or_bytes_than_the_limit_are_refused(tmp_path):
+    with pytest.raises(TooMuch, match="values"):
+        parse_json("[" + "[]," * 2_100_000 + "[]]")
+    (tmp_path / "file").write_bytes(b" " * 100)
+    with pytest.raises(TooMuch, match="bytes"):
+        read_json(tmp_path / "file", most=99)
+    (tmp_path / "lines").write_bytes(b"1\n" + b" " * 2**21)
+    with pytest.raises(TooMuch, match="a line"):
+        list(read_json_lines(tmp_path / "lines"))
+
+
+def test_brackets_within_texts_do_not_count():
+    deep = "[" * 1000 + '\\"{'
+    assert parse_json(json.dumps([deep])) == [deep]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"step": 1e400, "chain": "", "validation_loss": None},
+        {"step": -5, "chain": "", "validation_loss": None},
+        {"step": [], "chain": "", "validation_loss": None},
+        [[1]],
+    ],
+)
+def test_a_forged_state_is_refused(tmp_path, state):
+    def write(folder):
+        (folder / "state.json").write_text(json.dumps(state))
+
+    with pytest.raises(OutputError, match="damaged"):
+        read_checkpoint(write_folder(tmp_path / "step_000001", write))
+
+
+def test_a_header_longer_than_any_run_s_is_not_parsed(tmp_path):
+    file = tmp_path / "scales.safetensors"
+    length = 2**25
+    file.write_bytes(length.to_bytes(8, "little") + b"{" + b" " * (length - 2) + b"}")
+    with pytest.raises(OutputError, match="a header of"):
+        load_tensors(file)
+
+
+def test_a_damaged_file_is_found_also_when_it_is_named_itself(run, tmp_path):
+    folder = shutil.copytree(run / "final", tmp_path / "final")
+    file = folder / "scales.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(OutputError, match="damaged"):
+        load_scales(file)
+    (folder / "scales.safetensors").unlink()
+    (folder / "scales.safetensors").mkdir()  # a folder by the name of a file
+    with pytest.raises(OutputError):
+        load_scales(folder)
+
+
+def sampling(run, out):
+    prompts = str(run.parent / "prompts.txt")
+    return ["sample", "--run", str(run), "--prompts", prompts, "--output-dir", str(out)]
+
+
+def verbs_that_write(run, out):
+    journal = ["--journal", str(run / "journal.qzo"), "--model", "tiny"]
+    return {
+        "sample": sampling(run, out),
+        "mix": ["mix", "--run", f"{run}=0.5", "--output-dir", str(out)],
+        "replay": ["replay", *journal, "--output-dir", str(out)],
+        "bf16": ["export", "--run", str(run), "--format", "bf16", "--output-dir", str(out)],
+        "delta": ["export", "--run", str(run), "--format", "delta", "--output-dir", str(out)],
+        "journal": ["export", "--run", str(run), "--format", "journal", "--output-dir", str(out)],
+    }
+
+
+@pytest.mark.parametrize("verb", ["sample", "mix", "replay", "bf16", "delta", "journal"])
+@pytest.mark.parametrize("kind", ["kill", "interrupt"])
+def test_the_same_command_again_replaces_what_a_kill_left(run, tmp_path, monkeypatch, verb, kind):
+    """Stopped at each moment when something is renamed into its place, and once before."""
+    stops = 0
+    while _stopped(verbs_that_write(run, tmp_path / f"{stops}")[verb], monkeypatch, kind, stops):
+        out = tmp_path / f"{stops}"
+        if kind == "interrupt" and out.exists():
+            assert not set(os.listdir(out)) - {"samples"}
+        assert not (out / "samples" / "000.png").exists() or (out / UNFINISHED).exists()
+        assert main(verbs_that_write(run, out)[verb]) == 0
+        assert not [name for name in os.listdir(out) if name.startswith((".", UNFINISHED))]
+        assert not list(tmp_path.glob(".*"))
+        stops += 1
+    assert stops >= 2
+
+
+def _stopped(arguments, monkeypatch, kind, stops):
+    """Whether the command was stopped at its rename number `stops`; as a kill, no cleaning up."""
+    replace, calls = os.replace, []
+
+    def replace_or_stop(*places):
+        calls.append(places)
+        if len(calls) == stops + 1 or (kind == "kill" and len(calls) > stops):
+            raise KeyboardInterrupt
+        replace(*places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_or_stop)
+        if kind == "kill":
+            patch.setattr(shutil, "rmtree", lambda *args, **named: None)
+            patch.setattr(files, "clear_leftovers", lambda folder: None)
+            patch.setattr("pathlib.Path.unlink", lambda *args, **named: None)
+        code = main(arguments)
+    assert code in (0, 130)
+    return code == 130
+
+
+def test_a_command_that_was_killed_by_the_system(run, tmp_path):
+    """By SIGKILL, while its pictures are written."""
+    out = tmp_path / "out"
+    script = (
+        "import sys, time\nfrom qzo_diffusion.cli import main\nfrom PIL import Image\n"
+        "Image.Image.save = lambda *a, **k: (print('writing', flush=True), time.sleep(100))\n"
+        "main(sys.argv[1:])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *sampling(run, out)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    with pytest.raises(OutputError, match="another process writes"):
+        check_empty(out)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (out / UNFINISHED).is_file()
+    assert not (out / "samples" / "000.png").exists()
+    assert main(sampling(run, out)) == 0
+    assert not (out / UNFINISHED).exists()
+    assert {file.name for file in (out / "samples").iterdir()} >= {"000.png", "prompts.json"}
+
+
+@pytest.mark.parametrize("names", ['["/etc"]', '["../x"]', '["mine.txt"]', "{}", "[[]]", "x"])
+def test_a_forged_marker_removes_nothing_of_a_user_s(tmp_path, names):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / UNFINISHED).write_text(names)
+    with pytest.raises(OutputError, match="not an empty folder"):
+        RunFolder.create(tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_no_marker(tmp_path):
+    def fill():
+        with unfinished(tmp_path, ["final"]):
+            (tmp_path / "final").mkdir()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="No space left"):
+        fill()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / ".config.yaml.partial").write_text("half")
+    RunFolder.create(tmp_path).write_text("config.yaml", "a: 1")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "samples"]
