@@ -98,9 +98,7 @@ class CellRun:
             self.theta = parametrize(
                 self._task.scales, settings.level, settings.units, trained, token_wise
             )
-        made = make_optimizer(
-            settings.optimizer, in_running_spreads=settings.normalize == "running"
-        )
+        made = make_optimizer(settings.optimizer, in_running_rms=settings.normalize == "running")
         self.optimizer: Any = Adam() if self.method.first_order else made
 
     def advance(self, target: int, stop_requested: Callable[[], bool]) -> None:

@@ -1,6 +1,4 @@
-"""The paper's absolute units, kept so that both can be compared in one run (arXiv 2505.13430,
-algorithm 1).
-"""
+"""The paper's absolute units, kept for comparison (arXiv 2505.13430, algorithm 1)."""
 
 from collections.abc import Sequence
 
@@ -12,9 +10,9 @@ from qzo_diffusion.core.scales import Override
 
 
 class DenseAbsolute(Dense):
-    """One number per scale: additive, floored at zero.
+    """Train every scale by addition, floored at zero.
 
-    What is no scale (`ScaleSet.weights`) is of either sign.
+    Unquantized tensors (`ScaleSet.weights`) may be negative.
     """
 
     def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
@@ -42,5 +40,5 @@ class DenseAbsolute(Dense):
             moved.clamp_(min=0.0)
 
     def merge_(self) -> None:
-        """Only the weights of a 16-bit model are not yet in it."""
+        """Write unquantized tensors into a 16-bit model; all else is in place."""
         self.scales.restore(self.scales.weights)

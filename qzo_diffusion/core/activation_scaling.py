@@ -1,8 +1,7 @@
-"""Factors of a layer's inputs and outputs: how numbers of whole rows and block columns are shown
-without touching a weight.
+"""Scale a layer's inputs and outputs instead of its weights.
 
-With s' = s · r[o] · q[g] a layer gives y = r ∘ ((x ∘ expand(q)) Wᵀ), on any back-end and with other
-factors for every example."""
+With s' = s · r[o] · q[g] a layer gives y = r ∘ ((x ∘ expand(q)) Wᵀ), on any back-end, and each
+example of a batch can have its own factors."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,13 +16,16 @@ from qzo_diffusion.core.errors import ModelError
 
 @dataclass(frozen=True)
 class LayerScaling:
-    """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, fp32.
+    """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, in fp32.
 
-    One row for each group of neighbouring examples, so the number of rows divides the batch: one
-    row for all, two for a batch of +ε and then -ε, or one per example. More rows than examples give
-    each example several, one for each of equally long runs of its tokens. output [G, N] or [G, 1];
-    input [G, K / blocksize], one factor per block of columns. overwrites: the input may be
-    overwritten, because nothing reads it after this layer."""
+    Each of the G rows belongs to a group of neighbouring examples, so G divides the batch. More
+    rows than examples give each example several, one for each of equally long runs of its tokens.
+
+    Args:
+        output: [G, N] or [G, 1].
+        input: [G, K / blocksize], one factor for each block of columns.
+        overwrites: whether the input may be overwritten, because nothing reads it afterwards.
+    """
 
     output: Tensor | None = None
     input: Tensor | None = None
@@ -33,23 +35,20 @@ class LayerScaling:
 ActivationScaling = Callable[[Sequence[str]], Mapping[str, LayerScaling]]
 """Names of layers -> their factors; a layer that is left out has none."""
 
-
 AT_ONCE = 2**19
-"""So many numbers of 16 bits are multiplied at once on a CPU: 2 MB in fp32, which a cache holds. A
-large layer's at once take ten times as long."""
-
+"""Elements of 16 bits that are multiplied at once on a CPU: 2 MB in fp32, which a cache holds. All
+of a large layer at once take ten times as long."""
 
 MANY_TOKENS = 16
-"""From so many in a group on, factors of blocks of inputs are written out, one for each input: on a
-CPU a third to a half faster, for a sixteenth of the inputs' numbers."""
+"""From so many tokens in a group on, factors of blocks are expanded to one for each input: a third
+to a half faster on a CPU, for a sixteenth of the inputs' memory."""
 
 
 def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
-    """bias + factor ∘ tensor, computed in fp32: bf16 would round a factor of 1.01 to 1.0078. `into`
-    may be `tensor`.
+    """into = bias + factor ∘ tensor, computed in fp32: bf16 rounds a factor of 1.01 to 1.0078.
 
     Args:
-        tensor, into: [groups, tokens, columns].
+        tensor, into: [groups, tokens, columns]; may be the same.
         factor: [groups, blocks], one for each of equal runs of columns.
     """
     blocks, columns = factor.shape[-1], tensor.shape[-1]
@@ -73,7 +72,7 @@ def _scale(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) ->
 
 @cache
 def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], None] | None:
-    """None where Triton is not installed, or finds no compiler."""
+    """The kernel for this GPU; None where Triton is not installed, or finds no compiler."""
     try:
         from qzo_diffusion.core.fused_scaling import scale
 
@@ -89,7 +88,7 @@ def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor | None, Ten
 
 
 def _scale_at_once(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
-    """In one pass, which on a GPU converts on its way."""
+    """Multiply in one pass; a GPU converts dtypes on the way."""
     if bias is None:
         torch.mul(tensor, factor, out=into)
     else:
@@ -97,6 +96,7 @@ def _scale_at_once(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Te
 
 
 def _scale_by_parts(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: Tensor) -> None:
+    """Multiply part by part, so that each part fits into a cache in fp32."""
     for groups, tokens in _places(tensor):
         wide = tensor[groups, tokens].to(factor.dtype)
         _scale_at_once(wide, factor[groups], bias, into=wide)
@@ -104,7 +104,7 @@ def _scale_by_parts(tensor: Tensor, factor: Tensor, bias: Tensor | None, into: T
 
 
 def _places(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Groups and tokens of `tensor`, part by part."""
+    """Slices of groups and tokens that cover `tensor` in parts of about `AT_ONCE` elements."""
     groups, tokens = tensor.shape[:2]
     of_token = tensor[0, 0].numel()
     groups_at_once, tokens_at_once = (
@@ -117,9 +117,7 @@ def _places(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 class ScaledLayer:
-    """A layer's gain made ready. The bias keeps its size: the layer runs without it, and it is
-    added after the product.
-    """
+    """Apply one layer's scaling. The layer runs without its bias, which is added after scaling."""
 
     def __init__(self, name: str, layer_scaling: LayerScaling, bias: Tensor | None) -> None:
         self._name, self._input, self._output, self._overwrites = (
@@ -135,9 +133,7 @@ class ScaledLayer:
         self.scales_inputs = layer_scaling.input is not None
 
     def scale_input(self, x: Tensor) -> Tensor:
-        """A new tensor, since several layers may read the same x; x itself where the gain says that
-        none does after this one.
-        """
+        """input ∘ x: a new tensor, or x overwritten where no other layer reads it."""
         assert self._input is not None
         groups = len(self._input)
         self._check(x, groups)
@@ -148,9 +144,7 @@ class ScaledLayer:
         return scaled.view(x.shape)
 
     def scale_output_(self, output: Tensor) -> None:
-        """In place: the layer has just made it, and a second tensor of its size would cost more
-        than the product.
-        """
+        """output ∘ y + bias, in place: a second tensor would cost more time than the product."""
         if self._output is None:
             return
         groups = self._output.shape[0]
@@ -171,10 +165,10 @@ class ScaledLayer:
 
 
 def without_bias(bias: nn.Parameter) -> nn.Parameter | None:
-    """What a layer has in place of its bias while it is under a gain.
+    """The parameter that stands in for a bias while the layer's activations are scaled.
 
-    On a CPU in 16 bits zeros: without a bias torch's product takes another path, whose buffers
-    leave holes as large as a layer's weight in the allocator's heap (130 MB more on SD3.5 Large,
-    for a hundredth of the time)."""
+    Zeros on a CPU in 16 bits: without a bias torch's product takes another path, whose buffers
+    leave holes as large as a weight in the heap (130 MB more on SD3.5 Large, for 1 % of the time).
+    """
     zeros = bias.device.type == "cpu" and bias.dtype in (torch.bfloat16, torch.float16)
     return nn.Parameter(torch.zeros_like(bias), False) if zeros else None

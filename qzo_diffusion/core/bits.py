@@ -1,8 +1,8 @@
-"""Packed signs, eight a byte, made into numbers where they are needed: on a CPU or on a GPU, to the
-same bits.
+"""Random signs as packed bits, eight a byte, unpacked layer by layer: to the same bits on a CPU and
+on a GPU.
 
-Which bits these are says `core.noise`. Only bits are kept and sent; the numbers, 32 times as many
-bytes, are made layer by layer."""
+`core.noise` draws the bits. Only bits are kept and sent to a GPU; unpacked to fp32 they take 32
+times as many bytes."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,7 @@ _SIGNS_OF_BYTE = np.where(_BITS_OF_BYTE, 1.0, -1.0).T  # [8, 256]
 
 
 def to_device(packed: PackedBits, device: torch.device) -> Tensor:
-    """From memory that a GPU reads by itself: else the processor would wait for all that is queued
-    there.
-    """
+    """Send packed bits to a device, for a GPU from pinned memory: no wait for what is queued."""
     bits = torch.from_numpy(np.ascontiguousarray(packed))
     return (
         bits.pin_memory().to(device, non_blocking=True)
@@ -39,10 +37,11 @@ def select(
     start: int = 0,
     stop: int | None = None,
 ) -> Tensor:
-    """uint8 [..., bytes] -> [pairs, ..., stop - start], where the bits are: one of two constants a
-    bit.
+    """Choose one of two constants by each bit: uint8 [..., bytes] -> [pairs, ..., stop - start].
 
-    `pairs` are (if set, if clear).
+    Args:
+        pairs: (if set, if clear).
+        start, stop: the range of bits.
     """
     stop = 8 * packed.shape[-1] if stop is None else stop
     packed, skipped = packed[..., start // 8 : (stop + 7) // 8], start - start % 8
@@ -52,9 +51,7 @@ def select(
 
 
 def _choose_by_table(packed: Tensor, pairs: Sequence[tuple[float, float]], into: Tensor) -> None:
-    """Eight numbers for a byte at once: on a CPU ten times faster than unpacking the bits, on a GPU
-    ten times slower.
-    """
+    """Look up eight elements for each byte: on a CPU ten times faster than unpacking bits."""
     for pair, part in zip(pairs, into, strict=True):
         # in any other mode numpy fills a buffer and copies it
         np.take(
@@ -63,6 +60,7 @@ def _choose_by_table(packed: Tensor, pairs: Sequence[tuple[float, float]], into:
 
 
 def _choose_by_mask(packed: Tensor, pairs: Sequence[tuple[float, float]], into: Tensor) -> None:
+    """Test each bit: on a GPU ten times faster than a table."""
     is_set = (packed.unsqueeze(-1) & _masks(packed.device)).bool()
     for pair, part in zip(pairs, into, strict=True):
         torch.where(
@@ -72,7 +70,7 @@ def _choose_by_mask(packed: Tensor, pairs: Sequence[tuple[float, float]], into: 
 
 @lru_cache(maxsize=16)
 def _table(pair: tuple[float, float], dtype: torch.dtype) -> Tensor:
-    """[256, 8]: what the bits of each byte choose."""
+    """[256, 8]: the constants that the bits of each byte choose."""
     return torch.from_numpy(np.where(_BITS_OF_BYTE, *pair)).to(dtype)
 
 
@@ -83,7 +81,7 @@ def _masks(device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[], made where it is needed: sending it would wait for all that is queued."""
+    """A scalar tensor made on the device: sending it would wait for what is queued there."""
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -91,10 +89,10 @@ _SUM_BITS = 39  # of an amount; with 2^13 amounts a sum has 52, which float64 ho
 
 
 def signed_sum(packed: Tensor, amounts: Sequence[float], numel: int) -> Tensor:
-    """Σ amounts[i] · z_i for the signs z of packed [n, bytes]: float64 [numel], where the bits are.
+    """Σ amounts[i] · z_i for the packed signs z [n, bytes]: float64 [numel], on the bits' device.
 
     Amounts are rounded to whole multiples of a power of two, 2^-39 of the largest, so the sums are
-    exact: the same on every machine, in any order, with any number of threads, whoever forms them.
+    exact: the same on every machine, in any order, with any number of threads.
     """
     largest, device = max(map(abs, amounts)), packed.device
     total = torch.zeros(numel, dtype=torch.float64, device=device)
@@ -107,7 +105,7 @@ def signed_sum(packed: Tensor, amounts: Sequence[float], numel: int) -> Tensor:
 
 
 def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
-    """Some at a time: the signs of all would take 64 times the memory of their bits."""
+    """Sum by matrix products, in parts: all signs would take 64 times the memory of their bits."""
     amounts = torch.tensor(whole, dtype=torch.float64).to(into.device)
     for first in range(0, len(into), 2**17):
         place = slice(first, min(first + 2**17, len(into)))
@@ -119,11 +117,12 @@ def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> No
 
 
 def _sum_by_table_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
-    """Eight amounts at once: their signs for a number, put into a byte, say which of 256 sums it
-    gets. On a CPU the faster way.
+    """Sum eight amounts by one look-up: their eight signs, as a byte, select one of 256 sums.
+
+    The faster way on a CPU.
     """
     rows = packed.numpy()
-    missing = -len(whole) % 8  # rows of no amount
+    missing = -len(whole) % 8  # rows with amount 0
     sums = np.pad(np.array(whole), (0, missing)).reshape(-1, 8) @ _SIGNS_OF_BYTE
     for first in range(0, rows.shape[1], 2**10):  # bytes; 2 MB for 2,048 amounts
         part = np.pad(rows[:, first : first + 2**10], ((0, missing), (0, 0)))

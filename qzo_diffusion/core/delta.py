@@ -1,5 +1,5 @@
-"""What tuning changed, small: factors of whole layers, rows or block columns wherever they give the
-scales back exactly.
+"""Store the change of tuned scales in little space: factors of layers, rows or block columns where
+they give the scales back exactly.
 
     s[o, g] = s0[o, g] · row[o] · column[g]   (+ a few units in the last place)
 
@@ -20,8 +20,7 @@ ROW, COLUMN, ULPS, WHOLE = ":row", ":column", ":ulps", ":scales"
 
 
 def shrunk(scales: ScaleSet, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The changes from the live scales, which must hold the base, to `tuned`; layers that did not
-    change are left out.
+    """The changes from the live scales (the base) to `tuned`; unchanged layers are left out.
 
     Raises ModelError when `tuned` does not fit the base.
     """
@@ -81,6 +80,7 @@ def _fitting(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> bool:
 
 
 def _applied(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> Tensor:
+    """The base's scales with the stored changes of one layer."""
     if WHOLE in parts:
         return parts[WHOLE].view_as(base).clone()
     grid = base.view(rows, -1)
@@ -93,6 +93,7 @@ def _applied(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> Tensor:
 
 
 def _changes(base: Tensor, wanted: Tensor, rows: int) -> dict[str, Tensor]:
+    """The smallest entries from which `_applied` gives `wanted` bit for bit."""
     if base.dtype != torch.float32 or base.numel() % rows:
         return {WHOLE: wanted}
     both: dict[str, Tensor] | None = None
@@ -117,8 +118,8 @@ def _candidates(base: Tensor, wanted: Tensor) -> Iterator[dict[str, Tensor]]:
 
 
 def _exact(ratio: Tensor, base: Tensor, wanted: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The factor of each group that gives back most of its scales: the mean change or a neighbour
-    of it.
+    """The factor of each group that gives back most of its scales: the mean change or the next
+    float.
     """
     best = mean = _mean(ratio, base, dims)
     misses = (base * best != wanted).sum(dims, keepdim=True)
@@ -130,7 +131,7 @@ def _exact(ratio: Tensor, base: Tensor, wanted: Tensor, dims: tuple[int, ...]) -
 
 
 def _mean(ratio: Tensor, base: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Over the scales that are not zero; groups of zeros keep 1."""
+    """The mean ratio of each group over scales that are not zero; 1 for groups of zeros."""
     weight = (base > 0).double()
     total = weight.sum(dims, keepdim=True)
     return torch.where(

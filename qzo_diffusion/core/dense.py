@@ -1,8 +1,7 @@
-"""One trained number per scale, in the scales themselves: no second copy of them exists, and no
-initial ones are kept beside them.
+"""Train every scale by itself, in place: there is no second copy of the scales.
 
-The initial scales are in the base model's file. An update is one multiplication in place, for
-Rademacher z by one of two constants."""
+The initial scales are in the base model's file. An update is one multiplication in place, by one of
+two constants for Rademacher z."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from qzo_diffusion.core.sign_cache import SignCache
 
 
 class Dense:
-    """In relative units. `trained` names the layers that take part; None is all."""
+    """Train every scale in relative units; `trained` names the layers, None is all."""
 
     scales_activations = False
 
@@ -35,7 +34,7 @@ class Dense:
         if direction is None:
             return None
 
-        def shown(names: Sequence[str]) -> dict[str, Tensor]:
+        def override(names: Sequence[str]) -> dict[str, Tensor]:
             chosen = [name for name in names if name in self._trained]
             return (
                 dict(zip(chosen, self._shifted(chosen, direction, radius), strict=True))
@@ -43,7 +42,7 @@ class Dense:
                 else {}
             )
 
-        return shown
+        return override
 
     def _live(self, names: Sequence[str]) -> list[Tensor]:
         return [self._trained[name] for name in names]
@@ -51,12 +50,13 @@ class Dense:
     def _shifted(
         self, names: Sequence[str], direction: Direction, radius: float
     ) -> Sequence[Tensor]:
+        """The scales of several layers at radius · z, new tensors."""
         shifted = self._factors(names, direction, radius)
         torch._foreach_mul_(shifted, self._live(names))
         return shifted
 
     def _factors(self, names: Sequence[str], direction: Direction, radius: float) -> list[Tensor]:
-        """exp(radius · z) of several layers, new tensors, drawn and chosen in one go."""
+        """exp(radius · z) of several layers, new tensors, drawn and selected together."""
         like = self._live(names)
         if direction.distribution == "gaussian":
             return [
@@ -101,7 +101,7 @@ class Dense:
         self.scales[name].mul_(exp(delta))
 
     def merge_(self) -> None:
-        """Nothing to do: the numbers are the scales."""
+        """Nothing to do: the scales themselves are trained."""
 
     def state(self) -> dict[str, Tensor]:
         return self._trained

@@ -1,20 +1,20 @@
-"""One trained number θ for a group of scales: all of a layer, all of a row (an output), or all of a
-column of blocks.
+"""One θ for a group of scales: for a layer, a row (one output) or a column of blocks.
 
-log s[o, g] = log s0[o, g] + layer + row[o] + column[g], with the axes that are asked for. A factor
-of a whole row is a factor of an output and one of a block column a factor of inputs, so the weights
-need not be touched, and every example can have its own:
+    log s[o, g] = log s0[o, g] + layer + row[o] + column[g]      with the axes that are asked for
+
+A factor of a whole row scales an output, and a factor of a block column scales inputs. So no weight
+needs to change, and each example of a batch can have its own θ:
 
     y = exp(row) ∘ ((exp(column) ∘ x) Wᵀ) + bias    (separable scales: TuneQDM, arXiv 2401.04339)
 
-So can every region of an example, a run of its tokens, in layers that treat tokens apart
-("pointwise": feed-forward, queries, attention's output). What such a layer does to a region shows
-almost only in that region's own loss, so one forward measures as many directions as there are
-regions; what it does to other regions through later attention is left out. On `tiny` the gradient
-that remains has a cosine of 0.97 with the whole one (docs/decisions/estimator.md D3).
+In token-wise layers (feed-forward, queries, attention's output) each patch group of an example, a
+run of its tokens, can have its own θ as well. Such a layer changes almost only the loss of that
+patch group, so one forward pass measures as many directions as there are patch groups. Effects on
+other patch groups through later attention are left out: on `tiny` the remaining gradient has a
+cosine of 0.97 with the whole one (docs/decisions/estimator.md D3).
 
-All numbers of an axis are one tensor over all layers, those of pointwise layers another: one draw,
-one update and one moment tensor instead of hundreds.
+All θ of an axis are one tensor over all layers, those of token-wise layers another. That makes one
+draw, one update and one moment tensor instead of hundreds.
 """
 
 import math
@@ -39,9 +39,7 @@ Axis = Literal["layer", "row", "column"]
 
 @dataclass(frozen=True)
 class _Kind:
-    """Numbers that lie in one tensor: where those of each layer are, and whether regions have a z
-    of their own for them.
-    """
+    """One tensor of θ: its axis, whether patch groups have their own z, and where layers lie."""
 
     axis: Axis
     token_wise: bool
@@ -51,21 +49,21 @@ class _Kind:
         return [name for name in names if name in self.of_layer]
 
     def span(self, chosen: Sequence[str]) -> tuple[int, int, list[int]]:
-        """Where the numbers of neighbouring layers lie, and how many each has."""
+        """Start and end of neighbouring layers in the tensor, and how many θ each has."""
         parts = [self.of_layer[name] for name in chosen]
         return parts[0].start, parts[-1].stop, [part.stop - part.start for part in parts]
 
 
 class _Probe(NamedTuple):
-    """θ + radius · z for all radii and directions; all directions of the first radius come
-    first.
+    """θ + radius · z for all radii and directions: all directions of the first radius, then the
+    next.
     """
 
     directions: tuple[Direction, ...]
     radii: tuple[float, ...]
 
     def groups(self, token_wise: bool) -> int:
-        """How many runs of tokens or of examples see numbers of their own."""
+        """How many runs of tokens or of examples have their own θ."""
         return (
             len(self.radii)
             * len(self.directions)
@@ -74,15 +72,17 @@ class _Probe(NamedTuple):
 
 
 class Grouped:
-    """Numbers of one or several axes; `theta` holds them as "row" and "row.pointwise", [n] in the
-    order of the layers.
+    """Train θ of one or several axes.
+
+    `by_axis` holds them: "row", and "row.pointwise" for token-wise layers, each [n] in the order of
+    the layers.
 
     Args:
         trained: names of the layers that take part; None is all.
-        pointwise: names of the layers whose numbers have a z for every region; with directions of
-            one region it makes no difference but for which z is drawn.
-        last_readers: names of the layers whose inputs nothing reads after them, so that factors may
-            be written over them.
+        token_wise: names of the layers whose θ have a z for each patch group. With one patch group
+            only another z is drawn.
+        last_readers: names of the layers whose inputs nothing reads afterwards, so that they may be
+            overwritten.
 
     Raises:
         ValueError: blocks cross rows, so that rows have no scales of their own.
@@ -99,11 +99,11 @@ class Grouped:
         last_readers: Collection[str] = (),
     ) -> None:
         self.scales, self._last_readers = scales, frozenset(last_readers)
-        self.theta: dict[str, Tensor] = {}
+        self.by_axis: dict[str, Tensor] = {}
         self._kinds: dict[str, _Kind] = {}
         self._signs = SignCache()
         names = list(scales if trained is None else trained)
-        # by whether they are pointwise
+        # by whether they are token-wise
         self._numbers_of, self._scales_of = {False: 0, True: 0}, {False: 0, True: 0}
         for name in names:
             self._scales_of[name in token_wise] += scales[name].numel()
@@ -120,14 +120,14 @@ class Grouped:
                         is_token_wise,
                         {name: slice(*ends[i : i + 2]) for i, name in enumerate(members)},
                     )
-                    self.theta[key] = scales[names[0]].new_zeros(ends[-1])
+                    self.by_axis[key] = scales[names[0]].new_zeros(ends[-1])
                     self._numbers_of[is_token_wise] += ends[-1]
 
     def templates(self) -> dict[str, Tensor]:
-        return self.theta
+        return self.by_axis
 
     def layers(self, key: str) -> list[str]:
-        """Names of the layers in the order of the numbers of `theta[key]`."""
+        """Names of the layers in the order of `by_axis[key]`."""
         return list(self._kinds[key].of_layer)
 
     def axis(self, key: str) -> Axis:
@@ -138,7 +138,7 @@ class Grouped:
         (key,) = (
             key for key, kind in self._kinds.items() if kind.axis == axis and name in kind.of_layer
         )
-        return self.theta[key][self._kinds[key].of_layer[name]]
+        return self.by_axis[key][self._kinds[key].of_layer[name]]
 
     def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
         if direction is not None and direction.patch_groups != 1:
@@ -152,37 +152,36 @@ class Grouped:
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
     ) -> tuple[Override | None, ActivationScaling | None]:
-        """Numbers that are the same for all examples are shown as scales, the others as factors of
-        inputs and outputs.
+        """Perturb scales where all examples share θ, and scale activations where they do not.
 
-        θ itself goes with z where that makes for fewer numbers than the scales are.
+        θ itself scales activations too where that takes fewer factors than there are scales.
         """
         probe = _Probe(tuple(directions), tuple(radii))
-        alone: dict[str, _Probe | None] = {}
-        gained: dict[str, bool] = {}  # by kind, whether its θ goes with its z
+        in_scales: dict[str, _Probe | None] = {}
+        in_activations: dict[str, bool] = {}  # whether θ goes with z
         for key, kind in self._kinds.items():
             groups = probe.groups(kind.token_wise)
             if groups == 1:
-                alone[key] = probe
+                in_scales[key] = probe
             else:
-                gained[key] = (
+                in_activations[key] = (
                     groups * self._numbers_of[kind.token_wise] < self._scales_of[kind.token_wise]
                 )
-                if not gained[key]:
-                    alone[key] = None
-        return self._override(alone) if alone else None, self._scaling(
-            probe, gained
-        ) if gained else None
+                if not in_activations[key]:
+                    in_scales[key] = None
+        return self._override(in_scales) if in_scales else None, self._scaling(
+            probe, in_activations
+        ) if in_activations else None
 
     def _override(self, probes: Mapping[str, "_Probe | None"]) -> Override:
-        """Of some kinds of numbers, each at a probe of one group or where it is."""
+        """Scales at θ, or at θ + radius · z where a tensor has a probe (of one group)."""
 
-        def shown(names: Sequence[str]) -> dict[str, Tensor]:
+        def override(names: Sequence[str]) -> dict[str, Tensor]:
             factors: dict[str, dict[Axis, Tensor]] = {}
             for key, probe in probes.items():
                 if chosen := self._kinds[key].chosen(names):
                     start, stop, _ = self._kinds[key].span(chosen)
-                    theta = exp(self.theta[key][start:stop])
+                    theta = exp(self.by_axis[key][start:stop])
                     self._collect(
                         factors,
                         key,
@@ -191,7 +190,7 @@ class Grouped:
                     )
             return {name: self._expand(name, of_layer) for name, of_layer in factors.items()}
 
-        return shown
+        return override
 
     def _scaling(self, probe: "_Probe", kinds: Mapping[str, bool]) -> ActivationScaling:
         def of_layers(names: Sequence[str]) -> dict[str, LayerScaling]:
@@ -201,7 +200,7 @@ class Grouped:
                     start, stop, _ = self._kinds[key].span(chosen)
                     factor = self._exp_z(key, probe, start, stop)
                     if with_theta:
-                        factor.mul_(exp(self.theta[key][start:stop]))
+                        factor.mul_(exp(self.by_axis[key][start:stop]))
                     self._collect(factors, key, chosen, factor)
             return {
                 name: self._layer_scaling(of_layer, name in self._last_readers)
@@ -213,7 +212,7 @@ class Grouped:
     def _collect(
         self, into: dict[str, dict[Axis, Tensor]], key: str, chosen: Sequence[str], factors: Tensor
     ) -> None:
-        """Divide [..., numbers] of neighbouring layers among them."""
+        """Split the factors [..., n] of neighbouring layers by layer and axis."""
         kind = self._kinds[key]
         for name, factor in zip(chosen, factors.split(kind.span(chosen)[2], dim=-1), strict=True):
             into.setdefault(name, {})[kind.axis] = factor
@@ -225,10 +224,11 @@ class Grouped:
         return LayerScaling(product, factors.get("column"), overwrites)
 
     def _exp_z(self, key: str, probe: "_Probe", start: int, stop: int) -> Tensor:
-        """exp(radius · z), a new tensor [groups, stop - start]; groups are radii · directions ·
-        regions where it is pointwise.
+        """exp(radius · z), a new tensor [groups, stop - start].
+
+        groups = radii · directions, times patch groups where the layers are token-wise.
         """
-        like, kind = self.theta[key], self._kinds[key]
+        like, kind = self.by_axis[key], self._kinds[key]
         directions, radii = probe.directions, probe.radii
         if directions[0].distribution == "gaussian":
             drawn = [
@@ -243,8 +243,8 @@ class Grouped:
         ).flatten(0, 1)
 
     def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
-        """The bits of the signs, [directions · regions, bytes]."""
-        theta, each = self.theta[key], self._kinds[key].token_wise
+        """The bits of the signs, [directions · patch groups, bytes]."""
+        theta, each = self.by_axis[key], self._kinds[key].token_wise
 
         def drawn(direction: Direction) -> PackedBits:
             return direction.packed(key, theta.numel(), each)
@@ -262,7 +262,7 @@ class Grouped:
     def combined(
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
     ) -> Tensor:
-        kind, theta = self._kinds[name], self.theta[name]
+        kind, theta = self._kinds[name], self.by_axis[name]
         if not kind.token_wise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
@@ -279,11 +279,11 @@ class Grouped:
         return total
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        for key, theta in self.theta.items():
+        for key, theta in self.by_axis.items():
             theta.add_(self.combined(key, directions, amounts))
 
     def add_(self, name: str, delta: Tensor) -> None:
-        self.theta[name].add_(delta)
+        self.by_axis[name].add_(delta)
 
     def merge_(self) -> None:
         view = self.perturbed()
@@ -291,18 +291,18 @@ class Grouped:
         for chunk in self.scales.chunks():
             for name, merged in view(chunk).items():
                 self.scales[name].copy_(merged)
-        for theta in self.theta.values():
+        for theta in self.by_axis.values():
             theta.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        return self.theta
+        return self.by_axis
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         copy_by_name_(self.state(), state)
 
 
 def _per_direction(directions: Sequence[Direction], amounts: Sequence[float]) -> list[float]:
-    """What its regions say together, for numbers that have one z for a whole example."""
+    """Sum the amounts over patch groups, for θ that have one z for a whole example."""
     patch_groups = directions[0].patch_groups
     return [
         math.fsum(amounts[i * patch_groups : (i + 1) * patch_groups])

@@ -10,8 +10,9 @@ bit.
 
 A record counts when its chain is right. Each chain holds the one before, so a flipped bit, a
 swapped, doubled or missing record anywhere is found and named. A file that ends inside a record was
-cut by a crash: that tail is left out and reported. A step takes 52 + 8 · directions · regions
-bytes. The header's `examples` is the number of directions of a step whose examples have one each.
+cut by a crash: that tail is left out and reported. A step takes
+52 + 8 · directions · patch groups bytes. Where examples have their own directions, the header's
+`examples` is the number of all directions of a step.
 """
 
 import contextlib
@@ -43,13 +44,13 @@ _GUARD = struct.Struct("<I")
 _STEP_PAYLOAD = struct.Struct("<IQddd")
 _CHAIN_BYTES = 8
 _OVERHEAD = _PREFIX.size + _GUARD.size + _CHAIN_BYTES
-MOST_SCALARS = (2**16 - 1 - _STEP_PAYLOAD.size) // 8  # of a step: directions times regions
+MOST_SCALARS = (2**16 - 1 - _STEP_PAYLOAD.size) // 8  # of a step: directions times patch groups
 FSYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class StepEntry:
-    """A step that was done. A skipped one (NaN or infinite loss) changed nothing but counts."""
+    """A step that was done. A skipped one (NaN or infinite loss) is counted but changed nothing."""
 
     step: int
     seed: int
@@ -62,7 +63,7 @@ class StepEntry:
 
 @dataclass(frozen=True)
 class NoteEntry:
-    """Something that was not a step: kind "resume", and its facts."""
+    """An entry that is no step: its kind ("resume") and its facts."""
 
     kind: str
     content: Mapping[str, Any]

@@ -1,5 +1,4 @@
-"""Strength, mixing and undo: straight lines in log-scales between a base and what was tuned from
-it.
+"""Strength, mixing and undo: interpolate log-scales between a base and tuned scales.
 
     s = base · Π_i (tuned_i / base) ^ weight_i
 
@@ -17,7 +16,7 @@ from qzo_diffusion.core.scales import ScaleSet
 
 
 def merge_changes_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
-    """Set the live scales, which must hold the base, to the blend of all `(tuned scales, weight)`.
+    """Set the live scales, which must hold the base, to the mix of all `(tuned scales, weight)`.
 
     Raises:
         ModelError: other layers or shapes than the base has, or numbers that no scale can have.
@@ -41,10 +40,11 @@ def merge_changes_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor],
         if len(parts) == 1 and parts[0][1] == 1:
             live.copy_(parts[0][0])
         elif parts:
-            live.copy_(_finite(name, _blended(live, parts)))
+            live.copy_(_finite(name, _mixed(live, parts)))
 
 
-def _blended(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+def _mixed(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """base · Π (tuned / base)^weight; linear and not below zero where a scale is zero."""
     exponent, straight = torch.zeros_like(base), base.clone()
     has_logarithm = base > 0
     for tensor, weight in parts:
@@ -54,18 +54,18 @@ def _blended(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
     return torch.where(has_logarithm, base * torch.exp(exponent), straight.clamp(min=0))
 
 
-def _finite(name: str, blended: Tensor) -> Tensor:
-    if not bool(blended.isfinite().all()):
+def _finite(name: str, mixed: Tensor) -> Tensor:
+    if not bool(mixed.isfinite().all()):
         raise ModelError(
             f"strengths or weights that make the scales of {name} infinite",
             "scales that are finite",
             "give smaller ones",
         )
-    return blended
+    return mixed
 
 
 def check_fits(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
-    """Whether `tensors` can take the place of the live scales, which must hold the base.
+    """Check that `tensors` can take the place of the live scales, which must hold the base.
 
     Raises:
         ModelError: other layers, shapes or dtypes; numbers that are not finite; a scale of the

@@ -1,13 +1,13 @@
-"""Random directions z that are never stored: drawn again from (run seed, step, direction, tensor
-name) whenever needed.
+"""Random directions z, drawn again from (run seed, step, direction, tensor name) whenever needed
+and never stored.
 
 The bits come from a counter-based generator (Philox, through numpy, whose bit stream is fixed
 across versions and machines), keyed by a hash, so any tensor's z can be drawn alone, in any order,
 on any rank. Rejected: `torch.randn` after a seed. Its stream differs between CPU and CUDA, is not
 chunk-invariant, and seeding it three times a step would also reset everyone else's noise.
-Rademacher z = ±1 is the default direction: one bit a number, exact in any precision, and the least
-variance of zᵀHz (Spall 1992). Gaussian z follows the papers; numpy may change its Gaussian stream
-between versions, so it is not portable."""
+Rademacher z = ±1 is the default direction: one bit an element, exact in any precision, and the
+least variance of zᵀHz (Spall 1992). Gaussian z follows the papers; numpy may change its
+Gaussian stream between versions, so it is not portable."""
 
 import hashlib
 import math
@@ -25,24 +25,18 @@ Distribution = Literal["rademacher", "gaussian"]
 
 
 def derive_key(*parts: int | str, bits: int = 128) -> int:
-    """A key of `bits` bits from any number of parts, the same on every machine (blake2b, never
-    `hash()`).
-    """
+    """A key of `bits` bits from any parts, the same on every machine (blake2b, never `hash()`)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=bits // 8).digest(), "little")
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator of its own for data noise and noise levels; the global random state is never
-    touched.
-    """
+    """A new CPU generator keyed by `parts`, for data noise and noise levels."""
     return torch.Generator().manual_seed(derive_key(*parts, bits=64) >> 1)
 
 
 class _Generators(threading.local):
-    """One Philox for each thread: to give it another key takes a fifth of the time that making one
-    does.
-    """
+    """One Philox generator for each thread: a new key takes a fifth of the time of a new one."""
 
     def __init__(self) -> None:
         self._philox, self._zeros = np.random.Philox(key=0), np.zeros(4, dtype=np.uint64)
@@ -51,8 +45,9 @@ class _Generators(threading.local):
         self._at_beginning: Any = {"bit_generator": "Philox", **nothing_buffered}
 
     def keyed(self, *parts: int | str) -> np.random.Philox:
-        """At the beginning of the stream of `np.random.Philox(key=derive_key(*parts))`, until it is
-        asked for again.
+        """The generator at the start of the stream `np.random.Philox(key=derive_key(*parts))`.
+
+        The next call gives it another key.
         """
         key = np.frombuffer(derive_key(*parts).to_bytes(16, "little"), dtype="<u8")
         self._philox.state = self._at_beginning | {"state": {"counter": self._zeros, "key": key}}
@@ -63,29 +58,27 @@ _generators = _Generators()
 
 
 def bits_drawn(numel: int) -> int:
-    """How many bits a draw of `numel` gives: whole words."""
+    """How many bits a draw for `numel` elements has: whole words of 64."""
     return -(-numel // 64) * 64
 
 
 def packed_bits(numel: int, *parts: int | str) -> PackedBits:
-    """uint8 [8 · words]: the Philox words that hold `numel` bits, little-endian, so that the lowest
-    bit of a word comes first.
-    """
+    """Draw `numel` random bits: uint8 [8 · words] of Philox, the lowest bit of a word first."""
     words = _generators.keyed(*parts).random_raw(bits_drawn(numel) // 64)
     return np.ascontiguousarray(words, dtype="<u8").view(np.uint8)
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One random direction over all trained numbers.
+    """One random direction in the space of θ.
 
     Args:
         seed: of the run.
         step: counted from 0.
         index: of the direction within its step.
         distribution: "rademacher" or "gaussian".
-        regions: how many z of their own the regions of an example have for the numbers of pointwise
-            layers (`core.grouped`).
+        patch_groups: how many z token-wise layers have, one for each patch group of an example
+            (`core.grouped`).
     """
 
     seed: int
@@ -97,23 +90,22 @@ class Direction:
     def z(self, name: str, like: Tensor, each: bool = False) -> Tensor:
         """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1.
 
-        With `each`, [regions, *shape].
+        With `each` there is one for each patch group, [patch groups, *shape].
         """
         if self.distribution == "gaussian":
             return self._gaussian(name, like, each)
         return self._choose(name, like, each, 1.0, -1.0)
 
     def exp_z(self, name: str, like: Tensor, radius: float, each: bool = False) -> Tensor:
-        """exp(radius · z). For Rademacher z one of two constants computed in float64, so no `exp`
-        runs over a tensor.
-        """
+        """exp(radius · z); for Rademacher z each element is one of two constants from float64."""
         if self.distribution == "gaussian":
             return torch.exp(radius * self._gaussian(name, like, each))
         return self._choose(name, like, each, math.exp(radius), math.exp(-radius))
 
     def packed(self, name: str, numel: int, each: bool = False) -> PackedBits:
-        """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte; with `each`,
-        [regions, bytes of whole words].
+        """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte.
+
+        With `each`, [patch groups, bytes of whole words].
         """
         bits = packed_bits(
             (self.patch_groups if each else 1) * bits_drawn(numel),
@@ -142,4 +134,5 @@ class Direction:
 def directions_of_step(
     seed: int, step: int, count: int, distribution: Distribution, patch_groups: int = 1
 ) -> tuple[Direction, ...]:
+    """The first `count` directions of a step."""
     return tuple(Direction(seed, step, index, distribution, patch_groups) for index in range(count))

@@ -1,9 +1,8 @@
-"""What is done with the estimate: SGD, momentum or Adam on the trained numbers, and the schedule of
-the learning rate.
+"""Update θ with the estimate: SGD, momentum or Adam, and the schedule of the learning rate.
 
 The gradient estimate of a step is ĝ = mean over directions of (projected_grad · z). SGD moves along
-each direction in turn and stores nothing. Momentum stores one number per trained number, Adam two
-(one and a single scalar with one Rademacher direction a step, where ĝ² is the same everywhere).
+each direction in turn and stores nothing. Momentum stores one tensor like θ, Adam two (one and a
+scalar with a single Rademacher direction a step, where ĝ² is the same everywhere).
 Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused forms (`addcmul`,
 `lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit."""
 
@@ -24,8 +23,9 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Update:
-    """What a step changes follows from this, and a journal keeps no more: a scalar for each region
-    of each direction, the rate.
+    """Everything that a step's change of θ follows from, and all that a journal keeps of it.
+
+    `projected_grad` has a scalar for each patch group of each direction.
     """
 
     directions: tuple[Direction, ...]
@@ -42,7 +42,7 @@ class Optimizer(Protocol):
 
 
 def gradient_of(parametrization: Parametrization, update: Update, name: str) -> Tensor:
-    """ĝ of one name's numbers: the mean of projected_grad · z over directions and regions."""
+    """ĝ for the θ of one name: the mean of projected_grad · z over directions and patch groups."""
     count = len(update.projected_grad)
     return parametrization.combined(
         name, update.directions, [g / count for g in update.projected_grad]
@@ -153,16 +153,17 @@ class Adam:
             )
 
 
-class RunningSpread:
-    """√(running mean of squares), without the bias of a short past: Adam's second moment of one
-    number. 1 while all were 0.
+class RunningRms:
+    """√(running mean of squares), corrected for a short past as Adam's second moment is.
+
+    1 while all values were 0.
     """
 
     def __init__(self, decay: float) -> None:
         self._decay, self._count, self._square = decay, 0, 0.0
 
     def after(self, square: float) -> float:
-        """The spread, this one included."""
+        """The rms, this square included."""
         self._count += 1
         self._square = self._decay * self._square + (1 - self._decay) * square
         return math.sqrt(self._square / (1 - self._decay**self._count)) or 1.0
@@ -172,20 +173,20 @@ class RunningSpread:
         return torch.tensor([self._count, self._square], dtype=torch.float64)
 
     def load_state_(self, state: Tensor | None) -> None:
-        """None: there is no past."""
+        """None stands for no past."""
         count, self._square = (0, 0.0) if state is None else state.tolist()
         self._count = int(count)
 
 
-class InRunningSpreads:
-    """Derivatives in units of their running spread, for any optimizer.
+class InRunningRms:
+    """Divide derivatives by their running rms, then update with any optimizer.
 
-    One learning rate then suits losses of any scale, as where each step is divided by its own
-    spread; but a step that found little does not count as much as one that found a lot, which
-    biases the estimate."""
+    One learning rate then suits losses of any scale, as with division by each step's own rms. That
+    one gives a step of small derivatives as much weight as one of large ones, which biases the
+    estimate; this one does not."""
 
     def __init__(self, inner: Optimizer, decay: float = 0.9) -> None:
-        self._inner, self._rms = inner, RunningSpread(decay)
+        self._inner, self._rms = inner, RunningRms(decay)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         unit = self._rms.after(rms(update.projected_grad, update.directions[0].patch_groups) ** 2)
@@ -206,12 +207,13 @@ class InRunningSpreads:
 
 OptimizerName = Literal["sgd", "momentum", "adam"]
 ScheduleName = Literal["constant", "linear", "cosine", "hold", "inverse_sqrt"]
-INVERSE_SQRT_STEPS = 32  # after which the rate is 1 / √2 of what it began with
+INVERSE_SQRT_STEPS = 32  # after them the rate is 1 / √2 of the first
 
 
-def make_optimizer(name: OptimizerName, in_running_spreads: bool = False) -> Optimizer:
+def make_optimizer(name: OptimizerName, in_running_rms: bool = False) -> Optimizer:
+    """The optimizer by its name in a config."""
     chosen: Optimizer = {"sgd": Sgd, "momentum": Momentum, "adam": Adam}[name]()
-    return InRunningSpreads(chosen) if in_running_spreads else chosen
+    return InRunningRms(chosen) if in_running_rms else chosen
 
 
 def agree_until(first: Schedule, second: Schedule, steps: int) -> int:
@@ -222,13 +224,12 @@ def agree_until(first: Schedule, second: Schedule, steps: int) -> int:
 def make_schedule(
     name: ScheduleName, lr: float, total_steps: int, warmup_steps: int = 0
 ) -> Schedule:
-    """The learning rate at a step counted from 0: linear warm-up to `lr`, then constant, or falling
-    to zero at `total_steps`.
+    """The learning rate by step, counted from 0: warm-up to `lr`, then constant or falling to zero.
 
-    Noise goes with the sum of squared rates, what is learned with their sum: an even rate gets
-    furthest, a start can take more, and an end should leave no noise. "hold" is at 5/8 of lr after
-    an eighth, "inverse_sqrt" falls like 1 / √(1 + step / 32) and so does the same in a longer run;
-    both go to zero in the last 3/10."""
+    Noise grows with the sum of squared rates and progress with their sum. So an even rate gets
+    furthest, the start can take more, and the end should leave no noise. "hold" falls to 5/8 of lr
+    in the first eighth; "inverse_sqrt" falls as 1 / √(1 + step / 32), whatever `total_steps` is.
+    Both fall to zero in the last 3/10."""
 
     def at(step: int) -> float:
         if step < warmup_steps:

@@ -1,9 +1,8 @@
-"""The first-order gradient of the trained numbers by autograd, for small models: what an estimate
-is compared with.
+"""The exact gradient of θ by autograd, for small models, to compare an estimate with.
 
-Benchmarks and diagnostics alone ask for it; training never differentiates. For a weight W = s · c,
-the gradient with respect to a log-scale is the sum of dL/dW ∘ W over the weights that it scales;
-that of a row, a block column or a layer is a sum of those."""
+Only benchmarks and diagnostics use it; training never differentiates. For a weight W = s · c, the
+gradient with respect to a log-scale is the sum of dL/dW ∘ W over the weights that it scales. That
+of a row, a block column or a layer is a sum of those."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from qzo_diffusion.core.spsa import Estimate
 
 class DifferentiableHandle(ScaleHandle, Protocol):
     def dequantized(self) -> Tensor:
-        """The weight [N, K] at the scales that are shown."""
+        """The weight [N, K] at the scales in use."""
         ...
 
 
@@ -36,8 +35,7 @@ def exact_gradient(
     theta: Dense | Grouped,
     handles: Iterable[DifferentiableHandle],
 ) -> dict[str, Tensor]:
-    """dL/dθ of the trained numbers where they are, by name, in the shapes of `numbers.numbers()`; L
-    is the mean over all examples.
+    """dL/dθ by name, in the shapes of `theta.templates()`; L is the mean over all examples.
 
     Args:
         handles: of all quantized layers of the model.
@@ -59,7 +57,7 @@ def exact_gradient(
         return {name: grids[name].view_as(live) for name, live in theta.templates().items()}
     return {
         key: torch.cat([_SUMS[theta.axis(key)](grids[name]) for name in theta.layers(key)])
-        for key in theta.theta
+        for key in theta.by_axis
     }
 
 
@@ -74,8 +72,8 @@ _SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 def _differentiable(
     scales: ScaleSet, handles: Iterable[DifferentiableHandle]
 ) -> Iterator[dict[str, Tensor]]:
-    """While open, gradients reach a δ per scale, [N, K / blocksize], all zero: the forward sees
-    shown scale · exp(δ).
+    """While open, forward passes use scale · exp(δ), with a δ of zeros [N, K / blocksize] per layer
+    that gradients reach.
     """
     deltas: dict[str, Tensor] = {}
     hooks = Hooks()
@@ -105,10 +103,12 @@ def _differentiable(
 
 @dataclass(frozen=True)
 class Alignment:
-    """How an estimate compares with the exact gradient of the same batch.
+    """How well an estimate agrees with the exact gradient of the same batch.
 
-    cosine: between the two. expected_cosine: what directions of length √D leave on average, √(n /
-    (n + D)) of n independent ones."""
+    Attributes:
+        cosine: between the two.
+        expected_cosine: √(n / (n + D)), the mean for n independent directions in D dimensions.
+    """
 
     cosine: float
     expected_cosine: float
@@ -117,6 +117,7 @@ class Alignment:
 
 
 def alignment(theta: Dense | Grouped, found: Estimate, exact: dict[str, Tensor]) -> Alignment:
+    """Compare an estimate with the exact gradient of the same batch."""
     update = Update(found.directions, found.projected_grad, lr=1.0)
     estimated = torch.cat([gradient_of(theta, update, name).double().flatten() for name in exact])
     wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])

@@ -1,16 +1,16 @@
-"""Which numbers are trained, and how the quantization scales follow from them.
+"""What is trained, and how the quantization scales follow from it.
 
-In relative units a trained number is θ = log(s / s0): eps and lr are then fractions of a scale, the
-same for every model and back-end, and a scale stays positive. The absolute units of the paper are
-kept so that the two can be compared in one run.
+In relative units θ = log(s / s0) is trained: eps and lr are fractions of a scale, the same for
+every model and back-end, and scales stay positive. The paper's absolute units are kept for
+comparison.
 
-| class         | numbers                              | scale in the forward  | update          |
+| class         | trained                              | scale in the forward  | update          |
 |---------------|--------------------------------------|-----------------------|-----------------|
-| Dense         | one per scale                        | s · exp(±ε z)         | s <- s · exp(δ) |
-| DenseAbsolute | one per scale                        | s ± ε z               | s <- max(s+δ,0) |
+| Dense         | θ of each scale                      | s · exp(±ε z)         | s <- s · exp(δ) |
+| DenseAbsolute | each scale                           | s ± ε z               | s <- max(s+δ,0) |
 | Grouped       | one θ per layer, row or block column | s · exp(Σ θ ± ε z)    | θ <- θ + δ      |
 
-A new level needs the methods of `Parametrization` and nothing else; estimator, optimizer and loop
+A new class needs the methods of `Parametrization` and nothing else; estimator, optimizer and loop
 do not know which one runs."""
 
 from collections.abc import Sequence
@@ -29,29 +29,25 @@ class Parametrization(Protocol):
 
     @property
     def scales_activations(self) -> bool:
-        """Whether changes can be shown as factors of inputs and outputs, other ones for every
-        example.
-        """
+        """Whether a change of θ is a factor of inputs and outputs, so that examples can differ."""
         ...
 
     def templates(self) -> dict[str, Tensor]:
-        """A tensor per name with the shape, dtype and device of the trained numbers."""
+        """Tensors with the names, shapes, dtype and device of θ."""
         ...
 
     def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
-        """The scales at (numbers + radius · z) for `ScaleSet.showing`; without a direction, at the
-        numbers themselves.
-        """
+        """The scales at θ + radius · z, for `ScaleSet.override`; at θ without a direction."""
         ...
 
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
     ) -> tuple[Override | None, ActivationScaling | None]:
-        """The same for one forward over a group of examples for each radius and direction:
-        arguments of `ScaleSet.showing`.
+        """Arguments of `ScaleSet.override` for one forward pass over several groups of examples.
 
-        All directions of the first radius come first. Where directions have regions, their examples
-        are divided into as many runs of tokens in layers that treat tokens apart.
+        Each radius and direction has a group, all directions of the first radius before the next.
+        Where directions have patch groups, token-wise layers divide each example's tokens into as
+        many runs.
 
         Raises:
             ValueError: more than one group without `scales_activations`.
@@ -61,44 +57,40 @@ class Parametrization(Protocol):
     def combined(
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
     ) -> Tensor:
-        """Σ amounts[i] · z of one name's numbers, a new tensor.
+        """Σ amounts[i] · z for the θ of one name, a new tensor.
 
-        Each direction has as many amounts in a row as it has regions.
+        Each direction has an amount for each of its patch groups, one after the other.
         """
         ...
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
-        """numbers += Σ amounts[i] · z, as `combined`."""
+        """θ += Σ amounts[i] · z, as `combined`."""
         ...
 
     def add_(self, name: str, delta: Tensor) -> None:
-        """numbers of `name` += delta."""
+        """θ of one name += delta."""
         ...
 
     def merge_(self) -> None:
-        """Write everything into the live scales, so that the plain forward equals the viewed
-        one.
-        """
+        """Write θ into the live scales: a plain forward pass then sees it."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The trained numbers themselves (live, not copies), enough to continue from."""
+        """θ itself (live tensors, not copies), enough to continue from."""
         ...
 
     def load_state_(self, state: dict[str, Tensor]) -> None: ...
 
 
 def exp(theta: Tensor) -> Tensor:
-    """By float64, rounded once: the same bits on every machine, where those of fp32 differ between
-    a CPU and a GPU.
-    """
+    """exp(θ) in float64, rounded once: in fp32 a CPU and a GPU give other bits."""
     return torch.exp(theta.double()).to(theta.dtype)
 
 
 def only_probe(
     theta: Parametrization, directions: Sequence[Direction], radii: Sequence[float]
 ) -> tuple[Override | None, None]:
-    """`probes` of numbers that have no gains.
+    """`probes` of a parametrization that does not scale activations.
 
     Raises:
         ValueError: more than one group.
@@ -111,23 +103,23 @@ def only_probe(
 
 
 def tuned_scales(theta: Parametrization) -> dict[str, Tensor]:
-    """The scales of all layers as a forward at the numbers sees them; nothing is merged or
-    changed.
-    """
-    view, shown = theta.perturbed(), theta.scales.tensors()
-    for chunk in theta.scales.chunks() if view is not None else ():
-        shown |= view(chunk)  # type: ignore[misc]
-    return shown
+    """The scales of all layers at θ; nothing is merged or changed."""
+    override, tuned = theta.perturbed(), theta.scales.tensors()
+    for chunk in theta.scales.chunks() if override is not None else ():
+        tuned |= override(chunk)  # type: ignore[misc]
+    return tuned
 
 
 def copy_by_name_(target: dict[str, Tensor], source: dict[str, Tensor]) -> None:
-    """Raises ValueError when names or shapes differ."""
+    """Copy tensors by name; raises ValueError when names or shapes differ."""
     if target.keys() != source.keys():
-        raise ValueError(f"state of other numbers: {sorted(target.keys() ^ source.keys())[:3]}")
+        raise ValueError(
+            f"state of another parametrization: {sorted(target.keys() ^ source.keys())[:3]}"
+        )
     for name, tensor in target.items():
         if tensor.shape != source[name].shape:
             raise ValueError(
-                f"state of other numbers: {name} has {tuple(source[name].shape)}, not "
+                f"state of another parametrization: {name} has {tuple(source[name].shape)}, not "
                 f"{tuple(tensor.shape)}"
             )
     for name, tensor in target.items():

@@ -1,9 +1,7 @@
-"""Losses at probes, as few forwards as memory allows: several probes of a batch run as copies of it
-in one.
+"""Evaluate losses at several probes in as few forward passes as memory allows.
 
-Where trained numbers are factors of inputs and outputs, each copy sees numbers of its own, and the
-weights are read and dequantized once for all of them.
-"""
+Where θ scales activations, a batch is repeated and each copy has its own θ: the weights are read
+and dequantized once for all probes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,15 +15,12 @@ from qzo_diffusion.core.parametrization import Parametrization
 
 Batch = TypeVar("Batch")
 Objective = Callable[[Batch], Tensor]
-"""A micro-batch -> one loss per example, [B], or one per region of each example, [B, R]; the mean
-over regions is the example's.
-
-Its randomness is in the micro-batch, so it can be evaluated again.
-"""
+"""A micro-batch -> one loss per example, [B], or one per patch group of each example, [B, P], whose
+mean is the example's loss. All randomness is in the micro-batch, so it can be evaluated again."""
 
 
 def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float]:
-    """One loss per example, or per region of each; no gradient is recorded."""
+    """One loss per example, or per patch group of each; no gradient is recorded."""
     with torch.no_grad():
         losses: list[float] = (
             objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
@@ -34,8 +29,9 @@ def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float
 
 
 def repeated(batch: Any, times: int) -> Any:
-    """All examples of a batch and then all again, so many times; None for what is no tensor and has
-    no method `repeated`.
+    """A batch of `times` copies of all examples, one copy after the other.
+
+    None where the batch is no tensor and has no method `repeated`.
     """
     if isinstance(batch, Tensor):
         return torch.cat([batch] * times)
@@ -44,10 +40,12 @@ def repeated(batch: Any, times: int) -> Any:
 
 @dataclass(frozen=True)
 class Probes(Generic[Batch]):
-    """How a batch is probed: at every radius along every direction.
+    """Probe a batch at every radius along every direction.
 
-    radii: in the numbers' units, with their sign. copies: the most probes in one forward; None is
-    all of them."""
+    Args:
+        radii: with their sign, in the parametrization's units.
+        probes_per_forward: the most probes in one forward pass; None is all of them.
+    """
 
     objective: Objective[Batch]
     theta: Parametrization
@@ -57,10 +55,10 @@ class Probes(Generic[Batch]):
     def losses(
         self, batch: Batch, directions: Sequence[Sequence[Direction]]
     ) -> list[list[list[float]]]:
-        """By radius and then by direction the losses of all examples.
+        """Losses [radius][direction][example].
 
         Args:
-            directions: the first for all examples, then the second; each is one, or one for every
+            directions: each entry is one direction that all examples share, or one for each
                 example.
         """
         probes_per_forward = (
@@ -85,7 +83,7 @@ class Probes(Generic[Batch]):
         directions_at_once: int,
         radii_at_once: int,
     ) -> list[list[list[float]]]:
-        """Empty when copies can't be made, or not told apart."""
+        """As `losses`; empty where the batch can't be repeated or gives one loss for all copies."""
         found: list[list[list[float]]] = [[] for _ in self.radii]
         for start in range(0, len(directions), directions_at_once):
             part = directions[start : start + directions_at_once]
@@ -101,8 +99,9 @@ class Probes(Generic[Batch]):
     def _forward(
         self, batch: Batch, directions: Sequence[Sequence[Direction]], radii: Sequence[float]
     ) -> list[list[float]]:
+        """One forward pass: losses [radius and direction][example]; empty as in `_in_parts`."""
         probes_per_forward = len(directions) * len(radii)
-        copied = batch
+        copied = batch  # repeated below where there are several probes
         if probes_per_forward > 1:
             copied = repeated(batch, probes_per_forward)
             if copied is None:

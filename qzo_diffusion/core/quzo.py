@@ -8,21 +8,21 @@ E[Q(x)] = x:
     c <- c - Σ Q(η μ / n · Q2(u))        over n directions
 
 Q1 and Q2 round the same u with independent randomness, so E[p Q2(u)ᵀ] / ε = I; one rounding used
-twice would be biased. Everything is in units of a code. A number whose step would leave the range
-of its codes stays where it is. Var(p / ε) grows as 1 / ε below a code, so a probe may also show c ±
-ε u in floating point, a layer at a time ("float").
+twice would be biased. Everything is in units of a code. A code that would leave its range stays as
+it is. Var(p / ε) grows as 1 / ε for ε below a code, so a probe may also use c ± ε u in floating
+point, a layer at a time ("float").
 
 Most updates are far below one code: rounded at random they are a random walk, rounded to nearest
 they are lost. Error feedback (arXiv 2602.03120) carries what rounding left, e, to the next step:
 
     v = -η ĝ + γ e;   c <- c + round(v);   e = v - round(v)
 
-and e is not stored but computed again from the seeds and scalars of the last steps; γ has forgotten
-what came before them. There ĝ is divided by the running spread of μ, so that η is what a typical
-step moves, in codes, whatever the loss and the format.
+and e is not stored but computed again from the seeds and scalars of the last steps; γ makes earlier
+ones negligible. Here ĝ is divided by the running rms of μ, so η is the length of a typical step in
+codes, for any loss and format.
 
-All noise is drawn in blocks of 2^18 numbers, each with a key of its own: beyond the codes a step
-needs a few MB."""
+All noise is drawn in blocks of 2^18 codes, each with its own key: a step needs a few MB beyond the
+codes."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.noise import Direction, packed_bits
-from qzo_diffusion.core.optimizer import RunningSpread, Update
+from qzo_diffusion.core.optimizer import RunningRms, Update
 from qzo_diffusion.core.parametrization import Parametrization, copy_by_name_, only_probe
 from qzo_diffusion.core.scales import Override, ScaleSet
 
@@ -41,7 +41,7 @@ Probe = Literal["codes", "float"]
 
 
 class Grid(Protocol):
-    """How codes are stored. Their order is that of the weights they stand for."""
+    """How codes are stored, in the order of the weights that they stand for."""
 
     low: int
     high: int
@@ -81,13 +81,13 @@ def stochastic_round(x: Tensor, *key: int | str) -> Tensor:
 
 
 class Codes:
-    """Every code of every layer is a trained number.
+    """Train every code of every layer.
 
     Args:
-        scales: the live codes in the place of scales, as they are stored.
+        scales: the live codes as they are stored, in the place of scales.
         grids: how each layer stores them.
         trained: names of the layers that take part; None is all.
-        probe: whether a forward sees rounded codes or c ± ε u itself.
+        probe: whether a forward pass uses rounded codes or c ± ε u itself.
     """
 
     scales_activations = False
@@ -109,37 +109,36 @@ class Codes:
         if direction is None:
             return None
 
-        def shown(names: Sequence[str]) -> dict[str, Tensor]:
+        def override(names: Sequence[str]) -> dict[str, Tensor]:
             return {
                 name: self._probed(name, direction, radius)
                 for name in names
                 if name in self._trained
             }
 
-        return shown
+        return override
 
     def _probed(self, name: str, direction: Direction, radius: float) -> Tensor:
         """The layer's codes at ±ε: as they are stored, or fp32 [N, K]."""
         grid, live = self._grids[name], self._trained[name]
         if self._probe == "float":
-            shown = torch.empty(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
+            probed = torch.empty(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
         else:
-            shown = torch.empty_like(live)
+            probed = torch.empty_like(live)
         for index, part in self._blocks(name):
             codes = grid.codes(live.view(-1)[part])
             u = _direction(direction, name, index, codes)
             if self._probe == "float":
-                shown.view(-1)[part.start * grid.per_byte : part.stop * grid.per_byte] = codes.add_(
-                    u.mul_(radius)
-                )
+                place = slice(part.start * grid.per_byte, part.stop * grid.per_byte)
+                probed.view(-1)[place] = codes.add_(u.mul_(radius))
                 continue
             p = stochastic_round(u.mul_(abs(radius)), *_key(direction, name, index), "probe")
             codes = codes.add_(p) if radius > 0 else codes.sub_(p)
-            shown.view(-1)[part] = grid.stored(codes.clamp_(grid.low, grid.high))
-        return shown
+            probed.view(-1)[part] = grid.stored(codes.clamp_(grid.low, grid.high))
+        return probed
 
     def _blocks(self, name: str) -> Iterator[tuple[int, slice]]:
-        """Number and place of each block in the stored bytes, flat."""
+        """Index of each block, and its slice of the stored bytes, flat."""
         total, size = self._trained[name].numel(), BLOCK // self._grids[name].per_byte
         return (
             (index, slice(start, min(start + size, total)))
@@ -154,7 +153,7 @@ class Codes:
     def combined(
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
     ) -> Tensor:
-        """Σ amounts[i] · Q2(u_i), fp32 [N, K]: what an update would be before it is rounded."""
+        """Σ amounts[i] · Q2(u_i), fp32 [N, K]: an update before it is rounded."""
         grid, live = self._grids[name], self._trained[name]
         total = torch.empty(live.shape[0], live.shape[1] * grid.per_byte, device=live.device)
         for index, part in self._blocks(name):
@@ -177,17 +176,17 @@ class Codes:
                     self._add_(name, part, change)
 
     def move_with_feedback_(self, past: Sequence[Move], now: Move, decay: float) -> None:
-        """codes += round(v) for v = Σ amounts[i] · Q2(u_i) + decay · e; e is what rounding left of
-        the `past` moves, oldest first.
+        """codes += round(v) for v = Σ amounts[i] · Q2(u_i) + decay · e.
 
-        What a gated number could not take counts as taken: e depends on seeds and scalars alone.
+        e is the rounding error of the `past` moves, oldest first. Updates blocked at the range
+        limit are dropped, not carried over: e depends on seeds and scalars alone.
         """
         signs = all(
             direction.distribution == "rademacher" for move in past for direction in move.directions
         )
         for name in self._trained:
             for index, part in self._blocks(name):
-                left, bound = self._nothing(name, part), 0.0
+                left, bound = self._zeros(name, part), 0.0
                 for move in past:
                     left.mul_(decay).add_(self._wanted(name, index, part, move))
                     bound = decay * bound + sum(map(abs, move.amounts))
@@ -209,14 +208,14 @@ class Codes:
         assert total is not None
         return total
 
-    def _nothing(self, name: str, part: slice) -> Tensor:
+    def _zeros(self, name: str, part: slice) -> Tensor:
         return torch.zeros(self._size(name, part), device=self._trained[name].device)
 
     def _size(self, name: str, part: slice) -> int:
         return int(part.stop - part.start) * self._grids[name].per_byte
 
     def _add_(self, name: str, part: slice, change: Tensor) -> None:
-        """Whole numbers, gated at the range's edge."""
+        """Add whole numbers; a code that would leave its range stays."""
         grid, place = self._grids[name], self._trained[name].view(-1)[part]
         codes = grid.codes(place)
         moved = change.add_(codes)
@@ -228,7 +227,7 @@ class Codes:
         raise ValueError("codes move in whole steps; use optimizer sgd or feedback")
 
     def merge_(self) -> None:
-        """Nothing to do: the numbers are what the forward reads."""
+        """Nothing to do: forward passes read the codes themselves."""
 
     def state(self) -> dict[str, Tensor]:
         return self._trained
@@ -238,19 +237,18 @@ class Codes:
 
 
 class ErrorFeedback:
-    """Normalised SGD on codes that carries what rounding left; see above.
+    """Normalised SGD on codes that carries rounding errors on to the next step; see above.
 
     Args:
         decay: γ.
-        steps: how many past steps e is computed from. What came before has less than γ^steps of its
-            weight.
-        spread_decay: of the running mean of μ².
+        steps: how many past steps e is computed from; earlier ones would weigh less than γ^steps.
+        rms_decay: of the running mean of μ².
     """
 
-    def __init__(self, decay: float = 0.95, steps: int = 40, spread_decay: float = 0.95) -> None:
+    def __init__(self, decay: float = 0.95, steps: int = 40, rms_decay: float = 0.95) -> None:
         self.decay, self.steps = decay, steps
         self._past: list[Move] = []
-        self._rms = RunningSpread(spread_decay)
+        self._rms = RunningRms(rms_decay)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         if not isinstance(parametrization, Codes):
@@ -315,7 +313,7 @@ def _direction(direction: Direction, name: str, index: int, like: Tensor) -> Ten
 def _rounded_direction(
     direction: Direction, name: str, index: int, like: Tensor, numel: int | None = None
 ) -> Tensor:
-    """Q2(u) of one block, fp32; signs are whole as they are."""
+    """Q2(u) of one block, fp32; signs need no rounding."""
     flat = like.new_empty(like.numel() if numel is None else numel, dtype=torch.float32)
     u = _direction(direction, name, index, flat)
     return (

@@ -1,14 +1,12 @@
-"""The live quantization scales of a model, and a lens that shows changed ones to a forward without
-writing them.
+"""The live quantization scales of a model, and overrides that a forward pass uses instead.
 
-`s += εz; s -= 2εz; s += εz` does not restore s (measured after 1,000 rounds: 7e-6 relative in fp32,
-54 % in bf16) and leaves it displaced when a forward raises. Here layers are handed temporary
-tensors, a few neighbouring layers at a time, and get the live ones back when others are shown or
-the lens is closed: the live scales themselves are never touched.
+Weights are never modified. `s += εz; s -= 2εz; s += εz` does not restore s (after 1,000 rounds:
+7e-6 relative in fp32, 54 % in bf16), and an exception in between leaves it displaced. Here layers
+temporarily use other tensors, a few neighbouring layers at a time, and go back to the live ones
+afterwards.
 
-Numbers that belong to whole rows or to whole blocks of columns need no temporary scales at all,
-because they are factors of a layer's outputs and inputs; those can also differ from example to
-example (`core.activation_scaling`)."""
+θ of whole rows or block columns needs no temporary scales: it scales a layer's outputs and inputs,
+and can differ from example to example (`core.activation_scaling`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,32 +21,27 @@ from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.weights import WeightHandle
 
 OVERRIDDEN_AT_ONCE = 2**20
-"""Neighbouring layers are shown together up to this many scales (4 MB, about three layers of SD3.5
-Large). Fewer, larger operations: between two layers of a forward each Python call costs several
-times what it costs in a row, since the products have emptied the caches (measured on `tiny`: 360
-against 50 microseconds a layer)."""
-# a block of SD3.5 Large: launching costs the same whatever the size
+"""Neighbouring layers are overridden together up to this many scales (4 MB, about three layers of
+SD3.5 Large): between two layers of a forward pass a Python call costs several times as much as in a
+row, since the products have emptied the caches (on `tiny`: 360 against 50 microseconds a layer)."""
+# a block of SD3.5 Large: a launch costs the same for any size
 OVERRIDDEN_ON_GPU = 4 * OVERRIDDEN_AT_ONCE
-FEW = 2**18  # are shown at once whatever they are of
-# whose factors are several for each scale, when many examples each have their own
-FEW_WITH_SCALING = 2**15
+FEW = 2**18  # scales that are overridden at once in models of any size
+FEW_WITH_SCALING = 2**15  # the same where each example has factors of its own
 
 
 def overridden_at_once(numel: int, device: str, few: int = FEW) -> int:
-    """Most scales that neighbouring layers are shown with, in a model of `numel`: an eighth, so
-    that it stays small beside them.
-    """
+    """The most scales that are overridden at once in a model of `numel`: about an eighth."""
     return min(OVERRIDDEN_AT_ONCE if device == "cpu" else OVERRIDDEN_ON_GPU, max(few, numel // 8))
 
 
 Override = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Names of layers -> the scales that their forwards shall see; a layer that is left out sees its
-live ones.
-"""
+"""Names of layers -> the scales that their forward passes use; a layer that is left out uses its
+live ones."""
 
 
 class ScaleHandle(Protocol):
-    """What a quantization back-end says about one layer."""
+    """One quantized layer, whichever back-end it comes from."""
 
     @property
     def name(self) -> str: ...
@@ -67,9 +60,9 @@ class ScaleHandle(Protocol):
 
 
 class ScaleSet:
-    """The live fp32 scales by layer name: the only copy of them.
+    """Hold the live fp32 scales by layer name; there is no other copy.
 
-    `weights` names those that are no scales but unquantized tensors.
+    `weights` names the entries that are unquantized tensors.
 
     Args:
         handles: one per quantized layer or unquantized tensor.
@@ -120,7 +113,7 @@ class ScaleSet:
         return self._live[name]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors themselves, not copies."""
+        """All live tensors by name, not copies."""
         return dict(self._live)
 
     def rows(self, name: str) -> int:
@@ -144,15 +137,19 @@ class ScaleSet:
 
     @contextmanager
     def override(
-        self, view: Override | None = None, scaling: ActivationScaling | None = None
+        self, scales: Override | None = None, scaling: ActivationScaling | None = None
     ) -> Iterator[None]:
-        """While open, every quantized layer's forward sees the scales of `view` and is multiplied
-        by `gains`; None changes nothing.
+        """While open, layers use other scales and scale their inputs and outputs; None changes
+        nothing.
 
-        Views do not add up: an inner one replaces the outer one until it is closed.
+        An inner override replaces the outer one until it is closed. Everything is put back bit for
+        bit, whatever exception or interrupt comes.
         """
         chunks = self._chunks if scaling is None else self._chunks_with_scaling
-        outer, override = self._active, _Override(self._handles, self._live, chunks, view, scaling)
+        outer, override = (
+            self._active,
+            _Override(self._handles, self._live, chunks, scales, scaling),
+        )
         try:
             try:
                 if outer is not None:
@@ -184,21 +181,21 @@ class ScaleSet:
 
 
 class _Override:
-    """One view: the hooks it needs, and what must be put back."""
+    """One open override: its hooks, and everything that must be put back."""
 
     def __init__(
         self,
         handles: Mapping[str, ScaleHandle],
         live: Mapping[str, Tensor],
         chunks: Sequence[Sequence[str]],
-        view: Override | None,
+        scales: Override | None,
         scaling: ActivationScaling | None,
     ) -> None:
         self._handles, self._live, self._chunks, self._override, self._scaling = (
             handles,
             live,
             chunks,
-            view,
+            scales,
             scaling,
         )
         self._chunk: int | None = None
@@ -220,7 +217,7 @@ class _Override:
 
     def _set_hooks(self) -> None:
         if len(self._chunks) == 1:
-            self._show(0)
+            self._set(0)
         for index, chunk in enumerate(self._chunks):
             for name in chunk:
                 handle, factors = self._handles[name], self._factors.get(name)
@@ -233,7 +230,7 @@ class _Override:
                     self._hooks.after(module, self._after(name))
 
     def close(self) -> None:
-        """Safe at any moment, also between two lines of `open` or `_show`."""
+        """Safe at any moment, also between two lines of `open` or `_set`."""
         self.is_open = False
         self._put_back()
         self._hooks.remove()
@@ -241,7 +238,7 @@ class _Override:
     def _before(self, name: str, chunk: int) -> Callable[..., Any]:
         def prepare(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if self._chunk != chunk:
-                self._show(chunk)
+                self._set(chunk)
             factors = self._factors.get(name)
             return (
                 (factors.scale_input(args[0]), *args[1:])
@@ -259,7 +256,8 @@ class _Override:
 
         return scale
 
-    def _show(self, chunk: int) -> None:
+    def _set(self, chunk: int) -> None:
+        """Override the layers of one chunk, after those of the chunk before are put back."""
         self._put_back()
         names = self._chunks[chunk]
         if self._scaling is not None:
@@ -267,7 +265,7 @@ class _Override:
             for name, layer_scaling in scaling.items():
                 bias = self._handles[name].module.bias
                 if layer_scaling.output is not None and isinstance(bias, nn.Parameter):
-                    # before it is gone: an interrupt in between must still be undone
+                    # noted first: an interrupt in between must still be undone
                     self._biases[name] = bias
                     self._handles[name].module.register_parameter("bias", without_bias(bias))
             self._factors = {
@@ -275,10 +273,10 @@ class _Override:
                 for name, layer_scaling in scaling.items()
             }
         if self._override is not None:
-            shown = self._override(names)
-            # before the first is shown: an interrupt in between must still be undone
+            scales_by_name = self._override(names)
+            # noted first: an interrupt in between must still be undone
             self._displaced = names
-            for name, scales in shown.items():
+            for name, scales in scales_by_name.items():
                 self._handles[name].override(scales)
         self._chunk = chunk
 

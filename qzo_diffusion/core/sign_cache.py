@@ -1,7 +1,7 @@
-"""Packed signs of a step's directions, where their numbers are.
+"""Keep the packed signs of a step's directions on the device.
 
-They are needed at +ε, at -ε and in the update, layer by layer; drawing costs the most, and on a GPU
-sending."""
+They are needed at +ε, at -ε and in the update, layer by layer. Drawing them costs the most,
+and on a GPU sending them."""
 
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
@@ -17,18 +17,18 @@ from qzo_diffusion.core.noise import Direction
 
 @dataclass(eq=False)
 class _Group:
-    """What some directions are for some numbers."""
+    """The signs of some directions for one tensor, or for several layers."""
 
-    theta: Hashable
+    name: Hashable
     directions: tuple[Direction, ...]
     bits: Tensor
 
 
 class SignCache:
-    """A bit a number, so 1/32 of the trained numbers for each direction kept.
+    """Signs by name and direction: 1/32 of the memory of θ for each direction kept.
 
-    Those of the directions asked for last all stay; older ones go when `limit` bytes are passed,
-    and all when another step's are asked for.
+    Signs of the directions asked for last all stay. Older ones go when `limit` bytes are passed,
+    and all go when another step's are asked for.
     """
 
     def __init__(self, limit: int = 2**25) -> None:
@@ -38,19 +38,22 @@ class SignCache:
     def packed(
         self,
         directions: Sequence[Direction],
-        theta: Hashable,
+        name: Hashable,
         draw: Callable[[Direction], PackedBits],
         device: torch.device,
         keep: bool = True,
     ) -> Tensor:
-        """[directions, *what `draw` gives of one], on `device`.
+        """The signs of several directions, [directions, *shape of a draw], on `device`.
 
-        numbers: says of which numbers they are the signs. keep: whether the same will be asked for
-        again."""
+        Args:
+            name: of the tensor or layers that they belong to.
+            draw: draws those that are not kept.
+            keep: whether the same will be asked for again.
+        """
         asked = tuple(directions)
         if self._by_age and _step(self._by_age[-1].directions) != _step(asked):
             self._forget()
-        known = self._of_numbers.get(theta, [])
+        known = self._by_name.get(name, [])
         for group in known:
             if group.directions == asked:
                 return group.bits
@@ -65,21 +68,21 @@ class SignCache:
             rows.update(zip(missing, to_device(drawn, device), strict=True))
         bits = torch.stack([rows[direction] for direction in asked])
         if keep:
-            self._keep(_Group(theta, asked, bits))
+            self._keep(_Group(name, asked, bits))
         return bits
 
     def _keep(self, group: _Group) -> None:
         self._by_age.append(group)
-        self._of_numbers.setdefault(group.theta, []).append(group)
+        self._by_name.setdefault(group.name, []).append(group)
         self._bytes += group.bits.numel()
         while self._bytes > self._limit and self._by_age[0].directions != group.directions:
             oldest = self._by_age.popleft()
-            self._of_numbers[oldest.theta].remove(oldest)
+            self._by_name[oldest.name].remove(oldest)
             self._bytes -= oldest.bits.numel()
 
     def _forget(self) -> None:
         self._by_age: deque[_Group] = deque()
-        self._of_numbers: dict[Hashable, list[_Group]] = {}
+        self._by_name: dict[Hashable, list[_Group]] = {}
         self._bytes = 0
 
 

@@ -1,9 +1,8 @@
-"""Q-SPSA: the directional derivative of a loss with respect to the trained numbers, from forward
-passes alone.
+"""Q-SPSA: estimate the directional derivatives of a loss with respect to θ by forward passes alone.
 
-For a direction z and a radius ε, on the same batch B, the same noise and the same noise levels,
-antithetic probes (QZO, arXiv 2505.13430, equation 4; SPSA, Spall 1992), or K directions with a
-probe each, every one beside the mean of the others (as REINFORCE leave-one-out, arXiv 1909.12880):
+For a direction z and a radius ε, on the same batch B with the same noise and noise levels, either
+probe both sides (antithetic: QZO, arXiv 2505.13430, equation 4; SPSA, Spall 1992), or probe one
+side of K directions and compare each with the mean of the others (RLOO, arXiv 1909.12880):
 
     d  = (L(θ + ε z; B) - L(θ - ε z; B)) / (2 ε)                       antithetic
     d_k = (L(θ + ε z_k; B) - mean over j ≠ k of L(θ + ε z_j; B)) / ε      leave_one_out
@@ -12,12 +11,12 @@ probe each, every one beside the mean of the others (as REINFORCE leave-one-out,
                                            normalisation, for steps of several directions
                                            (as FZOO, arXiv 2506.09034)
 
-E[d z] is the gradient up to O(ε²) either way: the others' mean does not depend on z_k. It takes out
-the loss itself and the curvature's mean, ε² tr(H) / 2, so that of K forwards K - 1 count as
-directions, where antithetic probes make K / 2 of them; what it adds to the noise is ε/2 times what
-zᵀHz differs by between directions. Clipping makes the estimate biased: z and the sign of d
-correlate. Normalising gives steps a length that does not depend on the scale of the loss, so one
-learning rate suits many models."""
+E[d z] is the gradient up to O(ε²) either way, since the mean of the others does not depend on z_k.
+That mean removes the loss itself and the mean curvature, ε² tr(H) / 2. So 8 forward passes give 7
+effective directions with leave-one-out and 4 with antithetic probing; the extra noise is ε/2 times
+the differences of zᵀHz between directions. Clipping makes the estimate biased, because z and the
+sign of d correlate. Normalised steps have a length that does not depend on the scale of the loss,
+so one learning rate suits many models."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -74,9 +73,7 @@ class Estimate:
 
 
 def mean_loss(objective: Objective[Batch], micro_batches: Sequence[Batch]) -> float:
-    """The mean over all examples of all micro-batches, exact whatever their sizes; no gradient is
-    recorded.
-    """
+    """The mean loss over all examples of all micro-batches; no gradient is recorded."""
     losses = [
         loss for micro_batch in micro_batches for loss in sample_losses(objective, micro_batch)
     ]
@@ -93,14 +90,12 @@ def exact_sum(values: Iterable[float]) -> float:
 
 
 def no_reduce(values: Sequence[float]) -> list[float]:
-    """The sum over ranks where there is one."""
+    """The sums over ranks of a single process: its own."""
     return list(values)
 
 
 def clip_directional_derivative(d: float, clip_threshold: float | None) -> float:
-    """DDC. NaN stays NaN, so that the loop can see and skip the step; `min(max())` would hide
-    it.
-    """
+    """Clip to [-C, C] (DDC). NaN stays NaN, which `min(max())` would hide from the loop."""
     if clip_threshold is None or math.isnan(d):
         return d
     return max(-clip_threshold, min(clip_threshold, d))

@@ -1,9 +1,9 @@
-"""A tensor that no quantizer touched, in the place of scales: norm gains, biases, embeddings, or
-weights of a float model.
+"""Train an unquantized tensor in the place of scales: norm weights, biases, embeddings, or weights
+of a float model.
 
-It is of either sign. In a 16-bit model it is kept in fp32 beside it, since most updates would round
-to nothing there, and a forward sees it rounded, through a view; what the model itself holds is as
-old as the last view that was closed."""
+It may be negative. For a 16-bit model an fp32 copy is kept beside it, since most updates would
+round to nothing there. A forward pass uses the copy, rounded, by an override; outside of one the
+model holds the value of the last override."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 
 class WeightHandle:
-    """Satisfies `core.scales.ScaleHandle`. `scales` is the tensor in fp32, shown in the dtype that
-    the model has.
+    """A `core.scales.ScaleHandle` of one tensor: `scales` is its fp32 copy.
 
     Args:
         modules: all that use the parameter; an embedding is often the output head too.

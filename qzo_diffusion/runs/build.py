@@ -175,7 +175,7 @@ def optimizer(config: RunConfig) -> Optimizer:
     train = config.train
     if train.optimizer == "feedback":
         return ErrorFeedback(train.feedback_decay, train.feedback_steps)
-    return make_optimizer(train.optimizer, in_running_spreads=config.qzo.normalize == "running")
+    return make_optimizer(train.optimizer, in_running_rms=config.qzo.normalize == "running")
 
 
 def first_order(model: nn.Module) -> tuple[Adam, TakeStep]:

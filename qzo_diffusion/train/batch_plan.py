@@ -1,9 +1,8 @@
-"""Which samples make up the batch of a step.
+"""Choose the samples of each step's batch.
 
-A batch is a single tensor, so its samples share a bucket: pictures of one shape, or texts of about
-one length. A `BatchPlan` is a function of (seed, step) and nothing else. A resumed run asks it for
-the next step and gets what the uninterrupted run would have got; there is no position to save and
-no global random state."""
+A batch is one tensor, so its samples share a bucket: pictures of one shape, or texts of about one
+length. A `BatchPlan` is a function of (seed, step) alone. A resumed run gets the batches of the
+uninterrupted one; there is no position to save and no global random state."""
 
 import math
 from collections.abc import Hashable, Sequence

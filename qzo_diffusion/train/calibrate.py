@@ -1,14 +1,14 @@
-"""How far the first steps may go: less than the usual rate where the loss curves much for its
-slope.
+"""Measure slope and curvature before the first step, and lower the learning rate where the loss
+curves much for its slope.
 
-A normalised step of B examples moves the numbers by η/B · Σ z_i d_i / √s, s the mean of d². Along
-the gradient that gains η c √s, where c is the share of an example's squared gradient that the batch
-has in common, and what is random in it costs η² tr(H) / 2B. So the best rate goes as √s / tr(H),
-and normalising takes the very √s out by which one style may be steeper than another. Both are
-measured before the first step; c is not, which would take many more forwards.
+A normalised step of B examples moves θ by η/B · Σ z_i d_i / √s, where s is the mean of d². Along
+the gradient this gains η c √s, where c is the share of an example's squared gradient that the batch
+has in common; the random rest costs η² tr(H) / 2B. So the best rate is proportional to √s / tr(H),
+but normalising divides by √s. Both are measured here. c is not: that would take many more forward
+passes.
 
-With z of ±1, L(θ ± ε z) is above L(θ) by ε² tr(H) / 2 in the mean. On `tiny` tr(H) is 9 to 14 for
-every style, √s 0.3 to 1.2, and where √s / tr(H) is small the usual rate was found too high
+With z of ±1, L(θ ± ε z) exceeds L(θ) by ε² tr(H) / 2 on average. On `tiny` tr(H) is 9 to 14 for
+every style and √s 0.3 to 1.2; where √s / tr(H) is small the usual rate was too high
 (docs/decisions/rates.md D24)."""
 
 import math
@@ -21,17 +21,21 @@ from qzo_diffusion.core.probes import Batch, Objective, sample_losses
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import SumOverRanks, no_reduce, over_patch_groups, probe, rms
 
-# at least: √s / tr(H) is then known to a quarter, for the forwards of one and a half steps
+# at least: √s / tr(H) is then known to a quarter, for the forward passes of 1.5 steps
 EXAMPLES = 16
-# than a step's probes: what is measured goes with ε², and losses in 16 bits have noise of their own
+# times the radius of a step: curvature shows as ε², above the noise of losses in 16 bits
 WIDER = 3.0
 FULL_RATE = 0.055  # √s / tr(H) from which the usual rate is right
 
 
 @dataclass(frozen=True)
 class LrCalibration:
-    """slope: √(mean d²) over the directions of a batch. curvature: tr(H) over the trained numbers,
-    with its standard error.
+    """Slope and curvature of the loss at θ.
+
+    Attributes:
+        slope: √(mean d²) over the directions of a batch.
+        curvature: tr(H) with respect to θ.
+        error: the standard error of the curvature.
     """
 
     slope: float
@@ -40,16 +44,14 @@ class LrCalibration:
 
     @property
     def rate_factor(self) -> float:
-        """What the usual rate is to be multiplied by, at most 1; 1 where no curvature can be told
-        from noise.
-        """
+        """The factor for the usual rate, at most 1; 1 where the curvature is within its noise."""
         if not (math.isfinite(self.slope) and self.curvature > 2 * self.error) or self.slope == 0:
             return 1.0
         return min(1.0, self.slope / self.curvature / FULL_RATE)
 
 
 def calibration_batches(examples: int) -> int:
-    """How many batches of so many examples are looked at."""
+    """How many batches of so many examples a calibration evaluates."""
     return -(-EXAMPLES // examples)
 
 
@@ -61,11 +63,11 @@ def calibrate(
     sum_over_ranks: SumOverRanks = no_reduce,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> LrCalibration:
-    """Slope and curvature where the numbers are, over the first steps' batches: three forwards of
+    """Measure slope and curvature at θ on the batches of the first steps: three forward passes of
     `EXAMPLES` examples or more.
 
-    Every rank calls this, and all find the same. `progress` passes the steps on and shows how far
-    it is."""
+    Every rank calls this, and all get the same result. `progress` wraps the iteration over steps.
+    """
     slopes, curvatures = [], list[float]()
     first = batch_of_step(0)
     for step in progress(range(calibration_batches(first.whole))):
@@ -94,7 +96,7 @@ def _of_batch(
     step: int,
     sum_over_ranks: SumOverRanks,
 ) -> tuple[float, list[float]]:
-    """√(mean d²), and zᵀHz of each example."""
+    """√(mean d²) of one batch, and zᵀHz of each example."""
     patch_groups, eps = batch.patch_groups, WIDER * probing.eps
     on_both_sides = replace(probing, eps=eps, num_directions=1, estimator="antithetic")
     found = probe(objective, batch, parametrization, on_both_sides, step, sum_over_ranks)

@@ -1,8 +1,7 @@
-"""Checkpoints, and how a run goes on from them and its journal as if it had never been stopped.
+"""Checkpoints, and how a run resumes from them and its journal as if it had never been stopped.
 
-A checkpoint spares replaying the whole journal, nothing more: resume loads the newest whole one and
-applies the journal's tail with the same function that training uses. Without any checkpoint the
-journal alone rebuilds the run."""
+A checkpoint only saves time: resume loads the newest whole one and applies the journal's tail with
+the function that training uses. Without any checkpoint the journal alone rebuilds the run."""
 
 import json
 import math
@@ -29,7 +28,7 @@ LARGEST_STATE = 2**16  # bytes
 
 
 class Stateful(Protocol):
-    """An optimizer of whatever kind."""
+    """Any optimizer, as a checkpoint needs it."""
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -38,7 +37,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a checkpoint is and what it says of itself; `chain` ties it to its journal."""
+    """A checkpoint's folder and facts; `chain` is where its journal was then."""
 
     folder: Path
     step: int
@@ -118,7 +117,7 @@ def read_checkpoint(folder: Path, check: bool = True) -> Checkpoint:
 
 
 def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkpoint], list[str]]:
-    """All whole ones, oldest first, and what is wrong with the others."""
+    """All whole checkpoints, oldest first, and a message for each damaged one."""
     found, damaged = examine_checkpoints(checkpoints, check)
     return found, list(damaged.values())
 
@@ -126,7 +125,7 @@ def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkp
 def examine_checkpoints(
     checkpoints: Path, check: bool = True
 ) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """As `list_checkpoints`, with the folders of the damaged ones."""
+    """As `list_checkpoints`, with the problem of each damaged folder."""
     found: list[Checkpoint] = []
     damaged: dict[Path, str] = {}
     for folder in sorted(checkpoints.glob("step_*")):
@@ -138,9 +137,7 @@ def examine_checkpoints(
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Under other names: where they were, the run can write whole ones again, and none of these
-    counts as one that is kept.
-    """
+    """Rename damaged checkpoints, so that the run can write whole ones in their place."""
     for folder in damaged:
         aside = folder.with_name(f"damaged_{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -150,7 +147,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
 def restore_(
     checkpoint: Checkpoint | None, journal: Journal, theta: Parametrization, optimizer: Optimizer
 ) -> int:
-    """Bring `numbers` and `optimizer` to the end of the journal. Returns the number of steps done.
+    """Bring `theta` and `optimizer` to the end of the journal. Returns the number of steps done.
 
     Raises:
         JournalError: the journal is shorter than the checkpoint, or of another run.
@@ -171,7 +168,7 @@ def restore_(
 
 
 def load_checkpoint_(checkpoint: Checkpoint, theta: Parametrization, optimizer: Stateful) -> None:
-    """Both come to the device of `numbers`.
+    """Load θ and the optimizer's state from a checkpoint, onto the device of `theta`.
 
     Raises OutputError when the checkpoint does not fit this model.
     """
@@ -189,13 +186,13 @@ def load_checkpoint_(checkpoint: Checkpoint, theta: Parametrization, optimizer: 
 
 
 def entry_of(record: StepRecord, seed: int) -> StepEntry:
-    """What the journal keeps of a step's record."""
+    """The journal's entry for a step's record."""
     applied = record.estimate.projected_grad
     return StepEntry(record.step, seed, record.lr, record.eps, record.loss, applied, record.skipped)
 
 
 def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
-    """Drop what metrics.jsonl says beyond the journal's last step, and lines that are torn.
+    """Remove lines of metrics.jsonl beyond the journal's last step, and torn lines.
 
     Returns validation losses by step.
     """

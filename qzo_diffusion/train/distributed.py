@@ -1,12 +1,12 @@
 """Several processes that tune one model and exchange nothing but loss sums.
 
 Every rank holds the whole quantized model and draws the same directions from the seed. It evaluates
-its share of the batch; the sums of its losses at the probes are gathered, added in the order of
-ranks, and so every rank forms the same derivative and applies the same update. Nothing of the size
-of the model ever travels: with one direction a rank tells 32 bytes a step.
+its share of the batch. The sums of losses at the probes are gathered and added in the order of
+ranks, so every rank computes the same derivative and applies the same update. Nothing of the size
+of the model is ever sent: with one direction a rank sends 32 bytes a step to each other rank.
 
-Scalars travel over gloo, on the CPU, also where the model is on a GPU: for a few bytes its latency
-is what counts."""
+Scalars travel over gloo on the CPU, also where the model is on a GPU: for a few bytes only latency
+counts."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ from qzo_diffusion.core.errors import ConfigError, RankLost
 
 ROLL_CALL_SECONDS = 3.0
 LONGEST_NAP_SECONDS = 2e-3
-# How torchrun, Intel MPI or MPICH, Open MPI and MVAPICH tell a process its place; on CPUs
+# How torchrun, Intel MPI or MPICH, Open MPI and MVAPICH give a process its rank; on CPUs
 # `accelerate launch` leaves it to mpirun.
 PLACES = (
     ("RANK", "WORLD_SIZE"),
@@ -37,7 +37,7 @@ PLACES = (
 class Ranks:
     """This process among `world`. Alone, nothing is exchanged.
 
-    `bytes_sent` counts what this rank told the others: each of them receives its numbers once.
+    `bytes_sent` counts the bytes sent to the others, each of which receives them once.
     """
 
     rank: int = 0
@@ -50,7 +50,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes files and talks."""
+        """Whether this rank writes files and messages."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
@@ -76,9 +76,7 @@ class Ranks:
         return total[:-1].tolist()
 
     def stop_agreed(self) -> bool:
-        """Whether any rank wanted to stop at the last exchange: all ranks say the same, so all end
-        after the same step.
-        """
+        """Whether any rank wanted to stop at the last exchange: the same on all ranks."""
         return self.wants_stop() if self.world == 1 else self._agreed_to_stop
 
     def check_equal(self, digest: bytes, what: str) -> None:
@@ -126,7 +124,7 @@ class Ranks:
         )
 
     def _roll_call(self) -> list[int]:
-        """Who does not answer: each survivor signs in the store, and the others are missing."""
+        """The ranks that do not answer: each survivor signs in the store."""
         prefix, missing = f"survivors/{self.exchanges}", list[int]()
 
         def sign_and_read() -> None:
@@ -202,9 +200,7 @@ def leave() -> None:
 
 
 def _nap_until(done: Callable[[], bool]) -> None:
-    """Wait in naps as long as the wait so far: a wait inside the library would let no Ctrl-C
-    through.
-    """
+    """Sleep in short naps until `done`: a wait inside the library would block Ctrl-C."""
     started = time.perf_counter()
     while not done():
         time.sleep(min(LONGEST_NAP_SECONDS, time.perf_counter() - started))

@@ -1,8 +1,7 @@
-"""What a run tells while it goes on: metrics.jsonl, TensorBoard, and a progress bar on stderr.
+"""Report a run while it goes on: metrics.jsonl, TensorBoard, and a progress bar on stderr.
 
-Nothing here writes from a thread of its own, as TensorBoard's writer does: a disk that fills up is
-told where the run can answer, and not by the traceback of a thread.
-"""
+Nothing here writes from a thread, as TensorBoard's own writer does: a full disk must raise where
+the run can handle it, and not in the traceback of a thread."""
 
 import contextlib
 import io
@@ -78,9 +77,7 @@ class _Whole:
 
 
 class Curves:
-    """Scalars for TensorBoard, in its file format; `problem` says why there are no more, for a run
-    does not need them.
-    """
+    """Write scalars for TensorBoard. A run does not need them: `problem` says why they stopped."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -132,7 +129,7 @@ class Curves:
 
 
 class Tracker:
-    """Hands each step and validation to the log, the curves and the bar.
+    """Write each step and validation to the log, the curves and the bar.
 
     Args:
         run: the run's folder.
@@ -157,7 +154,7 @@ class Tracker:
         self._probes = 0
         self._clipped = 0.0
         self._skipped = 0
-        self._told = False
+        self._warned = False
 
     def on_step(self, record: StepRecord) -> None:
         self._log.write(record.as_dict())
@@ -174,8 +171,8 @@ class Tracker:
             self._curves.add("train/lr", record.lr, record.step)
             derivative = record.directional_derivative
             self._curves.add("train/directional_derivative", derivative, record.step)
-        if self._curves.problem and not self._told:
-            self._told = True
+        if self._curves.problem and not self._warned:
+            self._warned = True
             self.say(f"warning: no more curves for TensorBoard: {self._curves.problem}")
         self._bar.update(1)
         self._bar.set_postfix_str(self._summary(), refresh=False)
@@ -208,9 +205,7 @@ class Tracker:
 
 
 def _strict(value: Any) -> Any:
-    """NaN and infinities as text: JSON has no numbers for them, and a skipped step must not lose
-    what it saw.
-    """
+    """NaN and infinities as text, which strict JSON has no numbers for."""
     if isinstance(value, dict):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list):

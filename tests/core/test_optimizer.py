@@ -9,7 +9,7 @@ import torch
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import (
     Adam,
-    InRunningSpreads,
+    InRunningRms,
     Momentum,
     Sgd,
     Update,
@@ -162,7 +162,7 @@ def test_the_loss_falls(name, level):
 def test_running_spreads_are_the_root_of_the_running_mean_of_squares():
     """Of two steps with decay 0.5: 0.5 a² / 0.5, then (0.25 a² + 0.5 b²) / 0.75."""
     one, other = known_update(grad=3.0), known_update(step=1, grad=4.0)
-    after = numbers_after(InRunningSpreads(Sgd(), decay=0.5), [one, other])
+    after = numbers_after(InRunningRms(Sgd(), decay=0.5), [one, other])
     units = 3.0, math.sqrt((0.25 * 9 + 0.5 * 16) / 0.75)
     expected = numbers_after(
         Sgd(),
@@ -175,20 +175,20 @@ def test_running_spreads_are_the_root_of_the_running_mean_of_squares():
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
-def test_in_running_spreads_the_scale_of_a_loss_says_nothing_and_a_resumed_run_goes_on(name):
+def test_in_running_rms_the_scale_of_a_loss_says_nothing_and_a_resumed_run_goes_on(name):
     def updates(scale):
         return [known_update(3, step=step, grad=scale * (step + 1)) for step in range(4)]
 
-    after = numbers_after(InRunningSpreads(make_optimizer(name)), updates(1.0))
-    assert numbers_after(InRunningSpreads(make_optimizer(name)), updates(1000.0)) == pytest.approx(
+    after = numbers_after(InRunningRms(make_optimizer(name)), updates(1.0))
+    assert numbers_after(InRunningRms(make_optimizer(name)), updates(1000.0)) == pytest.approx(
         after, rel=1e-6
     )
     _, scales = scaled_network()
-    theta, optimizer = parametrize(scales, "layer"), InRunningSpreads(make_optimizer(name))
+    theta, optimizer = parametrize(scales, "layer"), InRunningRms(make_optimizer(name))
     for index, one in enumerate(updates(1.0)):
         if index == 2:
             state = {key: tensor.clone() for key, tensor in optimizer.state().items()}
-            optimizer = InRunningSpreads(make_optimizer(name))
+            optimizer = InRunningRms(make_optimizer(name))
             optimizer.load_state_(state)
         optimizer.step_(theta, one)
     assert {layer: theta.of_layer("layer", layer).item() for layer in scales} == after
@@ -196,7 +196,7 @@ def test_in_running_spreads_the_scale_of_a_loss_says_nothing_and_a_resumed_run_g
 
 def test_a_past_without_any_loss_difference_does_not_divide_by_zero():
     still = known_update(grad=0.0)
-    assert set(numbers_after(InRunningSpreads(Sgd()), [still]).values()) == {0.0}
+    assert set(numbers_after(InRunningRms(Sgd()), [still]).values()) == {0.0}
 
 
 def test_constant_schedule():

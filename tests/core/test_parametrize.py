@@ -72,7 +72,7 @@ def test_per_layer_moves_one_number_and_no_scale_until_merged():
     )
     for name in scales:
         assert torch.equal(scales[name], before[name] * torch.exp(of_layer[name]))
-    assert not theta.theta["layer"].any()
+    assert not theta.by_axis["layer"].any()
 
 
 @pytest.mark.parametrize(("level", "units"), LEVELS)
@@ -120,7 +120,7 @@ def test_state_brings_the_numbers_back(level, units):
 def test_state_of_another_model_is_refused():
     _, scales = scaled_network()
     for state in ({"elsewhere": torch.zeros(2)}, {"layer": torch.zeros(3)}):
-        with pytest.raises(ValueError, match="other numbers"):
+        with pytest.raises(ValueError, match="another parametrization"):
             parametrize(scales, "layer").load_state_(state)
 
 

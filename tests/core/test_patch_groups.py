@@ -141,7 +141,7 @@ def test_whole_numbers_move_by_what_all_regions_say_together():
     assert torch.equal(
         moved, torch.tensor(1.0, dtype=torch.float64) * Direction(0, 0).z("row", moved)
     )
-    of_region = direction.z("row.pointwise", theta.theta["row.pointwise"], each=True)
+    of_region = direction.z("row.pointwise", theta.by_axis["row.pointwise"], each=True)
     assert torch.equal(theta.combined("row.pointwise", [direction], [0, 0, 1, 0]), of_region[2])
     assert len({tuple(row.tolist()) for row in of_region}) == REGIONS
 

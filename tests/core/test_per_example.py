@@ -127,7 +127,7 @@ def test_the_mean_over_seeds_is_the_gradient(level):
     theta = parametrize(scales, level)
     x = inputs(8, width=64, dtype=torch.float64)
     exact = exact_gradient(model, scales, theta, x)
-    samples = {axis: [] for axis in theta.theta}
+    samples = {axis: [] for axis in theta.by_axis}
     for seed in range(600):
         directions = directions_of_step(seed, 0, 8, "rademacher")
         found = estimated(squared_output(model), [x], theta, directions, eps=1e-3, per_example=True)
@@ -142,7 +142,7 @@ def test_the_mean_over_seeds_is_the_gradient(level):
 
 def exact_gradient(model, scales, theta, x):
     """By autograd through the scales, summed over each group."""
-    exact = {axis: [] for axis in theta.theta}
+    exact = {axis: [] for axis in theta.by_axis}
     for name in scales:
         layer = model.get_submodule(name)
         live = layer.absmax

@@ -170,7 +170,7 @@ def test_feedback_is_what_its_definition_says(monkeypatch):
     monkeypatch.setattr(quzo, "BLOCK", 256)
     layer, theta = one_layer([5] * 1000)
     feedback, generator = (
-        ErrorFeedback(decay=0.8, steps=50, spread_decay=0.7),
+        ErrorFeedback(decay=0.8, steps=50, rms_decay=0.7),
         torch.Generator().manual_seed(0),
     )
     codes, left = torch.full((1000,), 5.0).double(), torch.zeros(1000).double()

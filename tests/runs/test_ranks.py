@@ -42,7 +42,7 @@ def main_with_accident(arguments):
             if what in signals:
                 os.kill(os.getpid(), signals[what])
             elif what == "deviates":
-                next(iter(setup.parametrization.theta.values()))[0] += 1e-6
+                next(iter(setup.parametrization.by_axis.values()))[0] += 1e-6
         return original(setup, batch, step)
 
     loop.train_step_ = train_step_

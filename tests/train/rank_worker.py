@@ -130,7 +130,7 @@ def main(index, out, ports):
         found[name]["bytes"] = ranks.bytes_sent - sent
     ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "numbers")
     if index == 2:
-        theta.theta["row"][3] += 1e-15
+        theta.by_axis["row"][3] += 1e-15
     found["deviating"] = lost_after(
         lambda: ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "numbers")
     )

@@ -60,7 +60,7 @@ def test_slope_and_curvature_are_those_of_the_formula(probes_per_forward):
     for step in range(BATCHES):
         gradients = task.gradients(step)
         directions = directions_of_step(SEED, step, EXAMPLES, "rademacher")
-        z = torch.stack([direction.z("row", task.theta.theta["row"]) for direction in directions])
+        z = torch.stack([direction.z("row", task.theta.by_axis["row"]) for direction in directions])
         squares.append(
             (gradients * z).sum(1).square().mean().item() * (math.sinh(radius) / radius) ** 2
         )
