@@ -1,13 +1,19 @@
-# make install   .venv/ with the locked dependencies and this clone     make check   all that CI checks, tests included
-# make demo      a short run on the embedded model and images, scored    make test    the tests only
+# make install   .venv/ with the locked dependencies and this clone
+# make demo      a short run on the embedded model and images, scored
+# make test      the tests that every commit passes (docs/testing.md)
+# make check     all that CI checks: lint, types and those tests
+# make check-all the same with the slow tests as well
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := install
-.PHONY: install demo test lint format check clean
+.PHONY: install demo test lint format check check-all clean
 
 VENV_PYTHON := .venv/bin/python
 
 export OMP_NUM_THREADS ?= 2
+
+# Two processes with one thread each: faster than one with two, and a test's sums have one order.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 install:
 	@.ci/environment.sh
@@ -19,7 +25,7 @@ demo: install
 	@echo "look at outputs/demo/report.html"
 
 test: install
-	$(VENV_PYTHON) -m pytest
+	$(PYTEST)
 
 lint: install
 	$(VENV_PYTHON) -m ruff check .
@@ -33,6 +39,9 @@ format: install
 
 check: lint
 	@$(MAKE) --no-print-directory test
+
+check-all: lint
+	$(PYTEST) -m "slow or not slow" -rs
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

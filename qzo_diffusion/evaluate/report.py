@@ -3,6 +3,7 @@ to do it again.
 """
 
 import base64
+import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -69,24 +70,10 @@ def render(facts: RunFacts) -> str:
     Raises:
         ValueError: figures of another shape than `evaluate` gives them.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    environment.filters |= {
-        "figure": figure,
-        "interval": interval,
-        "percent": percent,
-        "cell": cell,
-    }
     try:
-        return environment.get_template(TEMPLATE).render(
+        return _template().render(
             run=facts,
             galleries=_galleries(facts),
             charts=_charts(facts),
@@ -103,6 +90,28 @@ def render(facts: RunFacts) -> str:
         )
     except (UndefinedError, KeyError, TypeError) as error:
         raise ValueError(f"no such figure: {error}") from error
+
+
+@functools.cache
+def _template() -> Any:
+    """Compiled once: a run writes its page after every sample."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters |= {
+        "figure": figure,
+        "interval": interval,
+        "percent": percent,
+        "cell": cell,
+    }
+    return environment.get_template(TEMPLATE)
 
 
 def _shown(value: Any) -> Any:

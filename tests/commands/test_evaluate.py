@@ -121,6 +121,8 @@ def test_a_tuned_run_is_scored_at_its_own_scales(train, tmp_path, prompts):
                 str(run),
                 "--prompts",
                 str(prompts),
+                "--scorer",
+                "embedded",
                 "--output",
                 str(tmp_path / "scores.json"),
             ]
@@ -147,7 +149,7 @@ def test_a_checkpoint_is_scored_beside_its_run(train, tmp_path, prompts, capsys)
     assert train("--max-steps", 2, "train.lr=0.05", "train.checkpoint_every=1") == 0
     run = tmp_path / "run"
     checkpoint = run / "checkpoints/step_000001"
-    command = ["evaluate", "--prompts", str(prompts), "--run"]
+    command = ["evaluate", "--scorer", "embedded", "--prompts", str(prompts), "--run"]
     assert main([*command, str(run)]) == 0
     before = files_of(run)
     capsys.readouterr()

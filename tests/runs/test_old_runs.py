@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.journal import read_journal
-from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import metrics
 from tests.runs import old_runs
 
@@ -54,7 +54,7 @@ def rounds_alike():
 
 
 def scales_equal(first, second):
-    one, other = load_scales(first)[0], load_scales(second)[0]
+    one, other = (load_file(folder / "scales.safetensors") for folder in (first, second))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -75,15 +75,12 @@ def assert_same_losses(run, old, rounds_alike):
     lines = [[one_number_a_key(line) for line in metrics(folder)] for folder in (run, old)]
     for line, before in zip(*lines, strict=True):
         assert line.keys() == before.keys()
-        for name in {"loss_plus", "loss_minus", "loss"} & before.keys():
-            assert line[name] == pytest.approx(before[name], rel=1e-4), (before["step"], name)
-        if rounds_alike:
-            numbers, others = (
-                {name: value for name, value in one.items() if isinstance(value, float) is kind}
-                for one, kind in ((line, True), (line, False))
-            )
-            assert numbers == pytest.approx({name: before[name] for name in numbers}, rel=1e-12)
-            assert others == {name: before[name] for name in others}
+        for name, value in before.items():
+            if value is None or isinstance(value, bool):
+                assert line[name] == value
+            elif rounds_alike or name in ("loss_plus", "loss_minus", "loss"):
+                close = pytest.approx(value, rel=1e-12 if rounds_alike else 1e-4)
+                assert line[name] == close, (before["step"], name)
 
 
 def assert_same_run(run, old, rounds_alike):
@@ -92,7 +89,7 @@ def assert_same_run(run, old, rounds_alike):
     assert len(steps) == len(before)
     if rounds_alike:
         assert steps == before
-        assert scales_equal(run, old)
+        assert scales_equal(run / "final", old / "final")
 
 
 @pytest.mark.parametrize("name", old_runs.RUNS)
@@ -130,9 +127,9 @@ def test_their_journals_are_replayed(root, tmp_path, name):
     model = root / ("pipeline" if name in STYLE_RUNS else "llama")
     command = ["replay", "--journal", str(journal), "--model", str(model)]
     assert main([*command, "--output-dir", str(tmp_path / "end")]) == 0
-    assert scales_equal(tmp_path / "end", root / name / "whole")
+    assert scales_equal(tmp_path / "end/final", root / name / "whole/final")
     assert main([*command, "--to-step", "4", "--output-dir", str(tmp_path / "4")]) == 0
-    assert scales_equal(tmp_path / "4", root / name / "stopped/checkpoints/step_000004")
+    assert scales_equal(tmp_path / "4/final", root / name / "stopped/checkpoints/step_000004")
 
 
 @pytest.mark.parametrize("name", STYLE_RUNS)

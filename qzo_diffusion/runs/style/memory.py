@@ -4,9 +4,12 @@ change where it is too much.
 Where nobody says how many probes go into one forward, it follows from that.
 """
 
+import functools
+import json
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from qzo_diffusion import devices
 from qzo_diffusion.config.defaults import set_dotted
@@ -128,9 +131,8 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     dtype, device, shape = runtime.dtype, runtime.device.type, pipeline.shape_of(config, runtime)
     found, transformer = shape.transformer, shape.transformer.config
     width, image_tokens = _sizes(config, shape)
-    size = ModelSize.of(
-        empty_transformer(transformer), build.quantization(config.quant), dtype, width
-    )
+    outline = _outline(json.dumps(transformer, sort_keys=True))
+    size = ModelSize.of(outline, build.quantization(config.quant), dtype, width)
     vae_config, vae = shape.vae.config, memory.stored_bytes(shape.vae.entries, torch.float32)
     side = config.data.resolution or shape.native_resolution
     text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)
@@ -193,6 +195,12 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
             ),
         ),
     ]
+
+
+@functools.lru_cache(maxsize=2)
+def _outline(transformer: str) -> nn.Module:
+    """The model of a config as JSON, without memory; a plan asks for it a dozen times."""
+    return empty_transformer(json.loads(transformer))
 
 
 def _sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
