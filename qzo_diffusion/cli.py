@@ -26,15 +26,24 @@ from qzo_diffusion.config.arguments import (
     whole,
 )
 from qzo_diffusion.console import DONE, INTERRUPTED, MENDABLE, emit, report, show
+from qzo_diffusion.streams import unbreakable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb. Returns the exit code; argparse exits by itself."""
+    with unbreakable():
+        return _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     # a note on an optional package that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         options = parse(arguments)
         verb: Callable[[argparse.Namespace], int] = options.verb
-        return verb(options)
+        code = verb(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:

@@ -20,6 +20,7 @@ GROUND = (
     "texts",
     "strict_yaml",
     "reading",
+    "streams",
 )  # "" is the bare package (its __version__)
 LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {
