@@ -44,4 +44,5 @@ def run(options: argparse.Namespace) -> int:
     resumed, config = checked_settings(options, FLAGS, Config, "style")
     from qzo_diffusion.runs.style.plan import make_plan
 
-    return run_training(options, resumed, make_plan(config, options.dry_run), "style")
+    plan = make_plan(config, options.dry_run and not options.trial_step)
+    return run_training(options, resumed, plan, "style")

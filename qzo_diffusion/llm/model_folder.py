@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm.gguf_file import check_gguf, is_gguf
-from qzo_diffusion.llm.stored import READ_HERE, stored_method
+from qzo_diffusion.llm.stored import READ_HERE, empty_causal_lm, stored_method
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.describe import SAFETENSORS
+from qzo_diffusion.quant.fits import check_fits, is_converted, named_as_in
 from qzo_diffusion.quant.weights import read_entries
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -37,6 +40,17 @@ def check_model_folder(folder: Path) -> None:
             f"bitsandbytes, {', '.join(READ_HERE)}, or a model that is not quantized",
             "give the model it was made of; it is quantized to NF4 while it is read",
         )
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ModelError where a folder that is not quantized lacks tensors of its model, or has
+    others than its config says. Other formats are checked while they are loaded.
+    """
+    if is_gguf(folder) or stored_method(folder) is not None:
+        return
+    model = empty_causal_lm(folder, torch.float32)
+    if not is_converted(model):
+        check_fits(model, named_as_in(model, read_entries(folder)))
 
 
 def _check_files(folder: Path) -> None:

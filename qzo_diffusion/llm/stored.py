@@ -37,7 +37,21 @@ def stored_method(folder: Path) -> str | None:
 def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model that a folder's config describes, unquantized, its weights on the meta device;
     nothing is read but JSON.
+
+    Raises ModelError for a config that transformers refuses.
     """
+    try:
+        return _empty_causal_lm(folder, dtype)
+    except Exception as error:  # a wrong value shows as whatever transformers makes of it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{folder} can't be loaded: {reason}",
+            "a causal language model",
+            "check its config.json, or download it again",
+        ) from error
+
+
+def _empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 

@@ -132,7 +132,9 @@ def described(file: Path) -> Kind | None:
                 return kind
         if start.startswith(b"PK"):
             return _archive(start)
-        if file.suffix.lower() == ".onnx" or b"onnx" in start[:64] or b"pytorch\x12" in start[:64]:
+        # a graph's version and producer; a safetensors file has zeros in bytes 5 to 8
+        of_onnx = start[:1] == b"\x08" and start[2:3] == b"\x12" and any(start[4:8])
+        if of_onnx or file.suffix.lower() == ".onnx":
             return ONNX
         if len(start) > 64 and not any(start):
             return Kind("zeros alone, as an interrupted download leaves them", "download it again")

@@ -120,6 +120,15 @@ def named_as_in(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, 
     return {renamed(name): entry for name, entry in entries.items()}
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Whether transformers joins or splits tensors of the files while it loads such a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    steps = get_model_conversion_mapping(model)
+    return any(not isinstance(step, WeightRenaming) for step in steps)
+
+
 def slots_of(model: nn.Module) -> dict[str, Tensor]:
     """Every place of a tensor, by each of its names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())

@@ -29,7 +29,7 @@ def header_bytes(file: Path) -> bytes:
         most = min(LONGEST, max(ALWAYS, size // OF_THE_FILE), size - 8)
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if length > most:
+            if not 0 < length <= most:
                 raise _not_safetensors(file)
             return handle.read(length)
     except OSError as error:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.files import free_bytes
+from qzo_diffusion.quant.describe import SUPPORTED, family_of, is_language_model
 
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
+FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin", ".onnx")  # endings of weights
 GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin with
 
 
@@ -26,6 +28,8 @@ def not_here(name: str) -> ModelError:
     """Nothing is ever downloaded here; says how to, and what else is missing on this machine for
     it.
     """
+    if (other := _other_kind(name)) is not None:
+        return other
     from huggingface_hub import constants, get_token
 
     place = Path(constants.HF_HUB_CACHE)
@@ -53,9 +57,23 @@ def not_here(name: str) -> ModelError:
     )
     return ModelError(
         "; ".join(got),
-        "tiny, a pipeline folder, or a Hub id that was downloaded",
+        f"{SUPPORTED}; or a folder of such a pipeline",
         "\n  ".join(["", *steps]),
     )
+
+
+def _other_kind(name: str) -> ModelError | None:
+    """Of a name that says that it is no model of Stable Diffusion 3: a download would not help."""
+    remedy = f"--model {BIG_MODEL}, or --model tiny for the embedded model"
+    if (family := family_of(name)) is not None:
+        return ModelError(f"{name!r}, a model of {family}", SUPPORTED, remedy)
+    if is_language_model(name):
+        return ModelError(
+            f"{name!r}, a language model", SUPPORTED, f"`qzo-diffuse llm train` for texts; {remedy}"
+        )
+    if (file := Path(name)).suffix.lower() in FILES or file.is_absolute():
+        return ModelError(f"{name} is not there", SUPPORTED, "correct the path")
+    return None
 
 
 def cached_snapshot(name: str, file: str = "model_index.json") -> Path | None:

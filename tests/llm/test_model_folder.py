@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ModelError
@@ -15,8 +16,9 @@ from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.model_folder import check_model_folder
 from qzo_diffusion.runs.llm.methods import load_base
+from tests.conftest import failing
 from tests.llm.gguf_files import write_gguf
-from tests.tiny_llama import save_tiny_llama, tiny_llama
+from tests.tiny_llama import save_tiny_llama, tiny_llama, write_sentences
 
 CPU = torch.device("cpu")
 ALL_METHODS = ["qzo", "mezo", "quzo", "quzo-lora", "fo-scales", "qlora"]
@@ -58,6 +60,16 @@ def test_weights_that_are_missing_are_refused_by_every_method(folder, method):
     retold(folder, drop("layers.1.mlp"))
     with pytest.raises(ModelError, match="3 tensors of the model are not in its files"):
         load(folder, method)
+
+
+@pytest.mark.parametrize("method", ["qzo", "mezo"])
+def test_no_run_folder_is_left_for_a_model_that_lacks_weights(folder, tmp_path, capsys, method):
+    retold(folder, drop("norm"))
+    data = write_sentences(tmp_path / "data")
+    command = ["llm", "train", "--task", "sst2", "--model", str(folder), "--data-dir", str(data)]
+    code = main([*command, "--method", method, "--output-dir", str(tmp_path / "run")])
+    assert "not in its files" in failing(capsys, code)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("method", ["mezo", "quzo-lora"])

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm.gguf_file import is_gguf
-from qzo_diffusion.runs.hub import cached_snapshot
+from qzo_diffusion.quant.describe import described, family_of
+from qzo_diffusion.runs.hub import GATED, cached_snapshot
 
 
 def choose_lm(name: str) -> tuple[Path, str]:
@@ -18,6 +19,14 @@ def choose_lm(name: str) -> tuple[Path, str]:
         return Path(name), f"model: the folder {name}"
     if is_gguf(Path(name)):
         return Path(name), f"model: the file {name}"
+    if Path(name).is_file():
+        raise _no_model_file(Path(name))
+    if name == "tiny" or family_of(name) is not None or name.startswith(GATED):
+        raise ModelError(
+            f"{name!r}, a model that makes pictures",
+            "a causal language model, such as HuggingFaceTB/SmolLM2-135M",
+            "give it to `qzo-diffuse train`",
+        )
     cached = None if name == "auto" else cached_snapshot(name, "config.json")
     if cached is None:
         raise ModelError(
@@ -29,3 +38,12 @@ def choose_lm(name: str) -> tuple[Path, str]:
             "--local-dir FOLDER",
         )
     return cached, f"model: {name} from the local cache"
+
+
+def _no_model_file(file: Path) -> ModelError:
+    kind = described(file)
+    return ModelError(
+        f"{file} is {kind.name}" if kind else f"{file} is one file, and no GGUF file",
+        "a transformers folder, or a GGUF file",
+        kind.remedy if kind else "give the folder of the model: config.json, weights, tokenizer",
+    )

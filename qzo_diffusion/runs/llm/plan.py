@@ -21,7 +21,7 @@ from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.data_files import data_folder
 from qzo_diffusion.llm.gguf_file import is_gguf
-from qzo_diffusion.llm.model_folder import check_model_folder
+from qzo_diffusion.llm.model_folder import check_model_folder, check_weights
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, encode
@@ -201,6 +201,7 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     folder, why = choose_lm(config.model)
     report(why)
     check_model_folder(folder)
+    check_weights(folder)
     device = devices.choose_device(config.compute.device)
     splits = read_splits(config, spec, needed)
     _check_objective(config, spec)
