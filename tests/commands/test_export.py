@@ -34,6 +34,11 @@ SPEC_KEYS = (
 )
 
 
+def test_cards_of_4_bit_folders_say_that_diffusers_needs_a_gpu():
+    needing = {kind for kind, text in export_run.USE.items() if "No GPU found" in text}
+    assert needing == {"nf4", "native"}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache):
     """A short run of dense numbers on the embedded model, which every format is made from."""
