@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from qzo_diffusion.config.defaults import suited_lr
-from qzo_diffusion.config.llm import MIDDLE_BLOCKS, PICTURES_OVER_QUIET
+from qzo_diffusion.config.defaults import MIDDLE_BLOCKS, PICTURES_OVER_QUIET, suited_lr
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName
 from qzo_diffusion.core.parametrize import Level, Units
