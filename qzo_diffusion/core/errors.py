@@ -1,4 +1,4 @@
-"""What can go wrong and who can mend it.
+"""The errors of this package, and who can mend them.
 
 QzoError
 └── UserError        the user can mend it: the command line prints one message and exits with 2
@@ -18,9 +18,7 @@ class QzoError(Exception):
 
 
 class UserError(QzoError):
-    """Says what was got, what was expected and what to do about it; all three are shown to the
-    user.
-    """
+    """Three sentences for the user: what was got, what was expected, and the remedy."""
 
     def __init__(self, got: str, expected: str, remedy: str) -> None:
         self.got, self.expected, self.remedy = got, expected, remedy
@@ -52,4 +50,4 @@ class RankLost(UserError):
 
 
 class TrainingDiverged(UserError):
-    """Losses are no numbers any more, or a gradient isn't."""
+    """Losses or gradients are NaN or infinite."""

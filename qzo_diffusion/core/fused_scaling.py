@@ -1,8 +1,8 @@
-"""A layer's gain on a GPU in one pass over memory.
+"""Scale a layer's inputs or outputs on a GPU in one pass over memory.
 
-Torch multiplies tensors of two types, one of them broadcast, at a fifth of the memory's speed: of
-SD3.5 Large's inputs and outputs that is 40 % of a forward on an H100 (docs/cost.md). Importing this
-needs Triton, which comes with torch for Linux."""
+Torch multiplies tensors of two dtypes, one of them broadcast, at a fifth of the memory's speed: for
+SD3.5 Large that takes 40 % of a forward pass on an H100 (docs/cost.md). Importing this needs
+Triton, which comes with torch for Linux."""
 
 from typing import Any
 

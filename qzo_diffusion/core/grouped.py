@@ -286,10 +286,10 @@ class Grouped:
         self.by_axis[name].add_(delta)
 
     def merge_(self) -> None:
-        view = self.perturbed()
-        assert view is not None
+        override = self.perturbed()
+        assert override is not None
         for chunk in self.scales.chunks():
-            for name, merged in view(chunk).items():
+            for name, merged in override(chunk).items():
                 self.scales[name].copy_(merged)
         for theta in self.by_axis.values():
             theta.zero_()

@@ -24,14 +24,13 @@ def parametrize(
     """The parametrization by its name in a config; `trained` names the layers that take part, None
     is all.
 
-    `pointwise` and `last_readers` are facts of layers for `core.grouped`; they mean nothing to
-    dense numbers.
+    `token_wise` and `last_readers` are for `core.grouped`; dense parametrizations ignore them.
 
-    "separable" has a number for every row and one for every block column: log s[o, g] = log s0[o,
-    g] + row[o] + column[g].
+    "separable" trains a θ for every row and one for every block column: log s[o, g] = log s0[o, g]
+    + row[o] + column[g].
 
     Raises:
-        ValueError: absolute units are defined for dense numbers only.
+        ValueError: absolute units are defined for level "dense" only.
     """
     if units == "absolute":
         if level != "dense":

@@ -1,4 +1,4 @@
-"""Does the estimate carry signal? What no loss curve can tell: a run that only diffuses has one
+"""Diagnose whether the estimate carries signal. A loss curve can't: a run that only diffuses has one
 too.
 
 * Two seeds: the slope d along one direction, measured on two batches that share nothing. What both
@@ -107,9 +107,7 @@ def exact_cosine(
 
 
 def step_sizes(theta: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
-    """How far one plain step of this rate moves the trained numbers of each group: root mean
-    square, the largest group first.
-    """
+    """The rms by which one plain step of this rate moves θ, by group, the largest first."""
     update, squares = (
         Update(probed.directions, probed.projected_grad, lr),
         dict[str, list[Tensor]](),
@@ -162,9 +160,7 @@ def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[
 
 
 def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """What metrics.jsonl tells of the estimate: the shares of clipped probes and of skipped
-    steps.
-    """
+    """The shares of clipped probes and of skipped steps in lines of metrics.jsonl."""
     steps = [line for line in lines if "projected_grad" in line]
     return {
         "steps": len(steps),
