@@ -66,8 +66,8 @@ class Move(NamedTuple):
 def stochastic_round(x: Tensor, *key: int | str) -> Tensor:
     """Q(x): round flat fp32 x at random to one of the two neighbouring integers, x on average.
 
-    Chances are exact to 2^-25 near 1, where fp32 rounds them, and to 2^-31 below 2^-7. The magnitude is rounded and its sign given back, so that a small negative x keeps its
-    precision."""
+    Chances are exact to 2^-25 near 1, where fp32 rounds them, and to 2^-31 below 2^-7. The
+    magnitude is rounded and its sign put back, so that a small negative x keeps its precision."""
     magnitude = x.abs()
     whole = magnitude.floor()
     if torch.equal(magnitude, whole):  # as every probe of signs with a whole ε: nothing to draw

@@ -1,5 +1,5 @@
-"""Diagnose whether the estimate carries signal. A loss curve can't: a run that only diffuses has one
-too.
+"""Diagnose whether the estimate carries signal. A loss curve can't tell: a run that only diffuses
+has one too.
 
 * Two seeds: the slope d along one direction, measured on two batches that share nothing. What both
   see is the gradient, what they do not is noise of the data:  signal = mean(d1·d2), noise =
