@@ -6,6 +6,7 @@ Heavy libraries are imported when a verb runs, so `--help` answers at once.
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(arguments)
 
 
+# Read when the libraries are imported. Every model, tokenizer and data set comes from this machine.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_TELEMETRY": "1",
+}
+
+
 def _main(arguments: Sequence[str] | None) -> int:
+    os.environ.update(OFFLINE)
     # a note on an optional package that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

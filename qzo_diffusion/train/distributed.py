@@ -9,10 +9,12 @@ Scalars travel over gloo on the CPU, also where the model is on a GPU: for a few
 counts."""
 
 import contextlib
+import ipaddress
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -177,10 +179,22 @@ def join(timeout_seconds: float) -> Ranks:
     # torchrun keeps the store itself; elsewhere rank 0 does.
     keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = dist.TCPStore(address, port, world, keeps_store, timeout, multi_tenant=True)
+        listening = _listen(address, port) if keeps_store else None
+        store = dist.TCPStore(
+            address,
+            port,
+            world,
+            keeps_store,
+            timeout,
+            multi_tenant=True,
+            master_listen_fd=listening,
+        )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         named = dist.PrefixStore(f"qzo_diffusion/{attempt}", store)
-        dist.init_process_group("gloo", store=named, rank=rank, world_size=world, timeout=timeout)
+        with _kept_on(loopback_interface(address)):
+            dist.init_process_group(
+                "gloo", store=named, rank=rank, world_size=world, timeout=timeout
+            )
     except RuntimeError as error:
         raise RankLost(
             f"not all of {world} ranks came within {timeout_seconds:g} s ({_first_line(error)})",
@@ -188,6 +202,47 @@ def join(timeout_seconds: float) -> Ranks:
             "look at the output of every rank; give more time with compute.rank_timeout",
         ) from error
     return Ranks(rank, world, named)
+
+
+def _listen(address: str, port: int) -> int | None:
+    """A socket that listens on the address alone; TCPStore itself listens on every interface.
+
+    None where the address is not one of this machine's own, as behind a proxy, or in use.
+    """
+    try:
+        family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((address, port), family=family, backlog=1024).detach()
+    except OSError:
+        return None
+
+
+def loopback_interface(address: str) -> str | None:
+    """The name of the loopback interface where `address` lies on it: all ranks are on one machine.
+
+    None elsewhere.
+    """
+    try:
+        found = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    if not all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found):
+        return None
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), None)
+
+
+@contextlib.contextmanager
+def _kept_on(interface: str | None) -> Iterator[None]:
+    """Let gloo listen on this interface, unless the environment names one already."""
+    name = "GLOO_SOCKET_IFNAME"
+    if interface is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = interface
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def leave() -> None:
