@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ OFFLINE = {
 
 def _main(arguments: Sequence[str] | None) -> int:
     os.environ.update(OFFLINE)
+    os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing that a verb makes is world-writable
     # a note on an optional package that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
@@ -61,9 +63,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     except Exception as error:
         # one place decides what a user sees; our own bugs keep their traceback
         from qzo_diffusion.core.errors import UserError
+        from qzo_diffusion.runs.publish import without_secrets
 
         if isinstance(error, UserError):
-            report(f"qzo-diffuse: {type(error).__name__}\n{error}")
+            report(without_secrets(f"qzo-diffuse: {type(error).__name__}\n{error}"))
             return MENDABLE
         raise
 

@@ -15,6 +15,7 @@ from qzo_diffusion import __version__, resources
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
+from qzo_diffusion.runs.publish import published_model
 
 # how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ
 # in turn
@@ -87,7 +88,7 @@ def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[st
     return {
         "qzo_diffusion": __version__,
         "git_revision": _git_revision(),
-        "model": model,
+        "model": published_model(model),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -4,6 +4,7 @@ the user and of the machine.
 
 import contextlib
 import getpass
+import os
 import re
 import socket
 from collections.abc import Mapping
@@ -20,6 +21,10 @@ _INSIDE = re.compile(
 _FREE_TEXT = {"caption", "trigger", "negative_prompt", "text", "prompt"}  # that a user wrote
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PROXY", re.IGNORECASE)
+_TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
+_CREDENTIALS = re.compile(r"://[^/\s@:]+(?::[^/\s@]*)?@")
+SHORTEST_SECRET = 8  # characters of a value; shorter ones are "1" or "no"
 SHORTEST = 3  # of a user's or machine's name that is taken out of texts
 _ORDINARY = {"auto", "localhost", "none", "root", "tiny", "user", "users", "home", "data"}
 
@@ -39,7 +44,7 @@ def published(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if key in _FREE_TEXT:
-        return _without_home(value)
+        return _without_home(without_secrets(value))
     if key == "model":
         return published_model(value)
     return _without_names(last_name(value) if _is_place(value) else published_text(value))
@@ -50,9 +55,20 @@ def published_text(text: str) -> str:
     return _without_names(_INSIDE.sub(lambda match: last_name(match[0]), _without_home(text)))
 
 
+def without_secrets(text: str) -> str:
+    """The text without what the environment holds in variables for tokens, passwords and proxies,
+    and without user and password of an address.
+    """
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return _TOKEN.sub("***", _CREDENTIALS.sub("://***@", text))
+
+
 def published_model(model: str) -> str:
     """A Hub id, the name of an embedded model, or the name of a local folder or file alone."""
-    return base_id(model) or (model if model == "tiny" else _without_names(last_name(model)))
+    named = base_id(model) or (model if model == "tiny" else _without_names(last_name(model)))
+    return without_secrets(named)
 
 
 def base_id(model: str) -> str | None:
@@ -88,6 +104,7 @@ def _without_home(text: str) -> str:
 
 
 def _without_names(text: str) -> str:
+    text = without_secrets(text)
     for name in _names():
         text = re.sub(rf"(?<![\w]){re.escape(name)}(?![\w])", "-", text, flags=re.IGNORECASE)
     return text
