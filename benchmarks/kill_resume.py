@@ -33,7 +33,7 @@ from benchmarks.record import RESULTS, write_results
 from qzo_diffusion import resources
 from qzo_diffusion.cli import main as qzo_diffuse
 from qzo_diffusion.core.journal import read_journal
-from qzo_diffusion.runs import job as training_job
+from qzo_diffusion.runs import trainer as running
 from qzo_diffusion.train import run_folder
 from qzo_diffusion.train.run_folder import load_tensors
 
@@ -78,7 +78,7 @@ def note_completed_steps(file: Path) -> None:
         original(*arguments)
         os.write(done, b".")
 
-    call_in_place(training_job.Trainer, "on_step", on_step)
+    call_in_place(running.Trainer, "on_step", on_step)
 
 
 def tear_a_record(chance: random.Random) -> None:

@@ -145,7 +145,7 @@ def train(train_arguments):
 
 def killed_after(monkeypatch, step):
     """As by a kill, nothing of what comes after that many steps is done."""
-    from qzo_diffusion.runs.job import Trainer
+    from qzo_diffusion.runs.trainer import Trainer
 
     original = Trainer.on_step
 

@@ -165,7 +165,7 @@ def test_the_package_keeps_the_rules():
         ),
         ("evaluate/report.py", "from qzo_diffusion.config.style import Config", "arrows"),
         ("quant/base.py", "from qzo_diffusion.runs.build import build", "arrows"),
-        ("runs/job.py", "from qzo_diffusion.runs.style import plan", "arrows"),
+        ("runs/trainer.py", "from qzo_diffusion.runs.style import plan", "arrows"),
         ("runs/style/plan.py", "from qzo_diffusion.runs.llm import plan", "arrows"),
         ("runs/training.py", "from qzo_diffusion.commands import mix", "arrows"),
         ("runs/build.py", "from qzo_diffusion.cli import main", "arrows"),

@@ -11,7 +11,7 @@ from qzo_diffusion.console import DONE, INTERRUPTED, emit, report, show
 if TYPE_CHECKING:
     from qzo_diffusion.config.files import AnyConfig
     from qzo_diffusion.runs.locate import Kind
-    from qzo_diffusion.runs.training import Plan
+    from qzo_diffusion.runs.plan import Plan
 
 
 def checked_settings(

@@ -110,3 +110,31 @@ def _git_revision() -> str | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) -> dict[str, Any]:
+    """What the journal must say to be replayed from the base model alone."""
+    return {
+        "format": JOURNAL_FORMAT,
+        "model": config.model,
+        "codes": codes,
+        "initial_scales": scales,
+        "config": config_hash(config),
+        "seed": config.train.seed,
+        "directions": config.qzo.directions,
+        "num_directions": config.qzo.num_directions,
+        "parametrization": config.qzo.parametrization,
+        "units": config.qzo.units,
+        "layers": config.qzo.layers,
+        "regions": config.qzo.regions,
+        # with a direction each
+        "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,
+        "optimizer": config.train.optimizer,
+        "feedback": [config.train.feedback_decay, config.train.feedback_steps]
+        if config.train.optimizer == "feedback"
+        else None,
+        # by a step's own spread its scalars are already
+        "normalize": "running" if config.qzo.normalize == "running" else None,
+        "quant": config.quant.model_dump(),
+        "dtype": config.compute.dtype,
+    }

@@ -1,34 +1,29 @@
-"""A training from its first line to its last, whatever is trained; resumed, it goes on as if it had
-never been stopped.
+"""A training from its first line to its last, whatever is trained.
+
+A run that is resumed goes on as if it had never been stopped.
 """
 
-import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from qzo_diffusion.config.files import DATA_PLACES, changed_settings, load_config
-from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import (
     ConfigError,
     JournalError,
-    OutputError,
     RankLost,
     TrainingDiverged,
 )
 from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
-from qzo_diffusion.runs import build, longer, provenance
-from qzo_diffusion.runs.job import (
-    CHECK_RANKS_EVERY,
-    Components,
-    Trainer,
-    check_ranks,
-    check_same_run,
-)
+from qzo_diffusion.runs import provenance
+from qzo_diffusion.runs import ranks as all_ranks
+from qzo_diffusion.runs.changes import as_many_as_fit, changes
+from qzo_diffusion.runs.plan import Components, Plan
+from qzo_diffusion.runs.trainer import Trainer
 from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
@@ -46,62 +41,28 @@ from qzo_diffusion.train.tracking import Tracker
 
 JOURNAL, METRICS = "journal.qzo", "metrics.jsonl"
 RATE_FACTOR = "lr_factor"  # in the journal's header, where it was measured
-MOST_NOTED = 2**15  # bytes of a note: a record of the journal has room for twice as many
 
 
-class Plan(Protocol):
-    """Everything that is known before anything heavy is loaded, and how to load the rest.
+@dataclass(frozen=True)
+class Start:
+    """Where a process begins.
 
-    thing: what one row of the data is called. facts: its columns that make the run; with others it
-    is another one. has_journal: False where seeds and scalars do not rebuild a step; such a run
-    goes on from its last checkpoint."""
+    Attributes:
+        step: the first step of this process. bad_steps: how many in a row were bad before it.
+        rate: a factor of the learning rate; None where it was not calibrated.
+        damaged: checkpoints that were passed over.
+    """
 
-    @property
-    def config(self) -> RunConfig: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def name(self) -> str:
-        """Of a run that is given no folder."""
-        ...
-
-    @property
-    def thing(self) -> str: ...
-
-    @property
-    def facts(self) -> Sequence[str]: ...
-
-    @property
-    def has_journal(self) -> bool: ...
-
-    def describe(self) -> str:
-        """What `--dry-run` prints."""
-        ...
-
-    def summary(self) -> str: ...
-
-    def data(self) -> list[dict[str, Any]]:
-        """A row for each thing that is trained on or held out; `file` names it."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """All that must be the same on every rank."""
-        ...
-
-    def load(self, ranks: Ranks) -> Components: ...
-
-    def metadata(self, components: Components) -> dict[str, str]:
-        """What must be known to apply the result to a base again."""
-        ...
+    step: int = 0
+    bad_steps: int = 0
+    rate: float | None = None
+    damaged: Sequence[Path] = ()
 
 
 def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
-    """Train a new run. Returns the figures for `--json`; nothing on ranks other than the first.
+    """Train a new run.
+
+    Returns the figures for `--json`; nothing on ranks other than the first.
 
     Raises:
         TrainingDiverged, RankLost: after everything was saved.
@@ -111,12 +72,9 @@ def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
         return follow(plan, ranks, None)
     out = RunFolder.create(output_dir)
     out.write_text("config.yaml", plan.config.to_yaml())
-    out.write_json(
-        "environment.json",
-        provenance.environment(plan.config.model, plan.device, plan.dtype)
-        | {"processes": ranks.world},
-    )
-    return _work(plan, out, ranks, resumed=False)
+    environment = provenance.environment(plan.config.model, plan.device, plan.dtype)
+    out.write_json("environment.json", environment | {"processes": ranks.world})
+    return _lead(plan, out, ranks, None)
 
 
 def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, Any]:
@@ -127,23 +85,7 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
         JournalError: the journal is damaged or of another model.
     """
     out = RunFolder(run_folder)
-    before = load_config(run_folder / "config.yaml", type(plan.config))
-    changed_data = _changed_data(plan, run_folder)
-    # data that was moved and is the same is no change
-    changes = changed_settings(before, plan.config, () if changed_data else DATA_PLACES)
-    if not force:
-        journal = JOURNAL if plan.has_journal else None
-        changes = longer.without_steps(
-            changes, before, plan.config, lambda: longer.steps_done(run_folder, journal)
-        )
-    changes += changed_data
-    if changes and not force:
-        raise ConfigError(
-            f"other settings or {plan.thing}s than the run was started with:\n  "
-            + "\n  ".join(changes),
-            "the same ones; the continued run would not be the run",
-            "leave the changes out, or add --force to go on with them",
-        )
+    changed = changes(plan, run_folder, JOURNAL if plan.has_journal else None, force)
     begun = not plan.has_journal or (run_folder / JOURNAL).exists()
     if not begun and ((run_folder / METRICS).exists() or (run_folder / "checkpoints").exists()):
         raise JournalError(
@@ -156,7 +98,7 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
         return follow(plan, ranks, run_folder if begun else None)
     if not begun:  # it was stopped while it encoded, loaded or calibrated: nothing was trained
         out.write_text("config.yaml", plan.config.to_yaml())
-    return _work(plan, out, ranks, resumed=begun, changes=changes)
+    return _lead(plan, out, ranks, changed if begun else None)
 
 
 def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
@@ -165,96 +107,65 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     A resumed run is read from its folder.
     """
     components = _load(plan, ranks)
-    first_step = bad_steps = 0
     journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
-    rate = _rate_factor(plan, components, ranks, journal)
+    start = Start(rate=_rate_factor(plan, components, ranks, journal))
     if resumed is not None:
-        first_step, bad_steps, _ = _restore_(plan, components, journal, resumed)
-    check_ranks(ranks, components.theta)
+        start = _restore_(plan, components, journal, resumed, start)
+    all_ranks.check_ranks(ranks, components.theta)
+
+    def after_step(done: int) -> None:
+        if done % all_ranks.CHECK_EVERY == 0:
+            all_ranks.check_ranks(ranks, components.theta)
+
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
-        _train(
-            plan,
-            components,
-            ranks,
-            first_step,
-            bad_steps,
-            rate,
-            after_step=lambda done: (
-                check_ranks(ranks, components.theta) if done % CHECK_RANKS_EVERY == 0 else None
-            ),
-        )
-        check_ranks(ranks, components.theta)
+        _train(plan, components, ranks, start, after_step=after_step)
+        all_ranks.check_ranks(ranks, components.theta)
     leave()
     return {}
 
 
 def _train(
-    plan: Plan,
-    components: Components,
-    ranks: Ranks,
-    first_step: int,
-    bad_steps: int,
-    rate: float | None,
-    **reports: Any,
+    plan: Plan, components: Components, ranks: Ranks, start: Start, **reports: Any
 ) -> Outcome:
-    schedule = build.schedule(plan.config, 1.0 if rate is None else rate)
-    setup = components.setup(build.probing(plan.config), schedule, ranks.sum)
+    schedule = plan.schedule(1.0 if start.rate is None else start.rate)
     return train(
-        setup,
+        components.setup(plan.probing(), schedule, ranks.sum),
         max_steps=plan.config.train.max_steps,
-        first_step=first_step,
-        bad_steps_before=bad_steps,
+        first_step=start.step,
+        bad_steps_before=start.bad_steps,
         stop_requested=ranks.stop_agreed,
         **reports,
     )
 
 
-def _work(
-    plan: Plan, out: RunFolder, ranks: Ranks, resumed: bool, changes: Sequence[str] = ()
+def _lead(
+    plan: Plan, out: RunFolder, ranks: Ranks, changed: Sequence[str] | None
 ) -> dict[str, Any]:
+    """What the first rank does. changed: of a run that goes on; None begins one."""
     writer = journal = None
-    if resumed and plan.has_journal:
+    if changed is not None and plan.has_journal:
         writer, journal = JournalWriter.reopen(out.path / JOURNAL)
         if journal.torn_bytes:
             report(f"{JOURNAL}: cut off {journal.torn_bytes} bytes of a step that was not finished")
-    try:
-        trainer, first_step, bad_steps, rate = _start(plan, out, ranks, resumed, writer, journal)
-    except BaseException:
+    with ExitStack() as on_error:
         if writer is not None:
-            writer.close()
-        raise
+            on_error.callback(writer.close)
+        components, start = _load_and_restore(plan, out, ranks, journal, changed is not None)
+        if changed is None and plan.has_journal:
+            rate = {} if start.rate is None else {RATE_FACTOR: start.rate}
+            writer = JournalWriter.create(out.path / JOURNAL, components.header | rate)
+        trainer = _trainer(plan, out, ranks, components, start)
+        trainer.journal = writer
+        on_error.pop_all()
     try:
-        if resumed:  # now that the new settings are known to go with what is there
+        if changed is not None:  # now that the new settings are known to go with what is there
             out.write_text("config.yaml", plan.config.to_yaml())
-        if writer is not None:
-            writer.append(
-                NoteEntry("resume", {"step": first_step, "changes": _as_many_as_fit(changes)})
-            )
-        with stop_on_signal(report) as stop:
-            ranks.wants_stop = stop.is_set
-            if first_step:
-                trainer.finish_step(first_step)  # whatever a kill left undone
-            else:
-                trainer.validate(0)
-                trainer.show(0)
-                trainer.report()
-            try:
-                reports = {"on_step": trainer.on_step, "after_step": trainer.after_step}
-                outcome = _train(
-                    plan, trainer.components, ranks, first_step, bad_steps, rate, **reports
-                )
-                check_ranks(ranks, trainer.components.theta)
-            except (TrainingDiverged, RankLost):
-                trainer.checkpoint(trainer.steps_done)
-                raise
-        if outcome.stopped:
-            trainer.checkpoint(outcome.steps_done)
-        else:
-            trainer.validate(outcome.steps_done)
-            trainer.show(outcome.steps_done)
-            trainer.finish(outcome.steps_done)
-        trainer.report()
+            if writer is not None:
+                note = {"step": start.step, "changes": as_many_as_fit(changed)}
+                writer.append(NoteEntry("resume", note))
+        outcome = _steps(plan, trainer, ranks, start)
+        trainer.end(outcome)
         results = trainer.results(outcome)
     finally:
         trainer.close()
@@ -262,9 +173,62 @@ def _work(
     return results
 
 
+def _load_and_restore(
+    plan: Plan, out: RunFolder, ranks: Ranks, journal: Journal | None, resumed: bool
+) -> tuple[Components, Start]:
+    """The components, brought to where the run was."""
+    components = _load(plan, ranks)
+    start = Start(rate=_rate_factor(plan, components, ranks, journal))
+    if resumed:
+        start = _restore_(plan, components, journal, out.path, start)
+        end = "the journal's end" if plan.has_journal else "the last checkpoint"
+        report(f"going on at step {start.step}, {end}")
+    return components, start
+
+
+def _trainer(
+    plan: Plan, out: RunFolder, ranks: Ranks, components: Components, start: Start
+) -> Trainer:
+    # nobody goes on before all have read the checkpoints, for the old ones are dropped
+    all_ranks.check_ranks(ranks, components.theta)
+    set_aside(start.damaged)
+    validation = cut_metrics(out.path / METRICS, start.step) if start.step else {}
+    tracker = Tracker(out.path, plan.config.train.max_steps, start.step)
+    return Trainer(
+        config=plan.config,
+        out=out,
+        components=components,
+        callbacks=components.callbacks(out, tracker),
+        tracker=tracker,
+        journal=None,
+        ranks=ranks,
+        metadata=plan.metadata(components),
+        validation=validation,
+        steps_done=start.step,
+    )
+
+
+def _steps(plan: Plan, trainer: Trainer, ranks: Ranks, start: Start) -> Outcome:
+    """All steps of this process. A run that diverges or loses a rank is saved first."""
+    with stop_on_signal(report) as stop:
+        ranks.wants_stop = stop.is_set
+        if start.step:
+            trainer.finish_step(start.step)  # whatever a kill left undone
+        else:
+            trainer.begin()
+        try:
+            reports = {"on_step": trainer.on_step, "after_step": trainer.after_step}
+            outcome = _train(plan, trainer.components, ranks, start, **reports)
+            all_ranks.check_ranks(ranks, trainer.components.theta)
+        except (TrainingDiverged, RankLost):
+            trainer.checkpoint(trainer.steps_done)
+            raise
+    return outcome
+
+
 def _load(plan: Plan, ranks: Ranks) -> Components:
     components = plan.load(ranks)
-    check_same_run(ranks, plan.settings(), plan.data(), plan.facts, components.header)
+    all_ranks.check_same_run(ranks, plan.settings(), plan.data(), plan.facts, components.header)
     return components
 
 
@@ -298,7 +262,7 @@ def _rate_factor(
         components.objective,
         components.batches,
         components.theta,
-        build.probing(plan.config),
+        plan.probing(),
         ranks.sum,
         shown,
     )
@@ -313,116 +277,37 @@ def _rate_factor(
 
 
 def _restore_(
-    plan: Plan, components: Components, journal: Journal | None, run_folder: Path
-) -> tuple[int, int, list[Path]]:
-    """Bring the numbers to where the run was. Returns the steps done, how many bad ones in a row
-    come last, damaged checkpoints.
+    plan: Plan, components: Components, journal: Journal | None, run: Path, start: Start
+) -> Start:
+    """Bring theta and the optimizer to where the run was.
 
     Raises:
         ConfigError: more steps are done than the run is to have.
     """
     if journal is not None:
         provenance.check_journal_fits(journal, components.header)
-    checkpoints, damaged = examine_checkpoints(run_folder / "checkpoints")
+    checkpoints, damaged = examine_checkpoints(run / "checkpoints")
     for problem in damaged.values():
         report(f"warning: passed over a checkpoint: {problem}")
     newest = checkpoints[-1] if checkpoints else None
     done = bad_steps = 0
     if journal is not None:
-        done, bad_steps = (
-            restore_(newest, journal, components.theta, components.optimizer),
-            bad_steps_at_end(journal),
-        )
+        done = restore_(newest, journal, components.theta, components.optimizer)
+        bad_steps = bad_steps_at_end(journal)
     elif newest is not None:
         load_checkpoint_(newest, components.theta, components.optimizer)
         done = newest.step
     if done > plan.config.train.max_steps:
-        raise ConfigError(
-            f"train.max_steps={plan.config.train.max_steps}, but {done} steps are done",
-            f"train.max_steps={done} or more",
-            f"leave the journal's tail out instead: replay --journal {run_folder / JOURNAL} "
-            "--to-step N"
-            if plan.has_journal
-            else "give one of the checkpoints to sample or export",
-        )
-    return done, bad_steps, list(damaged)
+        raise _more_are_done(plan, done, run)
+    return replace(start, step=done, bad_steps=bad_steps, damaged=list(damaged))
 
 
-def _start(
-    plan: Plan,
-    out: RunFolder,
-    ranks: Ranks,
-    resumed: bool,
-    writer: JournalWriter | None,
-    journal: Journal | None,
-) -> tuple[Trainer, int, int, float | None]:
-    """The parts of the run, brought to where it was, with everything that writes and shows; and the
-    factor of its rate.
-    """
-    config = plan.config
-    components = _load(plan, ranks)
-    rate = _rate_factor(plan, components, ranks, journal)
-    first_step, bad_steps, damaged, validation = 0, 0, list[Path](), dict[int, float]()
-    if resumed:
-        first_step, bad_steps, damaged = _restore_(plan, components, journal, out.path)
-        validation = cut_metrics(out.path / METRICS, first_step)
-        report(
-            f"going on at step {first_step}, "
-            + ("the journal's end" if plan.has_journal else "the last checkpoint")
-        )
-    elif plan.has_journal:
-        writer = JournalWriter.create(
-            out.path / JOURNAL, components.header | ({} if rate is None else {RATE_FACTOR: rate})
-        )
-    # nobody goes on before all have read the checkpoints, for the old ones are dropped
-    check_ranks(ranks, components.theta)
-    set_aside(damaged)
-    tracker = Tracker(out.path, config.train.max_steps, first_step)
-    trainer = Trainer(
-        config=config,
-        out=out,
-        components=components,
-        callbacks=components.callbacks(out, tracker),
-        tracker=tracker,
-        journal=writer,
-        ranks=ranks,
-        metadata=plan.metadata(components),
-        validation=validation,
-        steps_done=first_step,
+def _more_are_done(plan: Plan, done: int, run: Path) -> ConfigError:
+    shorter = f"replay --journal {run / JOURNAL} --to-step N"
+    return ConfigError(
+        f"train.max_steps={plan.config.train.max_steps}, but {done} steps are done",
+        f"train.max_steps={done} or more",
+        f"leave the journal's tail out instead: {shorter}"
+        if plan.has_journal
+        else "give one of the checkpoints to sample or export",
     )
-    return trainer, first_step, bad_steps, rate
-
-
-def _as_many_as_fit(changes: Sequence[str]) -> list[str]:
-    """Into the journal's note; hundreds of images that come and go are named by their number."""
-    kept: list[str] = []
-    size = 0
-    for change in changes:
-        size += len(json.dumps(change))
-        if size > MOST_NOTED:
-            return [*kept, f"and {len(changes) - len(kept)} more"]
-        kept.append(change)
-    return kept
-
-
-def _changed_data(plan: Plan, run_folder: Path) -> list[str]:
-    """What is different from the run's dataset.json, row by row."""
-    path = run_folder / "dataset.json"
-    if not path.exists():  # stopped before it was written: nothing was trained on yet
-        return []
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        before = {row["file"]: [row[fact] for fact in plan.facts] for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{path} is damaged: {error}",
-            "the file as it was written",
-            "restore it, or start a new run",
-        ) from None
-    now = {str(row["file"]): [row[fact] for fact in plan.facts] for row in plan.data()}
-    changes = [f"{plan.thing} {name} was removed" for name in before.keys() - now.keys()]
-    changes += [f"{plan.thing} {name} was added" for name in now.keys() - before.keys()]
-    for name in before.keys() & now.keys():
-        pairs = zip(plan.facts, before[name], now[name], strict=True)
-        changes += [f"{plan.thing} {name}: other {fact}" for fact, a, b in pairs if a != b]
-    return sorted(changes)

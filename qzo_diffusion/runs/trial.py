@@ -3,9 +3,8 @@
 import time
 
 from qzo_diffusion import devices
-from qzo_diffusion.runs import build
 from qzo_diffusion.runs.ending import in_words
-from qzo_diffusion.runs.training import Plan
+from qzo_diffusion.runs.plan import Plan
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import train_step_
 
@@ -20,7 +19,7 @@ def trial_step(plan: Plan) -> str:
     ranks = Ranks()
     components, steps = plan.load(ranks), plan.config.train.max_steps
     smallest = plan.config.train.lr * 1e-6
-    setup, seconds = components.setup(build.probing(plan.config), lambda _: smallest), 0.0
+    setup, seconds = components.setup(plan.probing(), lambda _: smallest), 0.0
     for step in range(WARM_UP + 1):
         batch, started = components.batches(step), time.perf_counter()
         (setup.take_step or train_step_)(setup, batch, step)

@@ -13,7 +13,7 @@ from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal
 from qzo_diffusion.files import write_folder
-from qzo_diffusion.runs import job as training_job
+from qzo_diffusion.runs import trainer as running
 from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.tracking import Curves, MetricsLog
 from tests.conftest import failing, metrics
@@ -115,14 +115,14 @@ def test_a_folder_that_does_not_fit_leaves_the_one_before(small_disk):
 
 def at_step(monkeypatch, step, action):
     """Do something when the step was recorded."""
-    original = training_job.Trainer.on_step
+    original = running.Trainer.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step == step:
             action()
 
-    monkeypatch.setattr(training_job.Trainer, "on_step", on_step)
+    monkeypatch.setattr(running.Trainer, "on_step", on_step)
 
 
 @pytest.fixture

@@ -29,8 +29,6 @@ def main_with_accident(arguments):
     """The command line, and what happens to one rank just before it does a step: [what, rank, step,
     *command].
     """
-    from qzo_diffusion.runs import job as training_job
-    from qzo_diffusion.runs import training as training_run
     from qzo_diffusion.train import distributed, loop
 
     what, rank, at, *command = arguments
@@ -47,7 +45,7 @@ def main_with_accident(arguments):
 
     loop.train_step_ = train_step_
     distributed.ROLL_CALL_SECONDS = 1.0
-    training_job.CHECK_RANKS_EVERY = training_run.CHECK_RANKS_EVERY = 3
+    ranks.CHECK_EVERY = 3
     sys.exit(main(command))
 
 

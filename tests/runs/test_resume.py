@@ -16,8 +16,8 @@ import torch
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal, read_journal
-from qzo_diffusion.runs import job as training_job
 from qzo_diffusion.runs import provenance
+from qzo_diffusion.runs import trainer as running
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train import calibrate
@@ -57,14 +57,14 @@ def whole(train, tmp_path):
 
 def stop_after(monkeypatch, step):
     """SIGTERM to this process when the step was recorded."""
-    original = training_job.Trainer.on_step
+    original = running.Trainer.on_step
 
     def on_step(self, record):
         original(self, record)
         if record.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training_job.Trainer, "on_step", on_step)
+    monkeypatch.setattr(running.Trainer, "on_step", on_step)
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -130,7 +130,7 @@ def test_runs_with_another_estimate_are_replayed(train, tmp_path, setting):
 MOMENTS = {
     "before a metrics line": ("qzo_diffusion.train.tracking.Tracker.on_step", 4),
     "between metrics and journal": ("qzo_diffusion.core.journal.JournalWriter.append", 4),
-    "before a checkpoint": ("qzo_diffusion.runs.job.save_checkpoint", 1),
+    "before a checkpoint": ("qzo_diffusion.runs.trainer.save_checkpoint", 1),
     "inside a checkpoint": ("qzo_diffusion.train.checkpoint.write_whole", 1),
     "between a folder and its name": ("qzo_diffusion.files.os.replace", 12),
     "before a picture": ("qzo_diffusion.runs.style.samples.save_picture", 2),

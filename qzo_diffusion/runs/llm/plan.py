@@ -1,6 +1,6 @@
 """What `qzo-diffuse llm` trains and evaluates: a quantized language model on a task.
 
-`training_run` does the rest.
+`runs.training` does the rest.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
+from qzo_diffusion.core.optimizer import Schedule
+from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.data_files import data_folder
@@ -27,13 +29,14 @@ from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, encode
 from qzo_diffusion.llm.vocabulary import check_vocabulary
 from qzo_diffusion.runs import build, provenance
-from qzo_diffusion.runs.job import Components, journal_header
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.runs.llm.memory import memory_plan
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.llm.scores import Scores
 from qzo_diffusion.runs.llm.splits import PARTS, Splits, read_splits
+from qzo_diffusion.runs.plan import Components
+from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
@@ -42,7 +45,7 @@ from qzo_diffusion.train.tracking import Tracker
 
 @dataclass(frozen=True)
 class LlmPlan:
-    """`training_run.Plan` of a language model on a task."""
+    """`runs.plan.Plan` of a language model on a task."""
 
     config: LlmConfig
     model_folder: Path
@@ -98,6 +101,12 @@ class LlmPlan:
     def metadata(self, components: Components) -> dict[str, str]:
         facts = provenance.scales_metadata(self.config, components.header["codes"])
         return facts | {"qzo.method": self.config.method, "qzo.task": self.spec.name}
+
+    def probing(self) -> Probing:
+        return build.probing(self.config)
+
+    def schedule(self, factor: float) -> Schedule:
+        return build.schedule(self.config, factor)
 
     def load(self, ranks: Ranks) -> Components:
         config = self.config

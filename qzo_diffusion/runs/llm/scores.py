@@ -20,7 +20,7 @@ FILE = "evaluation.json"
 
 @dataclass
 class Scores:
-    """`training_job.Extras` of a language-model run; evaluation.json holds what was measured, also
+    """`runs.plan.Callbacks` of a language-model run; evaluation.json holds what was measured, also
     for a run that goes on.
     """
 

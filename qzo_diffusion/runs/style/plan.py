@@ -1,6 +1,6 @@
 """What `qzo-diffuse train` trains: a style, from a folder of images.
 
-`training_run` does the rest.
+`runs.training` does the rest.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
+from qzo_diffusion.core.optimizer import Schedule
+from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
@@ -26,7 +28,8 @@ from qzo_diffusion.diffusion.style_folder import (
 )
 from qzo_diffusion.diffusion.trigger import Trigger, find_trigger
 from qzo_diffusion.runs import build, hub, provenance
-from qzo_diffusion.runs.job import Components, journal_header
+from qzo_diffusion.runs.plan import Components
+from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
@@ -45,7 +48,7 @@ from qzo_diffusion.train.tracking import Tracker
 
 @dataclass(frozen=True)
 class StylePlan:
-    """`training_run.Plan` of a style."""
+    """`runs.plan.Plan` of a style."""
 
     config: Config
     model_folder: Path
@@ -116,6 +119,12 @@ class StylePlan:
 
     def metadata(self, components: Components) -> dict[str, str]:
         return provenance.scales_metadata(self.config, components.header["codes"])
+
+    def probing(self) -> Probing:
+        return build.probing(self.config)
+
+    def schedule(self, factor: float) -> Schedule:
+        return build.schedule(self.config, factor)
 
     def load(self, ranks: Ranks) -> Components:
         """Encode the data, free the encoders, load and quantize the transformer."""

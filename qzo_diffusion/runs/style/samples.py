@@ -59,7 +59,7 @@ def prompts_in_words(prompts: Sequence[str], trigger: Trigger | None) -> str:
 
 @dataclass
 class Pictures:
-    """`training_job.Extras` of a style run; `folder` is the run's samples/."""
+    """`runs.plan.Callbacks` of a style run; `folder` is the run's samples/."""
 
     folder: Path
     sampler: Sampler

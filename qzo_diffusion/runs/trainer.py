@@ -1,29 +1,21 @@
-"""A run that is under way, whatever it trains: what happens between its steps, and what it leaves
-behind.
-"""
+"""What the first process of a run does between its steps, and what it leaves behind."""
 
-import hashlib
-import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from qzo_diffusion import devices
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import UserError
 from qzo_diffusion.core.journal import JournalWriter
-from qzo_diffusion.core.optimizer import Schedule
-from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
-from qzo_diffusion.core.probes import Objective
-from qzo_diffusion.core.probing import Probing, StepBatch
-from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.core.spsa import SumOverRanks, mean_loss, no_reduce
-from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.runs import provenance, usage
+from qzo_diffusion.core.parametrization import tuned_scales
+from qzo_diffusion.core.spsa import mean_loss
+from qzo_diffusion.runs import ranks as all_ranks
 from qzo_diffusion.runs import report as report_run
+from qzo_diffusion.runs import usage
 from qzo_diffusion.runs.ending import in_words
+from qzo_diffusion.runs.plan import Callbacks, Components
 from qzo_diffusion.train.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -32,66 +24,11 @@ from qzo_diffusion.train.checkpoint import (
     save_checkpoint,
 )
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.loop import Outcome, Setup, StepRecord, TakeStep
+from qzo_diffusion.train.loop import Outcome, StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
-CHECK_RANKS_EVERY = 100
 PACE_AFTER = 5  # steps
-
-
-@dataclass
-class Components:
-    """What every process of a run has: the trained numbers, what they are trained on, and how.
-
-    optimizer: `core.optimizer.Optimizer`, or whatever `take_step` uses in its place with `state`
-    and `load_state_`. header: of the journal. extras: made by the first process alone, which also
-    writes what the run folder says of its data."""
-
-    scales: ScaleSet
-    theta: Parametrization
-    optimizer: Any
-    objective: Objective[Any]
-    batches: Callable[[int], StepBatch[Any]]
-    header: dict[str, Any]
-    callbacks: Callable[[RunFolder, Tracker], "Callbacks"]
-    take_step: TakeStep | None = None
-
-    def setup(
-        self, probing: Probing, schedule: Schedule, sum_over_ranks: SumOverRanks = no_reduce
-    ) -> Setup[Any]:
-        """These components as the loop takes them."""
-        return Setup(
-            self.objective,
-            self.batches,
-            self.theta,
-            self.optimizer,
-            probing,
-            schedule,
-            sum_over_ranks,
-            self.take_step,
-        )
-
-
-class Callbacks(Protocol):
-    """What a kind of run does besides training, such as pictures of every few steps.
-
-    held_out: micro-batches of the validation loss, always the same. every: how often `show` is due;
-    0 is at the start and the end."""
-
-    held_out: Sequence[Any]
-    every: int
-
-    def show(self, step: int) -> None:
-        """What is due at this step and not there yet.
-
-        The numbers of the step are in the scales that a forward sees.
-        """
-        ...
-
-    def results(self) -> dict[str, Any]:
-        """Further figures for `--json`."""
-        ...
 
 
 @dataclass
@@ -137,9 +74,25 @@ class Trainer:
                 f"{in_words(left * step)}, pictures and validation apart"
             )
 
+    def begin(self) -> None:
+        """Before the first step."""
+        self.validate(0)
+        self.show(0)
+        self.report()
+
+    def end(self, outcome: Outcome) -> None:
+        """After the last step, or where the run was stopped."""
+        if outcome.stopped:
+            self.checkpoint(outcome.steps_done)
+        else:
+            self.validate(outcome.steps_done)
+            self.show(outcome.steps_done)
+            self.finish(outcome.steps_done)
+        self.report()
+
     def after_step(self, steps_done: int) -> None:
-        if _due(CHECK_RANKS_EVERY, steps_done):
-            check_ranks(self.ranks, self.components.theta)
+        if _due(all_ranks.CHECK_EVERY, steps_done):
+            all_ranks.check_ranks(self.ranks, self.components.theta)
         self.finish_step(steps_done)
 
     def finish_step(self, steps_done: int) -> None:
@@ -225,62 +178,5 @@ class Trainer:
             self.journal.close()
 
 
-def check_ranks(ranks: Ranks, theta: Parametrization) -> None:
-    """Every rank calls this after the same step; raises RankLost when the trained numbers of one
-    are others.
-    """
-    if ranks.world > 1:
-        ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "trained numbers")
-
-
-def check_same_run(
-    ranks: Ranks,
-    settings: Mapping[str, Any],
-    data: Sequence[Mapping[str, Any]],
-    facts: Sequence[str],
-    header: Mapping[str, Any],
-) -> None:
-    """Raises RankLost when a rank was started with another model, other data or settings.
-
-    Args:
-        settings: all but folders, which may differ by machine.
-        data, facts: the rows of dataset.json, and which of their columns make the run.
-    """
-    base = [header[name] for name in ("codes", "initial_scales")]
-    rows = [[row["file"], *(row[fact] for fact in facts)] for row in data]
-    text = json.dumps([settings, base, rows], sort_keys=True, default=str)
-    ranks.check_equal(
-        hashlib.blake2b(text.encode(), digest_size=16).digest(), "model, data or settings"
-    )
-
-
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) -> dict[str, Any]:
-    """What the journal must say to be replayed from the base model alone."""
-    return {
-        "format": provenance.JOURNAL_FORMAT,
-        "model": config.model,
-        "codes": codes,
-        "initial_scales": scales,
-        "config": provenance.config_hash(config),
-        "seed": config.train.seed,
-        "directions": config.qzo.directions,
-        "num_directions": config.qzo.num_directions,
-        "parametrization": config.qzo.parametrization,
-        "units": config.qzo.units,
-        "layers": config.qzo.layers,
-        "regions": config.qzo.regions,
-        # with a direction each
-        "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,
-        "optimizer": config.train.optimizer,
-        "feedback": [config.train.feedback_decay, config.train.feedback_steps]
-        if config.train.optimizer == "feedback"
-        else None,
-        # by a step's own spread its scalars are already
-        "normalize": "running" if config.qzo.normalize == "running" else None,
-        "quant": config.quant.model_dump(),
-        "dtype": config.compute.dtype,
-    }

@@ -1,0 +1,41 @@
+"""Several processes of one run: each checks that the others do the same."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.quant.base import fingerprint
+from qzo_diffusion.train.distributed import Ranks
+
+CHECK_EVERY = 100  # steps
+
+
+def check_ranks(ranks: Ranks, theta: Parametrization) -> None:
+    """Every rank calls this after the same step; raises RankLost when the trained numbers of one
+    are others.
+    """
+    if ranks.world > 1:
+        ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "trained numbers")
+
+
+def check_same_run(
+    ranks: Ranks,
+    settings: Mapping[str, Any],
+    data: Sequence[Mapping[str, Any]],
+    facts: Sequence[str],
+    header: Mapping[str, Any],
+) -> None:
+    """Raises RankLost when a rank was started with another model, other data or settings.
+
+    Args:
+        settings: all but folders, which may differ by machine.
+        data, facts: the rows of dataset.json, and which of their columns make the run.
+    """
+    base = [header[name] for name in ("codes", "initial_scales")]
+    rows = [[row["file"], *(row[fact] for fact in facts)] for row in data]
+    text = json.dumps([settings, base, rows], sort_keys=True, default=str)
+    ranks.check_equal(
+        hashlib.blake2b(text.encode(), digest_size=16).digest(), "model, data or settings"
+    )
