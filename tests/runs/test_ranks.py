@@ -29,6 +29,7 @@ def main_with_accident(arguments):
     """The command line, and what happens to one rank just before it does a step: [what, rank, step,
     *command].
     """
+    from qzo_diffusion.runs import ranks
     from qzo_diffusion.train import distributed, loop
 
     what, rank, at, *command = arguments
