@@ -249,11 +249,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     chosen = (options.prompts, options.style_dir, options.scorer, options.output)
     if options.images:
         results = score_run.run(score_run.ScoreRequest(options.images, *chosen))
-        found = results["clip_score"]
-        line = (
-            f"CLIP score {found['mean']:.4f} of {found['n']} images, by "
-            f"{found['note'] or found['model']}"
-        )
+        line = score_run.in_words(results["clip_score"])
     else:
         results = evaluate_run.run(evaluate_run.EvaluateRequest(options.run, *chosen))
         line = "\n".join(entry["text"] for entry in results["verdict"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qzo_diffusion import escape
 from qzo_diffusion.core.errors import OutputError
 
 
@@ -77,7 +78,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
         "step",
         "style",
         "change (95 %)",
-        "CLIP",
+        "content",
         "change (95 %)",
         "KID",
         "held-out loss",
@@ -87,7 +88,7 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for row in found:
         lines.append(
             [
-                row["run"],
+                escape.one_line(row["run"]),
                 str(row["step"]),
                 _number(row["style"]),
                 _change(row["style_delta"], row["style_ci95"]),
@@ -109,5 +110,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _change(delta: float, interval: Sequence[float] | None) -> str:
+def _change(delta: float | None, interval: Sequence[float] | None) -> str:
+    if delta is None:
+        return "-"
     return f"{delta:+.4f}" + (f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else "")

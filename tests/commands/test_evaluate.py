@@ -284,6 +284,7 @@ def test_runs_are_compared_in_one_table(run, prompts, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--compare", str(run), str(other)]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "CLIP" not in lines[0]
     assert len(lines) == 4
     assert "different scorers" in lines[-1]
     assert main(["evaluate", "--compare", str(run), str(other), "--json"]) == 0
@@ -343,6 +344,28 @@ def test_what_sample_left_needs_no_prompts(tmp_path, prompts, capsys):
     ]
     # grid.png beside them is no picture of a prompt
     assert score(folder / "samples", "--prompts", prompts) == 0
+
+
+def test_pictures_are_paired_in_the_order_of_their_numbers(tmp_path, capsys):
+    folder = tmp_path / "many"
+    names = ["s1/p_9.png", "s1/P_10.png", "s2/p_1.png", "s10/p_1.png"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    (tmp_path / "p.txt").write_text("".join(f"thing {index}\n" for index in range(4)))
+    assert score(folder, "--prompts", tmp_path / "p.txt", "--json") == 0
+    captured = capsys.readouterr()
+    pairs = [(row["file"], row["prompt"]) for row in json.loads(captured.out)["images"]]
+    assert pairs == [(name, f"thing {index}") for index, name in enumerate(names)]
+    assert "s1/p_9.png <- thing 0\n  s1/P_10.png <- thing 1" in captured.err
+
+
+def test_an_order_that_nobody_can_mistake_is_not_told(pictures, tmp_path, capsys):
+    assert score(pictures, "--prompts", tmp_path / "three.txt") == 0
+    error = capsys.readouterr().err
+    assert "the first pairs" not in error
+    assert "Content score" in error
+    assert "CLIP score" not in error
 
 
 def test_a_corrupt_picture_is_named_and_counted(pictures, tmp_path, capsys):

@@ -3,23 +3,26 @@ against a style's images.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from qzo_diffusion import devices, resources
+from qzo_diffusion import devices, escape, resources
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.listing import list_files
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
-from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, load_scorer
+from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, content_name, load_scorer
 from qzo_diffusion.files import prepare_file
+from qzo_diffusion.runs.style.natural_order import natural_key
 from qzo_diffusion.train.run_folder import RunFolder
 
+SHOWN_PAIRS = 3
 TABLE = "prompts.json"  # what `sample` writes beside its pictures: which was made from which prompt
 
 
@@ -55,7 +58,7 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     results["clip_score"] = clip_score.score(scorer, features, contents)
     cosine = clip_score.cosines(features, scorer.text_features(contents))
     results["images"] = [
-        {"file": path.name, "prompt": prompt, "content": content, "clip": value}
+        {"file": _name(path, request.images), "prompt": prompt, "content": content, "clip": value}
         for path, prompt, content, value in zip(pictures, prompts, contents, cosine, strict=True)
     ]
     results["unusable"] = unusable
@@ -73,6 +76,13 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     return results
 
 
+def in_words(found: Mapping[str, Any]) -> str:
+    """The score of a folder, from `run`'s `clip_score`."""
+    name = content_name(found["note"])
+    by = found["note"] or found["model"]
+    return f"{name[0].upper()}{name[1:]} {found['mean']:.4f} of {found['n']} images, by {by}"
+
+
 def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
     table = request.images / TABLE
     if request.prompts is None:
@@ -80,13 +90,14 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
             raise DataError(
                 f"no --prompts, and no {TABLE} in {request.images}",
                 "a prompt for each picture",
-                "pass --prompts FILE with one prompt a line, in the order of the pictures' names",
+                "pass --prompts FILE with one prompt a line, in the order of the pictures' names "
+                "(2.png before 10.png)",
             )
         return _from_table(request.images, table)
     paths = (
         [request.images / file for file, _ in _rows(table)]
         if table.is_file()
-        else _images_in(request.images, own_outputs=True)
+        else _in_natural_order(request.images)
     )
     prompts = read_prompts(resources.find_file(request.prompts, "prompts"))
     if len(prompts) != len(paths):
@@ -96,7 +107,29 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
             "one prompt for each picture, in the order of the pictures' names",
             "take out the pictures or lines that belong to nothing",
         )
-    return list(zip(paths, prompts, strict=True))
+    pairs = list(zip(paths, prompts, strict=True))
+    if not table.is_file() and paths != sorted(paths):
+        _tell_order(pairs, request.images)
+    return pairs
+
+
+def _in_natural_order(folder: Path) -> list[Path]:
+    paths = _images_in(folder, own_outputs=True)
+    return sorted(paths, key=lambda path: natural_key(path.relative_to(folder)))
+
+
+def _tell_order(pairs: Sequence[tuple[Path, str]], folder: Path) -> None:
+    """Names sorted as text would have other pairs: the first ones let a person check."""
+    shown = [
+        f"  {escape.one_line(_name(path, folder))} <- {escape.one_line(prompt)}"
+        for path, prompt in pairs[:SHOWN_PAIRS]
+    ]
+    head = "note: pictures are taken in the order of the numbers in their names; the first pairs:"
+    report("\n".join([head, *shown]))
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _from_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
@@ -146,8 +179,9 @@ def _opened(
         try:
             opened[path] = open_image(path).image
         except BadImage as error:
-            unusable.append({"file": path.name, "reason": error.reason})
-            _warn(f"{path.name} is left out: {error.reason}")
+            name = _name(path, folder)
+            unusable.append({"file": name, "reason": error.reason})
+            _warn(f"{escape.one_line(name)} is left out: {error.reason}")
     if not opened:
         raise DataError(
             f"none of the {len(paths)} pictures in {folder} can be read",
