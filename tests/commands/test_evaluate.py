@@ -351,7 +351,7 @@ def test_pictures_are_paired_in_the_order_of_their_numbers(tmp_path, capsys):
     names = ["s1/p_9.png", "s1/P_10.png", "s2/p_1.png", "s10/p_1.png"]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(folder / name)
+        Image.new("RGB", (16, 16)).save(folder / name)
     (tmp_path / "p.txt").write_text("".join(f"thing {index}\n" for index in range(4)))
     assert score(folder, "--prompts", tmp_path / "p.txt", "--json") == 0
     captured = capsys.readouterr()

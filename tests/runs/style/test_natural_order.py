@@ -21,7 +21,7 @@ from qzo_diffusion.runs.style.natural_order import natural_key
         ["2024-9-30.png", "2024-10-1.png"],
         ["x/1.png", "x.png"],
         ["9" * 30 + ".png", "1" + "0" * 30 + ".png"],
-        ["١.png", "²3.png", "é1.png"],
+        ["\u0661.png", "²3.png", "é1.png"],
     ],
 )
 def test_numbers_in_names_count(names):
