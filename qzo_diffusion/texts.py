@@ -4,16 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from qzo_diffusion.core.errors import DataError
-
-
-def is_encodable(text: str) -> bool:
-    """False for a text with half of a surrogate pair, which no tokenizer and no file takes."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+from qzo_diffusion.resources import is_unicode
 
 
 def check_encodable(text: str, place: str) -> None:
     """Raises DataError for half of a surrogate pair; `place` says where the text stands."""
-    if not is_encodable(text):
+    if not is_unicode(text):
         raise DataError(
             f"{place}: {_short(text)!a} holds half of a Unicode surrogate pair",
             "text that can be encoded as UTF-8",

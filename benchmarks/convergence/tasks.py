@@ -27,9 +27,9 @@ from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velo
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.listing import METADATA_NAME
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts
+from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
-from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.files import write_whole
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of

@@ -59,6 +59,24 @@ def nearest_bucket(width: int, height: int, resolution: int) -> Bucket:
     )
 
 
+def part_to_cover(size: tuple[int, int], bucket: Bucket) -> tuple[int, int]:
+    """The largest part of an image of `size` that has the proportions of a bucket, in its own
+    pixels.
+    """
+    (image_width, image_height), (width, height) = size, bucket
+    scale = min(image_width / width, image_height / height)
+    return (
+        min(image_width, max(1, round(width * scale))),
+        min(image_height, max(1, round(height * scale))),
+    )
+
+
+def losses(size: tuple[int, int], bucket: Bucket) -> tuple[float, float]:
+    """(which part of an image of `size` is cut off, how many times larger the rest becomes)."""
+    width, height = part_to_cover(size, bucket)
+    return 1 - width * height / (size[0] * size[1]), bucket[0] / width
+
+
 def check_positions(shapes: Mapping[str, Bucket], most: int) -> None:
     """Raise ConfigError for a shape beyond the transformer's table of positions.
 

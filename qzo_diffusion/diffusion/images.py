@@ -17,6 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.diffusion.buckets import part_to_cover
 from qzo_diffusion.diffusion.colour import Convert, by_strips, to_srgb
 from qzo_diffusion.diffusion.image_metadata import without_metadata
 
@@ -171,7 +172,7 @@ def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor
     pixels = functional.pil_to_tensor(image)
     # Cut first, resize second: the same picture up to half a source pixel, but a 20,000 x 16 strip
     # stays small.
-    cut_width, cut_height = _cover(image.width, image.height, width, height)
+    cut_width, cut_height = part_to_cover(image.size, (width, height))
     top, left = (image.height - cut_height) // 2, (image.width - cut_width) // 2
     pixels = functional.resized_crop(
         pixels,
@@ -186,15 +187,6 @@ def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor
     if flip:
         pixels = functional.horizontal_flip(pixels)
     return torch.as_tensor(pixels, dtype=torch.float32).div_(127.5).sub_(1.0)
-
-
-def _cover(image_width: int, image_height: int, width: int, height: int) -> tuple[int, int]:
-    """The largest part of an image that has the proportions width : height, in its own pixels."""
-    scale = min(image_width / width, image_height / height)
-    return (
-        min(image_width, max(1, round(width * scale))),
-        min(image_height, max(1, round(height * scale))),
-    )
 
 
 def _check_size(image: Image.Image, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.images import load_pixels
-from qzo_diffusion.diffusion.style_folder import Sample
+from qzo_diffusion.diffusion.sample import Sample
 
 # Raised whenever `load_pixels` or the file layout gives other numbers, so that old entries are not
 # hit. 2: rotated TIFFs were turned twice before. 3: colour profiles were passed over before.

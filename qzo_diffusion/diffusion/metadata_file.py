@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 from qzo_diffusion.core.errors import DataError
-from qzo_diffusion.texts import is_encodable
+from qzo_diffusion.resources import is_unicode
 
 _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
 
@@ -46,7 +46,7 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
         if not isinstance(entry[key], str):
             raise line_error(where, f'"{key}" is a {type(entry[key]).__name__}, not a string')
     # It passes as JSON, and would stop the tokenizer and every file it is written to later.
-    if not is_encodable(entry["text"]):
+    if not is_unicode(entry["text"]):
         raise line_error(where, '"text" holds half of a Unicode surrogate pair')
     return entry["file_name"], entry["text"]
 

@@ -7,52 +7,35 @@ the others between training and validation, and copies of one picture never end 
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qzo_diffusion.core.errors import ConfigError, DataError
-from qzo_diffusion.diffusion.buckets import nearest_bucket
+from qzo_diffusion.diffusion.buckets import losses, nearest_bucket
 from qzo_diffusion.diffusion.captions import Caption, check_any_caption, read_captions
 from qzo_diffusion.diffusion.images import IMAGE_SUFFIXES, BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.listing import (
     Listing,
-    is_metadata,
-    is_sidecar,
     list_files,
     listed,
     notes_on_left_out,
     relative_id,
 )
+from qzo_diffusion.diffusion.sample import Sample
+from qzo_diffusion.diffusion.style_notes import (
+    bad_by_kind,
+    counted,
+    kind_of_file,
+    notes_on_copies,
+    notes_on_files,
+    notes_on_missing_captions,
+    notes_on_repeats,
+    notes_on_shapes,
+)
 
 HOLD_OUT_FROM = 20
 _HOLD_OUT_LEAST, _HOLD_OUT_MOST = 4, 32
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One usable image.
-
-    id: posix path relative to the folder; images of a validation folder have "validation:" before
-    it. sha256: of the bytes of the file.
-    width, height: of the bucket, in pixels.
-    notes: what `open_image` had to convert.
-    split: "train" or "validation".
-    caption_place: the file of the caption, with its line in metadata.jsonl.
-    """
-
-    id: str
-    path: Path
-    sha256: str
-    caption: str
-    caption_source: str
-    width: int
-    height: int
-    notes: tuple[str, ...]
-    split: str
-    repeats: int
-    caption_place: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +101,7 @@ def read_style_folder(
         result = _read_both(folder, validation_dir, resolution, caption, trigger, repeats)
     if strict and result.bad:
         raise DataError(
-            f"{len(result.bad)} unusable images: {'; '.join(_bad_by_kind(result.bad))}",
+            f"{len(result.bad)} unusable images: {'; '.join(bad_by_kind(result.bad))}",
             "only usable images, since --strict was given",
             "replace them, take them out of the folder, or leave out --strict to go on "
             "without them",
@@ -148,7 +131,7 @@ def dataset_table(
                 "repeats": sample.repeats,
                 "tokens": tokens,
                 "truncated": truncated,
-                "notes": list(sample.notes),
+                "notes": [*sample.notes, *sample.notes_on_shape],
             }
         )
     return rows
@@ -164,17 +147,16 @@ def summary(style_folder: StyleFolder) -> str:
     lines = [
         f"images    {len(samples)}: {len(style_folder.train)} train, "
         f"{len(style_folder.validation)} held out",
-        f"captions  {_counted([sample.caption_source for sample in samples])}",
-        f"buckets   {_counted(buckets)}",
+        f"captions  {counted([sample.caption_source for sample in samples])}",
+        f"buckets   {counted(buckets)}",
     ]
     if changed:
         lines.append(
-            f"changed   {changed}: "
-            f"{_counted([note for sample in samples for note in sample.notes])}"
+            f"changed   {changed}: {counted([note for sample in samples for note in sample.notes])}"
         )
     if style_folder.bad:
         lines.append(f"unusable  {len(style_folder.bad)}")
-        lines += [f"  {line}" for line in _bad_by_kind(style_folder.bad)]
+        lines += [f"  {line}" for line in bad_by_kind(style_folder.bad)]
     return "\n".join(lines + [f"note      {note}" for note in style_folder.notes])
 
 
@@ -240,13 +222,20 @@ def _read(
     # Once more, since the only captions may have been those of bad images.
     check_any_caption((captions.by_file[sample.path] for sample in samples), folder)
     left_out = notes_on_left_out(listing, folder)
-    notes = [*left_out, *_notes_on_files(listing.files), *_notes_on_copies(samples)]
-    return StyleFolder(samples, bad, notes), [*_notes_on_missing_captions(samples), *captions.notes]
+    notes = [
+        *left_out,
+        *notes_on_files(listing.files),
+        *notes_on_copies(samples),
+        *notes_on_shapes(samples),
+        *notes_on_repeats(samples),
+    ]
+    return StyleFolder(samples, bad, notes), [*notes_on_missing_captions(samples), *captions.notes]
 
 
 def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Sample:
     opened = open_image(path)
     width, height = nearest_bucket(*opened.image.size, resolution)
+    cut, enlarged = losses(opened.image.size, (width, height))
     return Sample(
         id=relative_id(path, folder),
         path=path,
@@ -254,6 +243,8 @@ def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Samp
         caption=caption.text,
         caption_source=caption.source,
         caption_place=caption.place,
+        cut=cut,
+        enlarged=enlarged,
         width=width,
         height=height,
         notes=opened.notes,
@@ -303,69 +294,17 @@ def _check_any_usable(folder: Path, images: Sequence[Path]) -> None:
         else:
             return
     raise DataError(
-        f"none of the {len(bad)} images in {folder} can be used: {'; '.join(_bad_by_kind(bad))}",
+        f"none of the {len(bad)} images in {folder} can be used: {'; '.join(bad_by_kind(bad))}",
         "at least one image that can be read",
         "replace the files, or convert them to PNG or JPEG",
     )
 
 
-def _bad_by_kind(bad: Sequence[tuple[str, str]]) -> list[str]:
-    """One line for each kind of reason, so that a hundred files of one kind do not hide a file of
-    another.
-    """
-    kinds: dict[str, list[tuple[str, str]]] = {}
-    for name, reason in bad:
-        kinds.setdefault(reason.partition(":")[0].partition(" (")[0], []).append((name, reason))
-    lines = []
-    for kind, found in kinds.items():
-        if len({reason for _, reason in found}) == 1:
-            lines.append(f"{listed([name for name, _ in found])}: {found[0][1]}")
-        else:
-            lines.append(
-                f"{len(found)} {kind}: {listed([f'{name} ({reason})' for name, reason in found])}"
-            )
-    return lines
-
-
 def _no_images(folder: Path, listing: Listing) -> DataError:
-    kinds = _counted([_kind(path) for path in listing.files])
+    kinds = counted([kind_of_file(path) for path in listing.files])
     held = f"only other files ({kinds})" if kinds else "no files"
     return DataError(
         "; ".join([f"{folder} holds {held}", *notes_on_left_out(listing, folder)]),
         f"at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), in it or in its sub-folders",
         "put images into it, convert those of other formats, or pass another folder",
     )
-
-
-def _notes_on_missing_captions(samples: Sequence[Sample]) -> list[str]:
-    names = [sample.id for sample in samples if sample.caption_source == "none"]
-    return [f"{len(names)} images have no caption: {listed(names)}"] if names else []
-
-
-def _notes_on_files(files: Sequence[Path]) -> list[str]:
-    others = [
-        path for path in files if not (is_image_name(path) or is_sidecar(path) or is_metadata(path))
-    ]
-    return (
-        [f"{len(others)} other files were not used: {_counted([_kind(path) for path in others])}"]
-        if others
-        else []
-    )
-
-
-def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "links to folders"
-    return path.suffix.lower() or "no extension"
-
-
-def _notes_on_copies(samples: Sequence[Sample]) -> list[str]:
-    by_hash: dict[str, list[str]] = {}
-    for sample in samples:
-        by_hash.setdefault(sample.sha256, []).append(sample.id)
-    copies = [listed(names, between=" = ") for names in by_hash.values() if len(names) > 1]
-    return [f"{len(copies)} images are there more than once: {listed(copies)}"] if copies else []
-
-
-def _counted(words: Sequence[str]) -> str:
-    return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())

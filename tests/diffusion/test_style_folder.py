@@ -331,3 +331,43 @@ def test_the_summary_of_many_bad_files_stays_short(tmp_path: Path) -> None:
         line.endswith("bad09.png, ... and 40 more: an empty file (0 bytes)") for line in lines
     )
     assert len(lines) < 20
+
+
+def test_large_crops_and_enlargements_are_noted_with_how_much(tmp_path: Path) -> None:
+    save(tmp_path / "panorama.png", size=(2000, 100))
+    save(tmp_path / "tower.png", size=(100, 1500), colour=(9, 9, 9))
+    save(tmp_path / "small.png", size=(20, 20))
+    save(tmp_path / "normal.png", size=(512, 400))
+    result = read(tmp_path, caption="x", resolution=176)
+    rows = {row["file"]: row["notes"] for row in dataset_table(result)}
+    assert rows == {
+        "panorama.png": ["90% of it cut off"],
+        "tower.png": ["87% of it cut off"],
+        "small.png": ["enlarged 8.8 times"],
+        "normal.png": [],
+    }
+    assert "2 images lose more than a third to the crop: panorama.png (90%), tower.png (87%)" in (
+        result.notes
+    )
+    assert "1 images are enlarged more than twice: small.png (8.8)" in result.notes
+    assert "changed" not in summary(result)
+
+
+def test_a_third_and_twice_are_not_much(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", size=(32, 32))
+    save(tmp_path / "b.png", size=(192, 64))
+    assert all(not sample.notes_on_shape for sample in read(tmp_path, caption="x").samples)
+
+
+@pytest.mark.parametrize("name", ["10_ink style", "deep/3_paper", "5_a b/sub"])
+def test_folders_named_as_kohya_does_are_noted(tmp_path: Path, name: str) -> None:
+    save_many(tmp_path / name, 2)
+    (note,) = [note for note in read(tmp_path).notes if "repeats" in note]
+    assert name.removesuffix("/sub") in note
+    assert "data.repeats" in note
+
+
+@pytest.mark.parametrize("name", ["ink_10", "10ink", "_10_x"])
+def test_other_numbers_in_names_of_folders_are_no_repeats(tmp_path: Path, name: str) -> None:
+    save_many(tmp_path / name, 2)
+    assert not any("repeats" in note for note in read(tmp_path).notes)

@@ -3,7 +3,6 @@ import codecs
 import pytest
 
 from qzo_diffusion.diffusion.text_file import decode, split_lines
-from qzo_diffusion.texts import is_encodable
 
 TEXTS = ["a red house", "красный дом, зима", "一座红色的房子", "ein „rotes“ Haus – schön…"]
 
@@ -46,9 +45,3 @@ def test_what_windows_has_not_is_latin() -> None:
 def test_only_line_ends_end_a_line() -> None:
     text = "a\u2028b\r\nc\x85d\x0ce\x0bf\x1cg\rh\u2029i\n"
     assert split_lines(text) == ["a\u2028b", "c\x85d\x0ce\x0bf\x1cg", "h\u2029i", ""]
-
-
-@pytest.mark.parametrize("text", ["\ud800", "a\udc80b"])
-def test_half_a_pair_is_not_encodable(text: str) -> None:
-    assert not is_encodable(text)
-    assert is_encodable("🐈")

@@ -18,8 +18,9 @@ from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
 from qzo_diffusion.diffusion.prompts import Prompts
+from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
-from qzo_diffusion.diffusion.style_folder import Sample, StyleFolder
+from qzo_diffusion.diffusion.style_folder import StyleFolder
 from qzo_diffusion.diffusion.vae import drop_encoder_, image_encoder
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline

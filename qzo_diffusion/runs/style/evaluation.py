@@ -24,8 +24,8 @@ from qzo_diffusion.core.probes import sample_losses
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
+from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import cells, load_picture
-from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.evaluate import clip_score, intervals, scorer, signal, style
 from qzo_diffusion.evaluate.scorer import Scorer
 from qzo_diffusion.evaluate.verdict import BASE

@@ -21,8 +21,8 @@ from qzo_diffusion.diffusion import memory, sd3, text_encoders, vae
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, check_shape, read_shape
 from qzo_diffusion.diffusion.prompts import Prompt
+from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
-from qzo_diffusion.diffusion.style_folder import Sample
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries

@@ -1,0 +1,42 @@
+"""One usable image of a style folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+LARGE_CUT, LARGE_GROWTH = 1 / 3, 2.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable image.
+
+    id: posix path relative to the folder; images of a validation folder have "validation:" before
+    it. sha256: of the bytes of the file.
+    width, height: of the bucket, in pixels.
+    notes: what `open_image` had to convert.
+    split: "train" or "validation".
+    caption_place: the file of the caption, with its line in metadata.jsonl.
+    cut: which part of the image lies outside its bucket. enlarged: how many times larger the rest
+    becomes.
+    """
+
+    id: str
+    path: Path
+    sha256: str
+    caption: str
+    caption_source: str
+    width: int
+    height: int
+    notes: tuple[str, ...]
+    split: str
+    repeats: int
+    caption_place: str = ""
+    cut: float = 0.0
+    enlarged: float = 1.0
+
+    @property
+    def notes_on_shape(self) -> tuple[str, ...]:
+        """What the bucket costs, where it is much."""
+        cut = f"{self.cut:.0%} of it cut off" if self.cut > LARGE_CUT else ""
+        grown = f"enlarged {self.enlarged:.1f} times" if self.enlarged > LARGE_GROWTH else ""
+        return tuple(note for note in (cut, grown) if note)
