@@ -72,6 +72,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
     check_words(config, folder, prompts)
+    pipeline.tensor_cache(config).check()
     encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(
         [*prompts.texts, *prompts.negatives, config.sample.negative_prompt]
     )

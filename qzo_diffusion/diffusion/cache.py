@@ -3,13 +3,14 @@
 A file is named by the hash of everything its content depends on, so a stale entry cannot be hit; it
 is merely never asked for again. Files are written to another name, synced and renamed, so a reader
 sees all of one or nothing of it and writers may race. What was damaged since (safetensors has no
-checksum of its own, so one is kept in its metadata) counts as absent.
+checksum of its own, so one is kept in its metadata), or written by another user, counts as absent.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import stat
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,12 +39,18 @@ class TensorCache:
         self.folder = folder
 
     def get(self, key: Key) -> dict[str, torch.Tensor] | None:
-        """The tensors stored under `key`, on the CPU; None if there are none or the file is damaged
-        (it is removed).
+        """The tensors stored under `key`, on the CPU; None if there are none, another user wrote
+        them, or the file is damaged (it is removed).
+
+        Raises OutputError as `check`.
         """
         path = self._path(key)
+        self.check()
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                if not _is_ours(os.fstat(file.fileno())):
+                    return None
+                data = file.read()
         except OSError:
             return None
         tensors = _decode(data, _canonical(key))
@@ -56,13 +63,15 @@ class TensorCache:
         """Store tensors of any device and layout under `key`, in place of what was there.
 
         Raises:
-            OutputError: the folder cannot be made or written.
+            OutputError: the folder cannot be made or written, or belongs to another user.
         """
         path = self._path(key)
         data = _encode(tensors, _canonical(key))
         aside = self.folder / f".{path.stem}.{uuid.uuid4().hex}.tmp"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self.check()
             try:
                 _write_synced(aside, data)
                 os.replace(aside, path)
@@ -72,12 +81,36 @@ class TensorCache:
             raise OutputError(
                 f"cannot write {path}: {error.strerror or error}",
                 f"a folder for the cache that can be written, with {len(data)} bytes free",
-                "free space, correct the permissions, or choose another folder for the cache",
+                "free space, correct the permissions, or choose another: data.cache_dir=FOLDER",
             ) from error
+
+    def check(self) -> None:
+        """Close the folder to others.
+
+        Raises:
+            OutputError: it belongs to another user, whose files could be anything.
+        """
+        try:
+            facts = self.folder.stat()
+        except OSError:
+            return  # made on the first `put`
+        if not _is_ours(facts):
+            raise OutputError(
+                f"the cache {self.folder} belongs to the user with the id {facts.st_uid}",
+                "a folder of your own, since the files in it are trusted",
+                "choose one: data.cache_dir=FOLDER",
+            )
+        if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            with contextlib.suppress(OSError):
+                self.folder.chmod(0o700)
 
     def _path(self, key: Key) -> Path:
         name = hashlib.blake2b(_canonical(key).encode("ascii"), digest_size=20).hexdigest()
         return self.folder / f"{name}.safetensors"
+
+
+def _is_ours(facts: os.stat_result) -> bool:
+    return os.name != "posix" or facts.st_uid == os.geteuid()
 
 
 def _canonical(key: Key) -> str:

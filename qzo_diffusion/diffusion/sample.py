@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-LARGE_CUT, LARGE_GROWTH = 1 / 3, 2.0
+LARGE_CUT, LARGE_GROWTH = 1 / 3 + 1e-9, 2.0  # what is more than this is noted
 
 
 @dataclass(frozen=True)

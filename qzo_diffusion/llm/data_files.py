@@ -5,7 +5,7 @@ and the Hub's .parquet.
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,15 @@ def find_data(folder: Path, names: Sequence[str]) -> Path:
 
     Raises DataError when none is.
     """
+    there = sorted(path.name for path in folder.iterdir())
+    by_lower_case = {name.lower(): name for name in reversed(there)}
     for name in [*names, *map(_as_on_the_hub, names)]:
-        if (folder / name).is_file():
-            return folder / name
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+        for found in (name, by_lower_case.get(name.lower(), name)):  # DEV.TSV for dev.tsv
+            if (folder / found).is_file():
+                return folder / found
+    held = _quoted_names(there[:10]) or "nothing"
     raise DataError(
-        f"{folder} holds {there}",
+        f"{folder} holds {held}",
         " or ".join(names),
         "give another --data-dir, or name the files: data.train_file=NAME data.test_file=NAME",
     )
@@ -98,8 +101,9 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
         DataError: not such a file, no row, or a row without a field; the message has the line.
     """
     readers = {".tsv": _tabs, ".csv": _commas, ".jsonl": _json_lines, ".json": _squad}
-    reader = readers.get(path.suffix)
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    reader = readers.get(suffix)
+    if suffix == ".parquet":
         rows = list(_parquet(path, fields))
     elif reader is None:
         raise DataError(
@@ -110,7 +114,7 @@ def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list
     for row in rows:
         missing = [name for name in fields if name not in row.values]
         if missing:
-            have = ", ".join(row.values) or "nothing"
+            have = _quoted_names(row.values) or "nothing"
             raise DataError(
                 f"{row.place} has {have}",
                 f"a field {missing[0]!r}, which the task reads",
@@ -154,6 +158,11 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
         yield _row(entry, f"{path}, row {number}", fields)
 
 
+def _quoted_names(names: Iterable[str]) -> str:
+    """Names of columns, which may hold spaces and commas."""
+    return ", ".join(map(repr, names))
+
+
 def _tabs(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
     """As GLUE writes it: no quoting, so a quotation mark is one."""
     lines = enumerate(text.split("\n"), start=1)
@@ -195,9 +204,9 @@ def _table(
         if len(cells) != len(names):
             raise DataError(
                 f"{path}, line {number}: {len(cells)} columns",
-                f"{len(names)}: {', '.join(names)}"
+                f"{len(names)}: {_quoted_names(names)}"
                 if names
-                else f"a first line with the names {', '.join(fields)}",
+                else f"a first line with the names {_quoted_names(fields)}",
                 "correct the line, or `columns` of the task file",
             )
         yield Row(dict(zip(names, cells, strict=True)), f"{path}, line {number}")

@@ -27,7 +27,8 @@ from qzo_diffusion import strict_yaml
 from qzo_diffusion.core.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "task_files"
-FIELD = re.compile(r"[A-Za-z_]\w*")
+# A column of a table may be called "Review Text", "Class Index" or "text (en)".
+FIELD = re.compile(r"[^\W\d]([\w ()/#&+-]*[\w)])?")
 Kind = Literal["choice", "answer", "text"]
 Metric = Literal["accuracy", "f1", "loss"]
 

@@ -1,3 +1,4 @@
+import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.diffusion.cache import TensorCache, _canonical
@@ -160,3 +162,62 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert str(tmp_path / "file") in caught.value.got
     assert caught.value.expected
     assert caught.value.remedy
+
+
+def someone_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on this process belongs to another user than what it has written."""
+    another = os.geteuid() + 1
+    monkeypatch.setattr("os.geteuid", lambda: another)
+
+
+def test_the_folder_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = TensorCache(tmp_path / "cache")
+    cache.put(KEY, {"a": torch.ones(2)})
+    someone_else(monkeypatch)
+    for use in (cache.check, lambda: cache.get(KEY), lambda: cache.put(KEY, {})):
+        with pytest.raises(OutputError, match="belongs to the user") as caught:
+            use()
+        assert "data.cache_dir" in caught.value.remedy
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_of_another_user_is_made_again(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path / "cache")
+    cache.put(KEY, {"a": torch.ones(2)})
+    os.chown(only_file(cache), 12345, 12345)
+    assert cache.get(KEY) is None
+    cache.put(KEY, {"a": torch.zeros(2)})
+    assert torch.equal((cache.get(KEY) or {})["a"], torch.zeros(2))
+
+
+def test_nobody_else_can_write_into_the_cache(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        cache = TensorCache(tmp_path / "deep" / "cache")
+        cache.put(KEY, {"a": torch.ones(2)})
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+        cache.folder.chmod(0o777)  # as an old version may have left it
+        assert cache.get(KEY) is not None
+        assert cache.folder.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        cache = TensorCache(tmp_path)
+        cache.put(KEY, {"a": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert only_file(cache).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_entry_without_a_checksum_is_made_again(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path)
+    cache.put(KEY, {"a": torch.ones(2)})
+    save_file({"a": torch.ones(2)}, only_file(cache), {"key": _canonical(KEY)})
+    assert cache.get(KEY) is None

@@ -53,7 +53,7 @@ def test_an_unknown_task_names_those_that_there_are():
     [
         ("d.tsv", "good\t1\nbad\n", "line 2: 1 columns"),
         ("d.tsv", "", "no example"),
-        ("d.jsonl", '{"sentence": "x", "label": 1}\n{"sentence": "x"}\n', "line 2 has sentence"),
+        ("d.jsonl", '{"sentence": "x", "label": 1}\n{"sentence": "x"}\n', "line 2 has 'sentence'"),
         ("d.jsonl", "{\n", "line 1 is not JSON"),
         ("d.jsonl", "[1]\n", "line 1 holds a list"),
         ("d.json", '{"data": [{"paragraphs": [{}]}]}', "without 'qas'"),
@@ -65,7 +65,7 @@ def test_an_unknown_task_names_those_that_there_are():
             "line 1: sentence holds an object",
         ),
         ("d.jsonl", '{"sentence": [["x"]], "label": 1}\n', "line 1: sentence holds lists"),
-        ("d.jsonl", '{"sentence": null, "label": 1}\n', "line 1 has label"),
+        ("d.jsonl", '{"sentence": null, "label": 1}\n', "line 1 has 'label'"),
         ("d.json", "[" * 100_000, "is not JSON"),
         ("d.tsv", "good\t1\n\n\nbad\n", "line 4: 1 columns"),
         ("d.csv", 'good,1\n\n"a\nb",1\nbad\n', "line 5: 1 columns"),
@@ -203,3 +203,34 @@ def test_shared_data_is_read_where_it_is():
         assert (
             len(make_examples(spec, read_rows(folder / name, spec.fields, spec.columns))) == count
         ), name
+
+
+def test_columns_whose_names_hold_spaces(tmp_path):
+    (tmp_path / "d.csv").write_text("Review Text,Class Index\na film,1\n")
+    path = own_task(tmp_path, template="{Review Text} It was", label="Class Index")
+    spec = read_task(str(path))
+    assert spec.fields == ["Review Text", "Class Index"]
+    (example,) = make_examples(spec, read_rows(tmp_path / "d.csv", spec.fields, spec.columns))
+    assert (example.prompt, example.label) == ("a film It was", 1)
+
+
+def test_names_of_columns_are_quoted_where_they_are_told(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"Review Text": "a", "b, c": "d"}\n')
+    with pytest.raises(DataError, match="has 'Review Text', 'b, c'"):
+        read_rows(tmp_path / "d.jsonl", ["text"], [])
+    (tmp_path / "d.csv").write_text("a,b,c\n")
+    with pytest.raises(DataError, match="a first line with the names 'Review Text', 'Class Index'"):
+        read_rows(tmp_path / "d.csv", ["Review Text", "Class Index"], [])
+
+
+@pytest.mark.parametrize("name", ["Train.TSV", "train.TSV", "TRAIN.tsv"])
+def test_upper_case_endings_and_names_are_found(tmp_path, name):
+    (tmp_path / name).write_text("text\tlabel\nfine\t1\n")
+    found = find_data(tmp_path, ["train.tsv"])
+    assert found.name == name
+    assert read_rows(found, ["text", "label"], [])[0].values == {"text": "fine", "label": "1"}
+
+
+def test_an_upper_case_ending_of_json_lines(tmp_path):
+    (tmp_path / "d.JSONL").write_text('{"text": "fine"}\n')
+    assert len(read_rows(tmp_path / "d.JSONL", ["text"], [])) == 1

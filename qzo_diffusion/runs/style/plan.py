@@ -220,6 +220,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
     check_sizes(shape, resolution, style)
     check_words(config, folder, prompts, style)
+    pipeline.tensor_cache(config).check()
     resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
     pipeline.resolve_sampling_(resolved, folder)

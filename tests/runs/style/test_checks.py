@@ -37,19 +37,19 @@ def dry_run(train, *arguments):
 def test_a_square_beyond_the_positions(train, capsys):
     error = failing(capsys, dry_run(train, "data.resolution=512"))
     assert "512x512 pixels" in error
-    assert "at most 256 pixels" in error
+    assert "at most 128 pixels" in error
     assert "data.resolution=" in error
 
 
 def test_one_wide_picture_beyond_the_positions(train, images, capsys):
     Image.new("RGB", (900, 300)).save(images / "wide.png")
-    error = failing(capsys, dry_run(train, "data.resolution=256"))
+    error = failing(capsys, dry_run(train, "data.resolution=128"))
     assert "for wide.png (1 of 8 are too large)" in error
 
 
 def test_the_advised_resolution_fits(train, images, capsys):
     Image.new("RGB", (900, 300)).save(images / "wide.png")
-    error = failing(capsys, dry_run(train, "data.resolution=256"))
+    error = failing(capsys, dry_run(train, "data.resolution=128"))
     advised = error.rpartition("data.resolution=")[2].split()[0]
     assert dry_run(train, f"data.resolution={advised}") == 0
 
