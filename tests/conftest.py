@@ -89,48 +89,53 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
-def images(tmp_path):
+def write_images(folder: Path) -> Path:
     """Six small drawings with captions."""
-    folder = tmp_path / "imgs"
     folder.mkdir()
     for index in range(6):
-        Image.new("RGB", (64, 64), (40 * index, 0, 255 - 40 * index)).save(folder / f"{index}.png")
+        image = Image.new("RGB", (64, 64), (40 * index, 0, 255 - 40 * index))
+        image.paste((255, 40 * index, 0), (4, 4 + 6 * index, 28, 24 + 6 * index))
+        image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"square {index}")
     return folder
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
+def write_prompts(folder: Path) -> Path:
+    path = folder / "prompts.txt"
     path.write_text("red apple\nbanana\n")
     return path
 
 
 @pytest.fixture
-def train_arguments(tmp_path, images, prompts, cache, pipeline):
-    """The command line of a run on those drawings into `tmp_path/<name>` with any further
-    arguments.
-    """
+def images(tmp_path):
+    return write_images(tmp_path / "imgs")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_prompts(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def command_line(cache, pipeline):
+    """Builds the command line of a run from its places and any further arguments."""
+
+    def build(*arguments, style_dir, prompts, output_dir):
+        model = [] if "--model" in arguments else ["--model", pipeline]
+        places = ["--style-dir", style_dir, "--sample-prompts", prompts, "--output-dir", output_dir]
+        settings = [f"data.cache_dir={cache}", *FAST]
+        return [str(part) for part in ["train", *model, *places, *settings, *arguments]]
+
+    return build
+
+
+@pytest.fixture
+def train_arguments(tmp_path, images, prompts, command_line):
+    """The command line of a run on those drawings into `tmp_path/<name>`."""
 
     def build(*arguments, name="run", style_dir=images):
-        model = [] if "--model" in arguments else ["--model", str(pipeline)]
-        base = [
-            "train",
-            *model,
-            "--style-dir",
-            str(style_dir),
-            "--sample-prompts",
-            str(prompts),
-        ]
-        return [
-            *base,
-            "--output-dir",
-            str(tmp_path / name),
-            f"data.cache_dir={cache}",
-            *FAST,
-            *map(str, arguments),
-        ]
+        places = {"style_dir": style_dir, "prompts": prompts, "output_dir": tmp_path / name}
+        return command_line(*arguments, **places)
 
     return build
 

@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config.files import read_yaml
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.sampling import cells, load_picture
+from qzo_diffusion.resources import shipped
 from qzo_diffusion.runs.tuned import load_scales
-from tests.conftest import failing, metrics
+from tests.conftest import FAST, failing, metrics
 
 
 def test_a_run_leaves_what_the_contract_names(train, tmp_path, capsys):
@@ -117,13 +119,30 @@ def test_training_changes_the_scales_and_samples(train, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["paper", "tiny", "default"])
-def test_presets_run(train, preset):
+def test_presets_run_with_their_settings(train, tmp_path, preset):
     assert train("--preset", preset, "--max-steps", 1) == 0
+    resolved = read_yaml(tmp_path / "run/config.yaml")
+    given = {option.partition("=")[0] for option in FAST} | {"train.max_steps", "model"}
+    checked = 0
+    for section, settings in read_yaml(shipped("configs") / f"{preset}.yaml").items():
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            if f"{section}.{name}" not in given:
+                assert resolved[section][name] == value, (section, name)
+                checked += 1
+    assert checked or preset != "paper"  # the others only name a model
+    (step,) = read_journal(tmp_path / "run/journal.qzo").steps
+    assert step.eps == resolved["qzo"]["eps"]
 
 
-def test_bfloat16_and_the_reference_back_end_run(train, tmp_path):
-    assert train("--max-steps", 1, "compute.dtype=bfloat16", name="a") == 0
-    assert train("--max-steps", 1, "quant.backend=reference", name="b") == 0
+def test_bfloat16_gives_the_losses_of_fp32_within_its_rounding(train, tmp_path):
+    assert train("--max-steps", 1, "compute.dtype=bfloat16", name="rounded") == 0
+    assert train("--max-steps", 1, name="exact") == 0
+    assert json.loads((tmp_path / "rounded/environment.json").read_text())["dtype"] == "bfloat16"
+    rounded, exact = (metrics(tmp_path / name)[0]["loss"] for name in ("rounded", "exact"))
+    # 2 blocks with 7 products in a row and some around them, each output rounded by at most 2^-9
+    # of its size, independently: three times √30 of that, and twice since the loss is a square
+    assert rounded == pytest.approx(exact, rel=2 * 3 * 30**0.5 * 2**-9)
+    assert rounded != exact
 
 
 def test_backends_see_the_same_losses(train, tmp_path):
@@ -242,10 +261,16 @@ def test_micro_batches_change_nothing_but_rounding(train, tmp_path):
         assert first["loss_plus"] == pytest.approx(second["loss_plus"], rel=1e-5)
 
 
-def test_flips_dropout_and_repeats_run(train):
-    assert (
-        train("--max-steps", 3, "data.flip=true", "data.caption_dropout=0.5", "data.repeats=2") == 0
-    )
+def test_flips_dropout_and_repeats_change_what_is_seen(train, tmp_path):
+    def losses(*settings, name):
+        assert train("--max-steps", 3, *settings, name=name) == 0
+        return [line["loss"] for line in metrics(tmp_path / name) if "loss" in line]
+
+    plain = losses(name="plain")
+    for setting in ("data.flip=true", "data.caption_dropout=0.5", "data.repeats=2"):
+        found = losses(setting, name=setting)
+        assert len(found) == 3
+        assert found != plain, setting
 
 
 def test_images_without_captions_need_one(train, images, capsys):

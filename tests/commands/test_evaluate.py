@@ -173,7 +173,7 @@ def test_where_scores_go_is_looked_at_before_anything_is_loaded(
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(evaluate_run, "load_tuned", None)
-    monkeypatch.setattr(evaluate_run, "read_json", None)
+    monkeypatch.setattr(evaluate_run.json, "loads", None)
     for what in ("--run", "--compare"):
         error = failing(
             capsys, main(["evaluate", what, str(run), "--output", str(tmp_path / wanted)])
@@ -439,7 +439,7 @@ def test_a_run_is_credited_with_what_it_gained_itself(train, tmp_path, prompts, 
     first, second, delta = tmp_path / "first", tmp_path / "second", tmp_path / "delta"
     assert train("--max-steps", 2, "train.lr=0.05", name="first") == 0
     assert train("--max-steps", 0, "--init-from", first, name="second") == 0
-    command = ["evaluate", "--prompts", str(prompts), "--run"]
+    command = ["evaluate", "--scorer", "embedded", "--prompts", str(prompts), "--run"]
     assert main([*command, str(first)]) == 0
     assert main([*command, str(second)]) == 0
     found = scored(second)

@@ -313,7 +313,7 @@ def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(
         raise OutputError("got", "expected", "remedy")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sample_run.build, "load_base", broken)
+        patched.setattr(sample_run.pipeline, "load_base", broken)
         failing(capsys, main(command))
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
@@ -362,7 +362,7 @@ def test_only_scores_of_the_exported_scales_are_told(coarse, tmp_path, export, k
 def test_the_current_folder_is_not_replaced(finished, tmp_path, capsys, monkeypatch, where):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(export_run.build, "load_base", None)
+    monkeypatch.setattr(export_run.pipeline, "load_base", None)
     command = ["export", "--run", str(finished), "--format", "delta", "--output-dir", where]
     assert "is the current folder" in failing(capsys, main(command))
     assert [file.name for file in tmp_path.iterdir()] == ["here"]

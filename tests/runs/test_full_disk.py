@@ -17,7 +17,7 @@ from qzo_diffusion.runs import trainer as running
 from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.tracking import Curves, MetricsLog
 from tests.conftest import failing, metrics
-from tests.runs.test_resume import SETTINGS, assert_same_run
+from tests.runs.short_run import SETTINGS, assert_same_run
 
 
 @pytest.fixture
@@ -123,12 +123,6 @@ def at_step(monkeypatch, step, action):
             action()
 
     monkeypatch.setattr(running.Trainer, "on_step", on_step)
-
-
-@pytest.fixture
-def whole(train, tmp_path):
-    assert train(*SETTINGS, name="whole") == 0
-    return tmp_path / "whole"
 
 
 def test_a_run_on_a_full_disk_says_so_keeps_its_state_and_goes_on_later(

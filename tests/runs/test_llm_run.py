@@ -4,6 +4,7 @@ person does wrong.
 
 import contextlib
 import json
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.config.files import load_config, make_config
+from qzo_diffusion.config.files import load_config, make_config, read_yaml
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.journal import read_journal
@@ -27,6 +28,7 @@ from tests.tiny_llama import save_tiny_llama, write_sentences
 
 METHODS = ["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]
 STEPS = 6
+EACH_STEP = ["train.checkpoint_every=1"]
 
 
 @pytest.fixture(scope="session")
@@ -301,18 +303,36 @@ def test_generated_text_is_tuned_by_its_f1(tmp_path, model, capsys):
     ],
 )
 @pytest.mark.parametrize("method", ["qzo", "fo-scales"])
-def test_other_quantizers_and_dtypes_run(arguments, tmp_path, method, more):
-    assert main(arguments("--method", method, "--max-steps", 2, *more)) == 0
-    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+def test_other_quantizers_and_dtypes_are_trained_and_found_again(
+    arguments, tmp_path, capsys, method, more
+):
+    assert main(arguments("--method", method, "--max-steps", 2, *EACH_STEP, *more, "--json")) == 0
+    assert_found_again(tmp_path / "run", more, capsys)
+
+
+def assert_found_again(run, settings, capsys):
+    """The settings are the run's, its scales moved, and `llm evaluate` finds what it ended with."""
+    ended = json.loads(capsys.readouterr().out)["accuracy"]["end"]
+    resolved = read_yaml(run / "config.yaml")
+    for setting in settings:
+        section, name, value = re.split("[.=]", setting)
+        assert resolved[section][name] == value
+    first, last = (load_scales(run / f"checkpoints/step_00000{step}")[0] for step in (1, 2))
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    assert main(["llm", "evaluate", "--run", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == ended
 
 
 @pytest.mark.parametrize(
     "more",
     [["quant.type=int4"], ["quant.type=fp8", "train.optimizer=sgd"], ["quant.activations=int8"]],
 )
-def test_other_grids_and_rounded_inputs_run(arguments, tmp_path, more):
-    assert main(arguments("--method", "quzo", "--max-steps", 3, *more)) == 0
-    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+def test_other_grids_and_rounded_inputs_are_trained_and_found_again(
+    arguments, tmp_path, capsys, more
+):
+    large = ["--max-steps", 3, "train.lr=1", *EACH_STEP]  # steps that no grid rounds away
+    assert main(arguments("--method", "quzo", *large, *more, "--json")) == 0
+    assert_found_again(tmp_path / "run", more, capsys)
 
 
 def test_columns_of_a_format_without_them_are_refused(arguments, tmp_path, model, capsys):
@@ -554,15 +574,15 @@ def test_a_damaged_file_is_told(arguments, tmp_path, model, capsys, name, more):
 def test_damaged_codes_are_told(arguments, tmp_path, model, capsys, kind):
     convert_folder(model, tmp_path / "stored", kind)
     DAMAGES["model.safetensors"](tmp_path / "stored" / "model.safetensors")
-    assert "can't be loaded" in failing(capsys, main(arguments("--model", tmp_path / "stored")))
+    assert "where its header speaks of" in failing(
+        capsys, main(arguments("--model", tmp_path / "stored"))
+    )
 
 
 def test_a_config_that_is_no_object_is_told(arguments, tmp_path, model, capsys):
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("[1]")
-    assert "config.json holds a list" in failing(
-        capsys, main(arguments("--model", tmp_path / "model"))
-    )
+    assert "it holds a list" in failing(capsys, main(arguments("--model", tmp_path / "model")))
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -8,7 +8,7 @@ from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.journal import JournalWriter, StepEntry
 from qzo_diffusion.runs.longer import steps_done, without_steps
 from tests.conftest import failing
-from tests.runs.test_resume import SETTINGS, load_equal, resume
+from tests.runs.short_run import SETTINGS, load_equal, resume
 
 
 def settings(schedule, steps, **train):
