@@ -2,7 +2,6 @@
 everything that follows from it.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from qzo_diffusion.evaluate import compare as comparison
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED, load_scorer
 from qzo_diffusion.evaluate.verdict import diverged, verdict
 from qzo_diffusion.files import COMPLETE, finite, prepare_file
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import evaluation, pipeline
@@ -168,7 +168,7 @@ def compare(runs: Sequence[Path], output: Path | None = None) -> tuple[dict[str,
     for path in runs:
         file = path if path.is_file() else Place.of(path).evaluation
         try:
-            found[str(path)] = finite(json.loads(file.read_text(encoding="utf-8")))
+            found[str(path)] = finite(read_json(file))
         except (OSError, ValueError) as error:
             remedy = f"qzo-diffuse evaluate --run {path}"
             raise OutputError(

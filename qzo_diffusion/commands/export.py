@@ -4,6 +4,7 @@ Everything is written into a folder aside, read back, compared bit for bit and o
 name; a kill leaves no export. No second model is ever in memory: tensors are computed and written
 one by one."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
+from qzo_diffusion.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
@@ -230,7 +232,7 @@ def _scores(export: _Export) -> dict[str, Any]:
     folder, step = locate(export.run).run(), int(export.facts.get("qzo.steps", 0))
     for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
             if found["step"] == step:
                 return {
                     name: value
@@ -240,12 +242,11 @@ def _scores(export: _Export) -> dict[str, Any]:
         except (OSError, ValueError, KeyError, TypeError):
             pass
     losses: dict[int, float] = {}
-    if (metrics := folder / "metrics.jsonl").is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-            if '"validation_loss"' in line and line.endswith("\n"):
-                # a run that goes on may just be writing the last
-                entry = json.loads(line)
-                losses[entry["step"]] = float(entry["validation_loss"])
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for line in read_json_lines(folder / "metrics.jsonl"):
+            if b'"validation_loss"' in line:
+                entry = parse_json(line)
+                losses[int(entry["step"])] = float(entry["validation_loss"])
     if step not in losses:
         return {}
     return {"held-out loss": {"base": f"{losses[min(losses)]:.4f}", "tuned": f"{losses[step]:.4f}"}}

@@ -6,7 +6,6 @@ below it: a folder of samples can be named as data.
 """
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.images import is_image_name
+from qzo_diffusion.reading import read_json
 
 METADATA_NAME = "metadata.jsonl"
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -258,10 +258,8 @@ def _is_table(path: Path) -> bool:
 
 def _json(path: Path) -> Any:
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_TABLE:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, _LARGEST_TABLE) if path.is_file() else None
+    except (OSError, ValueError):
         return None
 
 

@@ -1,11 +1,11 @@
 """metadata.jsonl: one caption a line, `{"file_name": "a.png", "text": "a cat"}`."""
 
-import json
 import posixpath
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 from qzo_diffusion.core.errors import DataError
+from qzo_diffusion.reading import parse_json
 from qzo_diffusion.resources import is_unicode
 
 _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
@@ -35,8 +35,8 @@ def shown(name: str) -> str:
 
 def _parse_line(line: str, where: str) -> tuple[str, str]:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         raise line_error(where, f"not JSON ({error})") from error
     if not isinstance(entry, dict):
         raise line_error(where, f"a JSON {type(entry).__name__}, not an object")

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.files import write_whole
 
@@ -152,8 +153,8 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def load_picture(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    """One that a run wrote. Raises DataError where it is damaged or too large."""
+    return open_image(path).image
 
 
 def mean_chroma(images: Sequence[Image.Image]) -> float:

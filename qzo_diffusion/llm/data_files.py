@@ -4,7 +4,6 @@ and the Hub's .parquet.
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.llm.task_file import as_text
+from qzo_diffusion.reading import parse_json
 from qzo_diffusion.texts import check_encodable
 
 
@@ -306,6 +306,6 @@ def _checked(entry: Any, place: str) -> dict[str, Any]:
 
 def _json(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{place} is not JSON: {error}", "JSON", "correct the file") from None

@@ -1,6 +1,5 @@
 """Before a model is loaded: whether it has an embedding for every token of a task and its data."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from qzo_diffusion.llm.causal_lm import load_tokenizer
 from qzo_diffusion.llm.gguf_file import embedding_rows, is_gguf
 from qzo_diffusion.llm.task_file import TaskSpec, literal_texts
 from qzo_diffusion.llm.tasks import Example
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.texts import check_tokens
 
 
@@ -42,7 +42,7 @@ def _vocabulary_size(folder: Path) -> int | None:
     if is_gguf(folder):
         return embedding_rows(folder)
     try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config: Any = read_json(folder / "config.json")
         size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(

@@ -6,6 +6,7 @@ its tensors lives (reading 640 MB raised it by 615). Here plain reads fetch one 
 
 import math
 import mmap
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,13 +49,14 @@ class Entry:
     """A tensor on disk; its bytes are those of its spans, one after the other.
 
     scale: what the stored numbers are multiplied by. lacks_scale: they look as if a scale belonged
-    to them, and there is none."""
+    to them, and there is none. crc32: of the bytes, where it is known."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     spans: tuple[Span, ...]
     scale: "Scale | None" = None
     lacks_scale: bool = False
+    crc32: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -66,19 +68,22 @@ class Entry:
         of_a_row = span.size // self.shape[0]
         part = replace(span, start=span.start + start * of_a_row, size=(stop - start) * of_a_row)
         scale = None if self.scale is None else self.scale.of_rows(start, stop)
-        return replace(self, shape=(stop - start, *self.shape[1:]), spans=(part,), scale=scale)
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, spans=(part,), scale=scale, crc32=None)
 
     def read(self) -> Tensor:
-        """The tensor on the CPU; fp32 where it has a scale. Raises ModelError when the file ends
-        before it, or a scale is not finite.
+        """The tensor on the CPU; fp32 where it has a scale.
+
+        Raises ModelError when the file ends before it, its bytes are not those that were written,
+        or a scale is not finite.
         """
         tensor = empty_pages(self.shape, self.dtype)
-        target = (
-            tensor.reshape(-1).view(torch.uint8).numpy().data if self.nbytes else memoryview(b"")
-        )
+        whole = target = bytes_of(tensor)
         for span in self.spans:
             _read_into(target[: span.size], span)
             target = target[span.size :]
+        if self.crc32 is not None and zlib.crc32(whole) != self.crc32:
+            raise damaged(self.spans[0].file, "its bytes have changed")
         return tensor if self.scale is None else self.scale.times(tensor)
 
 
@@ -117,6 +122,13 @@ class Scale:
             columns = slice(column * self.block[1], (column + 1) * self.block[1])
             flat[:, columns].mul_(of_rows[:, column : column + 1])
         return wide
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def joined(parts: Sequence[Entry]) -> Entry:

@@ -9,6 +9,7 @@ from qzo_diffusion.core.errors import (
     ConfigError,
     OutputError,
 )
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs import longer
 from qzo_diffusion.runs.plan import Plan
 
@@ -62,7 +63,7 @@ def changed_data(plan: Plan, run_folder: Path) -> list[str]:
     if not path.exists():  # stopped before it was written: nothing was trained on yet
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
         before = {row["file"]: [row[fact] for fact in plan.facts] for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(

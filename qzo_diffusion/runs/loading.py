@@ -4,29 +4,34 @@ the next start.
 The copy is a folder in bitsandbytes' own 4-bit layout, so that it is read by the code that reads
 any 4-bit folder. It is hit when name, size, time and safetensors header of every source file and
 all settings are what they were; then 4.7 GB are read instead of 16 and nothing is quantized. It is
-written aside with a hash of each file and renamed: half a copy is never used, and a copy whose file
-is not as long as its header says counts as absent."""
+written aside with a sum of each tensor and renamed: half a copy is never used, and one of which a
+byte changed is made again. Sums are compared while tensors are read (crc32, 1.9 GB/s). A copy that
+another user owns, or that anybody can write, is passed over."""
 
 import hashlib
 import json
+import os
 import shutil
+import stat
+import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ModelError, OutputError
 from qzo_diffusion.files import COMPLETE, free_bytes, write_folder
-from qzo_diffusion.quant.entries import Entry
+from qzo_diffusion.quant.entries import Entry, bytes_of, damaged
 from qzo_diffusion.quant.header import header_bytes
+from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.stream import Filled, Quantization, fill_
-from qzo_diffusion.quant.weights import read_entries, write_tensors
+from qzo_diffusion.quant.weights import Pending, read_entries, write_tensors
 
 WEIGHTS, SOURCE = "model.safetensors", "source.json"
 FORMAT = 1  # of what is stored; raised when the same source would give other numbers
@@ -66,7 +71,10 @@ def load_quantized(
     """
     stored = _stored_copy(source, quantization, dtype, cache, smallest_cached)
     if stored is not None and (entries := _entries_of(stored)) is not None:
-        return _fill(source, entries, quantization, dtype, device, "load 4-bit copy")[0]
+        try:
+            return _fill(source, entries, quantization, dtype, device, "load 4-bit copy")[0]
+        except ModelError as error:
+            _remove(stored, error)
     model, filled = _fill(source, source.entries, quantization, dtype, device, "load and quantize")
     if stored is not None and filled.quantized:
         _store(model, stored, _key(source, quantization, dtype))
@@ -108,7 +116,7 @@ def _key(source: Source, quantization: Quantization, dtype: torch.dtype) -> dict
                 "name": file.name,
                 "size": file.stat().st_size,
                 "mtime_ns": file.stat().st_mtime_ns,
-                "header": hashlib.blake2b(header_bytes(file), digest_size=16).hexdigest(),
+                "header": _header_of(file),
             }
             for file in files
         ],
@@ -128,19 +136,63 @@ def _stored_copy(
     if cache is None or source.nbytes < smallest or quantization.backend != "bnb":
         return None
     text = json.dumps(_key(source, quantization, dtype), sort_keys=True)
+    if cache.exists() and not _is_ours(cache):
+        report(f"warning: no 4-bit copy is used or stored: others can write into {cache}")
+        return None
     return cache / hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether this user alone made a file or folder and can change it; groups may be of one."""
+    facts = path.lstat()
+    ours = not hasattr(os, "getuid") or facts.st_uid == os.getuid()
+    return ours and not facts.st_mode & stat.S_IWOTH
+
+
 def _entries_of(stored: Path) -> Mapping[str, Entry] | None:
-    """None unless a copy was written to its end and still has its length."""
+    """The tensors of a copy with their sums; None unless this user wrote it to its end, and it
+    still has its header and length.
+    """
     if not (stored / COMPLETE).is_file():
         return None
-    try:
-        return read_entries(stored / WEIGHTS)
-    except ModelError as error:
-        report(f"warning: a stored 4-bit copy is passed over and made again: {error.got}")
-        shutil.rmtree(stored, ignore_errors=True)
+    if not all(map(_is_ours, (stored, *stored.iterdir()))):
+        report(f"warning: a stored 4-bit copy is passed over, for others can write it: {stored}")
         return None
+    try:
+        entries = read_entries(stored / WEIGHTS)
+        facts = read_object(stored / SOURCE, "the description of a copy")
+        sums = facts.get("crc32")
+        if facts.get("header") != _header_of(stored / WEIGHTS) or not isinstance(sums, dict):
+            raise damaged(stored / WEIGHTS, "it is not what was written")
+        if sums.keys() != entries.keys() or any(type(one) is not int for one in sums.values()):
+            raise damaged(stored / SOURCE, "it lacks the sum of a tensor")
+    except ModelError as error:
+        _remove(stored, error)
+        return None
+    return {name: replace(entry, crc32=sums[name]) for name, entry in entries.items()}
+
+
+def _remove(stored: Path, error: ModelError) -> None:
+    report(f"warning: a stored 4-bit copy is passed over and made again: {error.got}")
+    shutil.rmtree(stored, ignore_errors=True)
+
+
+def _header_of(file: Path) -> str:
+    return hashlib.blake2b(header_bytes(file), digest_size=16).hexdigest()
+
+
+def _with_sums(tensors: Mapping[str, Pending], sums: dict[str, int]) -> dict[str, Pending]:
+    """The same tensors; each leaves the sum of its bytes in `sums` when it is made."""
+
+    def summed(name: str, one: Pending) -> Pending:
+        def make() -> Tensor:
+            tensor = one.make().detach().cpu().contiguous()
+            sums[name] = zlib.crc32(bytes_of(tensor))
+            return tensor
+
+        return replace(one, make=make)
+
+    return {name: summed(name, one) for name, one in tensors.items()}
 
 
 def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
@@ -152,11 +204,15 @@ def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
         with tqdm(
             total=size, desc="store 4-bit copy", unit="B", unit_scale=True, leave=False
         ) as bar:
-            write_tensors(folder / WEIGHTS, tensors, {}, bar.update)
-        (folder / SOURCE).write_text(json.dumps(key, indent=1), encoding="utf-8")
+            sums: dict[str, int] = {}
+            write_tensors(folder / WEIGHTS, _with_sums(tensors, sums), {}, bar.update)
+        facts = dict(key) | {"header": _header_of(folder / WEIGHTS), "crc32": sums}
+        (folder / SOURCE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        folder.chmod(0o700)
 
     try:
-        stored.parent.mkdir(parents=True, exist_ok=True)
+        stored.parent.parent.mkdir(parents=True, exist_ok=True)
+        stored.parent.mkdir(mode=0o700, exist_ok=True)
         free = free_bytes(stored.parent)
         if free < 1.05 * size:
             report(

@@ -3,7 +3,6 @@ write one page on it.
 """
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +18,7 @@ from qzo_diffusion.evaluate.report import RunFacts, Subject, render
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.files import COMPLETE, finite, write_whole
+from qzo_diffusion.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.runs import usage
 from qzo_diffusion.runs.ending import next_commands
 from qzo_diffusion.runs.locate import Kind, locate
@@ -39,7 +39,7 @@ def write(folder: Path, output: Path | None = None) -> Path:
     target = output or scores_folder(folder) / PAGE
     try:
         page = render(_facts(folder))
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         remedy = (
             f"measure it again (qzo-diffuse evaluate --run {folder}; a language model by "
             "--resume), or remove evaluation.json"
@@ -65,12 +65,17 @@ def scores_folder(folder: Path) -> Path:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a run that goes on may just be writing the last."""
     path = folder / "metrics.jsonl"
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        if path.is_file()
-        else []
-    )
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    if not path.is_file():
+        return []
+    try:
+        found = [parse_json(line) for line in read_json_lines(path)]
+        if not all(isinstance(line, dict) for line in found):
+            raise ValueError("a line that holds no object")
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"{path} is damaged: {error}", "a line for each step", "restore it, or delete it"
+        ) from None
+    return found
 
 
 def grid_prompts(folder: Path) -> list[str]:
@@ -222,8 +227,8 @@ def _read_json(path: Path, missing: Any) -> Any:
     if not path.is_file():
         return missing
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise OutputError(
             f"{path} is damaged: {error}", "the file as it was written", "write it again"
         ) from None

@@ -1,12 +1,12 @@
 """The memory that a run needed, as its page shows it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qzo_diffusion import devices
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 
 FILE = "usage.json"
@@ -26,7 +26,7 @@ def record(out: RunFolder, device: torch.device) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """Empty where there is none, or none that can be read: no run is stopped for it."""
     try:
-        found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        found = read_json(folder / FILE)
         return {"peak_memory_bytes": int(found["peak_memory_bytes"]), "of": str(found["of"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return {}

@@ -173,7 +173,7 @@ def test_where_scores_go_is_looked_at_before_anything_is_loaded(
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(evaluate_run, "load_tuned", None)
-    monkeypatch.setattr(evaluate_run.json, "loads", None)
+    monkeypatch.setattr(evaluate_run, "read_json", None)
     for what in ("--run", "--compare"):
         error = failing(
             capsys, main(["evaluate", what, str(run), "--output", str(tmp_path / wanted)])

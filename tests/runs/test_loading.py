@@ -119,6 +119,51 @@ def test_a_torn_copy_is_made_again(load, tmp_path, damage, capsys):
     assert load()[1] == "copy"
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("name", [loading.WEIGHTS, loading.SOURCE, "COMPLETE"])
+def test_a_byte_that_flips_in_a_copy_is_noticed(load, tmp_path, place, name, capsys):
+    first, _ = load()
+    (copy,) = copies(tmp_path)
+    data = bytearray((copy / name).read_bytes())
+    data[int(place * len(data))] ^= 1
+    (copy / name).write_bytes(data)
+    capsys.readouterr()
+    assert same(first, load()[0])
+    if name == loading.WEIGHTS:
+        assert "made again" in capsys.readouterr().err
+    assert same(load()[0], first)
+    assert load()[1] == "copy"
+
+
+def test_a_flipped_byte_in_a_header_is_noticed(load, tmp_path):
+    first, _ = load()
+    (copy,) = copies(tmp_path)
+    data = (copy / loading.WEIGHTS).read_bytes()
+    assert b'"dtype":"F32"' in data
+    (copy / loading.WEIGHTS).write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"I32"', 1))
+    again, where = load()
+    assert (where, same(first, again)) == ("source", True)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners are POSIX's")
+@pytest.mark.parametrize("fault", ["another owner", "anybody may write the copy", "the folder"])
+def test_a_copy_that_others_can_write_is_not_used(load, tmp_path, monkeypatch, fault, capsys):
+    first, _ = load()
+    (copy,) = copies(tmp_path)
+    folder = copy.parent
+    assert [path.stat().st_mode & 0o77 for path in (folder, copy)] == [0, 0]
+    if fault == "another owner":
+        user = os.getuid()
+        monkeypatch.setattr(loading.os, "getuid", lambda: user + 1)
+    elif fault == "the folder":
+        folder.chmod(0o777)
+    else:
+        (copy / loading.WEIGHTS).chmod(0o666)
+    again, where = load()
+    assert (where, same(first, again)) == ("source", True)
+    assert "others can write" in capsys.readouterr().err
+
+
 def test_a_copy_that_cannot_be_written_is_told_and_the_model_is_there(
     load, tmp_path, monkeypatch, capsys
 ):

@@ -2,16 +2,18 @@
 and after.
 """
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.objectives import mean_metric
 from qzo_diffusion.llm.task_file import TaskSpec
 from qzo_diffusion.llm.tasks import Batch
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
@@ -45,8 +47,16 @@ class Scores:
     def measured(self) -> dict[str, float]:
         """Step -> metric."""
         path = self.out.path / FILE
-        found: dict[str, float] = json.loads(path.read_text())["by_step"] if path.exists() else {}
-        return found
+        try:
+            found = read_json(path)["by_step"] if path.exists() else {}
+            return {
+                str(int(step)): math.nan if value is None else float(value)
+                for step, value in found.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(
+                f"{path} is damaged: {error}", "the scores of the run by step", "remove it"
+            ) from None
 
     def results(self) -> dict[str, Any]:
         found = self.measured()
@@ -66,3 +76,8 @@ class Scores:
 
     def _facts(self) -> dict[str, Any]:
         return {"task": self.spec.name, "metric": self.spec.metric, "test_examples": self._count}
+
+
+def _number(value: Any) -> float:
+    """A metric that is no finite number is written as null."""
+    return math.nan if value is None else float(value)

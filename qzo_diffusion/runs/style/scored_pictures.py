@@ -11,6 +11,7 @@ from PIL import Image
 from qzo_diffusion.console import report
 from qzo_diffusion.diffusion.sampling import load_picture
 from qzo_diffusion.files import write_folder
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.evaluation import Work
@@ -81,7 +82,7 @@ def _draw(work: Work, state: str, target: Path, key: str, files: Sequence[str]) 
 
 def _kept(target: Path, key: str, files: Sequence[str]) -> bool:
     try:
-        same = json.loads((target / "key.json").read_text(encoding="utf-8")) == key
+        same = read_json(target / "key.json") == key
     except (OSError, ValueError):
         return False
     return bool(same) and all((target / file).is_file() for file in files)

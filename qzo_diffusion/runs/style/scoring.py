@@ -2,7 +2,6 @@
 against a style's images.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, content_name, load_scorer
 from qzo_diffusion.files import prepare_file
+from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs.style.natural_order import natural_key
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -142,10 +142,7 @@ def _from_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
 def _rows(table: Path) -> list[tuple[str, str]]:
     """File names and prompts; a name must lie in the folder itself."""
     try:
-        rows = [
-            (str(row["file"]), str(row["prompt"]))
-            for row in json.loads(table.read_text(encoding="utf-8"))
-        ]
+        rows = [(str(row["file"]), str(row["prompt"])) for row in read_json(table)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{table} can't be used: {error}", "a list of {file, prompt}", "pass --prompts FILE"
