@@ -4,7 +4,6 @@ Heavy libraries are imported when a verb runs, so `--help` answers at once.
 """
 
 import argparse
-import json
 import logging
 import os
 import stat
@@ -13,19 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qzo_diffusion import __version__
-from qzo_diffusion.commands import llm, train, validate
+from qzo_diffusion.commands import doctor, llm, mix, replay, sample, train, validate
 from qzo_diffusion.commands import report as report_command
 from qzo_diffusion.config.arguments import (
     Parser,
     check_names,
-    count,
-    not_negative,
     path,
     path_text,
-    seed,
-    strength,
-    weighted,
-    whole,
 )
 from qzo_diffusion.console import DONE, INTERRUPTED, MENDABLE, emit, report, show
 from qzo_diffusion.streams import unbreakable
@@ -95,41 +88,15 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     train.add(verbs)
-    _add_sample(verbs)
+    sample.add(verbs)
     _add_evaluate_and_report(verbs)
     llm.add(verbs)
-    _add_replay_and_mix(verbs)
+    replay.add(verbs)
+    mix.add(verbs)
     _add_export(verbs)
     validate.add(verbs)
-    doctor = verbs.add_parser("doctor", help="check this machine and say what a run will use")
-    doctor.add_argument("--json", action="store_true", help="print the facts as JSON")
-    doctor.set_defaults(verb=_doctor)
+    doctor.add(verbs)
     return parser
-
-
-def _add_sample(verbs: Any) -> None:
-    sample = verbs.add_parser(
-        "sample", help="make images from a model, with or without a run's tuned scales"
-    )
-    sample.add_argument("--model", type=path_text, help="default: the run's model, or auto")
-    sample.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
-    sample.add_argument(
-        "--strength", type=strength, default=1.0, help="0: the base, 1: as tuned; default 1"
-    )
-    prompts = sample.add_mutually_exclusive_group()
-    prompts.add_argument("--prompts", type=path_text, help="file with one prompt a line")
-    prompts.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="one prompt; may be given several times"
-    )
-    sample.add_argument("--negative-prompt", help="prompt that guidance leads away from")
-    sample.add_argument("--steps", type=count, help="sampling steps; default: as suits the model")
-    sample.add_argument(
-        "--guidance", type=not_negative, help="guidance scale; default: as suits the model"
-    )
-    sample.add_argument("--output-dir", type=path, required=True)
-    sample.add_argument("--seed", type=seed, help="prompt i is sampled from seed + i")
-    sample.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
-    sample.set_defaults(verb=_sample)
 
 
 def _add_evaluate_and_report(verbs: Any) -> None:
@@ -169,34 +136,6 @@ def _add_evaluate_and_report(verbs: Any) -> None:
     report_command.add(verbs)
 
 
-def _add_replay_and_mix(verbs: Any) -> None:
-    replay = verbs.add_parser(
-        "replay", help="rebuild the scales of any step from a journal and the base model"
-    )
-    replay.add_argument("--journal", type=path, required=True, help="journal.qzo of a run")
-    replay.add_argument("--model", type=path_text, help="default: the model that the journal names")
-    replay.add_argument("--to-step", type=whole, help="number of steps to apply; default all")
-    replay.add_argument(
-        "--init-from",
-        type=path_text,
-        metavar="RUN",
-        help="what the run began with; default: where the journal says it was",
-    )
-    mix = verbs.add_parser("mix", help="combine what several runs changed")
-    mix.add_argument(
-        "--run",
-        action="append",
-        required=True,
-        type=weighted,
-        metavar="RUN=WEIGHT",
-        help="may be given several times",
-    )
-    for verb, function in ((replay, _replay), (mix, _mix)):
-        verb.add_argument("--output-dir", type=path, required=True)
-        verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
-        verb.set_defaults(verb=function)
-
-
 def _add_export(verbs: Any) -> None:
     export = verbs.add_parser(
         "export", help="write a run's tuned model in a form that other programs load"
@@ -214,25 +153,6 @@ def _add_export(verbs: Any) -> None:
     export.add_argument("--output-dir", type=path, required=True)
     export.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     export.set_defaults(verb=_export)
-
-
-def _sample(options: argparse.Namespace) -> int:
-    from qzo_diffusion.commands import sample as sample_run
-
-    request = sample_run.SampleRequest(
-        output_dir=options.output_dir,
-        model=options.model,
-        run=options.run,
-        strength=options.strength,
-        prompts=options.prompt or options.prompts,
-        negative_prompt=options.negative_prompt,
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-    )
-    results = sample_run.run(request)
-    emit(results, options.json, f"done: {results['samples']}")
-    return DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -257,23 +177,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _replay(options: argparse.Namespace) -> int:
-    from qzo_diffusion.commands import replay as replay_run
-
-    results = replay_run.run(
-        options.journal, options.model, options.to_step, options.output_dir, options.init_from
-    )
-    emit(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
-    return DONE
-
-
-def _mix(options: argparse.Namespace) -> int:
-    from qzo_diffusion.commands import mix as mix_run
-
-    emit(mix_run.run(options.run, options.output_dir), options.json, f"done: {options.output_dir}")
-    return DONE
-
-
 def _export(options: argparse.Namespace) -> int:
     from qzo_diffusion.commands import export as export_run
     from qzo_diffusion.runs.llm import export as llm_export
@@ -291,17 +194,6 @@ def _export(options: argparse.Namespace) -> int:
             f"done: {options.output_dir}",
         )
     return DONE
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from qzo_diffusion.commands import doctor
-
-    facts = doctor.examine()
-    if options.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        show(doctor.as_text(facts))
-    return MENDABLE if facts["problems"] else DONE
 
 
 if __name__ == "__main__":

@@ -234,13 +234,11 @@ class StyleTask:
         plan, vae = self._plan, self._encoded.vae
         return pipeline.sampler(
             plan.config,
-            plan.model_folder,
+            plan.runtime,
             self.model,
             vae,
             [Prompt(caption) for caption in captions],
             self._encoded.prompts,
-            plan.device,
-            plan.dtype,
         )
 
     def shown(self, count: int) -> tuple[list[str], list[Image.Image]]:

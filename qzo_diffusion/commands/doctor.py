@@ -1,99 +1,25 @@
-"""What `qzo-diffuse doctor` looks at: is everything here that a run needs, and what will it use?"""
+"""`qzo-diffuse doctor`: check this machine and say what a run will use."""
 
-import os
-import platform
-import shutil
-from importlib import metadata
-from pathlib import Path
+import argparse
+import json
 from typing import Any
 
-from qzo_diffusion import devices, resources
-
-PACKAGES = (
-    *("torch", "torchvision", "diffusers", "transformers", "bitsandbytes", "accelerate"),
-    *("open_clip_torch", "safetensors", "numpy", "pillow"),
-)
-SMALLEST = "sd35_large_8gb"  # the preset of large models that takes the least memory
+from qzo_diffusion.commands.flags import add_json
+from qzo_diffusion.console import DONE, MENDABLE, show
 
 
-def examine() -> dict[str, Any]:
-    """Facts by name; `problems` lists what must be mended before a run can work."""
-    problems: list[str] = []
-    versions: dict[str, str] = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            problems.append(f"the package {name} is not installed: pip install {name}")
-    tiny = resources.tiny_model()
-    if not (tiny / "transformer").is_dir():
-        problems.append(f"the embedded model is missing from {tiny}: install the package again")
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "memory_gb": round(_memory_bytes() / 1e9, 1),
-        "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
-    }
-    if "torch" in versions:
-        facts |= _torch_facts(problems)
-    facts["problems"] = problems
-    return facts
+def add(verbs: Any) -> None:
+    doctor = verbs.add_parser("doctor", help="check this machine and say what a run will use")
+    add_json(doctor)
+    doctor.set_defaults(verb=run)
 
 
-def _torch_facts(problems: list[str]) -> dict[str, Any]:
-    import torch
+def run(options: argparse.Namespace) -> int:
+    from qzo_diffusion.runs.style import doctor
 
-    from qzo_diffusion.config.style import Config
-    from qzo_diffusion.core.errors import ModelError
-    from qzo_diffusion.runs.style import pipeline
-    from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-
-    device = devices.choose_device("auto")
-    facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "dtype": str(devices.choose_dtype("auto", device)).removeprefix("torch."),
-    }
-    if device.type == "cuda":
-        facts["gpu_memory_gb"] = round(
-            torch.cuda.get_device_properties(device).total_memory / 1e9, 1
-        )
-    try:
-        folder, facts["model"] = pipeline.choose_model("auto")
-        config, runtime = (
-            Config(),
-            pipeline.Runtime(folder, device, devices.choose_dtype("auto", device)),
-        )
-        config.train.micro_batch_size = fitting_micro_batch(config, runtime)  # as a run settles it
-        plan = memory_plan(config, runtime)
-        facts["memory_plan"] = plan.facts()
-        if not plan.fits:
-            problems.append(
-                f"a run with default settings does not fit; `train --preset {SMALLEST}` needs "
-                f"least:\n{plan.describe()}"
-            )
-    except ModelError as error:
-        problems.append(str(error))
-    return facts
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-
-
-def as_text(facts: dict[str, Any]) -> str:
-    lines = []
-    for key, value in facts.items():
-        if key == "packages":
-            lines += [f"{name:16} {version}" for name, version in value.items()]
-        elif key == "memory_plan":
-            for phase, parts in value["phases_gb"].items():
-                lines.append(f"memory, {phase:8} {sum(parts.values()):.2f} GB")
-        elif key != "problems":
-            lines.append(f"{key:16} {value}")
-    lines += [f"problem: {problem}" for problem in facts["problems"]] or [
-        "everything that a run needs is here"
-    ]
-    return "\n".join(lines)
+    facts = doctor.examine()
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        show(doctor.as_text(facts))
+    return MENDABLE if facts["problems"] else DONE

@@ -297,7 +297,7 @@ def test_scales_alone_are_sampled_with_the_defaults_and_that_is_told(finished, t
 def test_a_failed_sample_leaves_nothing_and_what_is_there_is_found_at_once(
     coarse, tmp_path, capsys, monkeypatch
 ):
-    from qzo_diffusion.commands import sample as sample_run
+    from qzo_diffusion.runs.style import sample as sample_run
 
     command = [
         "sample",

@@ -171,15 +171,14 @@ def resolve_sampling_(config: Config, folder: Path) -> None:
 
 def sampler(
     config: Config,
-    folder: Path,
+    runtime: Runtime,
     transformer: nn.Module,
     vae: Any,
     prompts: Sequence[Prompt],
     encoded: Mapping[str, sd3.EncodedPrompt],
-    device: torch.device,
-    dtype: torch.dtype,
 ) -> Sampler:
     """Square samples of `prompts` at the run's resolution, or at the model's own."""
+    folder = runtime.folder
     resolve_sampling_(config, folder)
     side, settings = config.data.resolution or sd3.native_resolution(folder), config.sample
     return Sampler(
@@ -197,8 +196,8 @@ def sampler(
         guidance=settings.guidance or 0.0,
         seed=settings.seed,
         batch_size=settings.batch_size,
-        device=device,
-        dtype=dtype,
+        device=runtime.device,
+        dtype=runtime.dtype,
     )
 
 

@@ -71,6 +71,10 @@ class StylePlan:
         return self.prompts.texts
 
     @property
+    def runtime(self) -> pipeline.Runtime:
+        return pipeline.Runtime(self.model_folder, self.device, self.dtype, self.shape)
+
+    @property
     def name(self) -> str:
         return Path(self.config.data.style_dir or "").name
 
@@ -101,9 +105,8 @@ class StylePlan:
     def _needs(self) -> tuple[pipeline.Runtime, int, int]:
         """Where the run is, and how many images and prompts it keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
-        runtime = pipeline.Runtime(self.model_folder, self.device, self.dtype, self.shape)
         prompts = self.prompts.texts + self.prompts.negatives
-        return runtime, len(self.style.samples), len(captions) + len(prompts)
+        return self.runtime, len(self.style.samples), len(captions) + len(prompts)
 
     def data(self) -> list[dict[str, Any]]:
         return dataset_table(self.style)
@@ -143,9 +146,7 @@ class StylePlan:
         )
         if ranks.first:
             ranks.wait()
-        transformer, scales, theta = pipeline.load_base(
-            config, pipeline.Runtime(self.model_folder, device, dtype)
-        )
+        transformer, scales, theta = pipeline.load_base(config, self.runtime)
         set_initial_(config, transformer, scales)
         optimizer, take_step = (
             (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
@@ -158,7 +159,7 @@ class StylePlan:
             _warn_of_truncation(counts)
             vae, prompts = encoded.vae, self.prompts.prompts
             sampler = pipeline.sampler(
-                config, self.model_folder, transformer, vae, prompts, encoded.prompts, device, dtype
+                config, self.runtime, transformer, vae, prompts, encoded.prompts
             )
             held_out = style_data.validation_batches(
                 self.style.validation, encoded, device, config.data.batch_size, config.train.seed

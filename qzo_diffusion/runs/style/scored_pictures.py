@@ -58,13 +58,11 @@ def _draw(work: Work, state: str, target: Path, key: str, files: Sequence[str]) 
     plan, encoded = work.plan, work.encoded
     sampler = pipeline.sampler(
         plan.config,
-        plan.model_folder,
+        plan.runtime,
         work.transformer,
         encoded.vae,
         plan.prompts.prompts,
         encoded.prompts,
-        plan.device,
-        plan.dtype,
     )
     report(f"sampling {len(files)} pictures: {state}")
     images = sampler.images()

@@ -57,7 +57,7 @@ def test_the_advised_resolution_fits(train, images, capsys):
 def test_samples_beyond_the_positions(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("qzo_diffusion.runs.style.pipeline.load_base", None)  # never reached
     settings = Config(model="tiny", data={"resolution": 1024})
-    monkeypatch.setattr("qzo_diffusion.commands.sample._config_of", lambda request: settings)
+    monkeypatch.setattr("qzo_diffusion.runs.style.sample._config_of", lambda request: settings)
     code = main(["sample", "--prompt", "a cat", "--output-dir", str(tmp_path / "s")])
     assert "1024x1024 pixels for samples" in failing(capsys, code)
 

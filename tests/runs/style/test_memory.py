@@ -15,7 +15,6 @@ import torch
 
 from qzo_diffusion import devices
 from qzo_diffusion.cli import main
-from qzo_diffusion.commands import doctor
 from qzo_diffusion.config.files import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import memory, text_encoders
@@ -24,8 +23,8 @@ from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.resources import shipped, tiny_model
 from qzo_diffusion.runs import hub
+from qzo_diffusion.runs.style import doctor, pipeline
 from qzo_diffusion.runs.style import memory as planning
-from qzo_diffusion.runs.style import pipeline
 from tests.conftest import failing
 
 CPU = torch.device("cpu")

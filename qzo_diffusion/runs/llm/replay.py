@@ -1,0 +1,26 @@
+"""What a journal of a language model is replayed over."""
+
+from qzo_diffusion import devices
+from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.core.journal import Journal
+from qzo_diffusion.runs.llm.methods import load_base
+from qzo_diffusion.runs.llm.models import choose_lm
+from qzo_diffusion.runs.replay import Base, settings_of, without
+
+
+def base(config: LlmConfig) -> Base:
+    """The language model as the run found it. Raises ModelError."""
+    device = devices.choose_device(config.compute.device)
+    folder, _ = choose_lm(config.model)
+    found = load_base(config, folder, device, devices.choose_dtype(config.compute.dtype, device))
+    facts = {"qzo.method": config.method, "qzo.task": config.task}
+    return Base(config, found.theta, found.optimizer, found.codes, found.initial, facts)
+
+
+def config_of(journal: Journal, model: str | None) -> LlmConfig:
+    """The settings that a journal's header names; its task is kept for `llm evaluate`."""
+    try:
+        own = {name: journal.header[name] for name in ("method", "task", "lora", "data")}
+    except KeyError as error:
+        raise without(error) from None
+    return settings_of(journal, LlmConfig, own, model)

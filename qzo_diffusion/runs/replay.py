@@ -1,0 +1,119 @@
+"""The scales of any step, from the base model and a journal alone."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qzo_diffusion.config.files import AnyConfig, make_config, with_whole_paths
+from qzo_diffusion.config.sections import RunConfig, TrainConfig
+from qzo_diffusion.core.errors import JournalError
+from qzo_diffusion.core.journal import Journal, read_journal, replay_
+from qzo_diffusion.core.merge import check_numbers
+from qzo_diffusion.core.optimizer import Optimizer
+from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
+from qzo_diffusion.files import ANOTHER, check_empty, unfinished
+from qzo_diffusion.runs import provenance
+from qzo_diffusion.train.run_folder import RunFolder
+
+# what settles the trained numbers
+_NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a journal is replayed over.
+
+    Attributes:
+        codes, initial: hashes of what stays and of what is trained.
+        facts: what else tuned scales say of themselves.
+    """
+
+    config: RunConfig
+    theta: Parametrization
+    optimizer: Optimizer
+    codes: str
+    initial: str
+    facts: dict[str, str]
+
+
+def read(journal_file: Path, to_step: int | None, output_dir: Path) -> Journal:
+    """The journal, checked with all that can be checked before a model is loaded.
+
+    Raises:
+        JournalError: it is damaged, or shorter than `to_step`.
+        OutputError: there is something at `output_dir` already.
+    """
+    check_empty(output_dir, ANOTHER)
+    journal = read_journal(journal_file)
+    if to_step is not None and not 0 <= to_step <= journal.steps_done:
+        raise JournalError(
+            f"--to-step {to_step}",
+            f"0 to {journal.steps_done}, where the journal ends",
+            "choose an earlier step",
+        )
+    return journal
+
+
+def replay(journal: Journal, base: Base, to_step: int | None, output_dir: Path) -> dict[str, Any]:
+    """Rebuild step `to_step` (the journal's last when None) in `output_dir/final`.
+
+    Raises:
+        JournalError: the journal is of another model.
+    """
+    provenance.check_journal_fits(
+        journal, {**journal.header, "codes": base.codes, "initial_scales": base.initial}
+    )
+    started = time.perf_counter()
+    steps = replay_(journal, base.theta, base.optimizer, to_step=to_step)
+    seconds = time.perf_counter() - started
+    tuned = tuned_scales(base.theta)
+    check_numbers(base.theta.scales, tuned)
+    facts = base.facts | {"qzo.steps": str(steps)}
+    out = RunFolder.create(output_dir, ANOTHER)
+    with unfinished(output_dir, ("config.yaml", "final")):
+        out.write_text("config.yaml", with_whole_paths(base.config).to_yaml())
+        out.save_scales("final", tuned, provenance.scales_metadata(base.config, base.codes) | facts)
+    return {
+        "run": str(output_dir),
+        "steps": steps,
+        "seconds": seconds,
+        "torn_bytes": journal.torn_bytes,
+    }
+
+
+def settings_of(
+    journal: Journal, kind: type[AnyConfig], own: dict[str, Any], model: str | None
+) -> AnyConfig:
+    header = journal.header
+    try:
+        decay, steps = header.get("feedback") or (
+            TrainConfig().feedback_decay,
+            TrainConfig().feedback_steps,
+        )
+        feedback = {"feedback_decay": decay, "feedback_steps": steps}
+        settings = {
+            "model": model or header["model"],
+            "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
+            "qzo": {key: header[key] for key in _NUMBERS} | _also(header),
+            "quant": header["quant"],
+            "compute": {"dtype": header["dtype"]},
+        }
+    except KeyError as error:
+        raise without(error) from None
+    return make_config(settings | own, kind)
+
+
+def _also(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `qzo` that journals name only where they matter, or did not name at first."""
+    running = {"normalize": "running"} if header.get("normalize") else {}
+    return running | ({"unquantized": header["unquantized"]} if "unquantized" in header else {})
+
+
+def without(error: KeyError) -> JournalError:
+    return JournalError(
+        f"a journal without {error} in its header",
+        "a journal of a run",
+        "give journal.qzo of a run",
+    )

@@ -1,0 +1,32 @@
+"""What a journal of pictures is replayed over."""
+
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.journal import Journal
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.replay import Base, settings_of
+from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.tuned import set_initial_
+
+
+def base(config: Config) -> Base:
+    """The pipeline's transformer, with the scales that the run began with.
+
+    Raises ModelError.
+    """
+    transformer, scales, theta = pipeline.load_base(config, pipeline.find_runtime(config))
+    set_initial_(config, transformer, scales)
+    codes, initial = build.fingerprints(transformer, scales)
+    return Base(config, theta, build.optimizer(config), codes, initial, {})
+
+
+def config_of(journal: Journal, model: str | None, init_from: str | None = None) -> Config:
+    """The settings that a journal's header names; everything else is as by default and does not
+    matter for a replay.
+    """
+    method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
+    return settings_of(
+        journal,
+        Config,
+        {"method": method, "init_from": init_from or journal.header.get("init_from")},
+        model,
+    )
