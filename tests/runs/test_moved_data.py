@@ -35,7 +35,7 @@ def of(kind, place, cache="/cache"):
 @pytest.fixture
 def go_on(tmp_path, monkeypatch):
     """Resumes `before` as `after`; gives the changes that the run takes note of."""
-    monkeypatch.setattr(training, "_work", lambda *args, changes, **options: changes)
+    monkeypatch.setattr(training, "_lead", lambda plan, out, ranks, changed: changed)
 
     def call(before, after, **options):
         (tmp_path / "config.yaml").write_text(before.config.to_yaml())
