@@ -25,10 +25,8 @@ def _few_directions(monkeypatch):
     monkeypatch.setattr(signal, "DIRECTIONS", FEW)
 
 
-@pytest.fixture(scope="module")
-def run_of_no_step(tmp_path_factory, cache):
+def train_no_step(folder, cache, model):
     """Tuned is base, so every difference must be nothing."""
-    folder = tmp_path_factory.mktemp("evaluate")
     for name, count in (("train", 5), ("held_out", 3)):
         (folder / name).mkdir()
         for index in range(count):
@@ -54,8 +52,13 @@ def run_of_no_step(tmp_path_factory, cache):
         f"data.cache_dir={cache}",
         *FAST,
     ]
-    assert main(["train", "--model", "tiny", *map(str, [*places, *settings])]) == 0
+    assert main(["train", "--model", str(model), *map(str, [*places, *settings])]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def run_of_no_step(tmp_path_factory, cache, pipeline):
+    return train_no_step(tmp_path_factory.mktemp("evaluate"), cache, pipeline)
 
 
 @pytest.fixture
@@ -67,7 +70,9 @@ def scored(run):
     return json.loads((run / "evaluation.json").read_text())
 
 
-def test_base_against_base_differs_by_nothing(run, prompts, capsys):
+def test_base_against_base_differs_by_nothing(tmp_path, cache, prompts, capsys):
+    """On the embedded model, whose scorer is the embedded one without being asked for."""
+    run = train_no_step(tmp_path, cache, "tiny")
     assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == scored(run)
@@ -99,7 +104,7 @@ def test_base_against_base_differs_by_nothing(run, prompts, capsys):
 
 
 def test_a_second_time_nothing_is_sampled_and_nothing_changes(run, prompts, capsys):
-    command = ["evaluate", "--run", str(run), "--prompts", str(prompts)]
+    command = ["evaluate", "--scorer", "embedded", "--run", str(run), "--prompts", str(prompts)]
     assert main(command) == 0
     first = scored(run)
     assert "sampling" in capsys.readouterr().err
@@ -196,7 +201,19 @@ def test_where_scores_of_pictures_go_is_looked_at_before_anything_is_opened(
 def test_a_folder_for_the_scores_is_made(run, prompts, tmp_path):
     output = tmp_path / "new" / "scores.json"
     assert (
-        main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--output", str(output)])
+        main(
+            [
+                "evaluate",
+                "--scorer",
+                "embedded",
+                "--run",
+                str(run),
+                "--prompts",
+                str(prompts),
+                "--output",
+                str(output),
+            ]
+        )
         == 0
     )
     assert (
@@ -272,7 +289,10 @@ def test_report_writes_where_it_is_told_and_needs_a_run(run, tmp_path, capsys):
 def test_runs_are_compared_in_one_table(run, prompts, tmp_path, capsys):
     failing(capsys, main(["evaluate", "--compare", str(run)]))
     prompts.write_text("banana\n")
-    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts)]) == 0
+    assert (
+        main(["evaluate", "--scorer", "embedded", "--run", str(run), "--prompts", str(prompts)])
+        == 0
+    )
     assert scored(run)["clip_score"]["n"] == 1
     assert scored(run)["clip_score"]["ci95"] is None
     other = tmp_path / "other"
@@ -422,15 +442,29 @@ def test_bad_input_is_told_and_costs_nothing(pictures, tmp_path, capsys, case):
 
 
 def test_a_run_needs_an_end_a_scorer_and_something_to_show(run, prompts, tmp_path, capsys):
-    failing(capsys, main(["evaluate", "--run", str(tmp_path / "nowhere")]))
+    failing(capsys, main(["evaluate", "--scorer", "embedded", "--run", str(tmp_path / "nowhere")]))
     failing(capsys, main(["evaluate", "--run", str(run), "--scorer", "nonsense"]))
-    failing(capsys, main(["evaluate", "--run", str(run), "--prompts", str(tmp_path / "none.txt")]))
+    failing(
+        capsys,
+        main(
+            [
+                "evaluate",
+                "--scorer",
+                "embedded",
+                "--run",
+                str(run),
+                "--prompts",
+                str(tmp_path / "none.txt"),
+            ]
+        ),
+    )
     prompts.write_text("banana\n, noto style\n")
     assert "nothing but style" in failing(
-        capsys, main(["evaluate", "--run", str(run), "--prompts", str(prompts)])
+        capsys,
+        main(["evaluate", "--scorer", "embedded", "--run", str(run), "--prompts", str(prompts)]),
     )
     shutil.rmtree(run / "final")
-    failing(capsys, main(["evaluate", "--run", str(run)]))
+    failing(capsys, main(["evaluate", "--scorer", "embedded", "--run", str(run)]))
     assert not (run / "evaluation.json").exists()
 
 
@@ -487,7 +521,21 @@ def test_a_diverged_run_is_scored_and_has_a_page(run, prompts, monkeypatch, caps
         return [value] * len(batch)
 
     monkeypatch.setattr(evaluation, "sample_losses", diverging)
-    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--json"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "--scorer",
+                "embedded",
+                "--run",
+                str(run),
+                "--prompts",
+                str(prompts),
+                "--json",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     kept = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert kept == found

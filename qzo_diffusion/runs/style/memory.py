@@ -203,6 +203,12 @@ def _outline(transformer: str) -> nn.Module:
     return empty_transformer(json.loads(transformer))
 
 
+@functools.lru_cache(maxsize=1)
+def _t5_outline(config: str) -> nn.Module:
+    """The same of T5."""
+    return empty_encoder(T5, json.loads(config))
+
+
 def _sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
     """Width of its hidden states, and tokens of an image."""
     side = config.data.resolution or shape.native_resolution
@@ -245,7 +251,7 @@ def _largest_encoder(
         part = shape.encoders[name]
         reading = memory.reading_bytes(part.entries, runtime.dtype, runtime.device.type, 0)
         if name == T5 and mode == "nf4":
-            empty = empty_encoder(name, part.config)
+            empty = _t5_outline(json.dumps(part.config, sort_keys=True))
             weights = ModelSize.of(empty, Quantization(), runtime.dtype).weights
         else:
             weights = memory.stored_bytes(part.entries, runtime.dtype)
