@@ -9,7 +9,8 @@ import unicodedata
 _HIDDEN = {0x061C, 0xFEFF, *range(0x200E, 0x2010), *range(0x2028, 0x202F), *range(0x2066, 0x206A)}
 _KEPT = "\n\t"
 _MARKDOWN = re.compile(r"[\\`*\[\]<>&|~#!${}@]|(?<![^\W_])_|_(?![^\W_])|://|\bwww\.")
-_AT_THE_START = re.compile(r"^([-+=]|\d+[.)])")
+# what begins a list, a rule or the line under a heading
+_AT_THE_START = re.compile(r"^([-+]|\d+[.)])(?=\s|$)|^[-=](?=[-=\s]*$)")
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "|": "&#124;", "@": "&#64;"}
 _LINKS = {"://": "&#58;//", "www.": "www&#46;"}
 

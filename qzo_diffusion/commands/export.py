@@ -6,9 +6,10 @@ one by one."""
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +22,15 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.delta import shrunk
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.core.journal import Journal, NoteEntry, encoded, read_journal
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
-from qzo_diffusion.diffusion.model_card import card, modelspec
+from qzo_diffusion.diffusion.model_card import Base, Scores, card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
-from qzo_diffusion.files import SCALES, check_new, free_bytes, write_folder
+from qzo_diffusion.evaluate.report import figure, figure_rows, interval
+from qzo_diffusion.evaluate.verdict import verdict
+from qzo_diffusion.files import SCALES, check_new, finite, free_bytes, write_folder, write_whole
 from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
@@ -35,6 +38,14 @@ from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.publish import (
+    base_id,
+    published,
+    published_config,
+    published_facts,
+    published_model,
+    published_text,
+)
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_tuned
 
@@ -76,7 +87,12 @@ class _Export:
 
     @property
     def title(self) -> str:
-        return self.run.name
+        return published_text(locate(self.run).run().name)
+
+    @property
+    def base(self) -> Base:
+        model = self.config.model
+        return Base(published_model(model), base_id(model))
 
 
 def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
@@ -103,12 +119,12 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
     transformer, scales, _ = pipeline.load_base(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
-    export = _Export(run_folder, config, kind, found.facts)
+    export = _Export(run_folder, config, kind, published_facts(found.facts))
     if kind == "delta":
         files = {
             SCALES: (
                 {name: Pending.of(one) for name, one in shrunk(scales, tuned).items()},
-                _delta_facts(found.facts),
+                _delta_facts(export.facts),
             )
         }
         return _write(export, files, {}, output_dir)
@@ -121,16 +137,14 @@ def _model_files(
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
     """Tensors and metadata by file name, and the config beside them."""
     found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
-    config = {"_class_name": "SD3Transformer2DModel"} | {
-        name: found[name] for name in found if name != "quantization_config"
-    }
+    kept = {name: found[name] for name in found if name != "quantization_config"}
+    config = {"_class_name": "SD3Transformer2DModel"} | published(kept)
     side = sd3.native_resolution(runtime.folder)
     own = {**export.facts, "qzo.format": f"{export.kind}/1"}
 
     def facts(original: bool) -> dict[str, str]:
         return (
-            modelspec(config, export.title, export.config.model, side, original_layout=original)
-            | own
+            modelspec(config, export.title, export.base.name, side, original_layout=original) | own
         )
 
     if export.kind == "bf16":
@@ -179,14 +193,18 @@ def _write(
 
 
 def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str, Any]:
-    """The journal as it is on disk up to its last whole step, which was checked on reading."""
-    journal = read_journal(run_folder / JOURNAL)
+    """The journal up to its last whole step, which was checked on reading.
+
+    Where its header or a note names a local path, it is written again without, in a new chain.
+    """
+    source = locate(run_folder).run() / JOURNAL
+    journal = read_journal(source)
+    data = _published_journal(source, journal)
     export = _Export(run_folder, config, "journal", {"qzo.steps": str(journal.steps_done)})
 
     def fill(folder: Path) -> None:
-        shutil.copyfile(run_folder / JOURNAL, folder / JOURNAL)
-        copied = read_journal(folder / JOURNAL)
-        if (copied.header, copied.chain) != (journal.header, journal.chain):
+        write_whole(folder / JOURNAL, data)
+        if read_journal(folder / JOURNAL).steps_done != journal.steps_done:
             raise OutputError(
                 f"{folder / JOURNAL} is not what was copied",
                 "the same journal",
@@ -199,13 +217,25 @@ def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str,
     return {"export": str(target), "format": "journal", "bytes": size, "steps": journal.steps_done}
 
 
+def _published_journal(source: Path, journal: Journal) -> bytes:
+    header = published(journal.header)
+    notes = {
+        index: replace(entry, content=published(entry.content))
+        for index, entry in enumerate(journal.entries)
+        if isinstance(entry, NoteEntry)
+    }
+    if header == journal.header and all(journal.entries[at] == one for at, one in notes.items()):
+        return source.read_bytes()[: journal.size]
+    return encoded(header, (notes.get(at, one) for at, one in enumerate(journal.entries)))
+
+
 def _describe(export: _Export, folder: Path) -> None:
     """Settings, samples and the model card, beside what was exported."""
     (
         folder / "config.yaml" if export.kind in ("delta", "journal") else folder / "run.yaml"
-    ).write_text(export.config.to_yaml(), encoding="utf-8")
+    ).write_text(published_config(export.config), encoding="utf-8")
     pictures = []
-    if (grid := export.run / "samples" / "grid.png").is_file():
+    if (grid := locate(export.run).run() / "samples" / "grid.png").is_file():
         shutil.copyfile(grid, folder / "samples.png")
         pictures.append("samples.png")
     data, train, qzo = export.config.data, export.config.train, export.config.qzo
@@ -219,28 +249,49 @@ def _describe(export: _Export, folder: Path) -> None:
         "made with": f"qzo_diffusion {__version__}",
     }
     settings |= {"trigger": data.trigger} if data.trigger else {}
-    text = card(
-        export.title, export.config.model, USE[export.kind], settings, _scores(export), pictures
-    )
+    text = card(export.title, export.base, USE[export.kind], settings, _scores(export), pictures)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _scores(export: _Export) -> dict[str, Any]:
+def _scores(export: _Export) -> Scores:
     """What an evaluation of these very scales says, of this step, or else the held-out losses of
     the run itself.
     """
     folder, step = locate(export.run).run(), int(export.facts.get("qzo.steps", 0))
     for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
-        try:
-            found = read_json(file)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = finite(read_json(file))
             if found["step"] == step:
-                return {
-                    name: value
-                    for name, value in found.items()
-                    if isinstance(value, (dict, float, int))
-                }
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+                return _evaluated(found)
+    return _held_out(folder, step)
+
+
+def _evaluated(found: Mapping[str, Any]) -> Scores:
+    try:
+        rows, said = [_cells(row) for row in figure_rows(found)], verdict(found)[0]["text"]
+    except (KeyError, TypeError):  # of another version: what it shares with this one
+        return Scores([_cells(row) for row in _plain_rows(found)])
+    by = found["scorer"]["note"] or found["scorer"]["name"]
+    against = found.get("compared_with", "the base")
+    remark = f"By {by}, on {found['clip_score']['n']} prompts; changes are to {against}."
+    return Scores(rows, said, remark)
+
+
+def _plain_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": name.replace("_", " "), "base": one.get("base_mean"), "tuned": one["mean"]}
+        | {"delta": one.get("delta"), "ci95": one.get("delta_ci95")}
+        for name, one in found.items()
+        if isinstance(one, Mapping) and "mean" in one
+    ]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    states = [figure(row[state]) for state in ("base", "tuned")]
+    return [row["name"], *states, figure(row["delta"], True), interval(row["ci95"])]
+
+
+def _held_out(folder: Path, step: int) -> Scores:
     losses: dict[int, float] = {}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         for line in read_json_lines(folder / "metrics.jsonl"):
@@ -248,8 +299,11 @@ def _scores(export: _Export) -> dict[str, Any]:
                 entry = parse_json(line)
                 losses[int(entry["step"])] = float(entry["validation_loss"])
     if step not in losses:
-        return {}
-    return {"held-out loss": {"base": f"{losses[min(losses)]:.4f}", "tuned": f"{losses[step]:.4f}"}}
+        return Scores()
+    base, tuned = losses[min(losses)], losses[step]
+    row = ("held-out loss", figure(base), figure(tuned), figure(tuned - base, True), "–")
+    diverged = "" if math.isfinite(tuned) else "The run diverged: this loss is no finite number."
+    return Scores([row], diverged)
 
 
 def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -297,6 +297,16 @@ def replay_(
             optimizer.step_(parametrization, Update(directions, entry.projected_grad, entry.lr))
         done = entry.step + 1
     return done
+
+
+def encoded(header: Mapping[str, Any], entries: Iterable[Entry]) -> bytes:
+    """A whole journal file, chained from its header on."""
+    record = _record(_HEADER, _to_json(header), b"")
+    parts = [MAGIC, record]
+    for entry in entries:
+        record = _record(*_encode(entry), record[-_CHAIN_BYTES:])
+        parts.append(record)
+    return b"".join(parts)
 
 
 def _record(kind: int, payload: bytes, chain: bytes) -> bytes:

@@ -2,11 +2,14 @@
 and a README that hubs show.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 import yaml
+
+from qzo_diffusion.escape import markdown, markdown_code, one_line
 
 # width, layers -> the name in the specification's list of architectures
 ARCHITECTURES = {
@@ -35,7 +38,7 @@ def modelspec(
         "modelspec.implementation": original
         if original_layout
         else "https://github.com/huggingface/diffusers",
-        "modelspec.title": title,
+        "modelspec.title": one_line(title),
         "modelspec.description": f"{base} in another style, tuned by zeroth-order optimization "
         "of its quantization scales",
         "modelspec.date": datetime.now(timezone.utc)
@@ -47,37 +50,63 @@ def modelspec(
     }
 
 
+@dataclass(frozen=True)
+class Base:
+    """The model that was tuned: its name, and its Hub id where it has one."""
+
+    name: str
+    hub_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """verdict: one sentence. rows: name, base, tuned, change and interval, as shown. remark: by
+    which scorer.
+    """
+
+    rows: Sequence[Sequence[str]] = ()
+    verdict: str = ""
+    remark: str = ""
+
+
 def card(
     title: str,
-    base: str,
+    base: Base,
     use: str,
     settings: Mapping[str, Any],
-    scores: Mapping[str, Any],
+    scores: Scores,
     pictures: Sequence[str],
 ) -> str:
-    """README.md: YAML that hubs read, then text.
+    """README.md: YAML that hubs read, then text. Names and words from outside are escaped here.
 
     Args:
         use: how to load what lies beside it, in Markdown.
-        scores: name -> figure, or a mapping of figures; empty when nothing was measured.
         pictures: file names beside it.
     """
-    head: dict[str, Any] = {
-        "base_model": base,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-    } | _licence(base)
+    head: dict[str, Any] = {} if base.hub_id is None else {"base_model": base.hub_id}
+    head |= {"library_name": "diffusers", "pipeline_tag": "text-to-image"} | _licence(base.name)
     head |= {"tags": ["qzo", "zeroth-order", "style"]}
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}",
-        f"`{base}`, tuned on a folder of images by forward passes alone: the codes of its "
-        "4-bit weights are those of\n"
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {markdown(title)}",
+        f"{markdown_code(base.name)}, tuned on a folder of images by forward passes alone: the "
+        "codes of its 4-bit weights are those of\n"
         "the base, its quantization scales are tuned (QZO, arXiv 2505.13430).",
     ]
     parts += [f"![prompts by steps, at equal seeds]({picture})" for picture in pictures]
-    parts += ["## Use", use, "## Scores", _table(scores) if scores else "None was measured."]
-    parts += ["## Settings", _table(settings), "## Licence", _licence_text(base)]
+    parts += ["## Use", use, "## Scores", *_scores(scores)]
+    rows = [(markdown(name), markdown(str(value))) for name, value in settings.items()]
+    parts += ["## Settings", _table(("Setting", "Value"), rows)]
+    parts += ["## Licence", _licence_text(base.name)]
     return "\n\n".join(parts) + "\n"
+
+
+def _scores(scores: Scores) -> list[str]:
+    if not scores.rows:
+        return ["None was measured."]
+    rows = [tuple(map(markdown, row)) for row in scores.rows]
+    table = _table(("Figure", "Base", "Tuned", "Change", "95 % interval"), rows)
+    texts = [markdown(scores.verdict), markdown(scores.remark)]
+    return [text for text in (texts[0], table, texts[1]) if text]
 
 
 def _licence(base: str) -> dict[str, str]:
@@ -97,13 +126,7 @@ def _licence_text(base: str) -> str:
     return f"The licence of the base model applies{': Apache-2.0' if found else ''}."
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    lines = ["| | |", "|---|---|"]
-    for name, value in rows.items():
-        shown = (
-            ", ".join(f"{key} {one}" for key, one in value.items())
-            if isinstance(value, Mapping)
-            else value
-        )
-        lines.append(f"| {name} | {shown} |")
-    return "\n".join(lines)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

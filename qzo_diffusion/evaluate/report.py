@@ -121,6 +121,10 @@ def _shown(value: Any) -> Any:
 
 def _content_name(facts: RunFacts) -> str:
     name = content_name(facts.evaluation["scorer"]["note"]) if facts.evaluation else "CLIP score"
+    return _capital(name)
+
+
+def _capital(name: str) -> str:
     return f"{name[0].upper()}{name[1:]}"
 
 
@@ -242,11 +246,14 @@ def _figures(facts: RunFacts) -> list[dict[str, Any]]:
             return []
         states = {"base": ends[0], "begun": None, "tuned": ends[1]}
         return [_row(score.name, states, score.difference(*ends), score.remark)]
-    if evaluation is None:
-        return []
+    return [] if evaluation is None else figure_rows(evaluation)
+
+
+def figure_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of evaluation.json: name, base, begun, tuned, delta, ci95, sure and remark."""
     style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
     similarity, spread = style["similarity"], style["diversity"]
-    content = f"{_content_name(facts)} of the content"
+    content = f"{_capital(content_name(evaluation['scorer']['note']))} of the content"
     kept = "cosine, prompts without words of style"
     rows = [
         _row("Similarity to the style", _means(similarity), similarity, "cosine, higher is closer"),

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.config.sections import RunConfig
+
 # as a whole value: /home/a/b, ~/b, C:\a\b, \\host\b, ../b, file:///home/a
 _PLACE = re.compile(r"(file:)?(/|~[^/\s]*/|~$|[A-Za-z]:[\\/]|\\\\|\.\.?[\\/])")
 # inside a text: the same, after a space, a quote, a bracket or an equals sign
@@ -48,6 +51,16 @@ def published(value: Any, key: str = "") -> Any:
     if key == "model":
         return published_model(value)
     return _without_names(last_name(value) if _is_place(value) else published_text(value))
+
+
+def published_config(config: RunConfig) -> str:
+    """The settings as YAML that this program reads."""
+    return make_config(published(config.model_dump()), type(config)).to_yaml()
+
+
+def published_facts(facts: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a safetensors file, which holds texts only."""
+    return {name: str(published(value, name)) for name, value in facts.items()}
 
 
 def published_text(text: str) -> str:

@@ -156,7 +156,8 @@ def _next(
 ) -> list[tuple[str, str]]:
     """For what, and the command, as typed in the folder that holds the run."""
     kind: Kind = "llm" if "task" in settings else "style"
-    found = next_commands(escape.one_line(name), kind, stopped=not finished)
+    shown = name if published_text(name) == name else "RUN"
+    found = next_commands(escape.one_line(shown), kind, stopped=not finished)
     if evaluated and finished:
         del found["score it"]
     return list(found.items())

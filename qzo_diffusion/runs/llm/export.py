@@ -23,6 +23,7 @@ from qzo_diffusion.quant.weights import compare_tensors, write_tensors
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.runs.publish import published_config, published_facts
 from qzo_diffusion.runs.tuned import load_scales
 
 WEIGHTS = "model.safetensors"
@@ -81,7 +82,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
             _write_bitsandbytes(
                 base.lm.model, has, folder, target, devices.dtype_name(dtype), facts
             )
-        (target / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        (target / "run.yaml").write_text(published_config(config), encoding="utf-8")
 
     write_folder(output_dir, fill)
     task = config.task if config.task in KNOWN_TO_LM_EVAL else "TASK"
@@ -118,7 +119,9 @@ def _write_bitsandbytes(
         if file.is_file() and not file.name.endswith(weights) and file.name != "config.json":
             shutil.copyfile(file, target / file.name)
     tensors = pending_tensors(model)
-    write_tensors(target / WEIGHTS, tensors, {"format": "pt", **facts}, lambda done: None)
+    write_tensors(
+        target / WEIGHTS, tensors, {"format": "pt", **published_facts(facts)}, lambda done: None
+    )
     compare_tensors(target / WEIGHTS, tensors, lambda done: None)
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     settings["dtype"] = dtype
