@@ -46,9 +46,12 @@ def published(value: Any, key: str = "") -> Any:
         value = str(value)
     if not isinstance(value, str):
         return value
-    if key in _FREE_TEXT:
+    name = key.rpartition(".")[2]
+    if name in _FREE_TEXT:
         return _without_home(without_secrets(value))
-    if key == "model":
+    if name == "cache_dir":
+        return None  # a place of this machine alone
+    if name == "model":
         return published_model(value)
     return _without_names(last_name(value) if _is_place(value) else published_text(value))
 

@@ -47,6 +47,7 @@ def test_settings_lose_places_and_names():
     assert found["data"]["validation_dir"] == "held out"
     assert found["data"]["caption"] == SETTINGS["data"]["caption"]
     assert found["data"]["resolution"] == 512
+    assert found["data"]["cache_dir"] is None
     assert found["data"]["trigger"] is None
     assert found["sample"]["prompts"] == "prompts.txt"
     assert found["note"][1:] == ["x.png", "a.png"]
@@ -76,6 +77,7 @@ def test_ordinary_names_of_users_are_no_secret(monkeypatch):
     found = published({"model": "tiny", "caption": "root", "note": "root of tiny"})
     assert found == {"model": "tiny", "caption": "root", "note": "root of tiny"}
     assert published("/root/a") == "a"
+    assert publish.published_facts({"qzo.model": "/srv/models--a--b/x"}) == {"qzo.model": "a/b"}
 
 
 def test_without_a_home_nothing_fails(monkeypatch):
