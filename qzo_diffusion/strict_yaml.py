@@ -133,14 +133,15 @@ class _Reader:
         """A mapping's own keys, and those of the mappings that it merges where it has no own."""
         own: list[_Key] = []
         merged: list[_Key] = []
+        seen: dict[Any, _Key] = {}
         for key_node, value_node in node.value:
             key = self._key(key_node, value_node)
-            _check_once(key, own, path)
+            _check_once(key, seen, path)
             own.append(key)
             if key.merges:
                 merged = self._merged(value_node, path)
         own = [key for key in own if not key.merges]
-        taken = [key.value for key in own]
+        taken = {key.value for key in own}
         return [key for key in merged if key.value not in taken] + own
 
     def _key(self, key_node: yaml.Node, value_node: yaml.Node) -> _Key:
@@ -153,25 +154,28 @@ class _Reader:
     def _merged(self, node: yaml.Node, path: Path) -> list[_Key]:
         """The keys behind `<<`, of one mapping or a list of them."""
         found: list[_Key] = []
+        seen: dict[Any, _Key] = {}
         for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(part, yaml.MappingNode):
                 raise YamlError(f"line {_line(part)}: << needs a mapping, or a list of mappings")
             for key in self._keys(part, path):
-                _check_once(key, found, path)
+                _check_once(key, seen, path)
                 found.append(key)
         return found
 
 
-def _check_once(key: _Key, before: list[_Key], path: Path) -> None:
+def _check_once(key: _Key, seen: dict[Any, _Key], path: Path) -> None:
     """YAML's `1` and `"1"`, `yes` and `on` are one key here as well: they are one to a reader, or
-    to YAML.
+    to YAML. `seen` takes the key up by its text and by its value.
     """
-    for other in before:
+    by_text, by_value = ("text", key.text), ("value", key.merges, key.value)
+    other = seen.get(by_text) or seen.get(by_value)
+    if other is not None:
         same_text = other.text == key.text
-        if same_text or (other.value == key.value and other.merges == key.merges):
-            names = [key.text] if same_text else [other.text, key.text]
-            name = " and ".join(".".join((*path, name)) for name in names)
-            raise YamlError(
-                f"{name!r} stands twice, in line {other.line} and in line {key.line}"
-                + ("" if same_text else "; YAML takes them for one key")
-            )
+        names = [key.text] if same_text else [other.text, key.text]
+        name = " and ".join(".".join((*path, name)) for name in names)
+        raise YamlError(
+            f"{name!r} stands twice, in line {other.line} and in line {key.line}"
+            + ("" if same_text else "; YAML takes them for one key")
+        )
+    seen[by_text] = seen[by_value] = key

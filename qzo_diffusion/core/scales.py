@@ -96,6 +96,12 @@ class ScaleSet:
                     "float32",
                     "prepare the layer with its back-end first",
                 )
+            if live.is_floating_point() and not bool(live.isfinite().all()):
+                raise ModelError(
+                    f"{name}: scales or weights that are not finite",
+                    "finite numbers",
+                    "download the model again",
+                )
         self._numel = sum(live.numel() for live in self._live.values())
         self._chunks, self._chunks_with_scaling = (
             self._neighbours(FEW),

@@ -75,7 +75,7 @@ class Entry:
         """The tensor on the CPU; fp32 where it has a scale.
 
         Raises ModelError when the file ends before it, its bytes are not those that were written,
-        or a scale is not finite.
+        or a number is not finite.
         """
         tensor = empty_pages(self.shape, self.dtype)
         whole = target = bytes_of(tensor)
@@ -84,7 +84,18 @@ class Entry:
             target = target[span.size :]
         if self.crc32 is not None and zlib.crc32(whole) != self.crc32:
             raise damaged(self.spans[0].file, "its bytes have changed")
-        return tensor if self.scale is None else self.scale.times(tensor)
+        found = tensor if self.scale is None else self.scale.times(tensor)
+        if not _all_finite(found):
+            file = self.spans[0].file if self.spans else "a file"
+            raise damaged(file, "a number in it is not finite")
+        return found
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """By the extremes, which a NaN takes over: one pass and no memory. Bytes are not looked at."""
+    if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
+        return True
+    return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
 @dataclass(frozen=True)

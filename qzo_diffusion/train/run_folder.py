@@ -25,6 +25,7 @@ from qzo_diffusion.files import (
     write_whole,
 )
 
+MOST_DIMENSIONS = 8  # torch itself takes 64
 LONGEST_HEADER = 2**24  # bytes; the 1,500 layers of a large model take 0.3 MB
 
 
@@ -92,6 +93,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             facts = handle.metadata() or {}
+        if any(tensor.ndim > MOST_DIMENSIONS for tensor in tensors.values()):
+            raise ValueError(f"a tensor of more than {MOST_DIMENSIONS} dimensions")
     except (SafetensorError, OSError, ValueError) as error:
         raise OutputError(
             f"{path} is damaged: {error}", "a safetensors file of this program", "give another run"
