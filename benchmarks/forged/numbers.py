@@ -113,7 +113,10 @@ def make_checkpoint(folder: Path) -> None:
     make_journal(folder)
     replay_(read_journal(folder / "journal.qzo"), theta, optimizer)
     checkpoints.save_checkpoint(
-        folder / "checkpoints", theta, optimizer, step=6, chain="ab", metadata={"qzo.x": "y"}
+        checkpoints.Checkpoint(folder / CHECKPOINT, 6, "ab"),
+        theta,
+        optimizer,
+        metadata={"qzo.x": "y"},
     )
 
 

@@ -1,5 +1,6 @@
 """Texts, tables and pictures."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +45,10 @@ EVALUATION = {
     },
     "clip_score": {"mean": 0.3, "delta": 0.0, "delta_ci95": [-0.1, 0.1]},
     "validation_loss": {"tuned": 1.0, "delta": -0.1},
+    "prompts": [{"prompt": "a cat", "content": "a cat"}],
     "sampling": {"seed": 1, "steps": 2, "guidance": 1.0},
 }
+SCORES = {"task": "sst2", "metric": "accuracy", "test_examples": 8, "by_step": {"0": 0.5, "9": 0.6}}
 ROWS = [{"file": f"{i}.png", "sha256": "ab" * 16, "caption": f"a {i}"} for i in range(8)]
 METRICS = "".join(
     json.dumps({"step": i, "loss": 1.5 / (i + 1), "lr": 0.1}) + "\n" for i in range(9)
@@ -190,7 +193,7 @@ def readers() -> list[Reader]:
         Reader(
             "evaluation.json, report",
             "evaluation.json",
-            writes("evaluation.json", evaluation),
+            writes("evaluation.json", json.dumps(SCORES)),
             use_page,
             f.JSON,
         ),
@@ -213,10 +216,10 @@ def readers() -> list[Reader]:
         ),
         Reader("metadata.jsonl", "metadata.jsonl", make_captions, use_captions, f.JSON),
         Reader("caption", "0.txt", make_captions, use_captions, f.TEXT),
-        Reader(
-            "data.parquet", "data.parquet", make_parquet, reads("data.parquet", rows_of), f.BYTES
-        ),
     ]
+    if importlib.util.find_spec("pyarrow"):  # which comes with the extra for data sets
+        name = "data.parquet"
+        texts.append(Reader(name, name, make_parquet, reads(name, rows_of), f.BYTES))
     texts += [
         Reader(
             name,

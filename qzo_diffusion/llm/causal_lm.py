@@ -19,6 +19,7 @@ from qzo_diffusion.llm.gguf_file import is_gguf, load_gguf, source_of
 from qzo_diffusion.llm.model_folder import check_model_folder
 from qzo_diffusion.llm.prefix import Prefix, find_prefix
 from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
+from qzo_diffusion.quant.entries import all_finite
 from qzo_diffusion.quant.fits import check_loaded
 from qzo_diffusion.quant.weights import weight_files
 
@@ -249,8 +250,24 @@ def load_causal_lm(
         raise
     except Exception as error:
         raise _damaged(folder, error) from error
+    _check_finite(folder, model)
     model.requires_grad_(False)
     return CausalLm(model.eval(), tokenizer)
+
+
+def _check_finite(folder: Path, model: Any) -> None:
+    """Raises ModelError for a weight or scale that is not: every loss would be NaN."""
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, Tensor) and not tensor.is_meta and not all_finite(tensor)
+    ]
+    if wrong:
+        raise ModelError(
+            f"{folder}: {wrong[0]} holds numbers that are not finite",
+            "a language model with finite weights",
+            "download it again",
+        )
 
 
 def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:

@@ -85,13 +85,13 @@ class Entry:
         if self.crc32 is not None and zlib.crc32(whole) != self.crc32:
             raise damaged(self.spans[0].file, "its bytes have changed")
         found = tensor if self.scale is None else self.scale.times(tensor)
-        if not _all_finite(found):
+        if not all_finite(found):
             file = self.spans[0].file if self.spans else "a file"
             raise damaged(file, "a number in it is not finite")
         return found
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def all_finite(tensor: Tensor) -> bool:
     """By the extremes, which a NaN takes over: one pass and no memory. Bytes are not looked at."""
     if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
         return True

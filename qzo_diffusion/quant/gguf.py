@@ -111,7 +111,14 @@ class GgufLinear(nn.Module):
         blocks, gained = self._blocks().clone(), self._gained(scales)
         for place in FACTORS[self.kind]:
             old = blocks[..., place : place + 2].contiguous().view(torch.float16)
-            blocks[..., place : place + 2] = (old.float() * gained).half().view(torch.uint8)
+            new = (old.float() * gained).half()
+            if not bool(new.isfinite().all()):
+                raise ModelError(
+                    "tuned scales beyond the range of GGUF's 16-bit numbers",
+                    "scales near those of the file",
+                    "export an earlier checkpoint",
+                )
+            blocks[..., place : place + 2] = new.view(torch.uint8)
         stored = torch.empty_like(self.codes)
         stored[self.rows] = blocks.flatten(1)
         return stored

@@ -95,7 +95,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             facts = handle.metadata() or {}
         if any(tensor.ndim > MOST_DIMENSIONS for tensor in tensors.values()):
             raise ValueError(f"a tensor of more than {MOST_DIMENSIONS} dimensions")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise OutputError(
             f"{path} is damaged: {error}", "a safetensors file of this program", "give another run"
         ) from None
