@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qzo_diffusion import files
 from qzo_diffusion.cli import main
@@ -20,12 +20,15 @@ from qzo_diffusion.core.errors import JournalError, ModelError, OutputError
 from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal, replay_
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.files import COMPLETE, UNFINISHED, check_empty, unfinished, write_folder
+from qzo_diffusion.llm.causal_lm import load_causal_lm
+from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.reading import TooMuch, parse_json, read_json, read_json_lines
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.checkpoint import read_checkpoint
 from qzo_diffusion.train.run_folder import RunFolder, load_tensors
 from tests.conftest import failing
 from tests.quantized import scaled_network
+from tests.tiny_llama import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -253,31 +256,55 @@ def verbs_that_write(run, out):
         "sample": sampling(run, out),
         "mix": ["mix", "--run", f"{run}=0.5", "--output-dir", str(out)],
         "replay": ["replay", *journal, "--output-dir", str(out)],
-        "bf16": ["export", "--run", str(run), "--format", "bf16", "--output-dir", str(out)],
         "delta": ["export", "--run", str(run), "--format", "delta", "--output-dir", str(out)],
         "journal": ["export", "--run", str(run), "--format", "journal", "--output-dir", str(out)],
     }
 
 
-@pytest.mark.parametrize("verb", ["sample", "mix", "replay", "bf16", "delta", "journal"])
+@pytest.mark.parametrize("verb", ["sample", "mix", "replay", "delta", "journal"])
+def test_the_same_command_again_replaces_what_a_kill_left(run, tmp_path, monkeypatch, verb):
+    command, out = verbs_that_write(run, tmp_path / "out")[verb], tmp_path / "out"
+    assert _stopped(lambda: main(command) == 130, monkeypatch, "kill", 1)
+    assert not (out / "samples" / "000.png").exists() or (out / UNFINISHED).exists()
+    assert main(command) == 0
+    assert not [name for name in os.listdir(out) if name.startswith((".", UNFINISHED))]
+    assert not list(tmp_path.glob(".*"))
+
+
+def in_parts(out):
+    """As mixes, replays and samples are written."""
+    folder = RunFolder.create(out)
+    with unfinished(out, ("config.yaml", "final", "samples")):
+        folder.write_text("config.yaml", "a: 1")
+        write_folder(out / "samples", lambda place: (place / "0.png").touch(), marked=False)
+        folder.save_scales("final", {"0": torch.ones(1)}, {})
+
+
+def at_once(out):
+    """As exports are written."""
+    write_folder(out, lambda folder: (folder / "model").write_text("weights"))
+
+
+@pytest.mark.parametrize("write", [in_parts, at_once])
 @pytest.mark.parametrize("kind", ["kill", "interrupt"])
-def test_the_same_command_again_replaces_what_a_kill_left(run, tmp_path, monkeypatch, verb, kind):
-    """Stopped at each moment when something is renamed into its place, and once before."""
-    stops = 0
-    while _stopped(verbs_that_write(run, tmp_path / f"{stops}")[verb], monkeypatch, kind, stops):
-        out = tmp_path / f"{stops}"
-        if kind == "interrupt" and out.exists():
-            assert not set(os.listdir(out)) - {"samples"}
-        assert not (out / "samples" / "000.png").exists() or (out / UNFINISHED).exists()
-        assert main(verbs_that_write(run, out)[verb]) == 0
+def test_a_stop_at_any_moment_leaves_nothing_that_is_in_the_way(tmp_path, monkeypatch, kind, write):
+    stops, out = 0, tmp_path / "0"
+    while _stopped(lambda out=out: write(out), monkeypatch, kind, stops):
+        if kind == "interrupt":
+            assert not out.exists() or not set(os.listdir(out)) - {"samples"}
+        assert not (out / "final").exists() or (out / UNFINISHED).exists()
+        check_empty(out)
+        write(out)
         assert not [name for name in os.listdir(out) if name.startswith((".", UNFINISHED))]
         assert not list(tmp_path.glob(".*"))
-        stops += 1
+        stops, out = stops + 1, tmp_path / str(stops + 1)
     assert stops >= 2
 
 
-def _stopped(arguments, monkeypatch, kind, stops):
-    """Whether the command was stopped at its rename number `stops`; as a kill, no cleaning up."""
+def _stopped(command, monkeypatch, kind, stops):
+    """Whether the command was stopped at its rename number `stops`; after a kill nothing is
+    cleaned up.
+    """
     replace, calls = os.replace, []
 
     def replace_or_stop(*places):
@@ -292,21 +319,25 @@ def _stopped(arguments, monkeypatch, kind, stops):
             patch.setattr(shutil, "rmtree", lambda *args, **named: None)
             patch.setattr(files, "clear_leftovers", lambda folder: None)
             patch.setattr("pathlib.Path.unlink", lambda *args, **named: None)
-        code = main(arguments)
-    assert code in (0, 130)
-    return code == 130
+        try:
+            return bool(command())
+        except KeyboardInterrupt:
+            return True
 
 
 def test_a_command_that_was_killed_by_the_system(run, tmp_path):
-    """By SIGKILL, while its pictures are written."""
+    """By SIGKILL, while its pictures are written; the same command again is `sample` itself."""
     out = tmp_path / "out"
     script = (
-        "import sys, time\nfrom qzo_diffusion.cli import main\nfrom PIL import Image\n"
-        "Image.Image.save = lambda *a, **k: (print('writing', flush=True), time.sleep(100))\n"
-        "main(sys.argv[1:])\n"
+        "import sys, time; from pathlib import Path\n"
+        "from qzo_diffusion.files import unfinished, write_folder\n"
+        "out = Path(sys.argv[1]); (out / 'samples').mkdir(parents=True)\n"
+        "def write(folder):\n"
+        "    (folder / '000.png').touch(); print('writing', flush=True); time.sleep(100)\n"
+        "with unfinished(out, ['samples']): write_folder(out / 'samples', write, marked=False)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *sampling(run, out)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "writing\n"
     with pytest.raises(OutputError, match="another process writes"):
@@ -345,3 +376,49 @@ def test_a_run_that_was_killed_before_its_settings_were_written(tmp_path):
     (tmp_path / ".config.yaml.partial").write_text("half")
     RunFolder.create(tmp_path).write_text("config.yaml", "a: 1")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "samples"]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused(tmp_path, value, dtype):
+    weight = torch.ones(64, 64, dtype=dtype)
+    weight[3, 5] = value
+    save_file({"layer.weight": weight}, tmp_path / "model.safetensors")
+    (entry,) = read_entries(tmp_path).values()
+    with pytest.raises(ModelError, match="not finite"):
+        entry.read()
+
+
+def test_a_language_model_with_a_weight_that_is_not_finite_is_refused(tmp_path):
+    save_tiny_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.norm\.weight holds numbers"):
+        load_causal_lm(tmp_path, torch.float32)
+
+
+def test_a_tensor_of_more_dimensions_than_torch_takes_is_refused(tmp_path):
+    save_file({"0": torch.ones(1)}, tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'"shape":[1]', b'"shape":[%s]' % b",".join([b"1"] * 99))
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(OutputError, match="dimensions"):
+        load_tensors(tmp_path / "file")
+
+
+def test_a_few_forgeries_of_every_reader(tmp_path):
+    """`benchmarks/hostile.py` makes 2,000."""
+    import random
+
+    from benchmarks.forged import numbers, texts
+    from benchmarks.hostile import Bench
+
+    (tmp_path / "work").mkdir()
+    bench = Bench(tmp_path / "work", random.Random(7))
+    for reader in numbers.readers() + texts.readers():
+        if reader.name != "model.gguf":  # which takes a quarter of a second each
+            list(bench.run(reader, 4))
+    assert bench.failures == []
+    assert bench.counts["refused"] > sum(bench.counts.values()) / 3
