@@ -41,16 +41,13 @@ class Part:
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """encoders: by the name of the part; T5 may be absent."""
+    """encoders: by the name of the part; T5 may be absent. native_resolution: the side in pixels
+    that the model was trained at."""
 
     transformer: TransformerFiles
     vae: Part
     encoders: Mapping[str, Part]
-
-    @property
-    def native_resolution(self) -> int:
-        size = self.transformer.config.get("sample_size", sd3.SAMPLE_SIZE)
-        return int(size) * vae.reduction(self.vae.config)
+    native_resolution: int
 
     @property
     def largest_side(self) -> int | None:
@@ -71,7 +68,8 @@ def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> Pipelin
     config = vae.read_vae_config(folder / "vae" / "config.json")
     vae_part = Part(config, read_entries(folder / "vae"))
     encoders = {part: _encoder(folder, part) for part in _encoders(folder, with_t5)}
-    return PipelineShape(found, vae_part, encoders)
+    # a single file does not say what the folder says
+    return PipelineShape(found, vae_part, encoders, sd3.native_resolution(folder))
 
 
 def check_shape(shape: PipelineShape, folder: Path) -> None:
@@ -97,7 +95,8 @@ def known_shape(name: str) -> PipelineShape | None:
     }
     vae_part = Part(known_models.VAE, _entries(vae.empty_vae(known_models.VAE)))
     transformer = TransformerFiles(_entries(empty_transformer(config)), config)
-    return PipelineShape(transformer, vae_part, encoders)
+    side = config["sample_size"] * vae.reduction(known_models.VAE)
+    return PipelineShape(transformer, vae_part, encoders, side)
 
 
 def _encoders(folder: Path, with_t5: bool) -> list[str]:

@@ -7,7 +7,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.pipeline_shape import check_shape, read_shape
+from qzo_diffusion.diffusion.transformer import find_transformer
+from qzo_diffusion.quant.weights import Pending, write_tensors
 from qzo_diffusion.resources import tiny_model
 from tests.conftest import failing
 
@@ -118,6 +121,19 @@ def test_parts_of_two_models_are_refused(model):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ModelError, match="pooled prompts of 160 numbers"):
         check(model)
+
+
+def test_a_transformer_from_elsewhere_keeps_the_resolution_of_the_folder(tmp_path):
+    """The original layout does not state one."""
+    folder = tiny_model()
+    found = find_transformer(folder / "transformer")
+    pending = {
+        name: Pending(entry.dtype, entry.shape, entry.read) for name, entry in found.entries.items()
+    }
+    write_tensors(tmp_path / "one.safetensors", to_original(pending, found.config), {})
+    shape = read_shape(folder, tmp_path / "one.safetensors")
+    check_shape(shape, folder)
+    assert shape.native_resolution == 64
 
 
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
