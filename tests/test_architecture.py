@@ -37,7 +37,7 @@ BELOW = {
     "runs.llm": {"runs"} | LIBRARY,
     "commands": {"runs", "runs.style", "runs.llm"} | LIBRARY,
     "api": {"quant", "train", "core", "ground"},
-    "cli": {"commands", "runs", "runs.style", "runs.llm"} | LIBRARY,
+    "cli": {"commands", "config", "core", "ground", "runs"},
 }
 CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}
 KERNEL = "core/fused_scaling.py"  # in Triton, which comes with torch for Linux

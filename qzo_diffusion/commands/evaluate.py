@@ -1,182 +1,71 @@
-"""What `qzo-diffuse evaluate --run` does: base against tuned at equal prompts and seeds, and
-everything that follows from it.
-"""
+"""`qzo-diffuse evaluate`: score a run, base against tuned, or a folder of images; compare runs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import argparse
 from typing import Any
 
-from qzo_diffusion import resources
-from qzo_diffusion.config.files import load_config
-from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
-from qzo_diffusion.core.errors import DataError, OutputError
-from qzo_diffusion.evaluate import compare as comparison
-from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED, load_scorer
-from qzo_diffusion.evaluate.verdict import diverged, verdict
-from qzo_diffusion.files import COMPLETE, finite, prepare_file
-from qzo_diffusion.reading import read_json
-from qzo_diffusion.runs import report as report_run
-from qzo_diffusion.runs.locate import locate
-from qzo_diffusion.runs.style import evaluation, pipeline
-from qzo_diffusion.runs.style import plan as style_run
-from qzo_diffusion.runs.style.scored_pictures import Kept
-from qzo_diffusion.runs.tuned import load_tuned
-from qzo_diffusion.train.run_folder import RunFolder
-
-EVALUATION, PICTURES = "evaluation.json", "evaluation"
+from qzo_diffusion.commands.flags import add_json
+from qzo_diffusion.config.arguments import path, path_text
+from qzo_diffusion.console import DONE, emit, show
 
 
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """None takes the run's own: its score prompts by model, its style folder, the scorer that suits
-    its model.
-    """
-
-    run: Path
-    prompts: str | None = None
-    style_dir: Path | None = None
-    scorer: str | None = None
-    output: Path | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """The folder whose config.yaml describes `path`, and where its scores are kept.
-
-    An export is a folder whose files are hashed, so its scores lie beside it.
-    """
-
-    path: Path
-    folder: Path
-    step: str  # the checkpoint's name; empty for the end of a run and for an export
-
-    @classmethod
-    def of(cls, path: Path) -> "Place":
-        """Raises OutputError where there is no run, checkpoint or delta, ConfigError for another
-        kind of run.
-        """
-        found = locate(path).need("style")
-        return cls(path, found.run(), "" if found.step is None else f"step_{found.step:06d}")
-
-    @property
-    def is_export(self) -> bool:
-        return (self.folder / COMPLETE).is_file()
-
-    @property
-    def scores(self) -> Path:
-        return report_run.scores_folder(self.folder)
-
-    @property
-    def evaluation(self) -> Path:
-        return self.scores / (f"evaluation_{self.step}.json" if self.step else EVALUATION)
-
-    @property
-    def kept(self) -> Kept:
-        own = self.scores / PICTURES
-        return Kept(own, own / self.step if self.step else own)
-
-
-def run(request: EvaluateRequest) -> dict[str, Any]:
-    """Score the run, write evaluation.json and bring its report.html up to date; of a checkpoint,
-    evaluation_step_NNNNNN.json; of an exported delta, DELTA-evaluation/ beside it.
-
-    Raises:
-        DataError: no prompt, or a prompt that is nothing but style. ConfigError, ModelError: the
-            scorer.
-        OutputError: the run was not finished, its scales are damaged, or the output can't be
-            written.
-    """
-    place = Place.of(request.run)
-    target = request.output or place.evaluation
-    prepare_file(target)
-    config = _config(request, place)
-    tuned = load_tuned(request.run)
-    plan = style_run.make_plan(config)
-    contents = [evaluation.content_of(prompt, plan) for prompt in plan.sample_prompts]
-    name = request.scorer or default_scorer(plan.model_folder)
-    scorer = load_scorer(name, plan.device, resources.embedded_scorer())
-    work = evaluation.load(plan)
-    rates = [line["lr"] for line in report_run.read_metrics(place.folder) if "lr" in line]
-    # calibrated, if the run's was
-    lr = max(rates, default=config.train.lr)
-    states = evaluation.states_of(work, tuned)
-    measured = evaluation.measure(work, states, place.kept.draw, lr)
-    found = evaluation.results(work, measured, scorer, place.folder, contents)
-    results = _with_verdict(found, place.folder, int(tuned.facts.get("qzo.steps", 0)))
-    RunFolder(target.parent).write_json(target.name, results)
-    if request.output is None and not (place.is_export or place.step):
-        report_run.write(place.folder)  # the page shows the finished run
-    return results
-
-
-def _with_verdict(found: dict[str, Any], folder: Path, step: int) -> dict[str, Any]:
-    """As JSON can hold it, the one sentence on top."""
-    sentences = verdict(found)
-    head = {"sentence": sentences[0]["text"], "verdict": sentences, "run": str(folder)}
-    whole: dict[str, Any] = finite({**head, "step": step, "diverged": diverged(found), **found})
-    return whole
-
-
-def default_scorer(model_folder: Path) -> str:
-    return EMBEDDED if pipeline.is_tiny(model_folder) else DEFAULT_SCORER
-
-
-def _config(request: EvaluateRequest, place: Place) -> Config:
-    config: Config = load_config(place.folder / "config.yaml")
-    if request.style_dir is not None:
-        config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
-    elif place.is_export:
-        _find_images_(config, place)
-    model_folder, _ = pipeline.choose_model(config.model)
-    config.sample.prompts = request.prompts or (
-        "tiny_score.txt" if pipeline.is_tiny(model_folder) else "score.txt"
+def add(verbs: Any) -> None:
+    evaluate = verbs.add_parser(
+        "evaluate", help="score a run, base against tuned, or a folder of images; compare runs"
     )
-    return config
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
+    what.add_argument("--images", type=path, help="a folder of images, in the order of the prompts")
+    what.add_argument(
+        "--compare",
+        type=path,
+        nargs="+",
+        metavar="RUN",
+        help="runs that were evaluated, in one table",
+    )
+    evaluate.add_argument(
+        "--prompts",
+        type=path_text,
+        help="file with one prompt a line; default: the shipped score prompts",
+    )
+    evaluate.add_argument(
+        "--style-dir", type=path, help="images of the style; default: those the run was trained on"
+    )
+    evaluate.add_argument(
+        "--scorer",
+        type=path_text,
+        help="MODEL/PRETRAINED of open_clip, a folder, or embedded (default for --model tiny)",
+    )
+    evaluate.add_argument(
+        "--output",
+        type=path,
+        help="default: evaluation.json in the run; of a checkpoint evaluation_step_N.json",
+    )
+    add_json(evaluate)
+    evaluate.set_defaults(verb=run)
 
 
-def _find_images_(config: Config, place: Place) -> None:
-    """An export names the folders of images without their places: look here, and beside it."""
-    data, beside = config.data, place.folder.absolute().parent
+def run(options: argparse.Namespace) -> int:
+    if options.compare:
+        return _compare(options)
+    from qzo_diffusion.runs.style import evaluate, scoring
 
-    def found(name: str | None) -> str | None:
-        places = [resources.find_file(name or "", "demo_images"), beside / (name or "")]
-        return next((str(one) for one in places if name and one.is_dir()), None)
-
-    named, data.style_dir = data.style_dir, found(data.style_dir)
-    data.validation_dir = found(data.validation_dir)
-    if data.style_dir is None:
-        raise DataError(
-            f"{place.path}, which does not say where the style's images ({named!r}) are",
-            "the folder of images that it was tuned on",
-            f"qzo-diffuse evaluate --run {place.path} --style-dir DIR",
-        )
-    report(f"images of the style: {data.style_dir}")
+    chosen = (options.prompts, options.style_dir, options.scorer, options.output)
+    if options.images:
+        results = scoring.run(scoring.ScoreRequest(options.images, *chosen))
+        line = scoring.in_words(results["clip_score"])
+    else:
+        results = evaluate.run(evaluate.EvaluateRequest(options.run, *chosen))
+        line = "\n".join(entry["text"] for entry in results["verdict"])
+    emit(results, options.json, line)
+    return DONE
 
 
-def compare(runs: Sequence[Path], output: Path | None = None) -> tuple[dict[str, Any], str]:
-    """The evaluations of several runs side by side: figures for a script, and a table for a person.
+def _compare(options: argparse.Namespace) -> int:
+    from qzo_diffusion.runs.style import evaluate
 
-    Raises:
-        OutputError: a run that was not evaluated, or is no run on images; the output can't be
-            written.
-    """
-    if output is not None:
-        prepare_file(output)
-    found = {}
-    for path in runs:
-        file = path if path.is_file() else Place.of(path).evaluation
-        try:
-            found[str(path)] = finite(read_json(file))
-        except (OSError, ValueError) as error:
-            remedy = f"qzo-diffuse evaluate --run {path}"
-            raise OutputError(
-                f"no evaluation of {path}: {error}", "a run that was evaluated", remedy
-            ) from None
-        comparison.check(file, found[str(path)])
-    rows, warnings = comparison.rows(found), comparison.warnings(found)
-    results = {"runs": rows, "warnings": warnings}
-    if output is not None:
-        RunFolder(output.parent).write_json(output.name, results)
-    return results, "\n".join([comparison.table(rows), *(f"note: {text}" for text in warnings)])
+    results, table = evaluate.compare(options.compare, options.output)
+    if options.json:
+        emit(results, True, table)
+    else:
+        show(table)
+    return DONE

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.commands import evaluate as evaluate_run
 from qzo_diffusion.evaluate import signal
+from qzo_diffusion.runs.style import evaluate as evaluate_run
 from qzo_diffusion.runs.style import scoring as score_run
 from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import FAST, failing

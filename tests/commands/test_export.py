@@ -13,11 +13,11 @@ import yaml
 from safetensors import safe_open
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.commands import export as export_run
 from qzo_diffusion.config.files import make_config, read_yaml
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import handles_of
+from qzo_diffusion.runs.style import export as export_run
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import FAST, failing
@@ -476,7 +476,7 @@ def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(
 
 KILLED = """
 import sys
-from qzo_diffusion.commands import export
+from qzo_diffusion.runs.style import export
 from qzo_diffusion.cli import main
 from tests.killed_writing import kill_while_writing
 kill_while_writing(export, int(sys.argv[1]))
