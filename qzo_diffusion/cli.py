@@ -27,8 +27,8 @@ from qzo_diffusion.config.arguments import (
     Parser,
     check_names,
 )
-from qzo_diffusion.console import INTERRUPTED, MENDABLE, report
-from qzo_diffusion.streams import unbreakable
+from qzo_diffusion.system.console import INTERRUPTED, MENDABLE, report
+from qzo_diffusion.system.streams import unbreakable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

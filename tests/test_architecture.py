@@ -10,18 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "qzo_diffusion"
 
 # Floor -> what it may import of ours. A floor may always import itself; a floor is a folder, or a
 # room of `runs`.
-GROUND = (
-    "",
-    "resources",
-    "devices",
-    "files",
-    "console",
-    "escape",
-    "texts",
-    "strict_yaml",
-    "reading",
-    "streams",
-)  # "" is the bare package (its __version__)
+GROUND = ("", "resources", "devices", "system")  # "" is the bare package (its __version__)
 LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {
     "core": set(),

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qzo_diffusion import files
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.delta import expanded, shrunk
 from qzo_diffusion.core.errors import JournalError, ModelError, OutputError
 from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal, replay_
 from qzo_diffusion.core.merge import merge_changes_
-from qzo_diffusion.files import COMPLETE, UNFINISHED, check_empty, unfinished, write_folder
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.quant.weights import read_entries
-from qzo_diffusion.reading import TooMuch, parse_json, read_json, read_json_lines
 from qzo_diffusion.runs.tuned import load_scales
+from qzo_diffusion.system import files
+from qzo_diffusion.system.files import COMPLETE, UNFINISHED, check_empty, unfinished, write_folder
+from qzo_diffusion.system.reading import TooMuch, parse_json, read_json, read_json_lines
 from qzo_diffusion.train.checkpoint import read_checkpoint
 from qzo_diffusion.train.run_folder import RunFolder, load_tensors
 from tests.conftest import failing
@@ -330,7 +330,7 @@ def test_a_command_that_was_killed_by_the_system(run, tmp_path):
     out = tmp_path / "out"
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from qzo_diffusion.files import unfinished, write_folder\n"
+        "from qzo_diffusion.system.files import unfinished, write_folder\n"
         "out = Path(sys.argv[1]); (out / 'samples').mkdir(parents=True)\n"
         "def write(folder):\n"
         "    (folder / '000.png').touch(); print('writing', flush=True); time.sleep(100)\n"

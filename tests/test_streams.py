@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from qzo_diffusion.core.errors import OutputError
-from qzo_diffusion.streams import Sink
+from qzo_diffusion.system.streams import Sink
 
 CONFIG = 'model: tiny\ndata:\n  style_dir: imgs\n  caption: "ein Bär 🐻"\n'
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qzo_diffusion.strict_yaml import YamlError, read
+from qzo_diffusion.system.strict_yaml import YamlError, read
 
 
 @pytest.mark.parametrize(

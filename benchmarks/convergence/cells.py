@@ -31,8 +31,8 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.core.spsa import mean_loss
-from qzo_diffusion.files import write_whole
 from qzo_diffusion.quant.choose import chosen
+from qzo_diffusion.system.files import write_whole
 from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.loop import Setup, StepRecord, train
 

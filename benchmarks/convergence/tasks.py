@@ -30,13 +30,13 @@ from qzo_diffusion.diffusion.prompts import Prompt, Prompts
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
-from qzo_diffusion.files import write_whole
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.plan import make_plan
+from qzo_diffusion.system.files import write_whole
 from qzo_diffusion.train.distributed import Ranks
 
 STYLE_WORDS = {

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from benchmarks.forged import forgeries as f
 from benchmarks.forged.reader import Found, Reader, of_tensors
-from qzo_diffusion import files
 from qzo_diffusion.core.delta import expanded, shrunk
 from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal, replay_
 from qzo_diffusion.core.merge import check_fits
@@ -21,6 +20,7 @@ from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm.gguf_file import check_gguf
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs.tuned import load_scales
+from qzo_diffusion.system import files
 from qzo_diffusion.train import checkpoint as checkpoints
 from qzo_diffusion.train.run_folder import save_tensors
 from tests.llm.gguf_files import write_gguf

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from qzo_diffusion.commands.flags import add_json
-from qzo_diffusion.console import DONE, MENDABLE, show
+from qzo_diffusion.system.console import DONE, MENDABLE, show
 
 
 def add(verbs: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from qzo_diffusion.commands.flags import add_json
 from qzo_diffusion.config.arguments import path, path_text
-from qzo_diffusion.console import DONE, emit, show
+from qzo_diffusion.system.console import DONE, emit, show
 
 
 def add(verbs: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from qzo_diffusion.commands.flags import Flags, add_settings, add_training
 from qzo_diffusion.commands.training import checked_settings, run_training
 from qzo_diffusion.config.arguments import path
-from qzo_diffusion.console import DONE, emit
+from qzo_diffusion.system.console import DONE, emit
 
 FLAGS: Flags = {
     "--task": (

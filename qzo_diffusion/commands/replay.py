@@ -5,7 +5,7 @@ from typing import Any
 
 from qzo_diffusion.commands.flags import add_json, add_output_dir
 from qzo_diffusion.config.arguments import path, path_text, whole
-from qzo_diffusion.console import DONE, emit
+from qzo_diffusion.system.console import DONE, emit
 
 
 def add(verbs: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qzo_diffusion.commands.flags import Flags
-from qzo_diffusion.console import DONE, INTERRUPTED, emit, report, show
+from qzo_diffusion.system.console import DONE, INTERRUPTED, emit, report, show
 
 if TYPE_CHECKING:
     from qzo_diffusion.config.files import AnyConfig

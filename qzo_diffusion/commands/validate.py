@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.console import DONE
+from qzo_diffusion.system.console import DONE
 
 
 def add(verbs: Any) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qzo_diffusion import resources
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.system.console import report
 
 EXPECTED = "expected"  # in a message about a value: what stands behind it
 MOST_STRENGTH = 100.0

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qzo_diffusion import resources, strict_yaml
+from qzo_diffusion import resources
 from qzo_diffusion.config import kinds
 from qzo_diffusion.config.arguments import note_double
 from qzo_diffusion.config.defaults import flat, set_dotted
@@ -17,6 +17,7 @@ from qzo_diffusion.config.names import suggestion
 from qzo_diffusion.config.sections import NEW_KEYS, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.system import strict_yaml
 
 Flags = dict[str, tuple[str, str]]
 """Flags that are settings by another name: flag -> (key, help)."""

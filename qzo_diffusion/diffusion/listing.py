@@ -15,7 +15,7 @@ from typing import Any
 
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.images import is_image_name
-from qzo_diffusion.reading import read_json
+from qzo_diffusion.system.reading import read_json
 
 METADATA_NAME = "metadata.jsonl"
 CAPTION_SUFFIXES = (".txt", ".caption")

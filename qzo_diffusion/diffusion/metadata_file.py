@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 from qzo_diffusion.core.errors import DataError
-from qzo_diffusion.reading import parse_json
 from qzo_diffusion.resources import is_unicode
+from qzo_diffusion.system.reading import parse_json
 
 _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text": "a cat"}'
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qzo_diffusion.escape import markdown, markdown_code, one_line
+from qzo_diffusion.system.escape import markdown, markdown_code, one_line
 
 # width, layers -> the name in the specification's list of architectures
 ARCHITECTURES = {

@@ -15,7 +15,7 @@ from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.captions import PLACEHOLDER
 from qzo_diffusion.diffusion.listing import listed
 from qzo_diffusion.diffusion.text_file import decode, has_controls, split_lines
-from qzo_diffusion.texts import check_encodable
+from qzo_diffusion.system.texts import check_encodable
 
 _EXPECTED = "a text file with one prompt a line"
 _LARGEST = 2**24  # bytes

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
-from qzo_diffusion.files import write_whole
+from qzo_diffusion.system.files import write_whole
 
 LABEL_HEIGHT = 16
 # pixels; smaller images are enlarged in grids by whole factors, so that a person can see them

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, has_part, load_tokenizer
 from qzo_diffusion.quant.config_file import read_config
-from qzo_diffusion.texts import check_tokens
+from qzo_diffusion.system.texts import check_tokens
 
 
 def check_texts(folder: Path, texts: Iterable[tuple[str, str]], *, t5: bool) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion import escape
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.system import escape
 
 
 def check(file: Path, evaluation: Any) -> None:

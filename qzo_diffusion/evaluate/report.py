@@ -13,11 +13,11 @@ from typing import Any, TypeGuard
 
 from PIL import Image
 
-from qzo_diffusion import escape
 from qzo_diffusion.evaluate import charts
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.evaluate.verdict import of_task, verdict
+from qzo_diffusion.system import escape
 
 TEMPLATE = "report.html.jinja"
 # of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole

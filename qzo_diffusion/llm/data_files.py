@@ -11,8 +11,8 @@ from typing import Any
 
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.llm.task_file import as_text
-from qzo_diffusion.reading import parse_json
-from qzo_diffusion.texts import check_encodable
+from qzo_diffusion.system.reading import parse_json
+from qzo_diffusion.system.texts import check_encodable
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
-from qzo_diffusion.files import free_bytes
 from qzo_diffusion.llm.causal_lm import CausalLm, padded
+from qzo_diffusion.system.files import free_bytes
 
 Rows = Sequence[tuple[int, ...]]
 SPARE = 2.0  # times what it needs must be free, else nothing is kept

@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qzo_diffusion import strict_yaml
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.system import strict_yaml
 
 SHIPPED = Path(__file__).parent / "task_files"
 # A column of a table may be called "Review Text", "Class Index" or "text (en)".

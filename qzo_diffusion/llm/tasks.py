@@ -18,7 +18,7 @@ from qzo_diffusion.llm.causal_lm import CausalLm, padded
 from qzo_diffusion.llm.data_files import Row
 from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.task_file import TaskSpec, fields_of, fill
-from qzo_diffusion.texts import check_tokens
+from qzo_diffusion.system.texts import check_tokens
 
 
 @dataclass(frozen=True)

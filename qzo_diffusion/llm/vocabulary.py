@@ -9,8 +9,8 @@ from qzo_diffusion.llm.causal_lm import load_tokenizer
 from qzo_diffusion.llm.gguf_file import embedding_rows, is_gguf
 from qzo_diffusion.llm.task_file import TaskSpec, literal_texts
 from qzo_diffusion.llm.tasks import Example
-from qzo_diffusion.reading import read_json
-from qzo_diffusion.texts import check_tokens
+from qzo_diffusion.system.reading import read_json
+from qzo_diffusion.system.texts import check_tokens
 
 
 def check_vocabulary(folder: Path, task: str, spec: TaskSpec, examples: Sequence[Example]) -> None:

@@ -9,9 +9,9 @@ from qzo_diffusion.core.errors import (
     ConfigError,
     OutputError,
 )
-from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs import longer
 from qzo_diffusion.runs.plan import Plan
+from qzo_diffusion.system.reading import read_json
 
 MOST_NOTED = 2**15  # bytes of a note: a record of the journal has room for twice as many
 

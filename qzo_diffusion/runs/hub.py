@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.files import free_bytes
 from qzo_diffusion.quant.describe import SUPPORTED, family_of, is_language_model
+from qzo_diffusion.system.files import free_bytes
 
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ModelError, OutputError
-from qzo_diffusion.files import COMPLETE, free_bytes, write_folder
 from qzo_diffusion.quant.entries import Entry, bytes_of, damaged
 from qzo_diffusion.quant.header import header_bytes
 from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.stream import Filled, Quantization, fill_
 from qzo_diffusion.quant.weights import Pending, read_entries, write_tensors
+from qzo_diffusion.system.console import report
+from qzo_diffusion.system.files import COMPLETE, free_bytes, write_folder
 
 WEIGHTS, SOURCE = "model.safetensors", "source.json"
 FORMAT = 1  # of what is stored; raised when the same source would give other numbers

@@ -18,7 +18,7 @@ from typing import Literal
 
 from qzo_diffusion.config.files import read_yaml
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.files import SCALES
+from qzo_diffusion.system.files import SCALES
 
 Kind = Literal["style", "llm"]
 CHECKPOINT = re.compile(r"step_(\d+)")

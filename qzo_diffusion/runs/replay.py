@@ -13,8 +13,8 @@ from qzo_diffusion.core.journal import Journal, read_journal, replay_
 from qzo_diffusion.core.merge import check_numbers
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
-from qzo_diffusion.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.runs import provenance
+from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.train.run_folder import RunFolder
 
 # what settles the trained numbers

@@ -8,7 +8,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion import escape
 from qzo_diffusion.config.files import read_yaml
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import read_journal
@@ -17,12 +16,13 @@ from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate.report import RunFacts, Subject, render
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
-from qzo_diffusion.files import COMPLETE, finite, write_whole
-from qzo_diffusion.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.runs import usage
 from qzo_diffusion.runs.ending import next_commands
 from qzo_diffusion.runs.locate import Kind, locate
 from qzo_diffusion.runs.publish import published, published_text
+from qzo_diffusion.system import escape
+from qzo_diffusion.system.files import COMPLETE, finite, write_whole
+from qzo_diffusion.system.reading import parse_json, read_json, read_json_lines
 
 PAGE = "report.html"
 MOST_IMAGES = 12  # of the style, shown beside the pictures

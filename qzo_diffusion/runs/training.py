@@ -11,7 +11,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import (
     ConfigError,
     JournalError,
@@ -24,6 +23,7 @@ from qzo_diffusion.runs import ranks as all_ranks
 from qzo_diffusion.runs.changes import as_many_as_fit, changes
 from qzo_diffusion.runs.plan import Components, Plan
 from qzo_diffusion.runs.trainer import Trainer
+from qzo_diffusion.system.console import report
 from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,

@@ -15,10 +15,10 @@ from qzo_diffusion.core.delta import expanded
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.files import COMPLETE, SCALES, check_folder
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
+from qzo_diffusion.system.files import COMPLETE, SCALES, check_folder
 from qzo_diffusion.train.run_folder import load_tensors
 
 

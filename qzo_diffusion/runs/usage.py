@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qzo_diffusion import devices
-from qzo_diffusion.reading import read_json
+from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 
 FILE = "usage.json"

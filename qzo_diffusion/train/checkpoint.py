@@ -18,8 +18,8 @@ from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import Journal, StepEntry, replay_
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
-from qzo_diffusion.files import check_folder, remove_folder, write_folder, write_whole
-from qzo_diffusion.reading import parse_json, read_json, read_json_lines
+from qzo_diffusion.system.files import check_folder, remove_folder, write_folder, write_whole
+from qzo_diffusion.system.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.train.loop import StepRecord
 from qzo_diffusion.train.run_folder import SCALES, load_tensors, save_tensors
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qzo_diffusion.core.errors import OutputError
-from qzo_diffusion.files import (
+from qzo_diffusion.system.files import (
     SCALES,
     check_empty,
     clear_leftovers,

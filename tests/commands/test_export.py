@@ -440,7 +440,7 @@ def test_too_little_room_is_told_before_anything_is_written(
 ):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        "qzo_diffusion.files.shutil.disk_usage", lambda path: usage._replace(free=1000)
+        "qzo_diffusion.system.files.shutil.disk_usage", lambda path: usage._replace(free=1000)
     )
     assert "GB free for an export" in failing(capsys, main(arguments(finished, tmp_path)))
     assert not (tmp_path / "out").exists()
@@ -510,8 +510,8 @@ def test_formats_that_do_not_fit_the_run_are_refused(finished, tmp_path, capsys)
 def told(finished, tmp_path, monkeypatch):
     """A copy of the run whose settings, metadata and journal name places, a user and a machine."""
     from qzo_diffusion.core.journal import encoded, read_journal
-    from qzo_diffusion.files import SCALES, write_folder
     from qzo_diffusion.runs import publish
+    from qzo_diffusion.system.files import SCALES, write_folder
     from qzo_diffusion.train.run_folder import save_tensors
 
     monkeypatch.setenv("LOGNAME", "annalena")

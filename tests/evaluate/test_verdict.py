@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from qzo_diffusion.evaluate import scorer
 from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.evaluate.verdict import of_task, overall, verdict
-from qzo_diffusion.files import finite
+from qzo_diffusion.system.files import finite
 
 
 def change(delta, width=0.01):

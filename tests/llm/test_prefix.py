@@ -278,7 +278,7 @@ def test_nothing_is_kept_where_there_is_no_room(lm, tmp_path, monkeypatch):
     tokens = sum(len(row) for one in encoded for row in one.rows)
     for free, kept in ((2 * tokens * 4 * 64, False), (2 * tokens * 4 * 64 + 1, True)):
         monkeypatch.setattr(
-            "qzo_diffusion.files.shutil.disk_usage",
+            "qzo_diffusion.system.files.shutil.disk_usage",
             lambda _place, free=free: type("Usage", (), {"free": free}),
         )
         batch = TextBatches(lm, encoded, batch_size=4, seed=0, keep_in=tmp_path)(0).micro_batches[0]

@@ -12,8 +12,8 @@ import pytest
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal
-from qzo_diffusion.files import write_folder
 from qzo_diffusion.runs import trainer as running
+from qzo_diffusion.system.files import write_folder
 from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.tracking import Curves, MetricsLog
 from tests.conftest import failing, metrics

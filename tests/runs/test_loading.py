@@ -176,7 +176,7 @@ def test_a_copy_that_cannot_be_written_is_told_and_the_model_is_there(
     assert "no 4-bit copy is stored" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(
-        "qzo_diffusion.files.shutil.disk_usage", lambda path: usage._replace(free=1000)
+        "qzo_diffusion.system.files.shutil.disk_usage", lambda path: usage._replace(free=1000)
     )
     load()
     assert "GB free" in capsys.readouterr().err

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.files import SCALES
 from qzo_diffusion.runs.locate import locate, to_resume
+from qzo_diffusion.system.files import SCALES
 
 
 def make_run(folder, settings="model: tiny\n"):

@@ -77,7 +77,7 @@ MOMENTS = {
     "between metrics and journal": ("qzo_diffusion.core.journal.JournalWriter.append", 4),
     "before a checkpoint": ("qzo_diffusion.runs.trainer.save_checkpoint", 1),
     "inside a checkpoint": ("qzo_diffusion.train.checkpoint.write_whole", 1),
-    "between a folder and its name": ("qzo_diffusion.files.os.replace", 12),
+    "between a folder and its name": ("qzo_diffusion.system.files.os.replace", 12),
     "before a picture": ("qzo_diffusion.runs.style.samples.save_picture", 2),
 }
 

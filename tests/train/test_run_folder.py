@@ -10,8 +10,8 @@ import torch
 
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.spsa import Estimate
-from qzo_diffusion.files import COMPLETE, check_folder, check_new, prepare_file, write_folder
 from qzo_diffusion.runs.tuned import load_scales
+from qzo_diffusion.system.files import COMPLETE, check_folder, check_new, prepare_file, write_folder
 from qzo_diffusion.train.loop import StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import MetricsLog, Tracker

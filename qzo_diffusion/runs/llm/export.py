@@ -14,7 +14,6 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
-from qzo_diffusion.files import check_new, write_folder
 from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf
 from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, stored_method
 from qzo_diffusion.quant.bnb import quantization_config
@@ -25,6 +24,7 @@ from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.publish import published_config, published_facts
 from qzo_diffusion.runs.tuned import load_scales
+from qzo_diffusion.system.files import check_new, write_folder
 
 WEIGHTS = "model.safetensors"
 BITSANDBYTES = ("nf4", "fp4")

@@ -15,7 +15,6 @@ import torch
 from qzo_diffusion import devices
 from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probing import Probing
@@ -38,6 +37,7 @@ from qzo_diffusion.runs.llm.splits import PARTS, Splits, read_splits
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.tuned import load_scales
+from qzo_diffusion.system.console import report
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker

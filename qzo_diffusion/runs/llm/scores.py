@@ -13,7 +13,7 @@ from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.objectives import mean_metric
 from qzo_diffusion.llm.task_file import TaskSpec
 from qzo_diffusion.llm.tasks import Batch
-from qzo_diffusion.reading import read_json
+from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qzo_diffusion.config.llm import LlmConfig, LlmDataConfig
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError
 from qzo_diffusion.llm.data_files import Row, data_folder, find_data, read_rows
 from qzo_diffusion.llm.task_file import TaskSpec
 from qzo_diffusion.llm.tasks import Example, choose_rows, make_examples
+from qzo_diffusion.system.console import report
 
 HELD_OUT = 5  # one row of five for each part besides training, in a file that is too small
 PARTS = ("train", "validation", "test")

@@ -9,7 +9,7 @@ from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
 from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.style_folder import StyleFolder
 from qzo_diffusion.diffusion.vocabulary import check_texts
-from qzo_diffusion.texts import check_encodable
+from qzo_diffusion.system.texts import check_encodable
 
 
 def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None = None) -> None:

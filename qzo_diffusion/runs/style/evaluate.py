@@ -10,19 +10,19 @@ from typing import Any
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.evaluate import compare as comparison
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED, load_scorer
 from qzo_diffusion.evaluate.verdict import diverged, verdict
-from qzo_diffusion.files import COMPLETE, finite, prepare_file
-from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import evaluation, pipeline
 from qzo_diffusion.runs.style import plan as style_run
 from qzo_diffusion.runs.style.scored_pictures import Kept
 from qzo_diffusion.runs.tuned import load_tuned
+from qzo_diffusion.system.console import report
+from qzo_diffusion.system.files import COMPLETE, finite, prepare_file
+from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 
 EVALUATION, PICTURES = "evaluation.json", "evaluation"

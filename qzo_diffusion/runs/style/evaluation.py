@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.core.grouped import Grouped
@@ -36,6 +35,7 @@ from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style import plan as style_run
 from qzo_diffusion.runs.tuned import Tuned, load_tuned
+from qzo_diffusion.system.console import report
 from qzo_diffusion.train.distributed import Ranks
 
 AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked for

@@ -30,12 +30,10 @@ from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.evaluate.report import figure, figure_rows, interval
 from qzo_diffusion.evaluate.verdict import verdict
-from qzo_diffusion.files import SCALES, check_new, finite, free_bytes, write_folder, write_whole
 from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
-from qzo_diffusion.reading import parse_json, read_json, read_json_lines
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.publish import (
@@ -48,6 +46,15 @@ from qzo_diffusion.runs.publish import (
 )
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_tuned
+from qzo_diffusion.system.files import (
+    SCALES,
+    check_new,
+    finite,
+    free_bytes,
+    write_folder,
+    write_whole,
+)
+from qzo_diffusion.system.reading import parse_json, read_json, read_json_lines
 
 Format = Literal["nf4", "bf16", "delta", "journal", "native"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"

@@ -9,12 +9,12 @@ from typing import Any
 from qzo_diffusion.config.arguments import unusual
 from qzo_diffusion.config.files import load_config, with_whole_paths
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
-from qzo_diffusion.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import apply_, load_tuned
+from qzo_diffusion.system.console import report
+from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.train.run_folder import RunFolder
 
 

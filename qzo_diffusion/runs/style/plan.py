@@ -12,7 +12,6 @@ import torch
 from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probing import Probing
@@ -41,6 +40,7 @@ from qzo_diffusion.runs.style.samples import (
     prompts_in_words,
 )
 from qzo_diffusion.runs.tuned import described, set_initial_
+from qzo_diffusion.system.console import report
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker

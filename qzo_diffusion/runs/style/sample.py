@@ -13,16 +13,16 @@ from qzo_diffusion import resources
 from qzo_diffusion.config.arguments import unusual
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.console import report
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, parse_prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.diffusion.vae import drop_encoder_
-from qzo_diffusion.files import ANOTHER, check_empty, unfinished, write_folder
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.tuned import apply_, load_tuned
+from qzo_diffusion.system.console import report
+from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished, write_folder
 from qzo_diffusion.train.run_folder import RunFolder
 
 

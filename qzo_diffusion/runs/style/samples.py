@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from qzo_diffusion import escape, resources
+from qzo_diffusion import resources
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
@@ -24,6 +24,7 @@ from qzo_diffusion.diffusion.sampling import (
 )
 from qzo_diffusion.diffusion.trigger import Trigger, with_and_without
 from qzo_diffusion.runs.report import step_grids
+from qzo_diffusion.system import escape
 from qzo_diffusion.train.tracking import Tracker
 
 

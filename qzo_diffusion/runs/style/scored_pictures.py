@@ -8,13 +8,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from qzo_diffusion.console import report
 from qzo_diffusion.diffusion.sampling import load_picture
-from qzo_diffusion.files import write_folder
-from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.evaluation import Work
+from qzo_diffusion.system.console import report
+from qzo_diffusion.system.files import write_folder
+from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 
 

@@ -9,17 +9,18 @@ from typing import Any
 
 from PIL import Image
 
-from qzo_diffusion import devices, escape, resources
-from qzo_diffusion.console import report
+from qzo_diffusion import devices, resources
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.listing import list_files
 from qzo_diffusion.diffusion.prompts import read_prompts
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, content_name, load_scorer
-from qzo_diffusion.files import prepare_file
-from qzo_diffusion.reading import read_json
 from qzo_diffusion.runs.style.natural_order import natural_key
+from qzo_diffusion.system import escape
+from qzo_diffusion.system.console import report
+from qzo_diffusion.system.files import prepare_file
+from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 
 SHOWN_PAIRS = 3

@@ -371,7 +371,8 @@ def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, ima
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     usage = shutil.disk_usage(Path.home())
     monkeypatch.setattr(
-        "qzo_diffusion.files.shutil.disk_usage", lambda path: usage._replace(free=math.floor(5e9))
+        "qzo_diffusion.system.files.shutil.disk_usage",
+        lambda path: usage._replace(free=math.floor(5e9)),
     )
     code = main(
         ["train", "--style-dir", str(images), "--model", "stabilityai/stable-diffusion-3.5-large"]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from qzo_diffusion import escape
+from qzo_diffusion.system import escape
 
 DONE, MENDABLE, INTERRUPTED = 0, 2, 130
 """Exit codes: done; the user can mend it; stopped by Ctrl-C or SIGTERM."""
@@ -23,7 +23,7 @@ def show(text: str) -> None:
 
 def emit(results: Mapping[str, Any], as_json: bool, text: str) -> None:
     """The end of a verb: `results` as strict JSON on stdout, or `text` on stderr."""
-    from qzo_diffusion.files import finite
+    from qzo_diffusion.system.files import finite
 
     if as_json:
         print(json.dumps(finite(results), allow_nan=False))

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qzo_diffusion.core.errors import OutputError
-from qzo_diffusion.reading import read_json
+from qzo_diffusion.system.reading import read_json
 
 COMPLETE = "COMPLETE"
 SCALES = "scales.safetensors"  # tuned scales, in final/, a checkpoint or a delta
