@@ -18,10 +18,11 @@ from qzo_diffusion.core.errors import ModelError, QzoError
 from qzo_diffusion.llm.gguf_file import is_gguf, load_gguf, source_of
 from qzo_diffusion.llm.model_folder import check_model_folder
 from qzo_diffusion.llm.prefix import Prefix, find_prefix
-from qzo_diffusion.llm.stored import READ_HERE, load_stored, stored_method
+from qzo_diffusion.llm.stored import READ_HERE, empty_causal_lm, load_stored, stored_method
 from qzo_diffusion.quant.entries import all_finite
 from qzo_diffusion.quant.fits import check_loaded
-from qzo_diffusion.quant.weights import weight_files
+from qzo_diffusion.quant.stream import fill_
+from qzo_diffusion.quant.weights import read_entries, weight_files
 
 WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
 OUTPUT_HEAD = "lm_head"
@@ -274,6 +275,12 @@ def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:
     """Raises ModelError where a tensor is missing, which transformers would draw at random."""
     from transformers import AutoModelForCausalLM
 
+    entries = read_entries(folder)
+    if stored_method(folder) is None and any(entry.scale for entry in entries.values()):
+        # transformers would drop the scales
+        scaled = empty_causal_lm(folder, dtype)
+        fill_(scaled, entries, None, dtype=dtype, device=torch.device("cpu"))
+        return scaled
     names = [file.name.split(".") for file in weight_files(folder)]
     variant = names[0][1] if len(names[0]) == 3 else None  # model.fp16.safetensors
     model, facts = AutoModelForCausalLM.from_pretrained(

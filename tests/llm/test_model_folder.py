@@ -88,6 +88,18 @@ def test_a_scale_beside_a_weight_of_other_bits_is_refused(folder, method):
         load(folder, method)
 
 
+@pytest.mark.parametrize("method", ["mezo", "quzo-lora"])
+def test_fp8_weights_are_multiplied_for_methods_that_read_whole_models(folder, method):
+    name = "model.layers.0.mlp.up_proj"
+    scale = torch.tensor(0.25)
+    weight = torch.ones(128, 64).to(torch.float8_e4m3fn)
+    retold(folder, lambda t: t.update({f"{name}.weight": weight, f"{name}.weight_scale": scale}))
+    model = load_causal_lm(folder, torch.float32).model
+    assert torch.equal(model.get_submodule(name).weight, torch.full((128, 64), 0.25))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    load(folder, method)
+
+
 def test_more_layers_than_the_config_has_are_refused(folder):
     change(folder, num_hidden_layers=1)
     for method in ("qzo", "mezo"):
