@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.forged import forgeries as f
 from benchmarks.forged.reader import Found, Reader, of_tensors
@@ -18,7 +18,9 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.llm.gguf_file import check_gguf
+from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
+from qzo_diffusion.runs.loading import Source, load_quantized
 from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.system import files
 from qzo_diffusion.train import checkpoint as checkpoints
@@ -147,6 +149,39 @@ def use_cache(folder: Path) -> Found:
     return Found(b"", told=True) if found is None else of_tensors(found)
 
 
+def quantized_model(folder: Path) -> nn.Module:
+    """From its 4-bit copy in `folder/cache`, which is made where there is none that is whole."""
+    source = Source(
+        read_entries(folder / "model.safetensors"), lambda: nn.Sequential(nn.Linear(64, 64))
+    )
+    quantization = Quantization("nf4", 64, ())
+    return load_quantized(
+        source,
+        quantization,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        cache=folder / "cache",
+        smallest_cached=0,
+    )
+
+
+def make_copy(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(64, 64, generator=generator), torch.zeros(64)
+    save_tensors(folder / "model.safetensors", {"0.weight": weight, "0.bias": bias})
+    (folder / "cache").mkdir(mode=0o700)
+    quantized_model(folder)
+    (stored,) = (folder / "cache").iterdir()
+    shutil.copyfile(stored / "model.safetensors", folder / "copied")
+
+
+def use_copy(folder: Path) -> Found:
+    (stored,) = (folder / "cache").iterdir()
+    shutil.copyfile(folder / "copied", stored / "model.safetensors")
+    # what is damaged is made again, from the same source
+    return of_tensors(dict(quantized_model(folder).state_dict()))
+
+
 def readers() -> list[Reader]:
     numbers = [
         Reader("model.safetensors", "model.safetensors", make_model, use_model, f.SAFETENSORS),
@@ -163,6 +198,7 @@ def readers() -> list[Reader]:
         Reader("delta", SCALES_FILE, make_delta, use_delta, f.SAFETENSORS, renew=renew_marker),
         Reader("marker", "final/COMPLETE", make_scales, use_scales, f.JSON, protected=True),
         Reader("journal", "journal.qzo", make_journal, use_journal, f.BYTES, protected=True),
+        Reader("4-bit copy", "copied", make_copy, use_copy, f.SAFETENSORS, protected=True),
         Reader("cache", "entry", make_cache, use_cache, f.SAFETENSORS, protected=True),
     ]
     for name in ("numbers.safetensors", "optimizer.safetensors", "state.json"):
