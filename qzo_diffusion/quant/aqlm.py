@@ -7,9 +7,9 @@ codebooks times its row's scale.
     codebooks [C, 2^bits, 1, 8]
     scales    [N, 1, 1, 1]
 
-The scale belongs to a whole row, so it is applied to the output in fp32, where no rounding of
-weights hides a small change. The package's own CPU layer is not used: it turns `codes` around in
-its first forward for good, so that what is saved afterwards can't be loaded.
+Each row has one scale, so the output is multiplied in fp32. Rounding of weights can't hide a small
+change there. The package's own CPU layer is not used. It transposes `codes` for good in its first
+forward, and a model saved after that can't be loaded.
 """
 
 from collections.abc import Mapping

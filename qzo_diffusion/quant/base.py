@@ -1,8 +1,7 @@
-"""What a quantization back-end must say about a linear layer, and how a whole model is quantized
-layer by layer.
+"""The interface of a quantization back-end, and the loop that quantizes a model layer by layer.
 
-A back-end is one file with a class that satisfies `core.scales.ScaleHandle`. It names the live
-scale tensor of its layer type and how a forward is made to use another one. Every back-end accepts
+A back-end is one file with a class that satisfies `core.scales.ScaleHandle`. The class returns the
+live scale tensor of a layer and sets another one for a forward. Every back-end computes
 `x [..., K] -> y [..., N]` for a weight [N, K]."""
 
 import hashlib
@@ -22,7 +21,7 @@ MakeLayer = Callable[[nn.Linear], nn.Module]
 
 @dataclass(frozen=True)
 class OwnLayerHandle:
-    """Of a layer of ours, which names its tensors `scales` and `codes` and has `dequantized`."""
+    """The handle of our own layers, which have `scales`, `codes` and `dequantized`."""
 
     name: str
     module: Any
@@ -71,8 +70,9 @@ def linears_to_quantize(
 def replace_linears_(
     model: nn.Module, make_layer: MakeLayer, skip: Sequence[str], blocksize: int
 ) -> int:
-    """Quantize layer by layer, each float weight freed before the next is touched. Returns the
-    number of layers.
+    """Quantize layer by layer; each float weight is freed before the next layer.
+
+    Returns the number of layers.
 
     Raises:
         ModelError: nothing could be quantized.
@@ -105,9 +105,7 @@ def nothing_to_quantize(
 
 
 def fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """blake2b over names, shapes and bytes of tensors: says whether two models have the same
-    codes.
-    """
+    """blake2b over names, shapes and bytes of tensors; equal for equal codes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(named):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

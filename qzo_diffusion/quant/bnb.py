@@ -6,10 +6,10 @@ Traps that this file disarms, each held by a test:
   becomes a transposed bfloat16 tensor, perturbations below 0.4 % vanish, and saving afterwards
   corrupts the checkpoint. `support_avx512bf16_for_cpu = False` keeps the plain layout, which is
   also faster for the shapes of diffusion.
-* With double quantization `absmax` is uint8 codes of scales; it is decoded to fp32 once.
-* Rows that are not whole blocks are dequantized wrongly on the CPU: refused.
-* The forward reads `weight.quant_state`, which after a deepcopy is another object than
-  `module.quant_state`: always go through the weight.
+* With double quantization `absmax` holds uint8 codes of scales. It is decoded to fp32 once.
+* The CPU kernel dequantizes rows that are not whole blocks wrongly. They are refused.
+* The forward reads `weight.quant_state`. After a deepcopy this is another object than
+  `module.quant_state`. Only the weight's is used here.
 """
 
 from collections.abc import Container, Mapping
@@ -161,9 +161,7 @@ def _layer(packed: Tensor, state: Any, bias: nn.Parameter | None, name: str) -> 
 
 
 def stored_state(layer: str, names: Mapping[str, T]) -> dict[str, T]:
-    """What a file holds of a layer that is 4-bit on disk, by bitsandbytes' own names; empty when it
-    is not.
-    """
+    """The tensors on disk of a 4-bit layer, by bitsandbytes' own names; empty for another layer."""
     prefix = f"{layer}.weight"
     if f"{prefix}.absmax" not in names:
         return {}
@@ -172,7 +170,7 @@ def stored_state(layer: str, names: Mapping[str, T]) -> dict[str, T]:
 
 
 def belongs_to_a_weight(name: str, names: Container[str]) -> bool:
-    """Whether it is a scale, a codebook or a description beside the codes of a 4-bit layer."""
+    """Whether a tensor is the scale, codebook or description of a 4-bit layer."""
     weight, found, _ = name.rpartition(".weight.")
     return bool(found) and f"{weight}.weight.absmax" in names
 
@@ -222,8 +220,9 @@ def parts_of(layer: Any) -> tuple[Tensor, Tensor, tuple[int, ...], QuantType, in
 
 
 def state_to_store(layer: Any, scales: Tensor | None = None) -> dict[str, Tensor]:
-    """The inverse of `stored_state`: what goes to disk of a `Linear4bit`, with other scales where
-    they are given.
+    """The inverse of `stored_state`: the tensors to write for a `Linear4bit`.
+
+    `scales` replace its own where they are given.
     """
     state = copy(layer.weight.quant_state)
     if scales is not None:

@@ -1,4 +1,4 @@
-"""Which quantized layers take part, by their names."""
+"""Chooses layers by their names."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,14 +13,14 @@ TO_QUERIES_AND_KEYS = {"q_proj", "k_proj", "to_q", "to_k", "query", "key"}
 
 
 def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
-    """What a setting of layers means: parts of names, the word "quiet", or None for all of them."""
+    """The layers that a setting means: by parts of names, by the word "quiet", or all for None."""
     if wanted is None:
         return list(names)
     return quiet(names) if wanted == "quiet" else matching(names, wanted)
 
 
-# What comes out of an activation or an attention is read by these alone, in the SD3 family and in
-# models like Llama.
+# Each is the only reader of its input (an activation or an attention), in SD3 and in models like
+# Llama.
 LAST_READERS = (
     "ff.net.2",
     "ff_context.net.2",
@@ -32,7 +32,7 @@ LAST_READERS = (
 
 
 def last_readers(names: Iterable[str]) -> list[str]:
-    """Layers whose inputs nothing reads after them."""
+    """Layers whose inputs no later layer reads."""
     return matching(names, LAST_READERS)
 
 

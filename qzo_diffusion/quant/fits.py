@@ -1,6 +1,6 @@
-"""Whether files hold a model: every tensor of it, in its shape, and nothing that changes one.
+"""Checks that files hold a model: every tensor in its shape, and no other tensor that changes one.
 
-All of it is read from names and headers, so a run is refused before anything is loaded."""
+The checks read names and headers alone, so a run is refused before anything is loaded."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -50,9 +50,9 @@ def missing_error(missing: Iterable[str]) -> ModelError:
 
 
 def check_loaded(model: nn.Module, facts: Mapping[str, Any]) -> None:
-    """What `output_loading_info=True` of transformers tells: every tensor came from the files.
+    """Check the loading info that transformers returns for `output_loading_info=True`.
 
-    Raises ModelError for one that is missing, of another shape, or belongs to one that is used.
+    Raises ModelError for a tensor that is missing, of another shape, or belongs to a used one.
     """
     if missing := sorted(facts.get("missing_keys") or ()):
         raise missing_error(missing)
@@ -187,9 +187,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _weight_of(name: str, entries: Mapping[str, Entry]) -> str:
-    """The weight that a scale, a codebook or a description of a 4-bit layer belongs to; other names
-    are their own.
-    """
+    """The weight that a scale, codebook or description of a 4-bit layer belongs to; else `name`."""
     return (
         f"{name.rpartition('.weight.')[0]}.weight"
         if bnb.belongs_to_a_weight(name, entries)

@@ -3,13 +3,12 @@ each block, starting at |d|.
 
     w[o, b] = scales[o, b] / |d[o, b]| · block[o, b]
 
-where d is the fp16 number that a block is multiplied with. Its minimum, or what a "K" type
-multiplies its minimums with, moves with it, so that w is linear in the scale. Both are stored times
-what their block gained.
+where d is the fp16 factor of a block. The block's minimum (in a "K" type the factor of its
+minimums) changes by the same ratio, so w is linear in the scale. Both are stored times that ratio.
 
 Traps that this file disarms, each held by a test:
-* d may be negative, and zero where a whole block is.
-* fp16 numbers lose most updates: the live ones are fp32, and only their rounding goes to disk.
+* d may be negative. It is zero where a whole block is zero.
+* fp16 factors lose most updates. The live scales are fp32; only their rounding goes to disk.
 """
 
 from collections.abc import Callable
@@ -89,8 +88,8 @@ class GgufLinear(nn.Module):
             .abs()
         )
 
-    def _gained(self, scales: Tensor) -> Tensor:
-        """What each block is multiplied with, [N, blocks, 1]: 1 where the whole block is zero."""
+    def _ratio(self, scales: Tensor) -> Tensor:
+        """Each block's scale over the stored one, [N, blocks, 1]; 1 for a block of zeros."""
         stored = self._stored_d()
         return torch.where(stored == 0, 1.0, scales / stored).unsqueeze(-1)
 
@@ -99,7 +98,7 @@ class GgufLinear(nn.Module):
         weight = _dequantizer(self.kind)(
             self._blocks().flatten(0, 1), self._size, self._bytes, torch.float32
         )
-        return (weight.view(*self.scales.shape, -1) * self._gained(self.scales)).flatten(1)
+        return (weight.view(*self.scales.shape, -1) * self._ratio(self.scales)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
@@ -108,7 +107,7 @@ class GgufLinear(nn.Module):
         """uint8 [N, bytes of a row] in the order of the file, with factors for these scales,
         rounded to fp16.
         """
-        blocks, gained = self._blocks().clone(), self._gained(scales)
+        blocks, gained = self._blocks().clone(), self._ratio(scales)
         for place in FACTORS[self.kind]:
             old = blocks[..., place : place + 2].contiguous().view(torch.float16)
             new = (old.float() * gained).half()

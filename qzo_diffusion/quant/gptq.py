@@ -9,13 +9,12 @@ AutoGPTQ and gptqmodel.
     scales  fp16  [K / group, N]
 
 Traps that this file disarms, each held by a test:
-* The label of the version is wrong in some public files. A symmetric file says itself which it is:
-  stored 7 is version 1, 8 is 2.
-* fp16 scales lose most updates: the live ones are fp32, and only their rounding goes to disk.
-* Kernels that repack the weight or keep a copy of the scales don't see changed ones: none of them
-  is used.
-* With `desc_act` the groups are strewn over the inputs. They are put in order once, and inputs
-  follow in every forward, so that a block of columns is a group for whoever scales inputs.
+* Some public files state the wrong version. The zeros of a symmetric file tell it: 7 on disk is
+  version 1, 8 is version 2.
+* fp16 scales lose most updates. The live scales are fp32; only their rounding goes to disk.
+* Kernels that repack the weight or copy the scales don't see changed ones. None of them is used.
+* With `desc_act` the inputs of a group are not neighbours. Columns are put in order once, inputs in
+  every forward. A block of columns is then a group.
 """
 
 from collections.abc import Mapping
@@ -52,7 +51,7 @@ def pack(codes: Tensor, dim: int) -> Tensor:
 
 
 def version_of(zeros: Mapping[str, Tensor], label: str | None) -> Version:
-    """Which version the stored zeros of a whole model are; the label counts where they don't tell.
+    """The version of a model's stored zeros; the label decides where the zeros don't.
 
     Args:
         zeros: qzeros by layer. label: `checkpoint_format` of config.json.
@@ -95,7 +94,7 @@ class GptqLinear(nn.Module):
 
 
 class InOrder(nn.Module):
-    """A layer whose inputs are put into the order of its groups first."""
+    """A layer that first puts its inputs into the order of its groups."""
 
     order: Tensor
 

@@ -10,10 +10,10 @@ that transformers 4 saved.
     axis, shape, packing, view_as_float    settings, as tensors; text as its characters' numbers
 
 Traps that this file disarms, each held by a test:
-* Scales of 16 bits lose most updates: the live ones are fp32, and only their rounding goes to disk.
-* The package computes weights in the dtype of its scales, in bfloat16 with three digits: here in
-  fp32 from what the file holds.
-* Groups along outputs (`axis` 0) have scales that belong to no row: refused.
+* Scales of 16 bits lose most updates. The live scales are fp32; only their rounding goes to disk.
+* The package computes weights in the dtype of its scales: in bfloat16 with three digits. Here they
+  are computed in fp32.
+* Scales of groups along outputs (`axis` 0) belong to no row. Such layers are refused.
 """
 
 from collections.abc import Mapping

@@ -2,10 +2,10 @@
 
     w[o, k] = codes[o, k] · SCB[o] / 127
 
-In eval mode the layer also rounds its inputs to int8, which drowns small changes of a scale (a
-derivative of -0.0098 was measured as -0.0143 and -0.0045). Its training path multiplies the
-dequantized weight by inputs as they are; a hook chooses it before every forward, whatever `eval()`
-was called on. On a GPU that path was not run here."""
+In eval mode the layer also rounds its inputs to int8. That hides small changes of a scale: a
+derivative of -0.0098 was measured as -0.0143 and -0.0045. The layer's training path leaves inputs
+as they are; a hook chooses it before every forward, also after `eval()`. That path was not run on
+a GPU here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +38,7 @@ def quantize_linear(linear: nn.Linear, device: torch.device) -> nn.Module:
 
 
 def prepare_(module: Any, name: str) -> None:
-    """Make a `Linear8bitLt` safe for tuning: scales where the forward reads them, and inputs that
-    are not rounded.
+    """Make a `Linear8bitLt` safe for tuning: the forward reads live scales and rounds no input.
 
     Raises:
         ModelError: the layer is not quantized yet, not in memory, or splits its inputs at a

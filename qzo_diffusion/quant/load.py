@@ -1,6 +1,4 @@
-"""Turn the linears of any diffusers or transformers model into 4-bit layers, and find the scales of
-one that already has them.
-"""
+"""Quantizes the linears of any diffusers or transformers model, and finds the scales of one."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -14,7 +12,7 @@ from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.quant import aqlm, base, bnb, gguf, gptq, hqq, int8, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 
-# Other programs' own: some repack codes or keep copies of the scales in their first forward.
+# Layers of other programs. Some repack codes or copy the scales in their first forward.
 FOREIGN = (
     "TorchLinear",
     "TorchAtenLinear",
@@ -50,8 +48,7 @@ def quantize_(
     activations: intgrid.Activations = "float",
     device: torch.device | str = "cpu",
 ) -> int:
-    """Quantize every linear outside `skip` in place, layer by layer, without a GPU. Returns the
-    number of layers.
+    """Quantize every linear outside `skip` in place. Returns the number of layers.
 
     "int8" of the back-end bnb is LLM.int8 with a scale per output. int8 and fp8 have no block size.
     """
@@ -145,7 +142,5 @@ def frozen_fingerprint(model: nn.Module, trained: ScaleSet) -> str:
 
 
 def codes_fingerprint(model: nn.Module) -> str:
-    """Identifies the frozen half of a quantized model; tuned scales only fit the codes that they
-    were tuned with.
-    """
+    """Identifies a model's codes; tuned scales fit only the codes that they were tuned with."""
     return base.fingerprint((handle.name, handle.codes) for handle in handles_of(model))

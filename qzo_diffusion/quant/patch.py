@@ -1,9 +1,7 @@
-"""Save tuned scales into a copy of the checkpoint that they came from: everything else is copied as
-it is.
+"""Saves tuned scales into a copy of their checkpoint; all other tensors are copied.
 
-Native saving corrupts GPTQ models even untouched (zeros are converted and labelled as if they were
-not) and loses what was tuned; a copy whose scales alone are replaced loads wherever the original
-does."""
+`save_pretrained` corrupts GPTQ models: it converts the zeros and leaves their label. It also loses
+tuned scales. A copy with other scales loads wherever the original does."""
 
 import shutil
 from collections.abc import Mapping

@@ -1,10 +1,9 @@
-"""Blockwise 4-bit quantization in plain torch: the readable definition that the fast back-ends are
-tested against.
+"""Blockwise 4-bit quantization in plain torch. The fast back-ends are tested against it.
 
     w[o, k] = codebook[codes[o, k]] · absmax[block of (o, k)]
     block b covers flat weights b·blocksize .. (b+1)·blocksize - 1
 
-Differentiable in `absmax` and usable in float64, so it also serves as the oracle of the tests. NF4
+It is differentiable in `absmax` and works in float64, so tests take exact gradients from it. NF4
 is the codebook of QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal distribution. FP4 is
 1 sign, 2 exponent and 1 mantissa bit, scaled to 1."""
 

@@ -1,6 +1,6 @@
-"""A 4-bit model as tensors for a file: bitsandbytes' layout with its codes untouched, or
-dequantized; one tensor at a time.
-"""
+"""The tensors of a quantized model for a file, made one at a time.
+
+They are in bitsandbytes' layout with the same codes, or dequantized."""
 
 from collections.abc import Mapping
 from typing import Any

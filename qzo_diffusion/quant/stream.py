@@ -1,10 +1,8 @@
-"""A model that is only a shape, filled tensor by tensor from disk, its linears quantized as they
-arrive.
+"""Fills an empty model tensor by tensor from disk and quantizes each linear as it arrives.
 
-At no moment does more exist than what has been quantized so far and one tensor as it was on disk:
-loading takes the memory of the 4-bit model. Diffusers and transformers models go the same way.
-Layers that are 4-bit on disk already (bitsandbytes' layout) are taken over as they are, with nested
-scales un-nested."""
+Memory holds the layers quantized so far and one tensor as it is on disk, so loading takes no more
+than the 4-bit model. Models of diffusers and of transformers are loaded alike. Layers that are
+4-bit on disk (bitsandbytes' layout) keep their codes; nested scales are un-nested."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +31,7 @@ class Quantization:
 
     @property
     def columns(self) -> int:
-        """What the inputs of a layer must be a multiple of."""
+        """The inputs of a layer must be a multiple of this."""
         if self.backend != "intgrid":
             return self.blocksize
         return intgrid.columns_of_block(self.quant_type, self.blocksize)  # type: ignore[arg-type]
@@ -41,8 +39,8 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Filled:
-    """What came of it: layers quantized on arrival, layers that were 4-bit on disk, and names that
-    the model has no place for.
+    """Counts of layers quantized on arrival and of layers that were 4-bit on disk, and the names
+    that the model has no place for.
     """
 
     quantized: int

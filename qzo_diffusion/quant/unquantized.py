@@ -1,6 +1,6 @@
-"""The tensors of a model that no quantizer touched, to be trained beside the scales, as the QZO
-paper does with AQLM models.
-"""
+"""The unquantized tensors of a model, for training beside the scales.
+
+The QZO paper does so with AQLM models."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
