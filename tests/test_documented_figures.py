@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
-from qzo_diffusion import cli, resources
+from qzo_diffusion import resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
-from qzo_diffusion.core import journal
-from qzo_diffusion.core.journal import JournalWriter, StepEntry
+from qzo_diffusion.core import journal_format
+from qzo_diffusion.core.journal import JournalWriter
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.core.quzo import stochastic_round
 from qzo_diffusion.core.scales import overridden_at_once
 from tests.documents import DECISIONS, DOCUMENTS, ROOT, SOURCES, text_of
@@ -38,7 +39,7 @@ def test_bytes_a_step_are_those_of_the_journal(tmp_path):
         text_of(ROOT / "docs" / "how_it_works.md"),
     )
     assert list(sentence.groups()) == written
-    assert f"{bytes_of_a_step(0, tmp_path)} + 8 · " in journal.__doc__
+    assert f"{bytes_of_a_step(0, tmp_path)} + 8 · " in journal_format.__doc__
     ranks = ["32"]  # what a rank sends with one direction: benchmarks/results/scale_out.json
     for path in [*DOCUMENTS, *SOURCES]:
         for number in re.findall(r"([\d,]+) bytes a step", text_of(path)):
@@ -103,7 +104,7 @@ def test_sizes_and_defaults_are_those_of_the_code():
 
 def test_exit_codes_are_those_of_the_command_line():
     codes = re.findall(r"^\| (\d+) \|", text_of(ROOT / "docs" / "usage.md"), re.MULTILINE)
-    assert codes == [str(code) for code in (cli.DONE, cli.MENDABLE, cli.INTERRUPTED)]
+    assert codes == [str(code) for code in (console.DONE, console.MENDABLE, console.INTERRUPTED)]
 
 
 def test_the_demo_is_described_by_its_own_figures():

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.delta import expanded, shrunk
 from qzo_diffusion.core.errors import JournalError, ModelError, OutputError
-from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal, replay_
+from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from qzo_diffusion.quant.weights import read_entries

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from benchmarks.forged import forgeries as f
 from benchmarks.forged.reader import Found, Reader, of_tensors
 from qzo_diffusion.core.delta import expanded, shrunk
-from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal, replay_
+from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.core.merge import check_fits
 from qzo_diffusion.core.optimizer import make_optimizer
 from qzo_diffusion.core.parametrize import parametrize

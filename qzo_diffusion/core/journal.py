@@ -1,75 +1,37 @@
-"""The append-only log of a run: seeds and scalars, from which every step can be rebuilt bit for
-bit.
+"""The journal of a run: written step by step, read and checked as a whole, replayed.
 
-    file    = MAGIC, record of the header, record, record, ...
-    record  = kind u8, version u8, length u16, guard u32, payload, chain (8 bytes)
-              little-endian throughout
-    guard   = crc32 of the first four bytes, seeded by the chain before: a damaged length is
-              found before it is believed
-    chain   = blake2b-64 of (chain of the record before, everything of this record before the chain)
-
-A record counts when its chain is right. Each chain holds the one before, so a flipped bit, a
-swapped, doubled or missing record anywhere is found and named. A file that ends inside a record was
-cut by a crash: that tail is left out and reported. A step takes
-52 + 8 · directions · patch groups bytes. Where examples have their own directions, the header's
-`examples` is the number of all directions of a step.
+`core.journal_format` says how its bytes are laid out.
 """
 
 import contextlib
 import errno
 import fcntl
-import hashlib
-import json
-import math
 import os
-import struct
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from qzo_diffusion.core.errors import JournalError, OutputError
+from qzo_diffusion.core.journal_format import (
+    CHAIN_BYTES,
+    HEADER,
+    MAGIC,
+    Entry,
+    StepEntry,
+    decode,
+    decode_header,
+    encode,
+    pack,
+    records,
+    to_json,
+)
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Update
 from qzo_diffusion.core.parametrization import Parametrization
 
-MAGIC = b"QZOJRNL1"
-VERSION = 1
-_HEADER, _STEP, _SKIPPED, _RESUME = 1, 2, 3, 5
-_NOTES = {"resume": _RESUME}
-_PREFIX = struct.Struct("<BBH")
-_GUARD = struct.Struct("<I")
-_STEP_PAYLOAD = struct.Struct("<IQddd")
-_CHAIN_BYTES = 8
-_OVERHEAD = _PREFIX.size + _GUARD.size + _CHAIN_BYTES
-MOST_SCALARS = (2**16 - 1 - _STEP_PAYLOAD.size) // 8  # of a step: directions times patch groups
 FSYNC_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class StepEntry:
-    """A step that was done. A skipped one (NaN or infinite loss) is counted but changed nothing."""
-
-    step: int
-    seed: int
-    lr: float
-    eps: float
-    loss: float
-    projected_grad: tuple[float, ...]
-    skipped: bool = False
-
-
-@dataclass(frozen=True)
-class NoteEntry:
-    """An entry that is no step: its kind ("resume") and its facts."""
-
-    kind: str
-    content: Mapping[str, Any]
-
-
-Entry = StepEntry | NoteEntry
 
 
 @dataclass(frozen=True)
@@ -136,7 +98,7 @@ class JournalWriter:
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> "JournalWriter":
         """Raises OutputError when there is a journal already or the place can't be written."""
-        record = _record(_HEADER, _to_json(header), b"")
+        record = pack(HEADER, to_json(header), b"")
         # so that a journal never is there without its header
         aside = path.with_name(f".{path.name}.partial")
         try:
@@ -151,7 +113,7 @@ class JournalWriter:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
             raise _unwritable(path, error) from error
-        return cls(path, record[-_CHAIN_BYTES:], len(MAGIC) + len(record))
+        return cls(path, record[-CHAIN_BYTES:], len(MAGIC) + len(record))
 
     @classmethod
     def reopen(cls, path: Path) -> tuple["JournalWriter", Journal]:
@@ -172,8 +134,8 @@ class JournalWriter:
         """Raises OutputError when the disk is full; the journal then ends with the record
         before.
         """
-        kind, payload = _encode(entry)
-        record = _record(kind, payload, self._chain)
+        kind, payload = encode(entry)
+        record = pack(kind, payload, self._chain)
         try:
             written = 0
             while written < len(record):
@@ -186,7 +148,7 @@ class JournalWriter:
                 os.ftruncate(self._file, self._size)
             raise _unwritable(self.path, error) from error
         self._size += len(record)
-        self._chain = record[-_CHAIN_BYTES:]
+        self._chain = record[-CHAIN_BYTES:]
 
     def sync(self) -> None:
         """Raises OutputError when the disk does not take what was appended."""
@@ -237,16 +199,16 @@ def read_journal(path: Path) -> Journal:
     chains: list[str] = []
     sizes: list[int] = []
     end = len(MAGIC)
-    for kind, payload, chain, record_end in _records(data, path):
+    for kind, payload, chain, record_end in records(data, path):
         end = record_end
         if header is None:
             header, header_chain, header_size = (
-                _decode_header(kind, payload, path),
+                decode_header(kind, payload, path),
                 chain.hex(),
                 end,
             )
             continue
-        entries.append(_decode(kind, payload, len(entries), path))
+        entries.append(decode(kind, payload, len(entries), path))
         chains.append(chain.hex())
         sizes.append(end)
     if header is None:
@@ -301,95 +263,12 @@ def replay_(
 
 def encoded(header: Mapping[str, Any], entries: Iterable[Entry]) -> bytes:
     """A whole journal file, chained from its header on."""
-    record = _record(_HEADER, _to_json(header), b"")
+    record = pack(HEADER, to_json(header), b"")
     parts = [MAGIC, record]
     for entry in entries:
-        record = _record(*_encode(entry), record[-_CHAIN_BYTES:])
+        record = pack(*encode(entry), record[-CHAIN_BYTES:])
         parts.append(record)
     return b"".join(parts)
-
-
-def _record(kind: int, payload: bytes, chain: bytes) -> bytes:
-    prefix = _PREFIX.pack(kind, VERSION, len(payload))
-    body = prefix + _GUARD.pack(zlib.crc32(prefix, zlib.crc32(chain))) + payload
-    return body + hashlib.blake2b(chain + body, digest_size=_CHAIN_BYTES).digest()
-
-
-def _records(data: bytes, path: Path) -> Iterator[tuple[int, bytes, bytes, int]]:
-    """(kind, payload, chain, end) of every whole record; stops before a torn tail."""
-    position, chain, count = len(MAGIC), b"", 0
-    while len(data) - position >= _PREFIX.size + _GUARD.size:
-        prefix = data[position : position + _PREFIX.size]
-        kind, version, length = _PREFIX.unpack(prefix)
-        (guard,) = _GUARD.unpack_from(data, position + _PREFIX.size)
-        if guard != zlib.crc32(prefix, zlib.crc32(chain)):
-            raise _damaged(path, count, position)
-        end = position + _OVERHEAD + length
-        if end > len(data):
-            return
-        if version > VERSION:
-            raise JournalError(
-                f"{path} has records of format {version}",
-                f"format {VERSION}",
-                "use the version that wrote it",
-            )
-        body, stored = data[position : end - _CHAIN_BYTES], data[end - _CHAIN_BYTES : end]
-        if stored != hashlib.blake2b(chain + body, digest_size=_CHAIN_BYTES).digest():
-            raise _damaged(path, count, position)
-        yield kind, body[_PREFIX.size + _GUARD.size :], stored, end
-        position, chain, count = end, stored, count + 1
-
-
-def _encode(entry: Entry) -> tuple[int, bytes]:
-    if isinstance(entry, NoteEntry):
-        return _NOTES[entry.kind], _to_json(entry.content)
-    payload = _STEP_PAYLOAD.pack(entry.step, entry.seed, entry.lr, entry.eps, entry.loss)
-    payload += struct.pack(f"<{len(entry.projected_grad)}d", *entry.projected_grad)
-    return (_SKIPPED if entry.skipped else _STEP), payload
-
-
-def _decode(kind: int, payload: bytes, index: int, path: Path) -> Entry:
-    for name, number in _NOTES.items():
-        if kind == number:
-            return NoteEntry(name, _from_json(payload, f"record {index + 1}", path))
-    if kind not in (_STEP, _SKIPPED) or (len(payload) - _STEP_PAYLOAD.size) % 8:
-        raise JournalError(
-            f"{path}: record {index + 1} of an unknown kind {kind}",
-            "a step or a note",
-            "use the version that wrote it",
-        )
-    step, seed, lr, eps, loss = _STEP_PAYLOAD.unpack_from(payload)
-    grads = struct.unpack(
-        f"<{(len(payload) - _STEP_PAYLOAD.size) // 8}d", payload[_STEP_PAYLOAD.size :]
-    )
-    if kind == _STEP and not (grads and all(map(math.isfinite, (lr, eps, *grads)))):
-        raise JournalError(
-            f"{path}: step {step}, with a rate, radius or derivative that is not finite, or none",
-            "finite numbers: a step without them changes nothing and is marked as skipped",
-            "give the run's own journal",
-        )
-    return StepEntry(step, seed, lr, eps, loss, grads, skipped=kind == _SKIPPED)
-
-
-def _decode_header(kind: int, payload: bytes, path: Path) -> Mapping[str, Any]:
-    if kind != _HEADER:
-        raise JournalError(
-            f"{path} has no header", "a header as the first record", "give journal.qzo of a run"
-        )
-    return _from_json(payload, "the header", path)
-
-
-def _from_json(payload: bytes, name: str, path: Path) -> Mapping[str, Any]:
-    """A payload of at most 64 kB, so that its size needs no check."""
-    try:
-        content = json.loads(payload)
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-    except (ValueError, RecursionError) as error:
-        raise JournalError(
-            f"{path}: {name} can't be read: {error}", "facts by name", "give the run's own journal"
-        ) from None
-    return content
 
 
 def _check_order(entries: list[Entry], path: Path) -> None:
@@ -419,19 +298,6 @@ def _check_counts(journal: Journal) -> None:
     else:
         return
     raise JournalError(f"a journal with {got}", expected, "give the run's own journal")
-
-
-def _to_json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(dict(content), sort_keys=True, ensure_ascii=False).encode()
-
-
-def _damaged(path: Path, index: int, position: int) -> JournalError:
-    name = "the header" if index == 0 else f"record {index}"
-    return JournalError(
-        f"{path} is damaged in {name}, at byte {position}",
-        "a journal whose checksums are right",
-        "restore the file; the run's checkpoints and its result can still be sampled and exported",
-    )
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:

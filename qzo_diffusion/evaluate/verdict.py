@@ -132,7 +132,7 @@ def _distance(style: Mapping[str, Any]) -> Finding | None:
 
 
 def _content(clip: Mapping[str, Any]) -> Finding:
-    name = f"{content_name(clip.get('note', ''))} of the content"
+    name = content_name(clip.get("note", ""))
     change, sign = _change(clip["delta"], clip["delta_ci95"]), content_sign(clip)
     words = {
         "good": "Prompts are still followed",

@@ -14,7 +14,7 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
-from qzo_diffusion.core.journal import MOST_SCALARS
+from qzo_diffusion.core.journal_format import MOST_SCALARS
 from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization

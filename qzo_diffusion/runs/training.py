@@ -17,7 +17,8 @@ from qzo_diffusion.core.errors import (
     RankLost,
     TrainingDiverged,
 )
-from qzo_diffusion.core.journal import Journal, JournalWriter, NoteEntry, read_journal
+from qzo_diffusion.core.journal import Journal, JournalWriter, read_journal
+from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs import ranks as all_ranks
 from qzo_diffusion.runs.changes import as_many_as_fit, changes

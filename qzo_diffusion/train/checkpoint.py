@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from qzo_diffusion.core.errors import JournalError, OutputError
-from qzo_diffusion.core.journal import Journal, StepEntry, replay_
+from qzo_diffusion.core.journal import Journal, replay_
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.system.files import check_folder, remove_folder, write_folder, write_whole

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from qzo_diffusion.core.journal import Journal, JournalWriter, StepEntry, read_journal, replay_
+from qzo_diffusion.core.journal import Journal, JournalWriter, read_journal, replay_
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.core.optimizer import make_optimizer
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize

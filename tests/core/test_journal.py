@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qzo_diffusion.core.errors import JournalError, OutputError
-from qzo_diffusion.core.journal import (
-    MOST_SCALARS,
-    JournalWriter,
-    NoteEntry,
-    StepEntry,
-    read_journal,
-    replay_,
-)
+from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
+from qzo_diffusion.core.journal_format import MOST_SCALARS, NoteEntry, StepEntry
 from qzo_diffusion.core.noise import directions_of_step
 from qzo_diffusion.core.optimizer import Update, make_optimizer
 from qzo_diffusion.core.parametrize import parametrize

@@ -11,7 +11,8 @@ import pytest
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.errors import OutputError
-from qzo_diffusion.core.journal import JournalWriter, StepEntry, read_journal
+from qzo_diffusion.core.journal import JournalWriter, read_journal
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.runs import trainer as running
 from qzo_diffusion.system.files import write_folder
 from qzo_diffusion.train.checkpoint import list_checkpoints

@@ -5,7 +5,8 @@ import pytest
 from qzo_diffusion.config.files import changed_settings, make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
-from qzo_diffusion.core.journal import JournalWriter, StepEntry
+from qzo_diffusion.core.journal import JournalWriter
+from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.runs.longer import steps_done, without_steps
 from tests.conftest import failing
 from tests.runs.short_run import SETTINGS, load_equal, resume

@@ -22,7 +22,8 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.delta import shrunk
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.core.journal import Journal, NoteEntry, encoded, read_journal
+from qzo_diffusion.core.journal import Journal, encoded, read_journal
+from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.model_card import Base, Scores, card, modelspec
