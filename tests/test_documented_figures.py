@@ -15,6 +15,7 @@ from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.journal_format import StepEntry
 from qzo_diffusion.core.quzo import stochastic_round
 from qzo_diffusion.core.scales import overridden_at_once
+from qzo_diffusion.system.console import DONE, INTERRUPTED, MENDABLE
 from tests.documents import DECISIONS, DOCUMENTS, ROOT, SOURCES, text_of
 
 WORDS = dict(enumerate(["no", "one", "two", "three", "four", "five", "six", "seven", "eight"]))
@@ -104,7 +105,7 @@ def test_sizes_and_defaults_are_those_of_the_code():
 
 def test_exit_codes_are_those_of_the_command_line():
     codes = re.findall(r"^\| (\d+) \|", text_of(ROOT / "docs" / "usage.md"), re.MULTILINE)
-    assert codes == [str(code) for code in (console.DONE, console.MENDABLE, console.INTERRUPTED)]
+    assert codes == [str(code) for code in (DONE, MENDABLE, INTERRUPTED)]
 
 
 def test_the_demo_is_described_by_its_own_figures():
