@@ -2,12 +2,15 @@
 loads it.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from qzo_diffusion import resources
 from qzo_diffusion.core.errors import ConfigError, ModelError
@@ -182,3 +185,18 @@ def test_pickles_and_damaged_weights_are_refused(tmp_path):
         )
     with pytest.raises(ModelError, match="can't be loaded"):
         load_scorer(str(tmp_path), CPU, resources.embedded_scorer())
+
+
+@pytest.mark.parametrize("fault", ["a tensor less", "a tensor more"])
+def test_a_scorer_of_other_tensors_than_its_config_has_is_refused(tmp_path, fault):
+    """open_clip compares names strictly; this holds it to that."""
+    folder = shutil.copytree(resources.embedded_scorer(), tmp_path / "scorer")
+    file = folder / "open_clip_model.safetensors"
+    tensors = load_file(file)
+    if fault == "a tensor less":
+        del tensors["text_projection"]
+    else:
+        tensors["text_projection_scale"] = torch.ones(1)
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match="can't be loaded"):
+        load_scorer(str(folder), CPU, resources.embedded_scorer())
