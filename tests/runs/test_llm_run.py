@@ -394,6 +394,11 @@ def test_an_exported_model_is_the_tuned_one(arguments, tmp_path, model, capsys, 
     assert main(export) == 0
     told = json.loads(capsys.readouterr().out)
     assert f"pretrained={tmp_path / 'exported'}" in told["lm_eval"]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "library_name: transformers" in card.split("---")[1]
+    assert "| task | sst2 |" in card
+    assert "| Accuracy on sst2 |" in card
+    assert str(tmp_path) not in card
     config = load_config(tmp_path / "run" / "config.yaml", LlmConfig)
     base = load_base(config, folder, torch.device("cpu"), torch.float32)
     ids = torch.arange(12).view(1, -1)

@@ -19,6 +19,7 @@ from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, 
 from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.weights import compare_tensors, write_tensors
+from qzo_diffusion.runs.llm import card
 from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.locate import locate
@@ -83,6 +84,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
                 base.lm.model, has, folder, target, devices.dtype_name(dtype), facts
             )
         (target / "run.yaml").write_text(published_config(config), encoding="utf-8")
+        card.write(target, run_folder, config, facts)
 
     write_folder(output_dir, fill)
     task = config.task if config.task in KNOWN_TO_LM_EVAL else "TASK"
