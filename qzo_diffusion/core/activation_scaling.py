@@ -18,8 +18,8 @@ from qzo_diffusion.core.errors import ModelError
 class LayerScaling:
     """Factors of one layer: y = output ∘ ((input ∘ x) Wᵀ) + bias, in fp32.
 
-    Each of the G rows belongs to a group of neighbouring examples, so G divides the batch. More
-    rows than examples give each example several, one for each of equally long runs of its tokens.
+    With G up to the batch size, each row serves an equal group of neighbouring examples. With more,
+    each example has several rows, one for each of equally long runs of its tokens.
 
     Args:
         output: [G, N] or [G, 1].

@@ -72,7 +72,7 @@ class _Probe(NamedTuple):
 
 
 class Grouped:
-    """Train θ of one or several axes.
+    """Scales as factors by layer, row or block column.
 
     `by_axis` holds them: "row", and "row.pointwise" for token-wise layers, each [n] in the order of
     the layers.
@@ -152,7 +152,7 @@ class Grouped:
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]
     ) -> tuple[Override | None, ActivationScaling | None]:
-        """Perturb scales where all examples share θ, and scale activations where they do not.
+        """The override of scales and the activation scaling that show all probes to one forward.
 
         θ itself scales activations too where that takes fewer factors than there are scales.
         """

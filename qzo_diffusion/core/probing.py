@@ -37,7 +37,7 @@ class StepBatch(Generic[Batch]):
 
 @dataclass(frozen=True)
 class Probing:
-    """How a step probes.
+    """Settings of the gradient estimator: radius, directions, estimator, clipping.
 
     Args:
         seed: of the run; with the step it gives the directions.

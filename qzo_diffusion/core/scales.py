@@ -41,7 +41,7 @@ live ones."""
 
 
 class ScaleHandle(Protocol):
-    """One quantized layer, whichever back-end it comes from."""
+    """Access to the scales of one quantized layer, or to one plain weight, on any back-end."""
 
     @property
     def name(self) -> str: ...
@@ -60,7 +60,7 @@ class ScaleHandle(Protocol):
 
 
 class ScaleSet:
-    """Hold the live fp32 scales by layer name; there is no other copy.
+    """Map layer names to the tensors that are trained: scales, integer codes or plain weights.
 
     `weights` names the entries that are unquantized tensors.
 

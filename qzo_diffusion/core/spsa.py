@@ -7,7 +7,7 @@ side of K directions and compare each with the mean of the others (RLOO, arXiv 1
     d  = (L(θ + ε z; B) - L(θ - ε z; B)) / (2 ε)                       antithetic
     d_k = (L(θ + ε z_k; B) - mean over j ≠ k of L(θ + ε z_j; B)) / ε      leave_one_out
     d' = clip(d, -C, C)                    directional derivative clipping (DDC)
-    d' = d / √(mean d² over the step's directions)
+    d' = d' / √(mean d'² over the step's directions)
                                            normalisation, for steps of several directions
                                            (as FZOO, arXiv 2506.09034)
 
@@ -62,7 +62,10 @@ class Estimate:
 
     @property
     def loss(self) -> float:
-        """The mean over all probes: L(θ) up to O(ε²), without a forward pass of its own."""
+        """L(θ) estimated as the mean loss of all probes, without a forward pass of its own.
+
+        The error is O(ε²) with antithetic probing; leave-one-out leaves a first-order term of mean
+        zero."""
         return (sum(self.loss_plus) + sum(self.loss_minus)) / (2 * len(self.loss_plus))
 
     @property

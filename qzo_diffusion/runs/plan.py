@@ -1,4 +1,4 @@
-"""What a kind of run gives to training: a plan first, then the components that it loads."""
+"""What each kind of run (pictures, texts) provides: a `Plan`, which loads `Components`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ from qzo_diffusion.train.tracking import Tracker
 
 @dataclass
 class Components:
-    """What every process of a run has: theta, what it is trained on, and how.
+    """The loaded objects of a run on one process: theta, optimizer, objective and batches.
 
     Attributes:
         optimizer: `core.optimizer.Optimizer`, or what `take_step` uses in its place.
         header: of the journal.
-        callbacks: made by the first process alone; writes dataset.json, too.
+        callbacks: builds the callbacks on rank 0 and writes dataset.json.
     """
 
     scales: ScaleSet
@@ -59,16 +59,16 @@ class Callbacks(Protocol):
 
     Attributes:
         held_out: micro-batches of the validation loss, always the same.
-        every: steps between two calls of `show`; 0 is at the start and the end.
+        every: steps between two calls of `show`; 0: only at the start and the end.
     """
 
     held_out: Sequence[Any]
     every: int
 
     def show(self, step: int) -> None:
-        """What is due at this step and not there yet.
+        """Make the samples or test scores of this step unless they exist.
 
-        The numbers of the step are in the scales that a forward sees.
+        The caller has overridden the scales with those of the step.
         """
         ...
 
@@ -81,8 +81,9 @@ class Plan(Protocol):
     """Everything that is known before anything heavy is loaded, and how to load the rest.
 
     Attributes:
-        thing: the name of one row of the data, such as "image".
-        facts: its columns that make the run; with others it is another one.
+        thing: the noun for one data item in messages, such as "image".
+        facts: columns of `data()` that identify the training data; a change of one stops a
+            resume without --force.
         has_journal: False where seeds and scalars do not rebuild a step; such a run goes on from
             its last checkpoint.
     """
@@ -98,7 +99,7 @@ class Plan(Protocol):
 
     @property
     def name(self) -> str:
-        """Of a run that is given no folder."""
+        """The suffix of the default run folder, after the date."""
         ...
 
     @property
@@ -111,29 +112,33 @@ class Plan(Protocol):
     def has_journal(self) -> bool: ...
 
     def describe(self) -> str:
-        """What `--dry-run` prints."""
+        """The text that `--dry-run` prints."""
         ...
 
-    def summary(self) -> str: ...
+    def summary(self) -> str:
+        """The lines that a run prints before it begins."""
+        ...
 
     def data(self) -> list[dict[str, Any]]:
         """A row for each thing that is trained on or held out; `file` names it."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """All that must be the same on every rank."""
+        """Settings that must be equal on all ranks: all but folders, which differ by machine."""
         ...
 
     def probing(self) -> Probing:
-        """How a step probes."""
+        """Settings of the gradient estimator."""
         ...
 
     def schedule(self, factor: float) -> Schedule:
         """The rate of each step, times `factor`."""
         ...
 
-    def load(self, ranks: Ranks) -> Components: ...
+    def load(self, ranks: Ranks) -> Components:
+        """Encode the data and load the model. The slow part of a start."""
+        ...
 
     def metadata(self, components: Components) -> dict[str, str]:
-        """What must be known to apply the result to a base again."""
+        """Metadata of the saved scales, which identify their base model."""
         ...

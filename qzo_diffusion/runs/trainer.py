@@ -1,4 +1,4 @@
-"""What the first process of a run does between its steps, and what it leaves behind."""
+"""Everything that rank 0 writes while a run goes on."""
 
 import statistics
 import time
@@ -33,10 +33,11 @@ PACE_AFTER = 5  # steps
 
 @dataclass
 class Trainer:
-    """What the first process does between two steps: it writes, validates and shows.
+    """Write metrics, journal, checkpoints, samples and the report on rank 0.
 
-    Everything is done once, whether the run was stopped in between or not: what exists is not
-    redone."""
+    Validation losses, samples and checkpoints that exist are not made again. The report is written
+    anew each time.
+    """
 
     config: RunConfig
     out: RunFolder
@@ -52,17 +53,18 @@ class Trainer:
     _seconds: list[float] = field(default_factory=list)
 
     def on_step(self, record: StepRecord) -> None:
-        """Metrics first: after a kill they are cut back to the journal, and so never lack a step
-        that it has.
+        """Append the step to metrics.jsonl, then to the journal.
+
+        In this order, a kill never leaves a step in the journal that the metrics lack.
         """
         self.tracker.on_step(record)
         if self.journal is not None:
             self.journal.append(entry_of(record, self.config.train.seed))
         self.steps_done = record.step + 1
-        self._tell_pace(record.seconds)
+        self._report_pace(record.seconds)
 
-    def _tell_pace(self, seconds: float) -> None:
-        """After the first steps of this process: a step's time, and the whole run's."""
+    def _report_pace(self, seconds: float) -> None:
+        """Report the time of a step and the time that is left, once."""
         if len(self._seconds) >= PACE_AFTER:
             return
         self._seconds.append(seconds)
@@ -91,12 +93,13 @@ class Trainer:
         self.report()
 
     def after_step(self, steps_done: int) -> None:
+        """Compare theta across ranks now and then; do what is due."""
         if _due(all_ranks.CHECK_EVERY, steps_done):
             all_ranks.check_ranks(self.ranks, self.components.theta)
         self.finish_step(steps_done)
 
     def finish_step(self, steps_done: int) -> None:
-        """What is due after this step and not there yet."""
+        """Validate, checkpoint, sample and report where it is due and not done yet."""
         if _due(self.config.train.validate_every, steps_done):
             self.validate(steps_done)
         if _due(self.config.train.checkpoint_every, steps_done):
@@ -109,6 +112,7 @@ class Trainer:
             self.report()
 
     def validate(self, step: int) -> None:
+        """Measure the held-out loss of this step once."""
         if not self.callbacks.held_out or step in self.validation:
             return
         with self.components.scales.override(self.components.theta.perturbed()):
@@ -116,10 +120,12 @@ class Trainer:
         self.tracker.on_validation(step, self.validation[step])
 
     def show(self, step: int) -> None:
+        """Make the samples or scores of this step, at theta as it is."""
         with self.components.scales.override(self.components.theta.perturbed()):
             self.callbacks.show(step)
 
     def checkpoint(self, step: int) -> None:
+        """Write a checkpoint unless it exists, and drop old ones."""
         folder = checkpoint_folder(self.out.path / "checkpoints", step)
         if folder.exists():  # a kill may have come in between
             drop_old(folder.parent, self.config.train.keep_checkpoints)
@@ -136,6 +142,7 @@ class Trainer:
         )
 
     def finish(self, step: int) -> None:
+        """Write the tuned scales into final/."""
         if self.journal is not None:
             self.journal.sync()
         self.out.save_scales(
@@ -143,7 +150,7 @@ class Trainer:
         )
 
     def report(self) -> None:
-        """The page as the run is now. No run is stopped for it."""
+        """Rewrite the report page; a failure only warns."""
         try:
             usage.record(self.out, next(iter(self.components.scales.tensors().values())).device)
             report_run.write(self.out.path)

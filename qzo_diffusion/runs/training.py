@@ -1,4 +1,4 @@
-"""A training from its first line to its last, whatever is trained.
+"""Start or resume a training run of any kind and save its results.
 
 A run that is resumed goes on as if it had never been stopped.
 """
@@ -46,7 +46,7 @@ RATE_FACTOR = "lr_factor"  # in the journal's header, where it was measured
 
 @dataclass(frozen=True)
 class Start:
-    """Where a process begins.
+    """The state in which this process starts.
 
     Attributes:
         step: the first step of this process. bad_steps: how many in a row were bad before it.
@@ -82,8 +82,9 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     """Go on with a run as if it had never been stopped.
 
     Raises:
-        ConfigError: settings or data changed since, and not `force`; the message shows how.
-        JournalError: the journal is damaged or of another model.
+        ConfigError: settings or data changed since, and not `force`; more steps are done than
+            train.max_steps; or train.calibrate_lr for a run that began without.
+        JournalError: the journal is missing, damaged, or of another model or format.
     """
     out = RunFolder(run_folder)
     changed = changes(plan, run_folder, JOURNAL if plan.has_journal else None, force)
@@ -103,7 +104,7 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
 
 
 def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
-    """What ranks other than the first do: the same steps, and not one file.
+    """Run the same steps on a rank other than 0, without writing files.
 
     A resumed run is read from its folder.
     """
@@ -143,7 +144,11 @@ def _train(
 def _lead(
     plan: Plan, out: RunFolder, ranks: Ranks, changed: Sequence[str] | None
 ) -> dict[str, Any]:
-    """What the first rank does. changed: of a run that goes on; None begins one."""
+    """Run the training on rank 0, which writes all files.
+
+    Args:
+        changed: settings and data that differ from the run that goes on; None begins a run.
+    """
     writer = journal = None
     if changed is not None and plan.has_journal:
         writer, journal = JournalWriter.reopen(out.path / JOURNAL)
@@ -177,7 +182,7 @@ def _lead(
 def _load_and_restore(
     plan: Plan, out: RunFolder, ranks: Ranks, journal: Journal | None, resumed: bool
 ) -> tuple[Components, Start]:
-    """The components, brought to where the run was."""
+    """Load the components; restore the state of a run that goes on."""
     components = _load(plan, ranks)
     start = Start(rate=_rate_factor(plan, components, ranks, journal))
     if resumed:
@@ -210,7 +215,7 @@ def _trainer(
 
 
 def _steps(plan: Plan, trainer: Trainer, ranks: Ranks, start: Start) -> Outcome:
-    """All steps of this process. A run that diverges or loses a rank is saved first."""
+    """Run all steps; where the run diverges or loses a rank, write a checkpoint and raise."""
     with stop_on_signal(report) as stop:
         ranks.wants_stop = stop.is_set
         if start.step:
@@ -236,8 +241,9 @@ def _load(plan: Plan, ranks: Ranks) -> Components:
 def _rate_factor(
     plan: Plan, components: Components, ranks: Ranks, journal: Journal | None
 ) -> float | None:
-    """What the rate is multiplied by: measured where a run begins, read from its journal where it
-    goes on. None: not calibrated.
+    """The factor of the learning rate: read from the journal of a run that goes on, else measured.
+
+    None without calibration.
 
     Raises:
         ConfigError: a run that goes on was not calibrated where it began.
@@ -254,7 +260,7 @@ def _rate_factor(
             )
         return float(journal.header[RATE_FACTOR])
 
-    def shown(steps: Iterable[int]) -> Iterable[int]:
+    def with_bar(steps: Iterable[int]) -> Iterable[int]:
         return tqdm(
             steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first
         )
@@ -265,7 +271,7 @@ def _rate_factor(
         components.theta,
         plan.probing(),
         ranks.sum,
-        shown,
+        with_bar,
     )
     if ranks.first and calibration.rate_factor < 1:
         report(

@@ -64,7 +64,10 @@ class StepRecord:
         return _of_all(self.estimate.projected_grad, self.estimate.patch_groups)
 
     def as_dict(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: one number for each key. The journal has all scalars."""
+        """A line of metrics.jsonl: one number for each key.
+
+        The journal has the scalar of every direction.
+        """
         return {
             "step": self.step,
             "loss_plus": _mean(self.estimate.loss_plus),
@@ -120,7 +123,7 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        steps_done: of the whole run, counted from 0.
+        steps_done: steps completed since the run began, those of earlier processes included.
         skipped: steps of this process that changed nothing.
         stopped: whether it was asked to end early.
     """
