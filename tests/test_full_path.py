@@ -19,7 +19,7 @@ PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth512"
 
 SCRIPT = """
 import json, sys
-from qzo_diffusion import style_run
+from qzo_diffusion.runs.style import plan as style_run
 from qzo_diffusion.cli import main
 plans, make_plan = [], style_run.make_plan
 style_run.make_plan = lambda *args: plans.append(make_plan(*args)) or plans[-1]
