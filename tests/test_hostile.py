@@ -33,8 +33,8 @@ from tests.tiny_llama import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run of one step on the embedded model, its prompts beside it."""
+def run(tmp_path_factory, pipeline):
+    """A finished run of one step on a small random model, its prompts beside it."""
     from PIL import Image
 
     place = tmp_path_factory.mktemp("hostile")
@@ -42,7 +42,8 @@ def run(tmp_path_factory):
     for index in range(2):
         Image.new("RGB", (64, 64), (90 * index, 0, 50)).save(place / "imgs" / f"{index}.png")
     (place / "prompts.txt").write_text("red apple\n")
-    arguments = ["train", "--model", "tiny", "--style-dir", str(place / "imgs"), "--max-steps", "1"]
+    arguments = ["train", "--model", str(pipeline), "--style-dir", str(place / "imgs")]
+    arguments += ["--max-steps", "1"]
     arguments += [
         "--output-dir",
         str(place / "run"),
@@ -252,7 +253,7 @@ def sampling(run, out):
 
 
 def verbs_that_write(run, out):
-    journal = ["--journal", str(run / "journal.qzo"), "--model", "tiny"]
+    journal = ["--journal", str(run / "journal.qzo")]
     return {
         "sample": sampling(run, out),
         "mix": ["mix", "--run", f"{run}=0.5", "--output-dir", str(out)],

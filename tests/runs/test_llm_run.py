@@ -3,9 +3,13 @@ person does wrong.
 """
 
 import contextlib
+import functools
+import io
 import json
 import re
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,45 +45,58 @@ def data(tmp_path_factory):
     return write_sentences(tmp_path_factory.mktemp("sentences"))
 
 
+def command_line(output_dir, model, data, *more):
+    """The command line of a short run."""
+    base = ["llm", "train", "--task", "sst2", "--data-dir", data, "--output-dir", output_dir]
+    base += [] if "--model" in more else ["--model", model]
+    base += [] if "--max-steps" in more else ["--max-steps", STEPS]
+    small = ["data.batch_size=4", "data.train_examples=16", "data.validation_examples=8"]
+    rest = ["train.validate_every=2", "train.checkpoint_every=2", "compute.dtype=float32"]
+    return [str(part) for part in [*base, *small, *rest, *more]]
+
+
 @pytest.fixture
 def arguments(tmp_path, model, data):
     """The command line of a short run into `tmp_path/<name>`."""
+    return lambda *more, name="run": command_line(tmp_path / name, model, data, *more)
 
-    def build(*more, name="run"):
-        base = [
-            "llm",
-            "train",
-            "--task",
-            "sst2",
-            "--model",
-            model,
-            "--data-dir",
-            data,
-            "--max-steps",
-            STEPS,
-        ]
-        small = [
-            "data.batch_size=4",
-            "data.train_examples=16",
-            "data.validation_examples=8",
-            "train.validate_every=2",
-        ]
-        rest = ["train.checkpoint_every=2", "compute.dtype=float32"]
-        return [
-            str(part) for part in [*base, "--output-dir", tmp_path / name, *small, *rest, *more]
-        ]
 
-    return build
+def assert_same_weights(first, second):
+    one, other = (load_file(folder / "final" / "scales.safetensors") for folder in (first, second))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@dataclass
+class Ended:
+    """A run that is over: its folder, its results and what it said. Tests only read it."""
+
+    folder: Path
+    results: dict
+    said: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model, data):
+    """The run of a method, made at the first call."""
+    root = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def of(method):
+        out, err = io.StringIO(), io.StringIO()
+        command = command_line(root / method, model, data, "--method", method, "--json")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            assert main(command) == 0
+        return Ended(root / method, json.loads(out.getvalue()), err.getvalue())
+
+    return of
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_leaves_a_whole_run(arguments, tmp_path, capsys, method):
-    assert main(arguments("--method", method, "--json")) == 0
-    said = capsys.readouterr()
-    results = json.loads(said.out)
-    run = tmp_path / "run"
+def test_every_method_leaves_a_whole_run(whole, method):
+    run, results = whole(method).folder, whole(method).results
     assert results["steps"] == STEPS
-    assert "warning: no report" not in said.err
+    assert "warning: no report" not in whole(method).said
     assert "Accuracy on" in (run / "report.html").read_text()
     assert results["accuracy"].keys() == {"start", "end"}
     assert {
@@ -103,22 +120,22 @@ def test_every_method_leaves_a_whole_run(arguments, tmp_path, capsys, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch, method):
+def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch, whole, method):
     more = ["--method", method] + (["train.optimizer=adam"] if method == "qzo" else [])
-    assert main(arguments(*more, name="whole")) == 0
+    if method == "qzo":
+        assert main(arguments(*more, name="whole")) == 0
+        ended = tmp_path / "whole"
+    else:
+        ended = whole(method).folder
     with monkeypatch.context() as patched:
         killed_after(patched, 5)
         assert main(arguments(*more, name="killed")) == 130
     assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
-    whole, killed = (
-        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("whole", "killed")
-    )
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+    assert_same_weights(ended, tmp_path / "killed")
+    assert metrics(ended) == metrics(tmp_path / "killed")
     read = [
-        json.loads((tmp_path / name / "evaluation.json").read_text())
-        for name in ("whole", "killed")
+        json.loads((folder / "evaluation.json").read_text())
+        for folder in (ended, tmp_path / "killed")
     ]
     assert read[0] == read[1]
 
@@ -207,7 +224,7 @@ def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(
                 method,
                 f"train.lr={rate}",
                 "--max-steps",
-                60,
+                60 if method == "quzo-lora" else 30,
                 "train.validate_every=0",
                 "--json",
             )
@@ -663,16 +680,11 @@ def test_a_run_is_not_continued_with_other_examples(arguments, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("method", ["qzo", "mezo", "quzo", "quzo-lora"])
-def test_a_journal_alone_rebuilds_the_run(arguments, tmp_path, capsys, method):
-    assert main(arguments("--method", method, "--json")) == 0
-    trained = json.loads(capsys.readouterr().out)
-    journal = str(tmp_path / "run" / "journal.qzo")
+def test_a_journal_alone_rebuilds_the_run(whole, tmp_path, capsys, method):
+    trained = whole(method).results
+    journal = str(whole(method).folder / "journal.qzo")
     assert main(["replay", "--journal", journal, "--output-dir", str(tmp_path / "again")]) == 0
-    whole, again = (
-        load_file(tmp_path / name / "final" / "scales.safetensors") for name in ("run", "again")
-    )
-    assert whole.keys() == again.keys()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    assert_same_weights(whole(method).folder, tmp_path / "again")
     assert main(["llm", "evaluate", "--run", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == trained["accuracy"]["end"]
 
