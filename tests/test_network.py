@@ -39,7 +39,7 @@ print(json.dumps({"codes": codes, "reached": reached}))
 """
 
 
-def verbs(place):
+def verbs(place, model):
     run, lm = str(place / "run"), str(place / "lm_run")
     prompts, images = str(place / "prompts.txt"), str(place / "imgs")
     fast = [f"data.cache_dir={place / 'cache'}", "data.batch_size=1", "sample.steps=1"]
@@ -51,15 +51,15 @@ def verbs(place):
     task = ["--task", "sst2", "--data-dir", str(place / "data"), "--model", str(place / "lm")]
     few = ["data.train_examples=8", "data.validation_examples=4", "data.test_examples=4"]
     scored = ["evaluate", "--prompts", prompts]
-    train = ["train", "--model", "tiny", "--style-dir", images, "--sample-prompts", prompts]
+    train = ["train", "--model", model, "--style-dir", images, "--sample-prompts", prompts]
     return [
         ["doctor"],
         ["validate", "--config", "demo.yaml"],
         [*train, "--caption", "a square", "--max-steps", "1", *out("run"), *fast],
         ["sample", "--run", run, "--prompts", prompts, *out("samples")],
         ["mix", "--run", f"{run}=0.5", *out("mixed")],
-        ["replay", "--journal", f"{run}/journal.qzo", "--model", "tiny", *out("replayed")],
-        [*scored, "--run", run],
+        ["replay", "--journal", f"{run}/journal.qzo", "--model", model, *out("replayed")],
+        [*scored, "--run", run, "--scorer", "embedded"],
         [*scored, "--images", str(place / "samples" / "samples"), "--scorer", "embedded"],
         ["evaluate", "--compare", run, run],
         ["report", "--run", run],
@@ -100,14 +100,14 @@ class Proxy:
         self._socket.close()
 
 
-def test_every_verb_runs_without_a_connection(tmp_path):
+def test_every_verb_runs_without_a_connection(tmp_path, pipeline):
     (tmp_path / "imgs").mkdir()
     for index in range(2):
         Image.new("RGB", (64, 64), (90 * index, 0, 50)).save(tmp_path / "imgs" / f"{index}.png")
     (tmp_path / "prompts.txt").write_text("red apple\n")
     save_tiny_llama(tmp_path / "lm")
     write_sentences(tmp_path / "data")
-    wanted, refused = verbs(tmp_path)
+    wanted, refused = verbs(tmp_path, str(pipeline))
     (tmp_path / "verbs.json").write_text(json.dumps(wanted))
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
     proxy = Proxy()

@@ -166,6 +166,9 @@ def test_it_trains_outside_the_clone(installed, tmp_path):
         "a square",
         "--max-steps",
         2,
+        "data.batch_size=1",
+        "sample.steps=2",
+        "train.calibrate_lr=false",
     ]
     run(installed / "qzo-diffuse", *command, "--output-dir", "out", cwd=tmp_path)
 

@@ -74,16 +74,16 @@ def alone(train, tmp_path):
 
 
 def rounding_of_the_loss(batch_loss):
-    """How far a loss on `tiny` may move when the same examples come in batches of another size, in
-    fp32.
+    """How far a loss on the small model may move when the same examples come in batches of another
+    size, in fp32.
 
     A matrix product of another shape adds in another order. With independent roundings u = 2^-24 a
     sum of K terms is then off by at most about 3·sqrt(K)·u of its size (three standard deviations;
     Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019), and P products one after the other by sqrt(P)
-    times that. `tiny` has 4 blocks with 7 products in a row each and at most 12 around them, of at
-    most K = 1024 terms: 3 · sqrt(40 · 1024) · u = 3.6e-5 of the output. The loss is quadratic in
+    times that. The model has 2 blocks with 7 products in a row each and at most 12 around them, of
+    at most K = 256 terms: 3 · sqrt(26 · 256) · u = 1.5e-5 of the output. The loss is quadratic in
     the output, so twice of it."""
-    return 2 * 3 * (40 * 1024) ** 0.5 * 2**-24 * batch_loss
+    return 2 * 3 * (26 * 256) ** 0.5 * 2**-24 * batch_loss
 
 
 def test_two_ranks_do_the_step_of_one_process_stop_together_and_one_goes_on(
