@@ -40,8 +40,8 @@ def test_cards_of_4_bit_folders_say_that_diffusers_needs_a_gpu():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache, pipeline):
-    """A short run of dense numbers on a small random model, which every format is made from."""
+def finished(tmp_path_factory, cache):
+    """A short run of dense numbers on the embedded model, which every format is made from."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("finished")
@@ -54,7 +54,7 @@ def finished(tmp_path_factory, cache, pipeline):
     command = [
         "train",
         "--model",
-        str(pipeline),
+        "tiny",
         "--style-dir",
         str(root / "imgs"),
         "--caption",
@@ -180,14 +180,14 @@ def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["nf4", "bf16"])
-def test_files_say_what_they_are(export, kind, pipeline):
+def test_files_say_what_they_are(export, kind):
     folder = export(kind)
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as handle:
             facts = handle.metadata()
         assert {f"modelspec.{key}" for key in SPEC_KEYS} <= facts.keys()
         assert facts["qzo.codes"]
-        assert facts["qzo.model"] == str(pipeline)
+        assert facts["qzo.model"] == "tiny"
         assert facts["qzo.steps"] == "2"
     text = (folder / "README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])
@@ -216,7 +216,7 @@ def sampled(tmp_path, run, name, *more):
 
 
 @pytest.fixture(scope="module")
-def coarse(tmp_path_factory, cache, pipeline):
+def coarse(tmp_path_factory, cache):
     """A run with other settings than the defaults, and a checkpoint of each of its two steps."""
     from PIL import Image
 
@@ -231,7 +231,7 @@ def coarse(tmp_path_factory, cache, pipeline):
     command = [
         "train",
         "--model",
-        str(pipeline),
+        "tiny",
         "--style-dir",
         str(root / "imgs"),
         "--caption",
@@ -259,9 +259,7 @@ def coarse(tmp_path_factory, cache, pipeline):
 
 
 @pytest.mark.parametrize("part", ["checkpoints/step_000002", "final", "final/scales.safetensors"])
-def test_whatever_part_of_a_run_is_sampled_has_its_settings(
-    coarse, tmp_path, capsys, part, pipeline
-):
+def test_whatever_part_of_a_run_is_sampled_has_its_settings(coarse, tmp_path, capsys, part):
     prompts = tmp_path / "p.txt"
     prompts.write_text("red apple in [trigger] style\n")
     for name, run in (("whole", coarse), ("part", coarse / part)):
@@ -287,14 +285,12 @@ def test_whatever_part_of_a_run_is_sampled_has_its_settings(
         json.loads((tmp_path / "part/samples/prompts.json").read_text())[0]["prompt"]
         == "red apple in zxq style"
     )
-    assert f"model: the folder {pipeline}" in capsys.readouterr().err
+    assert "model: tiny" in capsys.readouterr().err
 
 
-def test_scales_alone_are_sampled_with_the_defaults_and_that_is_told(
-    finished, tmp_path, capsys, pipeline
-):
+def test_scales_alone_are_sampled_with_the_defaults_and_that_is_told(finished, tmp_path, capsys):
     alone = shutil.copy(finished / "final" / "scales.safetensors", tmp_path)
-    sampled(tmp_path, alone, "out", "--model", str(pipeline))
+    sampled(tmp_path, alone, "out", "--model", "tiny")
     assert "no config.yaml" in capsys.readouterr().err
 
 
