@@ -80,11 +80,6 @@ def read_prompt_file(path: Path, trigger: str | None = None) -> Prompts:
     return Prompts(found.prompts, notes + found.notes)
 
 
-def read_prompts(path: Path, trigger: str | None = None) -> list[str]:
-    """The texts of `read_prompt_file` alone."""
-    return read_prompt_file(path, trigger).texts
-
-
 def parse_prompts(lines: Sequence[tuple[str, str]], trigger: str | None) -> Prompts:
     """Prompts of (place, line).
 

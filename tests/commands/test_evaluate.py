@@ -380,6 +380,18 @@ def test_pictures_are_paired_in_the_order_of_their_numbers(tmp_path, capsys):
     assert "s1/p_9.png <- thing 0\n  s1/P_10.png <- thing 1" in captured.err
 
 
+def test_how_prompts_were_read_is_told(pictures, tmp_path, capsys):
+    text = "red “apple” --w 512\nfrog\nblue heart --d 3\n"
+    (tmp_path / "windows.txt").write_bytes(text.encode("cp1252"))
+    assert score(pictures, "--prompts", tmp_path / "windows.txt", "--json") == 0
+    captured = capsys.readouterr()
+    prompts = [row["prompt"] for row in json.loads(captured.out)["images"]]
+    assert prompts == ["red “apple”", "frog", "blue heart"]
+    assert "is not UTF-8" in captured.err
+    assert "options behind prompts are left out: --w (line 1" in captured.err
+    assert "--d (line 3" in captured.err
+
+
 def test_an_order_that_nobody_can_mistake_is_not_told(pictures, tmp_path, capsys):
     assert score(pictures, "--prompts", tmp_path / "three.txt") == 0
     error = capsys.readouterr().err

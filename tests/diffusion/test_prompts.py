@@ -1,7 +1,7 @@
 import pytest
 
 from qzo_diffusion.core.errors import DataError
-from qzo_diffusion.diffusion.prompts import parse_prompts, read_prompt_file, read_prompts
+from qzo_diffusion.diffusion.prompts import parse_prompts, read_prompt_file
 
 
 def write(tmp_path, data: bytes):
@@ -12,11 +12,11 @@ def write(tmp_path, data: bytes):
 
 def test_comments_and_empty_lines_are_passed_over(tmp_path):
     path = write(tmp_path, b"# a comment\n\n  a cat \r\n  # another\na dog # not a comment\n")
-    assert read_prompts(path) == ["a cat", "a dog # not a comment"]
+    assert read_prompt_file(path).texts == ["a cat", "a dog # not a comment"]
 
 
 def test_a_byte_order_mark_is_not_part_of_the_prompt(tmp_path):
-    assert read_prompts(write(tmp_path, b"\xef\xbb\xbfa cat\n")) == ["a cat"]
+    assert read_prompt_file(write(tmp_path, b"\xef\xbb\xbfa cat\n")).texts == ["a cat"]
 
 
 def test_the_trigger_is_put_in(tmp_path):
@@ -37,17 +37,17 @@ def test_the_trigger_is_put_in(tmp_path):
 )
 def test_files_without_usable_prompts_are_refused(tmp_path, data, message):
     with pytest.raises(DataError, match=message):
-        read_prompts(write(tmp_path, data), None)
+        read_prompt_file(write(tmp_path, data), None)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt"):
-        read_prompts(tmp_path / "nowhere.txt")
+        read_prompt_file(tmp_path / "nowhere.txt")
 
 
 def test_only_line_ends_end_a_prompt(tmp_path):
     text = "a\u2028b\nc\x85d\re\x0cf\r\ng\u2029h\n"
-    assert read_prompts(write(tmp_path, text.encode())) == [
+    assert read_prompt_file(write(tmp_path, text.encode())).texts == [
         "a\u2028b",
         "c\x85d",
         "e\x0cf",

@@ -20,6 +20,7 @@ from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.samples import tell_reading
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished, write_folder
@@ -67,8 +68,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     runtime = pipeline.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
     prompts = _prompts(request, config, folder)
-    for note in prompts.notes:
-        report(f"note: {note}")
+    tell_reading(prompts)
     shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
     check_words(config, folder, prompts)

@@ -25,6 +25,7 @@ from qzo_diffusion.diffusion.sampling import (
 from qzo_diffusion.diffusion.trigger import Trigger, with_and_without
 from qzo_diffusion.runs.report import step_grids
 from qzo_diffusion.system import escape
+from qzo_diffusion.system.console import report
 from qzo_diffusion.train.tracking import Tracker
 
 
@@ -39,6 +40,12 @@ def chosen_prompts(name: str, word: str | None, trigger: Trigger | None) -> Prom
         return found
     pairs = zip(found.prompts, with_and_without(found.texts, trigger), strict=True)
     return replace(found, prompts=[replace(prompt, text=text) for prompt, text in pairs])
+
+
+def tell_reading(prompts: Prompts) -> None:
+    """How a file of prompts was read, where that is not plain."""
+    for note in prompts.notes:
+        report(f"note: {note}")
 
 
 def prompt_table(prompts: Prompts, trigger: Trigger | None) -> list[dict[str, Any]]:

@@ -13,10 +13,11 @@ from qzo_diffusion import devices, resources
 from qzo_diffusion.core.errors import DataError
 from qzo_diffusion.diffusion.images import BadImage, is_image_name, open_image
 from qzo_diffusion.diffusion.listing import list_files
-from qzo_diffusion.diffusion.prompts import read_prompts
+from qzo_diffusion.diffusion.prompts import read_prompt_file
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, content_name, load_scorer
 from qzo_diffusion.runs.style.natural_order import natural_key
+from qzo_diffusion.runs.style.samples import tell_reading
 from qzo_diffusion.system import escape
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import prepare_file
@@ -100,7 +101,7 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
         if table.is_file()
         else _in_natural_order(request.images)
     )
-    prompts = read_prompts(resources.find_file(request.prompts, "prompts"))
+    prompts = _told(resources.find_file(request.prompts, "prompts"))
     if len(prompts) != len(paths):
         raise DataError(
             f"{len(paths)} pictures in {request.images} and {len(prompts)} prompts in "
@@ -112,6 +113,13 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
     if not table.is_file() and paths != sorted(paths):
         _tell_order(pairs, request.images)
     return pairs
+
+
+def _told(file: Path) -> list[str]:
+    """The prompts of a file; how they were read is told."""
+    found = read_prompt_file(file)
+    tell_reading(found)
+    return found.texts
 
 
 def _in_natural_order(folder: Path) -> list[Path]:
