@@ -175,7 +175,7 @@ def test_counts_of_a_journal_are_checked_before_directions_are_drawn(tmp_path, h
 
 @pytest.mark.parametrize("payload", [b"[" * 60000, b"[]", b"\xff", b"1" * 50000])
 def test_a_header_that_is_no_mapping_of_facts_is_refused(tmp_path, payload, monkeypatch):
-    monkeypatch.setattr("qzo_diffusion.core.journal._to_json", lambda content: payload)
+    monkeypatch.setattr("qzo_diffusion.core.journal.to_json", lambda content: payload)
     with pytest.raises(JournalError, match="the header"):
         read_journal(journal(tmp_path / "j", []))
 

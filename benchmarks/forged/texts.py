@@ -11,7 +11,6 @@ from PIL import Image
 
 from benchmarks.forged import forgeries as f
 from benchmarks.forged.reader import Found, Reader, of_value
-from qzo_diffusion.commands.evaluate import compare
 from qzo_diffusion.config.files import make_config, read_yaml
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.diffusion.captions import read_captions
@@ -20,6 +19,7 @@ from qzo_diffusion.diffusion.prompts import read_prompt_file
 from qzo_diffusion.llm.data_files import read_rows
 from qzo_diffusion.llm.task_file import read_task
 from qzo_diffusion.runs import report
+from qzo_diffusion.runs.style.evaluate import compare
 from qzo_diffusion.train import checkpoint as checkpoints
 
 
