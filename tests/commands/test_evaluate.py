@@ -73,8 +73,12 @@ def scored(run):
 def test_base_against_base_differs_by_nothing(tmp_path, cache, prompts, capsys):
     """On the embedded model, whose scorer is the embedded one without being asked for."""
     run = train_no_step(tmp_path, cache, "tiny")
-    assert main(["evaluate", "--run", str(run), "--prompts", str(prompts), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    own = tmp_path / "own.txt"
+    own.write_text(f"{prompts.read_text().rstrip()} --w 512\n")
+    assert main(["evaluate", "--run", str(run), "--prompts", str(own), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "options behind prompts are left out: --w" in captured.err
+    found = json.loads(captured.out)
     assert found == scored(run)
     for figures in (
         found["clip_score"],

@@ -18,6 +18,7 @@ from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import evaluation, pipeline
 from qzo_diffusion.runs.style import plan as style_run
+from qzo_diffusion.runs.style.samples import tell_reading
 from qzo_diffusion.runs.style.scored_pictures import Kept
 from qzo_diffusion.runs.tuned import load_tuned
 from qzo_diffusion.system.console import report
@@ -94,6 +95,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     config = _config(request, place)
     tuned = load_tuned(request.run)
     plan = style_run.make_plan(config)
+    tell_reading(plan.prompts)
     contents = [evaluation.content_of(prompt, plan) for prompt in plan.sample_prompts]
     name = request.scorer or default_scorer(plan.model_folder)
     scorer = load_scorer(name, plan.device, resources.embedded_scorer())
