@@ -14,6 +14,7 @@ def add(verbs: Any) -> None:
     )
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
+    evaluate.add_argument("--model", type=path_text, help="default: the run's model")
     what.add_argument("--images", type=path, help="a folder of images, in the order of the prompts")
     what.add_argument(
         "--compare",
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         results = scoring.run(scoring.ScoreRequest(options.images, *chosen))
         line = scoring.in_words(results["clip_score"])
     else:
-        results = evaluate.run(evaluate.EvaluateRequest(options.run, *chosen))
+        results = evaluate.run(evaluate.EvaluateRequest(options.run, *chosen, options.model))
         line = "\n".join(entry["text"] for entry in results["verdict"])
     emit(results, options.json, line)
     return DONE

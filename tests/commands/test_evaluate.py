@@ -484,7 +484,7 @@ def test_a_run_needs_an_end_a_scorer_and_something_to_show(run, prompts, tmp_pat
     assert not (run / "evaluation.json").exists()
 
 
-def test_a_run_is_credited_with_what_it_gained_itself(train, tmp_path, prompts, capsys):
+def test_a_run_is_credited_with_what_it_gained_itself(train, tmp_path, prompts, pipeline, capsys):
     """Also where it is given as a delta, which is a folder of hashed files."""
     first, second, delta = tmp_path / "first", tmp_path / "second", tmp_path / "delta"
     assert train("--max-steps", 2, "train.lr=0.05", name="first") == 0
@@ -509,6 +509,7 @@ def test_a_run_is_credited_with_what_it_gained_itself(train, tmp_path, prompts, 
     assert main(export) == 0
     before = files_of(delta)
     (tmp_path / "imgs").rename(tmp_path / "elsewhere")
+    command[1:1] = ["--model", str(pipeline)]  # a delta names its folder alone
     assert "--style-dir DIR" in failing(capsys, main([*command, str(delta)]))
     (tmp_path / "elsewhere").rename(tmp_path / "imgs")
     assert main([*command, str(delta)]) == 0

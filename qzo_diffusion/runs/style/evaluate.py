@@ -40,6 +40,7 @@ class EvaluateRequest:
     style_dir: Path | None = None
     scorer: str | None = None
     output: Path | None = None
+    model: str | None = None  # of a delta, which names a local model without its place
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _config(request: EvaluateRequest, place: Place) -> Config:
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
     elif place.is_export:
         _find_images_(config, place)
+    config.model = request.model or config.model
     model_folder, _ = pipeline.choose_model(config.model)
     config.sample.prompts = request.prompts or (
         "tiny_score.txt" if pipeline.is_tiny(model_folder) else "score.txt"
