@@ -29,10 +29,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Tells what is wrong as all other mistakes are told. Raises ConfigError."""
         got, found, expected = message.partition(f"{EXPECTED} ")
-        usual = f"flags and settings as `{self.prog} --help` lists them"
-        raise ConfigError(
-            got.rstrip(": "), expected if found else usual, f"see `{self.prog} --help`"
-        )
+        verb = f"{self.prog} --help" if " " in self.prog else f"{self.prog} VERB --help"
+        usual = f"flags and settings as `{verb}` lists them"
+        raise ConfigError(got.rstrip(": "), expected if found else usual, f"see `{verb}`")
 
 
 class StoreLast(argparse.Action):

@@ -315,9 +315,9 @@ def _with_trigger(
                 "pass --trigger WORD, or take the placeholder out of the captions",
             )
         return captions
-    if not marked:
+    if not marked and not any(trigger in caption.text for caption in captions.values()):
         notes.append(
-            f"the trigger {shown(trigger)} is used nowhere: no caption holds {PLACEHOLDER}"
+            f"the trigger {shown(trigger)} is used nowhere: no caption holds it or {PLACEHOLDER}"
         )
     return {
         image: replace(caption, text=caption.text.replace(PLACEHOLDER, trigger))

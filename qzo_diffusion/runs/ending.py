@@ -48,7 +48,11 @@ def next_commands(run: str, kind: Kind, stopped: bool) -> dict[str, str]:
 
 def _figures(results: Mapping[str, Any]) -> list[str]:
     folder = Path(results["run"])
-    rows = [(name, str(folder / file)) for name, file in _LEFT.items() if (folder / file).exists()]
+    rows = [
+        (name, shlex.quote(str(folder / file)))
+        for name, file in _LEFT.items()
+        if (folder / file).exists()
+    ]
     if loss := results["validation_loss"]:
         rows.append(("held-out loss", f"{loss['start']:.4f} -> {loss['end']:.4f}"))
     rows.append(("time", in_words(results["seconds"])))

@@ -152,7 +152,7 @@ def test_the_trigger_replaces_its_placeholder_in_every_source(tmp_path: Path) ->
 def test_a_trigger_that_is_used_nowhere_is_noted(tmp_path: Path) -> None:
     files = images(tmp_path, "a.png")
     assert read(tmp_path, files, fallback="a cat", trigger="zqo").notes == (
-        "the trigger 'zqo' is used nowhere: no caption holds [trigger]",
+        "the trigger 'zqo' is used nowhere: no caption holds it or [trigger]",
     )
 
 
