@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import venv
 import zipfile
 from pathlib import Path
@@ -121,26 +120,21 @@ def test_the_wheel_carries_everything(wheel):
         assert found, f"the wheel lacks {what}"
 
 
-def test_help_answers_at_once(installed, tmp_path):
-    def seconds():
-        start = time.perf_counter()
-        assert "train" in run(installed / "qzo-diffuse", "--help", cwd=tmp_path)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 0.5
-
-
-def test_help_imports_nothing_heavy(installed, tmp_path):
+def test_help_answers_without_importing_much(installed, tmp_path):
+    """Torch alone brings a thousand modules, and seconds."""
+    assert "train" in run(installed / "qzo-diffuse", "--help", cwd=tmp_path)
     script = f"""
 import contextlib, io, sys
 from qzo_diffusion.cli import main
 sys.argv = ["qzo-diffuse", "--help"]
 with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
     main()
-print(sorted(set({HEAVY}) & set(sys.modules)), sys.modules["qzo_diffusion"].__file__)
+print(len(sys.modules), sorted(set({HEAVY}) & set(sys.modules)), end=" ")
+print(sys.modules["qzo_diffusion"].__file__)
 """
-    heavy, file = run(installed / "python", "-c", script, cwd=tmp_path).rsplit(maxsplit=1)
+    count, heavy, file = run(installed / "python", "-c", script, cwd=tmp_path).split()
     assert heavy == "[]"
+    assert int(count) < 250
     assert Path(file).is_relative_to(installed.parent)
 
 

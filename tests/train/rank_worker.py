@@ -109,7 +109,7 @@ def lost_after(action):
     return None
 
 
-def main(index, out, ports):
+def main(index, out, limit, ports):
     found = {}
 
     def tell():
@@ -122,7 +122,7 @@ def main(index, out, ports):
         return join(timeout)
 
     distributed.ROLL_CALL_SECONDS = 1.0
-    ranks = become(index, 3, ports[0], 20)
+    ranks = become(index, 3, ports[0], limit)
     found["share"] = [ranks.share(EXAMPLES).start, ranks.share(EXAMPLES).stop]
     for name, case in CASES.items():
         sent = ranks.bytes_sent
@@ -163,4 +163,4 @@ def main(index, out, ports):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
