@@ -3,9 +3,9 @@
 A run that is resumed goes on as if it had never been stopped.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,14 @@ class Start:
         step: the first step of this process. bad_steps: how many in a row were bad before it.
         rate: a factor of the learning rate; None where it was not calibrated.
         damaged: checkpoints that were passed over.
+        validation: held-out losses by step that the run has measured already.
     """
 
     step: int = 0
     bad_steps: int = 0
     rate: float | None = None
     damaged: Sequence[Path] = ()
+    validation: Mapping[int, float] = field(default_factory=dict)
 
 
 def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
@@ -187,6 +189,8 @@ def _load_and_restore(
     start = Start(rate=_rate_factor(plan, components, ranks, journal))
     if resumed:
         start = _restore_(plan, components, journal, out.path, start)
+        # also at step 0: a kill may have left a line of a step that the journal lacks
+        start = replace(start, validation=cut_metrics(out.path / METRICS, start.step))
         end = "the journal's end" if plan.has_journal else "the last checkpoint"
         report(f"going on at step {start.step}, {end}")
     return components, start
@@ -198,7 +202,6 @@ def _trainer(
     # nobody goes on before all have read the checkpoints, for the old ones are dropped
     all_ranks.check_ranks(ranks, components.theta)
     set_aside(start.damaged)
-    validation = cut_metrics(out.path / METRICS, start.step) if start.step else {}
     tracker = Tracker(out.path, plan.config.train.max_steps, start.step)
     return Trainer(
         config=plan.config,
@@ -209,7 +212,7 @@ def _trainer(
         journal=None,
         ranks=ranks,
         metadata=plan.metadata(components),
-        validation=validation,
+        validation=dict(start.validation),
         steps_done=start.step,
     )
 

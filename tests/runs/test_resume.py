@@ -15,7 +15,7 @@ import pytest
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import read_yaml
 from qzo_diffusion.core.errors import JournalError
-from qzo_diffusion.core.journal import Journal, read_journal
+from qzo_diffusion.core.journal import Journal, encoded, read_journal
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.train import calibrate
 from tests.conftest import failing
@@ -155,6 +155,18 @@ def test_a_run_without_its_journal_begins_where_nothing_was_trained(whole, tmp_p
     (early / "journal.qzo").unlink()
     capsys.readouterr()
     assert "no journal.qzo" in failing(capsys, resume(early))
+
+
+def test_killed_in_its_first_step_it_goes_on_bit_for_bit(whole, tmp_path):
+    """The metrics have a line of step 0 that the journal lacks: it is cut off, not doubled."""
+    early, journal = tmp_path / "early", read_journal(whole / "journal.qzo")
+    shutil.copytree(whole, early, ignore=shutil.ignore_patterns("checkpoints", "final"))
+    (early / "journal.qzo").write_bytes(encoded(journal.header, ()))
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    first = next(at for at, line in enumerate(lines) if '"projected_grad"' in line)
+    (early / "metrics.jsonl").write_text("".join(lines[: first + 1]))
+    assert resume(early) == 0
+    assert_same_run(whole, early)
 
 
 @pytest.mark.parametrize(
