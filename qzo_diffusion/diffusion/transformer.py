@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion import original_layout
+from qzo_diffusion.diffusion import empty, original_layout
 from qzo_diffusion.quant import describe
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
@@ -89,13 +88,10 @@ def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
     """
     from diffusers import SD3Transformer2DModel
 
-    settings = {name: value for name, value in config.items() if name != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            return SD3Transformer2DModel.from_config(settings).eval()
-    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
-        raise ModelError(
-            f"a transformer config that diffusers refuses: {error}",
-            "a Stable Diffusion 3 model",
-            "download it again",
-        ) from None
+    return empty.from_config(
+        SD3Transformer2DModel,
+        config,
+        "transformer",
+        "a Stable Diffusion 3 model",
+        "download it again",
+    )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion import empty
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.stream import fill_
 from qzo_diffusion.quant.weights import read_entries
@@ -44,16 +45,13 @@ def empty_vae(config: Mapping[str, Any]) -> nn.Module:
     """The model on the meta device. Raises ModelError for a config that diffusers refuses."""
     from diffusers import AutoencoderKL
 
-    settings = {name: value for name, value in config.items() if name != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            return AutoencoderKL.from_config(settings).eval()
-    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
-        raise ModelError(
-            f"a VAE config that diffusers refuses: {error}",
-            "the VAE of a Stable Diffusion 3 model",
-            "download the model again",
-        ) from None
+    return empty.from_config(
+        AutoencoderKL,
+        config,
+        "VAE",
+        "the VAE of a Stable Diffusion 3 model",
+        "download the model again",
+    )
 
 
 def load_vae(

@@ -8,13 +8,13 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
 
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.describe import described
+from qzo_diffusion.system.reading import unique
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -86,8 +86,8 @@ class _Reader:
             MOST_KEYS, self._left() // 13
         ):
             raise ValueError(f"{tensors} tensors and {keys} keys in {self._size} bytes")
-        values = self._unique(self._pair() for _ in range(keys))
-        found = self._unique(self._tensor() for _ in range(tensors))
+        values = unique(self._pair() for _ in range(keys))
+        found = unique(self._tensor() for _ in range(tensors))
         alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= 2**20:
             raise ValueError(f"general.alignment = {alignment}")
@@ -145,15 +145,6 @@ class _Reader:
             raise ValueError(f"{name} of {dimensions} dimensions")
         shape = tuple(self._number("Q") for _ in range(dimensions))
         return name, GgufTensor(shape, self._number("I"), self._number("Q"))
-
-    @staticmethod
-    def _unique(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"{name} twice")
-            found[name] = value
-        return found
 
 
 def _check_places(tensors: dict[str, GgufTensor], size: int, alignment: int) -> None:

@@ -1,11 +1,11 @@
 """JSON files of other people, read within limits: length, depth and kind are checked."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.system.reading import unique
 
 LONGEST = 32 * 2**20  # bytes; the index of a model of 700 GB has 9 MB
 TOO_DEEP = "it is nested too deeply"
@@ -34,18 +34,9 @@ def read_object(file: Path, kind: str, remedy: str = "download the model again")
 def parsed_object(text: bytes) -> dict[str, Any]:
     """Raises ValueError for text that is no JSON object, is nested too deeply or repeats a key."""
     try:
-        content = json.loads(text, object_pairs_hook=_without_repeats)
+        content = json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
-
-
-def _without_repeats(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"it has {key!r} twice")
-        found[key] = value
-    return found

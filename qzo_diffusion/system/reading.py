@@ -7,7 +7,7 @@ text, before a parser sees it.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def parse_json(data: bytes | str) -> Any:
     if count > MOST_VALUES:
         raise TooMuch(f"{count} values, where at most {MOST_VALUES} are read")
     _check_nesting(bare)
-    return json.loads(raw, object_pairs_hook=_unique)
+    return json.loads(raw, object_pairs_hook=unique)
 
 
 def read_json_lines(path: Path, most: int = 2**30) -> Iterator[bytes]:
@@ -70,7 +70,8 @@ def _check_nesting(bare: bytes) -> None:
             raise TooMuch(f"nested deeper than {MOST_NESTED} levels")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a mapping. Raises ValueError for a key that stands twice."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
