@@ -112,7 +112,12 @@ def open_style(
 
 
 def choose(
-    style: str, data: Path, train: int = TRAIN, held_out: int = HELD_OUT, seed: int = 0
+    style: str,
+    data: Path,
+    train: int = TRAIN,
+    held_out: int = HELD_OUT,
+    seed: int = 0,
+    concepts: Sequence[str] | None = None,
 ) -> tuple[Drawings, Drawings]:
     """Drawings to train on and to hold out: taught concepts in a fixed random order, no picture
     twice.
@@ -120,10 +125,14 @@ def choose(
     The order of the concepts is that of their names, so neither the archive's order nor a style
     changes who is held out.
 
+    Args:
+        concepts: None takes those that the embedded model was taught.
+
     Raises:
         ValueError: too few drawings.
     """
-    known = load_drawings(data, {style: STYLE_WORDS[style]}, sorted(taught_concepts()))
+    taught = sorted(taught_concepts() if concepts is None else concepts)
+    known = load_drawings(data, {style: STYLE_WORDS[style]}, taught)
     place = {name: index for index, name in enumerate(known.names)}
     names = sorted(place)
     seen: set[bytes] = set()

@@ -1,0 +1,224 @@
+"""One cell: a run by one method on one folder, and how its pictures compare with the base's.
+
+    WORK/cells/FOLDER/METHOD_STEPS_SEED.json     the result
+    WORK/cells/FOLDER/METHOD_STEPS_SEED.png      32 score prompts: the base's pictures, the tuned
+    WORK/runs/FOLDER/METHOD_STEPS_SEED/          the run as `qzo-diffuse train` leaves it
+    WORK/base/                                   pictures of the base, drawn once
+
+A run is the package's own, and so are its figures (`qzo-diffuse evaluate`). The distance to true
+drawings is added here."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.content.embedded import taught
+from benchmarks.content.folders import StyleFolder, style_folder
+from benchmarks.content.methods import BEST_STEP, Settings, merged
+from benchmarks.content.vgg import SIDE, PictureDistance, fetch
+from benchmarks.record import provenance
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.diffusion.sampling import grid, load_picture, save_picture
+from qzo_diffusion.evaluate import intervals
+from qzo_diffusion.runs import training
+from qzo_diffusion.runs.style import evaluate, sample
+from qzo_diffusion.runs.style.plan import make_plan
+from qzo_diffusion.system.files import write_whole
+from qzo_diffusion.system.reading import read_json
+from qzo_diffusion.train.checkpoint import list_checkpoints
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run: `folder/method_steps_seed` names it and its files."""
+
+    folder: str
+    method: str
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/{self.method}_{self.steps}_{self.seed}"
+
+
+@dataclass
+class Bench:
+    """Everything that cells share.
+
+    Args:
+        data: the folder of `emoji64.npz` and `meta.json`. work: of results and all else.
+        package: the embedded model, see `embedded.unpack`.
+    """
+
+    data: Path
+    work: Path
+    package: Path
+    _distance: PictureDistance | None = None
+
+    def folder(self, name: str) -> StyleFolder:
+        return style_folder(name, self.data, self.work, taught(self.package))
+
+    def result(self, cell: Cell) -> Path:
+        return self.work / "cells" / f"{cell.name}.json"
+
+    @property
+    def distance(self) -> PictureDistance:
+        if self._distance is None:
+            self._distance = PictureDistance.load(fetch(self.work))
+        return self._distance
+
+
+def is_done(bench: Bench, cell: Cell, settings: Mapping[str, Any]) -> bool:
+    """Whether there is a result of these very settings."""
+    path = bench.result(cell)
+    return path.is_file() and bool(read_json(path)["settings"] == settings)
+
+
+def run_cell(bench: Bench, cell: Cell, settings: Settings, command: str) -> dict[str, Any]:
+    """Train, judge, and write the result; returns it.
+
+    Args:
+        command: recorded instead of this process's own, which may name folders of one machine.
+
+    Raises:
+        UserError: the settings are no valid ones, or the run diverged.
+    """
+    folder, began = bench.folder(cell.folder), time.perf_counter()
+    place = bench.work / "runs" / cell.name
+    shutil.rmtree(place, ignore_errors=True)
+    trained = _train(bench, cell, folder, settings, place)
+    run = _best(place) if cell.method in BEST_STEP else place
+    trained_at = time.perf_counter()
+    found = _evaluated(bench, cell, run)
+    drawing = _drawing_distance(bench, folder, run, found["sampling"])
+    result = {
+        "cell": cell.name,
+        "folder": cell.folder,
+        "method": cell.method,
+        "steps": cell.steps,
+        "seed": cell.seed,
+        "settings": settings,
+        **figures(found),
+        "curve": trained["curve"],
+        "drawing": drawing,
+        "seconds": {
+            "train": round(trained_at - began, 1),
+            "judge": round(time.perf_counter() - trained_at, 1),
+        },
+        "provenance": provenance() | {"command": command},
+    }
+    write_whole(bench.result(cell), (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _train(
+    bench: Bench, cell: Cell, folder: StyleFolder, settings: Settings, place: Path
+) -> dict[str, Any]:
+    """The held-out losses of the run by step."""
+    own: Settings = {
+        "model": "tiny",
+        "data": {
+            "style_dir": str(folder.train),
+            "validation_dir": str(folder.held_out) if folder.held_out else None,
+            "cache_dir": str(bench.work / "cache"),
+        },
+        "train": {"seed": cell.seed, "max_steps": cell.steps},
+        "compute": {"device": "cpu", "dtype": "float32"},
+    }
+    place.parent.mkdir(parents=True, exist_ok=True)
+    training.run(make_plan(make_config(merged(settings, own))), place)
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+    return {"curve": [[x["step"], x["validation_loss"]] for x in lines if "validation_loss" in x]}
+
+
+def _best(run: Path) -> Path:
+    """The checkpoint with the lowest held-out loss, or the run itself where it has none."""
+    whole, _ = list_checkpoints(run / "checkpoints", check=False)
+    scored = [(one.validation_loss, one.folder) for one in whole if one.validation_loss is not None]
+    return min(scored)[1] if scored else run
+
+
+def _evaluated(bench: Bench, cell: Cell, run: Path) -> dict[str, Any]:
+    """The report's own figures, and its pictures beside the base's."""
+    place, known = evaluate.Place.of(run), bench.work / "base" / cell.folder
+    base = place.kept.own / "base"
+    if known.is_dir():
+        shutil.copytree(known, base, dirs_exist_ok=True)  # drawn anew where they do not fit
+    found = evaluate.run(evaluate.EvaluateRequest(run))
+    shutil.copytree(base, known, dirs_exist_ok=True)
+    columns = [_pictures(folder) for folder in (base, place.kept.part / "tuned")]
+    sheet = bench.result(cell).with_suffix(".png")
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(side_by_side(*columns), sheet)
+    return found
+
+
+def _pictures(folder: Path) -> list[Image.Image]:
+    return [load_picture(path) for path in sorted(folder.glob("[0-9]*.png"))]
+
+
+def side_by_side(
+    base: Sequence[Image.Image], tuned: Sequence[Image.Image], blocks: int = 4
+) -> Image.Image:
+    """Pairs of pictures in several blocks of two columns."""
+    rows = -(-len(base) // blocks)
+    starts = [start for start in range(0, len(base), rows) if start + rows <= len(base)]
+    columns = [side[start : start + rows] for start in starts for side in (base, tuned)]
+    return grid(columns, ["base", "tuned"] * len(starts))
+
+
+def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of evaluation.json that count here."""
+    loss, clip, style, kid = (
+        found["validation_loss"],
+        found["clip_score"],
+        found["style"]["similarity"],
+        found["style"]["kid"],
+    )
+    exact = found["signal"]["base"].get("exact", {})
+    return {
+        "step": found["step"],
+        "loss": {"start": loss["base"], "final": loss["tuned"], "n": loss["n"]},
+        "content": _before_and_after(clip, clip["base_mean"], clip["mean"]),
+        "style": _before_and_after(style, style["base_mean"], style["mean"]),
+        "kid": _before_and_after(kid, kid["base"], kid["value"]),
+        "verdict": found["sentence"],
+        "signal": {key: exact.get(key) for key in ("cosine", "expected")},
+    }
+
+
+def _before_and_after(found: Mapping[str, Any], base: float, tuned: float) -> dict[str, Any]:
+    return {"base": base, "tuned": tuned, "delta_ci95": found["delta_ci95"]}
+
+
+def _drawing_distance(
+    bench: Bench, folder: StyleFolder, run: Path, sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How much closer the pictures of held-out concepts are to their true drawings than the base's:
+    below zero is closer.
+    """
+    key = f"{folder.name}_drawings_{sampling['steps']}_{sampling['guidance']:g}"
+    base, tuned = bench.work / "base" / key, evaluate.Place.of(run).scores / "drawings"
+    measured = {}
+    for state, place, strength in (("base", base, 0.0), ("tuned", tuned, 1.0)):
+        if not (place / "samples").is_dir():
+            captions = list(folder.captions)
+            sample.run(sample.SampleRequest(place, run=run, strength=strength, prompts=captions))
+        measured[state] = bench.distance(_pictures(place / "samples"), folder.drawings)
+    change = intervals.paired(measured["tuned"], measured["base"])
+    return {
+        "base": change["base_mean"],
+        "tuned": float(np.mean(measured["tuned"])),
+        "delta": change["delta"],
+        "delta_ci95": change["delta_ci95"],
+        "concepts": len(folder.concepts),
+        "side": SIDE,
+    }

@@ -1,0 +1,104 @@
+"""The styles: a folder to train on, images to hold out, and true drawings of held-out concepts.
+
+`fluent_mono`, `fluent3d` and `twemoji` have the images of `benchmarks.convergence`. `twemoji24` is
+a small folder such as a new user has: 24 drawings with plain captions, of which a run holds out
+some itself.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.convergence.tasks import choose, write_images
+from benchmarks.tiny.drawings import Drawings, load_drawings
+
+SMALL = "twemoji24"
+STYLES = ("fluent_mono", "fluent3d", "twemoji")
+FOLDERS = (SMALL, *STYLES)
+SMALL_NAMES = [
+    *("red apple", "pear", "cherries", "tomato", "carrot", "hamburger", "french fries", "doughnut"),
+    *("dog face", "cow face", "tiger face", "rabbit face", "frog", "turtle", "octopus"),
+    *("lady beetle", "tulip", "cactus", "bicycle", "airplane", "sailboat", "castle", "umbrella"),
+    "trumpet",
+]
+CONCEPTS = 64  # whose true drawings are compared with pictures
+
+
+@dataclass(frozen=True)
+class StyleFolder:
+    """Where the images of a style lie.
+
+    held_out: None where the run holds out some of `train`.
+    concepts, captions, drawings: of held-out concepts; RGB [64, 64] images.
+    """
+
+    name: str
+    train: Path
+    held_out: Path | None
+    concepts: Sequence[str]
+    captions: Sequence[str]
+    drawings: Sequence[Image.Image]
+
+
+def style_folder(name: str, data: Path, work: Path, taught: Sequence[str]) -> StyleFolder:
+    """Write the images of a style below `work`.
+
+    Args:
+        data: the folder of `emoji64.npz` and `meta.json`.
+        taught: the concepts that the embedded model draws.
+
+    Raises:
+        ValueError: no such style, or too few drawings.
+    """
+    if name not in FOLDERS:
+        raise ValueError(f"no folder {name!r}; there are {', '.join(FOLDERS)}")
+    train, held_out = choose("twemoji" if name == SMALL else name, data, concepts=taught)
+    if name != SMALL:
+        paths = [write_images(work / "images" / name, part) for part in (train, held_out)]
+        return StyleFolder(name, paths[0], paths[1], *_compared(held_out, held_out.captions))
+    small = write_small(work / "images" / name, data)
+    return StyleFolder(name, small, None, *_compared(held_out, held_out.names, SMALL_NAMES))
+
+
+def write_small(parent: Path, data: Path) -> Path:
+    """The folder of 24 drawings: PNG files with a caption file beside each, and no word of style.
+
+    Raises:
+        ValueError: a drawing is missing.
+    """
+    known = load_drawings(data, {"twemoji": ""}, SMALL_NAMES)
+    missing = set(SMALL_NAMES) - set(known.names)
+    if missing:
+        raise ValueError(f"no drawings of {sorted(missing)} in {data}; 24 are needed")
+    digest = hashlib.sha256(known.images.numpy().tobytes()).hexdigest()[:12]
+    folder = parent / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SMALL_NAMES:
+        stem = folder / name.replace(" ", "_")
+        _picture(known.images[known.names.index(name)]).save(stem.with_suffix(".png"))
+        stem.with_suffix(".txt").write_text(name)
+    return folder
+
+
+def _compared(
+    drawings: Drawings, captions: Sequence[str], without: Sequence[str] = ()
+) -> tuple[list[str], list[str], list[Image.Image]]:
+    """Names, captions and drawings of `CONCEPTS` concepts, evenly from the list."""
+    places = [at for at, name in enumerate(drawings.names) if name not in without]
+    if len(places) < CONCEPTS:
+        raise ValueError(f"{len(places)} held-out drawings, {CONCEPTS} are needed")
+    chosen = [places[index * len(places) // CONCEPTS] for index in range(CONCEPTS)]
+    return (
+        [drawings.names[at] for at in chosen],
+        [captions[at] for at in chosen],
+        [_picture(drawings.images[at]) for at in chosen],
+    )
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    """From uint8 [3, H, W]."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
