@@ -1,5 +1,5 @@
-"""Aspect-ratio buckets. Images keep about their own proportions: each goes to the nearest of nine
-shapes of equal area.
+"""Aspect-ratio buckets: each image is cut to the nearest of nine shapes of equal area, so that it
+keeps about its own proportions.
 
 A batch is a single tensor, so all its samples share a shape (`train.batch_plan`).
 """
@@ -11,21 +11,22 @@ from collections.abc import Mapping
 from qzo_diffusion.core.errors import ConfigError
 
 Bucket = tuple[int, int]
-"""(width, height) in pixels, both multiples of 16: the VAE shrinks by 8 and the transformer takes
-patches of 2.
+"""(width, height) in pixels. Both are multiples of 16: the VAE shrinks by 8, and the transformer
+takes patches of 2.
 """
 
 STRIDE = 16
 _WIDE_SHAPES_AT_1024 = ((1152, 896), (1216, 832), (1344, 768), (1472, 704))
-# At low resolutions rounding to 16 bends some shapes far from the area asked for; those are left
+# At low resolutions rounding to 16 moves some shapes far from the requested area. They are left
 # out.
 _AREA_TOLERANCE = 0.25
 
 
 @functools.cache
 def bucket_shapes(resolution: int) -> tuple[Bucket, ...]:
-    """The shapes for a resolution, the square first; at 1024 those that Stable Diffusion 3.5 was
-    trained on.
+    """Return the shapes for a resolution, the square first.
+
+    At 1024 they are those that Stable Diffusion 3.5 was trained on.
 
     Raises:
         ConfigError: the resolution is below 16.
@@ -47,8 +48,9 @@ def bucket_shapes(resolution: int) -> tuple[Bucket, ...]:
 
 
 def nearest_bucket(width: int, height: int, resolution: int) -> Bucket:
-    """The shape whose proportions are nearest to width : height, by their ratio. No image is
-    refused.
+    """Return the shape whose ratio of width to height is nearest to that of an image in pixels.
+
+    No image is refused.
 
     Raises:
         ConfigError: as `bucket_shapes`.
@@ -60,8 +62,8 @@ def nearest_bucket(width: int, height: int, resolution: int) -> Bucket:
 
 
 def part_to_cover(size: tuple[int, int], bucket: Bucket) -> tuple[int, int]:
-    """The largest part of an image of `size` that has the proportions of a bucket, in its own
-    pixels.
+    """Return (width, height) in pixels of the largest part of an image that has a bucket's
+    proportions.
     """
     (image_width, image_height), (width, height) = size, bucket
     scale = min(image_width / width, image_height / height)
@@ -72,17 +74,22 @@ def part_to_cover(size: tuple[int, int], bucket: Bucket) -> tuple[int, int]:
 
 
 def losses(size: tuple[int, int], bucket: Bucket) -> tuple[float, float]:
-    """(which part of an image of `size` is cut off, how many times larger the rest becomes)."""
+    """Return the fraction of an image that is cut off, and the factor by which the rest is
+    enlarged.
+    """
     width, height = part_to_cover(size, bucket)
     return 1 - width * height / (size[0] * size[1]), bucket[0] / width
 
 
 def check_positions(shapes: Mapping[str, Bucket], most: int) -> None:
-    """Raise ConfigError for a shape beyond the transformer's table of positions.
+    """Check that the transformer has positions for every shape.
 
     Args:
-        shapes: by a word for what has it, such as the name of an image.
-        most: pixels of a side for which the table has positions.
+        shapes: what each shape belongs to, such as the name of an image -> the shape.
+        most: the largest side in pixels that the transformer has positions for.
+
+    Raises:
+        ConfigError: a shape is too large.
     """
     beyond = {name: shape for name, shape in shapes.items() if max(shape) > most}
     if beyond:
@@ -96,7 +103,7 @@ def check_positions(shapes: Mapping[str, Bucket], most: int) -> None:
 
 
 def largest_resolution(most: int) -> int:
-    """The largest resolution of which no bucket is wider or higher than `most` pixels."""
+    """Return the largest resolution of which no bucket has a side above `most` pixels."""
     fitting = STRIDE
     while max(map(max, bucket_shapes(fitting + STRIDE))) <= most:
         fitting += STRIDE

@@ -1,9 +1,10 @@
-"""Tensors on disk that can be computed again: latents, prompt embeddings.
+"""Cache tensors on disk that can be computed again: latents and prompt embeddings.
 
-A file is named by the hash of everything its content depends on, so a stale entry cannot be hit; it
-is merely never asked for again. Files are written to another name, synced and renamed, so a reader
-sees all of one or nothing of it and writers may race. What was damaged since (safetensors has no
-checksum of its own, so one is kept in its metadata), or written by another user, counts as absent.
+A file is named by the hash of everything that its content depends on. So nobody reads a stale
+entry: its name is never asked for again. Each file is written under another name, synced and
+renamed. So a reader sees all of a file or nothing, and several processes may write at once. A file
+counts as absent if it is damaged or if another user wrote it. safetensors has no checksum of its
+own, so the metadata holds one.
 """
 
 import contextlib
@@ -25,8 +26,7 @@ Key = Mapping[str, str | int | float | bool]
 
 
 class TensorCache:
-    """A folder of named tensors by key. It is made on the first `put`; several processes may share
-    it.
+    """A folder of named tensors by key. The first `put` makes it; several processes may share it.
 
     Example:
         >>> cache = TensorCache(Path("/tmp/latents"))
@@ -39,10 +39,13 @@ class TensorCache:
         self.folder = folder
 
     def get(self, key: Key) -> dict[str, torch.Tensor] | None:
-        """The tensors stored under `key`, on the CPU; None if there are none, another user wrote
-        them, or the file is damaged (it is removed).
+        """Return the tensors stored under `key`, on the CPU.
 
-        Raises OutputError as `check`.
+        Return None if there are none, if another user wrote them, or if the file is damaged. A
+        damaged file is removed.
+
+        Raises:
+            OutputError: as `check`.
         """
         path = self._path(key)
         self.check()
@@ -60,7 +63,7 @@ class TensorCache:
         return tensors
 
     def put(self, key: Key, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Store tensors of any device and layout under `key`, in place of what was there.
+        """Store tensors of any device and layout under `key`, and replace earlier ones.
 
         Raises:
             OutputError: the folder cannot be made or written, or belongs to another user.
@@ -85,7 +88,7 @@ class TensorCache:
             ) from error
 
     def check(self) -> None:
-        """Close the folder to others.
+        """Make the folder readable by its owner alone, if it exists.
 
         Raises:
             OutputError: it belongs to another user, whose files could be anything.
@@ -114,7 +117,7 @@ def _is_ours(facts: os.stat_result) -> bool:
 
 
 def _canonical(key: Key) -> str:
-    """The key as JSON that does not depend on the order in which it was built."""
+    """Return the key as JSON that does not depend on the order of its entries."""
     return json.dumps(
         dict(key), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
@@ -140,8 +143,7 @@ def _decode(data: bytes, key: str) -> dict[str, torch.Tensor] | None:
         tensors = tensors_from_bytes(data)
         intact = metadata["key"] == key and metadata["checksum"] == _checksum(tensors)
     except Exception:
-        # Damaged bytes may fail anywhere in two parsers, and the answer is always: compute it
-        # again.
+        # Damaged bytes may fail anywhere in two parsers. The entry is then computed again.
         return None
     return tensors if intact else None
 

@@ -1,4 +1,4 @@
-"""Which caption belongs to which image.
+"""Find the caption of each image.
 
 For each image the first source that has text wins:
 
@@ -8,10 +8,10 @@ For each image the first source that has text wins:
     a.caption        beside a.png
     --caption        one text for all images that have none of their own
 
-A caption file that matches nothing is told, not skipped: training for days on empty captions
-because of a file name is the costliest mistake other tools allow. For the same reason a wrong line
-in metadata.jsonl is an error with its number. Names that look alike are alike: they are compared as
-composed Unicode, and the one with the same bytes comes first."""
+A caption file that matches no image gives a note: to train for days on empty captions because of a
+file name is the costliest mistake that other tools allow. For the same reason a wrong line in
+metadata.jsonl is an error with its number. Names are compared as composed Unicode, so names that
+look alike are equal; a name with the same bytes comes first."""
 
 import functools
 import os
@@ -37,7 +37,7 @@ from qzo_diffusion.diffusion.text_file import decode
 
 PLACEHOLDER = "[trigger]"
 
-# Text files that come with collections of images and are no captions.
+# Text files that come with collections of images but are not captions.
 _PAPERS = {
     "attribution",
     "attributions",
@@ -49,15 +49,17 @@ _PAPERS = {
     "readme",
 }
 
-_Sidecars = Mapping[tuple[Path, str], Path]  # image and suffix to the caption file
-# what happened to files, such as "captions are empty", and to which, in order
+_Sidecars = Mapping[tuple[Path, str], Path]  # (image, suffix) -> caption file
+# an event, such as "captions are empty" -> the files that it happened to, in order
 _Notes = dict[str, dict[str, None]]
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One caption; `source` is "metadata.jsonl", "txt", "caption", "--caption" or "none" (then the
-    text is empty). `place` is a file, with the line in metadata.jsonl, or "--caption".
+    """One caption.
+
+    `source` is "metadata.jsonl", "txt", "caption", "--caption" or "none" (then the text is empty).
+    `place` is a file, with the line in metadata.jsonl, or "--caption".
     """
 
     text: str
@@ -67,7 +69,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class Captions:
-    """A caption for every image asked for, and what a user should know about how they were read."""
+    """A caption for every requested image, and notes for the user on how the captions were read."""
 
     by_file: dict[Path, Caption]
     notes: tuple[str, ...]
@@ -86,10 +88,10 @@ def read_captions(
     Args:
         fallback: the text of --caption; "" asks for unconditional training, None for no fallback.
         trigger: replaces "[trigger]" in every caption.
-        other: the folder of the other images, those of validation or of training. Inside `folder`,
-            its caption files are left to it, and so are the lines of metadata.jsonl for its images;
-            else its metadata.jsonl may hold lines for images in `folder`, which count where
-            `folder` has none of its own.
+        other: the folder of validation images while training images are read, and the other way
+            round. If it lies inside `folder`, its caption files and the lines of metadata.jsonl
+            for its images are skipped. Otherwise its metadata.jsonl may hold lines for images in
+            `folder`; they count where `folder` has none of its own.
 
     Raises:
         DataError: a wrong line in metadata.jsonl, no image with a caption, caption files of which
@@ -118,8 +120,11 @@ def read_captions(
 
 
 def check_any_caption(captions: Iterable[Caption], folder: Path) -> None:
-    """Raise DataError when every caption is missing: a model trained so would learn nothing that a
-    prompt can call.
+    """Check that at least one caption is present: a model trained without any would learn nothing
+    that a prompt can call.
+
+    Raises:
+        DataError: every caption is missing.
     """
     if all(caption.source == "none" for caption in captions):
         raise DataError(
@@ -131,14 +136,12 @@ def check_any_caption(captions: Iterable[Caption], folder: Path) -> None:
 
 
 def _note(noted: _Notes, what: str, name: str) -> None:
-    """One note for each kind of thing, not one for each file; a file that is read for two images
-    counts once.
-    """
+    """Add a file to the note on a kind of event. A file that is read for two images counts once."""
     noted.setdefault(what, {})[name] = None
 
 
 def _read_text(path: Path, folder: Path, noted: _Notes) -> str:
-    """The text of a caption file; a note says how it was read where it is not UTF-8."""
+    """Read a caption file, and note its encoding if it is not UTF-8."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -167,7 +170,7 @@ def _add_metadata(
 ) -> None:
     """Add the captions of one metadata.jsonl.
 
-    Names are looked up among the images found, never opened as paths.
+    Its names are looked up among the images found, and never opened as paths.
     """
     near = [image for image in files if image.is_relative_to(path.parent)]
     exact = {image.relative_to(path.parent).as_posix(): image for image in near}
@@ -194,10 +197,11 @@ def _add_metadata(
 
 
 def _metadata_of_other(other: Path, folder: Path, files: Sequence[Path]) -> dict[Path, Caption]:
-    """The captions that metadata.jsonl in `other` holds for images in `folder`; its other lines are
-    for its own images.
+    """Read the captions that metadata.jsonl in `other` holds for images in `folder`.
+
+    Its other lines belong to its own images.
     """
-    # By real folders, since the way to `folder` may be spelled otherwise here, or be a link.
+    # Real paths are compared, since `folder` may be spelled otherwise here, or be a link.
     real = functools.cache(_real)
     exact = {(real(image.parent), image.name): image for image in files}
     composed = {(place, _composed(name)): image for (place, name), image in exact.items()}
@@ -233,7 +237,7 @@ def _real(place: Path) -> Path:
 
 
 def _composed(name: str) -> str:
-    """Unicode NFC: a Mac stores "é" as two characters, and names typed elsewhere hold it as one."""
+    """Return a name in Unicode NFC: a Mac stores "é" as two characters, other systems as one."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -244,8 +248,10 @@ def _match_sidecars(
     present: Sequence[Path],
     noted: _Notes,
 ) -> _Sidecars:
-    """Note the .txt and .caption files that are for no image; an error if that is all of them and
-    captions are needed.
+    """Find the .txt and .caption files of each image, and note those that belong to no image.
+
+    Raises:
+        DataError: captions are needed, and no caption file belongs to an image.
     """
     exact = {(path.with_suffix(""), path.suffix.lower()): path for path in reversed(present)}
     composed = {(_composed_stem(path), path.suffix.lower()): path for path in reversed(present)}
@@ -287,7 +293,7 @@ def _composed_stem(path: Path) -> Path:
 def _own_caption(
     folder: Path, image: Path, metadata: Mapping[Path, Caption], sidecars: _Sidecars, noted: _Notes
 ) -> Caption | None:
-    """The first source with text; an empty one is noted and passed over."""
+    """Return the first source that has text. An empty source is noted and skipped."""
     if image in metadata:
         if metadata[image].text:
             return metadata[image]

@@ -1,6 +1,6 @@
-"""From the colour space of a file to sRGB, which the VAE was trained on.
+"""Convert the colours of a file to sRGB, which the VAE was trained on.
 
-The profile is the file's own claim: one that can't be used costs the conversion, never the picture.
+A file may hold a colour profile that is wrong. Such a profile is ignored, and the image is kept.
 """
 
 import functools
@@ -20,9 +20,10 @@ Convert = Callable[[Image.Image], Image.Image]
 
 
 def to_srgb(mode: str, profile: bytes | None, notes: list[str]) -> Convert | None:
-    """How images of a mode (RGB, L, CMYK or LAB) become sRGB; None where they are RGB already.
+    """Return a function that converts images of a mode (RGB, L, CMYK or LAB) to sRGB.
 
-    Says in `notes` what is converted, and why where `profile` can't be used.
+    Return None for images that are RGB already. `notes` receives a note on each conversion, and the
+    reason if `profile` can't be used.
     """
     plain = None if mode == "RGB" else _plain
     if mode == "LAB":
@@ -42,7 +43,7 @@ def to_srgb(mode: str, profile: bytes | None, notes: list[str]) -> Convert | Non
 
 
 def by_strips(image: Image.Image, convert: Convert) -> Image.Image:
-    """`convert` of some rows at a time, so that only the source and the result are held whole."""
+    """Convert some rows at a time, so that only the source and the result are held whole."""
     rows = max(1, _STRIP // image.width)
     if rows >= image.height:
         return convert(image)
@@ -58,7 +59,7 @@ def _plain(image: Image.Image) -> Image.Image:
 
 
 def _transform(mode: str, data: bytes) -> tuple[str, str, ImageCms.ImageCmsTransform]:
-    """The profile's name, the mode that it is for, and the way to sRGB."""
+    """Return the profile's name, the mode that it is for, and its transform to sRGB."""
     if len(data) > _LARGEST_PROFILE:
         raise ValueError(f"{len(data)} bytes")
     profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
@@ -77,7 +78,10 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Most profiles in files are sRGB under one of many names: a cube of colours tells."""
+    """Return whether a transform leaves a cube of colours as it is.
+
+    Most profiles in files are sRGB under one of many names.
+    """
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
     after = np.asarray(_applied(transform, Image.fromarray(cube)))
@@ -86,12 +90,12 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform) -> bool:
 
 def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
     result = ImageCms.applyTransform(image, transform)
-    if result is None:  # only of images that are changed in place
+    if result is None:  # Pillow returns None only for a change in place
         raise ValueError("no picture")
     return result
 
 
 def _printable(text: str) -> str:
-    """A few printable characters of a text from a file."""
+    """Return a few printable characters of a text from a file."""
     shown = "".join(character for character in text if character.isprintable()).strip()
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -12,10 +12,11 @@ from qzo_diffusion.core.errors import ModelError
 def from_config(
     kind: Any, config: Mapping[str, Any], name: str, expected: str, remedy: str
 ) -> nn.Module:
-    """The model of a config, with all its tensors on the meta device.
+    """Build the model of a config with all its tensors on the meta device.
 
     Args:
-        kind: a model class of diffusers. name: of the model, for an error.
+        kind: a model class of diffusers.
+        name: the name of the model, for an error.
 
     Raises:
         ModelError: diffusers refuses the config.
@@ -25,7 +26,7 @@ def from_config(
         with torch.device("meta"):
             model: nn.Module = kind.from_config(settings)
             return model.eval()
-    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
+    except Exception as error:  # a wrong value may raise anything in diffusers
         raise ModelError(
             f"a {name} config that diffusers refuses: {error}", expected, remedy
         ) from None

@@ -4,9 +4,9 @@
     velocity = noise - latents                          the target at timestep 1000 · sigma
     loss     = mean over channels and pixels of (prediction - velocity)²    one per example
 
-Noise and sigma are arguments, drawn once a step, so that both forwards of a two-point estimate see
-the same ones. The DDPM noising of the paper's released script is a different objective than the one
-SD3.5 was trained with, and is not offered."""
+Noise and sigma are arguments. A step draws them once, so that all its probes see the same ones. The
+DDPM noising of the paper's released script is not offered: SD3.5 was trained with another
+objective."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ SigmaDistribution = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything one evaluation of the loss needs.
+    """Everything that one evaluation of the loss needs.
 
     latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
-    prompt_embeds [B, T, D], pooled [B, P]. regions: how many losses an example has, one for each
-    equally long run of its patches."""
+    prompt_embeds [B, T, D], pooled [B, P]. regions: the number of patch groups of an example. Each
+    is an equally long run of its patches and has its own loss."""
 
     latents: Tensor
     noise: Tensor
@@ -38,18 +38,18 @@ class Batch:
         return len(self.sigma)
 
     def part(self, examples: slice) -> "Batch":
-        """Some of the examples."""
+        """Return some of the examples."""
         return self._with(tensor[examples] for tensor in self._tensors())
 
     def repeated(self, times: int) -> "Batch":
-        """All examples and then all again, so many times."""
+        """Return all examples `times` times: all of them, then all of them again."""
         return self._with(torch.cat([tensor] * times) for tensor in self._tensors())
 
     def to(self, device: torch.device) -> "Batch":
         return self._with(tensor.to(device) for tensor in self._tensors())
 
     def split(self, size: int) -> list["Batch"]:
-        """Micro-batches of at most `size` examples; their losses average to this batch's."""
+        """Return micro-batches of at most `size` examples; their losses average to this batch's."""
         parts = [tensor.split(size) for tensor in self._tensors()]
         return [self._with(tensors) for tensors in zip(*parts, strict=True)]
 
@@ -62,8 +62,9 @@ class Batch:
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """The time shift of SD3 (arXiv 2403.03206, equation 23): `shift` > 1 moves levels towards pure
-    noise, 1 is the identity.
+    """Apply the time shift of SD3 (arXiv 2403.03206, equation 23).
+
+    `shift` > 1 moves levels towards pure noise; 1 is the identity.
     """
     return shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -75,12 +76,13 @@ def sample_sigmas(
     distribution: SigmaDistribution = "uniform",
     shift: float = 1.0,
 ) -> Tensor:
-    """Noise levels [count], stratified: one from each of `count` equal slices of the distribution,
-    in random order.
+    """Draw noise levels [count], one from each of `count` equal slices of the distribution, in
+    random order.
 
-    Stratifying takes most of the variance of sigma out of a batch's loss without changing its mean.
-    "logit_normal" is the standard logit-normal, median 0.5 at shift 1; diffusers' scripts bake
-    shift 3 in (median 0.75). Name the shift."""
+    Such stratified levels remove most of the variance of sigma from a batch's loss and leave its
+    mean. "logit_normal" is the standard logit-normal, with median 0.5 at shift 1. Scripts of
+    diffusers apply shift 3 (median 0.75), so name the shift when you compare.
+    """
     strata = torch.randperm(count, generator=generator).double()
     quantile = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
     if distribution == "logit_normal":
@@ -89,24 +91,23 @@ def sample_sigmas(
     return shift_sigma(quantile, shift).float()
 
 
-PATCH = 2  # the side in latents of what the transformer sees as one token
+PATCH = 2  # latents along a side of one token of the transformer
 
 
 def divisor_up_to(wanted: int, tokens: int) -> int:
-    """The largest number of equally long runs, at most `wanted`, that `tokens` can be divided
-    into.
-    """
+    """Return the largest divisor of `tokens` that is at most `wanted`."""
     return max(count for count in range(1, min(wanted, tokens) + 1) if tokens % count == 0)
 
 
 def patches(latents: Tensor) -> int:
-    """How many tokens the transformer sees of latents [..., h, w]."""
+    """Return the number of tokens that the transformer makes of latents [..., h, w]."""
     return latents.shape[-2] // PATCH * (latents.shape[-1] // PATCH)
 
 
 def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """One loss per example, [B] fp32, or per region, [B, R]. The transformer runs in `dtype`;
-    noising and squared error are fp32.
+    """Compute the loss of each example, [B] fp32, or of each patch group, [B, R].
+
+    The transformer runs in `dtype`. Noising and squared error are fp32.
 
     Args:
         transformer: called like diffusers' `SD3Transformer2DModel`.
@@ -123,6 +124,6 @@ def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
     error = (prediction.float() - (batch.noise - batch.latents)).square()
     if batch.patch_groups == 1:
         return error.flatten(1).mean(1)
-    # row by row, as the transformer's tokens are
+    # row by row, in the order of the transformer's tokens
     of_patches = F.avg_pool2d(error.mean(1, keepdim=True), PATCH).flatten(1)
     return of_patches.view(len(batch), batch.patch_groups, -1).mean(2)

@@ -1,6 +1,6 @@
-"""Copies of picture files without what is not needed to show them: texts, profiles, tags.
+"""Copy picture files without texts, profiles and tags, which a picture does not need.
 
-A decoder that stumbles over any of it would lose the picture.
+A decoder that fails on any of them would lose the picture.
 """
 
 import struct
@@ -15,8 +15,9 @@ _JPEG_SCAN = 0xDA
 
 
 def without_metadata(path: Path) -> Iterator[bytes]:
-    """Copies of a PNG, JPEG or WebP, first with colour profile and rotation where that is possible,
-    then without; none of other formats.
+    """Yield copies of a PNG, JPEG or WebP file, and nothing for other formats.
+
+    The first copy keeps colour profile and rotation if possible; the second has neither.
     """
     with path.open("rb") as file:
         start = file.read(12)
@@ -36,7 +37,7 @@ def _copies(data: bytes) -> Iterator[bytes]:
 
 
 def _png_chunks(data: bytes, kept: set[bytes]) -> Iterator[bytes]:
-    """Those without which there is no picture, and those `kept` whose checksum is right."""
+    """Yield the chunks that a picture needs, and those of `kept` whose checksum is right."""
     at = len(_PNG)
     while at + 8 <= len(data):
         (length,), kind = struct.unpack(">I", data[at : at + 4]), data[at + 4 : at + 8]

@@ -1,8 +1,9 @@
-"""From a file of unknown origin to RGB pixels, or a reason why not.
+"""Decode a file of unknown origin to RGB pixels, or give the reason why that is not possible.
 
-Everything that a folder from the wild holds is either converted, with a note that says so, or
-refused as a `BadImage` with a reason. Sizes are judged from the header, before any pixel is
-decoded, so a decompression bomb costs nothing."""
+Everything in a user's folder is either converted, with a note on the conversion, or refused as a
+`BadImage` with a reason. Sizes are checked in the header before any pixel is decoded, so a
+decompression bomb costs nothing.
+"""
 
 import contextlib
 import warnings
@@ -21,7 +22,7 @@ from qzo_diffusion.diffusion.buckets import part_to_cover
 from qzo_diffusion.diffusion.colour import Convert, by_strips, to_srgb
 from qzo_diffusion.diffusion.image_metadata import without_metadata
 
-# Formats are named because Pillow would otherwise try all it knows, and some of those start other
+# Formats are named because Pillow would otherwise try all that it knows. Some of those start other
 # programs.
 _FORMATS = {
     "PNG": (".png",),
@@ -33,8 +34,7 @@ _FORMATS = {
     **({"AVIF": (".avif",)} if "avif" in features.modules and features.check("avif") else {}),
 }
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
-# Pictures as well, in formats that are not read: to pass them over as other files would lose them
-# unseen.
+# Pictures in formats that are not read. To skip them like other files would lose them silently.
 UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jp2", ".tga", ".jxl", ".avif"}) - IMAGE_SUFFIXES
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 16
@@ -59,12 +59,12 @@ _NAMES = {
 }
 
 
-# The mode whose colours a mode holds; RGB for all others.
+# A mode -> the mode that has the same colours; RGB for all others.
 _PLAIN_MODES = {
     **dict.fromkeys(("1", "L", "LA", "La", "I;16"), "L"),
     **{mode: mode for mode in ("CMYK", "LAB")},
 }
-# What a header claims must fit to the length of the file: this much is always free, ...
+# A header may claim so many bytes in any file, ...
 _FREE_BYTES = 100_000_000
 _COMPRESSION = 200  # ... and so many bytes of pixels for each byte of the file
 _BYTES_PER_PIXEL = 4  # in Pillow's memory, also of RGB
@@ -74,7 +74,9 @@ _JPEG_SCAN, _MOST_SCANS = b"\xff\xda", 1000
 
 
 class BadImage(DataError):
-    """One file that cannot be trained on; `reason` says why in a few words, without the path."""
+    """One file that cannot be trained on; `reason` gives the cause in a few words, without the
+    path.
+    """
 
     def __init__(self, reason: str, path: Path) -> None:
         self.reason, self.path = reason, path
@@ -90,22 +92,25 @@ class BadImage(DataError):
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """The picture in RGB and upright; `notes` say what had to be done to it."""
+    """The picture in RGB and upright; `notes` name the conversions that were needed."""
 
     image: Image.Image
     notes: tuple[str, ...]
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether the name ends as a picture's does, formats that are not read included; `open_image`
-    judges the content.
+    """Return whether a name ends like a picture's, also in formats that are not read.
+
+    `open_image` judges the content.
     """
     return path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
 
 
 def open_image(path: Path) -> OpenedImage:
-    """Decode a file to RGB: turned as EXIF says, in sRGB, transparency laid over white, the first
-    frame of an animation.
+    """Decode a file to RGB.
+
+    The picture is turned as EXIF says, converted to sRGB, and laid over white where it is
+    transparent. An animation gives its first frame.
 
     Raises:
         BadImage: not an image, damaged, too small, or too large to be decoded safely.
@@ -132,15 +137,14 @@ def _decoded(source: Path | BytesIO, path: Path) -> OpenedImage:
         notes = [*frames, *_notes_from_header(image)]
         rotated = _note_rotation(image, notes)
         image.load()
-        # Asked again: Pillow turns TIFFs by itself in `load`, and then drops the tag, so that none
-        # is left to do.
+        # Ask again: Pillow turns TIFFs by itself in `load`, and then drops the tag.
         turn = _turn(image) if rotated else None
         rgb = _to_rgb(image, path, notes)
     return OpenedImage(rgb if turn is None else rgb.transpose(turn), tuple(notes))
 
 
 def _without_metadata(path: Path, error: Exception) -> OpenedImage:
-    """Once more without texts, profiles and tags: what is wrong with them costs no picture."""
+    """Decode once more without texts, profiles and tags, so that a fault in them costs nothing."""
     for stripped in without_metadata(path):
         with contextlib.suppress(Exception):
             opened = _decoded(BytesIO(stripped), path)
@@ -162,16 +166,17 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor:
-    """The image as float32 [3, height, width] in [-1, 1], covering the given size and cut at its
-    centre.
+    """Return an image as float32 [3, height, width] in [-1, 1].
+
+    The image covers the given size and is cut at its centre.
 
     Raises:
         BadImage: as `open_image`.
     """
     image = open_image(path).image
     pixels = functional.pil_to_tensor(image)
-    # Cut first, resize second: the same picture up to half a source pixel, but a 20,000 x 16 strip
-    # stays small.
+    # Cut first, then resize: the picture differs by half a source pixel at most, and a strip of
+    # 20,000 x 16 stays small.
     cut_width, cut_height = part_to_cover(image.size, (width, height))
     top, left = (image.height - cut_height) // 2, (image.width - cut_width) // 2
     pixels = functional.resized_crop(
@@ -204,7 +209,7 @@ def _check_size(image: Image.Image, path: Path) -> None:
 
 
 def _check_blocks(image: Image.Image, path: Path) -> None:
-    """A decoder of TIFF allocates a tile or a strip as its tags claim."""
+    """Refuse a TIFF with huge tiles or strips: its decoder allocates as much as the tags claim."""
     tags = getattr(image, "tag_v2", {})
     width = tags.get(_TILE_WIDTH, image.width)
     height = tags.get(_TILE_LENGTH, min(tags.get(_ROWS_PER_STRIP, image.height), image.height))
@@ -213,8 +218,9 @@ def _check_blocks(image: Image.Image, path: Path) -> None:
 
 
 def _note_on_frames(source: Path | BytesIO) -> list[str]:
-    """Counted in an image of its own: counting reads all frames, of which later ones may be
-    damaged.
+    """Note how many frames are dropped.
+
+    They are counted in a second image: counting reads all frames, and later ones may be damaged.
     """
     try:
         with Image.open(source, formats=tuple(_FORMATS)) as image:
@@ -226,8 +232,8 @@ def _note_on_frames(source: Path | BytesIO) -> list[str]:
 
 def _notes_from_header(image: Image.Image) -> list[str]:
     notes = []
-    # Pillow reduces 16-bit colour to 8 bits by itself; only the raw mode of the undecoded tiles
-    # still tells.
+    # Pillow reduces 16-bit colour to 8 bits by itself. Only the raw mode of the undecoded tiles
+    # shows it.
     if image.mode in ("RGB", "RGBA", "LA") and any(
         ";16" in str(tile) for tile in getattr(image, "tile", ())
     ):
@@ -247,9 +253,9 @@ def _is_adobe_rgb(image: Image.Image) -> bool:
 
 
 def _note_rotation(image: Image.Image, notes: list[str]) -> bool:
-    """Whether the file says that it must be turned.
+    """Return whether the file asks to be turned, and note it.
 
-    Damaged EXIF data is no reason to lose a picture.
+    Damaged EXIF data is noted and costs no picture.
     """
     try:
         rotated = _turn(image) is not None
@@ -262,7 +268,7 @@ def _note_rotation(image: Image.Image, notes: list[str]) -> bool:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How the picture, as Pillow holds it now, must be turned to stand upright."""
+    """Return the rotation that makes the picture upright, as Pillow holds it now."""
     return _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
 
 
@@ -310,16 +316,17 @@ def _as_plain(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Scale 0..65535 to 0..255, to the nearest; Pillow's own conversion clips at 255 and leaves a
-    white picture.
+    """Scale 0..65535 to 0..255, rounded to nearest.
+
+    Pillow's own conversion clips at 255 and leaves a white picture.
     """
     values = np.asarray(image).astype(np.uint32)
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def _over_white(image: Image.Image, mode: str, convert: Convert, least: list[int]) -> Image.Image:
-    """Colours in sRGB first, then laid over white, as browsers do it. Adds to `least` the smallest
-    alpha.
+    """Convert colours to sRGB, then lay them over white, as browsers do. `least` receives the
+    smallest alpha.
     """
     rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     alpha = rgba.getchannel("A")

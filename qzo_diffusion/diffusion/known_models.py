@@ -1,4 +1,4 @@
-"""Shapes of published models, so that a run can be planned before the weights are here.
+"""Shapes of published models, for planning a run before the weights are here.
 
 Sources: the config.json files of Stable Diffusion 3 and 3.5 on the Hub. Weights are 16 bits each.
 """

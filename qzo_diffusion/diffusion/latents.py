@@ -1,8 +1,9 @@
-"""Every image through the VAE once, before training; then the VAE can be freed.
+"""Encode every image by the VAE once, before training; the VAE can be freed afterwards.
 
-Latents are found by sample id and in the cache by the bytes of the file, never by position or step,
-so that an image added to the folder or a run that is resumed cannot pair one picture with the
-caption of another."""
+Latents are found by sample id, and in the cache by the bytes of the file. They are never found by
+position or step, so a new image in the folder or a resumed run cannot pair a picture with the
+caption of another.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,22 @@ from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.images import load_pixels
 from qzo_diffusion.diffusion.sample import Sample
 
-# Raised whenever `load_pixels` or the file layout gives other numbers, so that old entries are not
-# hit. 2: rotated TIFFs were turned twice before. 3: colour profiles were passed over before.
+# Raise it whenever `load_pixels` or the file layout gives other numbers, so that old entries are
+# not found. Before 2, rotated TIFFs were turned twice. Before 3, colour profiles were ignored.
 FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Latents of all samples, on the CPU, in the dtype that the encoder gave."""
+    """Latents of all samples, on the CPU, in the dtype of the encoder's output."""
 
     by_key: Mapping[tuple[str, bool], torch.Tensor]
 
     def latents(self, sample_id: str, flipped: bool) -> torch.Tensor:
-        """[channels, height / 8, width / 8] of a sample.
+        """Return the latents [channels, height / 8, width / 8] of a sample.
 
-        KeyError for an id or a mirror image that was not encoded.
+        Raises:
+            KeyError: the id or its mirror image was not encoded.
         """
         return self.by_key[sample_id, flipped]
 
@@ -43,14 +45,15 @@ def encode_samples(
     flip: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatentSet:
-    """Latents of every sample, and of its mirror image if `flip`; from the cache where they are
-    known.
+    """Return the latents of every sample, and of its mirror image if `flip`.
+
+    Latents in the cache are not computed again.
 
     Args:
-        encode: float32 [1, 3, height, width] in [-1, 1] to latents [1, channels, h, w]; called
-            without gradients, one image at a time, and not at all when everything is cached.
+        encode: float32 [1, 3, height, width] in [-1, 1] -> latents [1, channels, h, w]. It is
+            called without gradients, for one image at a time that is not in the cache.
         encoder_id: names the encoder and its weights.
-        dtype: the precision in which the encoder computes, such as "bfloat16"; part of the key.
+        dtype: the precision of the encoder, such as "bfloat16"; part of the key.
         progress: called with (done, total) after each image.
 
     Raises:
@@ -93,8 +96,7 @@ def _encode_one(
     sample: Sample, flipped: bool, encode: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     pixels = load_pixels(sample.path, sample.width, sample.height, flipped)
-    # no_grad, not inference_mode: first-order training must be able to keep the result for its
-    # backward pass.
+    # no_grad, not inference_mode: first-order training keeps the result for its backward pass.
     with torch.no_grad():
         latents = encode(pixels[None])
     if latents.ndim != 4 or latents.shape[0] != 1:

@@ -1,8 +1,8 @@
-"""Which files below a folder of images are data.
+"""List the files below a folder of images that are data.
 
-Left out are hidden files, what this program wrote (runs, samples, mixes, exports) and what other
-programs leave beside pictures (masks, thumbnails). The folder itself is never judged, only what is
-below it: a folder of samples can be named as data.
+The list leaves out hidden files, files that this program wrote (runs, samples, mixes, exports), and
+files that other programs leave beside pictures (masks, thumbnails). Only the content of the folder
+is judged, never the folder itself: so a folder of samples can be named as data.
 """
 
 import itertools
@@ -22,13 +22,13 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 MASKS, THUMBNAILS, SYSTEM = "masks", "thumbnails", "files of the system"
 
-_OUTPUTS = "outputs"  # the folder of runs that are given no folder
+_OUTPUTS = "outputs"  # the folder of runs without --output-dir
 _JOURNAL, _MARKER, _TABLE, _GRID = "journal.qzo", "COMPLETE", "prompts.json", "grid.png"
 _BESIDE_CONFIG = {"environment.json", "metrics.jsonl", "dataset.json", "evaluation.json"}
 _STEP = re.compile(r"step_\d{6,}\.png")
-_LARGEST_TABLE = 2**24  # bytes of a prompts.json or COMPLETE that is worth a look
+_LARGEST_TABLE = 2**24  # the most bytes of a prompts.json or COMPLETE that is read
 
-# Never data, wherever they are.
+# Never data, in any folder.
 _FOLDERS = {
     "@eadir": THUMBNAILS,  # Synology
     "#recycle": SYSTEM,
@@ -57,7 +57,7 @@ _FILES = {
 }
 # OneTrainer's names: never data.
 _LABELS = re.compile(r".*-(mask|cond)label")
-# Other names: only beside the picture that they belong to.
+# Other names: left out only beside the picture that they belong to.
 _BESIDE = (
     (MASKS, re.compile(r"(.+)[ ._-](?:masks?|matte)")),
     (MASKS, re.compile(r"masks?[ ._-](.+)")),
@@ -70,7 +70,7 @@ _BESIDE = (
 class Listing:
     """The files that are data, in the order of their paths; links to folders count as files.
 
-    own: files and folders that this program wrote. left: those of other programs, by kind.
+    own: files and folders that this program wrote. left: files of other programs, by kind.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -78,18 +78,18 @@ class Listing:
     left: dict[str, list[Path]] = field(default_factory=dict)
 
     def leaves_out(self, path: Path) -> bool:
-        """Whether `path` is, or lies in, something that is no data."""
+        """Return whether `path` is left out, or lies in a folder that is."""
         out = {*self.own, *itertools.chain(*self.left.values())}
         return not out.isdisjoint((path, *path.parents))
 
 
 def list_files(folder: Path, *, skip: Path | None = None, own_outputs: bool = False) -> Listing:
-    """All files below `folder` that are data, without those below `skip`.
+    """List all files below `folder` that are data, without those below `skip`.
 
     Links to folders are not followed, since they may lead in circles or far away.
 
     Args:
-        own_outputs: list what this program wrote as well.
+        own_outputs: also list files that this program wrote.
 
     Raises:
         DataError: a sub-folder cannot be read.
@@ -110,14 +110,14 @@ class _Walk:
     stems: dict[Path, set[str]] = field(default_factory=dict)  # of the images, by folder
 
     def enter(self, place: Path, folders: list[str], names: list[str]) -> None:
-        """Add what is data in one folder, and leave in `folders` those to go on with."""
+        """Add the data in one folder, and leave in `folders` those to enter next."""
         self.stems[place] = {_stem(name) for name in names if is_image_name(Path(name))}
         if place != self.top and self._left_out(place, folders, names):
             folders.clear()
             return
         for name in folders:
             if kind := _FOLDERS.get(name.lower()):
-                # not entered: the system's may not even be readable
+                # not entered: those of the system may be unreadable
                 self.listing.left.setdefault(kind, []).append(place / name)
         shown = [name for name in folders if not (name.startswith(".") or name.lower() in _FOLDERS)]
         folders[:] = [name for name in shown if os.path.realpath(place / name) != self.skipped]
@@ -144,7 +144,9 @@ class _Walk:
             self.listing.files.append(place / name)
 
     def _is_own_picture(self, place: Path, name: str, names: Sequence[str]) -> bool:
-        """A grid of samples, or a picture without caption that lies loose among the outputs."""
+        """Return whether a file is a grid of samples, or a loose picture without caption in the
+        outputs.
+        """
         if name == _GRID:
             return _is_table(place / _TABLE)
         loose = place != self.top and place.name == _OUTPUTS and is_image_name(Path(name))
@@ -152,7 +154,7 @@ class _Walk:
 
 
 def is_sidecar(path: Path) -> bool:
-    """Whether the name is one that may hold the caption of the image beside it."""
+    """Return whether a name may be that of a caption file beside an image."""
     return path.suffix.lower() in CAPTION_SUFFIXES
 
 
@@ -161,21 +163,21 @@ def is_metadata(path: Path) -> bool:
 
 
 def relative_id(path: Path, folder: Path) -> str:
-    """The posix path relative to `folder`; bytes in a name that are not UTF-8 are shown as
-    backslash escapes.
+    """Return the posix path relative to `folder`, with backslash escapes for bytes that are not
+    UTF-8.
     """
     name = path.relative_to(folder).as_posix()
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def listed(names: Sequence[str], *, between: str = ", ", limit: int = 10) -> str:
-    """The first names in one line, and how many more there are."""
+    """Return the first names in one line, and the number of those left."""
     more = [f"... and {len(names) - limit} more"] if len(names) > limit else []
     return between.join([*names[:limit], *more])
 
 
 def notes_on_left_out(listing: Listing, folder: Path) -> list[str]:
-    """One note on what this program wrote, one on what other programs left."""
+    """Return a note on files that this program wrote, and one on files of other programs."""
     notes = []
     if listing.own:
         names = sorted(relative_id(path, folder) for path in listing.own)
@@ -190,7 +192,7 @@ def notes_on_left_out(listing: Listing, folder: Path) -> list[str]:
 
 
 def _kind_of_file(name: str, stems: set[str]) -> str | None:
-    """The kind of a file that another program left, None for all others."""
+    """Return the kind of a file that another program left, and None for all others."""
     path = Path(name)
     if kind := _FILES.get(name.lower()):
         return kind
@@ -210,7 +212,7 @@ def _kind_of_stem(stem: str, stems: set[str]) -> str | None:
 
 
 def _stem(name: str) -> str:
-    """Without the ending and the case, in which names of one picture may differ."""
+    """Return a name without ending and in lower case: files of one picture may differ in both."""
     path = Path(name)
     return (path.stem if is_image_name(path) or is_sidecar(path) else name).casefold()
 
@@ -235,7 +237,9 @@ def _has_captions(names: Sequence[str], stems: set[str]) -> bool:
 
 
 def _is_own(folder: Path, entries: Sequence[str]) -> bool:
-    """Whether this program wrote the folder: a run, a mix, an export, a checkpoint, or samples."""
+    """Return whether this program wrote the folder: a run, a mix, an export, a checkpoint or
+    samples.
+    """
     there = set(entries)
     if _JOURNAL in there or ("config.yaml" in there and there & _BESIDE_CONFIG):
         return True
@@ -248,7 +252,7 @@ def _is_own(folder: Path, entries: Sequence[str]) -> bool:
 
 
 def _is_table(path: Path) -> bool:
-    """Whether it says which prompt made which picture, as `sample` and runs write it."""
+    """Return whether a file is the table of prompts that this program writes beside pictures."""
     rows = _json(path)
     return isinstance(rows, list) and all(
         isinstance(row, dict) and "prompt" in row and ("file" in row or "row" in row)

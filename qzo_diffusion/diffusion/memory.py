@@ -1,7 +1,7 @@
-"""How much memory each phase of a run will need, from configs and headers alone.
+"""Estimate the memory of each phase of a run from configs and headers alone.
 
-Weights are counted; what a forward holds is a formula over tokens and widths. Its factors were
-measured on a CPU, and a test holds the whole against the measured peak.
+Weights are counted. The rest of a forward pass is a formula of tokens and widths; its factors were
+measured on a CPU. A test compares the plan with a measured peak.
 """
 
 from collections.abc import Mapping
@@ -18,23 +18,25 @@ from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.stream import Quantization
 
-# bytes of a process that has imported everything; of a CUDA context
+# bytes of a process after all imports, and of a CUDA context
 LIBRARIES = {"cpu": 0.87e9, "cuda": 0.6e9}
-# tensors of all tokens that are alive at the peak of a block: residuals, norms, q, k, v apart and
-# together
+# tensors of all tokens at the peak of a block: residuals, norms, and q, k, v separate and joined
 HIDDEN_STATES = 16
-# maps of the VAE's widest full-size layer alive at its peak
+# feature maps of the VAE's widest full-size layer at its peak
 FULL_SIZE_MAPS = {"encode": 2.7, "decode": 5.2}
-# bytes of passing tensors while a part of a weight is quantized on the CPU; a GPU does a weight at
-# once
+# bytes of temporary tensors while the CPU quantizes a part of a weight; a GPU takes a whole weight
 QUANTIZING = 32e6
-STATE = {"sgd": 0, "momentum": 1, "adam": 2}  # numbers an optimizer keeps for each trained one
+STATE = {
+    "sgd": 0,
+    "momentum": 1,
+    "adam": 2,
+}  # numbers that an optimizer keeps for each number of theta
 CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Bytes of a model in memory, and what its largest layer has."""
+    """Bytes of a model in memory, and the sizes of its largest layer."""
 
     weights: float
     scales: int
@@ -47,9 +49,9 @@ class ModelSize:
     def of(
         cls, model: nn.Module, how: Quantization, dtype: torch.dtype, width: int = 0
     ) -> "ModelSize":
-        """Of a model on the meta device that will be quantized."""
+        """Measure a model on the meta device that will be quantized."""
         chosen = dict(linears_to_quantize(model, how.skip, how.columns))
-        # a byte a weight and a scale an output
+        # one byte for each weight and one scale for each output
         of_rows, blocksize = how.quant_type in ("int8", "fp8"), how.blocksize
         quantized = {id(linear.weight) for linear in chosen.values()}
         plain = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantized]
@@ -73,7 +75,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase; `parts` in bytes by what they are for."""
+    """One phase; `parts` are bytes by purpose."""
 
     name: str
     parts: dict[str, float]
@@ -85,9 +87,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All phases of a run on one device; `available` bytes are free for it, None where that is not
-    known.
-    """
+    """All phases of a run on one device; `available` bytes are free, None if that is unknown."""
 
     phases: list[Phase]
     device: str
@@ -124,7 +124,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def facts(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the plan for `--json`."""
         phases = {
             phase.name: {name: round(size / 1e9, 3) for name, size in phase.parts.items()}
             for phase in self.phases
@@ -140,7 +140,7 @@ class MemoryPlan:
 def forward_bytes(
     size: ModelSize, image_tokens: int, text_tokens: int, batch: int, dtype: torch.dtype
 ) -> float:
-    """What one forward of the transformer holds beside its weights: hidden states, and the largest
+    """Return the bytes of one forward pass beside the weights: hidden states, and the largest
     weight dequantized.
     """
     hidden = HIDDEN_STATES * batch * (image_tokens + text_tokens) * size.width * dtype.itemsize
@@ -148,8 +148,8 @@ def forward_bytes(
 
 
 def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
-    """What a step shows beside a forward: the changed scales or codes of some layers, and what they
-    are made with.
+    """Return the bytes that a step needs beside a forward pass: the overridden scales or codes of
+    some layers, and temporary tensors for them.
     """
     if parametrization == "codes":
         return max(size.largest, OVERRIDDEN_AT_ONCE) + 6 * 4.0 * BLOCK
@@ -157,7 +157,9 @@ def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
 
 
 def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:
-    """Trained numbers and their optimizer's state. Dense numbers are the scales themselves."""
+    """Return the bytes of theta and of the optimizer's state. With `dense`, theta is the scales
+    themselves.
+    """
     own = {
         "layer": 0,
         "row": size.rows,
@@ -174,14 +176,16 @@ def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> floa
 def vae_bytes(
     config: Mapping[str, Any], direction: str, width: int, height: int, tile: int | None
 ) -> float:
-    """What encoding or decoding one image holds beside the VAE, in fp32."""
+    """Return the bytes for encoding or decoding one image beside the VAE, in fp32."""
     pixels = min(width, tile or width) * min(height, tile or height)
     channels = config["block_out_channels"][min(1, len(config["block_out_channels"]) - 1)]
     return FULL_SIZE_MAPS[direction] * channels * pixels * 4
 
 
 def stored_bytes(entries: Mapping[str, Entry], dtype: torch.dtype) -> float:
-    """A model as it is on disk, in `dtype`."""
+    """Return the bytes in memory of a model that is stored on disk, with its floats in
+    `dtype`.
+    """
     return sum(
         entry.nbytes // entry.dtype.itemsize * dtype.itemsize
         for entry in entries.values()
@@ -192,8 +196,8 @@ def stored_bytes(entries: Mapping[str, Entry], dtype: torch.dtype) -> float:
 def reading_bytes(
     entries: Mapping[str, Entry], dtype: torch.dtype, device: str, largest: int
 ) -> float:
-    """What passes through memory while a model is loaded: its largest tensor, cast where it must
-    be, and its quantization.
+    """Return the bytes of temporary tensors while a model is loaded: its largest tensor, its cast,
+    and its quantization.
     """
     tensor = max(entry.nbytes for entry in entries.values())
     floats = [
@@ -203,22 +207,24 @@ def reading_bytes(
     ]
     cast = max(floats, default=0) * dtype.itemsize
     scaled = [entry.nbytes // entry.dtype.itemsize for entry in entries.values() if entry.scale]
-    cast += 4 * max(scaled, default=0)  # in fp32 on the way
+    cast += 4 * max(scaled, default=0)  # converted by way of fp32
     return tensor + cast + (QUANTIZING if device == "cpu" else 6 * 4.0 * largest)
 
 
 def least_bytes(
     size: ModelSize, entries: Mapping[str, Entry], dtype: torch.dtype, device: str
 ) -> float:
-    """What any run needs, whatever its settings: the libraries, the 4-bit weights and the reading
-    of them.
+    """Return the bytes that any run needs: the libraries, the 4-bit weights, and the temporary
+    tensors of loading.
     """
     return LIBRARIES[device] + size.weights + reading_bytes(entries, dtype, device, size.largest)
 
 
 def available_bytes(device: torch.device) -> float | None:
-    """Free for this process: on a GPU what it says, on a CPU what Linux says and what the process
-    holds already.
+    """Return the bytes that this process can use, None if that is unknown.
+
+    On a GPU the driver knows them. On a CPU they are the memory that Linux calls available, and the
+    memory that the process holds already.
     """
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0]) + LIBRARIES["cuda"]

@@ -12,11 +12,12 @@ _EXPECTED_LINE = 'one JSON object a line, such as {"file_name": "a.png", "text":
 
 
 def metadata_lines(path: Path, text: str) -> Iterator[tuple[str, str, str]]:
-    """Where it stands, the file's name and the caption of each line of `text`.
+    """Yield the place, the file name and the caption of each line of `text`.
 
-    Raises DataError for a wrong line.
+    Raises:
+        DataError: a line is wrong.
     """
-    # Only a line feed ends a line: str.splitlines also splits at characters that JSON allows inside
+    # Only a line feed ends a line. str.splitlines also splits at characters that JSON allows inside
     # a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -45,14 +46,18 @@ def _parse_line(line: str, where: str) -> tuple[str, str]:
             raise line_error(where, f'no key "{key}"')
         if not isinstance(entry[key], str):
             raise line_error(where, f'"{key}" is a {type(entry[key]).__name__}, not a string')
-    # It passes as JSON, and would stop the tokenizer and every file it is written to later.
+    # JSON allows it, but no tokenizer and no file in UTF-8 can take it.
     if not is_unicode(entry["text"]):
         raise line_error(where, '"text" holds half of a Unicode surrogate pair')
     return entry["file_name"], entry["text"]
 
 
 def _inside(name: str, where: str) -> str:
-    """The name without "." and "..", refused when it leads out of the folder of metadata.jsonl."""
+    """Return a name without "." and "..".
+
+    Raises:
+        DataError: the name leads out of the folder of metadata.jsonl.
+    """
     normal = posixpath.normpath(name)
     if normal.startswith("/") or PureWindowsPath(name).drive or normal.split("/")[0] == "..":
         raise line_error(where, f"{shown(name)} leads out of the folder")

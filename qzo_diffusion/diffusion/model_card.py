@@ -1,5 +1,5 @@
-"""What an exported file says of itself: `modelspec.*` metadata (Stability AI's specification 1.0.0)
-and a README that hubs show.
+"""Describe an exported file: `modelspec.*` metadata (Stability AI's specification 1.0.0), and a
+README for hubs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import yaml
 
 from qzo_diffusion.system.escape import markdown, markdown_code, one_line
 
-# width, layers -> the name in the specification's list of architectures
+# (width, layers) -> the name in the specification's list of architectures
 ARCHITECTURES = {
     (2432, 38): "stable-diffusion-3-5-large",
     (1536, 24): "stable-diffusion-3-5-medium",
@@ -52,7 +52,7 @@ def modelspec(
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was tuned: its name, and its Hub id where it has one."""
+    """The model that was tuned: its name, and its Hub id if it has one."""
 
     name: str
     hub_id: str | None = None
@@ -60,8 +60,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Scores:
-    """verdict: one sentence. rows: name, base, tuned, change and interval, as shown. remark: by
-    which scorer.
+    """The verdict in one sentence; rows of (name, base, tuned, change and interval) as text; a
+    remark on the scorer.
     """
 
     rows: Sequence[Sequence[str]] = ()
@@ -77,10 +77,10 @@ def card(
     scores: Scores,
     pictures: Sequence[str],
 ) -> str:
-    """README.md: YAML that hubs read, then text. Names and words from outside are escaped here.
+    """Return README.md: YAML for hubs, then text. Names and words from outside are escaped here.
 
     Args:
-        use: how to load what lies beside it, in Markdown.
+        use: Markdown on how to load the files beside it.
         pictures: file names beside it.
     """
     head: dict[str, Any] = {} if base.hub_id is None else {"base_model": base.hub_id}
@@ -127,6 +127,6 @@ def _licence_text(base: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Of cells that are Markdown already."""
+    """Return a table of cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

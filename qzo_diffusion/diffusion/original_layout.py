@@ -1,10 +1,11 @@
-"""The single-file layout that Stability AI publishes SD3 and SD3.5 in, which ComfyUI and sd-scripts
-read, and diffusers' own.
+"""Convert between diffusers' layout and the single-file layout of Stability AI's SD3 and SD3.5,
+which ComfyUI and sd-scripts read.
 
-Both name the same numbers. Differences: `attn.qkv` is q, k and v of diffusers one below the other;
-the final modulation (`final_layer.adaLN_modulation`, and the text side of the last block, which has
-no feed-forward) has shift before scale where diffusers has scale before shift. One table, read in
-both directions."""
+Both hold the same numbers. They differ in two ways. `attn.qkv` stacks diffusers' q, k and v. The
+final modulation has shift before scale, where diffusers has scale before shift; it is
+`final_layer.adaLN_modulation`, and the text side of the last block, which has no feed-forward. One
+table serves both directions.
+"""
 
 import math
 import re
@@ -26,8 +27,8 @@ _BLOCK = "joint_blocks.0.x_block.attn."
 
 @dataclass(frozen=True)
 class Pieces:
-    """Diffusers' names of what one original tensor holds, top to bottom; `swapped`: its halves lie
-    in the other order.
+    """Diffusers' names of the parts of one original tensor, top to bottom. `swapped`: its halves
+    lie in the other order.
     """
 
     names: tuple[str, ...]
@@ -37,7 +38,7 @@ class Pieces:
 def layout(
     num_layers: int, dual_attention_layers: Iterable[int], qk_norm: bool
 ) -> dict[str, Pieces]:
-    """Original name (without prefix) -> what it holds, for a transformer of that shape."""
+    """Return original name (without prefix) -> its parts, for a transformer of that shape."""
     table = {"pos_embed": Pieces(("pos_embed.pos_embed",))}
     outside = {
         "x_embedder.proj": "pos_embed.proj",
@@ -109,8 +110,8 @@ def is_original(names: Iterable[str]) -> bool:
 
 
 def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
-    """The config of diffusers' SD3Transformer2DModel for a checkpoint in the original layout, read
-    off its shapes.
+    """Infer the config of diffusers' SD3Transformer2DModel from the shapes of a checkpoint in the
+    original layout.
 
     Raises:
         ModelError: it is not an SD3 transformer.
@@ -154,9 +155,10 @@ def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 def to_diffusers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Entry]:
-    """The same bytes of the file under diffusers' names. Other parts that the file may hold (VAE,
-    encoders) are left out; the transformer's own that the layout lacks keep their place beside a
-    layer, so that a scale is noticed.
+    """Return the same bytes of the file under diffusers' names.
+
+    Other parts of the file (VAE, encoders) are left out. Tensors of the transformer that the layout
+    lacks keep their place beside a layer, so that a foreign scale is noticed.
 
     Raises:
         ModelError: a tensor is missing.
@@ -176,7 +178,7 @@ def to_diffusers(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dic
 
 
 def _parts(original: str, entry: Entry, pieces: Pieces) -> dict[str, Entry]:
-    """Diffusers' tensors of one original tensor."""
+    """Split one original tensor into diffusers' tensors."""
     count = len(pieces.names)
     if count == 1 and not pieces.swapped:
         return {pieces.names[0]: entry}
@@ -194,14 +196,14 @@ def _parts(original: str, entry: Entry, pieces: Pieces) -> dict[str, Entry]:
 
 
 def _place_of(name: str, table: Mapping[str, Pieces]) -> str:
-    """A name beside a layer of the layout, as it would stand beside diffusers' layer."""
+    """Return the name that a tensor beside a layer has beside diffusers' layer."""
     layer, _, part = name.rpartition(".")
     pieces = table.get(f"{layer}.weight")
     return name if pieces is None else f"{pieces.names[0].rpartition('.')[0]}.{part}"
 
 
 def to_original(tensors: Mapping[str, Pending], config: Mapping[str, Any]) -> dict[str, Pending]:
-    """Diffusers' tensors under the original names, with the prefix."""
+    """Return diffusers' tensors under the original names, with the prefix."""
     return {
         PREFIX + original: _put_together([tensors[name] for name in pieces.names], pieces.swapped)
         for original, pieces in layout_of(config).items()
@@ -232,7 +234,7 @@ def _without_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 def _chosen(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    """The transformer's own tensors; a file without the prefix is the transformer alone."""
+    """Yield the transformer's tensors; a file without the prefix is the transformer alone."""
     prefixed = any(name.startswith(PREFIX) for name in entries)
     return (
         (name, entry) for name, entry in entries.items() if not prefixed or name.startswith(PREFIX)

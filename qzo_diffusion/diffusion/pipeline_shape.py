@@ -1,6 +1,7 @@
-"""The shape of a pipeline: configs and headers of its parts, checked against each other.
+"""Read the shape of a pipeline from configs and headers, and check its parts against each other.
 
-Reading it takes no memory for weights, so a damaged or foreign part is refused before any work."""
+That takes no memory for weights, so a damaged or foreign part is refused before any work.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from qzo_diffusion.quant.fits import check_fits, named_as_in, slots_of
 from qzo_diffusion.quant.weights import read_entries
 
 NOT_HERE = Path("not here")
-STORED = torch.bfloat16  # of published weights; float16 takes as much
+STORED = torch.bfloat16  # the dtype of published weights; float16 takes as much
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ class Part:
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """encoders: by the name of the part; T5 may be absent. native_resolution: the side in pixels
-    that the model was trained at."""
+    """The parts of a pipeline.
+
+    encoders: by the name of the part; T5 may be absent. native_resolution: the side in pixels that
+    the model was trained at.
+    """
 
     transformer: TransformerFiles
     vae: Part
@@ -51,7 +55,7 @@ class PipelineShape:
 
     @property
     def largest_side(self) -> int | None:
-        """Pixels for which the transformer has positions; None where its config has no table."""
+        """The largest side in pixels that the transformer has positions for; None if not known."""
         config = self.transformer.config
         if not isinstance(most := config.get("pos_embed_max_size"), int):
             return None
@@ -59,7 +63,9 @@ class PipelineShape:
 
 
 def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> PipelineShape:
-    """Of a pipeline's folder and a transformer that may lie elsewhere; `check_shape` does more.
+    """Read the shape of a pipeline's folder and of a transformer that may lie elsewhere.
+
+    `check_shape` checks more.
 
     Raises:
         ModelError: the config or header of a part is damaged.
@@ -68,12 +74,16 @@ def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> Pipelin
     config = vae.read_vae_config(folder / "vae" / "config.json")
     vae_part = Part(config, read_entries(folder / "vae"))
     encoders = {part: _encoder(folder, part) for part in _encoders(folder, with_t5)}
-    # a single file does not say what the folder says
+    # a single file lacks this setting, the folder has it
     return PipelineShape(found, vae_part, encoders, sd3.native_resolution(folder))
 
 
 def check_shape(shape: PipelineShape, folder: Path) -> None:
-    """Raises ModelError for a part that is incomplete, or of another model than the others."""
+    """Check that all parts are whole and fit together.
+
+    Raises:
+        ModelError: a part is incomplete, or belongs to another model than the others.
+    """
     _check(empty_transformer(shape.transformer.config), shape.transformer.entries)
     _check(vae.empty_vae(shape.vae.config), shape.vae.entries)
     for name, part in shape.encoders.items():
@@ -85,7 +95,9 @@ def check_shape(shape: PipelineShape, folder: Path) -> None:
 
 
 def known_shape(name: str) -> PipelineShape | None:
-    """Of a published model whose weights need not be here; None for an unknown one."""
+    """Return the shape of a published model, whose weights need not be here; None for an unknown
+    one.
+    """
     config = known_models.TRANSFORMERS.get(name)
     if config is None:
         return None
@@ -114,7 +126,11 @@ def _check(model: nn.Module, entries: Mapping[str, Entry]) -> None:
 
 
 def _check_widths(shape: PipelineShape, folder: Path) -> None:
-    """Raises ModelError where one part does not take in what another gives."""
+    """Check that each part takes the width that another part gives.
+
+    Raises:
+        ModelError: two widths differ.
+    """
     transformer, parts = shape.transformer.config, shape.encoders
     pooled = [parts[part].config.get("projection_dim", 512) for part in (CLIP_L, CLIP_G)]
     pairs = [
@@ -134,7 +150,7 @@ def _check_widths(shape: PipelineShape, folder: Path) -> None:
 
 
 def _entries(model: nn.Module) -> dict[str, Entry]:
-    """Tensors as they will be on disk, 16 bits a weight."""
+    """Return the tensors of a model as files hold them, with 16-bit weights."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     return {
         name: Entry(STORED, tuple(slot.shape), (Span(NOT_HERE, 0, slot.numel() * STORED.itemsize),))

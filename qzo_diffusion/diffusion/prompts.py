@@ -1,8 +1,8 @@
-"""Prompt files: one prompt a line, lines that begin with # are comments, empty lines are passed
-over.
+"""Read prompt files: one prompt a line. Lines that begin with # are comments; empty lines are
+skipped.
 
-Kohya's trainers put options behind a prompt. `--n TEXT` is understood: the negative prompt of that
-line. All others (`--w`, `--h`, `--d`, `--l`, `--s`, ...) are left out with a note, since pictures
+Kohya's trainers put options behind a prompt. `--n TEXT` is read as the negative prompt of its line.
+All other options (`--w`, `--h`, `--d`, `--l`, `--s`, ...) are dropped with a note, since pictures
 of one grid share their size, steps and guidance.
 """
 
@@ -31,7 +31,9 @@ _MEANT = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """negative: the line's own negative prompt, None where it has none. place: where it stands."""
+    """One prompt. negative: the line's own negative prompt, None if it has none. place: file and
+    line.
+    """
 
     text: str
     negative: str | None = None
@@ -39,7 +41,7 @@ class Prompt:
 
     @property
     def row(self) -> dict[str, str]:
-        """For a table of pictures."""
+        """Return the prompt for a table of pictures."""
         own = {} if self.negative is None else {"negative_prompt": self.negative}
         return {"prompt": self.text, **own}
 
@@ -57,15 +59,16 @@ class Prompts:
 
     @property
     def negatives(self) -> list[str]:
-        """Those that stand behind a prompt."""
+        """The negative prompts that lines have of their own."""
         return [prompt.negative for prompt in self.prompts if prompt.negative is not None]
 
 
 def read_prompt_file(path: Path, trigger: str | None = None) -> Prompts:
-    """The prompts in their order, with `trigger` for `[trigger]`.
+    """Read the prompts of a file in their order, with `trigger` in place of `[trigger]`.
 
     Raises:
-        DataError: no such file, no text, no prompt in it, or a placeholder without a trigger.
+        DataError: the file is missing, is not text, holds no prompt, or has a placeholder without
+            a trigger.
     """
     text, encoding = _text(path)
     lines = [
@@ -81,7 +84,7 @@ def read_prompt_file(path: Path, trigger: str | None = None) -> Prompts:
 
 
 def parse_prompts(lines: Sequence[tuple[str, str]], trigger: str | None) -> Prompts:
-    """Prompts of (place, line).
+    """Parse (place, line) pairs.
 
     Raises:
         DataError: a placeholder without a trigger, options without a prompt, or text that can't be

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-LARGE_CUT, LARGE_GROWTH = 1 / 3 + 1e-9, 2.0  # what is more than this is noted
+LARGE_CUT, LARGE_GROWTH = 1 / 3 + 1e-9, 2.0  # more than this is noted
 
 
 @dataclass(frozen=True)
@@ -11,13 +11,14 @@ class Sample:
     """One usable image.
 
     id: posix path relative to the folder; images of a validation folder have "validation:" before
-    it. sha256: of the bytes of the file.
-    width, height: of the bucket, in pixels.
-    notes: what `open_image` had to convert.
+    it.
+    sha256: hash of the bytes of the file.
+    width, height: size of the bucket in pixels.
+    notes: conversions that `open_image` made.
     split: "train" or "validation".
     caption_place: the file of the caption, with its line in metadata.jsonl.
-    cut: which part of the image lies outside its bucket. enlarged: how many times larger the rest
-    becomes.
+    cut: the fraction of the image outside its bucket.
+    enlarged: the factor by which the rest is enlarged.
     """
 
     id: str
@@ -36,7 +37,7 @@ class Sample:
 
     @property
     def notes_on_shape(self) -> tuple[str, ...]:
-        """What the bucket costs, where it is much."""
+        """Return a note if the bucket cuts or enlarges the image much."""
         cut = f"{self.cut:.0%} of it cut off" if self.cut > LARGE_CUT else ""
         grown = f"enlarged {self.enlarged:.1f} times" if self.enlarged > LARGE_GROWTH else ""
         return tuple(note for note in (cut, grown) if note)

@@ -1,4 +1,4 @@
-"""Generate images from encoded prompts with equal seeds, and lay them out as grids to look at."""
+"""Generate images from encoded prompts with equal seeds, and lay them out as grids."""
 
 import io
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.system.files import write_whole
 
 LABEL_HEIGHT = 16
-# pixels; smaller images are enlarged in grids by whole factors, so that a person can see them
+# pixels; grids enlarge smaller images by whole factors, so that a person can see them
 SMALLEST_CELL = 128
 
 
 class Sampler:
-    """Images of fixed prompts and seeds from the transformer as it is at the moment of the call.
+    """Draw images of fixed prompts and seeds with the transformer as it is when called.
 
     Args:
-        transformer, scheduler, vae: parts of an SD3 pipeline; of the VAE only the decoder is used.
-        prompts: encoded prompts, in order; prompt i is always sampled from `seed + i`.
-        negatives: for each prompt its encoded negative prompt, needed for guidance above 1.
-        width, height: of the images in pixels.
+        transformer, scheduler, vae: parts of an SD3 pipeline. The VAE needs only its decoder.
+        prompts: encoded prompts; prompt i always has the seed `seed + i`.
+        negatives: the encoded negative prompt of each prompt, needed for guidance above 1.
+        width, height: size of the images in pixels.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Sampler:
         self._seed, self._batch_size, self._device, self._dtype = seed, batch_size, device, dtype
 
     def images(self) -> list[Image.Image]:
-        """One RGB image per prompt."""
+        """Return one RGB image for each prompt."""
         images: list[Image.Image] = []
         with tqdm(total=len(self._prompts), desc="sample", unit="image", leave=False) as bar:
             for start in range(0, len(self._prompts), self._batch_size):
@@ -83,7 +83,7 @@ class Sampler:
             pooled_prompt_embeds=ready(pooled),
             negative_prompt_embeds=ready(negative_embeds),
             negative_pooled_prompt_embeds=ready(negative_pooled),
-            # on the CPU: the same on every device
+            # drawn on the CPU, so that every device has the same noise
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             **self._size,
@@ -99,7 +99,7 @@ class Sampler:
 
 
 def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
-    """Images as columns of equal length under a line of titles; rows are prompts."""
+    """Lay out images as columns of equal length under a line of titles; rows are prompts."""
     from diffusers.utils import make_image_grid
 
     first = columns[0][0]
@@ -120,9 +120,10 @@ def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Ima
 
 
 def cells(column: Image.Image, rows: int) -> list[Image.Image]:
-    """The images of a grid of one column, as large as the grid shows them.
+    """Return the images of a grid of one column, at the size they have in the grid.
 
-    Raises ValueError for another number of rows.
+    Raises:
+        ValueError: the grid has another number of rows.
     """
     height, rest = divmod(column.height - LABEL_HEIGHT, rows)
     if rest or height < 1:
@@ -132,7 +133,7 @@ def cells(column: Image.Image, rows: int) -> list[Image.Image]:
 
 
 def join_columns(columns: Sequence[Image.Image]) -> Image.Image:
-    """Grids of one column each, side by side."""
+    """Put grids of one column each side by side."""
     joined = Image.new(
         "RGB",
         (sum(column.width for column in columns), max(column.height for column in columns)),
@@ -146,22 +147,27 @@ def join_columns(columns: Sequence[Image.Image]) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """A PNG that is there as a whole or not at all."""
+    """Write a PNG atomically: the file is there as a whole or not at all."""
     data = io.BytesIO()
     picture.save(data, format="PNG")
     write_whole(path, data.getvalue())
 
 
 def load_picture(path: Path) -> Image.Image:
-    """One that a run wrote. Raises DataError where it is damaged or too large."""
+    """Read a picture that a run wrote.
+
+    Raises:
+        DataError: it is damaged or too large.
+    """
     return open_image(path).image
 
 
 def mean_chroma(images: Sequence[Image.Image]) -> float:
-    """Mean of (largest - smallest channel) over all pixels, in [0, 1]: HSV saturation times value.
+    """Return the mean of (largest - smallest channel) over all pixels, in [0, 1].
 
-    What a person sees as colour. HSV saturation alone calls a nearly black pixel with a tint fully
-    saturated."""
+    That is HSV saturation times value, and agrees with the colour that a person sees. HSV
+    saturation alone calls a nearly black pixel with a tint fully saturated.
+    """
     spans = []
     for image in images:
         pixels = (
@@ -174,7 +180,7 @@ def mean_chroma(images: Sequence[Image.Image]) -> float:
 
 
 def mean_saturation(images: Sequence[Image.Image]) -> float:
-    """Mean HSV saturation over all pixels of all images, in [0, 1]: how colourful a set is."""
+    """Return the mean HSV saturation over all pixels of all images, in [0, 1]."""
     saturation = [
         torch.frombuffer(bytearray(i.convert("HSV").tobytes()), dtype=torch.uint8)[1::3]
         .float()

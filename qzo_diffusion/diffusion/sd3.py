@@ -1,9 +1,9 @@
 """Load the parts of a Stable Diffusion 3 pipeline one after the other, encode with them once, and
 free them.
 
-Training needs the transformer alone. Text encoders and the VAE's encoder are loaded, used and
-dropped before it starts, because bringing them back in mid-run is where other trainers run out of
-memory."""
+Training needs the transformer alone. Text encoders and the VAE's encoder are loaded, used and freed
+before it starts: other trainers run out of memory when they load them again in the middle of a run.
+"""
 
 import gc
 import hashlib
@@ -45,19 +45,19 @@ TEXT_PARTS = (
 WEIGHT_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 PIPELINE_T5_TOKENS = 256
-# Layers that treat the patches of a picture apart: what they do to a patch shows in its own loss.
-# Keys and values do not.
+# Token-wise layers: they change mostly the loss of their own patch. Keys and values do not.
 TOKEN_WISE_LAYERS = ("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net")
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-SAMPLE_SIZE = 128  # of latents, all models of the SD3 family
-# bytes; larger files are told apart by size, time and their first part
+SAMPLE_SIZE = 128  # side in latents, of all models of the SD3 family
+# bytes; larger files are identified by size, time and their first part
 HASHED_IN_FULL = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """embeds [T, D] (CLIP tokens, then T5 tokens), pooled [P]; tokens is the longest count over the
-    tokenizers.
+    """An encoded prompt: embeds [T, D] (CLIP tokens, then T5 tokens), and pooled [P].
+
+    tokens: the longest count over the tokenizers.
     """
 
     embeds: Tensor
@@ -81,13 +81,13 @@ NEEDED = (
 
 
 def check_model_folder(folder: Path, without: Sequence[str] = ()) -> None:
-    """Refuse a folder that is not a whole SD3 pipeline in safetensors, before anything is loaded.
+    """Check that a folder is a whole SD3 pipeline in safetensors, before anything is loaded.
 
     Args:
         without: parts that come from elsewhere, or that a run leaves out.
 
     Raises:
-        ModelError: names the part that is missing or holds pickles only.
+        ModelError: a part is missing or holds pickles only; the message names it.
     """
     parts = _parts_of(folder)
     for part in NEEDED:
@@ -103,7 +103,7 @@ def check_model_folder(folder: Path, without: Sequence[str] = ()) -> None:
 
 
 def _parts_of(folder: Path) -> set[str]:
-    """The parts that model_index.json says the pipeline has. Raises ModelError."""
+    """Return the parts that model_index.json names. Raises ModelError."""
     file = folder / "model_index.json"
     if not file.is_file():
         kind = _kind_of_folder(folder)
@@ -125,7 +125,7 @@ def _parts_of(folder: Path) -> set[str]:
 
 
 def _kind_of_folder(folder: Path) -> str | None:
-    """Of a folder that is no pipeline: what else it is."""
+    """Describe a folder that is not a pipeline."""
     if (folder / "adapter_config.json").is_file():
         return "a LoRA, as peft saves it"
     if not (folder / "config.json").is_file():
@@ -154,9 +154,7 @@ def _without_weights(folder: Path, part: str) -> ModelError:
 
 
 def fingerprint_of_files(folder: Path, parts: Iterable[str]) -> str:
-    """Identifies the files of some parts of a model, for cache keys: by their bytes up to 256
-    MiB.
-    """
+    """Identify the files of some parts of a model, for cache keys: by their bytes up to 256 MiB."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(
         file for part in parts for file in (folder / part).glob("*") if file.is_file()
@@ -173,14 +171,16 @@ def fingerprint_of_files(folder: Path, parts: Iterable[str]) -> str:
 
 
 class PromptEncoder:
-    """Encodes each prompt once; results are cached on disk. Encoders are loaded for missing
-    prompts, one after the other.
+    """Encode each prompt once, and cache the results on disk.
+
+    Encoders are loaded only for missing prompts, one after the other.
 
     Args:
-        t5_tokens: None is the tokenizer's own limit, at most the pipeline's 256.
-        t5: how T5 is loaded, for the cache key; "none" leaves it out, and the prompt has zeros in
-            its place.
-        load: makes the encoder of a part; by default as it is on disk.
+        t5_tokens: the most T5 tokens; None is the tokenizer's own limit, at most the pipeline's
+            256.
+        t5: names the way in which T5 is loaded, for the cache key. "none" leaves it out, and the
+            prompt has zeros in its place.
+        load: loads the encoder of a part; by default as it is on disk.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class PromptEncoder:
         return key if self._t5 == "full" else key | {"t5": self._t5}
 
     def _run_encoders(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Each encoder over all prompts in turn."""
+        """Encode all prompts by each encoder in turn."""
         with tqdm(total=3 * len(prompts), desc="encode prompts", leave=False) as bar:
             clips = []
             for part in (CLIP_L, CLIP_G):
@@ -270,7 +270,7 @@ class PromptEncoder:
 
 
 def _longest(prompt: str, limits: Sequence[tuple[Any, int]]) -> tuple[int, int]:
-    """(tokens, limit) of the tokenizer that is nearest to its limit, or furthest beyond."""
+    """Return (tokens, limit) of the tokenizer that is nearest to its limit, or most above it."""
     counts = [
         (len(tokenizer(prompt, verbose=False).input_ids), limit) for tokenizer, limit in limits
     ]
@@ -283,7 +283,11 @@ def _encoded(tensors: Mapping[str, Tensor]) -> EncodedPrompt:
 
 
 def load_scheduler(folder: Path) -> Any:
-    """Raises ModelError for a config that is damaged or of another scheduler."""
+    """Load the scheduler of a pipeline folder.
+
+    Raises:
+        ModelError: its config is damaged, or belongs to another scheduler.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     file = folder / "scheduler" / "scheduler_config.json"
@@ -293,7 +297,7 @@ def load_scheduler(folder: Path) -> Any:
         if kind != SCHEDULER:
             raise ValueError(f"it is of {kind}")
         return FlowMatchEulerDiscreteScheduler.from_config(config)
-    except Exception as error:  # a wrong value shows as whatever diffusers makes of it
+    except Exception as error:  # a wrong value may raise anything in diffusers
         raise ModelError(
             f"{file} is refused: {error}",
             f"the scheduler of Stable Diffusion 3: {SCHEDULER}",
@@ -302,20 +306,21 @@ def load_scheduler(folder: Path) -> Any:
 
 
 def native_resolution(folder: Path) -> int:
-    """The side in pixels that the model was trained at: the transformer's sample size times the
-    VAE's reduction.
+    """Return the side in pixels that the model was trained at: the transformer's sample size times
+    the VAE's reduction.
 
-    Raises ModelError for a damaged config.
+    Raises:
+        ModelError: a config is damaged.
     """
     config = folder / "transformer" / "config.json"
-    # a single file says nothing of it
+    # a single file has no such setting
     transformer = read_config(config) if config.is_file() else {}
     size = transformer.get("sample_size", SAMPLE_SIZE)
     return int(size) * reduction(read_vae_config(folder / "vae" / "config.json"))
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
-    """-> prompt_embeds [B, T, D], pooled [B, P]."""
+    """Return prompt_embeds [B, T, D] and pooled [B, P] of B prompts."""
     return torch.stack([one.embeds for one in encoded]), torch.stack(
         [one.pooled for one in encoded]
     )

@@ -1,8 +1,8 @@
-"""A folder of images as a list of samples, and a table that says what became of every file in it.
+"""Read a folder of images as a list of samples, and record the fate of every file in it.
 
-No image is dropped silently: each ends as a sample or, with a reason, in `bad`. Which images are
-held out depends on their bytes and the seed alone, so renaming files or adding some does not move
-the others between training and validation, and copies of one picture never end on both sides.
+No image is dropped silently: each becomes a sample, or is listed in `bad` with a reason. The choice
+of held-out images depends on their bytes and the seed alone. So a renamed or added file does not
+move others between training and validation, and copies of one picture are never on both sides.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ class StyleFolder:
     """All samples ordered by split and path, the unusable images as (id, reason), and remarks for
     the user.
 
-    There is one remark for each kind of thing, however many files it is about: those on files that
-    are not used, on copies and on the split come first, those on captions after them.
+    There is one remark for each kind of event, however many files it is about. Remarks on unused
+    files, on copies and on the split come first; remarks on captions follow.
     """
 
     samples: list[Sample]
@@ -71,16 +71,17 @@ def read_style_folder(
     validation_dir: Path | None = None,
     seed: int = 0,
 ) -> StyleFolder:
-    """Open every image below `folder`, sub-folders included (not hidden ones, nor links to
-    folders).
+    """Open every image below `folder` and its sub-folders, without hidden ones and links to
+    folders.
 
-    Without `validation_dir`, sets of 20 different images or more hold out a tenth of them (4 to
+    Without `validation_dir`, a set of 20 different images or more holds out a tenth of them (4 to
     32). A validation folder may lie inside the folder, or the folder inside it: neither then counts
     the images of the other.
 
     Args:
         resolution: the square root of the area of a bucket, in pixels.
-        caption: text for images without one; trigger: put in place of "[trigger]".
+        caption: text for images without one.
+        trigger: replaces "[trigger]" in captions.
         repeats: how often each training image comes in an epoch; 1 means once.
         strict: one bad image is an error.
 
@@ -114,8 +115,10 @@ def read_style_folder(
 def dataset_table(
     style_folder: StyleFolder, token_counts: Mapping[str, tuple[int, bool]] | None = None
 ) -> list[dict[str, object]]:
-    """The rows of dataset.json. `token_counts`: sample id to (tokens, truncated); both are None
-    where it has none.
+    """Return the rows of dataset.json.
+
+    Args:
+        token_counts: sample id -> (tokens, truncated). Both are null for an id that is missing.
     """
     rows: list[dict[str, object]] = []
     for sample in style_folder.samples:
@@ -138,8 +141,8 @@ def dataset_table(
 
 
 def summary(style_folder: StyleFolder) -> str:
-    """A few lines for a person: splits, sources of captions, buckets, conversions, bad files,
-    remarks.
+    """Return a few lines for a person: splits, sources of captions, buckets, conversions, bad
+    files, remarks.
     """
     samples = style_folder.samples
     buckets = [f"{sample.width}x{sample.height}" for sample in samples]
@@ -202,8 +205,8 @@ def _with_split(sample: Sample, held_out: bool, repeats: int) -> Sample:
 def _read(
     folder: Path, resolution: int, caption: str | None, trigger: str | None, *, other: Path | None
 ) -> tuple[StyleFolder, list[str]]:
-    """One folder, everything in the split "train" and once, and apart from that the remarks on its
-    captions.
+    """Read one folder with everything in the split "train" once; return the remarks on its captions
+    separately.
     """
     _check_folder(folder)
     listing = list_files(folder, skip=other)
@@ -219,7 +222,7 @@ def _read(
             samples.append(_sample(folder, path, captions.by_file[path], resolution))
         except BadImage as error:
             bad.append((relative_id(path, folder), error.reason))
-    # Once more, since the only captions may have been those of bad images.
+    # Check again: all captions may belong to bad images.
     check_any_caption((captions.by_file[sample.path] for sample in samples), folder)
     left_out = notes_on_left_out(listing, folder)
     notes = [
@@ -258,7 +261,9 @@ def _sha256(path: Path) -> str:
 
 
 def _choose_held_out(hashes: Sequence[str], seed: int) -> tuple[set[str], str]:
-    """The hashes of the images to hold out, and a remark that says how many or why none."""
+    """Return the hashes of the images to hold out, and a remark with their number or the reason for
+    none.
+    """
     different = sorted(
         set(hashes), key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest()
     )
@@ -282,8 +287,12 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_any_usable(folder: Path, images: Sequence[Path]) -> None:
-    """Before the captions are read: what is wrong with them is of no use to someone whose images
-    can't be read at all.
+    """Check, before captions are read, that at least one image can be read.
+
+    Remarks on captions are of no use to a user whose images can't be read.
+
+    Raises:
+        DataError: no image can be read.
     """
     bad = []
     for path in images:

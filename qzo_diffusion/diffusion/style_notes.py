@@ -1,4 +1,4 @@
-"""Remarks on a folder of images: one for each kind of thing, however many files it is about."""
+"""Write remarks on a folder of images: one for each kind of event, not one for each file."""
 
 import re
 from collections import Counter
@@ -13,7 +13,7 @@ _KOHYA_FOLDER = re.compile(r"(.*/)?\d+_[^/]+(?=/)")
 
 
 def bad_by_kind(bad: Sequence[tuple[str, str]]) -> list[str]:
-    """One line for each kind of reason, so that a hundred files of one kind do not hide a file of
+    """Return one line for each kind of reason, so that many files of one kind do not hide a file of
     another.
     """
     kinds: dict[str, list[tuple[str, str]]] = {}
@@ -69,7 +69,7 @@ def notes_on_shapes(samples: Sequence[Sample]) -> list[str]:
 
 
 def notes_on_repeats(samples: Sequence[Sample]) -> list[str]:
-    """Kohya's trainers read `10_name` as ten repeats."""
+    """Note folders named like `10_name`, which Kohya's trainers read as ten repeats."""
     folders = dict.fromkeys(
         found[0] for one in samples if (found := _KOHYA_FOLDER.match(one.id)) is not None
     )

@@ -1,9 +1,10 @@
-"""The three text encoders of SD3, each loaded alone and freed before the next: T5-XXL is larger
+"""Load the three text encoders of SD3, each alone, and free it before the next: T5-XXL is larger
 than the transformer in 4 bits.
 
-What a prompt becomes is exactly what diffusers' pipeline makes of it: 77 tokens of CLIP-L and
-OpenCLIP-G side by side (the last but one hidden state), padded with zeros to T5's width, then T5's
-tokens below; zeros where there is no T5."""
+Prompt embeddings are exactly those of diffusers' pipeline. 77 tokens of CLIP-L and OpenCLIP-G stand
+side by side (the last but one hidden state), padded with zeros to T5's width. T5's tokens follow,
+or zeros without T5.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,29 +28,33 @@ def has_part(folder: Path, part: str) -> bool:
 
 
 def empty_text_encoder(folder: Path, part: str) -> nn.Module:
-    """The encoder without memory for its weights. Raises ModelError."""
+    """Build the encoder of a folder without memory for its weights. Raises ModelError."""
     file = folder / part / "config.json"
     return empty_encoder(part, read_config(file), str(file))
 
 
 def empty_encoder(part: str, config: Mapping[str, Any], place: str = "a config") -> nn.Module:
-    """The encoder of that part of a pipeline, without memory for its weights.
+    """Build the encoder of a part of a pipeline without memory for its weights.
 
-    Raises ModelError for a config that transformers refuses; `place` names it.
+    Args:
+        place: names the config in an error.
+
+    Raises:
+        ModelError: transformers refuses the config.
     """
     import transformers
     from accelerate import init_empty_weights
 
     settings = {name: value for name, value in config.items() if name != "quantization_config"}
     try:
-        # Buffers stay real: transformers computes some when it builds a model, and files lack them.
+        # Buffers stay real: transformers computes some when it builds a model; files lack them.
         with init_empty_weights(include_buffers=False):
             if part == T5:
                 return transformers.T5EncoderModel(transformers.T5Config(**settings)).eval()
             return transformers.CLIPTextModelWithProjection(
                 transformers.CLIPTextConfig(**settings)
             ).eval()
-    except Exception as error:  # a wrong value shows as whatever transformers makes of it
+    except Exception as error:  # a wrong value may raise anything in transformers
         raise ModelError(
             f"{place} is refused by transformers: {error}",
             "the text encoder of a Stable Diffusion 3 model",
@@ -65,15 +70,16 @@ def load_text_encoder(
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> nn.Module:
-    """One encoder on `device`, streamed from disk. Raises ModelError."""
+    """Load one encoder to `device`, tensor by tensor from disk. Raises ModelError."""
     encoder = empty_text_encoder(folder, part)
     fill_(encoder, read_entries(folder / part), quantization, dtype=dtype, device=device)
     return ready(encoder)
 
 
 def ready(encoder: nn.Module) -> nn.Module:
-    """T5 casts what it gives to `wo` to that layer's dtype unless it is int8: packed codes are
-    shown as int8, the same bytes.
+    """Make T5 accept a quantized `wo`, by showing its packed codes as int8, the same bytes.
+
+    T5 casts the input of `wo` to that layer's dtype unless it is int8.
     """
     for name, module in encoder.named_modules():
         if name.endswith(".wo") and type(module).__name__ == "Linear4bit":
@@ -85,12 +91,16 @@ VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.mode
 
 
 def load_tokenizer(folder: Path, part: str) -> Any:
-    """Raises ModelError where files are missing or damaged."""
+    """Load the tokenizer of a part.
+
+    Raises:
+        ModelError: files are missing or damaged.
+    """
     from transformers import AutoTokenizer
 
     place = folder / part.replace("text_encoder", "tokenizer")
     try:
-        # without one transformers makes a tokenizer that knows no word
+        # without one transformers makes a tokenizer without words
         if not any(all((place / name).is_file() for name in names) for names in VOCABULARIES):
             raise ValueError(f"{place} has no {VOCABULARIES[0][0]}")
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
@@ -107,8 +117,8 @@ def load_tokenizer(folder: Path, part: str) -> Any:
 def clip_states(
     encoder: Any, tokenizer: Any, prompts: Sequence[str]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each prompt the last but one hidden state [77, D] and the pooled projection [D], on the
-    CPU.
+    """Return, for each prompt, the last but one hidden state [77, D] and the pooled projection [D],
+    on the CPU.
     """
     states = []
     for prompt in prompts:
@@ -125,7 +135,7 @@ def clip_states(
 
 @torch.no_grad()
 def t5_states(encoder: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> list[Tensor]:
-    """[length, D] for each prompt, on the CPU."""
+    """Return [length, D] for each prompt, on the CPU."""
     states = []
     for prompt in prompts:
         options = {
@@ -140,13 +150,13 @@ def t5_states(encoder: Any, tokenizer: Any, prompts: Sequence[str], length: int)
 
 
 def put_together(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    """[77, 768], [77, 1280], [T, 4096] -> prompt_embeds [77 + T, 4096]."""
+    """Join [77, 768], [77, 1280] and [T, 4096] to prompt_embeds [77 + T, 4096]."""
     clip = torch.cat([clip_l, clip_g], dim=-1)
     return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5])
 
 
 def t5_width(folder: Path) -> int:
-    """What the transformer expects of prompts, also where there is no T5."""
+    """Return the width of prompt embeddings that the transformer expects, also without T5."""
     for place, name in ((folder / T5, "d_model"), (folder / "transformer", "joint_attention_dim")):
         if (place / "config.json").is_file():
             return int(read_config(place / "config.json").get(name, T5_WIDTH))

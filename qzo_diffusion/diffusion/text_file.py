@@ -1,4 +1,4 @@
-"""Text of unknown encoding, and text that no tokenizer can read."""
+"""Decode text of unknown encoding, and find text that no tokenizer can read."""
 
 import codecs
 import unicodedata
@@ -14,9 +14,10 @@ _WHITE = "\t\n\r\f\v"
 
 
 def decode(data: bytes) -> tuple[str, str | None]:
-    """The text, and how it was read where it is not UTF-8.
+    """Return the text, and the name of its encoding if that is not UTF-8.
 
-    Without a mark, UTF-8 comes first. Bytes that would be control characters in it are UTF-16.
+    Without a mark, UTF-8 is tried first. Bytes that would be control characters in it are read as
+    UTF-16.
     """
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
@@ -29,7 +30,7 @@ def decode(data: bytes) -> tuple[str, str | None]:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines that end with LF, CR LF or CR, and nothing else.
+    """Split at LF, CR LF and CR only.
 
     `str.splitlines` also splits at form feeds, U+0085 and U+2028, which may stand in a text.
     """
@@ -46,7 +47,9 @@ def _of_single_bytes(data: bytes) -> tuple[str, str | None]:
 
 
 def _utf_16(data: bytes) -> str | None:
-    """By the byte order that gives characters of fewer Unicode blocks; None if none is readable."""
+    """Decode by the byte order that gives characters of fewer Unicode blocks; None if neither is
+    readable.
+    """
     found = []
     for encoding in ("utf-16-le", "utf-16-be"):
         try:
@@ -59,5 +62,5 @@ def _utf_16(data: bytes) -> str | None:
 
 
 def has_controls(text: str) -> bool:
-    """Whether it holds what no text does: NUL and its like, apart from white space."""
+    """Return whether a text holds NUL or other control characters apart from white space."""
     return any(character < " " and character not in _WHITE for character in text)

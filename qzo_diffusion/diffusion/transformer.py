@@ -1,6 +1,4 @@
-"""Where an SD3 transformer's weights are, what shape it has, and the empty model that they are read
-into.
-"""
+"""Find the weights of an SD3 transformer, read its config, and build the empty model for them."""
 
 import inspect
 from collections.abc import Mapping
@@ -22,7 +20,7 @@ CLASS = "SD3Transformer2DModel"
 
 @dataclass(frozen=True)
 class TransformerFiles:
-    """Tensors by diffusers' names, wherever they lie, and the transformer's config."""
+    """Tensors by diffusers' names, in any layout on disk, and the transformer's config."""
 
     entries: Mapping[str, Entry]
     config: dict[str, Any]
@@ -37,8 +35,8 @@ class TransformerFiles:
 
 
 def find_transformer(place: Path) -> TransformerFiles:
-    """A diffusers folder (`config.json` and safetensors, 4-bit or not), or a single file in the
-    original layout.
+    """Find a transformer in a diffusers folder (`config.json` and safetensors, 4-bit or not), or in
+    a single file in the original layout.
 
     Raises:
         ModelError: something is missing or damaged, or it is another kind of file.
@@ -66,7 +64,7 @@ def _without_config(place: Path, entries: Mapping[str, Entry]) -> ModelError:
 
 
 def _completed(config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """With diffusers' own value for each setting that the file leaves out."""
+    """Fill in diffusers' own value for each setting that the file leaves out."""
     from diffusers import SD3Transformer2DModel
 
     kind = config.get("_class_name", CLASS)
@@ -81,10 +79,10 @@ def _completed(config: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
-    """The model with all its tensors on the meta device: no memory, whatever its size.
+    """Build the model with all its tensors on the meta device: it takes no memory.
 
     Raises:
-        ModelError: diffusers does not know such a config.
+        ModelError: diffusers refuses the config.
     """
     from diffusers import SD3Transformer2DModel
 

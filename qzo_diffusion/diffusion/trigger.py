@@ -1,17 +1,17 @@
-"""The word that calls a style: where captions have it, prompts show what it brings."""
+"""Find the word that calls a style in captions, and put it into prompts."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FEWEST = 3  # different captions that must share a part before it is taken for a trigger
+FEWEST = 3  # different captions that must share a part, before it counts as a trigger
 _LAST = re.compile(r",\s*(?=[^,]+$)|\s+(?=in\s+\S[^,]*\bstyle\b[^,]*$)", re.IGNORECASE)
 _FIRST = re.compile(r"^[^,]+,\s*")
 
 
 @dataclass(frozen=True)
 class Trigger:
-    """`word` as captions hold it, and the parts around a prompt that put it there."""
+    """`word` as captions hold it, and the text before and after a prompt that adds it."""
 
     word: str
     before: str = ""
@@ -25,10 +25,10 @@ class Trigger:
 
 
 def find_trigger(captions: Sequence[str], word: str | None = None) -> Trigger | None:
-    """The trigger that at least half of the captions hold, or None.
+    """Return the trigger that at least half of the captions hold, or None.
 
-    Without `word` it is the last or the first part ("..., ink wash", "... in ink style",
-    "inkwash, ...") that all of at least three different captions share.
+    Without `word` it is the last or the first part that all captions share ("..., ink wash", "...
+    in ink style", "inkwash, ..."). At least three different captions must share it.
     """
     different = sorted({caption.strip() for caption in captions if caption.strip()})
     if word is None:
@@ -43,14 +43,14 @@ def find_trigger(captions: Sequence[str], word: str | None = None) -> Trigger | 
 
 
 def with_and_without(prompts: Sequence[str], trigger: Trigger | None) -> list[str]:
-    """Every second prompt with the trigger; all as they are where one holds it already."""
+    """Add the trigger to every second prompt; change none if one holds it already."""
     if trigger is None or any(map(trigger.is_in, prompts)):
         return list(prompts)
     return [prompt if index % 2 else trigger.added(prompt) for index, prompt in enumerate(prompts)]
 
 
 def _shared_part(captions: Sequence[str]) -> Trigger | None:
-    """The part that all captions end or else begin with, as it stands beside the rest."""
+    """Return the part that all captions end with, or else begin with, with its separator."""
     last = {_tail(caption) for caption in captions}
     if len(last) == 1 and (tail := last.pop()):
         return Trigger(tail.strip(" ,"), after=tail)

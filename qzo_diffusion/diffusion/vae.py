@@ -1,4 +1,4 @@
-"""The VAE of a Stable Diffusion 3 pipeline: checked, loaded, and freed of its encoder."""
+"""Check and load the VAE of a Stable Diffusion 3 pipeline, and free its encoder."""
 
 import gc
 import math
@@ -19,7 +19,11 @@ CLASS = "AutoencoderKL"
 
 
 def read_vae_config(file: Path) -> dict[str, Any]:
-    """Raises ModelError unless it describes a VAE whose latents have a scale and a shift."""
+    """Read the config of a VAE whose latents have a scale and a shift.
+
+    Raises:
+        ModelError: it describes another model.
+    """
     config = read_config(file)
     factors = ("scaling_factor", "shift_factor")
     wrong = next((key for key in factors if not _finite(config.get(key))), "")
@@ -42,7 +46,7 @@ def read_vae_config(file: Path) -> dict[str, Any]:
 
 
 def empty_vae(config: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device. Raises ModelError for a config that diffusers refuses."""
+    """Build the model on the meta device. Raises ModelError for a config that diffusers refuses."""
     from diffusers import AutoencoderKL
 
     return empty.from_config(
@@ -57,8 +61,11 @@ def empty_vae(config: Mapping[str, Any]) -> nn.Module:
 def load_vae(
     folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None
 ) -> Any:
-    """The VAE of a pipeline; images larger than `tile` pixels are encoded and decoded in
-    overlapping squares of that size.
+    """Load the VAE of a pipeline.
+
+    Args:
+        tile: images larger than so many pixels a side are encoded and decoded in overlapping
+            squares of that size.
 
     Raises:
         ModelError: its config is damaged or of another VAE, or tensors are missing.
@@ -73,13 +80,14 @@ def load_vae(
 
 
 def reduction(config: Mapping[str, Any]) -> int:
-    """Pixels of an image along a side of one latent."""
+    """Return the number of pixels along a side of one latent."""
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
 def image_encoder(vae: Any) -> Callable[[Tensor], Tensor]:
-    """images [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] fp32, `(z - shift_factor) ·
-    scaling_factor` of the mean z.
+    """Return a function of images [B, 3, H, W] in [-1, 1] that gives latents [B, C, h, w] fp32.
+
+    Latents are `(z - shift_factor) · scaling_factor` of the mean z.
     """
 
     @torch.no_grad()
@@ -91,7 +99,7 @@ def image_encoder(vae: Any) -> Callable[[Tensor], Tensor]:
 
 
 def drop_encoder_(vae: Any) -> None:
-    """Free the half of the VAE that training and sampling never need again."""
+    """Free the encoder, which training and sampling do not need."""
     vae.encoder = None
     gc.collect()
 

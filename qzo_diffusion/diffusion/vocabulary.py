@@ -1,4 +1,4 @@
-"""Before an encoder is loaded: whether it has an embedding for every token of the prompts."""
+"""Check before an encoder is loaded that it has an embedding for every token of the prompts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,14 +9,14 @@ from qzo_diffusion.system.texts import check_tokens
 
 
 def check_texts(folder: Path, texts: Iterable[tuple[str, str]], *, t5: bool) -> None:
-    """Check (place, text) against the tokenizers of a pipeline folder.
+    """Check (place, text) pairs against the tokenizers of a pipeline folder.
 
     Args:
-        texts: that can be encoded.
-        t5: whether T5 is used, where there is one.
+        texts: pairs whose text can be encoded.
+        t5: whether T5 is used, if the folder has it.
 
     Raises:
-        DataError: a token at or beyond an encoder's embedding.
+        DataError: a token has no embedding in an encoder.
         ModelError: a tokenizer or a config can't be read.
     """
     wanted = list(texts)
