@@ -60,6 +60,8 @@ ELSEWHERE = {
     "text.t5_tokens": "max_sequence_length max_token_length",
     "sigma.distribution": "weighting_scheme timestep_sampling timestep_type",
     "sigma.shift": "discrete_flow_shift flow_shift timestep_shift",
+    "sigma.min": "min_timestep timestep_min min_sigma min_denoising_steps",
+    "sigma.max": "max_timestep timestep_max max_sigma max_denoising_steps",
     "lora.rank": "rank r network_dim lora_rank lora_r lora_dim",
     "lora.alpha": "alpha network_alpha lora_alpha",
     "task": "task_name dataset_name",

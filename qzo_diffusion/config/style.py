@@ -8,6 +8,7 @@ from qzo_diffusion.config.defaults import DIRECTIONS, PROBES
 from qzo_diffusion.config.kinds import (
     Count,
     FreeText,
+    NoiseLevel,
     NotNegative,
     PathOrName,
     PathText,
@@ -48,6 +49,16 @@ class SigmaConfig(Section):
     """of noise levels in training"""
     shift: Positive = 1.0
     """towards high noise levels, above 1"""
+    min: NoiseLevel = 0.0
+    """lowest noise level in training; held-out losses keep the whole range"""
+    max: NoiseLevel = 1.0
+    """highest noise level in training, where 1 is pure noise"""
+
+    @model_validator(mode="after")
+    def _min_below_max(self) -> "SigmaConfig":
+        if self.min >= self.max:
+            raise ValueError(f"min below max, got {self.min:g} and {self.max:g}")
+        return self
 
 
 class SampleConfig(Section):

@@ -75,6 +75,8 @@ def sample_sigmas(
     *,
     distribution: SigmaDistribution = "uniform",
     shift: float = 1.0,
+    low: float = 0.0,
+    high: float = 1.0,
 ) -> Tensor:
     """Draw noise levels [count], one from each of `count` equal slices of the distribution, in
     random order.
@@ -82,13 +84,26 @@ def sample_sigmas(
     Such stratified levels remove most of the variance of sigma from a batch's loss and leave its
     mean. "logit_normal" is the standard logit-normal, with median 0.5 at shift 1. Scripts of
     diffusers apply shift 3 (median 0.75), so name the shift when you compare.
+
+    Args:
+        low, high: levels outside are never drawn; those inside keep their odds to each other.
     """
     strata = torch.randperm(count, generator=generator).double()
     quantile = (strata + torch.rand(count, generator=generator, dtype=torch.float64)) / count
+    first, last = (share_below(level, distribution, shift) for level in (low, high))
+    quantile = first + (last - first) * quantile
     if distribution == "logit_normal":
         inside = quantile.clamp(1e-6, 1 - 1e-6)
         quantile = torch.sigmoid(torch.special.ndtri(inside))
-    return shift_sigma(quantile, shift).float()
+    return shift_sigma(quantile, shift).clamp(low, high).float()
+
+
+def share_below(level: float, distribution: SigmaDistribution, shift: float) -> float:
+    """The share of the distribution's noise levels that are lower than `level`, in [0, 1]."""
+    unshifted = level / (level + shift * (1 - level))
+    if distribution == "uniform":
+        return unshifted
+    return float(torch.special.ndtr(torch.logit(torch.tensor(unshifted, dtype=torch.float64))))
 
 
 PATCH = 2  # latents along a side of one token of the transformer

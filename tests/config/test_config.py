@@ -40,7 +40,7 @@ def test_the_contracts_keys_exist():
         "data.resolution data.batch_size data.caption_dropout train.lr train.schedule qzo.eps "
         "qzo.num_directions "
         "qzo.parametrization quant.type quant.blocksize compute.device compute.dtype "
-        "sample.guidance"
+        "sample.guidance sigma.min sigma.max"
     )
     assert set(fixed.split()) <= set(known_keys())
 
@@ -66,6 +66,10 @@ def test_yaml_round_trip(tmp_path):
         ({"data": {"batch_size": 0}}, ["data.batch_size", "0"]),
         ({"quant": {"type": "int3"}}, ["quant.type", "int3", "nf4"]),
         ({"qzo": {"units": "absolute"}}, ["absolute", "dense"]),
+        ({"sigma": {"min": -0.1}}, ["sigma.min", "-0.1", "0"]),
+        ({"sigma": {"max": 1.5}}, ["sigma.max", "1.5", "1"]),
+        ({"sigma": {"min": 0.7, "max": 0.7}}, ["sigma", "min below max", "0.7"]),
+        ({"sigma": {"max_timestep": 900}}, ["sigma.max_timestep", "did you mean 'sigma.max'"]),
         ({"train": 5}, ["train", "5"]),
         ({"qzo": {"layers": "quiett"}}, ["qzo.layers = 'quiett'", "list", "'quiet'"]),
         ({"qzo": {"layers": [3]}}, ["qzo.layers.0 = 3", "string"]),

@@ -13,6 +13,7 @@ from qzo_diffusion.diffusion.flow_matching import (
     Batch,
     divisor_up_to,
     sample_sigmas,
+    share_below,
     shift_sigma,
     velocity_loss,
 )
@@ -120,6 +121,38 @@ def test_shift_keeps_the_ends_and_1_is_the_identity():
     assert shifted[0] == 0
     assert shifted[-1] == 1
     assert (shifted[1:-1] > sigma[1:-1]).all()
+
+
+@pytest.mark.parametrize(("distribution", "shift"), [("uniform", 1), ("logit_normal", 3)])
+def test_a_narrower_range_has_one_level_in_each_stratum_of_the_part_inside(distribution, shift):
+    low, high, count = 0.6, 0.95, 8
+    first, last = (share_below(level, distribution, shift) for level in (low, high))
+    for seed in range(50):
+        sigma = sample_sigmas(
+            count,
+            torch.Generator().manual_seed(seed),
+            distribution=distribution,
+            shift=shift,
+            low=low,
+            high=high,
+        ).double()
+        assert (sigma > low).all()
+        assert (sigma < high).all()
+        shares = [share_below(float(level), distribution, shift) for level in sigma]
+        places = sorted(int((share - first) / (last - first) * count) for share in shares)
+        assert places == list(range(count))
+
+
+def test_the_share_of_lower_levels_is_the_one_that_is_drawn():
+    count = 10_000
+    for distribution, shift in (("uniform", 3.0), ("logit_normal", 0.5)):
+        sigma = sample_sigmas(
+            count, torch.Generator().manual_seed(0), distribution=distribution, shift=shift
+        )
+        for level in (0.0, 0.1, 0.7, 1.0):
+            drawn = int((sigma.double() < level).sum())
+            # a level in each of 10,000 strata: the count can differ by that of one stratum
+            assert abs(drawn - count * share_below(level, distribution, shift)) <= 1
 
 
 @pytest.mark.usefixtures("global_rng_untouched")

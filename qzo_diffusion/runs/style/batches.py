@@ -128,12 +128,14 @@ class TrainingBatches:
             [self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)]
         )
         noise = torch.randn(latents.shape, generator=generator)
-        sigma_settings = self._config.sigma
+        levels = self._config.sigma
         sigma = sample_sigmas(
             len(chosen),
             generator,
-            distribution=sigma_settings.distribution,
-            shift=sigma_settings.shift,
+            distribution=levels.distribution,
+            shift=levels.shift,
+            low=levels.min,
+            high=levels.max,
         )
         share, patch_groups = self._ranks.share(len(chosen)), self._regions(latents)
         whole = make_batch(
