@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json
+from qzo_diffusion.commands.flags import add_json, add_tuned_between
 from qzo_diffusion.config.arguments import path, path_text
 from qzo_diffusion.system.console import DONE, emit, show
 
@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
         metavar="RUN",
         help="runs that were evaluated, in one table",
     )
+    add_tuned_between(evaluate)
     evaluate.add_argument(
         "--prompts",
         type=path_text,
@@ -55,7 +56,10 @@ def run(options: argparse.Namespace) -> int:
         results = scoring.run(scoring.ScoreRequest(options.images, *chosen))
         line = scoring.in_words(results["clip_score"])
     else:
-        results = evaluate.run(evaluate.EvaluateRequest(options.run, *chosen, options.model))
+        request = evaluate.EvaluateRequest(
+            options.run, *chosen, options.model, options.tuned_between
+        )
+        results = evaluate.run(request)
         line = "\n".join(entry["text"] for entry in results["verdict"])
     emit(results, options.json, line)
     return DONE

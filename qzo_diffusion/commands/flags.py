@@ -2,10 +2,20 @@
 
 import argparse
 
-from qzo_diffusion.config.arguments import path, path_text
+from qzo_diffusion.config.arguments import level, path, path_text
 
 Flags = dict[str, tuple[str, str]]
 """Flags that are settings by another name: flag -> (key of the setting, help)."""
+
+
+def add_tuned_between(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tuned-between",
+        type=level,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="noise levels with tuned scales, the base's elsewhere; default: the run's own",
+    )
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

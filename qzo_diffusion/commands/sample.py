@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json, add_output_dir
+from qzo_diffusion.commands.flags import add_json, add_output_dir, add_tuned_between
 from qzo_diffusion.config.arguments import count, not_negative, path, path_text, seed, strength
 from qzo_diffusion.system.console import DONE, emit
 
@@ -17,6 +17,7 @@ def add(verbs: Any) -> None:
     sample.add_argument(
         "--strength", type=strength, default=1.0, help="0: the base, 1: as tuned; default 1"
     )
+    add_tuned_between(sample)
     prompts = sample.add_mutually_exclusive_group()
     prompts.add_argument("--prompts", type=path_text, help="file with one prompt a line")
     prompts.add_argument(
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
         model=options.model,
         run=options.run,
         strength=options.strength,
+        tuned_between=options.tuned_between,
         prompts=options.prompt or options.prompts,
         negative_prompt=options.negative_prompt,
         steps=options.steps,

@@ -100,6 +100,7 @@ seed = _number(int, 0, 2**63 - 1, f"a whole number from 0 to {2**63 - 1}")
 whole = _number(int, 0, 2**63 - 1, "a whole number, 0 or more")
 count = _number(int, 1, 2**31 - 1, "a whole number, 1 or more")
 not_negative = _number(float, 0.0, 1e308, "a finite number, 0 or more")
+level = _number(float, 0.0, 1.0, "a noise level from 0 to 1")
 strength = _number(
     float, -MOST_STRENGTH, MOST_STRENGTH, f"a number from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
 )

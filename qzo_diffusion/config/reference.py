@@ -101,7 +101,7 @@ def _words(part: Any, parts: Sequence[Any]) -> Iterator[str]:
     if get_origin(part) is Literal:
         yield ", ".join(shown(value) for value in get_args(part))
     elif get_origin(part) is list:
-        yield "a list of texts"
+        yield "a list of texts" if get_args(part)[0] is str else "a list of numbers"
     elif part is str:
         yield "a path" if any(isinstance(other, kinds.Place) for other in parts) else "a text"
     elif part in (bool, int, float):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qzo_diffusion.config.defaults import DIRECTIONS, PROBES
 from qzo_diffusion.config.kinds import (
@@ -61,6 +61,18 @@ class SigmaConfig(Section):
         return self
 
 
+def _low_below_high(levels: list[float]) -> list[float]:
+    low, high = levels
+    if low >= high:
+        raise ValueError("[LOW, HIGH] with LOW below HIGH")
+    return levels
+
+
+Levels = Annotated[
+    list[NoiseLevel], Field(min_length=2, max_length=2), AfterValidator(_low_below_high)
+]
+
+
 class SampleConfig(Section):
     prompts: PathOrName | None = None
     """file with one prompt a line; null: the shipped grid prompts"""
@@ -72,6 +84,9 @@ class SampleConfig(Section):
     """guidance scale; null: as suits the model, 4.5 for Stable Diffusion 3.5"""
     negative_prompt: FreeText = ""
     """prompt that guidance leads away from"""
+    tuned_between: Levels | None = None
+    """[LOW, HIGH]: pictures use the tuned scales at noise levels between, and the base's at the
+    others; null: tuned everywhere"""
     seed: Seed = 0
     """prompt i is sampled from seed + i"""
     batch_size: Count = 8

@@ -10,13 +10,14 @@ objective."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SigmaDistribution = Literal["uniform", "logit_normal"]
+Level = TypeVar("Level", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Batch:
         return (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
 
 
-def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+def shift_sigma(sigma: Level, shift: float) -> Level:
     """Apply the time shift of SD3 (arXiv 2403.03206, equation 23).
 
     `shift` > 1 moves levels towards pure noise; 1 is the identity.

@@ -66,7 +66,7 @@ def warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     if len({tuple(row["prompt"] for row in one["prompts"]) for one in evaluations.values()}) > 1:
         found.append("these runs were scored on different prompts")
-    if len({tuple(one["sampling"].items()) for one in evaluations.values()}) > 1:
+    if len({str(sorted(one["sampling"].items())) for one in evaluations.values()}) > 1:
         found.append("these runs were sampled with other seeds, steps or guidance")
     return found
 

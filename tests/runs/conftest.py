@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from PIL import Image
 
 from qzo_diffusion.cli import main
 from tests.conftest import write_images, write_prompts
@@ -40,6 +41,17 @@ def stopped_run(shared, train_shared):
         stop_after(patch, 3)
         assert train_shared("stopped") == 130
     return shared / "stopped"
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """A folder of two images that are none of `images`, with captions."""
+    folder = tmp_path / "held_out"
+    folder.mkdir()
+    for index in range(2):
+        Image.new("RGB", (64, 64), (0, 90 + 90 * index, 0)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"meadow {index}")
+    return folder
 
 
 @pytest.fixture

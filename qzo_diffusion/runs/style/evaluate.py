@@ -18,6 +18,7 @@ from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import evaluation, pipeline
 from qzo_diffusion.runs.style import plan as style_run
+from qzo_diffusion.runs.style.levels import with_levels
 from qzo_diffusion.runs.style.samples import tell_reading
 from qzo_diffusion.runs.style.scored_pictures import Kept
 from qzo_diffusion.runs.tuned import load_tuned
@@ -41,6 +42,7 @@ class EvaluateRequest:
     scorer: str | None = None
     output: Path | None = None
     model: str | None = None  # of a delta, which names a local model without its place
+    tuned_between: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def default_scorer(model_folder: Path) -> str:
 
 
 def _config(request: EvaluateRequest, place: Place) -> Config:
-    config: Config = load_config(place.folder / "config.yaml")
+    own: Config = load_config(place.folder / "config.yaml")
+    config = with_levels(own, request.tuned_between)
     if request.style_dir is not None:
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
     elif place.is_export:

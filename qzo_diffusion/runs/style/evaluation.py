@@ -34,6 +34,7 @@ from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style import plan as style_run
+from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.tuned import Tuned, load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.train.distributed import Ranks
@@ -55,6 +56,7 @@ class Work:
     plan: style_run.StylePlan
     encoded: style_data.Encoded
     transformer: nn.Module
+    sampled: nn.Module  # the same, as pictures are made with it
     scales: ScaleSet
     theta: Parametrization
     held_out: list[Batch]
@@ -83,7 +85,8 @@ def load(plan: style_run.StylePlan) -> Work:
     held_out = style_data.validation_batches(
         plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
     )
-    return Work(plan, encoded, transformer, scales, theta, held_out)
+    sampled = for_samples(config, transformer, scales)
+    return Work(plan, encoded, transformer, sampled, scales, theta, held_out)
 
 
 def states_of(work: Work, tuned: Tuned) -> dict[str, Scales | None]:
@@ -159,6 +162,7 @@ def results(
             "seed": plan.config.sample.seed,
             "steps": plan.config.sample.steps,
             "guidance": plan.config.sample.guidance,
+            **_levels(plan.config),
         },
         **_scores(chosen, plan, measured.pictures, contents, features),
         "validation_loss": _held_out_loss(plan.style.validation, work.held_out, measured.losses),
@@ -173,6 +177,12 @@ def results(
         else NO_NUMBER
     )
     return found
+
+
+def _levels(config: Config) -> dict[str, Any]:
+    """Of the pictures, where they do not use the tuned scales at all noise levels."""
+    levels = config.sample.tuned_between
+    return {} if levels is None else {"tuned_between": levels}
 
 
 def content_of(prompt: str, plan: style_run.StylePlan) -> str:

@@ -26,6 +26,7 @@ from qzo_diffusion.core.journal import Journal, encoded, read_journal
 from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.levels import in_comfyui
 from qzo_diffusion.diffusion.model_card import Base, Scores, card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
@@ -92,6 +93,7 @@ class _Export:
     config: Config
     kind: Format
     facts: dict[str, str]
+    note: str = ""
 
     @property
     def title(self) -> str:
@@ -127,7 +129,8 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
     transformer, scales, _ = pipeline.load_base(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
-    export = _Export(run_folder, config, kind, published_facts(found.facts))
+    note = _levels(config, runtime) if kind == "bf16" else ""
+    export = _Export(run_folder, config, kind, published_facts(found.facts), note)
     if kind == "delta":
         files = {
             SCALES: (
@@ -138,6 +141,16 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
         return _write(export, files, {}, output_dir)
     merge_changes_(scales, [(tuned, 1.0)])
     return _write(export, *_model_files(export, transformer, runtime), output_dir)
+
+
+def _levels(config: Config, runtime: pipeline.Runtime) -> str:
+    """How ComfyUI samples as the run did, where that is with tuned scales at some levels alone."""
+    levels = config.sample.tuned_between
+    if levels is None:
+        return ""
+    pipeline.resolve_sampling_(config, runtime.folder)
+    shift = sd3.load_scheduler(runtime.folder).config.shift
+    return in_comfyui(levels, config.sample.steps or 1, shift)
 
 
 def _model_files(
@@ -257,7 +270,8 @@ def _describe(export: _Export, folder: Path) -> None:
         "made with": f"qzo_diffusion {__version__}",
     }
     settings |= {"trigger": data.trigger} if data.trigger else {}
-    text = card(export.title, export.base, USE[export.kind], settings, _scores(export), pictures)
+    use = f"{USE[export.kind]}\n\n{export.note}" if export.note else USE[export.kind]
+    text = card(export.title, export.base, use, settings, _scores(export), pictures)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

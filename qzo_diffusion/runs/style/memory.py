@@ -167,7 +167,10 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     batch = config.train.micro_batch_size or config.data.batch_size * build.probes_at_once(config)
     guided = 2 if config.sample.guidance is None or config.sample.guidance > 1 else 1
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
-    resident = base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
+    # a copy of the scales, or of the codes that are trained in their place
+    copied = size.weights if config.method == "quzo" else 4.0 * size.scales
+    copy = {} if config.sample.tuned_between is None else {"the base's scales": copied}
+    resident = copy | base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
     return [
         Phase("encode", base | _largest_encoder(config, runtime, shape)),
         Phase("images", base | data | vae_work("encode")),

@@ -32,6 +32,7 @@ from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 from qzo_diffusion.runs.style.samples import (
     Pictures,
@@ -147,6 +148,7 @@ class StylePlan:
         if ranks.first:
             ranks.wait()
         transformer, scales, theta = pipeline.load_base(config, self.runtime)
+        sampled = for_samples(config, transformer, scales)
         set_initial_(config, transformer, scales)
         optimizer, take_step = (
             (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
@@ -158,9 +160,7 @@ class StylePlan:
             out.write_json("samples/prompts.json", prompt_table(self.prompts, self.trigger))
             _warn_of_truncation(counts)
             vae, prompts = encoded.vae, self.prompts.prompts
-            sampler = pipeline.sampler(
-                config, self.runtime, transformer, vae, prompts, encoded.prompts
-            )
+            sampler = pipeline.sampler(config, self.runtime, sampled, vae, prompts, encoded.prompts)
             held_out = style_data.validation_batches(
                 self.style.validation, encoded, device, config.data.batch_size, config.train.seed
             )

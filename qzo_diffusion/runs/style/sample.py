@@ -20,6 +20,7 @@ from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.levels import for_samples, with_levels
 from qzo_diffusion.runs.style.samples import tell_reading
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.system.console import report
@@ -37,6 +38,7 @@ class SampleRequest:
     model: str | None = None
     run: Path | None = None
     strength: float = 1.0
+    tuned_between: Sequence[float] | None = None
     prompts: str | list[str] | None = None
     negative_prompt: str | None = None
     steps: int | None = None
@@ -57,6 +59,12 @@ def run(request: SampleRequest) -> dict[str, Any]:
             got,
             "a run, whose changes it scales",
             "add --run RUN, or leave --strength out for the base",
+        )
+    if request.run is None and request.tuned_between is not None:
+        raise ConfigError(
+            "--tuned-between without --run",
+            "a run, whose tuned scales are used between the two noise levels",
+            "add --run RUN, or leave --tuned-between out for the base",
         )
     if warning := unusual(request.strength, "--strength"):
         report(warning)
@@ -79,9 +87,10 @@ def run(request: SampleRequest) -> dict[str, Any]:
     vae = pipeline.load_vae(config, folder, device)
     drop_encoder_(vae)
     transformer, scales, _ = pipeline.load_base(config, runtime)
+    sampled = for_samples(config, transformer, scales)
     if tuned is not None:
         apply_(transformer, scales, [(tuned, request.strength)])
-    sampler = pipeline.sampler(config, runtime, transformer, vae, prompts.prompts, encoded)
+    sampler = pipeline.sampler(config, runtime, sampled, vae, prompts.prompts, encoded)
     images = sampler.images()
     # not before: what fails leaves nothing behind
     out = RunFolder.create(request.output_dir, ANOTHER)
@@ -96,6 +105,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
         "samples": str(out.path / "samples"),
         "images": len(images),
         "strength": request.strength,
+        "tuned_between": config.sample.tuned_between,
     }
 
 
@@ -121,6 +131,7 @@ def _config_of(request: SampleRequest) -> Config:
         except OutputError as error:
             # scales alone: the base is checked against their codes, so it can't be a wrong one
             report(f"{error.got}: with the settings as they come by default")
+    config = with_levels(config, request.tuned_between)
     if request.model is not None:
         config.model = request.model
     if isinstance(request.prompts, str):

@@ -59,7 +59,7 @@ def _draw(work: Work, state: str, target: Path, key: str, files: Sequence[str]) 
     sampler = pipeline.sampler(
         plan.config,
         plan.runtime,
-        work.transformer,
+        work.sampled,
         encoded.vae,
         plan.prompts.prompts,
         encoded.prompts,

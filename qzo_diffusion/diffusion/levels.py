@@ -1,0 +1,82 @@
+"""Sample with tuned scales at some noise levels and with the base's at the others.
+
+High noise levels decide the layout of a picture, low ones its details. So a style whose outlines
+are wanted and whose layout is not can be left out of the first steps."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from qzo_diffusion.diffusion.flow_matching import shift_sigma
+
+TIMES = 1000  # the model's time input at noise level 1
+
+
+class TunedBetween(nn.Module):
+    """Wrap a transformer that sampling calls once a step, so that scales change between steps only.
+
+    Args:
+        levels: the lowest and the highest noise level with tuned scales.
+        outside: opens a context in which the transformer uses the base's scales.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        levels: Sequence[float],
+        outside: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        super().__init__()
+        self.transformer, self._levels, self._outside = transformer, tuple(levels), outside
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the transformer's attribute where the wrapper has none of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("transformer"), name)
+
+    def forward(self, *args: Any, timestep: Tensor, **options: Any) -> Any:
+        """Call the transformer; `timestep` [B] holds one level, the same for all examples."""
+        low, high = self._levels
+        inside = low <= float(timestep.flatten()[0]) / TIMES <= high
+        with nullcontext() if inside else self._outside():
+            return self.transformer(*args, timestep=timestep, **options)
+
+
+def steps_between(levels: Sequence[float], steps: int, shift: float) -> tuple[int, int]:
+    """The first step with tuned scales and the one behind the last, of `steps` sampling steps.
+
+    Step i has the noise level of ComfyUI's scheduler `simple`: 1 - i / steps, shifted.
+    """
+    low, high = levels
+    own = [shift_sigma(1 - step / steps, shift) for step in range(steps)]
+    return sum(level > high for level in own), sum(level >= low for level in own)
+
+
+def in_comfyui(levels: Sequence[float], steps: int, shift: float) -> str:
+    """Explain in Markdown how ComfyUI samples with tuned scales between `levels` alone."""
+    start, end = steps_between(levels, steps, shift)
+    low, high = levels
+    spans = [("the base", 0, start), ("this one", start, end), ("the base", end, steps)]
+    kept = [span for span in spans if span[1] < span[2]]
+    rows = [
+        f"| {model} | {'disable' if first else 'enable'} | {first} | {last} "
+        f"| {'disable' if last == steps else 'enable'} |"
+        for model, first, last in kept
+    ]
+    head = "| model | add_noise | start_at_step | end_at_step | return_with_leftover_noise |"
+    return "\n".join(
+        [
+            f"The run's own pictures use the tuned scales at noise levels from {low:g} to "
+            f"{high:g}, and the base's at the others.\n"
+            "In ComfyUI, load both models and let the latents go through one "
+            "`KSampler (Advanced)` for each row,\n"
+            f"with {steps} steps, the same seed, scheduler `simple` and shift {shift:g}:\n",
+            head,
+            "|---|---|---|---|---|",
+            *rows,
+        ]
+    )
