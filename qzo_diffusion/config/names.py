@@ -19,6 +19,8 @@ ELSEWHERE = {
         "checkpointing_steps save_steps save_every save_every_n_steps checkpoint_interval"
     ),
     "train.keep_checkpoints": "checkpoints_total_limit save_total_limit max_step_saves_to_keep",
+    "train.patience": "early_stopping_patience early_stopping early_stop",
+    "train.max_minutes": "max_time max_train_time time_limit max_hours",
     "train.validate_every": "validation_steps eval_steps eval_every eval_interval",
     "qzo.eps": "epsilon zo_eps mu perturbation_scale",
     "qzo.num_directions": "num_perturbations num_samples_zo num_queries num_probes",

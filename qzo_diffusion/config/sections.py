@@ -48,6 +48,18 @@ class TrainConfig(Section):
     """steps between two checkpoints; 0: only when stopped. The journal alone can rebuild a run"""
     keep_checkpoints: Count = 3
     """newest checkpoints that are kept, besides the best"""
+    patience: Count | None = None
+    """end after so many validations without a lower held-out loss; final/ then holds the step of
+    the lowest. null: no such end"""
+    max_minutes: Positive | None = None
+    """end after so many minutes of one command, loading included; --resume goes on. null: no such
+    end"""
+
+    @model_validator(mode="after")
+    def _patience_needs_validations(self) -> "TrainConfig":
+        if self.patience is not None and not self.validate_every:
+            raise ValueError("validate_every: 1 or more, or patience: null")
+        return self
 
 
 class QzoConfig(Section):

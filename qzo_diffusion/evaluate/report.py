@@ -61,6 +61,7 @@ class RunFacts:
     style: Sequence[Subject] = ()  # the style's own images, by caption
     costs: Mapping[str, str] = field(default_factory=dict)  # device, minutes, peak memory
     next: Sequence[tuple[str, str]] = ()  # for what, and the command
+    final_step: int | None = None  # whose scales are the result, where the run says it
     prompts_note: str = ""  # which of the prompts hold the captions' trigger
 
 

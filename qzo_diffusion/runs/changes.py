@@ -13,6 +13,7 @@ from qzo_diffusion.runs import longer
 from qzo_diffusion.runs.plan import Plan
 from qzo_diffusion.system.reading import read_json
 
+ENDS = ("train.patience", "train.max_minutes")  # no step depends on them
 MOST_NOTED = 2**15  # bytes of a note: a record of the journal has room for twice as many
 
 
@@ -29,7 +30,7 @@ def changes(plan: Plan, run: Path, journal: str | None, force: bool) -> list[str
     before = load_config(run / "config.yaml", type(plan.config))
     data = changed_data(plan, run)
     # data that was moved and is the same is no change
-    found = changed_settings(before, plan.config, () if data else DATA_PLACES)
+    found = changed_settings(before, plan.config, ENDS + (() if data else DATA_PLACES))
     if not force:
         found = longer.without_steps(
             found, before, plan.config, lambda: longer.steps_done(run, journal)

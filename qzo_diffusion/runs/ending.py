@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.runs.locate import Kind
+from qzo_diffusion.train.stopping import Reason
 
 _LEFT = {"grid": "samples/grid.png", "page": "report.html", "scores": "evaluation.json"}
 # for what, and the command
@@ -20,6 +21,10 @@ _NEXT: dict[Kind, Mapping[str, str]] = {
         "look at it": "report --run {run}",
         "load it elsewhere": "export --run {run} --format native --output-dir DIR",
     },
+}
+_LIMITS: dict[Reason, str] = {
+    "patience": "train.patience; --resume goes on with a higher one",
+    "time": "train.max_minutes; --resume goes on",
 }
 _TRAIN: dict[Kind, str] = {"style": "train", "llm": "llm train"}
 
@@ -55,10 +60,23 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
     ]
     if loss := results["validation_loss"]:
         rows.append(("held-out loss", f"{loss['start']:.4f} -> {loss['end']:.4f}"))
+    rows += _end(results)
     rows.append(("time", in_words(results["seconds"])))
     if results["peak_memory_gb"] is not None:
         rows.append(("peak memory", f"{results['peak_memory_gb']:.2f} GB"))
     return [f"  {name:14} {text}" for name, text in rows]
+
+
+def _end(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Why a run ended before its last step, and which step is its result."""
+    by, final = results.get("ended_by"), results.get("final_step")
+    rows = []
+    if by is not None:
+        place = f"at step {results['steps']} of {results['max_steps']}"
+        rows.append(("ended", f"{place}, by {_LIMITS[by]}"))
+    if final not in (None, results["steps"]):
+        rows.append(("result", f"step {final}, of the lowest held-out loss"))
+    return rows
 
 
 def in_words(seconds: float) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qzo_diffusion.config.sections import TrainConfig
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.train.distributed import Ranks
@@ -18,6 +19,15 @@ def check_ranks(ranks: Ranks, theta: Parametrization) -> None:
     """
     if ranks.world > 1:
         ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "trained numbers")
+
+
+def agree_on_end(ranks: Ranks, train: TrainConfig, steps_done: int) -> None:
+    """Let rank 0 tell the others whether held-out losses end the run at this step.
+
+    Every rank calls this after the same step. Other ends are told with the sums of the next step.
+    """
+    if train.patience is not None and steps_done % train.validate_every == 0:
+        ranks.wait()
 
 
 def check_same_run(

@@ -105,6 +105,9 @@ def _facts(folder: Path) -> RunFacts:
         step=journal.get("steps", 0),
         max_steps=settings["train"]["max_steps"],
         finished=finished,
+        final_step=next(
+            (line["final_step"] for line in metrics[-1:] if "final_step" in line), None
+        ),
         subjects=_subjects(folder),
         scored=_scored(folder, evaluation),
         metrics=metrics,

@@ -1,5 +1,6 @@
 """Everything that rank 0 writes while a run goes on."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from typing import Any
 
 from qzo_diffusion import devices
 from qzo_diffusion.config.sections import RunConfig
-from qzo_diffusion.core.errors import UserError
+from qzo_diffusion.core.errors import OutputError, UserError
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.spsa import mean_loss
@@ -21,11 +22,14 @@ from qzo_diffusion.train.checkpoint import (
     checkpoint_folder,
     drop_old,
     entry_of,
+    load_checkpoint_,
+    read_checkpoint,
     save_checkpoint,
 )
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import Outcome, StepRecord
 from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.stopping import Limits, Reason, best_step
 from qzo_diffusion.train.tracking import Tracker
 
 PACE_AFTER = 5  # steps
@@ -50,6 +54,9 @@ class Trainer:
     validation: dict[int, float] = field(default_factory=dict)
     steps_done: int = 0
     started: float = field(default_factory=time.monotonic)
+    limits: Limits = field(default_factory=Limits)
+    ended_by: Reason | None = None
+    final_step: int | None = None
     _seconds: list[float] = field(default_factory=list)
 
     def on_step(self, record: StepRecord) -> None:
@@ -79,29 +86,82 @@ class Trainer:
     def begin(self) -> None:
         """Before the first step."""
         self.validate(0)
+        self.keep_if_best(0)
         self.show(0)
         self.report()
 
     def end(self, outcome: Outcome) -> None:
-        """After the last step, or where the run was stopped."""
-        if outcome.stopped:
+        """After the last step, at a limit, or where the run was stopped."""
+        if self.interrupted(outcome):
             self.checkpoint(outcome.steps_done)
         else:
-            self.validate(outcome.steps_done)
-            self.show(outcome.steps_done)
-            self.finish(outcome.steps_done)
+            self._finish(outcome)
         self.report()
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Validate, choose the step whose scales are the run's result, show and save them."""
+        done = outcome.steps_done
+        self.validate(done)
+        if outcome.stopped:  # so that the run can go on
+            self.checkpoint(done)
+        self.final_step = self._restore_best(done)
+        if outcome.stopped or self.limits.patience is not None:
+            self.tracker.on_final(done, self.final_step)
+        self.show(self.final_step)
+        self.finish(self.final_step)
+
+    def at_limit(self) -> bool:
+        """Whether the run is to end before its next step by itself."""
+        self.ended_by = self.ended_by or self.limits.reached(self.due_losses())
+        return self.ended_by is not None
+
+    def interrupted(self, outcome: Outcome) -> bool:
+        """Whether a person or a signal stopped the run, and not a limit."""
+        return outcome.stopped and self.ended_by is None
+
+    def due_losses(self) -> dict[int, float]:
+        """Held-out losses by step, without those that only the end of a command measured.
+
+        An interrupted run and an unbroken one have the same.
+        """
+        every = self.config.train.validate_every
+        return {step: loss for step, loss in self.validation.items() if _due(every, step)}
+
+    def keep_if_best(self, step: int) -> None:
+        """Write a checkpoint where train.patience may come back to this step."""
+        if self.limits.patience is not None and best_step(self.due_losses()) == step:
+            self.checkpoint(step)
+
+    def _restore_best(self, done: int) -> int:
+        """With train.patience, bring theta to the step of the lowest held-out loss.
+
+        Returns the step that theta is at.
+        """
+        losses = self.due_losses() | {done: self.validation.get(done, math.nan)}
+        best = None if self.limits.patience is None else best_step(losses)
+        if best is None or best == done:
+            return done
+        folder = checkpoint_folder(self.out.path / "checkpoints", best)
+        try:
+            checkpoint = read_checkpoint(folder)
+            load_checkpoint_(checkpoint, self.components.theta, self.components.optimizer)
+        except OutputError as error:
+            self.tracker.say(f"warning: final/ holds the last step, not the best: {error.got}")
+            return done
+        return best
 
     def after_step(self, steps_done: int) -> None:
         """Compare theta across ranks now and then; do what is due."""
         if _due(all_ranks.CHECK_EVERY, steps_done):
             all_ranks.check_ranks(self.ranks, self.components.theta)
         self.finish_step(steps_done)
+        all_ranks.agree_on_end(self.ranks, self.config.train, steps_done)
 
     def finish_step(self, steps_done: int) -> None:
         """Validate, checkpoint, sample and report where it is due and not done yet."""
         if _due(self.config.train.validate_every, steps_done):
             self.validate(steps_done)
+            self.keep_if_best(steps_done)
         if _due(self.config.train.checkpoint_every, steps_done):
             self.checkpoint(steps_done)
         if _due(self.callbacks.every, steps_done):
@@ -133,8 +193,9 @@ class Trainer:
         if self.journal is not None:
             self.journal.sync()
         chain = "" if self.journal is None else self.journal.chain
+        losses = self.validation if self.limits.patience is None else self.due_losses()
         save_checkpoint(
-            Checkpoint(folder, step, chain, self.validation.get(step)),
+            Checkpoint(folder, step, chain, losses.get(step)),
             self.components.theta,
             self.components.optimizer,
             metadata=self.metadata | {"qzo.steps": str(step)},
@@ -160,6 +221,7 @@ class Trainer:
     def results(self, outcome: Outcome) -> dict[str, Any]:
         """The figures for `--json`."""
         steps = sorted(self.validation)
+        last = self.final_step if self.final_step in self.validation else max(steps, default=0)
         peak = devices.peak_bytes(next(iter(self.components.scales.tensors().values())).device)
         return {
             "run": str(self.out.path),
@@ -168,10 +230,12 @@ class Trainer:
             "seconds": time.monotonic() - self.started,
             "peak_memory_gb": None if peak is None else peak / 1e9,
             "skipped": outcome.skipped,
-            "stopped": outcome.stopped,
+            "stopped": self.interrupted(outcome),
+            "ended_by": self.ended_by if outcome.stopped else None,
+            "final_step": self.final_step,
             "validation_loss": {
                 "start": self.validation[steps[0]],
-                "end": self.validation[steps[-1]],
+                "end": self.validation[last],
             }
             if steps
             else None,

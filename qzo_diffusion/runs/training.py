@@ -3,6 +3,7 @@
 A run that is resumed goes on as if it had never been stopped.
 """
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.interrupt import stop_on_signal
 from qzo_diffusion.train.loop import Outcome, train
 from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.stopping import Limits
 from qzo_diffusion.train.tracking import Tracker
 
 JOURNAL, METRICS = "journal.qzo", "metrics.jsonl"
@@ -68,8 +70,10 @@ def run(plan: Plan, output_dir: Path) -> dict[str, Any]:
     Returns the figures for `--json`; nothing on ranks other than the first.
 
     Raises:
+        ConfigError: train.patience without anything held out.
         TrainingDiverged, RankLost: after everything was saved.
     """
+    check_held_out(plan)
     ranks = join(plan.config.compute.rank_timeout)
     if not ranks.first:
         return follow(plan, ranks, None)
@@ -85,9 +89,11 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
 
     Raises:
         ConfigError: settings or data changed since, and not `force`; more steps are done than
-            train.max_steps; or train.calibrate_lr for a run that began without.
+            train.max_steps; train.calibrate_lr for a run that began without; or train.patience
+            without anything held out.
         JournalError: the journal is missing, damaged, or of another model or format.
     """
+    check_held_out(plan)
     out = RunFolder(run_folder)
     changed = changes(plan, run_folder, JOURNAL if plan.has_journal else None, force)
     begun = not plan.has_journal or (run_folder / JOURNAL).exists()
@@ -105,6 +111,19 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     return _lead(plan, out, ranks, changed if begun else None)
 
 
+def check_held_out(plan: Plan) -> None:
+    """Raise ConfigError where train.patience has no held-out loss to wait for."""
+    if plan.config.train.patience is None:
+        return
+    if not any(row["split"] == "validation" for row in plan.data()):
+        raise ConfigError(
+            f"train.patience={plan.config.train.patience} and no {plan.thing} that is held out",
+            "a held-out loss, which patience waits for",
+            "hold some out (--validation-dir DIR, or data.validation_examples=N for texts), or "
+            "leave train.patience out",
+        )
+
+
 def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     """Run the same steps on a rank other than 0, without writing files.
 
@@ -120,9 +139,11 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     def after_step(done: int) -> None:
         if done % all_ranks.CHECK_EVERY == 0:
             all_ranks.check_ranks(ranks, components.theta)
+        all_ranks.agree_on_end(ranks, plan.config.train, done)
 
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
+        all_ranks.agree_on_end(ranks, plan.config.train, start.step)
         _train(plan, components, ranks, start, after_step=after_step)
         all_ranks.check_ranks(ranks, components.theta)
     leave()
@@ -151,6 +172,8 @@ def _lead(
     Args:
         changed: settings and data that differ from the run that goes on; None begins a run.
     """
+    minutes = plan.config.train.max_minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     writer = journal = None
     if changed is not None and plan.has_journal:
         writer, journal = JournalWriter.reopen(out.path / JOURNAL)
@@ -165,6 +188,7 @@ def _lead(
             writer = JournalWriter.create(out.path / JOURNAL, components.header | rate)
         trainer = _trainer(plan, out, ranks, components, start)
         trainer.journal = writer
+        trainer.limits = Limits(plan.config.train.patience, deadline)
         on_error.pop_all()
     try:
         if changed is not None:  # now that the new settings are known to go with what is there
@@ -220,11 +244,12 @@ def _trainer(
 def _steps(plan: Plan, trainer: Trainer, ranks: Ranks, start: Start) -> Outcome:
     """Run all steps; where the run diverges or loses a rank, write a checkpoint and raise."""
     with stop_on_signal(report) as stop:
-        ranks.wants_stop = stop.is_set
+        ranks.wants_stop = lambda: stop.is_set() or trainer.at_limit()
         if start.step:
             trainer.finish_step(start.step)  # whatever a kill left undone
         else:
             trainer.begin()
+        all_ranks.agree_on_end(ranks, plan.config.train, start.step)
         try:
             reports = {"on_step": trainer.on_step, "after_step": trainer.after_step}
             outcome = _train(plan, trainer.components, ranks, start, **reports)

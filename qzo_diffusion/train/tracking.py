@@ -182,6 +182,10 @@ class Tracker:
         self._curves.add("validation/loss", loss, step)
         self.say(f"step {step}: held-out loss {loss:.4f}")
 
+    def on_final(self, step: int, final_step: int) -> None:
+        """After the last step: which step's scales are the result of the run."""
+        self._log.write({"step": step, "final_step": final_step})
+
     def on_pictures(self, step: int, column: "Image") -> None:
         """The grid of a step: TensorBoard shows it with a slider over steps."""
         self._curves.add_picture("samples", column, step)

@@ -40,7 +40,8 @@ def test_the_contracts_keys_exist():
         "data.resolution data.batch_size data.caption_dropout train.lr train.schedule qzo.eps "
         "qzo.num_directions "
         "qzo.parametrization quant.type quant.blocksize compute.device compute.dtype "
-        "sample.guidance sigma.min sigma.max sample.tuned_between"
+        "sample.guidance sigma.min sigma.max sample.tuned_between "
+        "train.patience train.max_minutes"
     )
     assert set(fixed.split()) <= set(known_keys())
 

@@ -1,0 +1,42 @@
+"""When a run ends before its last step by itself: held-out losses that fall no more, or time."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Reason = Literal["patience", "time"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The ends that were asked for; None is no limit.
+
+    Attributes:
+        patience: the most validations in a row without a lower loss.
+        deadline: in seconds of `time.monotonic`.
+    """
+
+    patience: int | None = None
+    deadline: float | None = None
+
+    def reached(self, losses: Mapping[int, float]) -> Reason | None:
+        """The limit that was reached; `losses` are the held-out losses by step."""
+        if self.patience is not None and validations_since_best(losses) >= self.patience:
+            return "patience"
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return "time"
+        return None
+
+
+def best_step(losses: Mapping[int, float]) -> int | None:
+    """The step with the lowest held-out loss, the first of equal ones; None without a number."""
+    numbers = [(loss, step) for step, loss in losses.items() if not math.isnan(loss)]
+    return min(numbers)[1] if numbers else None
+
+
+def validations_since_best(losses: Mapping[int, float]) -> int:
+    """How many validations came after the best one; all of them where no loss is a number."""
+    best = best_step(losses)
+    return sum(best is None or step > best for step in losses)
