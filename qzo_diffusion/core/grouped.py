@@ -133,6 +133,14 @@ class Grouped:
     def axis(self, key: str) -> Axis:
         return self._kinds[key].axis
 
+    def is_token_wise(self, key: str) -> bool:
+        """Whether each patch group has its own z for `by_axis[key]`."""
+        return self._kinds[key].token_wise
+
+    def place(self, key: str, name: str) -> slice:
+        """Where the θ of a layer lie in `by_axis[key]`."""
+        return self._kinds[key].of_layer[name]
+
     def of_layer(self, axis: Axis, name: str) -> Tensor:
         """θ of one layer (a view): [1], [N] or [K / blocksize]."""
         (key,) = (

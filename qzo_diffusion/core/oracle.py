@@ -2,10 +2,11 @@
 
 Only benchmarks and diagnostics use it; training never differentiates. For a weight W = s · c, the
 gradient with respect to a log-scale is the sum of dL/dW ∘ W over the weights that it scales. That
-of a row, a block column or a layer is a sum of those."""
+of a row, a block column or a layer is a sum of those. Where each example or patch group has its own
+θ, θ scales activations as in training."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,6 +69,80 @@ _SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def patch_group_gradients(
+    objective: Objective[Batch],
+    micro_batch: Batch,
+    theta: Grouped,
+    handles: Iterable[DifferentiableHandle],
+    patch_groups: int,
+) -> Iterator[dict[str, Tensor]]:
+    """For each patch group in turn the gradients of its losses, one for each example.
+
+    The derivative of L[i, p] is taken for the θ of example i alone: {key: [B, 1, n]}. Where layers
+    are token-wise it is taken for each patch group q in which θ acts: {key: [B, P, n]}. Entries
+    q ≠ p are the effect on L[i, p] through attention.
+
+    Args:
+        objective: P losses for each example, [B, P].
+        handles: of all quantized layers of the model.
+
+    Raises:
+        ValueError: another number of losses.
+    """
+    scales, size = theta.scales, len(micro_batch)  # type: ignore[arg-type]
+    own = {
+        key: like.new_zeros(size, patch_groups if theta.is_token_wise(key) else 1, like.numel())
+        for key, like in theta.templates().items()
+    }
+    leaves = [one.requires_grad_() for one in own.values()]
+    products = {
+        handle.name: (handle, _scaled_product(handle, _factors_of(handle.name, theta, own)))
+        for handle in handles
+    }
+    with torch.enable_grad(), scales.override(theta.perturbed()), _products(products):
+        losses = objective(micro_batch)
+    if losses.numel() != size * patch_groups:
+        raise ValueError(f"{losses.numel()} losses for {size} examples of {patch_groups} groups")
+    for group, of_group in enumerate(losses.view(size, patch_groups).sum(0).unbind()):
+        more = group + 1 < patch_groups
+        found = torch.autograd.grad(
+            of_group, leaves, retain_graph=more, allow_unused=True, materialize_grads=True
+        )
+        yield dict(zip(own, found, strict=True))
+
+
+def _factors_of(name: str, theta: Grouped, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a layer in the θ of each example, by axis: [B · groups, n]."""
+    return {
+        theta.axis(key): part.flatten(0, 1)[:, theta.place(key, name)]
+        for key, part in own.items()
+        if name in theta.layers(key)
+    }
+
+
+def _scaled_product(
+    handle: DifferentiableHandle, own: Mapping[str, Tensor]
+) -> Callable[..., Tensor]:
+    """y = exp(row + layer) ∘ ((exp(column) ∘ x) Wᵀ) + bias, with θ for each run of tokens."""
+
+    def scaled(x: Tensor, theta: Tensor) -> Tensor:
+        runs, factors = (
+            x.reshape(len(theta), -1, theta.shape[1], x.shape[-1] // theta.shape[1]),
+            (torch.exp(theta).to(x.dtype)),
+        )
+        return (runs * factors[:, None, :, None]).view(x.shape)
+
+    def product(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
+        x: Tensor = args[0]
+        x = scaled(x, own["column"]) if "column" in own else x
+        y = F.linear(x, handle.dequantized().to(x.dtype))
+        for axis in own.keys() & {"row", "layer"}:
+            y = scaled(y, own[axis])
+        return y if module.bias is None else y + module.bias  # type: ignore[operator]
+
+    return product
+
+
 @contextmanager
 def _differentiable(
     scales: ScaleSet, handles: Iterable[DifferentiableHandle]
@@ -75,8 +150,6 @@ def _differentiable(
     """While open, forward passes use scale · exp(δ), with a δ of zeros [N, K / blocksize] per layer
     that gradients reach.
     """
-    deltas: dict[str, Tensor] = {}
-    hooks = Hooks()
 
     def product_with(handle: DifferentiableHandle, delta: Tensor) -> Callable[..., Tensor]:
         def product(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
@@ -86,15 +159,28 @@ def _differentiable(
 
         return product
 
+    deltas: dict[str, Tensor] = {}
+    products: dict[str, tuple[DifferentiableHandle, Callable[..., Tensor]]] = {}
+    for handle in handles:
+        live = scales[handle.name]
+        delta = torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
+        deltas[handle.name] = delta
+        products[handle.name] = handle, product_with(handle, delta)
+    with _products(products):
+        yield deltas
+
+
+@contextmanager
+def _products(
+    products: Mapping[str, tuple[DifferentiableHandle, Callable[..., Tensor]]],
+) -> Iterator[None]:
+    """While open, these hooks compute the outputs of their layers."""
+    hooks = Hooks()
     try:
         try:
-            for handle in handles:
-                live = scales[handle.name]
-                deltas[handle.name] = (
-                    torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
-                )
-                hooks.after(handle.module, product_with(handle, deltas[handle.name]))
-            yield deltas
+            for handle, product in products.values():
+                hooks.after(handle.module, product)
+            yield
         finally:
             hooks.remove()
     finally:  # once more: an interrupt may have cut the first one short
@@ -105,13 +191,10 @@ def _differentiable(
 class Alignment:
     """How well an estimate agrees with the exact gradient of the same batch.
 
-    Attributes:
-        cosine: between the two.
-        expected_cosine: √(n / (n + D)), the mean for n independent directions in D dimensions.
+    `core.expected_cosine` says which cosine its directions allow.
     """
 
     cosine: float
-    expected_cosine: float
     exact_norm: float
     estimate_norm: float
 
@@ -123,9 +206,4 @@ def alignment(theta: Dense | Grouped, found: Estimate, exact: dict[str, Tensor])
     wanted = torch.cat([tensor.double().flatten() for tensor in exact.values()])
     lengths = estimated.norm().item(), wanted.norm().item()
     cosine = (estimated @ wanted).item() / (lengths[0] * lengths[1]) if all(lengths) else math.nan
-    return Alignment(
-        cosine,
-        math.sqrt(found.independent / (found.independent + len(wanted))),
-        lengths[1],
-        lengths[0],
-    )
+    return Alignment(cosine, lengths[1], lengths[0])

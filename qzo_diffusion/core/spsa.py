@@ -44,8 +44,6 @@ class Estimate:
         directional_derivative: as measured.
         projected_grad: clipped and normalised, as the update takes it.
         clipped: whether clipping changed it.
-        independent: how many independent directions would leave as much noise; K - 1 for K
-            directions that are compared with each other.
     """
 
     directions: tuple[Direction, ...]
@@ -54,7 +52,6 @@ class Estimate:
     directional_derivative: tuple[float, ...]
     projected_grad: tuple[float, ...]
     clipped: tuple[bool, ...]
-    independent: float
 
     @property
     def patch_groups(self) -> int:
@@ -159,11 +156,10 @@ def estimate(
         at_radii = _of_shared_directions(probes, batch.micro_batches, directions, sum_over_ranks)
     plus = at_radii[0]
     if probing.estimator == "antithetic":
-        minus, independent = at_radii[1], float(len(plus))
+        minus = at_radii[1]
     else:
         minus = _mean_of_others(plus, alike * directions[0].patch_groups)
-        independent = (1 - alike / len(directions)) * len(plus)
-    return _from_losses(directions, plus, minus, probing, independent)
+    return _from_losses(directions, plus, minus, probing)
 
 
 def _check(
@@ -260,7 +256,6 @@ def _from_losses(
     plus: list[float],
     minus: list[float],
     probing: Probing,
-    independent: float,
 ) -> Estimate:
     """Differences of losses, divided by their distance, clipped and normalised."""
     distance = 2 * probing.eps if probing.estimator == "antithetic" else probing.eps
@@ -279,5 +274,4 @@ def _from_losses(
         tuple(derivatives),
         tuple(projected),
         clipped,
-        independent,
     )

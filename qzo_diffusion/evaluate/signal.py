@@ -5,12 +5,12 @@ has one too.
   see is the gradient, what they do not is noise of the data:  signal = mean(d1·d2), noise =
   mean((d1 - d2)²) / 2, agreement = signal / (signal + noise).
 * Cosine with the exact gradient of the same batch, where a backward pass is affordable, beside what
-  directions leave on average.
+  such directions allow on average (`core.expected_cosine`).
 * Clipping, and how far each group of layers has moved.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qzo_diffusion.core.dense import Dense
+from qzo_diffusion.core.expected_cosine import expected_cosine
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.oracle import DifferentiableHandle, alignment, exact_gradient
@@ -85,21 +86,23 @@ def estimates_of(
 
 def exact_cosine(
     objective: Objective[Batch],
-    micro_batches: Sequence[Batch],
+    batch: StepBatch[Batch],
     theta: Dense | Grouped,
-    handles: Iterable[DifferentiableHandle],
+    handles: Callable[[], Iterable[DifferentiableHandle]],
+    probing: Probing,
     estimates: Sequence[Estimate],
 ) -> dict[str, Any]:
-    """Mean cosine of estimates of a batch with its exact gradient.
+    """Mean cosine of estimates of a batch with its exact gradient, and the cosine to expect.
 
     Args:
-        micro_batches: the same batch, with one loss per example.
+        objective: one loss for each example, or for each patch group of it.
+        handles: all quantized layers of the model. probing: how the estimates were made.
     """
-    exact = exact_gradient(objective, micro_batches, theta, handles)
+    exact = exact_gradient(objective, batch.micro_batches, theta, handles())
     compared = [alignment(theta, one, exact) for one in estimates]
     return {
         "cosine": float(np.mean([one.cosine for one in compared])),
-        "expected": compared[0].expected_cosine,
+        "expected": expected_cosine(objective, batch, theta, handles, probing),
         "gradient_norm": compared[0].exact_norm,
         "numbers": sum(tensor.numel() for tensor in exact.values()),
         "derivatives": len(estimates[0].projected_grad),

@@ -51,4 +51,4 @@ def first_order_step(gradient: Gradient) -> TakeStep:
 def _as_estimate(losses: Sequence[float], slopes: dict[str, Tensor]) -> Estimate:
     norm = math.sqrt(sum(float(slope.double().square().sum()) for slope in slopes.values()))
     loss = exact_sum(losses) / len(losses)
-    return Estimate((), (loss,), (loss,), (norm,), (norm,), (False,), 1.0)
+    return Estimate((), (loss,), (loss,), (norm,), (norm,), (False,))

@@ -20,7 +20,7 @@ SCALES = {"block.0": torch.arange(4.0), "block.1": torch.ones(2)}
 
 
 def record(step=0, loss=1.0, clipped=False):
-    found = Estimate((), (loss,), (loss,), (0.5,), (0.5,), (clipped,), 1.0)
+    found = Estimate((), (loss,), (loss,), (0.5,), (0.5,), (clipped,))
     return StepRecord(step, found, 1e-3, 1e-2, 0.5, 0.1)
 
 

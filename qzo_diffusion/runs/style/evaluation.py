@@ -308,8 +308,14 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
         and parameters <= AFFORDABLE
         and config.qzo.units == "relative"
     ):
-        handles = handles_of(work.transformer)
-        found["exact"] = signal.exact_cosine(work.objective, first, work.theta, handles, estimates)
+        found["exact"] = signal.exact_cosine(
+            work.objective,
+            probed,
+            work.theta,
+            lambda: handles_of(work.transformer),
+            probing,
+            estimates,
+        )
     return found
 
 
