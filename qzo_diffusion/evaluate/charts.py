@@ -1,4 +1,4 @@
-"""Curves with intervals as geometry for inline SVG: the page brings the colours, so that one
+"""Compute curves with intervals as geometry for inline SVG. The page brings the colours, so one
 drawing serves light and dark.
 """
 
@@ -12,12 +12,12 @@ import numpy as np
 WIDTH, HEIGHT = 640, 280
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 40
 BINS = 60
-LARGEST = 1e30  # beyond it a curve of everything else would be a line
+LARGEST = 1e30  # beyond it everything else would look like a straight line
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value, and its interval where there is one."""
+    """One value, and its interval if there is one."""
 
     x: float
     y: float
@@ -35,8 +35,8 @@ class Series:
 
 
 def binned(steps: Sequence[int], values: Sequence[float], bins: int = BINS) -> list[Point]:
-    """Means of neighbouring steps with 95 % intervals of the mean (normal): single steps are too
-    noisy to read.
+    """Return means of neighbouring steps with 95 % intervals of the mean (normal): single steps are
+    too noisy to read.
     """
     points = []
     for part in np.array_split(np.arange(len(steps)), min(bins, len(steps))):
@@ -52,7 +52,7 @@ def binned(steps: Sequence[int], values: Sequence[float], bins: int = BINS) -> l
 def chart(
     title: str, series: Sequence[Series], y_label: str, x_label: str = "step"
 ) -> dict[str, Any] | None:
-    """Everything the page needs to draw; None where no curve has a point."""
+    """Return everything that the page needs to draw the curves, None if no curve has a point."""
     drawable = [replace(one, points=[p for p in one.points if _is_drawable(p)]) for one in series]
     shown = [one for one in drawable if one.points]
     if not shown:
@@ -113,7 +113,7 @@ def _is_drawable(point: Point) -> bool:
 
 
 def of_steps(rows: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
-    """Points of evaluation.json's `steps`, without figures that are no finite numbers."""
+    """Return the points of evaluation.json's `steps`, without figures that are not finite."""
     return [
         Point(row["step"], row[key]["mean"], *(row[key]["ci95"] or (None, None)))
         for row in rows
@@ -135,7 +135,7 @@ def _extent(points: Sequence[Point]) -> list[float]:
 
 
 def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """From the least to the largest with room at both ends; never empty."""
+    """Return the least and the largest value, with a margin at both ends. The range is not empty."""
     low, high = min(values), max(values)
     room = (high - low) * margin or (abs(high) * 0.05 or 1.0) * (low == high)
     return low - room, high + room

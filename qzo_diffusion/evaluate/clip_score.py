@@ -1,4 +1,4 @@
-"""CLIP score: does a picture show what its prompt says?
+"""CLIP score: how well does a picture match its prompt?
 
     raw         cos(image features, text features)
     x100        100 · cos, mean over pairs, floored at 0
@@ -23,18 +23,18 @@ PREFIX = "A photo depicts "
 
 
 def cosines(images: Tensor, texts: Tensor) -> list[float]:
-    """Of each image with the text of its row; features need not be of unit length."""
+    """Return the cosine of each image with the text of its row; features [N, D] of any length."""
     found: list[float] = F.cosine_similarity(images.double(), texts.double()).tolist()
     return found
 
 
 def as_torchmetrics(cosine: Sequence[float]) -> float:
-    """max(mean of 100 · cos, 0): torchmetrics' CLIPScore."""
+    """Return max(mean of 100 · cos, 0), which is torchmetrics' CLIPScore."""
     return max(100 * math.fsum(cosine) / len(cosine), 0.0)
 
 
 def as_original(cosine: Sequence[float]) -> float:
-    """Mean of 2.5 · max(cos, 0): CLIPScore of the paper."""
+    """Return the mean of 2.5 · max(cos, 0), which is the paper's CLIPScore."""
     return math.fsum(2.5 * max(value, 0.0) for value in cosine) / len(cosine)
 
 
@@ -45,12 +45,13 @@ def score(
     base: Tensor | None = None,
     begun: Tensor | None = None,
 ) -> dict[str, object]:
-    """The figures of one set of pictures, and of the paired difference to the base's pictures where
-    there are some, or to those that the run began with.
+    """Score a set of pictures, and its paired difference from the base's pictures.
+
+    A run that began with another run's scales is compared with those instead.
 
     Args:
         images, base, begun: features of pictures of the same texts, [N, D].
-        texts: what each picture must show, without words of style.
+        texts: the content that each picture must show, without words of style.
     """
     plain, prefixed = (
         scorer.text_features(texts),
@@ -80,8 +81,8 @@ _TRIGGER = re.compile(
 
 
 def content_of(prompt: str, trigger: str | None = None) -> str:
-    """The prompt without words of style: ", noto style", " in [trigger] style", and the trigger
-    wherever else it stands.
+    """Return a prompt without words of style: ", noto style", " in [trigger] style", and the
+    trigger wherever else it stands.
     """
     text = prompt.replace("\0", "")
     if trigger:

@@ -1,5 +1,5 @@
-"""Several runs in one table: the figures of their evaluations side by side, as text for a
-terminal.
+"""Compare several runs in one table of text for a terminal, with the figures of their evaluations
+side by side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,10 @@ from qzo_diffusion.system import escape
 
 
 def check(file: Path, evaluation: Any) -> None:
-    """Raises OutputError when a file holds something else than the figures of a run on images: of
-    pictures, of a language model.
+    """Check that a file holds figures of a run on images.
+
+    Raises:
+        OutputError: it holds figures of pictures, of a language model, or something else.
     """
     one = {file.name: evaluation}
     try:
@@ -22,13 +24,13 @@ def check(file: Path, evaluation: Any) -> None:
         reason = f"no {error} in it" if isinstance(error, KeyError) else error
         raise OutputError(
             f"{file} can't be compared: {reason}",
-            "what `evaluate --run` writes on a run on images",
+            "the evaluation.json that `evaluate --run` writes for a run on images",
             "give runs on images that were evaluated, or their evaluation.json",
         ) from None
 
 
 def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The figures to compare, a row for each run by name."""
+    """Return the figures to compare, one row for each run by name."""
     found = []
     for name, one in evaluations.items():
         similarity, clip, loss = (
@@ -57,7 +59,7 @@ def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Why some figures of these runs must not be compared."""
+    """Return the reasons why some figures of these runs must not be compared."""
     found = []
     if len({one["scorer"]["name"] for one in evaluations.values()}) > 1:
         found.append(
@@ -72,7 +74,7 @@ def warnings(evaluations: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Columns aligned for a terminal."""
+    """Return the rows as text, with columns aligned for a terminal."""
     header = [
         "run",
         "step",

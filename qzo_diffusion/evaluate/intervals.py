@@ -1,7 +1,8 @@
-"""How sure a figure is: bootstrap intervals of 95 %, from resamples whose seed is given.
+"""Compute bootstrap intervals of 95 %, from resamples with a given seed.
 
-Twenty pictures a side leave wide intervals. They are computed everywhere and hidden nowhere; a
-single value has none."""
+Twenty pictures a side leave wide intervals. They are computed everywhere and hidden nowhere. A
+single value has none.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,31 +12,32 @@ from numpy.typing import NDArray
 Values = NDArray[np.float64]
 Interval = tuple[float, float]
 RESAMPLES, SEED = 2000, 0
-# of a diverged run: figures that are no numbers have intervals that are none, without a warning
+# Figures of a diverged run are not finite. Neither are their intervals; numpy must not warn.
 _QUIET = np.errstate(invalid="ignore", over="ignore")
 
 
 def counts(size: int, resamples: int = RESAMPLES, seed: int = SEED) -> Values:
-    """How often each of `size` items is drawn in each resample, [resamples, size]; every row sums
-    to `size`.
+    """Return how often each of `size` items is drawn in each resample, [resamples, size].
+
+    Every row sums to `size`.
     """
     generator = np.random.Generator(np.random.Philox(seed))
     return generator.multinomial(size, np.full(size, 1 / size), resamples).astype(np.float64)
 
 
 def interval(statistics: Values) -> Interval:
-    """The middle 95 % of a statistic over resamples (Efron's percentile interval)."""
+    """Return the middle 95 % of a statistic over resamples (Efron's percentile interval)."""
     low, high = np.percentile(statistics, [2.5, 97.5])
     return float(low), float(high)
 
 
 @_QUIET
 def of_mean(values: Sequence[float], clusters: Sequence[str] | None = None) -> Interval | None:
-    """Of the mean; None for fewer than two values.
+    """Return the interval of the mean, None for fewer than two values.
 
     Args:
-        clusters: what each value belongs to. Values of one cluster (noise levels of one picture)
-            are drawn together.
+        clusters: the cluster that each value belongs to. Values of one cluster (noise levels of
+            one picture) are drawn together.
     """
     if clusters is None:
         sums: Values = np.asarray(values, np.float64)
@@ -54,8 +56,9 @@ def of_mean(values: Sequence[float], clusters: Sequence[str] | None = None) -> I
 
 @_QUIET
 def of_difference(first: Sequence[float], second: Sequence[float]) -> Interval | None:
-    """Of mean(first) - mean(second) of two independent sets; None when one has fewer than two
-    values.
+    """Return the interval of mean(first) - mean(second) for two independent sets.
+
+    Return None if a set has fewer than two values.
     """
     if min(len(first), len(second)) < 2:
         return None
@@ -65,13 +68,15 @@ def of_difference(first: Sequence[float], second: Sequence[float]) -> Interval |
 
 @_QUIET
 def of_statistic(size: int, statistic: Callable[[Values], Values]) -> Interval | None:
-    """Of any statistic of one set that is computed from `counts`; None for fewer than two items."""
+    """Return the interval of a statistic that is computed from `counts`, None for fewer than two
+    items.
+    """
     return None if size < 2 else interval(statistic(counts(size)))
 
 
 @_QUIET
 def summary(values: Sequence[float]) -> dict[str, object]:
-    """n, mean, std (of the sample, None for one value) and the interval of the mean."""
+    """Return n, mean, std (of the sample, None for one value) and the interval of the mean."""
     mean = float(np.mean(values))
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"n": len(values), "mean": mean, "std": std, "ci95": of_mean(values)}
@@ -81,7 +86,7 @@ def summary(values: Sequence[float]) -> dict[str, object]:
 def paired(
     tuned: Sequence[float], base: Sequence[float], clusters: Sequence[str] | None = None
 ) -> dict[str, object]:
-    """The mean of tuned - base, item by item (equal prompts and seeds), with its interval."""
+    """Return the mean of tuned - base, item by item (equal prompts and seeds), and its interval."""
     differences = (np.asarray(tuned, np.float64) - np.asarray(base, np.float64)).tolist()
     return {
         "base_mean": float(np.mean(base)),
@@ -96,8 +101,10 @@ def gained(
     begun: Sequence[float] | None = None,
     clusters: Sequence[str] | None = None,
 ) -> dict[str, object]:
-    """As `paired`; of a run that began with another run's scales, the change since those, and
-    `begun_mean`.
+    """Return the change from the base, as `paired`.
+
+    A run that began with another run's scales is compared with those instead; `begun_mean` is
+    added.
     """
     if begun is None:
         return paired(tuned, base, clusters)

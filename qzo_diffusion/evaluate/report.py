@@ -1,5 +1,5 @@
-"""One self-contained page on a run: what changed, how sure that is, and everything that is needed
-to do it again.
+"""Write one self-contained page on a run: the changes, their intervals, and everything that is
+needed to repeat the run.
 """
 
 import base64
@@ -20,16 +20,16 @@ from qzo_diffusion.evaluate.verdict import of_task, verdict
 from qzo_diffusion.system import escape
 
 TEMPLATE = "report.html.jinja"
-# of an embedded picture, in pixels: a page is looked at and sent, the run's own files stay whole
+# sides of embedded pictures, in pixels: a page is small enough to send; the run's files stay whole
 LARGEST_SIDE = 384
-MOST_STEPS = 12  # whose pictures are embedded, the first and the last among them
+MOST_STEPS = 12  # steps whose pictures are embedded, the first and the last among them
 LOSSLESS_SIDE = 128
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Pictures of one prompt by label ("step 400", "base"), all of the same seed; `notes` are shown
-    below.
+    """Pictures of one prompt by label ("step 400", "base"), all with the same seed. `notes` are
+    shown below them.
     """
 
     prompt: str
@@ -39,7 +39,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's folder holds, read by whoever knows its files.
+    """The content of a run's folder. `runs.report` reads it.
 
     Lists may be empty while a run is young.
     """
@@ -56,20 +56,20 @@ class RunFacts:
     environment: Mapping[str, Any] = field(default_factory=dict)
     journal: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
-    task_score: TaskScore | None = None  # of a language model
+    task_score: TaskScore | None = None  # set for a language model
     written: str = ""
     style: Sequence[Subject] = ()  # the style's own images, by caption
     costs: Mapping[str, str] = field(default_factory=dict)  # device, minutes, peak memory
-    next: Sequence[tuple[str, str]] = ()  # for what, and the command
-    final_step: int | None = None  # whose scales are the result, where the run says it
-    prompts_note: str = ""  # which of the prompts hold the captions' trigger
+    next: Sequence[tuple[str, str]] = ()  # purpose and command
+    final_step: int | None = None  # the step whose scales are the result, if the run says it
+    prompts_note: str = ""  # names the prompts that hold the captions' trigger
 
 
 def render(facts: RunFacts) -> str:
-    """The page. It asks for nothing from a network, and its own policy forbids it to.
+    """Return the page as HTML. It loads nothing from a network, and its own policy forbids it to.
 
     Raises:
-        ValueError: figures of another shape than `evaluate` gives them.
+        ValueError: figures of another shape than `evaluate` writes.
     """
     from jinja2 import UndefinedError
 
@@ -95,7 +95,7 @@ def render(facts: RunFacts) -> str:
 
 @functools.cache
 def _template() -> Any:
-    """Compiled once: a run writes its page after every sample."""
+    """Compile the template once: a run writes its page after every sample."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -116,7 +116,7 @@ def _template() -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Control characters as escapes; Jinja escapes the rest of HTML."""
+    """Escape control characters; Jinja escapes the rest of HTML."""
     return escape.one_line(value) if type(value) is str else value
 
 
@@ -132,7 +132,7 @@ def _capital(name: str) -> str:
 def _galleries(facts: RunFacts) -> list[dict[str, Any]]:
     found = []
     if facts.subjects:
-        kept = _rms(list(facts.subjects[0].pictures), MOST_STEPS)
+        kept = _evenly_spaced(list(facts.subjects[0].pictures), MOST_STEPS)
         found.append(_gallery("steps", "While it was tuned", facts.subjects, kept))
     if facts.scored:
         found.append(
@@ -164,14 +164,14 @@ def _gallery(
     }
 
 
-def _rms(labels: Sequence[str], most: int) -> list[str]:
+def _evenly_spaced(labels: Sequence[str], most: int) -> list[str]:
     if len(labels) <= most:
         return list(labels)
     return [labels[round(index * (len(labels) - 1) / (most - 1))] for index in range(most)]
 
 
 def data_url(picture: Image.Image) -> str:
-    """A small picture as it is, a large one no larger than the page shows it."""
+    """Return a picture as a data URL; a large one is shrunk to the size that the page shows."""
     if max(picture.size) > LARGEST_SIDE:
         picture = picture.copy()
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.LANCZOS)
@@ -223,7 +223,7 @@ def _verdict(facts: RunFacts) -> list[dict[str, str]]:
 
 
 def _divergence(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """That the newest loss of a run is no finite number; nothing where it is one."""
+    """Return a finding if the newest loss of a run is not finite, else nothing."""
     for key, name in (("validation_loss", "held-out loss"), ("loss", "training loss")):
         lines = [line for line in metrics if key in line]
         if lines and not _is_finite(lines[-1][key]):
@@ -237,8 +237,8 @@ def _is_finite(value: Any) -> bool:
 
 
 def _figures(facts: RunFacts) -> list[dict[str, Any]]:
-    """Rows of the table of figures: name, base, tuned, difference, its interval, and what a reader
-    must know.
+    """Return the rows of the table of figures: name, base, tuned, difference, its interval, and a
+    remark.
     """
     score, evaluation = facts.task_score, facts.evaluation
     if score is not None:
@@ -251,7 +251,7 @@ def _figures(facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def figure_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of evaluation.json: name, base, begun, tuned, delta, ci95, sure and remark."""
+    """Return the rows of evaluation.json: name, base, begun, tuned, delta, ci95, sure, remark."""
     style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
     similarity, spread = style["similarity"], style["diversity"]
     content = f"{_capital(content_name(evaluation['scorer']['note']))} of the content"
@@ -272,7 +272,9 @@ def figure_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rows_by_trigger(found: Mapping[str, Any] | None, content: str) -> list[dict[str, Any]]:
-    """Similarity and content of the prompts with the captions' trigger, and of those without."""
+    """Return similarity and content of the prompts with the captions' trigger, and of those
+    without.
+    """
     rows = []
     for name in ("with", "without"):
         part = (found or {}).get(name, {})
@@ -318,7 +320,7 @@ def _is_interval(value: Any) -> TypeGuard[Sequence[float]]:
 
 
 def figure(value: Any, sign: bool = False) -> str:
-    """A number for a person; a dash where there is none, or no finite one."""
+    """Format a number for a person, with a dash for none and for one that is not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool | str) or not isinstance(value, int | float):
@@ -340,7 +342,7 @@ def percent(value: float | None) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value of dataset.json: hashes are shortened, lists joined."""
+    """Format a value of dataset.json: hashes are shortened, lists joined."""
     if isinstance(value, list):
         return "; ".join(map(str, value))
     text = "–" if value is None else str(value)

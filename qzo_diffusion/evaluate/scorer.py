@@ -1,7 +1,7 @@
-"""A scorer: an open_clip model that turns pictures and texts into features. The only file that
-imports open_clip.
+"""A scorer: an open_clip model that turns pictures and texts into features. Only this file imports
+open_clip.
 
-Weights come from the local cache or a file, in safetensors: pickles can run code and are not read.
+Weights come from the local cache or from a safetensors file. Pickles can run code and are not read.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,22 @@ EMBEDDED = "embedded"
 EMBEDDED_NOTE = "embedded scorer, not comparable with CLIP ViT-L/14"
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
-# Share of pixels equal to their right and lower neighbour in a set's middle image, at 64 pixels.
-# Drawings: 0.37 (fluent3d) to 0.83 in six styles, 0.18 or more in 999 of 1000 sets of ten. Photos:
-# below 0.15 in 28 of the 29 subjects of DreamBooth, 0.00 in the middle one.
+# Least share of pixels that equal their right and lower neighbour, in the median image of a set at
+# 64 pixels. Drawings have 0.37 (fluent3d) to 0.83 in six styles, and 0.18 or more in 999 of 1000
+# sets of ten. Photos have less than 0.15 in 28 of the 29 subjects of DreamBooth, with a median of 0.00.
 LEAST_FLAT = 0.15
 FLAT_SIDE = 64
 
 
 def content_name(note: str) -> str:
-    """How a scorer's match of picture and prompt is called: only of a CLIP it is a CLIP score."""
+    """Return the name of a scorer's match of picture and prompt: only a CLIP gives a CLIP score."""
     return "content score" if note else "CLIP score"
 
 
 def flat_share(images: Sequence[Image.Image]) -> float:
-    """Share of pixels that equal their right and lower neighbour, of the middle one of `images`:
-    high for drawings on a plain ground, near 0 for photos.
+    """Return the share of pixels that equal their right and lower neighbour, in the median image.
+
+    It is high for drawings on a plain ground, and near 0 for photos.
     """
     return float(np.median([_flat(image) for image in images]))
 
@@ -51,9 +52,10 @@ def _flat(image: Image.Image) -> float:
 
 
 def suits(note: str, images: Sequence[Image.Image]) -> dict[str, Any]:
-    """Whether a scorer was made for such images: `suits`, and the figure that decides it.
+    """Return whether a scorer was made for such images, as `suits`, and the figure that decides it.
 
-    The embedded one knows drawings on a plain ground; any other is taken to know everything.
+    The embedded scorer knows drawings on a plain ground; every other one is assumed to know
+    everything.
     """
     if note != EMBEDDED_NOTE:
         return {"suits": True, "flat_share": None}
@@ -62,7 +64,7 @@ def suits(note: str, images: Sequence[Image.Image]) -> dict[str, Any]:
 
 
 class Scorer(Protocol):
-    """What scores need: unit features, fp32 on the CPU, [N, D]."""
+    """The interface of a scorer: it gives unit features [N, D], fp32 on the CPU."""
 
     name: str
     note: str
@@ -72,14 +74,15 @@ class Scorer(Protocol):
     def text_features(self, texts: Sequence[str]) -> Tensor: ...
 
     def truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the text tower reads."""
+        """Return how many of the texts are longer than the text tower reads."""
         ...
 
 
 @dataclass
 class OpenClipScorer:
-    """An open_clip model in fp32. The features of an item do not depend on the others of its batch,
-    up to rounding.
+    """An open_clip model in fp32.
+
+    The features of an item do not depend on the others of its batch, up to rounding.
     """
 
     name: str
@@ -112,8 +115,9 @@ class OpenClipScorer:
         return F.normalize(torch.cat(found), dim=1)
 
     def truncated(self, texts: Sequence[str]) -> int:
-        """A text that is cut ends with another token than the same text with more room has at that
-        place.
+        """Count the texts that the tokenizer cuts.
+
+        A cut text ends with another token than the same text with more room has at that place.
         """
         length = self.tokenizer.context_length
         cut, whole = (
@@ -124,7 +128,8 @@ class OpenClipScorer:
 
 
 def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int = 16) -> Scorer:
-    """A scorer by name: "embedded", "MODEL/PRETRAINED" of open_clip, or a folder in its format.
+    """Load a scorer by name: "embedded", "MODEL/PRETRAINED" of open_clip, or a folder in its
+    format.
 
     PRETRAINED is one of open_clip's tags, whose weights must be in the local cache, or a
     safetensors file.
@@ -134,7 +139,7 @@ def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int
 
     Raises:
         ConfigError: no such model or tag.
-        ModelError: its weights are not here, are pickles, or do not fit.
+        ModelError: its weights are missing, are pickles, or do not fit.
     """
     import open_clip
 
@@ -148,7 +153,7 @@ def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int
     try:
         model, preprocess = open_clip.create_model_from_pretrained(source, device=device, **options)
         tokenizer = open_clip.get_tokenizer(source)
-    except Exception as error:  # open_clip, safetensors and torch each raise their own
+    except Exception as error:  # open_clip, safetensors and torch raise errors of their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "give --scorer a whole model, or download it again"
         raise ModelError(
@@ -169,7 +174,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _options(name: str, source: str, pretrained: str) -> dict[str, Any]:
-    """What open_clip must be told to load a model with a tag's weights, or with those of a file."""
+    """Return open_clip's arguments for a model with a tag's weights, or with those of a file."""
     import open_clip
 
     known = open_clip.list_models()
@@ -201,8 +206,9 @@ def _options(name: str, source: str, pretrained: str) -> dict[str, Any]:
 
 
 def _cached(name: str, facts: dict[str, Any]) -> str:
-    """The file with the weights of a tag. Nothing is downloaded in passing: a gigabyte is the
-    user's to ask for.
+    """Return the file with the weights of a tag.
+
+    Nothing is downloaded in passing: the user decides on a gigabyte.
     """
     from huggingface_hub import try_to_load_from_cache
 

@@ -1,11 +1,11 @@
-"""Diagnose whether the estimate carries signal. A loss curve can't tell: a run that only diffuses
-has one too.
+"""Diagnose whether the estimate carries signal. A loss curve can't show that: a run that only
+diffuses has one too.
 
-* Two seeds: the slope d along one direction, measured on two batches that share nothing. What both
-  see is the gradient, what they do not is noise of the data:  signal = mean(d1·d2), noise =
-  mean((d1 - d2)²) / 2, agreement = signal / (signal + noise).
-* Cosine with the exact gradient of the same batch, where a backward pass is affordable, beside what
-  such directions allow on average (`core.expected_cosine`).
+* Two seeds: the slope d along one direction is measured on two independent batches. They share the
+  gradient but not the noise of the data:  signal = mean(d1·d2), noise = mean((d1 - d2)²) / 2,
+  agreement = signal / (signal + noise).
+* Cosine with the exact gradient of the same batch, if a backward pass is affordable, beside the
+  average cosine of such directions (`core.expected_cosine`).
 * Clipping, and how far each group of layers has moved.
 """
 
@@ -41,8 +41,9 @@ def two_seeds(
     probing: Probing,
     count: int,
 ) -> dict[str, Any]:
-    """How far slopes along the same `count` directions agree on two independent batches, given in
-    micro-batches.
+    """Measure how far slopes along the same `count` directions agree on two independent batches.
+
+    The batches are given in micro-batches.
     """
     plain = Probing(probing.seed, probing.eps)
     slopes = []
@@ -56,8 +57,9 @@ def two_seeds(
 
 
 def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, Any]:
-    """Signal, noise and their share from slopes [directions] of two seeds; intervals over the
-    directions.
+    """Return signal, noise and agreement from slopes [directions] of two seeds.
+
+    Intervals are over the directions.
     """
     both, apart = first * second, (first - second) ** 2 / 2
 
@@ -79,7 +81,7 @@ def agreement(first: intervals.Values, second: intervals.Values) -> dict[str, An
 def estimates_of(
     objective: Objective[Batch], batch: StepBatch[Batch], theta: Parametrization, probing: Probing
 ) -> list[Estimate]:
-    """Some estimates of one batch along other directions, each made as a step of the run is."""
+    """Estimate a batch several times along other directions, each as a step of the run does."""
     steps = range(DIRECTIONS, DIRECTIONS + REPEATS)
     return [probe(objective, batch, theta, probing, step) for step in steps]
 
@@ -92,11 +94,12 @@ def exact_cosine(
     probing: Probing,
     estimates: Sequence[Estimate],
 ) -> dict[str, Any]:
-    """Mean cosine of estimates of a batch with its exact gradient, and the cosine to expect.
+    """Return the mean cosine of estimates of a batch with its exact gradient, and the expected one.
 
     Args:
         objective: one loss for each example, or for each patch group of it.
-        handles: all quantized layers of the model. probing: how the estimates were made.
+        handles: gives all quantized layers of the model.
+        probing: the settings that the estimates were made with.
     """
     exact = exact_gradient(objective, batch.micro_batches, theta, handles())
     compared = [alignment(theta, one, exact) for one in estimates]
@@ -110,7 +113,7 @@ def exact_cosine(
 
 
 def step_sizes(theta: Parametrization, probed: Estimate, lr: float) -> list[dict[str, Any]]:
-    """The rms by which one plain step of this rate moves θ, by group, the largest first."""
+    """Return the rms by which one plain step at this rate moves θ, by group, the largest first."""
     update, squares = (
         Update(probed.directions, probed.projected_grad, lr),
         dict[str, list[Tensor]](),
@@ -126,16 +129,17 @@ def step_sizes(theta: Parametrization, probed: Estimate, lr: float) -> list[dict
 
 
 def _group(name: str) -> str:
-    """The name of a layer in its block, or of an axis: what blocks have in common."""
+    """Return the part of a name that blocks have in common: a layer in its block, or an axis."""
     return re.sub(r"^.*?\.\d+\.", "", name)
 
 
 def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """How far each group of layers has moved: root mean square and largest |log(tuned / base)|, the
-    farthest group first.
+    """Return how far each group of layers has moved, the farthest first: the rms and the largest of
+    |log(tuned / base)|.
 
     A group holds the layers of one name in all blocks. Scales that are zero before or after have no
-    logarithm and are left out."""
+    logarithm and are left out.
+    """
     groups: dict[str, list[str]] = {}
     for name in base:
         groups.setdefault(_group(name), []).append(name)
@@ -163,7 +167,7 @@ def moved(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> list[dict[
 
 
 def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The shares of clipped probes and of skipped steps in lines of metrics.jsonl."""
+    """Return the shares of clipped probes and of skipped steps in lines of metrics.jsonl."""
     steps = [line for line in lines if "projected_grad" in line]
     return {
         "steps": len(steps),
@@ -173,7 +177,7 @@ def of_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def sentence(found: Mapping[str, Any], clipped: float | None = None) -> str:
-    """One plain sentence for a person."""
+    """Return one plain sentence for a person."""
     low, high = found["agreement_ci95"] or (None, None)
     facts = (
         f"two independent batches agree on {found['agreement']:.0%} of the slope along a random "

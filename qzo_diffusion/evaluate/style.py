@@ -1,17 +1,16 @@
-"""Did the style come? Measured in a scorer's image features, of unit length.
+"""Measure whether the style was learned, in a scorer's image features of unit length.
 
 similarity  mean cos(picture, centroid of the style's images)
 KID         unbiased MMD² with the kernel (x·y / D + 1)³, features scaled to length √D
             (Bińkowski et al. 2018, arXiv 1801.01401)
 CMMD        1000 · MMD² with the kernel exp(-|x - y|² / 2·10²), with the diagonal
             (Jayasumana et al. 2024, arXiv 2401.09603)
-control     how far the style's held-out images are above images of other styles: what the
-            similarity can tell at all here; without held-out images each training image is
-            compared with the others
+control     similarity of the style's held-out images minus that of images of other styles: the
+            largest difference that similarity can show here. Without held-out images each
+            training image is compared with the others
 nearest     cos to the closest training image, beside the same for held-out images and for the
-            base's pictures: higher than all of those is copying
-diversity   1 - mean cos between different pictures of a set: near zero when all have become one
-            picture
+            base's pictures: a picture above all of those is a copy
+diversity   1 - mean cos between different pictures of a set: near zero when all look alike
 """
 
 from collections.abc import Sequence
@@ -31,8 +30,9 @@ CMMD_WIDTH = 10.0
 
 
 def similarity(pictures: Tensor, style: Tensor) -> list[float]:
-    """cos of each picture with the centroid of the style's images; features [N, D] and [M, D] of
-    unit length.
+    """Return the cosine of each picture with the centroid of the style's images.
+
+    Features are [N, D] and [M, D] of unit length.
     """
     centroid = F.normalize(style.double().mean(0), dim=0)
     found: list[float] = (pictures.double() @ centroid).tolist()
@@ -40,15 +40,16 @@ def similarity(pictures: Tensor, style: Tensor) -> list[float]:
 
 
 def polynomial_kernel(a: Tensor, b: Tensor) -> Values:
-    """KID's kernel on features of length √D, which is what unit features are brought to: their dot
-    product over D is a cosine.
+    """Return KID's kernel of unit features.
+
+    KID takes features of length √D, whose dot product over D is a cosine.
     """
     kernel: Values = ((a.double() @ b.double().T + 1) ** 3).numpy()
     return kernel
 
 
 def gaussian_kernel(a: Tensor, b: Tensor) -> Values:
-    """CMMD's kernel on unit features."""
+    """Return CMMD's kernel of unit features."""
     kernel: Values = torch.exp(
         -(torch.cdist(a.double(), b.double()) ** 2) / (2 * CMMD_WIDTH**2)
     ).numpy()
@@ -56,7 +57,9 @@ def gaussian_kernel(a: Tensor, b: Tensor) -> Values:
 
 
 def kid(pictures: Tensor, style: Tensor) -> float | None:
-    """Unbiased, so it can be below zero; None for fewer than two pictures on a side."""
+    """Return KID, None for fewer than two pictures on a side. It is unbiased, so it can be below
+    zero.
+    """
     if min(len(pictures), len(style)) < 2:
         return None
     ones = np.ones((1, len(pictures))), np.ones((1, len(style)))
@@ -64,7 +67,7 @@ def kid(pictures: Tensor, style: Tensor) -> float | None:
 
 
 def cmmd(pictures: Tensor, style: Tensor) -> float:
-    """1000 times the biased estimate, as its authors report it."""
+    """Return 1000 times the biased estimate, as its authors report it."""
     inner = gaussian_kernel(pictures, pictures).mean() + gaussian_kernel(style, style).mean()
     return float(1000 * (inner - 2 * gaussian_kernel(pictures, style).mean()))
 
@@ -72,8 +75,8 @@ def cmmd(pictures: Tensor, style: Tensor) -> float:
 class _Mmd:
     """Unbiased MMD² with KID's kernel, for resamples given as counts [R, N] of each picture.
 
-    A picture drawn twice is not compared with itself: its kernel value of a pair that no sample of
-    different pictures has would raise every resample above the estimate.
+    A picture that is drawn twice is not compared with itself. No sample of different pictures has
+    such a pair, and its kernel value would raise every resample above the estimate.
     """
 
     def __init__(self, pictures: Tensor, style: Tensor) -> None:
@@ -93,7 +96,9 @@ class _Mmd:
 
 
 def _between_different(kernel: Values, counts: Values) -> Values:
-    """The mean of a kernel over pairs of different items, each counted as often as it was drawn."""
+    """Return the mean of a kernel over pairs of different items, weighted by how often each was
+    drawn.
+    """
     off = kernel - np.diag(np.diag(kernel))
     pairs = counts.sum(1) ** 2 - (counts**2).sum(1)
     return np.einsum("ri,ij,rj->r", counts, off, counts, optimize=True) / np.maximum(pairs, 1)
@@ -103,7 +108,7 @@ def _between_different(kernel: Values, counts: Values) -> Values:
 class Pictures:
     """Features of pictures of the same prompts and seeds, [N, D] of unit length.
 
-    `begun`: by the scales that the run began with, where those are another run's.
+    `begun`: pictures by the scales that the run began with, if those are another run's.
     """
 
     tuned: Tensor
@@ -112,12 +117,12 @@ class Pictures:
 
     @property
     def before(self) -> Tensor | None:
-        """What a change is measured from."""
+        """The features that a change is measured from."""
         return self.base if self.begun is None else self.begun
 
 
 def distances(pictures: Pictures, style: Tensor) -> dict[str, object]:
-    """KID and CMMD to the style's images, and their changes."""
+    """Return KID and CMMD to the style's images, and their changes."""
     found: dict[str, Any] = {"value": cmmd(pictures.tuned, style)}
     if pictures.base is not None and pictures.before is not None:
         found |= {"base": cmmd(pictures.base, style)}
@@ -148,9 +153,10 @@ def _kid_summary(pictures: Pictures, style: Tensor) -> dict[str, object]:
 def control_gap(
     held_out: Tensor, others: Tensor, style: Tensor, against: str
 ) -> dict[str, object] | None:
-    """Similarity of the style's own images above that of other images; None without either.
+    """Return how far the similarity of the style's own images lies above that of other images.
 
-    Its own are `held_out`, or else each image of `style`, compared with the rest of them.
+    The style's own images are `held_out`; without them each image of `style` is compared with the
+    rest. Return None if a side is empty.
     """
     own = similarity(held_out, style) if len(held_out) else leave_one_out(style)
     if not own or not len(others):
@@ -168,7 +174,9 @@ def control_gap(
 
 
 def leave_one_out(style: Tensor) -> list[float]:
-    """Similarity of each image to the rest of its set [N, D]; empty for fewer than three."""
+    """Return the similarity of each image to the rest of its set [N, D]; empty for fewer than
+    three.
+    """
     if len(style) < 3:
         return []
     images = style.double()
@@ -183,9 +191,10 @@ def nearest(
     held_out: Tensor,
     base: Tensor | None = None,
 ) -> dict[str, object]:
-    """The closest training image of each picture.
+    """Find the closest training image of each picture.
 
-    `copies`: pictures closer to one than every held-out image and every picture of the base is.
+    `copies` lists pictures that are closer to one than every held-out image and every picture of
+    the base.
     """
     closest, which = (pictures.double() @ style.double().T).max(1)
     most = int(closest.argmax())
@@ -209,7 +218,7 @@ def nearest(
 
 
 def diversity(pictures: Tensor) -> float | None:
-    """None for one picture."""
+    """Return 1 - mean cosine between different pictures, None for one picture."""
     if len(pictures) < 2:
         return None
     cosine = (pictures.double() @ pictures.double().T).numpy()
@@ -219,11 +228,11 @@ def diversity(pictures: Tensor) -> float | None:
 def score(
     pictures: Pictures, style: Tensor, names: Sequence[str], held_out: Tensor
 ) -> dict[str, object]:
-    """All figures of style.
+    """Return all figures of style.
 
     Args:
-        style: features of the images trained on, called `names`; held_out: of images in the style
-            that were not.
+        style: features of the training images, which are called `names`.
+        held_out: features of other images in the style.
     """
     tuned, base, begun = pictures.tuned, pictures.base, pictures.begun
     found = similarity(tuned, style)

@@ -1,4 +1,4 @@
-"""How well a language model does its task, step by step, and how sure that is."""
+"""Score a language model on its task, step by step, with intervals."""
 
 import math
 from collections.abc import Mapping
@@ -7,26 +7,28 @@ from typing import Any
 
 from qzo_diffusion.evaluate import charts
 
-SHARES = {"accuracy": "Accuracy", "f1": "F1"}  # metrics between 0 and 1, of which more is better
+SHARES = {"accuracy": "Accuracy", "f1": "F1"}  # metrics between 0 and 1 where more is better
 
 
 def half_width(value: float, count: int) -> float:
-    """Of the 95 % confidence interval of a share of `count` examples (normal approximation; for F1
-    an upper bound of it).
+    """Return half the width of the 95 % interval of a share of `count` examples.
+
+    It is the normal approximation; for F1 it is an upper bound.
     """
     return 1.96 * math.sqrt(max(0.0, value * (1 - value)) / count)
 
 
 def interval(metric: str, value: float, count: int) -> dict[str, float]:
-    """`ci95`, half of the interval's width, of a share; nothing of a mean loss, whose spread one
-    figure does not tell.
+    """Return `ci95`, half of the interval's width, for a share.
+
+    A mean loss has none: its variance does not follow from the mean.
     """
     return {"ci95": half_width(value, count)} if metric in SHARES else {}
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy or F1 of `examples` test examples, or their loss, by step."""
+    """Accuracy, F1 or loss of `examples` test examples, by step."""
 
     task: str
     metric: str
@@ -35,9 +37,10 @@ class TaskScore:
 
     @classmethod
     def read(cls, evaluation: Mapping[str, Any]) -> "TaskScore":
-        """From evaluation.json of a language model's run.
+        """Read evaluation.json of a language model's run.
 
-        Raises KeyError, TypeError or ValueError for another file.
+        Raises:
+            KeyError, TypeError, ValueError: it is another file.
         """
         by_step = {
             int(step): math.nan if value is None else float(value)
@@ -63,7 +66,7 @@ class TaskScore:
 
     @property
     def diverged(self) -> int | None:
-        """The first step whose metric is no finite number."""
+        """The first step whose metric is not finite."""
         return next((step for step, one in self.by_step.items() if not math.isfinite(one)), None)
 
     def chart(self) -> dict[str, Any] | None:
@@ -83,10 +86,11 @@ class TaskScore:
         return base, tuned
 
     def difference(self, base: float, tuned: float) -> dict[str, Any]:
-        """delta and delta_ci95, as `intervals.paired` names them.
+        """Return delta and delta_ci95, named as by `intervals.paired`.
 
-        Both values are of the same examples, of which only the sums are kept: as if independent,
-        which makes the interval too wide."""
+        Both values belong to the same examples, of which only sums are kept. The interval treats
+        them as independent, and so is too wide.
+        """
         delta, interval = tuned - base, None
         if self.metric in SHARES:
             half = math.hypot(half_width(base, self.examples), half_width(tuned, self.examples))

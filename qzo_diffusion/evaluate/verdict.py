@@ -1,7 +1,7 @@
-"""What the figures mean, in sentences for a person.
+"""Explain figures in sentences for a person.
 
-Only an interval that leaves out zero counts as a change. The distance to the style (KID, CMMD),
-content and held-out loss may each veto: a similarity that rose does not make up for them.
+A change counts only if its interval leaves out zero. The distance to the style (KID, CMMD), content
+and held-out loss may each veto: a similarity that rose does not make up for them.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
 
-# of raw cosine: less of a fall is no loss of content that a person would see
+# raw cosine: a person sees no loss of content in a smaller fall
 CONTENT_MAY_FALL = 0.02
 BASE = "the base"
 UNSUITED = "this scorer was not made for such pictures"
@@ -24,7 +24,7 @@ Finding = dict[str, str]  # sign ("good", "bad" or "open") and text
 
 
 def verdict(results: Mapping[str, Any]) -> list[Finding]:
-    """The one sentence on a run first, then a sentence for each of its grounds."""
+    """Return the verdict on a run in one sentence, then a sentence for each of its reasons."""
     style = results["style"]
     found = [overall(results), _style(results), _distance(style), _content(results["clip_score"])]
     found += [_loss(results), _copies(style), _estimate(results.get("signal"))]
@@ -32,7 +32,9 @@ def verdict(results: Mapping[str, Any]) -> list[Finding]:
 
 
 def overall(results: Mapping[str, Any]) -> Finding:
-    """Worse than the base, no verdict on style, or what came and what stayed."""
+    """Return the verdict: worse than the base, no verdict on style, or the changes of style and
+    content.
+    """
     style, content = style_sign(results), content_sign(results["clip_score"])
     harm = _harm(results)
     if harm or style == "bad":
@@ -55,7 +57,7 @@ def _without_harm(style: str, content: str) -> Finding:
 
 
 def _harm(results: Mapping[str, Any]) -> list[str]:
-    """Why a run is worse than before it, whatever its style."""
+    """Return the reasons why a run is worse than before it, whatever its style."""
     loss, harm = results.get("validation_loss"), []
     if diverged(results):
         harm.append("the run diverged (its held-out loss is no finite number)")
@@ -67,17 +69,17 @@ def _harm(results: Mapping[str, Any]) -> list[str]:
 
 
 def diverged(results: Mapping[str, Any]) -> bool:
-    """Whether the run has a held-out loss that is no finite number."""
+    """Return whether the run has a held-out loss that is not finite."""
     loss = results.get("validation_loss")
     return loss is not None and not _is_number(loss["tuned"])
 
 
 def style_sign(results: Mapping[str, Any]) -> str:
-    """ "good", "bad" or "open"; "unsuited", "not told apart" or "too few" where similarity says
-    nothing.
+    """Return "good", "bad" or "open"; or "unsuited", "not told apart" or "too few" if similarity is
+    no evidence.
 
-    Pictures that got certainly farther from the style are "bad" also where the scorer does not tell
-    the style apart.
+    Pictures that are certainly farther from the style are "bad" also if the scorer cannot recognize
+    the style.
     """
     style = results["style"]
     similarity, kid, cmmd = (style.get(name) or {} for name in ("similarity", "kid", "cmmd"))
@@ -97,7 +99,9 @@ def style_sign(results: Mapping[str, Any]) -> str:
 
 
 def content_sign(clip: Mapping[str, Any]) -> str:
-    """ "good": no fall of more than CONTENT_MAY_FALL; "bad": certainly one; "open"."""
+    """Return "good" (no fall of more than CONTENT_MAY_FALL), "bad" (certainly such a fall) or
+    "open".
+    """
     interval = clip.get("delta_ci95")
     if not _is_interval(interval):
         return "open"
@@ -145,7 +149,7 @@ def _content(clip: Mapping[str, Any]) -> Finding:
 
 
 def of_task(score: TaskScore) -> list[Finding]:
-    """`verdict` for a language model's task; empty while there is nothing to compare, or no
+    """Return the verdict on a language model's task; empty without two values or without an
     interval.
     """
     if score.diverged is not None:
