@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qzo_diffusion.llm.baselines import add_lora_, lora_gradient, lora_numbers
+from qzo_diffusion.llm.baselines import add_lora_, lora_gradient, lora_theta
 
 RANK, ALPHA = 8, 16.0
 
@@ -19,7 +19,7 @@ class Adapters:
     def __init__(self, model: nn.Module, layers: Sequence[str], seed: int) -> None:
         self._model, self._plain = model, {name: model.get_submodule(name) for name in layers}
         add_lora_(model, layers, rank=RANK, alpha=ALPHA, seed=seed)
-        self.theta = lora_numbers(model)
+        self.theta = lora_theta(model)
         self.gradient = lora_gradient(model)
 
     def remove_(self) -> None:

@@ -135,7 +135,7 @@ def _extent(points: Sequence[Point]) -> list[float]:
 
 
 def _range(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """Return the least and the largest value, with a margin at both ends. The range is not empty."""
+    """Return the least and the largest value, with a margin at both ends. It is not empty."""
     low, high = min(values), max(values)
     room = (high - low) * margin or (abs(high) * 0.05 or 1.0) * (low == high)
     return low - room, high + room

@@ -25,7 +25,7 @@ CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
 # Least share of pixels that equal their right and lower neighbour, in the median image of a set at
 # 64 pixels. Drawings have 0.37 (fluent3d) to 0.83 in six styles, and 0.18 or more in 999 of 1000
-# sets of ten. Photos have less than 0.15 in 28 of the 29 subjects of DreamBooth, with a median of 0.00.
+# sets of ten. Photos have below 0.15 in 28 of the 29 subjects of DreamBooth (median 0.00).
 LEAST_FLAT = 0.15
 FLAT_SIDE = 64
 

@@ -1,10 +1,10 @@
-"""What tuning of scales is compared with on language models: MeZO on the unquantized weights, and
-QLoRA.
+"""Baselines for language models: MeZO on the unquantized weights, and QLoRA.
 
-Both train tensors of their own in place of scales, and are handed to the rest of the program as if
-these were scales: the same estimator, loop, batches, checkpoints and evaluation serve them. MeZO
-(arXiv 2305.17333) then needs nothing else. QLoRA (arXiv 2305.14314) is first-order: beside
-`core.oracle`, this is the one file that differentiates."""
+Both train tensors of their own in place of scales, behind the interface of scales. So the same
+estimator, loop, batches, checkpoints and evaluation serve them. MeZO (arXiv 2305.17333) needs
+nothing else. QLoRA (arXiv 2305.14314) is first-order: apart from `core.oracle`, only this file
+differentiates.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,11 +21,12 @@ from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
 
 
-def mezo_numbers(model: nn.Module, layers: Sequence[str]) -> DenseAbsolute:
-    """The weights of the layers of those names, unquantized.
+def mezo_theta(model: nn.Module, layers: Sequence[str]) -> DenseAbsolute:
+    """Return theta over the unquantized weights of the named layers.
 
-    In a 16-bit model the trained weights are kept in fp32 beside it: most of MeZO's updates would
-    round to nothing."""
+    For a 16-bit model theta is kept in fp32 beside it: most of MeZO's updates would round to
+    nothing.
+    """
     modules: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
     return DenseAbsolute(
         ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in modules.items())
@@ -35,11 +36,10 @@ def mezo_numbers(model: nn.Module, layers: Sequence[str]) -> DenseAbsolute:
 def add_lora_(
     model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, seed: int
 ) -> None:
-    """Put adapters beside the layers of those names, by peft. Until they are trained they change
-    nothing.
+    """Put adapters beside the named layers, by peft. Untrained adapters change nothing.
 
-    The random half of each is drawn from the seed and the layer's name, so that every process and
-    every resume has the same.
+    The random half of each adapter is drawn from the seed and the layer's name, so every process
+    and every resume has the same one.
 
     Raises:
         ModelError: peft is not installed.
@@ -61,8 +61,10 @@ def add_lora_(
             weight.data.copy_((2 * drawn - 1) / weight.shape[1] ** 0.5)
 
 
-def lora_numbers(model: nn.Module) -> DenseAbsolute:
-    """The adapters of a model that is where it will stay: to move it leaves these behind."""
+def lora_theta(model: nn.Module) -> DenseAbsolute:
+    """Return theta over the adapters of a model. Move the model first: a later move leaves theta
+    behind.
+    """
     return DenseAbsolute(
         ScaleSet(WeightHandle(name, module.weight, [module]) for name, module in _adapters(model))
     )
@@ -77,7 +79,7 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def lora_gradient(
     model: nn.Module,
 ) -> Callable[[Objective[Any], Sequence[Any], Parametrization], dict[str, Tensor]]:
-    """dL/d(adapters) of the mean loss over all examples, by name."""
+    """Return a function that gives dL/d(adapters) of the mean loss over all examples, by name."""
 
     def gradient(
         objective: Objective[Any], micro_batches: Sequence[Any], theta: Parametrization

@@ -1,10 +1,11 @@
-"""A causal language model of transformers, read from a folder: log-probabilities of chosen tokens,
-and greedy answers.
+"""A causal language model of transformers, read from a folder: it gives log-probabilities of chosen
+tokens, and greedy answers.
 
-Batches are padded on the right and need no mask: a position of a causal model never sees what
-stands behind it. The vocabulary is large (49,152 for SmolLM2, 128,256 for Llama 3), so logits are
-made only at the positions and, where that suffices, only of the tokens that a loss asks for. Both
-are fp32 whatever the model computes in: a bfloat16 logit of 20 moves in steps of 0.125."""
+Batches are padded on the right and need no mask: a position of a causal model never sees later
+positions. The vocabulary is large (49,152 for SmolLM2, 128,256 for Llama 3). So logits are computed
+only at the positions that a loss needs, and if possible only for its tokens. Both are fp32 for
+every dtype of the model: a bfloat16 logit of 20 moves in steps of 0.125.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from qzo_diffusion.quant.fits import check_loaded
 from qzo_diffusion.quant.stream import fill_
 from qzo_diffusion.quant.weights import read_entries, weight_files
 
-WORDS_AT_ONCE = 2**13  # rows of the vocabulary in fp32 at a time
+WORDS_AT_ONCE = 2**13  # rows of the vocabulary that are fp32 at the same time
 OUTPUT_HEAD = "lm_head"
 CHANGES_LOGITS = (
     "final_logit_softcapping",
@@ -36,8 +37,8 @@ CHANGES_LOGITS = (
 
 
 class OutputHead(nn.Linear):
-    """The model's last layer over the same weight; called with `tokens` it gives the logits of
-    those alone.
+    """The model's last layer over the same weight. With `tokens` it computes the logits of those
+    tokens alone.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -48,8 +49,9 @@ class OutputHead(nn.Linear):
     def forward(
         self, hidden: Tensor, tokens: Tensor | None = None, normalize: bool = False
     ) -> Tensor:
-        """hidden [..., D] -> logits [..., V]; with tokens [..., C] fp32 logits [..., C], or
-        log-probabilities with `normalize`.
+        """Map hidden [..., D] to logits [..., V].
+
+        With tokens [..., C] it gives fp32 logits [..., C], or log-probabilities with `normalize`.
         """
         if tokens is None:
             return F.linear(hidden, self.weight, self.bias)
@@ -69,12 +71,13 @@ class OutputHead(nn.Linear):
 
 
 class CausalLm:
-    """The model, its tokenizer, and how many tokens it reads at most.
+    """The model, its tokenizer, and the most tokens that it reads.
 
-    `prefix` is the part of it that no probe changes, once it is known what is trained.
+    `prefix` is the part of the model that no probe changes. It is set once the trained layers are
+    known.
 
     Raises:
-        ModelError: the model's last layer is no plain linear, or its logits are changed behind it.
+        ModelError: the last layer is not a plain linear, or its logits are changed after it.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -103,21 +106,20 @@ class CausalLm:
 
     @property
     def bytes_of_token(self) -> int:
-        """Of a hidden state."""
+        """The bytes of a hidden state of one token."""
         return int(self.head.in_features * self.head.weight.dtype.itemsize)
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model has both an embedding and a logit for."""
+        """The number of tokens that have both an embedding and a logit."""
         return int(min(self.model.get_input_embeddings().num_embeddings, self.head.out_features))
 
     @property
     def padding(self) -> int:
-        """A token to fill up with; which one does not matter, for nothing looks at it, but the
-        model must have it.
+        """A token for padding. Nothing reads it, but the model must have an embedding for it.
 
-        Some tokenizers pad with a token that was added to them alone, and that the model has no
-        embedding for."""
+        Some tokenizers pad with an added token that the model has no embedding for.
+        """
         wanted = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next(
             (
@@ -129,10 +131,10 @@ class CausalLm:
         )
 
     def _greedy(self) -> Any:
-        """Of the settings that came with the model, where an answer ends, and nothing that changes
-        which token comes next.
+        """The model's own settings on where an answer ends, without those that change the choice of
+        tokens.
 
-        Penalties and beams hold for greedy answers too.
+        Penalties and beams would change greedy answers too.
         """
         from transformers import GenerationConfig
 
@@ -146,9 +148,7 @@ class CausalLm:
         return ids
 
     def part_before_(self, trained: Iterable[str]) -> None:
-        """Compute the blocks before the first of these layers apart from the others, where the
-        model allows it.
-        """
+        """Separate the blocks before the first of the trained layers, if the model allows it."""
         self.prefix = find_prefix(self.model, self.model.base_model, trained, self.device)
 
     def score(
@@ -161,16 +161,17 @@ class CausalLm:
         probes_per_forward: int = 1,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Log-probability of each of `tokens` to follow the text up to a position; fp32 [R, P].
+        """Return the log-probability of each of `tokens` after the text up to a position; fp32 [R,
+        P].
 
         Args:
             ids: [R, T], padded on the right.
             positions: [R, P] or [R, 1], the last token that is read.
             tokens: [R, P].
-            normalize: False leaves logits, whose differences at one position are those of
+            normalize: False gives logits. Their differences at one position are those of
                 log-probabilities.
-            copies: so many times the same rows stand in `ids`, all of them and then all again.
-            hidden: what `prefix` gives for them, where that is known.
+            probes_per_forward: how often `ids` holds the same rows: all of them, then all again.
+            hidden: the output of `prefix` for these rows, if it is known.
         """
         last = self._last_hidden(ids, probes_per_forward, hidden)
         chosen = last.gather(1, positions.unsqueeze(-1).expand(-1, -1, last.shape[-1]))
@@ -193,17 +194,17 @@ class CausalLm:
 
     @torch.no_grad()
     def answers(self, ids: Tensor, mask: Tensor, max_tokens: int, stop: str) -> list[str]:
-        """What the model says next, greedily, up to `stop`, or up to the last position that it
-        knows.
+        """Continue each prompt greedily, up to `stop`, or up to the model's last position.
 
         Args:
             ids: [B, T], padded on the left, with 1 in `mask` where there is text.
+            max_tokens: the most tokens of an answer.
         """
         lengths = mask.sum(1)
         room = (self.context - lengths).clamp(1, max_tokens)
         texts = [""] * len(ids)
         for count in sorted(set(room.tolist())):
-            # apart, so that no prompt's answer is cut for a longer one beside it
+            # one by one, so that a longer prompt does not shorten the answer to another
             rows = (room == count).nonzero().flatten()
             width = int(lengths[rows].max())
             said = self._said(ids[rows, -width:], mask[rows, -width:], count, stop)
@@ -227,14 +228,13 @@ class CausalLm:
 def load_causal_lm(
     folder: Path, dtype: torch.dtype, read: Callable[[Path], Any] | None = None
 ) -> CausalLm:
-    """The model of a local folder on the CPU, with its weights as they are: quantized where the
-    folder is.
+    """Load the model of a local folder on the CPU. Quantized weights stay quantized.
 
     Args:
-        read: makes the model of the folder in another way.
+        read: replaces the way in which the model of the folder is built.
 
     Raises:
-        ModelError: files are missing or damaged, or the model is no causal LM.
+        ModelError: files are missing or damaged, or the model is not a causal LM.
     """
     check_model_folder(folder)
     try:
@@ -257,7 +257,9 @@ def load_causal_lm(
 
 
 def _check_finite(folder: Path, model: Any) -> None:
-    """Raises ModelError for a weight or scale that is not: every loss would be NaN."""
+    """Check that all weights and scales are finite; otherwise every loss would be NaN. Raises
+    ModelError.
+    """
     wrong = [
         name
         for name, tensor in model.state_dict().items()
@@ -272,7 +274,9 @@ def _check_finite(folder: Path, model: Any) -> None:
 
 
 def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:
-    """Raises ModelError where a tensor is missing, which transformers would draw at random."""
+    """Load a folder by transformers. Raises ModelError for a missing tensor, which transformers
+    would draw at random.
+    """
     from transformers import AutoModelForCausalLM
 
     entries = read_entries(folder)
@@ -290,7 +294,7 @@ def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:
         use_safetensors=True,
         trust_remote_code=False,
         variant=variant,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
+        ignore_mismatched_sizes=True,  # refused below, by name
         output_loading_info=True,
     )
     check_loaded(model, facts)
@@ -298,7 +302,7 @@ def _by_transformers(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder or GGUF file. Raises ModelError."""
+    """Load the tokenizer of a local folder or GGUF file. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
@@ -315,7 +319,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> ModelError:
-    """A damaged file shows as whatever the library that reads it makes of its bytes."""
+    """Turn any error that a library raises for a damaged file into a ModelError."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ModelError(
         f"{folder} can't be loaded: {reason}", "a causal language model", "download it again"
@@ -325,7 +329,7 @@ def _damaged(folder: Path, error: Exception) -> ModelError:
 def padded(
     rows: Sequence[Sequence[int]], filler: int, left: bool = False, width: int = 0
 ) -> Tensor:
-    """[R, longest or `width`] int64."""
+    """Return rows of tokens as int64 [R, longest or `width`]."""
     width = max(width, *map(len, rows))
     full = [
         [filler] * (width - len(row)) + list(row)

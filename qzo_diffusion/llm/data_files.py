@@ -1,5 +1,5 @@
-"""Rows of local data files: .tsv and .csv with or without a line of names, .jsonl, SQuAD's .json,
-and the Hub's .parquet.
+"""Read rows of local data files: .tsv and .csv with or without a header, .jsonl, SQuAD's .json, and
+the Hub's .parquet.
 """
 
 import csv
@@ -17,7 +17,7 @@ from qzo_diffusion.system.texts import check_encodable
 
 @dataclass(frozen=True)
 class Row:
-    """Values by field as text. Of a list the first one; all of it is in `alternatives`."""
+    """Values by field as text. A list gives its first value here, and all in `alternatives`."""
 
     values: dict[str, str]
     place: str
@@ -25,12 +25,11 @@ class Row:
 
 
 def data_folder(name: str) -> Path:
-    """The folder that a `--data-dir` means: a folder, or ORG/NAME[/SUBFOLDER] of a dataset that is
-    in the Hub's local cache.
+    """Find the folder of a `--data-dir`: a folder, or ORG/NAME[/SUBFOLDER] of a dataset in the
+    Hub's local cache.
 
     Raises:
-        DataError: neither is here; the message says how to get it, since nothing is ever
-            downloaded.
+        DataError: it is neither. Nothing is ever downloaded, so the message says how to do that.
     """
     parts = Path(name).parts
     if (
@@ -64,7 +63,7 @@ def _cached_dataset(repo: str) -> Path | None:
 
 
 def _as_on_the_hub(name: str) -> str:
-    """dev.tsv -> validation-00000-of-00001.parquet"""
+    """Return the Hub's name of a part: dev.tsv -> validation-00000-of-00001.parquet."""
     split = Path(name).stem.partition("-")[0]
     return (
         f"{({'dev': 'validation', 'val': 'validation'}).get(split, split)}-00000-of-00001.parquet"
@@ -72,9 +71,10 @@ def _as_on_the_hub(name: str) -> str:
 
 
 def find_data(folder: Path, names: Sequence[str]) -> Path:
-    """The first of the files that is there, else what the Hub calls that part.
+    """Find the first of the files that exists, else the file that the Hub has for that part.
 
-    Raises DataError when none is.
+    Raises:
+        DataError: none exists.
     """
     there = sorted(path.name for path in folder.iterdir())
     by_lower_case = {name.lower(): name for name in reversed(there)}
@@ -91,14 +91,14 @@ def find_data(folder: Path, names: Sequence[str]) -> Path:
 
 
 def read_rows(path: Path, fields: Sequence[str], columns: Sequence[str]) -> list[Row]:
-    """All rows of a file.
+    """Read all rows of a file.
 
     Args:
         fields: names that every row must have.
-        columns: names of the columns of a .tsv or .csv that has no line of names.
+        columns: names of the columns of a .tsv or .csv without a header.
 
     Raises:
-        DataError: not such a file, no row, or a row without a field; the message has the line.
+        DataError: another kind of file, no row, or a row without a field; the message has the line.
     """
     readers = {".tsv": _tabs, ".csv": _commas, ".jsonl": _json_lines, ".json": _squad}
     suffix = path.suffix.lower()
@@ -138,7 +138,7 @@ def _text(path: Path) -> str:
 
 
 def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
-    """Classes are numbers there: `choices` of the task say "0", "1"."""
+    """Read a parquet file. Classes are numbers there: `choices` of the task say "0", "1"."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -159,12 +159,12 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[Row]:
 
 
 def _quoted_names(names: Iterable[str]) -> str:
-    """Names of columns, which may hold spaces and commas."""
+    """Join names of columns, which may hold spaces and commas."""
     return ", ".join(map(repr, names))
 
 
 def _tabs(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    """As GLUE writes it: no quoting, so a quotation mark is one."""
+    """Read tab-separated values as GLUE writes them: a quotation mark is text."""
     lines = enumerate(text.split("\n"), start=1)
     return _table(
         path, [(number, line.split("\t")) for number, line in lines if line], fields, columns
@@ -176,7 +176,7 @@ def _commas(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]
 
 
 def _quoted(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the line where each begins: a quoted cell may hold ends of lines."""
+    """Yield rows with the line where each begins: a quoted cell may hold line ends."""
     reader = csv.reader(io.StringIO(text, newline=""))
     while True:
         start = reader.line_num + 1
@@ -222,7 +222,7 @@ def _json_lines(
 
 
 def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str]) -> Iterator[Row]:
-    """A row for each question: title, context, question, answers.
+    """Yield a row for each question: title, context, question, answers.
 
     A plain list of objects is read as well.
     """
@@ -253,12 +253,14 @@ def _squad(path: Path, text: str, fields: Sequence[str], columns: Sequence[str])
 
 
 def _row(entry: dict[str, Any], place: str, fields: Sequence[str] = ()) -> Row:
-    """A null is no value, and of SQuAD's answers as `datasets` has them, {"text": [...], ...},
-    those under `text` are meant.
+    """Make a row of a JSON object.
+
+    A null is no value. In `datasets`, SQuAD's answers are {"text": [...], ...}; the row takes those
+    under `text`.
 
     Raises:
-        DataError: one of the `fields` is another object, or an empty list. What the task does not
-            read is left out.
+        DataError: one of the `fields` is another object or an empty list. Values that the task does
+            not read are dropped.
     """
     values: dict[str, str] = {}
     lists: dict[str, tuple[str, ...]] = {}

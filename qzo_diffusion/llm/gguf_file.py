@@ -1,9 +1,10 @@
-"""A language model in one GGUF file, as llama.cpp runs it: read with a layer of ours for every
-quantized linear, and saved again.
+"""Read a language model from one GGUF file with a layer of ours for every quantized linear, and
+save it again for llama.cpp.
 
-Configuration, tokenizer and all that is not quantized come by transformers, which dequantizes the
-whole file; each layer is then compared with what it made of it, so that a layer under another name,
-or rows in another order, is not tuned by mistake."""
+Transformers reads configuration, tokenizer and all unquantized tensors; it dequantizes the whole
+file. Each of our layers is then compared with its result. So a layer under another name, or rows in
+another order, are not tuned by mistake.
+"""
 
 import shutil
 from collections.abc import Mapping
@@ -22,21 +23,26 @@ from qzo_diffusion.quant.fits import check_loaded
 from qzo_diffusion.quant.gguf_header import has_magic, read_gguf_header
 from qzo_diffusion.quant.load import handles_of
 
-TOKENS = "token_embd.weight"  # its rows come last in a GGUF file's shapes
-LIKE = 2**-6  # of a weight: what differs by rounding to 16 bits, however that is done
+TOKENS = "token_embd.weight"  # GGUF shapes have rows last
+LIKE = 2**-6  # relative difference that rounding to 16 bits may cause, in any way
 
 
 SPLIT = "merge its parts into one file: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
 
 
 def is_gguf(place: Path) -> bool:
-    """By its ending, in capitals or not, or by how it begins: a link may have another ending."""
+    """Return whether a path is a GGUF file, by its ending in any case, or by its first bytes: a
+    link may have another ending.
+    """
     return place.is_file() and (place.suffix.lower() == ".gguf" or has_magic(place))
 
 
 def check_gguf(file: Path) -> None:
-    """Raises ModelError unless it is a whole language model and has a quantized layer of a type
-    that can be tuned.
+    """Check that a file is a whole language model with a quantized layer of a type that can be
+    tuned.
+
+    Raises:
+        ModelError: it is not.
     """
     header, kinds = read_gguf_header(file), blocks.need_package().GGMLQuantizationType
     architecture = str(header.values.get("general.architecture", "unknown"))
@@ -59,30 +65,31 @@ def check_gguf(file: Path) -> None:
 
 
 def embedding_rows(file: Path) -> int | None:
-    """How many tokens the file has embeddings for; None where it names none."""
+    """Return the number of tokens that the file has embeddings for; None if it names none."""
     shapes = [tensor.shape for tensor in _reader(file).tensors if tensor.name == TOKENS]
     return int(shapes[0][-1]) if shapes else None
 
 
 def source_of(file: Path) -> dict[str, str]:
-    """What transformers calls it."""
+    """Return the arguments by which transformers reads the file."""
     blocks.need_package()
     return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
 
 
 def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
-    """The model with a layer of ours for every linear in blocks, in `dtype` elsewhere; the last
-    layer stays plain.
+    """Load the model with a layer of ours for every linear in blocks.
+
+    Everything else is in `dtype`, and the last layer stays plain.
 
     Raises:
-        ModelError: a tensor is not what transformers reads.
+        ModelError: a tensor differs from the one that transformers reads.
     """
     import transformers
 
     reader = _reader(file)
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):
-        # later versions may keep blocks themselves, in layers that see no changed scale
+        # later versions may keep blocks in layers that do not see an override
         how["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded, facts = transformers.AutoModelForCausalLM.from_pretrained(
         **source_of(file), **how, output_loading_info=True
@@ -103,8 +110,9 @@ def load_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def save_gguf(file: Path, target: Path, model: nn.Module, scales: Mapping[str, Tensor]) -> None:
-    """A copy of `file` in the folder `target` with the factors of these scales, rounded to fp16;
-    every other byte is the same.
+    """Copy `file` into the folder `target` with the factors of these scales, rounded to fp16.
+
+    Every other byte stays the same.
     """
     reader = _reader(file)
     places, names = (
@@ -120,7 +128,7 @@ def save_gguf(file: Path, target: Path, model: nn.Module, scales: Mapping[str, T
 
 
 def _names(reader: Any, model: Any) -> dict[str, str]:
-    """By linear of the model, what its weight is called in the file."""
+    """Return linear of the model -> name of its weight in the file."""
     gguf, field = blocks.need_package(), reader.fields.get("general.architecture")
     arch = next(
         (
@@ -168,8 +176,9 @@ def _layer(name: str, tensor: Any, linear: nn.Linear, config: Any) -> blocks.Ggu
 
 
 def _interleaved(rows: int, heads: int) -> Tensor:
-    """Which row of the file each row of queries and keys is: llama.cpp turns the two halves of a
-    head into neighbours.
+    """Return the row of the file for each row of queries and keys.
+
+    llama.cpp interleaves the two halves of a head.
     """
     if rows % (2 * heads):
         return torch.arange(rows)
@@ -182,12 +191,14 @@ def _reader(file: Path) -> Any:
     return _read(file, facts.st_mtime_ns, facts.st_size)
 
 
-@lru_cache(maxsize=1)  # seconds for a vocabulary, and a file is checked before it is loaded
+@lru_cache(
+    maxsize=1
+)  # reading a vocabulary takes seconds, and a file is checked before it is loaded
 def _read(file: Path, _changed: int, _size: int) -> Any:
     gguf = blocks.need_package()
     try:
         return gguf.GGUFReader(file)
-    except Exception as error:  # a damaged file shows as whatever its bytes lead to
+    except Exception as error:  # damaged bytes may raise anything
         raise ModelError(
             f"{file} can't be read: {error}", "a GGUF file", "download it again"
         ) from None

@@ -1,9 +1,9 @@
-"""Keep the hidden states that the untrained first blocks compute for each training text in a file,
-for the next time that the text is drawn.
+"""Store the output of the untrained first blocks for each training text in a file, until the text
+is drawn again.
 
-It is not kept in memory, where it would be more than a step's own: 35 MB for 1,000 sentences of
-SmolLM2, 2 GB for as many long prompts of an 8B model. The file has no name, so that it is gone with
-the process however that ends."""
+Memory would have to hold more than a step itself: 35 MB for 1,000 sentences of SmolLM2, 2 GB for as
+many long prompts of an 8B model. The file has no name, so it is deleted whenever the process ends.
+"""
 
 import io
 import tempfile
@@ -19,23 +19,22 @@ from qzo_diffusion.llm.causal_lm import CausalLm, padded
 from qzo_diffusion.system.files import free_bytes
 
 Rows = Sequence[tuple[int, ...]]
-SPARE = 2.0  # times what it needs must be free, else nothing is kept
-# forwards are as wide as a multiple of it: a CPU's 16-bit products hold on to 3 MB for every width
-# that they ever saw
+SPARE = 2.0  # times the file's size must be free, else nothing is kept
+# widths of forward passes are multiples of it: a CPU's 16-bit products keep 3 MB for every width
 WIDTHS = 32
 
 
 class KeptHidden:
     """Hidden states [T, D] by row of tokens.
 
-    The last bits of a row's states depend on the rows beside it in a forward pass. So each row is
-    always computed with the first group that holds it, and a run that goes on with an empty file
-    sees the bits that it would have read.
+    The last bits of a row's states depend on the other rows of its forward pass. So each row is
+    always computed with the first group that holds it: a resumed run with an empty file gets the
+    bits that it would have read.
 
     Args:
-        lm: has a prefix.
-        groups: all rows, in groups of those that are computed together.
-        folder: where the file is.
+        lm: a model with a prefix.
+        groups: all rows, in the groups that are computed together.
+        folder: the folder of the file.
 
     Raises:
         OutputError: the disk is full.
@@ -43,20 +42,20 @@ class KeptHidden:
 
     def __init__(self, lm: CausalLm, groups: Sequence[Rows], folder: Path) -> None:
         self._lm, self._groups = lm, groups
-        # A text may stand in several groups. The first counts, whichever is asked for first.
+        # A text may be in several groups. The first of them counts, in any order of requests.
         self._group_of: dict[tuple[int, ...], int] = {}
         for index, rows in enumerate(groups):
             for row in rows:
                 self._group_of.setdefault(row, index)
         self._place: dict[tuple[int, ...], int] = {}
-        self._dtype, self._width = torch.float32, 0  # known from the first forward on
+        self._dtype, self._width = torch.float32, 0  # known after the first forward pass
         folder.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: what can't be written would raise once more when the file is closed.
+        # Unbuffered: a failed write would raise once more when the file is closed.
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
 
     def of(self, rows: Rows) -> Tensor:
-        """[R, longest, D], with zeros behind the end of a row, which nothing reads."""
+        """Return [R, longest, D], with zeros after the end of a row, which nothing reads."""
         for row in rows:
             if row not in self._place:
                 self._add(self._group_of[row])
@@ -67,7 +66,7 @@ class KeptHidden:
         return hidden.to(self._lm.device)
 
     def _add(self, group: int) -> None:
-        """Compute a group and keep those of its rows that belong to it."""
+        """Compute a group, and keep those of its rows that belong to it."""
         assert self._lm.prefix is not None
         rows = self._groups[group]
         width = min(-(-max(map(len, rows)) // WIDTHS) * WIDTHS, self._lm.context)
@@ -87,7 +86,7 @@ class KeptHidden:
                     self._place[row] = place
         except OSError as error:
             raise OutputError(
-                f"what the first blocks give can't be kept: {error.strerror or error}",
+                f"the output of the first blocks can't be kept: {error.strerror or error}",
                 "room in the cache folder",
                 "free space, or set data.keep_hidden=false, then --resume the run; every step "
                 "before this one is safe",
@@ -100,7 +99,7 @@ class KeptHidden:
     def _read(self, place: int, into: Tensor) -> None:
         rest = into.view(torch.uint8).numpy().ravel().data
         self._file.seek(place)
-        while rest:  # one read may give less than is asked for
+        while rest:  # one read may return less than it was asked for
             count = self._file.readinto(rest)
             if not count:
                 raise _lost()
@@ -117,5 +116,5 @@ def _lost() -> OutputError:
 
 
 def fits(rows: Rows, bytes_of_token: int, folder: Path) -> bool:
-    """Whether there is room in the file system of `folder`."""
+    """Return whether the file system of `folder` has room."""
     return SPARE * sum(map(len, rows)) * bytes_of_token < free_bytes(folder)

@@ -1,4 +1,4 @@
-"""Whether a folder holds a causal language model that can be read, before anything is loaded."""
+"""Check before anything is loaded that a folder holds a causal language model that can be read."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +23,13 @@ WITH_LINEARS = "a model of nn.Linear layers, such as Llama, Qwen, SmolLM2, OPT o
 
 
 def check_model_folder(folder: Path) -> None:
-    """Raises ModelError unless `folder` holds a transformers causal LM with weights and a
-    tokenizer, in a format that is read.
+    """Check that `folder` is a transformers causal LM with weights and a tokenizer, in a supported
+    format.
 
-    A GGUF file has all of it.
+    A GGUF file holds all of it.
+
+    Raises:
+        ModelError: it is not.
     """
     if is_gguf(folder):
         return check_gguf(folder)
@@ -43,8 +46,12 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """Raises ModelError where a folder that is not quantized lacks tensors of its model, or has
-    others than its config says. Other formats are checked while they are loaded.
+    """Check that a folder without quantization has the tensors that its config describes.
+
+    Other formats are checked while they are loaded.
+
+    Raises:
+        ModelError: tensors are missing, or others are there.
     """
     if is_gguf(folder) or stored_method(folder) is not None:
         return
@@ -86,7 +93,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError for a model of another kind than causal language models of linears."""
+    """Refuse every other kind than causal language models of linear layers. Raises ModelError."""
     kind = str(config.get("model_type", ""))
     if kind in OF_CONV1D:
         raise ModelError(

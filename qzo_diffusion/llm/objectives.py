@@ -1,7 +1,8 @@
-"""Losses of a batch, one per example, and how well a model does a task.
+"""Losses of a batch, one per example, and metrics of a task.
 
-A loss may be anything that two forwards can tell apart: besides those that have a gradient, 1 -
-accuracy and 1 - F1 are offered."""
+A loss need not have a gradient, since two forward passes suffice to compare it: 1 - accuracy and 1
+- F1 are offered as well.
+"""
 
 import re
 import string
@@ -22,10 +23,11 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def choice_scores(lm: CausalLm, batch: Batch) -> Tensor:
-    """How likely each continuation is: the mean log-probability of its tokens, fp32 [B, C].
+    """Return the mean log-probability of the tokens of each continuation, fp32 [B, C].
 
-    Single-token choices are compared by their logits: what they lack to log-probabilities is the
-    same for all choices."""
+    Single-token choices are compared by their logits, which differ from log-probabilities by the
+    same number for all choices.
+    """
     scores = lm.score(
         batch.ids,
         batch.positions,
@@ -41,8 +43,8 @@ def choice_scores(lm: CausalLm, batch: Batch) -> Tensor:
 
 
 def task_loss(lm: CausalLm, batch: Batch) -> Tensor:
-    """[B]: cross-entropy over the choices, or the mean negative log-probability of the answer's or
-    the text's tokens.
+    """Return [B]: cross-entropy over the choices, or the mean negative log-probability of the
+    tokens of the answer or text.
     """
     scores = choice_scores(lm, batch)
     return (
@@ -53,8 +55,8 @@ def task_loss(lm: CausalLm, batch: Batch) -> Tensor:
 
 
 def task_metric(lm: CausalLm, batch: Batch, spec: TaskSpec, metric: Metric) -> Tensor:
-    """[B]: 1 for right and 0 for wrong, for generated answers also the share of common words; a
-    loss stays one.
+    """Return [B]: 1 for right and 0 for wrong; for generated answers also the F1 of words; a loss
+    stays one.
     """
     if metric == "loss":
         return task_loss(lm, batch)
@@ -70,7 +72,7 @@ def task_metric(lm: CausalLm, batch: Batch, spec: TaskSpec, metric: Metric) -> T
 
 
 def objective(lm: CausalLm, spec: TaskSpec, name: ObjectiveName) -> Callable[[Batch], Tensor]:
-    """What training lowers."""
+    """Return the loss that training minimizes."""
     if name == "loss":
         return lambda batch: task_loss(lm, batch)
     return lambda batch: 1 - task_metric(lm, batch, spec, name)
@@ -78,7 +80,7 @@ def objective(lm: CausalLm, spec: TaskSpec, name: ObjectiveName) -> Callable[[Ba
 
 @torch.no_grad()
 def mean_metric(lm: CausalLm, batches: Sequence[Batch], spec: TaskSpec) -> float:
-    """Over all examples of all batches."""
+    """Return the mean metric over all examples of all batches."""
     values = [
         value for batch in batches for value in task_metric(lm, batch, spec, spec.metric).tolist()
     ]
@@ -86,7 +88,7 @@ def mean_metric(lm: CausalLm, batches: Sequence[Batch], spec: TaskSpec) -> float
 
 
 def normalized(text: str) -> list[str]:
-    """Words as SQuAD compares them (Rajpurkar et al. 2016): no case, no punctuation, no
+    """Split a text into words as SQuAD does (Rajpurkar et al. 2016): no case, no punctuation, no
     articles.
     """
     plain = "".join(letter for letter in text.lower() if letter not in string.punctuation)

@@ -1,14 +1,13 @@
-"""The blocks before the first trained one: no probe changes what they give, so it need not be
-computed for each probe anew.
+"""Run the blocks before the first trained one only once: no probe changes their output.
 
-A step asks for it once for all probes of an example, and where the same texts come again, what was
-computed for a text once is read back from a file. With the default's layers, blocks 12 to 26 of 30,
-probes then cost 18 / 30 of plain forwards at the least, and with eight of an example 0.65 of them
-where nothing was kept.
+A step computes their output once for all probes of an example. If the same texts come again, it is
+read back from a file. The default trains blocks 12 to 26 of 30. A probe then costs at least 18 / 30
+of a plain forward pass, and 0.65 of it with eight probes of an example and no file.
 
-The rest of a model can't be called on hidden states in general: position embeddings, masks and
-norms are its own business. So the model runs as it is, with blocks that pass on what they get in
-the place of those that are left out."""
+A model can't be called on hidden states in general: its position embeddings, masks and norms are
+its own. So the model runs as it is, and blocks that pass on their input replace those that are left
+out.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,15 +21,13 @@ PROBE_TOKENS = 8
 
 
 class PassOn(nn.Module):
-    """In the place of a block: gives `hidden` if it has one, else what it is given, which it keeps
-    in `seen`.
-    """
+    """Replace a block: return `hidden` if it is given, else the input, which is kept in `seen`."""
 
     def __init__(self, block: nn.Module, hidden: Tensor | None = None) -> None:
         super().__init__()
         self.hidden, self.seen = hidden, hidden
         if hasattr(block, "attention_type"):
-            # models with several kinds of attention ask their blocks which mask they need
+            # models with several kinds of attention read the kind of mask from their blocks
             self.attention_type = block.attention_type
 
     def forward(self, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
@@ -39,12 +36,12 @@ class PassOn(nn.Module):
 
 
 class Prefix:
-    """Blocks 0 .. count - 1 of a decoder, apart from the others.
+    """Blocks 0 .. count - 1 of a decoder, separated from the others.
 
     Args:
         base: the model without its head; called with `input_ids` it gives `last_hidden_state`.
         blocks: its list of blocks.
-        count: how many come before the first trained one, at least 1.
+        count: the number of blocks before the first trained one, at least 1.
     """
 
     def __init__(self, base: nn.Module, blocks: nn.ModuleList, count: int) -> None:
@@ -56,7 +53,7 @@ class Prefix:
 
     @torch.no_grad()
     def before(self, ids: Tensor) -> Tensor:
-        """What the first trained block reads: ids [R, T] -> [R, T, D]."""
+        """Return the input of the first trained block: ids [R, T] -> [R, T, D]."""
         end = PassOn(self._blocks[self._count])
         rest = [PassOn(block) for block in self._blocks[self._count + 1 :]]
         with self._in_place([*self._blocks[: self._count], end, *rest]):
@@ -65,7 +62,7 @@ class Prefix:
         return end.seen
 
     def after(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """The last hidden state [R, T, D] of ids [R, T], given `before` of them."""
+        """Return the last hidden state [R, T, D] of ids [R, T], from the result of `before`."""
         start = [PassOn(block) for block in self._blocks[: self._count - 1]]
         with self._in_place(
             [*start, PassOn(self._blocks[self._count - 1], hidden), *self._blocks[self._count :]]
@@ -84,9 +81,9 @@ class Prefix:
 
     @torch.no_grad()
     def holds(self, device: torch.device) -> bool:
-        """Whether the two parts together are bit for bit the model, on a short text.
+        """Return whether the two parts together give the model's bits, on a short text.
 
-        Not where blocks give tuples, which only the model itself can read.
+        They do not where blocks return tuples, which only the model itself can read.
         """
         ids = torch.arange(PROBE_TOKENS, device=device).unsqueeze(0)
         kinds: list[type] = []
@@ -103,7 +100,9 @@ class Prefix:
 def find_prefix(
     model: nn.Module, base: nn.Module, trained: Iterable[str], device: torch.device
 ) -> Prefix | None:
-    """None when the first block is trained, something outside of the blocks is, or the model's
+    """Return the blocks that no probe changes.
+
+    Return None if the first block or something outside of the blocks is trained, or if the model's
     blocks can't be left out.
 
     Args:

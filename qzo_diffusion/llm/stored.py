@@ -1,7 +1,7 @@
-"""Language models that are quantized on disk in the formats of GPTQ, AQLM and HQQ, read by our own
-layers; and saved again.
+"""Read language models that are stored in the formats of GPTQ, AQLM and HQQ into our own layers,
+and save them again.
 
-All that these formats need is in `quant`: none of the programs that write them is imported.
+The code for these formats is in `quant`. The programs that write them are not imported.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,11 +23,13 @@ from qzo_diffusion.quant.weights import read_entries
 _FORMATS: Mapping[str, Any] = {"gptq": gptq, "aqlm": aqlm, "hqq": hqq}
 READ_HERE = tuple(_FORMATS)
 MakeLayer = Callable[[str, Mapping[str, Tensor], Tensor | None], nn.Module]
-INNER = ".inner"  # of a GPTQ layer whose inputs are put in order
+INNER = ".inner"  # part of a GPTQ layer that permutes its inputs
 
 
 def stored_method(folder: Path) -> str | None:
-    """`quant_method` of config.json, or "gguf": how the model is quantized on disk."""
+    """Return `quant_method` of config.json, or "gguf"; None for a model that is not quantized on
+    disk.
+    """
     if is_gguf(folder):
         return "gguf"
     method = _quantization(folder).get("quant_method")
@@ -35,14 +37,16 @@ def stored_method(folder: Path) -> str | None:
 
 
 def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model that a folder's config describes, unquantized, its weights on the meta device;
-    nothing is read but JSON.
+    """Build the unquantized model of a folder's config, with its weights on the meta device.
 
-    Raises ModelError for a config that transformers refuses.
+    Only JSON files are read.
+
+    Raises:
+        ModelError: transformers refuses the config.
     """
     try:
         return _empty_causal_lm(folder, dtype)
-    except Exception as error:  # a wrong value shows as whatever transformers makes of it
+    except Exception as error:  # a wrong value may raise anything in transformers
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{folder} can't be loaded: {reason}",
@@ -59,7 +63,7 @@ def _empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        # transformers computes some buffers when it builds
+        # transformers computes some buffers when it builds a model
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():  # where an answer ends
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -67,11 +71,10 @@ def _empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model with a layer of ours wherever the checkpoint has codes, in `dtype` elsewhere.
+    """Load the model with a layer of ours wherever the checkpoint has codes, in `dtype` elsewhere.
 
     Raises:
-        ModelError: a format of other than 4 bits, parts that don't fit together, or weights that
-            are missing.
+        ModelError: other than 4 bits, parts that don't fit together, or missing weights.
     """
     settings, method = _quantization(folder), stored_method(folder)
     if method == "gptq" and settings.get("bits") != gptq.BITS:
@@ -117,7 +120,7 @@ def load_stored(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _describes(name: str, tensors: Mapping[str, Tensor], method: str | None) -> bool:
-    """Whether a tensor beside a layer says nothing that its weight depends on."""
+    """Return whether a tensor beside a layer has no influence on its weight."""
     part = name.rpartition(".")[2]
     if method != "hqq":
         return False
@@ -147,11 +150,10 @@ def save_stored(
     scales: ScaleSet | Mapping[str, Tensor],
     weights: Collection[str] = frozenset(),
 ) -> None:
-    """A copy of the folder `source` with these scales, rounded to the dtype that the checkpoint
-    has.
+    """Copy the folder `source` with these scales, rounded to the dtype of the checkpoint.
 
     Args:
-        weights: names in `scales` of what is no scale but an unquantized tensor.
+        weights: the names in `scales` that are unquantized tensors.
     """
     stored: Any = _FORMATS[str(stored_method(source))]
     tensors = scales.tensors() if isinstance(scales, ScaleSet) else scales
@@ -165,7 +167,7 @@ def save_stored(
 
 
 def bitsandbytes_type(folder: Path) -> str:
-    """Of a folder of bitsandbytes: "nf4", "fp4", which is what no word of it means, or "int8"."""
+    """Return the type of a bitsandbytes folder: "nf4", "int8", or "fp4", which is its default."""
     settings = _quantization(folder)
     return (
         str(settings.get("bnb_4bit_quant_type", "fp4")) if settings.get("load_in_4bit") else "int8"

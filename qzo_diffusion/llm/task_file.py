@@ -1,19 +1,19 @@
-"""What a task is, in a YAML file: the data, the prompt, and what counts as right. `task_files/`
-holds those that come along.
+"""Define a task in a YAML file: the data, the prompt, and the right answers. `task_files/` holds
+the tasks that are included.
 
-    name: reviews
-    train: [train.tsv]              # files in the data folder; the first one that is there
-    test: [dev.tsv]
-    columns: [sentence, label]      # of a .tsv or .csv without a line of names
-    template: "{sentence} It was"   # what the model reads; {field} of the data
-    label: label                    # a field ...
-    choices:                        # ... and the text for each of its values, after the prompt
-      "0": " terrible"
-      "1": " great"
-    metric: accuracy
+name: reviews
+train: [train.tsv]              # files in the data folder; the first one that exists
+test: [dev.tsv]
+columns: [sentence, label]      # for a .tsv or .csv without a header
+template: "{sentence} It was"   # the model's input; {field} is a field of the data
+label: label                    # a field ...
+choices:                        # ... and the text for each of its values, after the prompt
+  "0": " terrible"
+  "1": " great"
+metric: accuracy
 
-With `answer: " {answers}"` in place of `label` and `choices` the model learns to say that text;
-with neither, the template is plain text to be learned as a whole.
+With `answer: " {answers}"` in place of `label` and `choices` the model learns to say that text.
+With neither, the template is plain text that is learned as a whole.
 """
 
 import re
@@ -44,8 +44,8 @@ class TaskSpec(BaseModel):
     label: str | None = None
     choices: dict[str, str] | None = None
     answer: str | None = None
-    stop: str = "\n"  # a generated answer ends before it
-    answer_tokens: int = Field(default=32, ge=1)  # and after so many
+    stop: str = "\n"  # a generated answer ends before this text
+    answer_tokens: int = Field(default=32, ge=1)  # and after so many tokens
     metric: Metric
 
     @field_validator("*", mode="before")
@@ -56,7 +56,7 @@ class TaskSpec(BaseModel):
     @field_validator("name")
     @classmethod
     def _is_a_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[\w-][\w.-]*", name):  # a run's folder is called by it
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # a run's folder has this name
             raise ValueError("letters, digits, '_', '-' and '.', the last not at the beginning")
         return name
 
@@ -107,7 +107,7 @@ class TaskSpec(BaseModel):
 
     @property
     def fields(self) -> list[str]:
-        """Names of the data that the task reads."""
+        """The names of the data fields that the task reads."""
         found = (
             fields_of(self.template)
             + fields_of(self.answer or "")
@@ -124,9 +124,10 @@ _WHAT: dict[Kind, str] = {
 
 
 def _with_whole_pairs(value: Any) -> Any:
-    """YAML leaves the two halves that JSON writes for one character apart.
+    """Join the two halves that JSON writes for one character, which YAML leaves separate.
 
-    Raises ValueError for one half.
+    Raises:
+        ValueError: a half stands alone.
     """
     if isinstance(value, str):
         try:
@@ -139,8 +140,10 @@ def _with_whole_pairs(value: Any) -> Any:
 
 
 def fields_of(template: str) -> list[str]:
-    """Names in braces. Raises ValueError for anything else in braces, and for braces that are not
-    closed.
+    """Return the names in braces.
+
+    Raises:
+        ValueError: braces hold anything else, or are not closed.
     """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
@@ -160,7 +163,7 @@ def fill(template: str, row: dict[str, str]) -> str:
 
 
 def literal_texts(name: str, spec: TaskSpec) -> list[tuple[str, str]]:
-    """What a task says itself, without the data: place and text."""
+    """Return (place, text) of the words of a task itself, without the data."""
     found = [("template", _words_of(spec.template)), ("answer", _words_of(spec.answer or ""))]
     found += [("choices", text) for text in (spec.choices or {}).values()]
     found += [("stop", spec.stop)]
@@ -168,7 +171,7 @@ def literal_texts(name: str, spec: TaskSpec) -> list[tuple[str, str]]:
 
 
 def _place(name: str, key: str) -> str:
-    """The file and the line of a key in it."""
+    """Return the file and the line of a key in it."""
     path = _file_of(name)
     return f"{path}, line {_read(path, name).line_of((key,))}: {key}"
 
@@ -186,11 +189,10 @@ def _file_of(name: str) -> Path:
 
 
 def read_task(name: str) -> TaskSpec:
-    """A task that comes along, by name, or the one in a YAML file.
+    """Read an included task by name, or a task from a YAML file.
 
     Raises:
-        ConfigError: there is none, or something in it is wrong; the message has the line and the
-            field.
+        ConfigError: it is missing or wrong; the message has the line and the field.
     """
     path = _file_of(name)
     document = _read(path, name)
@@ -237,8 +239,8 @@ def _explained(error: ValidationError, path: Path, document: strict_yaml.Documen
 
 
 def _with_text_keys(document: strict_yaml.Document) -> dict[str, Any]:
-    """YAML reads `0:` and `true:` as numbers and truth values, `no:` too; data has the same values
-    as text.
+    """Turn keys into the text that data has: YAML reads `0:`, `true:` and `no:` as numbers and
+    truth values.
     """
     content = document.content
     choices = content.get("choices")
@@ -253,12 +255,12 @@ def _with_text_keys(document: strict_yaml.Document) -> dict[str, Any]:
 
 
 def _words_for_truth(document: strict_yaml.Document) -> dict[bool, str]:
-    """By truth value, the key that stands for it in the file, where that is yes, no, on or off."""
+    """Return truth value -> the key that stands for it in the file: yes, no, on or off."""
     keys = [path[1] for path in document.lines if path[0] == "choices" and len(path) == 2]
     words = [key for key in keys if key.lower() in ("yes", "no", "on", "off")]
     return {key.lower() in ("yes", "on"): key for key in words}
 
 
 def as_text(value: Any) -> str:
-    """A value of YAML or JSON as it stands in a file: True is `true`."""
+    """Return a value of YAML or JSON as a file spells it: True is `true`."""
     return str(value).lower() if isinstance(value, bool) else str(value)

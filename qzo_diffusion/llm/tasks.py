@@ -1,8 +1,9 @@
-"""From rows of data to examples with prompts, to tokens, to padded batches.
+"""Turn rows of data into examples with prompts, then into tokens, then into padded batches.
 
 Every example becomes one row of tokens, or one for each choice, and a list of places where the
-model's prediction is read. Where every choice is a single token, all of them are read behind the
-one prompt: one forward an example instead of one a choice."""
+model's prediction is read. If every choice is a single token, all choices are read after the one
+prompt: one forward pass per example instead of one per choice.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,8 +24,8 @@ from qzo_diffusion.system.texts import check_tokens
 
 @dataclass(frozen=True)
 class Example:
-    """What the model reads, what may follow, which of that is right; `answers` are all that count
-    as right, for generated text.
+    """A prompt, its possible continuations, and the right one. For generated text, `answers` are
+    all that count as right.
     """
 
     prompt: str
@@ -35,7 +36,11 @@ class Example:
 
 
 def make_examples(spec: TaskSpec, rows: Sequence[Row]) -> list[Example]:
-    """Raises DataError for a label that is none of the task's choices."""
+    """Make an example of each row.
+
+    Raises:
+        DataError: a label is none of the task's choices.
+    """
     return [_example(spec, row) for row in rows]
 
 
@@ -64,11 +69,12 @@ def _example(spec: TaskSpec, row: Row) -> Example:
 def choose_rows(
     rows: Sequence[Row], counts: Sequence[int | None], seed: int, name: str
 ) -> list[list[Row]]:
-    """Disjoint random choices of `counts` rows each, in the order of the file; None is all that are
-    left.
+    """Choose disjoint random sets of `counts` rows each, in the order of the file; None takes all
+    that are left.
 
-    The order is drawn from the seed and the file's name alone, so the first rows chosen do not
-    depend on how many follow."""
+    The order is drawn from the seed and the file's name alone, so the first rows do not depend on
+    how many follow.
+    """
     bits = np.random.Philox(key=derive_key(seed, "split", name))
     order = np.argsort(bits.random_raw(len(rows)), kind="stable").tolist()
     chosen, start = [], 0
@@ -83,10 +89,11 @@ def choose_rows(
 class Encoded:
     """One example as tokens.
 
-    rows: one for each choice, or a single one. reads: (position, token) for each row: the model's
-    prediction behind `position` is asked for `token`. shared: every choice is one token, and all of
-    them are read in the one row. prompt: the tokens of the prompt alone, for generated answers.
-    cut: how many tokens were left out."""
+    rows: one for each choice, or a single one. reads: (position, token) pairs for each row; the
+    probability of `token` after `position` is read. shared: every choice is one token, and all are
+    read in the one row. prompt: the tokens of the prompt alone, for generated answers. cut: the
+    number of dropped tokens.
+    """
 
     rows: tuple[tuple[int, ...], ...]
     reads: tuple[tuple[tuple[int, int], ...], ...]
@@ -102,11 +109,10 @@ class Encoded:
 
 
 def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) -> list[Encoded]:
-    """Tokens of all examples. A prompt with continuation that is longer than `max_tokens` loses its
-    beginning.
+    """Tokenize all examples. A prompt with continuation above `max_tokens` loses its beginning.
 
     Raises:
-        DataError: a token without an embedding, a continuation that is no token, or, without
+        DataError: a token without an embedding, a continuation without a token, or, without
             `max_tokens`, texts longer than the model reads (counted).
     """
     if not examples:
@@ -137,8 +143,9 @@ def encode(lm: CausalLm, examples: Sequence[Example], max_tokens: int | None) ->
 
 
 def _split(lm: CausalLm, example: Example) -> tuple[list[int], list[list[int]]]:
-    """Tokens that all continuations share, and the rest of each. Tokenized together: a word may
-    join over the border.
+    """Return the tokens that all continuations share, and the rest of each.
+
+    Prompt and continuation are tokenized together: a word may join over the border.
     """
     prompt = lm.encode(example.prompt) if example.prompt else []
     whole = [lm.encode(example.prompt + text) for text in example.continuations]
@@ -147,7 +154,7 @@ def _split(lm: CausalLm, example: Example) -> tuple[list[int], list[list[int]]]:
         start < len(ids) and ids[start] == prompt[start] for ids in whole
     ):
         start += 1
-    start = max(start, 1)  # the first token of all has nothing before it to be predicted from
+    start = max(start, 1)  # nothing comes before the first token to predict it from
     for text, ids in zip(example.continuations, whole, strict=True):
         if len(ids) <= start:
             what = "adds no token to its prompt" if example.prompt else "is too short to learn from"
@@ -167,8 +174,9 @@ def _encoded(
     too_many: int,
     first: int,
 ) -> Encoded:
-    """`too_many` tokens go: from the prompt, behind the `first` ones; where it is too short, as in
-    plain text, from the end.
+    """Drop `too_many` tokens of the prompt after the `first` ones.
+
+    If the prompt is too short, as in plain text, the end is dropped.
     """
     cut = min(too_many, len(head) - max(first, 1))
     kept = (*head[:first], *head[first + cut :])
@@ -187,8 +195,9 @@ class Batch:
 
     ids [R, T]; positions [R, P], or [R, 1] where all tokens are read at one place; tokens and mask
     [R, P]; label [B]. prompts [B, S], padded on the left, with prompt_mask, for generated answers.
-    shared: as in `Encoded`. copies: how often the same examples are in it. hidden [R, T, D]: what
-    the untrained first blocks give, where it is known."""
+    shared: as in `Encoded`. probes_per_forward: how often the same examples are in it. hidden [R,
+    T, D]: the output of the untrained first blocks, if it is known.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -206,7 +215,7 @@ class Batch:
         return len(self.label)
 
     def repeated(self, times: int) -> "Batch":
-        """All examples and then all again, so many times."""
+        """Return all examples `times` times: all of them, then all of them again."""
         copied = self._with(lambda tensor: torch.cat([tensor] * times), self.answers * times)
         return replace(copied, probes_per_forward=times * self.probes_per_forward)
 
@@ -243,7 +252,7 @@ def make_batch(lm: CausalLm, encoded: Sequence[Encoded], kept: KeptHidden | None
 
 
 def by_length(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
-    """Indices in groups of at most `size`, those of about one length together, so that little of a
+    """Return indices in groups of at most `size` with about equal lengths, so that little of a
     batch is padding.
     """
     order = sorted(range(len(encoded)), key=lambda index: (encoded[index].length, index))

@@ -1,4 +1,4 @@
-"""Before a model is loaded: whether it has an embedding for every token of a task and its data."""
+"""Check before a model is loaded that it has an embedding for every token of task and data."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ def check_vocabulary(folder: Path, task: str, spec: TaskSpec, examples: Sequence
     """Tokenize the task's own words, then the examples.
 
     Args:
-        folder: of the model, or its GGUF file.
+        folder: the folder of the model, or its GGUF file.
         task: name or file of the task, for the message.
 
     Raises:
-        DataError: the text of a token that the model has no embedding for, with file and line.
+        DataError: a token has no embedding; the message has its text, file and line.
         ModelError: the tokenizer can't be loaded.
     """
     size = _vocabulary_size(folder)
@@ -38,7 +38,9 @@ def _texts(task: str, spec: TaskSpec, examples: Sequence[Example]) -> Iterator[t
 
 
 def _vocabulary_size(folder: Path) -> int | None:
-    """None where the config does not say: the model's own code may know better."""
+    """Return the size of the vocabulary, None if the config does not say: only the model's code may
+    know.
+    """
     if is_gguf(folder):
         return embedding_rows(folder)
     try:

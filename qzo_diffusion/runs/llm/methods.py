@@ -66,7 +66,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
                 )
             ],
         )
-        weights = baselines.mezo_numbers(lm.model, layers)
+        weights = baselines.mezo_theta(lm.model, layers)
         return Base(
             lm,
             weights.scales,
@@ -83,7 +83,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
         baselines.add_lora_(
             lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
         )
-        adapters = baselines.lora_numbers(lm.model)
+        adapters = baselines.lora_theta(lm.model)
         step = first_order_step(baselines.lora_gradient(lm.model))
         return Base(
             lm,
@@ -201,7 +201,7 @@ def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device)
         lm.model, layers, rank=config.lora.rank, alpha=config.lora.alpha, seed=config.train.seed
     )
     _quantize_(config, lm, device, also_skipped=("lora_A", "lora_B"))
-    adapters = baselines.lora_numbers(lm.model)
+    adapters = baselines.lora_theta(lm.model)
     return Base(
         lm,
         adapters.scales,
