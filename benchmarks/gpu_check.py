@@ -76,7 +76,7 @@ def _equal_codes(device: torch.device) -> bool:
     for place in (CPU, device):
         config = make_config({"model": "tiny", "method": "quzo"})
         model = pipeline.quantized_transformer(config, tiny_model(), place, torch.float32)
-        scales, theta = build.scales_and_numbers(config, model)
+        scales, theta = build.scales_and_theta(config, model)
         theta.move_([Direction(7, 3)], [0.3])
         moved.append({name: tensor.cpu() for name, tensor in scales.tensors().items()})
     return all(torch.equal(tensor, moved[1][name]) for name, tensor in moved[0].items())
@@ -121,7 +121,7 @@ def _predictions(
         for name, value in inputs.items()
     }
     found = {"plain": model(**moved).sample}
-    scales, theta = build.scales_and_numbers(config, model)
+    scales, theta = build.scales_and_theta(config, model)
     theta.move_([Direction(7, 3)], [0.01])
     with scales.override(
         *theta.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])
@@ -278,7 +278,7 @@ def step_of(
     model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config
 ) -> Callable[[], object]:
     """A whole step of a run with this config; a further one at every call."""
-    _, theta = build.scales_and_numbers(config, model)
+    _, theta = build.scales_and_theta(config, model)
     patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
     whole = StepBatch([replace(batch, patch_groups=patch_groups)], patch_groups=patch_groups)
     optimizer, probing, counted = build.optimizer(config), build.probing(config), iter(range(10**9))

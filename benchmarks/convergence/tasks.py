@@ -204,7 +204,7 @@ class StyleTask:
         self.model = pipeline.quantized_transformer(
             plan.config, plan.model_folder, plan.device, plan.dtype
         )
-        self.scales, _ = build.scales_and_numbers(plan.config, self.model)
+        self.scales, _ = build.scales_and_theta(plan.config, self.model)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
         self.token_wise = matching(self.scales, TOKEN_WISE_LAYERS)
 

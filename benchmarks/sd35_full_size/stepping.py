@@ -63,7 +63,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     }.items():
         # What this file proves is memory and time, so no step moves a scale further than rounding.
         config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}})
-        _, theta = build.scales_and_numbers(config, model)
+        _, theta = build.scales_and_theta(config, model)
         patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
         mine = replace(batch, patch_groups=patch_groups)
         optimizer, probing, pairs = (

@@ -147,7 +147,7 @@ def forward_bytes(
     return hidden + size.largest * dtype.itemsize
 
 
-def shown_bytes(size: ModelSize, parametrization: str, device: str) -> float:
+def override_bytes(size: ModelSize, parametrization: str, device: str) -> float:
     """Return the bytes that a step needs beside a forward pass: the overridden scales or codes of
     some layers, and temporary tensors for them.
     """

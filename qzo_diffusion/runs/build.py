@@ -1,6 +1,6 @@
-"""From a config to objects, whatever is trained.
+"""Build objects from a config, for any kind of run.
 
-Below it nothing has heard of a config.
+The code below this file knows no config.
 """
 
 from collections.abc import Sequence
@@ -43,15 +43,15 @@ def quantization(quant: QuantConfig) -> Quantization:
 
 
 def copies_folder(config: Config | LlmConfig) -> Path:
-    """Where 4-bit copies of large models are kept for the next start."""
+    """Return the folder that keeps 4-bit copies of large models for the next start."""
     return cache_folder(config) / "quantized"
 
 
-def scales_and_numbers(
+def scales_and_theta(
     config: RunConfig, transformer: nn.Module, beside: Sequence[WeightHandle] = ()
 ) -> tuple[ScaleSet, Parametrization]:
-    """What is trained: the scales or codes of the chosen layers, and all of the unquantized tensors
-    `beside`.
+    """Return the scales or codes of the chosen layers with the unquantized tensors `beside`, and
+    theta over them.
 
     Raises:
         ConfigError: `qzo.layers` matches no layer.
@@ -85,7 +85,7 @@ def scales_and_numbers(
 
 
 def trained_of(scales: ScaleSet, wanted: Sequence[str] | None) -> list[str]:
-    """Names of the chosen layers and of what is no layer."""
+    """Return the names of the chosen layers and of all unquantized tensors."""
     of_layers = set(chosen([name for name in scales if name not in scales.weights], wanted))
     return [name for name in scales if name in of_layers or name in scales.weights]
 
@@ -98,7 +98,7 @@ def probing(config: RunConfig) -> Probing:
         per_example=config.qzo.per_example,
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
-        # else by the optimizer, which knows of steps before
+        # else by the optimizer, which knows the earlier steps
         normalize=config.qzo.normalize is True,
         probes_per_forward=probes_at_once(config),
         estimator=config.qzo.estimator,
@@ -106,12 +106,12 @@ def probing(config: RunConfig) -> Probing:
 
 
 def probes_of_example(config: RunConfig) -> int:
-    """How many forwards of each example a step makes."""
+    """Return the number of forward passes that a step makes of each example."""
     return config.qzo.num_directions * (1 if config.qzo.estimator == "leave_one_out" else 2)
 
 
 def step_in_words(config: RunConfig, examples: int, things: str) -> str:
-    """What a step of `examples` of these `things` costs."""
+    """Describe the cost of a step of `examples` of these `things`."""
     count, probes = config.qzo.num_directions, probes_of_example(config)
     along = (
         f"{count} direction{'s' * (count > 1)} "
@@ -127,8 +127,8 @@ def step_in_words(config: RunConfig, examples: int, things: str) -> str:
 
 
 def probes_at_once(config: RunConfig) -> int:
-    """How many probes of an example go into one forward: all of its directions, or both sides of
-    one, as far as there is room.
+    """Return how many probes of an example share a forward pass: all of its directions, or both
+    sides of one, as far as there is room.
     """
     if not config.qzo.scales_activations:
         return 1
@@ -140,15 +140,13 @@ def probes_at_once(config: RunConfig) -> int:
 
 
 def micro_batch_size(config: RunConfig, whole: int) -> int:
-    """How many of `whole` examples go into one forward, each in as many copies as
-    `probes_at_once`.
-    """
+    """Return how many of `whole` examples share a forward pass with `probes_at_once` probes."""
     wanted = config.train.micro_batch_size
     return whole if wanted is None else max(1, wanted // probes_at_once(config))
 
 
 def check_share(batch_size: int, processes: int) -> None:
-    """Raises ConfigError when some process would have no example of a batch."""
+    """Check that every process has an example of each batch. Raises ConfigError."""
     if batch_size < processes:
         raise ConfigError(
             f"data.batch_size={batch_size} on {processes} processes",
@@ -158,15 +156,13 @@ def check_share(batch_size: int, processes: int) -> None:
 
 
 def check_scalars(config: RunConfig, examples: int, patch_groups: int = 1) -> None:
-    """Raises ConfigError when a step would have more scalars than a record of the journal has room
-    for.
-    """
+    """Check that a record of the journal has room for the scalars of a step. Raises ConfigError."""
     directions = config.qzo.num_directions * (examples if config.qzo.per_example else 1)
     if directions * patch_groups > MOST_SCALARS:
         raise ConfigError(
-            f"{directions} directions a step, {patch_groups} regions each: "
+            f"{directions} directions a step, {patch_groups} patch groups each: "
             f"{directions * patch_groups} scalars",
-            f"at most {MOST_SCALARS}, which is what a record of the journal holds",
+            f"at most {MOST_SCALARS}, the room in a record of the journal",
             "lower data.batch_size, qzo.num_directions or qzo.regions",
         )
 
@@ -179,7 +175,7 @@ def optimizer(config: RunConfig) -> Optimizer:
 
 
 def first_order(model: nn.Module) -> tuple[Adam, TakeStep]:
-    """Adam along the exact gradient of the trained scales: what zeroth order is compared with."""
+    """Return Adam along the exact gradient of the trained scales, the baseline of zeroth order."""
 
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
         return exact_gradient(objective, micro_batches, theta, handles_of(model))
@@ -195,7 +191,7 @@ def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:
 
 
 def fingerprints(model: nn.Module, scales: ScaleSet) -> tuple[str, str]:
-    """Hashes of what stays and of what is trained, as they are now: codes and scales, or scales and
-    codes.
+    """Return hashes of the frozen and of the trained tensors as they are now: codes and scales, or
+    scales and codes.
     """
     return frozen_fingerprint(model, scales), fingerprint(scales.tensors().items())

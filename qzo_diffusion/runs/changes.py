@@ -1,4 +1,6 @@
-"""A run that goes on: with other settings or data it would be another run."""
+"""Find out whether a resumed run is still the same run: other settings or data would make another
+one.
+"""
 
 import json
 from collections.abc import Sequence
@@ -14,22 +16,22 @@ from qzo_diffusion.runs.plan import Plan
 from qzo_diffusion.system.reading import read_json
 
 ENDS = ("train.patience", "train.max_minutes")  # no step depends on them
-MOST_NOTED = 2**15  # bytes of a note: a record of the journal has room for twice as many
+MOST_NOTED = 2**15  # bytes of a note; a record of the journal has room for twice as many
 
 
 def changes(plan: Plan, run: Path, journal: str | None, force: bool) -> list[str]:
-    """What is different from the run's settings and data, a line each.
+    """List the differences from the run's settings and data, one line each.
 
     Args:
         journal: the journal's file name, for runs that have one.
-        force: go on with whatever is different.
+        force: accept any difference.
 
     Raises:
-        ConfigError: something is, and not `force`; the message lists it.
+        ConfigError: something differs, and not `force`; the message lists it.
     """
     before = load_config(run / "config.yaml", type(plan.config))
     data = changed_data(plan, run)
-    # data that was moved and is the same is no change
+    # moved data with the same content is no change
     found = changed_settings(before, plan.config, ENDS + (() if data else DATA_PLACES))
     if not force:
         found = longer.without_steps(
@@ -47,7 +49,7 @@ def changes(plan: Plan, run: Path, journal: str | None, force: bool) -> list[str
 
 
 def as_many_as_fit(changes: Sequence[str]) -> list[str]:
-    """Into the journal's note; hundreds of images that come and go are named by their number."""
+    """Shorten changes for the journal's note: many images that come or go become a number."""
     kept: list[str] = []
     size = 0
     for change in changes:
@@ -59,9 +61,9 @@ def as_many_as_fit(changes: Sequence[str]) -> list[str]:
 
 
 def changed_data(plan: Plan, run_folder: Path) -> list[str]:
-    """What is different from the run's dataset.json, row by row."""
+    """List the differences from the run's dataset.json, row by row."""
     path = run_folder / "dataset.json"
-    if not path.exists():  # stopped before it was written: nothing was trained on yet
+    if not path.exists():  # stopped before it was written, so nothing was trained
         return []
     try:
         rows = read_json(path)

@@ -1,4 +1,4 @@
-"""The last words of a run: where it stands, what it left, and the commands that come next."""
+"""Write the last lines of a run: its state, its files, and the commands that come next."""
 
 import shlex
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from qzo_diffusion.runs.locate import Kind
 from qzo_diffusion.train.stopping import Reason
 
 _LEFT = {"grid": "samples/grid.png", "page": "report.html", "scores": "evaluation.json"}
-# for what, and the command
+# purpose -> command
 _NEXT: dict[Kind, Mapping[str, str]] = {
     "style": {
         "score it": "evaluate --run {run}",
@@ -30,18 +30,18 @@ _TRAIN: dict[Kind, str] = {"style": "train", "llm": "llm train"}
 
 
 def last_words(results: Mapping[str, Any], kind: Kind) -> str:
-    """Lines for a person at the end of a run, from `Trainer.results`."""
+    """Return lines for a person at the end of a run, from `Trainer.results`."""
     found = next_commands(str(results["run"]), kind, results["stopped"])
     commands = [f"  {command}" for command in found.values()]
     if results["stopped"]:
         first = f"stopped at step {results['steps']} of {results['max_steps']}; go on with:"
         return "\n".join([first, *commands, *_figures(results)])
-    # the third is on the page
+    # the page shows the third
     return "\n".join([f"done: {results['run']}", *_figures(results), "next:", *commands[:2]])
 
 
 def next_commands(run: str, kind: Kind, stopped: bool) -> dict[str, str]:
-    """Commands by purpose, for a run that was stopped or is finished."""
+    """Return commands by purpose, for a run that was stopped or is finished."""
     place = shlex.quote(run)
     if stopped:
         return {"go on with it": f"qzo-diffuse {_TRAIN[kind]} --resume {place}"}
@@ -80,7 +80,7 @@ def _end(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def in_words(seconds: float) -> str:
-    """A duration: `0.54 s`, `12.5 min`, `3.2 h`."""
+    """Return a duration as text: `0.54 s`, `12.5 min`, `3.2 h`."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

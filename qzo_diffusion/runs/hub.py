@@ -1,4 +1,4 @@
-"""Models of the Hub: are they here, and how does a person get them? Nothing is downloaded."""
+"""Find models of the Hub in the local cache, and explain how to get others. It never downloads."""
 
 from pathlib import Path
 
@@ -9,12 +9,14 @@ from qzo_diffusion.system.files import free_bytes
 DOWNLOAD = 30e9  # bytes of the large model with all its parts
 BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
 FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin", ".onnx")  # endings of weights
-GATED = "stabilityai/stable-diffusion-3"  # what the names of gated models begin with
+GATED = "stabilityai/stable-diffusion-3"  # the beginning of the names of gated models
 
 
 def download_command(name: str) -> str:
-    """Without what the repositories of Stable Diffusion 3 hold twice: one file for other programs,
-    and encoders for these.
+    """Return the command that downloads a model.
+
+    It leaves out files that the repositories of Stable Diffusion 3 hold twice: a single file for
+    other programs, and encoders for it.
     """
     twice = (
         " --exclude 'sd3*.safetensors' --exclude 'text_encoders/*'"
@@ -25,8 +27,8 @@ def download_command(name: str) -> str:
 
 
 def not_here(name: str) -> ModelError:
-    """Nothing is ever downloaded here; says how to, and what else is missing on this machine for
-    it.
+    """Return an error that says how to get the model, and which other requirements this machine
+    lacks.
     """
     if (other := _other_kind(name)) is not None:
         return other
@@ -63,7 +65,7 @@ def not_here(name: str) -> ModelError:
 
 
 def _other_kind(name: str) -> ModelError | None:
-    """Of a name that says that it is no model of Stable Diffusion 3: a download would not help."""
+    """Return an error for a name of another kind of model, which a download would not help."""
     remedy = f"--model {BIG_MODEL}, or --model tiny for the embedded model"
     if (family := family_of(name)) is not None:
         return ModelError(f"{name!r}, a model of {family}", SUPPORTED, remedy)

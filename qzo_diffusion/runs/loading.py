@@ -1,12 +1,14 @@
-"""A quantized model from disk in the memory of the quantized model, and a copy of it on disk for
-the next start.
+"""Load a quantized model from disk in the memory of the quantized model, and keep a copy on disk
+for the next start.
 
-The copy is a folder in bitsandbytes' own 4-bit layout, so that it is read by the code that reads
-any 4-bit folder. It is hit when name, size, time and safetensors header of every source file and
-all settings are what they were; then 4.7 GB are read instead of 16 and nothing is quantized. It is
-written aside with a sum of each tensor and renamed: half a copy is never used, and one of which a
-byte changed is made again. Sums are compared while tensors are read (crc32, 1.9 GB/s). A copy that
-another user owns, or that anybody can write, is passed over."""
+The copy is a folder in bitsandbytes' own 4-bit layout, so the code for any 4-bit folder reads it.
+It is used if all settings are the same, and name, size, time and safetensors header of every source
+file. A start then reads 4.7 GB instead of 16 and quantizes nothing.
+
+The copy is written under another name with a checksum of each tensor, then renamed, so half a copy
+is never used. Checksums are compared while tensors are read (crc32, 1.9 GB/s); a damaged copy is
+made again. A copy that another user owns, or that anybody can write, is not used.
+"""
 
 import hashlib
 import json
@@ -34,14 +36,14 @@ from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import COMPLETE, free_bytes, write_folder
 
 WEIGHTS, SOURCE = "model.safetensors", "source.json"
-FORMAT = 1  # of what is stored; raised when the same source would give other numbers
-SMALLEST_CACHED = 256 * 2**20  # bytes of source; less is quantized in a second
+FORMAT = 1  # raise it when the same source gives other numbers
+SMALLEST_CACHED = 256 * 2**20  # bytes of source; a smaller model is quantized in a second
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a model is loaded from: its tensors on disk by the model's names, and a function that
-    makes the empty model.
+    """The source of a model: its tensors on disk by the model's names, and a function that makes
+    the empty model.
     """
 
     entries: Mapping[str, Entry]
@@ -61,10 +63,10 @@ def load_quantized(
     cache: Path | None = None,
     smallest_cached: int = SMALLEST_CACHED,
 ) -> nn.Module:
-    """The 4-bit model on `device`, in eval mode, from the cached copy where there is one.
+    """Load the 4-bit model on `device` in eval mode, from the cached copy if there is one.
 
     Args:
-        cache: folder of copies; None: neither read nor written.
+        cache: the folder of copies; with None no copy is read or written.
 
     Raises:
         ModelError: see `quant.stream.fill_`.
@@ -104,10 +106,10 @@ def _fill(
 
 
 def _key(source: Source, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that the quantized numbers depend on."""
+    """Return everything that the quantized numbers depend on."""
     files = sorted({span.file for entry in source.entries.values() for span in entry.spans})
     settings = asdict(quantization) | {"skip": sorted(quantization.skip), "dtype": str(dtype)}
-    del settings["activations"]  # of layers that are not stored
+    del settings["activations"]  # only layers that are not stored have it
     return {
         "format": FORMAT,
         "settings": settings,
@@ -143,20 +145,23 @@ def _stored_copy(
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether this user alone made a file or folder and can change it; groups may be of one."""
+    """Return whether this user alone owns and can change a file or folder; a group may have one
+    member.
+    """
     facts = path.lstat()
     ours = not hasattr(os, "getuid") or facts.st_uid == os.getuid()
     return ours and not facts.st_mode & stat.S_IWOTH
 
 
 def _entries_of(stored: Path) -> Mapping[str, Entry] | None:
-    """The tensors of a copy with their sums; None unless this user wrote it to its end, and it
-    still has its header and length.
+    """Return the tensors of a copy with their checksums.
+
+    Return None unless this user wrote it to its end, and header and length are unchanged.
     """
     if not (stored / COMPLETE).is_file():
         return None
     if not all(map(_is_ours, (stored, *stored.iterdir()))):
-        report(f"warning: a stored 4-bit copy is passed over, for others can write it: {stored}")
+        report(f"warning: a stored 4-bit copy is not used, since others can write it: {stored}")
         return None
     try:
         entries = read_entries(stored / WEIGHTS)
@@ -173,7 +178,7 @@ def _entries_of(stored: Path) -> Mapping[str, Entry] | None:
 
 
 def _remove(stored: Path, error: ModelError) -> None:
-    report(f"warning: a stored 4-bit copy is passed over and made again: {error.got}")
+    report(f"warning: a stored 4-bit copy is not used and made again: {error.got}")
     shutil.rmtree(stored, ignore_errors=True)
 
 
@@ -182,7 +187,7 @@ def _header_of(file: Path) -> str:
 
 
 def _with_sums(tensors: Mapping[str, Pending], sums: dict[str, int]) -> dict[str, Pending]:
-    """The same tensors; each leaves the sum of its bytes in `sums` when it is made."""
+    """Return the same tensors; each stores the checksum of its bytes in `sums` when it is made."""
 
     def summed(name: str, one: Pending) -> Pending:
         def make() -> Tensor:
@@ -196,7 +201,7 @@ def _with_sums(tensors: Mapping[str, Pending], sums: dict[str, int]) -> dict[str
 
 
 def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
-    """Failing is told and does no harm: the model is in memory."""
+    """Store the copy. A failure only warns: the model is in memory."""
     tensors = pending_tensors(model)
     size = sum(tensor.nbytes for tensor in tensors.values())
 

@@ -33,13 +33,13 @@ _VERBS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Located:
-    """A path as a person gave it, and what it belongs to.
+    """A path as a person gave it, and the run that it belongs to.
 
     Attributes:
         path: as given.
-        place: the same, absolute; the folder of a file.
-        folder: the run's folder, which holds config.yaml; None where there is none.
-        step: of a checkpoint; None for a whole run.
+        place: the same path, absolute; for a file its folder.
+        folder: the run's folder, which holds config.yaml; None without a run.
+        step: the step of a checkpoint; None for a whole run.
     """
 
     path: Path
@@ -48,24 +48,25 @@ class Located:
     step: int | None
 
     def run(self) -> Path:
-        """The run's folder. Raises OutputError where there is none."""
+        """The run's folder. Raises OutputError without a run."""
         if self.folder is None:
             raise OutputError(f"no {SETTINGS} in {self.path}", "the folder of a run", _REMEDY)
         return self.folder
 
     def settings(self) -> Path:
-        """The run's config.yaml. Raises OutputError where there is none."""
+        """The run's config.yaml. Raises OutputError without a run."""
         return self.run() / SETTINGS
 
     def kind(self) -> Kind:
-        """Which kind of run it is, by its settings: a run of `llm train` names its task."""
+        """The kind of the run by its settings: a run of `llm train` names its task."""
         return "llm" if "task" in read_yaml(self.settings()) else "style"
 
     def need(self, kind: Kind) -> "Located":
-        """The same, if the run is of this kind.
+        """Return itself if the run is of this kind.
 
         Raises:
-            OutputError: there is no run. ConfigError: it is of the other kind.
+            OutputError: there is no run.
+            ConfigError: the run is of the other kind.
         """
         found = self.kind()
         if found != kind:
@@ -77,10 +78,7 @@ class Located:
         return self
 
     def scales(self) -> Path:
-        """The folder with the tuned scales.
-
-        Raises OutputError where there are none.
-        """
+        """The folder with the tuned scales. Raises OutputError without any."""
         for folder in (self.place, self.place / "final"):
             if (folder / SCALES).is_file():
                 return folder
@@ -92,9 +90,9 @@ class Located:
 
 
 def locate(path: Path) -> Located:
-    """What `path` means; nothing is raised for one that does not exist.
+    """Find the run, checkpoint or delta that `path` means. A missing path raises no error.
 
-    A link is followed only where the path as given leads to no run.
+    A link is followed only if the path as given leads to no run.
     """
     given = Path(os.path.abspath(path))
     found = _located(path, given)
@@ -122,7 +120,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def to_resume(resume: str, output_dir: Path | None, outputs: Path = Path("outputs")) -> Path:
-    """The run's folder that `--resume` means: `latest`, a run, or anything inside of one.
+    """Return the run's folder that `--resume` means: `latest`, a run, or anything inside of one.
 
     Raises:
         OutputError: there is no run.
@@ -133,9 +131,10 @@ def to_resume(resume: str, output_dir: Path | None, outputs: Path = Path("output
 
 
 def newest_run(outputs: Path) -> Path:
-    """The folder below `outputs` whose journal or metrics were written last.
+    """Return the folder below `outputs` whose journal or metrics were written last.
 
-    Raises OutputError when there is none.
+    Raises:
+        OutputError: there is no run.
     """
     written = [
         path for name in ("journal.qzo", "metrics.jsonl") for path in outputs.glob(f"*/{name}")
@@ -148,7 +147,7 @@ def newest_run(outputs: Path) -> Path:
 
 
 def default_output_dir(outputs: Path, name: str) -> Path:
-    """outputs/<name>, with a number behind it where that exists."""
+    """Return outputs/<name>, with a number added if that exists."""
     candidate, count = outputs / name, 2
     while candidate.exists():
         candidate, count = outputs / f"{name}-{count}", count + 1

@@ -1,5 +1,6 @@
-"""A run that goes on with another number of steps, where its rate so far is the rate that a run of
-so many steps would have had from its beginning."""
+"""Allow a resumed run to have another number of steps, if its rate so far equals the rate of a run
+of so many steps.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ STEPS = "train.max_steps"
 
 
 def steps_done(run: Path, journal: str | None) -> int:
-    """Of a run that was stopped: by its journal, or by its newest checkpoint where it has none."""
+    """Return the steps done of a stopped run, by its journal, or by its newest checkpoint without
+    one.
+    """
     if journal is not None:
         return read_journal(run / journal).steps_done if (run / journal).exists() else 0
     checkpoints, _ = list_checkpoints(run / "checkpoints", check=False)
@@ -25,13 +28,13 @@ def steps_done(run: Path, journal: str | None) -> int:
 def without_steps(
     changes: Sequence[str], before: RunConfig, after: RunConfig, done: Callable[[], int]
 ) -> list[str]:
-    """`changes` of settings without that of `train.max_steps`, where it makes no difference.
+    """Drop a change of `train.max_steps` from `changes` if it makes no difference.
 
     Args:
-        done: how many steps are done; asked only where they matter.
+        done: returns the number of steps done; called only if it matters.
 
     Raises:
-        ConfigError: the rate so far was that of a run with its own number of steps.
+        ConfigError: the rate so far depended on the run's own number of steps.
     """
     if before.train.max_steps == after.train.max_steps:
         return list(changes)

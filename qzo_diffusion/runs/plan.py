@@ -1,4 +1,4 @@
-"""What each kind of run (pictures, texts) provides: a `Plan`, which loads `Components`."""
+"""Define the interface of each kind of run (pictures, texts): a `Plan` that loads `Components`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class Components:
     """The loaded objects of a run on one process: theta, optimizer, objective and batches.
 
     Attributes:
-        optimizer: `core.optimizer.Optimizer`, or what `take_step` uses in its place.
-        header: of the journal.
+        optimizer: `core.optimizer.Optimizer`, or the object that `take_step` uses in its place.
+        header: the journal's header.
         callbacks: builds the callbacks on rank 0 and writes dataset.json.
     """
 
@@ -41,7 +41,7 @@ class Components:
     def setup(
         self, probing: Probing, schedule: Schedule, sum_over_ranks: SumOverRanks = no_reduce
     ) -> Setup[Any]:
-        """These components as the loop takes them."""
+        """Return these components in the form that the loop takes."""
         return Setup(
             self.objective,
             self.batches,
@@ -55,11 +55,11 @@ class Components:
 
 
 class Callbacks(Protocol):
-    """What a kind of run does besides training, such as pictures of every few steps.
+    """Work of a kind of run besides training, such as pictures of every few steps.
 
     Attributes:
         held_out: micro-batches of the validation loss, always the same.
-        every: steps between two calls of `show`; 0: only at the start and the end.
+        every: steps between two calls of `show`; with 0 it is called only at the start and the end.
     """
 
     held_out: Sequence[Any]
@@ -73,19 +73,19 @@ class Callbacks(Protocol):
         ...
 
     def results(self) -> dict[str, Any]:
-        """Further figures for `--json`."""
+        """Return further figures for `--json`."""
         ...
 
 
 class Plan(Protocol):
-    """Everything that is known before anything heavy is loaded, and how to load the rest.
+    """Everything that is known before anything heavy is loaded, and a way to load the rest.
 
     Attributes:
         thing: the noun for one data item in messages, such as "image".
         facts: columns of `data()` that identify the training data; a change of one stops a
             resume without --force.
-        has_journal: False where seeds and scalars do not rebuild a step; such a run goes on from
-            its last checkpoint.
+        has_journal: False if seeds and scalars do not rebuild a step; such a run resumes from its
+            last checkpoint.
     """
 
     @property
@@ -120,7 +120,7 @@ class Plan(Protocol):
         ...
 
     def data(self) -> list[dict[str, Any]]:
-        """A row for each thing that is trained on or held out; `file` names it."""
+        """Return a row for each item of the training or held-out data; `file` names it."""
         ...
 
     def settings(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""What a run's files say of where they come from, and whether a journal fits the base that it is
-replayed over.
+"""Record where a run's files come from, and check that a journal fits the base that it is replayed
+over.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.runs.publish import published_model
 
-# how signs are drawn and applied; 1 drew those of rows layer by layer, 2 added every direction to θ
-# in turn
+# How signs are drawn and applied. 1 drew those of rows layer by layer; 2 added every direction to θ
+# in turn.
 JOURNAL_FORMAT = 3
 DELTA_FORMAT = "delta/1"
 
@@ -43,8 +43,11 @@ _RESOLVED = (
 
 
 def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
-    """Raises JournalError when the journal was not written over this base: its steps would be
-    applied to other numbers.
+    """Check that the journal was written over this base; its steps would otherwise change other
+    numbers.
+
+    Raises:
+        JournalError: it was not.
     """
     if journal.header.get("format") != JOURNAL_FORMAT:
         raise JournalError(
@@ -62,7 +65,7 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
 
 
 def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
-    """What must be known to apply tuned scales to a base again."""
+    """Return the facts that are needed to apply tuned scales to a base again."""
     return {
         "qzo.format": "scales/1",
         "qzo.model": config.model,
@@ -75,7 +78,7 @@ def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
 
 
 def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Versions, hardware and revision, for environment.json."""
+    """Return versions, hardware and revision, for environment.json."""
     packages = (
         "torch",
         "diffusers",
@@ -113,7 +116,7 @@ def _git_revision() -> str | None:
 
 
 def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) -> dict[str, Any]:
-    """What the journal must say to be replayed from the base model alone."""
+    """Return the header that a replay from the base model alone needs."""
     return {
         "format": JOURNAL_FORMAT,
         "model": config.model,
@@ -127,13 +130,13 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "units": config.qzo.units,
         "layers": config.qzo.layers,
         "regions": config.qzo.regions,
-        # with a direction each
+        # each with a direction of its own
         "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,
         "optimizer": config.train.optimizer,
         "feedback": [config.train.feedback_decay, config.train.feedback_steps]
         if config.train.optimizer == "feedback"
         else None,
-        # by a step's own spread its scalars are already
+        # a step's own rms is already in its scalars
         "normalize": "running" if config.qzo.normalize == "running" else None,
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,

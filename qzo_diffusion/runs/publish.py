@@ -1,5 +1,5 @@
-"""What a run's files say to other people: settings without local paths, and without the names of
-the user and of the machine.
+"""Prepare settings and texts of a run for other people: without local paths, and without the names
+of the user and of the machine.
 """
 
 import contextlib
@@ -14,29 +14,29 @@ from typing import Any
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.sections import RunConfig
 
-# as a whole value: /home/a/b, ~/b, C:\a\b, \\host\b, ../b, file:///home/a
+# a whole value: /home/a/b, ~/b, C:\a\b, \\host\b, ../b, file:///home/a
 _PLACE = re.compile(r"(file:)?(/|~[^/\s]*/|~$|[A-Za-z]:[\\/]|\\\\|\.\.?[\\/])")
-# inside a text: the same, after a space, a quote, a bracket or an equals sign
+# inside a text: the same after a space, a quote, a bracket or an equals sign
 _INSIDE = re.compile(
     r"(?:(?<=[\s\"'(\[=:,])|^)(?:file:)?(?:/(?=[^\s/])|~[\w.-]*/|[A-Za-z]:[\\/](?!/)|\\\\)"
     r"[^\s\"')\],;]*"
 )
-_FREE_TEXT = {"caption", "trigger", "negative_prompt", "text", "prompt"}  # that a user wrote
+_FREE_TEXT = {"caption", "trigger", "negative_prompt", "text", "prompt"}  # written by a user
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|CREDENTIAL|PROXY", re.IGNORECASE)
 _TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,})")
 _CREDENTIALS = re.compile(r"://[^/\s@:]+(?::[^/\s@]*)?@")
 SHORTEST_SECRET = 8  # characters of a value; shorter ones are "1" or "no"
-SHORTEST = 3  # of a user's or machine's name that is taken out of texts
+SHORTEST = 3  # characters of a user's or machine's name that is removed from texts
 _ORDINARY = {"auto", "localhost", "none", "root", "tiny", "user", "users", "home", "data"}
 
 
 def published(value: Any, key: str = "") -> Any:
-    """`value`, a setting or a whole mapping of them, as others may read it.
+    """Return `value`, a setting or a mapping of settings, in a form for others.
 
     A local path becomes its last name; the names of the user and of the machine become "-". Text
-    that a user wrote for pictures (captions, prompts, the trigger) loses the home folder alone.
+    that a user wrote for pictures (captions, prompts, the trigger) loses only the home folder.
     """
     if isinstance(value, Mapping):
         return {name: published(inner, str(name)) for name, inner in value.items()}
@@ -50,30 +50,30 @@ def published(value: Any, key: str = "") -> Any:
     if name in _FREE_TEXT:
         return _without_home(without_secrets(value))
     if name == "cache_dir":
-        return None  # a place of this machine alone
+        return None  # it exists on this machine alone
     if name == "model":
         return published_model(value)
     return _without_names(last_name(value) if _is_place(value) else published_text(value))
 
 
 def published_config(config: RunConfig) -> str:
-    """The settings as YAML that this program reads."""
+    """Return the settings as YAML that this program reads."""
     return make_config(published(config.model_dump()), type(config)).to_yaml()
 
 
 def published_facts(facts: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of a safetensors file, which holds texts only."""
+    """Return metadata of a safetensors file, which holds texts only."""
     return {name: str(published(value, name)) for name, value in facts.items()}
 
 
 def published_text(text: str) -> str:
-    """A sentence without the local paths in it."""
+    """Return a sentence without the local paths in it."""
     return _without_names(_INSIDE.sub(lambda match: last_name(match[0]), _without_home(text)))
 
 
 def without_secrets(text: str) -> str:
-    """The text without what the environment holds in variables for tokens, passwords and proxies,
-    and without user and password of an address.
+    """Remove secrets from a text: values of environment variables for tokens, passwords and
+    proxies, and user and password in an address.
     """
     for name, value in os.environ.items():
         if _SECRET.search(name) and len(value) >= SHORTEST_SECRET:
@@ -82,14 +82,15 @@ def without_secrets(text: str) -> str:
 
 
 def published_model(model: str) -> str:
-    """A Hub id, the name of an embedded model, or the name of a local folder or file alone."""
+    """Return a Hub id, the name of an embedded model, or the last part of a local path."""
     named = base_id(model) or (model if model == "tiny" else _without_names(last_name(model)))
     return without_secrets(named)
 
 
 def base_id(model: str) -> str | None:
-    """The Hub id that a `--model` means, also of a folder in the Hub's cache; None for any other
-    folder or file and for an embedded model.
+    """Return the Hub id that a `--model` means, also for a folder in the Hub's cache.
+
+    Return None for any other folder or file and for an embedded model.
     """
     cached = _CACHED.search(model)
     if cached:
@@ -99,13 +100,13 @@ def base_id(model: str) -> str | None:
 
 
 def last_name(path: str) -> str:
-    """The last part of a path of any system; "." where it has none."""
+    """Return the last part of a path of any system; "." if it has none."""
     text = _without_home(path.removeprefix("file:"))
     return PureWindowsPath(text.rstrip("/\\")).name or "."
 
 
 def _is_place(value: str) -> bool:
-    """Whether all of `value` is one path, spaces and all."""
+    """Return whether all of `value` is one path, spaces included."""
     if "\n" in value or len(_INSIDE.findall(value)) > 1:
         return False
     return _PLACE.match(value) is not None or ("/" in value and Path(value).exists())
@@ -127,7 +128,7 @@ def _without_names(text: str) -> str:
 
 
 def _names() -> list[str]:
-    """Of this machine and this user, where they are no ordinary words."""
+    """Return the names of this machine and this user, unless they are ordinary words."""
     host = socket.gethostname()
     found = [host, host.partition(".")[0]]
     with contextlib.suppress(OSError, KeyError, ImportError):

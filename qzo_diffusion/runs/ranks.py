@@ -1,4 +1,4 @@
-"""Several processes of one run: each checks that the others do the same."""
+"""Check that the processes of one run all do the same."""
 
 import hashlib
 import json
@@ -14,8 +14,10 @@ CHECK_EVERY = 100  # steps
 
 
 def check_ranks(ranks: Ranks, theta: Parametrization) -> None:
-    """Every rank calls this after the same step; raises RankLost when the trained numbers of one
-    are others.
+    """Check that theta is equal on all ranks. Every rank calls this after the same step.
+
+    Raises:
+        RankLost: theta of a rank differs.
     """
     if ranks.world > 1:
         ranks.check_equal(bytes.fromhex(fingerprint(theta.state().items())), "trained numbers")
@@ -37,11 +39,15 @@ def check_same_run(
     facts: Sequence[str],
     header: Mapping[str, Any],
 ) -> None:
-    """Raises RankLost when a rank was started with another model, other data or settings.
+    """Check that all ranks were started with the same model, data and settings.
 
     Args:
         settings: all but folders, which may differ by machine.
-        data, facts: the rows of dataset.json, and which of their columns make the run.
+        data: the rows of dataset.json.
+        facts: the columns of `data` that identify the run.
+
+    Raises:
+        RankLost: a rank was started with others.
     """
     base = [header[name] for name in ("codes", "initial_scales")]
     rows = [[row["file"], *(row[fact] for fact in facts)] for row in data]

@@ -1,4 +1,4 @@
-"""The scales of any step, from the base model and a journal alone."""
+"""Rebuild the scales of any step from the base model and a journal alone."""
 
 import time
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from qzo_diffusion.runs import provenance
 from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.train.run_folder import RunFolder
 
-# what settles the trained numbers
+# settings that determine theta
 _NUMBERS = ("directions", "num_directions", "parametrization", "units", "layers", "regions")
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a journal is replayed over.
+    """The base that a journal is replayed over.
 
     Attributes:
-        codes, initial: hashes of what stays and of what is trained.
-        facts: what else tuned scales say of themselves.
+        codes, initial: hashes of the frozen and of the trained tensors.
+        facts: further metadata of tuned scales.
     """
 
     config: RunConfig
@@ -39,11 +39,11 @@ class Base:
 
 
 def read(journal_file: Path, to_step: int | None, output_dir: Path) -> Journal:
-    """The journal, checked with all that can be checked before a model is loaded.
+    """Read the journal, with all checks that need no model.
 
     Raises:
         JournalError: it is damaged, or shorter than `to_step`.
-        OutputError: there is something at `output_dir` already.
+        OutputError: `output_dir` exists already.
     """
     check_empty(output_dir, ANOTHER)
     journal = read_journal(journal_file)
@@ -60,7 +60,7 @@ def replay(journal: Journal, base: Base, to_step: int | None, output_dir: Path) 
     """Rebuild step `to_step` (the journal's last when None) in `output_dir/final`.
 
     Raises:
-        JournalError: the journal is of another model.
+        JournalError: the journal belongs to another model.
     """
     provenance.check_journal_fits(
         journal, {**journal.header, "codes": base.codes, "initial_scales": base.initial}
@@ -106,7 +106,7 @@ def settings_of(
 
 
 def _also(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `qzo` that journals name only where they matter, or did not name at first."""
+    """Return settings of `qzo` that journals name only if they matter, or did not name at first."""
     running = {"normalize": "running"} if header.get("normalize") else {}
     return running | ({"unquantized": header["unquantized"]} if "unquantized" in header else {})
 

@@ -1,6 +1,4 @@
-"""What `qzo-diffuse report` does, and a run itself while it goes on: read the run's folder and
-write one page on it.
-"""
+"""Read a run's folder and write one page on it, for `qzo-diffuse report` and during the run."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -25,17 +23,21 @@ from qzo_diffusion.system.files import COMPLETE, finite, write_whole
 from qzo_diffusion.system.reading import parse_json, read_json, read_json_lines
 
 PAGE = "report.html"
-MOST_IMAGES = 12  # of the style, shown beside the pictures
+MOST_IMAGES = 12  # images of the style beside the pictures
 
 
 def run(folder: Path, output: Path | None = None) -> dict[str, Any]:
-    """Raises OutputError when there is no run, or the page can't be written."""
+    """Write the page and return the figures for `--json`.
+
+    Raises:
+        OutputError: there is no run, or the page can't be written.
+    """
     target = write(locate(folder).run(), output)
     return {"report": str(target), "bytes": target.stat().st_size}
 
 
 def write(folder: Path, output: Path | None = None) -> Path:
-    """The page on a run as its folder is now, whole or not at all."""
+    """Write the page on a run as its folder is now, as a whole or not at all."""
     target = output or scores_folder(folder) / PAGE
     try:
         page = render(_facts(folder))
@@ -55,7 +57,9 @@ def write(folder: Path, output: Path | None = None) -> Path:
 
 
 def scores_folder(folder: Path) -> Path:
-    """Where figures and the page on a run lie: in it; beside an export, whose files are hashed."""
+    """Return the folder of figures and page: the run's own, or one beside an export, whose files
+    are hashed.
+    """
     if not (folder / COMPLETE).is_file():
         return folder
     own = folder.absolute()
@@ -63,7 +67,7 @@ def scores_folder(folder: Path) -> Path:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a run that goes on may just be writing the last."""
+    """Read the whole lines of metrics.jsonl; a running process may be writing the last one."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -79,13 +83,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def grid_prompts(folder: Path) -> list[str]:
-    """The prompts of the rows of samples/, empty for a folder without."""
+    """Return the prompts of the rows of samples/, empty for a folder without."""
     table = _read_json(folder / "samples" / "prompts.json", [])
     return [row["prompt"] for row in table]
 
 
 def step_grids(folder: Path) -> list[tuple[int, Path]]:
-    """The grids of samples/ by step, in the order of steps."""
+    """Return the grids of samples/ by step, in the order of steps."""
     files = (folder / "samples").glob("step_*.png")
     numbered = ((file.stem.removeprefix("step_"), file) for file in files)
     return sorted((int(step), file) for step, file in numbered if step.isdecimal())
@@ -126,7 +130,7 @@ def _facts(folder: Path) -> RunFacts:
 
 
 def _style(settings: Mapping[str, Any], dataset: Sequence[Mapping[str, Any]]) -> list[Subject]:
-    """The first training images, where they still are."""
+    """Return the first training images that still exist."""
     place = str((settings.get("data") or {}).get("style_dir") or "")
     shown: list[Subject] = []
     for row in dataset if place else []:
@@ -141,7 +145,9 @@ def _style(settings: Mapping[str, Any], dataset: Sequence[Mapping[str, Any]]) ->
 def _costs(
     folder: Path, environment: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
-    """The device, the minutes of all steps and the peak memory, as far as the run says them."""
+    """Return the device, the minutes of all steps and the peak memory, as far as the run recorded
+    them.
+    """
     found = {}
     if device := environment.get("device"):
         name = environment.get("device_name")
@@ -157,7 +163,7 @@ def _costs(
 def _next(
     name: str, settings: Mapping[str, Any], finished: bool, evaluated: bool
 ) -> list[tuple[str, str]]:
-    """For what, and the command, as typed in the folder that holds the run."""
+    """Return purpose and command, as typed in the folder that holds the run."""
     kind: Kind = "llm" if "task" in settings else "style"
     shown = name if published_text(name) == name else "RUN"
     found = next_commands(escape.one_line(shown), kind, stopped=not finished)
@@ -167,7 +173,7 @@ def _next(
 
 
 def _prompts_note(folder: Path) -> str:
-    """Which of the grid's prompts hold the trigger that the captions have."""
+    """Name the grid's prompts that hold the captions' trigger."""
     rows = _read_json(folder / "samples" / "prompts.json", [])
     words = [row["trigger"] for row in rows if row.get("trigger")]
     if not words:

@@ -1,4 +1,4 @@
-"""Everything that rank 0 writes while a run goes on."""
+"""Write everything that rank 0 leaves while a run goes on."""
 
 import math
 import statistics
@@ -78,20 +78,20 @@ class Trainer:
         left = self.config.train.max_steps - self.steps_done
         if len(self._seconds) == PACE_AFTER and left:
             step = statistics.median(self._seconds)
-            self.tracker.say(
+            self.tracker.report(
                 f"a step takes {in_words(step)}; the {left} steps that are left take about "
-                f"{in_words(left * step)}, pictures and validation apart"
+                f"{in_words(left * step)}, without pictures and validation"
             )
 
     def begin(self) -> None:
-        """Before the first step."""
+        """Do the work before the first step."""
         self.validate(0)
         self.keep_if_best(0)
         self.show(0)
         self.report()
 
     def end(self, outcome: Outcome) -> None:
-        """After the last step, at a limit, or where the run was stopped."""
+        """Do the work after the last step, at a limit, or at the step where the run was stopped."""
         if self.interrupted(outcome):
             self.checkpoint(outcome.steps_done)
         else:
@@ -146,7 +146,7 @@ class Trainer:
             checkpoint = read_checkpoint(folder)
             load_checkpoint_(checkpoint, self.components.theta, self.components.optimizer)
         except OutputError as error:
-            self.tracker.say(f"warning: final/ holds the last step, not the best: {error.got}")
+            self.tracker.report(f"warning: final/ holds the last step, not the best: {error.got}")
             return done
         return best
 
@@ -187,7 +187,7 @@ class Trainer:
     def checkpoint(self, step: int) -> None:
         """Write a checkpoint unless it exists, and drop old ones."""
         folder = checkpoint_folder(self.out.path / "checkpoints", step)
-        if folder.exists():  # a kill may have come in between
+        if folder.exists():  # a kill may have come after it was written
             drop_old(folder.parent, self.config.train.keep_checkpoints)
             return
         if self.journal is not None:
@@ -216,10 +216,10 @@ class Trainer:
             usage.record(self.out, next(iter(self.components.scales.tensors().values())).device)
             report_run.write(self.out.path)
         except (OSError, ValueError, UserError) as error:
-            self.tracker.say(f"warning: no report: {error}")
+            self.tracker.report(f"warning: no report: {error}")
 
     def results(self, outcome: Outcome) -> dict[str, Any]:
-        """The figures for `--json`."""
+        """Return the figures for `--json`."""
         steps = sorted(self.validation)
         last = self.final_step if self.final_step in self.validation else max(steps, default=0)
         peak = devices.peak_bytes(next(iter(self.components.scales.tensors().values())).device)

@@ -43,7 +43,7 @@ from qzo_diffusion.train.stopping import Limits
 from qzo_diffusion.train.tracking import Tracker
 
 JOURNAL, METRICS = "journal.qzo", "metrics.jsonl"
-RATE_FACTOR = "lr_factor"  # in the journal's header, where it was measured
+RATE_FACTOR = "lr_factor"  # key in the journal's header, if the factor was measured
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ class Start:
     """The state in which this process starts.
 
     Attributes:
-        step: the first step of this process. bad_steps: how many in a row were bad before it.
-        rate: a factor of the learning rate; None where it was not calibrated.
-        damaged: checkpoints that were passed over.
+        step: the first step of this process.
+        bad_steps: the number of bad steps in a row before it.
+        rate: a factor of the learning rate; None without calibration.
+        damaged: checkpoints that were not used.
         validation: held-out losses by step that the run has measured already.
     """
 
@@ -106,7 +107,7 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     ranks = join(plan.config.compute.rank_timeout)
     if not ranks.first:
         return follow(plan, ranks, run_folder if begun else None)
-    if not begun:  # it was stopped while it encoded, loaded or calibrated: nothing was trained
+    if not begun:  # stopped while it encoded, loaded or calibrated, so nothing was trained
         out.write_text("config.yaml", plan.config.to_yaml())
     return _lead(plan, out, ranks, changed if begun else None)
 
@@ -191,7 +192,7 @@ def _lead(
         trainer.limits = Limits(plan.config.train.patience, deadline)
         on_error.pop_all()
     try:
-        if changed is not None:  # now that the new settings are known to go with what is there
+        if changed is not None:  # the new settings are now known to fit the old files
             out.write_text("config.yaml", plan.config.to_yaml())
             if writer is not None:
                 note = {"step": start.step, "changes": as_many_as_fit(changed)}
@@ -223,7 +224,7 @@ def _load_and_restore(
 def _trainer(
     plan: Plan, out: RunFolder, ranks: Ranks, components: Components, start: Start
 ) -> Trainer:
-    # nobody goes on before all have read the checkpoints, for the old ones are dropped
+    # all ranks read the checkpoints before the old ones are dropped
     all_ranks.check_ranks(ranks, components.theta)
     set_aside(start.damaged)
     tracker = Tracker(out.path, plan.config.train.max_steps, start.step)
@@ -246,7 +247,7 @@ def _steps(plan: Plan, trainer: Trainer, ranks: Ranks, start: Start) -> Outcome:
     with stop_on_signal(report) as stop:
         ranks.wants_stop = lambda: stop.is_set() or trainer.at_limit()
         if start.step:
-            trainer.finish_step(start.step)  # whatever a kill left undone
+            trainer.finish_step(start.step)  # a kill may have left work undone
         else:
             trainer.begin()
         all_ranks.agree_on_end(ranks, plan.config.train, start.step)
@@ -323,7 +324,7 @@ def _restore_(
         provenance.check_journal_fits(journal, components.header)
     checkpoints, damaged = examine_checkpoints(run / "checkpoints")
     for problem in damaged.values():
-        report(f"warning: passed over a checkpoint: {problem}")
+        report(f"warning: a checkpoint is not used: {problem}")
     newest = checkpoints[-1] if checkpoints else None
     done = bad_steps = 0
     if journal is not None:

@@ -8,13 +8,14 @@ from qzo_diffusion.runs.plan import Plan
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.loop import train_step_
 
-WARM_UP = 1  # steps; the first one of a process also fills caches
+WARM_UP = 1  # steps; the first step of a process also fills caches
 
 
 def trial_step(plan: Plan) -> str:
-    """Load everything, take a few steps of the smallest rate, and say what a run will take.
+    """Load everything, take a few steps of the smallest rate, and describe the time and memory of a
+    run.
 
-    No run folder is made. Data that is encoded on the way stays in the cache.
+    No run folder is made. Encoded data stays in the cache.
     """
     ranks = Ranks()
     components, steps = plan.load(ranks), plan.config.train.max_steps

@@ -1,7 +1,7 @@
-"""What runs tuned: load it, check it against a base, apply it.
+"""Load the tuned scales of a run, check them against a base, and apply them.
 
-Every verb that reads a run, a checkpoint, a mix or a delta goes through here; so does
-`train --init-from RUN`, which begins with what another run tuned.
+Every verb that reads a run, a checkpoint, a mix or a delta uses this file; so does `train
+--init-from RUN`, which begins with the scales of another run.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,9 @@ class Tuned:
     """Tuned scales as a run left them, or the changes of a delta.
 
     Attributes:
-        path: where they came from, as the user gave it.
-        tensors: by layer. facts: metadata of the file, `qzo.*`.
+        path: their source, as the user gave it.
+        tensors: scales or changes by layer.
+        facts: metadata of the file, `qzo.*`.
     """
 
     path: Path
@@ -36,7 +37,7 @@ class Tuned:
     facts: dict[str, str]
 
     def check(self, codes: str) -> None:
-        """Raises ModelError when they belong to other codes than a base with these has."""
+        """Check that they were tuned over a base with these codes. Raises ModelError."""
         if self.facts.get("qzo.codes") != codes:
             model = self.facts.get("qzo.model", "an unknown model")
             raise ModelError(
@@ -46,22 +47,24 @@ class Tuned:
             )
 
     def over(self, base: ScaleSet) -> dict[str, Tensor]:
-        """Whole scales by layer; those of a delta follow from `base`, which holds the base's."""
+        """Return whole scales by layer. Those of a delta follow from `base`, which holds the
+        base's.
+        """
         is_delta = self.facts.get("qzo.format") == provenance.DELTA_FORMAT
         return expanded(base, self.tensors) if is_delta else self.tensors
 
 
 def load_tuned(path: Path) -> Tuned:
-    """What a run, one of its checkpoints, a delta, or a safetensors file holds.
+    """Load the scales of a run, a checkpoint, a delta, or a safetensors file.
 
     Raises:
-        OutputError: there is nothing tuned, or it is damaged or was not finished.
+        OutputError: there are no tuned scales, or they are damaged or not finished.
     """
     return Tuned(path, *load_scales(path))
 
 
 def load_scales(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of `load_tuned`."""
+    """Return tensors and metadata of `load_tuned`."""
     if path.is_file():
         if path.name == SCALES and (path.parent / COMPLETE).is_file():
             check_folder(path.parent)
@@ -72,12 +75,13 @@ def load_scales(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def apply_(model: nn.Module, scales: ScaleSet, parts: Sequence[tuple[Tuned, float]]) -> str:
-    """Move the live scales, which hold the base, by weighted changes: weight 1 is as tuned.
+    """Move the live scales, which hold the base, by weighted changes. Weight 1 gives the tuned
+    model.
 
     Returns the hash of the base's codes.
 
     Raises:
-        ModelError: something was tuned over other codes.
+        ModelError: scales were tuned over other codes.
     """
     codes = frozen_fingerprint(model, scales)
     for tuned, _ in parts:
@@ -87,7 +91,7 @@ def apply_(model: nn.Module, scales: ScaleSet, parts: Sequence[tuple[Tuned, floa
 
 
 def described(config: Config) -> str:
-    """What a run begins with, in a line; checked as far as that goes before a model is loaded.
+    """Describe the start of a run in one line, after all checks that need no model.
 
     Raises:
         OutputError: there are no tuned scales at `init_from`, or they are damaged.

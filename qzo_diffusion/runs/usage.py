@@ -1,4 +1,4 @@
-"""The memory that a run needed, as its page shows it."""
+"""Record the memory that a run needed, for its page."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ FILE = "usage.json"
 
 
 def record(out: RunFolder, device: torch.device) -> None:
-    """Bring usage.json up to date: the peak over all processes that went on with this run."""
+    """Update usage.json: the peak over all processes of this run."""
     peak = devices.peak_bytes(device)
     if peak is None:
         return
@@ -24,7 +24,7 @@ def record(out: RunFolder, device: torch.device) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Empty where there is none, or none that can be read: no run is stopped for it."""
+    """Read usage.json; empty if it is missing or unreadable, which must not stop a run."""
     try:
         found = read_json(folder / FILE)
         return {"peak_memory_bytes": int(found["peak_memory_bytes"]), "of": str(found["of"])}

@@ -173,14 +173,14 @@ class Tracker:
             self._curves.add("train/directional_derivative", derivative, record.step)
         if self._curves.problem and not self._warned:
             self._warned = True
-            self.say(f"warning: no more curves for TensorBoard: {self._curves.problem}")
+            self.report(f"warning: no more curves for TensorBoard: {self._curves.problem}")
         self._bar.update(1)
         self._bar.set_postfix_str(self._summary(), refresh=False)
 
     def on_validation(self, step: int, loss: float) -> None:
         self._log.write({"step": step, "validation_loss": loss})
         self._curves.add("validation/loss", loss, step)
-        self.say(f"step {step}: held-out loss {loss:.4f}")
+        self.report(f"step {step}: held-out loss {loss:.4f}")
 
     def on_final(self, step: int, final_step: int) -> None:
         """After the last step: which step's scales are the result of the run."""
@@ -190,7 +190,7 @@ class Tracker:
         """The grid of a step: TensorBoard shows it with a slider over steps."""
         self._curves.add_picture("samples", column, step)
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """A line above the bar."""
         if not self._bar.disable:
             self._bar.write(text, file=self._bar.fp)

@@ -20,7 +20,7 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(whole, stopped, capsys):
     data[-5] ^= 1
     file.write_bytes(data)
     assert resume(stopped) == 0
-    assert "passed over a checkpoint" in capsys.readouterr().err
+    assert "a checkpoint is not used" in capsys.readouterr().err
     assert load_equal(whole, stopped)
     checkpoints, problems = list_checkpoints(stopped / "checkpoints")
     assert ([one.step for one in checkpoints], problems) == ([2, 4, 6], [])

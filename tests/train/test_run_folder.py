@@ -206,6 +206,6 @@ def test_tracker_appends_a_line_a_step_at_once_and_curves(tmp_path, capsys):
 def test_tracker_without_progress_says_nothing(tmp_path, capsys):
     tracker = Tracker(tmp_path, total_steps=1, show_progress=False)
     tracker.on_step(record())
-    tracker.say("something")
+    tracker.report("something")
     tracker.close()
     assert capsys.readouterr().err == ""

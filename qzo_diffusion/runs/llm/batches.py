@@ -1,4 +1,4 @@
-"""From a task and a folder of data to batches of tokens."""
+"""Turn a task and a folder of data into batches of tokens."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,17 +9,17 @@ from qzo_diffusion.llm.kept_hidden import KeptHidden, fits
 from qzo_diffusion.llm.tasks import Batch, Encoded, by_length, make_batch
 from qzo_diffusion.train.batch_plan import BatchPlan
 
-BATCHES_OF_A_LENGTH = 8  # so that a batch is still mixed afresh in every epoch
+BATCHES_OF_A_LENGTH = 8  # several, so that every epoch mixes batches anew
 
 
 class TextBatches:
-    """The batch of any step, drawn from (seed, step) alone: texts of about one length.
+    """The batch of any step, drawn from (seed, step) alone: texts of about equal length.
 
     Args:
         micro_batch_size: examples in one micro-batch; None is the whole batch.
-        share: which of `batch_size` examples are this process's.
-        keep_in: a folder for what the untrained first blocks give, which is then computed once for
-            each text; None keeps nothing.
+        share: `batch_size` -> the slice of examples of this process.
+        keep_in: a folder for the output of the untrained first blocks, which is then computed once
+            for each text; None keeps nothing.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class TextBatches:
 
 
 def _kept(lm: CausalLm, encoded: Sequence[Encoded], size: int, folder: Path) -> KeptHidden | None:
-    """None where the model has no part that no probe changes, or there is no room, or no file can
-    be made there.
+    """Return None if the model has no part without probes, if there is no room, or if no file can
+    be made.
     """
     groups = [
         [row for index in indices for row in encoded[index].rows]
@@ -72,12 +72,12 @@ def _kept(lm: CausalLm, encoded: Sequence[Encoded], size: int, folder: Path) -> 
         room = fits([row for group in groups for row in group], lm.bytes_of_token, folder)
         return KeptHidden(lm, groups, folder) if room else None
     except OSError:
-        # a home that is read-only, for one: all is computed anew, as where there is no room
+        # such as a read-only home; everything is then computed anew
         return None
 
 
 def evaluation_batches(lm: CausalLm, encoded: Sequence[Encoded], size: int) -> list[Batch]:
-    """All examples, those of about one length together."""
+    """Return all examples, grouped by about equal length."""
     return [
         make_batch(lm, [encoded[index] for index in indices])
         for indices in by_length(encoded, size)

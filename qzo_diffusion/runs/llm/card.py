@@ -1,4 +1,4 @@
-"""The README beside an exported language model: what it is, its scores and its settings."""
+"""Write the README of an exported language model: its origin, its scores and its settings."""
 
 import contextlib
 from collections.abc import Mapping
@@ -15,21 +15,22 @@ from qzo_diffusion.runs.publish import base_id, published, published_model
 from qzo_diffusion.system.escape import markdown, markdown_code
 from qzo_diffusion.system.reading import read_json
 
-OF_THE_BASE = "README.base.md"  # the README that the base model came with
+OF_THE_BASE = "README.base.md"  # the base model's own README
 
 
 def write(target: Path, run: Path, config: LlmConfig, facts: Mapping[str, str]) -> None:
-    """README.md in `target`; one that was copied from the base keeps another name there."""
+    """Write README.md in `target`. A copy of the base's README keeps another name there."""
     if (target / "README.md").exists():
         (target / "README.md").rename(target / OF_THE_BASE)
     (target / "README.md").write_text(card(run, config, facts), encoding="utf-8")
 
 
 def card(run: Path, config: LlmConfig, facts: Mapping[str, str]) -> str:
-    """YAML that hubs read, then text. Names from outside are escaped.
+    """Return YAML for hubs, then text. Names from outside are escaped.
 
     Args:
-        run: as the user gave it. facts: metadata of the tuned scales.
+        run: the run's folder as the user gave it.
+        facts: metadata of the tuned scales.
     """
     hub_id = base_id(config.model)
     head: dict[str, Any] = {} if hub_id is None else {"base_model": hub_id}
@@ -63,7 +64,7 @@ def card(run: Path, config: LlmConfig, facts: Mapping[str, str]) -> str:
 
 
 def _scores(folder: Path, step: int) -> str:
-    """The metric at the run's start and at this step, as far as the run measured it."""
+    """Return the metric at the run's start and at this step, as far as the run measured it."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         score = TaskScore.read(read_json(folder / "evaluation.json"))
         first = min(score.by_step)

@@ -1,5 +1,5 @@
-"""What `qzo-diffuse export` does with a language model: a plain transformers folder in the
-quantizer's own format.
+"""Export a language model for `qzo-diffuse export`: a plain transformers folder in the quantizer's
+own format.
 """
 
 import json
@@ -33,14 +33,14 @@ KNOWN_TO_LM_EVAL = ("sst2", "rte", "cb", "boolq")
 
 
 def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
-    """Write `output_dir`, which `AutoModelForCausalLM.from_pretrained` loads. Returns the figures
-    for `--json`.
+    """Write `output_dir`, which `AutoModelForCausalLM.from_pretrained` loads.
+
+    Returns the figures for `--json`.
 
     Raises:
-        ConfigError: the format is of another kind of model, or the run's method or quantization has
-            none.
-        OutputError: there is something already, no room, or what was written does not read back as
-            it was.
+        ConfigError: the format is for another kind of model, or the run's method or quantization
+            has none.
+        OutputError: `output_dir` exists, the disk has no room, or the export reads back different.
     """
     check_new(output_dir)
     config: LlmConfig = load_config(locate(run_folder).need("llm").settings(), LlmConfig)
@@ -95,7 +95,7 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
 
 
 def _format_of(config: LlmConfig, folder: Path) -> str:
-    """What the scales are those of: a folder that is quantized keeps its format, whatever the
+    """Return the format of the scales. A folder that is quantized keeps its own, whatever the
     settings say.
     """
     method = stored_method(folder)
@@ -113,8 +113,10 @@ def _format_of(config: LlmConfig, folder: Path) -> str:
 def _write_bitsandbytes(
     model: nn.Module, kind: str, source: Path, target: Path, dtype: str, facts: dict[str, str]
 ) -> None:
-    """Everything that the source has beside its weights, and the 4-bit weights in bitsandbytes'
-    layout, compared bit for bit.
+    """Copy everything but the source's weights, and write the 4-bit weights in bitsandbytes'
+    layout.
+
+    The result is compared bit for bit.
     """
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
     for file in source.iterdir():

@@ -1,6 +1,6 @@
-"""How much memory a language run will need, from configs and headers alone.
+"""Estimate the memory of a language run from configs and headers alone.
 
-The factors of a forward were set for decoders with a gated feed-forward; the whole is an upper
+The factors of a forward pass fit decoders with a gated feed-forward. The total is an upper
 estimate, since a batch is rarely as long as the longest text.
 """
 
@@ -18,18 +18,18 @@ from qzo_diffusion.llm.stored import empty_causal_lm, stored_method
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
 
-CHARACTERS = 3  # of a token, at least, in English
-HIDDEN_STATES, FEED_FORWARDS = 8, 3  # tensors of all tokens alive at the peak of a block
+CHARACTERS = 3  # the fewest in a token of English
+HIDDEN_STATES, FEED_FORWARDS = 8, 3  # tensors of all tokens at the peak of a block
 UNQUANTIZED = ("mezo", "quzo-lora")
 
 
 def memory_plan(
     config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype, longest: int
 ) -> str:
-    """The phases of a run in GB, as lines for the plan.
+    """Return the phases of a run in GB, as lines for the plan.
 
     Args:
-        longest: characters of the longest text.
+        longest: the number of characters of the longest text.
     """
     if config.method in FIRST_ORDER:
         return f"memory    not planned for method {config.method}, which keeps activations"
@@ -54,14 +54,16 @@ def _phases(
     state = 0.0 if optimizer == "feedback" else memory.trained_bytes(size, level, optimizer)
     forward = {
         "forward": _forward(config, model.config, longest, dtype) + size.largest * dtype.itemsize,
-        "overrides": memory.shown_bytes(size, level, device.type),
+        "overrides": memory.override_bytes(size, level, device.type),
         "trained": state,
     }
     return [Phase("load", base | {"reading": reading}), Phase("train", base | forward)]
 
 
 def _forward(config: LlmConfig, model: Any, longest: int, dtype: torch.dtype) -> float:
-    """Bytes of hidden states of one forward, and of the logits of one piece of the vocabulary."""
+    """Return the bytes of hidden states of a forward pass, and of logits of one piece of the
+    vocabulary.
+    """
     wanted = config.data.max_tokens or longest // CHARACTERS
     tokens = min(wanted, getattr(model, "max_position_embeddings", wanted))
     rows = build.micro_batch_size(config, config.data.batch_size) * build.probes_at_once(config)

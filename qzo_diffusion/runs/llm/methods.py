@@ -1,4 +1,4 @@
-"""What each method of `qzo-diffuse llm` trains, and how: one base model, four sets of numbers, one
+"""Define what each method of `qzo-diffuse llm` trains: one base model, four kinds of theta, one
 loop.
 """
 
@@ -33,11 +33,12 @@ from qzo_diffusion.train.loop import TakeStep
 
 @dataclass(frozen=True)
 class Base:
-    """A model with the numbers that a method trains, as they are before a run.
+    """A model with the theta of a method, as both are before a run.
 
-    codes, initial: hashes of what stays and of what is trained. take_step: None is the zeroth-order
-    step. trained: names of the layers whose scales or codes are trained, and of unquantized
-    tensors; none where something else is."""
+    codes, initial: hashes of the frozen and of the trained tensors. take_step: None is the
+    zeroth-order step. trained: names of the layers whose scales or codes are trained, and of
+    unquantized tensors; empty for other methods.
+    """
 
     lm: CausalLm
     scales: ScaleSet
@@ -50,8 +51,10 @@ class Base:
 
 
 def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
-    """Raises ModelError for a model that can't be loaded or quantized, or is stored in a format
-    that the method can't train.
+    """Load the model of a run.
+
+    Raises:
+        ModelError: it can't be loaded or quantized, or the method can't train its format.
     """
     _check_format(config, folder)
     lm = _load(config, folder, device, dtype)
@@ -76,7 +79,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
             _hash(weights.scales),
         )
     if config.method == "quzo-lora":
-        return _adapters_by_forwards(config, lm, device)
+        return _quzo_adapters(config, lm, device)
     _quantize_(config, lm, device)
     if config.method == "qlora":
         layers = _layers(config, [handle.name for handle in handles_of(lm.model)])
@@ -95,7 +98,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
             step,
         )
     beside = unquantized_of(lm.model, config.qzo.unquantized)
-    scales, theta = build.scales_and_numbers(config, lm.model, beside)
+    scales, theta = build.scales_and_theta(config, lm.model, beside)
     codes, initial = build.fingerprints(lm.model, scales)
     trained = tuple(build.trained_of(scales, config.qzo.layers))
     if config.method == "fo-scales":
@@ -105,9 +108,11 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
 
 
 def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
-    """Those of `qzo.layers`, all where it says nothing, for methods that train no scales.
+    """Return the layers of `qzo.layers`, all without that setting, for methods that train no
+    scales.
 
-    Raises ConfigError where it fits none.
+    Raises:
+        ConfigError: no layer matches.
     """
     if not names:
         raise nothing_to_quantize(config.quant.skip, config.quant.blocksize)
@@ -122,7 +127,7 @@ def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
     return found
 
 
-UNDER_LORA = (None, "bitsandbytes")  # formats of folders
+UNDER_LORA = (None, "bitsandbytes")  # formats of folders that peft can adapt
 
 
 def _check_format(config: LlmConfig, folder: Path) -> None:
@@ -153,8 +158,8 @@ def _check_format(config: LlmConfig, folder: Path) -> None:
 
 
 def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:
-    """Quantized while it is read, in the memory of the quantized model, where the method wants that
-    and the folder is not yet.
+    """Load the model. If the method needs it and the folder is not quantized, it is quantized while
+    it is read.
     """
     plain = stored_method(folder) is None and config.method not in ("mezo", "quzo-lora")
     if not plain or (config.quant.backend == "bnb" and config.quant.type == "int8"):
@@ -171,7 +176,7 @@ def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dt
 def _quantize_(
     config: LlmConfig, lm: CausalLm, device: torch.device, also_skipped: Sequence[str] = ()
 ) -> None:
-    if not any(True for _ in handles_of(lm.model)):  # a folder that is quantized stays as it is
+    if not any(True for _ in handles_of(lm.model)):  # a quantized folder stays as it is
         quantize_(
             lm.model,
             quant_type=config.quant.type,
@@ -184,9 +189,10 @@ def _quantize_(
     lm.model.to(device)
 
 
-def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device) -> Base:
-    """QuZO's second mode. peft knows plain layers only, so adapters come first and what lies under
-    them is quantized then.
+def _quzo_adapters(config: LlmConfig, lm: CausalLm, device: torch.device) -> Base:
+    """Build QuZO's second mode: adapters first, then quantize the layers under them.
+
+    peft knows plain layers only.
     """
     if any(True for _ in handles_of(lm.model)):
         raise ModelError(
@@ -213,9 +219,10 @@ def _adapters_by_forwards(config: LlmConfig, lm: CausalLm, device: torch.device)
 
 
 def apply_(base: Base, tuned: Mapping[str, Tensor], facts: Mapping[str, str], run: Path) -> None:
-    """Make the model the one that a run left behind.
+    """Turn the model into the one that a run left.
 
-    Raises ModelError when the run was over another base or by another method.
+    Raises:
+        ModelError: the run was over another base or by another method.
     """
     live = base.scales.tensors()
     fits = facts.get("qzo.codes") == base.codes and tuned.keys() == live.keys()

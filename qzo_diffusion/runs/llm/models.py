@@ -1,4 +1,4 @@
-"""From a config of texts to the folder of a language model."""
+"""Find the folder of a language model from a config."""
 
 from pathlib import Path
 
@@ -9,11 +9,10 @@ from qzo_diffusion.runs.hub import GATED, cached_snapshot
 
 
 def choose_lm(name: str) -> tuple[Path, str]:
-    """The folder or GGUF file of a language model that a `--model` means, and a sentence that says
-    which.
+    """Return the folder or GGUF file that a `--model` means, and a sentence that names it.
 
     Raises:
-        ModelError: it isn't here; the message says how to get it.
+        ModelError: it is missing; the message says how to get it.
     """
     if Path(name).is_dir():
         return Path(name), f"model: the folder {name}"

@@ -1,6 +1,6 @@
-"""What `qzo-diffuse llm` trains and evaluates: a quantized language model on a task.
+"""Plan the runs of `qzo-diffuse llm`: a quantized language model on a task.
 
-`runs.training` does the rest.
+`runs.training` executes the plan.
 """
 
 import hashlib
@@ -128,7 +128,7 @@ class LlmPlan:
                 "dataset.json",
                 [row for name in encoded for row in self._counted(name, encoded[name])],
             )
-            _tell_of_cuts([one for part in encoded.values() for one in part])
+            _warn_of_cuts([one for part in encoded.values() for one in part])
             size = build.micro_batch_size(config, config.data.batch_size)
             held_out, test = (
                 evaluation_batches(base.lm, encoded[name], size) for name in ("validation", "test")
@@ -166,7 +166,7 @@ class LlmPlan:
 
 
 def _facts(config: LlmConfig) -> dict[str, Any]:
-    """What a journal of a language model says beyond one of a style run."""
+    """Return the facts that the journal of a language model has beyond those of a style run."""
     lora, data = config.lora.model_dump(), config.data.model_dump(exclude={"cache_dir"})
     beside = {"unquantized": config.qzo.unquantized}
     return {
@@ -179,7 +179,7 @@ def _facts(config: LlmConfig) -> dict[str, Any]:
 
 
 def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:
-    """Rows of dataset.json; the hash is of all that an example says."""
+    """Return rows of dataset.json; the hash covers the whole example."""
     rows = []
     for example in examples:
         content = repr((example.prompt, example.continuations, example.label, example.answers))
@@ -193,7 +193,7 @@ def _table(split: str, examples: list[Example]) -> list[dict[str, Any]]:
     return rows
 
 
-def _tell_of_cuts(encoded: list[Encoded]) -> None:
+def _warn_of_cuts(encoded: list[Encoded]) -> None:
     cut = [one.cut for one in encoded if one.cut]
     if cut:
         report(
@@ -203,8 +203,9 @@ def _tell_of_cuts(encoded: list[Encoded]) -> None:
 
 
 def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
-    """Resolve the task, the model, the device and the data, and check all of them; parts that are
-    not `needed` may be empty.
+    """Resolve the task, the model, the device and the data, and check all of them.
+
+    Parts of the data that are not `needed` may be empty.
     """
     spec = read_task(config.task)
     folder, why = choose_lm(config.model)
@@ -221,7 +222,9 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     if Path(config.model).is_dir():
         resolved.model = str(folder.resolve())
     elif is_gguf(Path(config.model)):
-        resolved.model = str(folder.absolute())  # what a link leads to may have another ending
+        resolved.model = str(
+            folder.absolute()
+        )  # not resolved: the target of a link may have another ending
     if config.task not in shipped_tasks():
         resolved.task = str(Path(config.task).resolve())
     return LlmPlan(
@@ -244,7 +247,7 @@ def _check_objective(config: LlmConfig, spec: TaskSpec) -> None:
 
 
 def evaluate(config: LlmConfig, run: Path | None) -> dict[str, Any]:
-    """The task's metric on its test examples, of the base model or of what a run made of it."""
+    """Return the task's metric on its test examples, for the base or for a run's tuned model."""
     plan = make_plan(config, needed=["test"])
     tuned = load_scales(run) if run is not None else None
     base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
@@ -276,5 +279,5 @@ def _encoded_test(lm: CausalLm, plan: LlmPlan) -> list[Encoded]:
     if not plan.splits.test:
         raise DataError("no example to test on", "at least one", "set data.test_examples above 0")
     encoded = encode(lm, plan.splits.test, plan.config.data.max_tokens)
-    _tell_of_cuts(encoded)
+    _warn_of_cuts(encoded)
     return encoded

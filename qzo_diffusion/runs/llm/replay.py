@@ -1,4 +1,4 @@
-"""What a journal of a language model is replayed over."""
+"""Load the base that a language model's journal is replayed over."""
 
 from qzo_diffusion import devices
 from qzo_diffusion.config.llm import LlmConfig
@@ -9,7 +9,7 @@ from qzo_diffusion.runs.replay import Base, settings_of, without
 
 
 def base(config: LlmConfig) -> Base:
-    """The language model as the run found it. Raises ModelError."""
+    """Return the language model as the run found it. Raises ModelError."""
     device = devices.choose_device(config.compute.device)
     folder, _ = choose_lm(config.model)
     found = load_base(config, folder, device, devices.choose_dtype(config.compute.dtype, device))
@@ -18,7 +18,7 @@ def base(config: LlmConfig) -> Base:
 
 
 def config_of(journal: Journal, model: str | None) -> LlmConfig:
-    """The settings that a journal's header names; its task is kept for `llm evaluate`."""
+    """Return the settings in a journal's header; its task is kept for `llm evaluate`."""
     try:
         own = {name: journal.header[name] for name in ("method", "task", "lora", "data")}
     except KeyError as error:

@@ -1,6 +1,4 @@
-"""How well a language model does its task while it is tuned: the metric on held-out examples before
-and after.
-"""
+"""Score a language model on held-out examples of its task before and after tuning."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +20,9 @@ FILE = "evaluation.json"
 
 @dataclass
 class Scores:
-    """`runs.plan.Callbacks` of a language-model run; evaluation.json holds what was measured, also
-    for a run that goes on.
+    """`runs.plan.Callbacks` of a language-model run.
+
+    evaluation.json keeps the scores, also for a resumed run.
     """
 
     out: RunFolder
@@ -39,13 +38,13 @@ class Scores:
         if not self.test or str(step) in found:
             return
         value = mean_metric(self.lm, self.test, self.spec)
-        self.tracker.say(
+        self.tracker.report(
             f"step {step}: {self.spec.metric} {value:.4f} on {self._count} test examples"
         )
         self.out.write_json(FILE, self._facts() | {"by_step": found | {str(step): value}})
 
     def measured(self) -> dict[str, float]:
-        """Step -> metric."""
+        """Return step -> metric."""
         path = self.out.path / FILE
         try:
             found = read_json(path)["by_step"] if path.exists() else {}
@@ -79,5 +78,5 @@ class Scores:
 
 
 def _number(value: Any) -> float:
-    """A metric that is no finite number is written as null."""
+    """Read a metric; null stands for one that is not finite."""
     return math.nan if value is None else float(value)

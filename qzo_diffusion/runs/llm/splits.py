@@ -1,4 +1,4 @@
-"""Which examples of a task's files a language run trains on, holds out, and tests on."""
+"""Split the examples of a task's files for training, validation and tests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from qzo_diffusion.llm.task_file import TaskSpec
 from qzo_diffusion.llm.tasks import Example, choose_rows, make_examples
 from qzo_diffusion.system.console import report
 
-HELD_OUT = 5  # one row of five for each part besides training, in a file that is too small
+HELD_OUT = 5  # each part besides training gets at most one row of five in a file that is too small
 PARTS = ("train", "validation", "test")
 
 
@@ -22,7 +22,7 @@ class Splits:
     test: list[Example]
 
     def longest(self) -> int:
-        """Characters of the longest text of any part."""
+        """The number of characters of the longest text of any part."""
         texts = (
             len(example.prompt) + max(map(len, example.continuations), default=0)
             for example in (*self.train, *self.validation, *self.test)
@@ -34,11 +34,12 @@ class Splits:
 
 
 def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Splits:
-    """Disjoint random choices, the same for every seed of a run; the test examples are chosen first
-    where one file holds all.
+    """Choose disjoint random parts, the same for every seed of a run.
+
+    The test examples are chosen first if one file holds all parts.
 
     Raises:
-        DataError: a file is missing or wrong, or a part that is asked for is empty.
+        DataError: a file is missing or wrong, or a needed part is empty.
     """
     data = config.data
     if data.dir is None:
@@ -56,7 +57,7 @@ def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Spl
 
     own = rows(train_path)
     if train_path.samefile(test_path):
-        # however each is written; by the file's own name, which is drawn from, both are
+        # both by the file's real name, in any spelling: the random choice depends on it
         asked = [data.test_examples, data.train_examples, data.validation_examples]
         wanted = fitting(len(own), asked, train=1)
         test, train, validation = choose_rows(
@@ -89,18 +90,19 @@ def read_splits(config: LlmConfig, spec: TaskSpec, needed: Sequence[str]) -> Spl
 
 
 def _named(rows: list[Row], folder: Path) -> list[Row]:
-    """The place of a row within the data folder: on another machine the folder is elsewhere."""
+    """Name a row by its place within the data folder, which may be elsewhere on another machine."""
     return [Row(row.values, row.place.removeprefix(f"{folder}/"), row.alternatives) for row in rows]
 
 
 def fitting(rows: int, asked: Sequence[int | None], train: int) -> list[int | None]:
-    """How many rows each part gets of a file; None is all that are left.
+    """Return how many rows of a file each part gets; None is all that are left.
 
-    The counts are as asked for where that leaves something for every part. In a file that is too
-    small for them, every part but training gets at most a fifth of it, and training the rest.
+    The counts are as asked for if that leaves something for every part. In a smaller file every
+    part but training gets at most a fifth, and training the rest.
 
     Args:
-        asked: by part, in the order in which they are drawn. train: the place of training.
+        asked: counts by part, in the order in which they are drawn.
+        train: the index of training.
     """
     left, short = rows, False
     for wanted in asked:
@@ -116,11 +118,11 @@ def fitting(rows: int, asked: Sequence[int | None], train: int) -> list[int | No
 
 
 def _share(rows: int, asked: int | None) -> int:
-    """Of a part that is held out: a fifth of the file, or less where less is asked for."""
+    """Return the rows of a held-out part: a fifth of the file, or fewer if fewer are asked for."""
     return rows // HELD_OUT if asked is None else min(asked, rows // HELD_OUT)
 
 
 def _report_fewer(data: LlmDataConfig, train: int, validation: int) -> None:
-    """Say it where training gets fewer rows than asked for, so that others can be held out."""
+    """Report that training gets fewer rows than asked for, because others are held out."""
     if validation and data.train_examples is not None and train < data.train_examples:
         report(f"data: {train} rows to train on; {validation} of the same file are held out")

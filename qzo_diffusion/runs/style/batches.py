@@ -1,6 +1,4 @@
-"""From a style folder to batches: everything that needs the text encoders or the VAE's encoder,
-which are gone afterwards.
-"""
+"""Turn a style folder into batches. Text encoders and the VAE's encoder are needed only here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,13 +25,13 @@ from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
 
-# every held-out image at each, with noise of its own
+# each held-out image has noise of its own at each level
 VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoded style folder, on the CPU, and the VAE with its encoder dropped."""
+    """The encoded style folder on the CPU, and the VAE without its encoder."""
 
     prompts: dict[str, EncodedPrompt]
     latents: LatentSet
@@ -48,8 +46,9 @@ def encode(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Encoded:
-    """Captions, sample prompts, the empty and the negative prompt, then the images; each encoder
-    freed before the next.
+    """Encode captions, sample prompts, the empty and the negative prompt, then the images.
+
+    Each encoder is freed before the next is loaded.
     """
     cache = pipeline.tensor_cache(config)
     texts = (
@@ -163,8 +162,8 @@ class TrainingBatches:
 def validation_batches(
     samples: Sequence[Sample], encoded: Encoded, device: torch.device, batch_size: int, seed: int
 ) -> list[Batch]:
-    """The same images, noise and noise levels every time, whatever the run's settings: only the
-    seed of the run counts.
+    """Return the same images, noise and noise levels every time. They depend only on the run's
+    seed.
     """
 
     def noise(sample: Sample, sigma: float) -> Tensor:
@@ -186,12 +185,12 @@ def validation_batches(
 
 
 def validation_order(samples: Sequence[Sample]) -> list[str]:
-    """The ids of the images behind the examples of `validation_batches`, in their order."""
+    """Return the ids of the images behind the examples of `validation_batches`, in their order."""
     return [sample.id for entries in _by_shape(samples) for sample, _ in entries]
 
 
 def _by_shape(samples: Sequence[Sample]) -> list[list[tuple[Sample, float]]]:
-    """Every held-out image at every noise level, those of one size together."""
+    """Return every held-out image at every noise level, grouped by size."""
     by_shape: dict[tuple[int, int], list[tuple[Sample, float]]] = {}
     for sample in samples:
         by_shape.setdefault((sample.width, sample.height), []).extend(
@@ -216,5 +215,5 @@ def make_batch(
 def token_counts(
     style: StyleFolder, prompts: dict[str, EncodedPrompt]
 ) -> dict[str, tuple[int, bool]]:
-    """sample id -> (tokens, truncated), for dataset.json."""
+    """Return sample id -> (tokens, truncated), for dataset.json."""
     return {s.id: (prompts[s.caption].tokens, prompts[s.caption].truncated) for s in style.samples}

@@ -1,4 +1,4 @@
-"""Before anything heavy is loaded: whether the model can take the images and texts of a run."""
+"""Check before anything heavy is loaded that the model can take the images and texts of a run."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ from qzo_diffusion.system.texts import check_encodable
 
 
 def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None = None) -> None:
-    """Raises ConfigError for a bucket, or samples, beyond the model's table of positions."""
+    """Check that the model has positions for every bucket or sample. Raises ConfigError."""
     shapes: dict[str, Bucket] = {"samples": (resolution, resolution)}
     if style is not None:
         shapes |= {sample.id: (sample.width, sample.height) for sample in style.samples}
@@ -24,7 +24,8 @@ def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None
 def check_words(
     config: Config, folder: Path, prompts: Prompts, style: StyleFolder | None = None
 ) -> None:
-    """Check every text that will be encoded; of a model that is not here, that it can be.
+    """Check every text against the tokenizers. Without the model, check only that it can be
+    encoded.
 
     Raises:
         DataError: half of a surrogate pair, or a token without an embedding.

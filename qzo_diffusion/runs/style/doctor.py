@@ -1,4 +1,4 @@
-"""What `qzo-diffuse doctor` looks at: is everything here that a run needs, and what will it use?"""
+"""Check for `qzo-diffuse doctor` that everything for a run is here, and show what it will use."""
 
 import os
 import platform
@@ -13,11 +13,11 @@ PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "bitsandbytes", "accelerate"),
     *("open_clip_torch", "safetensors", "numpy", "pillow"),
 )
-SMALLEST = "sd35_large_8gb"  # the preset of large models that takes the least memory
+SMALLEST = "sd35_large_8gb"  # the preset for large models that needs the least memory
 
 
 def examine() -> dict[str, Any]:
-    """Facts by name; `problems` lists what must be mended before a run can work."""
+    """Return facts by name; `problems` lists the obstacles to a run."""
     problems: list[str] = []
     versions: dict[str, str] = {}
     for name in PACKAGES:
@@ -66,7 +66,7 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
             Config(),
             pipeline.Runtime(folder, device, devices.choose_dtype("auto", device)),
         )
-        config.train.micro_batch_size = fitting_micro_batch(config, runtime)  # as a run settles it
+        config.train.micro_batch_size = fitting_micro_batch(config, runtime)  # as a run resolves it
         plan = memory_plan(config, runtime)
         facts["memory_plan"] = plan.facts()
         if not plan.fits:

@@ -1,5 +1,5 @@
-"""What `qzo-diffuse evaluate --run` does: base against tuned at equal prompts and seeds, and
-everything that follows from it.
+"""Evaluate a run for `qzo-diffuse evaluate --run`: compare base and tuned model at equal prompts
+and seeds.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import evaluation, pipeline
 from qzo_diffusion.runs.style import plan as style_run
 from qzo_diffusion.runs.style.levels import with_levels
-from qzo_diffusion.runs.style.samples import tell_reading
+from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.runs.style.scored_pictures import Kept
 from qzo_diffusion.runs.tuned import load_tuned
 from qzo_diffusion.system.console import report
@@ -32,8 +32,10 @@ EVALUATION, PICTURES = "evaluation.json", "evaluation"
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """None takes the run's own: its score prompts by model, its style folder, the scorer that suits
-    its model.
+    """Settings of an evaluation.
+
+    None takes the run's own: its score prompts, its style folder, and the scorer that suits its
+    model.
     """
 
     run: Path
@@ -41,15 +43,15 @@ class EvaluateRequest:
     style_dir: Path | None = None
     scorer: str | None = None
     output: Path | None = None
-    model: str | None = None  # of a delta, which names a local model without its place
+    model: str | None = None  # for a delta, which names a local model without its folder
     tuned_between: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """The folder whose config.yaml describes `path`, and where its scores are kept.
+    """The folder whose config.yaml describes `path`, and the folder of its scores.
 
-    An export is a folder whose files are hashed, so its scores lie beside it.
+    The files of an export are hashed, so its scores lie beside it.
     """
 
     path: Path
@@ -58,8 +60,11 @@ class Place:
 
     @classmethod
     def of(cls, path: Path) -> "Place":
-        """Raises OutputError where there is no run, checkpoint or delta, ConfigError for another
-        kind of run.
+        """Find the place of a run, checkpoint or delta.
+
+        Raises:
+            OutputError: there is none.
+            ConfigError: it is of another kind of run.
         """
         found = locate(path).need("style")
         return cls(path, found.run(), "" if found.step is None else f"step_{found.step:06d}")
@@ -83,12 +88,14 @@ class Place:
 
 
 def run(request: EvaluateRequest) -> dict[str, Any]:
-    """Score the run, write evaluation.json and bring its report.html up to date; of a checkpoint,
-    evaluation_step_NNNNNN.json; of an exported delta, DELTA-evaluation/ beside it.
+    """Score the run, write evaluation.json and update its report.html.
+
+    The scores of a checkpoint go to evaluation_step_NNNNNN.json; those of an exported delta go to
+    DELTA-evaluation/ beside it.
 
     Raises:
-        DataError: no prompt, or a prompt that is nothing but style. ConfigError, ModelError: the
-            scorer.
+        DataError: no prompt, or a prompt that names nothing but style.
+        ConfigError, ModelError: the scorer can't be used.
         OutputError: the run was not finished, its scales are damaged, or the output can't be
             written.
     """
@@ -98,13 +105,13 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     config = _config(request, place)
     tuned = load_tuned(request.run)
     plan = style_run.make_plan(config)
-    tell_reading(plan.prompts)
+    report_reading(plan.prompts)
     contents = [evaluation.content_of(prompt, plan) for prompt in plan.sample_prompts]
     name = request.scorer or default_scorer(plan.model_folder)
     scorer = load_scorer(name, plan.device, resources.embedded_scorer())
     work = evaluation.load(plan)
     rates = [line["lr"] for line in report_run.read_metrics(place.folder) if "lr" in line]
-    # calibrated, if the run's was
+    # the calibrated rate, if the run has one
     lr = max(rates, default=config.train.lr)
     states = evaluation.states_of(work, tuned)
     measured = evaluation.measure(work, states, place.kept.draw, lr)
@@ -117,7 +124,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
 
 
 def _with_verdict(found: dict[str, Any], folder: Path, step: int) -> dict[str, Any]:
-    """As JSON can hold it, the one sentence on top."""
+    """Return the figures as JSON can hold them, with the verdict on top."""
     sentences = verdict(found)
     head = {"sentence": sentences[0]["text"], "verdict": sentences, "run": str(folder)}
     whole: dict[str, Any] = finite({**head, "step": step, "diverged": diverged(found), **found})
@@ -144,7 +151,7 @@ def _config(request: EvaluateRequest, place: Place) -> Config:
 
 
 def _find_images_(config: Config, place: Place) -> None:
-    """An export names the folders of images without their places: look here, and beside it."""
+    """Find the images of an export, which names their folders without a path."""
     data, beside = config.data, place.folder.absolute().parent
 
     def found(name: str | None) -> str | None:
@@ -163,10 +170,10 @@ def _find_images_(config: Config, place: Place) -> None:
 
 
 def compare(runs: Sequence[Path], output: Path | None = None) -> tuple[dict[str, Any], str]:
-    """The evaluations of several runs side by side: figures for a script, and a table for a person.
+    """Return the evaluations of several runs: figures for a script, and a table for a person.
 
     Raises:
-        OutputError: a run that was not evaluated, or is no run on images; the output can't be
+        OutputError: a run was not evaluated, or is not a run on images; the output can't be
             written.
     """
     if output is not None:

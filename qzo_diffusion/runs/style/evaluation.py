@@ -1,5 +1,5 @@
-"""Scores of a style run: the base, what it began with and what it tuned, at equal prompts and
-seeds, and everything that follows from them.
+"""Compute the scores of a style run: the base, the scales that it began with, and the tuned ones,
+at equal prompts and seeds.
 """
 
 import math
@@ -39,7 +39,7 @@ from qzo_diffusion.runs.tuned import Tuned, load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.train.distributed import Ranks
 
-AFFORDABLE = 200_000_000  # parameters of a model whose backward pass is asked for
+AFFORDABLE = 200_000_000  # the most parameters of a model whose backward pass is computed
 BEGUN = "what the run began with"
 NO_NUMBER = (
     "The estimate can't be measured: slopes along random directions are no finite numbers; lower "
@@ -51,7 +51,7 @@ Scales = dict[str, Tensor]
 
 @dataclass
 class Work:
-    """The model of a run, with its scales at the base or as tuned, and what it is measured on."""
+    """The model of a run, with base or tuned scales, and the data for its scores."""
 
     plan: style_run.StylePlan
     encoded: style_data.Encoded
@@ -67,7 +67,7 @@ class Work:
 
 @dataclass
 class Measured:
-    """What each state ("base", "begun", "tuned") drew, lost and estimated."""
+    """Pictures, losses and estimates of each state ("base", "begun", "tuned")."""
 
     pictures: dict[str, list[Image.Image]]
     losses: dict[str, list[float]]
@@ -90,10 +90,10 @@ def load(plan: style_run.StylePlan) -> Work:
 
 
 def states_of(work: Work, tuned: Tuned) -> dict[str, Scales | None]:
-    """Scales by state, in the order they are measured; None is the base, which is loaded.
+    """Return scales by state, in the order of measurement; None is the base, which is loaded.
 
     Raises:
-        ModelError: they belong to another model.
+        ModelError: the scales belong to another model.
     """
     codes = build.fingerprints(work.transformer, work.scales)[0]
     given = {"begun": begun_with(work.plan.config), "tuned": tuned}
@@ -106,9 +106,7 @@ def states_of(work: Work, tuned: Tuned) -> dict[str, Scales | None]:
 
 
 def begun_with(config: Config) -> Tuned | None:
-    """The scales of `init_from`; None where there is none, or it is not here any more, with a
-    note.
-    """
+    """Load the scales of `init_from`; None without it, or, with a warning, if they are gone."""
     if config.init_from is None:
         return None
     try:
@@ -121,12 +119,12 @@ def begun_with(config: Config) -> Tuned | None:
         return None
 
 
-@np.errstate(invalid="ignore", over="ignore")  # slopes of a diverged run
+@np.errstate(invalid="ignore", over="ignore")  # a diverged run has slopes that are not finite
 def measure(work: Work, states: Mapping[str, Scales | None], draw: Any, lr: float) -> Measured:
-    """Leaves the model as tuned.
+    """Measure all states. The model is left as tuned.
 
     Args:
-        draw: the pictures of a state, `draw(work, state)`.
+        draw: draws the pictures of a state, `draw(work, state)`.
         lr: the run's rate, for the size of a step.
     """
     start = {name: one.detach().clone().cpu() for name, one in work.scales.tensors().items()}
@@ -150,7 +148,7 @@ def measure(work: Work, states: Mapping[str, Scales | None], draw: Any, lr: floa
 def results(
     work: Work, measured: Measured, chosen: Scorer, folder: Path, contents: Sequence[str]
 ) -> dict[str, Any]:
-    """The figures of evaluation.json, without its verdict."""
+    """Return the figures of evaluation.json, without its verdict."""
     plan, metrics = work.plan, report_run.read_metrics(folder)
     trained = [open_image(sample.path).image for sample in plan.style.train]
     features = chosen.image_features(trained)
@@ -186,7 +184,11 @@ def _levels(config: Config) -> dict[str, Any]:
 
 
 def content_of(prompt: str, plan: style_run.StylePlan) -> str:
-    """What a picture must show. Raises DataError for a prompt that is nothing but style."""
+    """Return the content that a picture must show.
+
+    Raises:
+        DataError: the prompt names nothing but style.
+    """
     trigger = plan.trigger.word if plan.trigger else plan.config.data.trigger
     content = clip_score.content_of(prompt, trigger)
     if not content:
@@ -238,7 +240,9 @@ def _scores(
 def _by_trigger(
     plan: style_run.StylePlan, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Similarity and content of the prompts with the captions' trigger and of those without."""
+    """Return similarity and content of the prompts with the captions' trigger, and of those
+    without.
+    """
     if plan.trigger is None:
         return None
     found: dict[str, Any] = {"word": plan.trigger.word}
@@ -253,7 +257,7 @@ def _by_trigger(
 
 
 def _changes(values: Sequence[Sequence[float]]) -> dict[str, object]:
-    """Of values [base, (begun,) tuned] of each prompt."""
+    """Return the changes from values [base, (begun,) tuned] of each prompt."""
     base, *begun, tuned = (list(column) for column in zip(*values, strict=True))
     before = begun[0] if begun else None
     return {"mean": sum(tuned) / len(tuned), **intervals.gained(tuned, base, before)}
@@ -262,8 +266,9 @@ def _changes(values: Sequence[Sequence[float]]) -> dict[str, object]:
 def _held_out_loss(
     samples: Sequence[Sample], batches: Sequence[Batch], losses: Mapping[str, Sequence[float]]
 ) -> dict[str, Any] | None:
-    """Each state on the same images, noise and noise levels, and per noise level; intervals over
-    images.
+    """Compare the states on the same images, noise and noise levels, in all and by level.
+
+    Intervals are over images.
     """
     if not batches:
         return None
@@ -285,8 +290,9 @@ def _held_out_loss(
 
 
 def _signal(work: Work, lr: float) -> dict[str, Any]:
-    """At the scales as they are now, on batches of steps that come after the run's last; `lr` for
-    the size of a step.
+    """Measure the signal at the scales as they are now, on batches of steps after the run's last.
+
+    `lr` gives the size of a step.
     """
     config = work.plan.config
     batches = style_data.TrainingBatches(
@@ -322,8 +328,8 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
 def _scores_of_steps(
     chosen: Scorer, folder: Path, plan: style_run.StylePlan, trained: Tensor
 ) -> list[dict[str, Any]]:
-    """The run's own sample grids, step by step: similarity to the style and match of the prompts,
-    with intervals over prompts.
+    """Score the run's own sample grids step by step: similarity to the style and match of the
+    prompts, with intervals over prompts.
     """
     prompts = report_run.grid_prompts(folder)
     columns = report_run.step_grids(folder)

@@ -1,8 +1,8 @@
-"""What `qzo-diffuse export` does: a run's tuned model in a form that other programs load.
+"""Export a run's tuned model for `qzo-diffuse export` in a form that other programs load.
 
-Everything is written into a folder aside, read back, compared bit for bit and only then given its
-name; a kill leaves no export. No second model is ever in memory: tensors are computed and written
-one by one."""
+Everything is written into a temporary folder, read back and compared bit for bit. Only then it gets
+its name, so a kill leaves no export. Tensors are computed and written one by one, so memory never
+holds a second model."""
 
 import contextlib
 import json
@@ -87,7 +87,7 @@ USE: dict[Format, str] = {
 
 @dataclass(frozen=True)
 class _Export:
-    """A run, its tuned model where the format needs one, and what every file says of it."""
+    """A run, its tuned model if the format needs one, and the metadata of every file."""
 
     run: Path
     config: Config
@@ -106,11 +106,10 @@ class _Export:
 
 
 def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
-    """Write `output_dir`; returns the figures for `--json`.
+    """Write `output_dir`; return the figures for `--json`.
 
     Raises:
-        OutputError: there is something already, no room, or what was written does not read back as
-            it was.
+        OutputError: `output_dir` exists, the disk has no room, or the export reads back different.
         ModelError, ConfigError, JournalError: the run and the format or the base don't fit
             together.
     """
@@ -156,7 +155,7 @@ def _levels(config: Config, runtime: pipeline.Runtime) -> str:
 def _model_files(
     export: _Export, transformer: nn.Module, runtime: pipeline.Runtime
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
-    """Tensors and metadata by file name, and the config beside them."""
+    """Return tensors and metadata by file name, and the config beside them."""
     found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
     kept = {name: found[name] for name in found if name != "quantization_config"}
     config = {"_class_name": "SD3Transformer2DModel"} | published(kept)
@@ -214,9 +213,9 @@ def _write(
 
 
 def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str, Any]:
-    """The journal up to its last whole step, which was checked on reading.
+    """Copy the journal up to its last whole step, which was checked on reading.
 
-    Where its header or a note names a local path, it is written again without, in a new chain.
+    If its header or a note names a local path, it is rewritten without, in a new chain.
     """
     source = locate(run_folder).run() / JOURNAL
     journal = read_journal(source)
@@ -251,7 +250,7 @@ def _published_journal(source: Path, journal: Journal) -> bytes:
 
 
 def _describe(export: _Export, folder: Path) -> None:
-    """Settings, samples and the model card, beside what was exported."""
+    """Write settings, samples and the model card beside the export."""
     (
         folder / "config.yaml" if export.kind in ("delta", "journal") else folder / "run.yaml"
     ).write_text(published_config(export.config), encoding="utf-8")
@@ -276,9 +275,7 @@ def _describe(export: _Export, folder: Path) -> None:
 
 
 def _scores(export: _Export) -> Scores:
-    """What an evaluation of these very scales says, of this step, or else the held-out losses of
-    the run itself.
-    """
+    """Return the evaluation of these very scales, or else the held-out losses of the run itself."""
     folder, step = locate(export.run).run(), int(export.facts.get("qzo.steps", 0))
     for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -291,7 +288,7 @@ def _scores(export: _Export) -> Scores:
 def _evaluated(found: Mapping[str, Any]) -> Scores:
     try:
         rows, said = [_cells(row) for row in figure_rows(found)], verdict(found)[0]["text"]
-    except (KeyError, TypeError):  # of another version: what it shares with this one
+    except (KeyError, TypeError):  # written by another version: read the common part
         return Scores([_cells(row) for row in _plain_rows(found)])
     by = found["scorer"]["note"] or found["scorer"]["name"]
     against = found.get("compared_with", "the base")

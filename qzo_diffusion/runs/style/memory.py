@@ -1,7 +1,7 @@
-"""The memory plan of a run: what a model's configs and the settings say of every phase, and what to
-change where it is too much.
+"""Plan the memory of a run from a model's configs and the settings, and find changes that reduce
+it.
 
-Where nobody says how many probes go into one forward, it follows from that.
+The number of probes in a forward pass follows from the plan if the user does not set it.
 """
 
 import functools
@@ -25,8 +25,8 @@ from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
 
-# In the order in which they are tried: first what costs nothing but time, last what changes the
-# result.
+# In the order in which they are tried: first those that cost only time, last those that change
+# the result.
 CHANGES = (
     ("compute.dtype", "bfloat16"),
     ("train.micro_batch_size", 1),
@@ -40,18 +40,18 @@ CHANGES = (
 )
 
 SHARING, LARGEST, IN_CACHE = 16, 2**24, 2**22
-"""On a CPU rows of one forward share one reading of the weights, but tensors that no cache holds
-make all that lies between the products slower. So a forward has 16 rows, where the widest layer
-gives no more than 2^24 numbers for them, and more as long as those fill no more than 4 MB
+"""The rows of a forward pass on a CPU share one reading of the weights. But tensors that no cache
+holds slow down everything between the products. So a forward pass has 16 rows if the widest layer
+gives at most 2^24 numbers for them, and more as long as those fill at most 4 MB
 (docs/decisions/speed_and_memory.md D30)."""
-FEED_FORWARD = 4  # its width over that of the hidden states, in every SD3
+FEED_FORWARD = 4  # width of the feed-forward over that of the hidden states, in every SD3
 
 
 def fitting_micro_batch(
     config: Config, runtime: pipeline.Runtime, images: int = 0, prompts: int = 0
 ) -> int:
-    """How many probes of examples a forward should have: the whole batch, or the largest power of
-    two that fits and is fast.
+    """Return how many probes of examples share a forward pass: the whole batch, or the largest
+    power of two that fits and is fast.
 
     Raises:
         ModelError: the model's folder lacks something.
@@ -81,15 +81,17 @@ def fitting_micro_batch(
 
 
 def rows_on_cpu(width: int, image_tokens: int, dtype: torch.dtype) -> int:
-    """So many rows are fast there; two at least, because one shares nothing."""
-    widest = FEED_FORWARD * width * image_tokens  # numbers a row
+    """Return the number of rows that is fast on a CPU. It is at least two: a single row shares
+    nothing.
+    """
+    widest = FEED_FORWARD * width * image_tokens  # numbers in a row
     return max(2, min(SHARING, LARGEST // widest), IN_CACHE // (widest * dtype.itemsize))
 
 
 def memory_plan(
     config: Config, runtime: pipeline.Runtime, images: int = 0, prompts: int = 0
 ) -> MemoryPlan:
-    """Every phase on the device of `place`, with the changes that make it fit where it does not.
+    """Plan every phase on the run's device, with the changes that make it fit if it does not.
 
     Args:
         images, prompts: how many are kept encoded.
@@ -119,7 +121,7 @@ def memory_plan(
 
 
 def _with_shape(config: Config, runtime: pipeline.Runtime) -> pipeline.Runtime:
-    """Headers are read once for all that is tried."""
+    """Read the headers once for all plans that are tried."""
     return replace(runtime, shape=pipeline.shape_of(config, runtime))
 
 
@@ -184,7 +186,7 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
             resident
             | {
                 "forward": memory.forward_bytes(size, image_tokens, text_tokens, batch, dtype),
-                "shown scales": memory.shown_bytes(size, config.qzo.parametrization, device),
+                "overrides": memory.override_bytes(size, config.qzo.parametrization, device),
                 "trained numbers": memory.trained_bytes(
                     size, config.qzo.parametrization, config.train.optimizer
                 ),
@@ -202,18 +204,18 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
 
 @functools.lru_cache(maxsize=2)
 def _outline(transformer: str) -> nn.Module:
-    """The model of a config as JSON, without memory; a plan asks for it a dozen times."""
+    """Return the model of a config as JSON, without memory; a plan needs it a dozen times."""
     return empty_transformer(json.loads(transformer))
 
 
 @functools.lru_cache(maxsize=1)
 def _t5_outline(config: str) -> nn.Module:
-    """The same of T5."""
+    """Return T5 in the same way."""
     return empty_encoder(T5, json.loads(config))
 
 
 def _sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
-    """Width of its hidden states, and tokens of an image."""
+    """Return the width of the hidden states, and the number of tokens of an image."""
     side = config.data.resolution or shape.native_resolution
     transformer = shape.transformer.config
     patch = reduction(shape.vae.config) * transformer["patch_size"]
@@ -229,8 +231,9 @@ def _sampling(
     runtime: pipeline.Runtime,
     decoding: dict[str, float],
 ) -> dict[str, float]:
-    """Denoising and decoding come one after the other; a CPU's allocator keeps what forwards of
-    samples and of training had.
+    """Return the larger of denoising and decoding, which follow each other.
+
+    A CPU's allocator keeps the memory of forward passes of samples and of training.
     """
     drawn, trained = counts
     count = max(drawn, trained) if runtime.device.type == "cpu" else drawn
@@ -244,8 +247,8 @@ def _sampling(
 def _largest_encoder(
     config: Config, runtime: pipeline.Runtime, shape: PipelineShape
 ) -> dict[str, float]:
-    """Text encoders are loaded one after the other, so the largest counts, with what passes while
-    it is read.
+    """Return the largest text encoder, with the temporary tensors of reading it: only one is loaded
+    at a time.
     """
     t5 = shape.encoders.get(T5)
     mode = pipeline.t5_mode_of(config, None if t5 is None else t5.nbytes)

@@ -1,6 +1,4 @@
-"""What `qzo-diffuse mix` does: one set of scales from the changes of several runs, each with its
-weight.
-"""
+"""Mix runs for `qzo-diffuse mix`: add the changes of several runs, each with its weight."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +17,14 @@ from qzo_diffusion.train.run_folder import RunFolder
 
 
 def run(chosen: Sequence[tuple[Path, float]], output_dir: Path) -> dict[str, Any]:
-    """Leave `final/` with the sum of each run's change times its weight, usable wherever a run is:
-    `sample --run`, `export --run`.
+    """Write `final/` with the sum of each run's change times its weight.
+
+    The result can be used like a run: `sample --run`, `export --run`.
     """
     check_empty(output_dir, ANOTHER)
     located = [locate(path) for path, _ in chosen]
     for one in located:
-        if one.folder is not None:  # scales alone have no settings; codes are compared below
+        if one.folder is not None:  # scales alone have no settings; their codes are compared below
             one.need("style")
     config: Config = load_config(located[0].settings())
     tuned = [(load_tuned(path), weight) for path, weight in chosen]

@@ -1,4 +1,4 @@
-"""The order of names that people count: image_2 before image_10."""
+"""Sort names as people count: image_2 before image_10."""
 
 import re
 from pathlib import PurePath
@@ -9,7 +9,7 @@ Key = tuple[object, ...]
 
 
 def natural_key(path: PurePath) -> Key:
-    """Sorts folder by folder; runs of digits as numbers, letters whatever their case.
+    """Return a key that sorts folder by folder: digits as numbers, letters without case.
 
     Names that are equal so (2.png, 02.png) keep the order of text.
     """
@@ -20,7 +20,9 @@ def natural_key(path: PurePath) -> Key:
 
 
 def _counted(name: str) -> Key:
-    """Texts and numbers in turn, beginning with a text: equal places hold equal types."""
+    """Return texts and numbers in turn, beginning with a text, so that equal places hold equal
+    types.
+    """
     return tuple(
         int(part) if index % 2 else part.casefold()
         for index, part in enumerate(_DIGITS.split(name))

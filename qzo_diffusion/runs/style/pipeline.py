@@ -1,6 +1,6 @@
-"""From a config of pictures to the parts of a pipeline.
+"""Build the parts of a pipeline from a config of pictures.
 
-Below it nothing has heard of a config.
+The code below this file knows no config.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,9 +34,10 @@ LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which pipeline folder, and on which device and in which dtype its forwards run.
+    """The pipeline folder, the device, and the dtype of forward passes.
 
-    shape: of the pipeline, where it has been read."""
+    shape: the shape of the pipeline, if it has been read.
+    """
 
     folder: Path
     device: torch.device
@@ -45,10 +46,10 @@ class Runtime:
 
 
 def find_runtime(config: Config) -> Runtime:
-    """Everything about the model that is known before anything heavy is loaded.
+    """Find out everything about the model that is known before anything heavy is loaded.
 
     Raises:
-        ModelError: it isn't here, or a file of it is missing.
+        ModelError: it is missing, or a file of it is.
         ConfigError: there is no such device.
     """
     folder, _ = choose_model(config.model)
@@ -58,17 +59,16 @@ def find_runtime(config: Config) -> Runtime:
 
 
 def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Parametrization]:
-    """The 4-bit transformer, its live scales, and the numbers that are trained, all as they are
-    before a run.
-    """
+    """Load the 4-bit transformer, its live scales, and theta, all as they are before a run."""
     transformer = quantized_transformer(config, runtime.folder, runtime.device, runtime.dtype)
-    return transformer, *build.scales_and_numbers(config, transformer)
+    return transformer, *build.scales_and_theta(config, transformer)
 
 
 def check_model(config: Config, folder: Path) -> PipelineShape:
     """Refuse a pipeline that lacks a part or whose parts don't fit, before anything is loaded.
 
-    Raises ModelError.
+    Raises:
+        ModelError: see above.
     """
     place = transformer_place(config, folder)
     elsewhere = ("transformer",) if place != folder / "transformer" else ()
@@ -80,15 +80,15 @@ def check_model(config: Config, folder: Path) -> PipelineShape:
 
 
 def shape_of(config: Config, runtime: Runtime) -> PipelineShape:
-    """Of the pipeline of a run. Raises ModelError for damaged configs or headers."""
+    """Return the shape of a run's pipeline. Raises ModelError for damaged configs or headers."""
     if runtime.shape is not None:
         return runtime.shape
     return read_shape(runtime.folder, transformer_place(config, runtime.folder))
 
 
 def transformer_place(config: Config, folder: Path) -> Path:
-    """Where the transformer's weights are: in the pipeline, or what `transformer` or a single file
-    as `model` names.
+    """Return the path of the transformer's weights: in the pipeline, or the one that `transformer`
+    or a single file as `model` names.
     """
     if config.transformer is not None:
         return Path(config.transformer)
@@ -96,10 +96,10 @@ def transformer_place(config: Config, folder: Path) -> Path:
 
 
 def choose_model(name: str) -> tuple[Path, str]:
-    """The pipeline folder that a `--model` means, and a sentence that says which and why.
+    """Return the pipeline folder that a `--model` means, and a sentence that says which and why.
 
     Raises:
-        ModelError: it isn't here; the message says how to get it.
+        ModelError: it is missing; the message says how to get it.
     """
     if name == "auto":
         return _choose_automatically()
@@ -118,8 +118,9 @@ def choose_model(name: str) -> tuple[Path, str]:
 
 
 def _choose_automatically() -> tuple[Path, str]:
-    """The large model where its weights are here and fit, at the least; else the embedded one, or
-    an error where there is a GPU.
+    """Return the large model if its weights are here and fit, else the embedded one.
+
+    With a GPU and without weights it raises ModelError.
     """
     cached = hub.cached_snapshot(hub.BIG_MODEL)
     if cached is None:
@@ -147,7 +148,11 @@ def _choose_automatically() -> tuple[Path, str]:
 
 
 def least_memory(folder: Path, device: torch.device) -> float:
-    """Bytes that any run of a model needs. Raises ModelError when its transformer is not whole."""
+    """Return the bytes that any run of a model needs.
+
+    Raises:
+        ModelError: its transformer is not whole.
+    """
     found, dtype, quant = (
         find_transformer(folder / "transformer"),
         choose_dtype("auto", device),
@@ -162,7 +167,7 @@ def is_tiny(folder: Path) -> bool:
 
 
 def resolve_sampling_(config: Config, folder: Path) -> None:
-    """Fill in the number of steps and the guidance that suit the model where the user gave none."""
+    """Fill in the steps and the guidance that suit the model, unless the user set them."""
     steps, guidance = (16, 2.0) if is_tiny(folder) else (28, 4.5)
     config.sample.steps = config.sample.steps or steps
     if config.sample.guidance is None:
@@ -177,7 +182,7 @@ def sampler(
     prompts: Sequence[Prompt],
     encoded: Mapping[str, sd3.EncodedPrompt],
 ) -> Sampler:
-    """Square samples of `prompts` at the run's resolution, or at the model's own."""
+    """Return a sampler of square images, at the run's resolution or the model's own."""
     folder = runtime.folder
     resolve_sampling_(config, folder)
     side, settings = config.data.resolution or sd3.native_resolution(folder), config.sample
@@ -204,8 +209,9 @@ def sampler(
 def prompt_encoder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> sd3.PromptEncoder:
-    """Encoders are loaded one after the other, T5 as `text.t5` says; its 4-bit copy is kept for new
-    prompts.
+    """Return an encoder of prompts, which loads T5 as `text.t5` says.
+
+    A 4-bit copy of T5 is kept for new prompts.
     """
     mode = t5_mode(config, folder)
 
@@ -244,7 +250,7 @@ def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
 
 
 def t5_mode_of(config: Config, size: float | None) -> Literal["nf4", "full", "none"]:
-    """How T5 is loaded that has `size` bytes on disk; None where there is none."""
+    """Return how to load a T5 of `size` bytes on disk; None is no T5."""
     if config.text.t5 != "auto":
         return config.text.t5
     if size is None:
@@ -262,8 +268,9 @@ def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
 
 
 def tiles(config: Config, samples: Sequence[Sample]) -> str:
-    """How images are cut for the VAE, where any is: it changes latents a little, so it belongs to
-    their cache key.
+    """Describe how images are cut for the VAE, if any is.
+
+    Tiles change latents a little, so this belongs to their cache key.
     """
     tile = config.compute.vae_tile
     cut = tile is not None and any(max(sample.width, sample.height) > tile for sample in samples)
@@ -277,7 +284,7 @@ def tensor_cache(config: Config) -> TensorCache:
 def quantized_transformer(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """The 4-bit transformer, ready for tuning and sampling. Raises ModelError."""
+    """Load the 4-bit transformer for tuning and sampling. Raises ModelError."""
     found = find_transformer(transformer_place(config, folder))
     source = Source(found.entries, lambda: empty_transformer(found.config))
     return load_quantized(

@@ -1,6 +1,6 @@
-"""What `qzo-diffuse train` trains: a style, from a folder of images.
+"""Plan the runs of `qzo-diffuse train`: a style from a folder of images.
 
-`runs.training` does the rest.
+`runs.training` executes the plan.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class StylePlan:
         return fitting_micro_batch(self.config, *self._needs())
 
     def _needs(self) -> tuple[pipeline.Runtime, int, int]:
-        """Where the run is, and how many images and prompts it keeps encoded."""
+        """Return the runtime, and how many images and prompts the run keeps encoded."""
         captions = {sample.caption for sample in self.style.samples}
         prompts = self.prompts.texts + self.prompts.negatives
         return self.runtime, len(self.style.samples), len(captions) + len(prompts)
@@ -113,7 +113,7 @@ class StylePlan:
         return dataset_table(self.style)
 
     def settings(self) -> dict[str, Any]:
-        # where things lie, and what memory each process has
+        # paths, and the memory of each process
         local = {
             "data": {"style_dir", "validation_dir", "cache_dir"},
             "sample": {"prompts"},
@@ -140,7 +140,7 @@ class StylePlan:
                 "start it without torchrun",
             )
         if not ranks.first:
-            # until the first rank has encoded everything; then all of it is in the cache
+            # wait until the first rank has encoded everything into the cache
             ranks.wait()
         encoded = style_data.encode(
             config, self.model_folder, self.style, self.prompts, device, dtype
@@ -246,8 +246,9 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
 
 
 def _model(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
-    """The model's folder and shape; of a published model that is not here its known shape, where
-    nothing will be loaded.
+    """Return the model's folder and shape.
+
+    A dry run may take the known shape of a published model whose weights are missing.
     """
     try:
         folder, why = pipeline.choose_model(config.model)

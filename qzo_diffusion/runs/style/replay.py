@@ -1,4 +1,4 @@
-"""What a journal of pictures is replayed over."""
+"""Load the base that a journal of pictures is replayed over."""
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.journal import Journal
@@ -9,9 +9,8 @@ from qzo_diffusion.runs.tuned import set_initial_
 
 
 def base(config: Config) -> Base:
-    """The pipeline's transformer, with the scales that the run began with.
-
-    Raises ModelError.
+    """Return the pipeline's transformer, with the scales that the run began with. Raises
+    ModelError.
     """
     transformer, scales, theta = pipeline.load_base(config, pipeline.find_runtime(config))
     set_initial_(config, transformer, scales)
@@ -20,8 +19,8 @@ def base(config: Config) -> Base:
 
 
 def config_of(journal: Journal, model: str | None, init_from: str | None = None) -> Config:
-    """The settings that a journal's header names; everything else is as by default and does not
-    matter for a replay.
+    """Return the settings in a journal's header. All others have defaults and do not matter for a
+    replay.
     """
     method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
     return settings_of(

@@ -1,6 +1,4 @@
-"""What `qzo-diffuse sample` does: images of a prompt file from a model, with or without a run's
-tuned scales.
-"""
+"""Draw images of a prompt file for `qzo-diffuse sample`, with or without a run's tuned scales."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.levels import for_samples, with_levels
-from qzo_diffusion.runs.style.samples import tell_reading
+from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished, write_folder
@@ -30,8 +28,10 @@ from qzo_diffusion.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """`strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the
-    log-scales. `prompts` is a file, or the prompts themselves. None: the run's own, or the default.
+    """Settings of samples.
+
+    `strength` 0 is the base, 1 the tuned model; others interpolate or extrapolate the log-scales.
+    `prompts` is a file, or the prompts themselves. None takes the run's own, or the default.
     """
 
     output_dir: Path
@@ -47,11 +47,11 @@ class SampleRequest:
 
 
 def run(request: SampleRequest) -> dict[str, Any]:
-    """Leave `samples/` in the output folder.
+    """Write `samples/` in the output folder.
 
     Raises:
-        ConfigError: a strength without a run. OutputError: there is something already, or the run
-            has no tuned scales.
+        ConfigError: a strength without a run.
+        OutputError: the folder exists already, or the run has no tuned scales.
     """
     if request.run is None and request.strength not in (0, 1):
         got = f"--strength {request.strength:g} without --run"
@@ -76,7 +76,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     runtime = pipeline.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
     prompts = _prompts(request, config, folder)
-    tell_reading(prompts)
+    report_reading(prompts)
     shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
     check_words(config, folder, prompts)
@@ -92,7 +92,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
         apply_(transformer, scales, [(tuned, request.strength)])
     sampler = pipeline.sampler(config, runtime, sampled, vae, prompts.prompts, encoded)
     images = sampler.images()
-    # not before: what fails leaves nothing behind
+    # made last, so that a failure leaves nothing
     out = RunFolder.create(request.output_dir, ANOTHER)
     sheet = grid([images], [request.run.name if request.run else "base"])
     with unfinished(out.path, ("samples",)):
@@ -121,15 +121,15 @@ def _write_pictures(
 
 
 def _config_of(request: SampleRequest) -> Config:
-    """The run's own settings where there is a run, the defaults elsewhere; what the user gave
-    wins.
+    """Return the run's own settings, or the defaults without a run; the user's choices override
+    both.
     """
     config = Config()
     if request.run is not None:
         try:
             config = load_config(locate(request.run).need("style").settings())
         except OutputError as error:
-            # scales alone: the base is checked against their codes, so it can't be a wrong one
+            # scales alone: their codes are compared with the base, so it can't be a wrong one
             report(f"{error.got}: with the settings as they come by default")
     config = with_levels(config, request.tuned_between)
     if request.model is not None:

@@ -1,5 +1,5 @@
-"""What a style run shows while it goes on: a column of pictures for every few steps, and all
-columns side by side.
+"""Show a style run while it goes on: a column of pictures every few steps, and all columns side by
+side.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ from qzo_diffusion.train.tracking import Tracker
 
 
 def chosen_prompts(name: str, word: str | None, trigger: Trigger | None) -> Prompts:
-    """The prompts of a file; half of a shipped file's with the captions' trigger.
+    """Return the prompts of a file; half of those of an included file get the captions' trigger.
 
-    A file of the user's own is taken as it is: it says itself where the trigger stands.
+    A user's own file stays as it is: it says itself where the trigger stands.
     """
     file = resources.find_file(name, "prompts")
     found = read_prompt_file(file, word)
@@ -42,14 +42,16 @@ def chosen_prompts(name: str, word: str | None, trigger: Trigger | None) -> Prom
     return replace(found, prompts=[replace(prompt, text=text) for prompt, text in pairs])
 
 
-def tell_reading(prompts: Prompts) -> None:
-    """How a file of prompts was read, where that is not plain."""
+def report_reading(prompts: Prompts) -> None:
+    """Report how a file of prompts was read, if that is not plain."""
     for note in prompts.notes:
         report(f"note: {note}")
 
 
 def prompt_table(prompts: Prompts, trigger: Trigger | None) -> list[dict[str, Any]]:
-    """Rows of samples/prompts.json; where captions have a trigger, also whether the prompt has."""
+    """Return rows of samples/prompts.json; if captions have a trigger, also whether the prompt has
+    it.
+    """
     return [
         {"row": at, **one.row}
         | ({} if trigger is None else {"trigger": trigger.word, "with": trigger.is_in(one.text)})
@@ -76,7 +78,7 @@ class Pictures:
     every: int
 
     def show(self, step: int) -> None:
-        """A failure is told and training goes on."""
+        """Draw the pictures of a step; a failure only warns."""
         path = self.folder / f"step_{step:06d}.png"
         if path.exists():
             return
@@ -86,7 +88,7 @@ class Pictures:
             self.tracker.on_pictures(step, column)
             save_picture(join_columns(self.columns()), self.folder / "grid.png")
         except (RuntimeError, OSError, ValueError, OutputError) as error:
-            self.tracker.say(f"warning: no samples at step {step}: {error}")
+            self.tracker.report(f"warning: no samples at step {step}: {error}")
 
     def columns(self) -> list[Image.Image]:
         return [load_picture(path) for _, path in step_grids(self.folder.parent)]

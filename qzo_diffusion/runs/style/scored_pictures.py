@@ -1,4 +1,4 @@
-"""The pictures that an evaluation scores, kept beside it: another scorer sees the same ones."""
+"""Keep the pictures that an evaluation scores, so that another scorer sees the same ones."""
 
 import hashlib
 import json
@@ -20,7 +20,8 @@ from qzo_diffusion.train.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Kept:
-    """Pictures by state: `own` holds those of the run's end, `part` those of a checkpoint of it.
+    """Pictures by state: `own` holds those of the run's end, `part` those of one of its
+    checkpoints.
 
     The base's pictures of a checkpoint are often the run's own, which are not drawn again.
     """
@@ -29,7 +30,9 @@ class Kept:
     part: Path
 
     def draw(self, work: Work, state: str) -> list[Image.Image]:
-        """Pictures of all prompts from the scales as they are, drawn unless they are kept."""
+        """Return pictures of all prompts from the scales as they are; draw them unless they are
+        kept.
+        """
         key, files = _key(work), [f"{index:03d}.png" for index in range(_count(work))]
         target = self.own / state
         if not _kept(target, key, files):
@@ -44,7 +47,7 @@ def _count(work: Work) -> int:
 
 
 def _key(work: Work) -> str:
-    """A hash of everything that the pictures follow from."""
+    """Return a hash of everything that the pictures depend on."""
     config, plan = work.plan.config, work.plan
     size, dtype = config.data.resolution, str(plan.dtype)
     prompts = [*plan.sample_prompts, *plan.prompts.negatives]

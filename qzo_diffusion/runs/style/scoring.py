@@ -1,5 +1,5 @@
-"""What `qzo-diffuse evaluate --images` does: score any folder of pictures against prompts, and
-against a style's images.
+"""Score any folder of pictures against prompts and a style's images, for `qzo-diffuse evaluate
+--images`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from qzo_diffusion.diffusion.prompts import read_prompt_file
 from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, content_name, load_scorer
 from qzo_diffusion.runs.style.natural_order import natural_key
-from qzo_diffusion.runs.style.samples import tell_reading
+from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.system import escape
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import prepare_file
@@ -25,12 +25,14 @@ from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
 
 SHOWN_PAIRS = 3
-TABLE = "prompts.json"  # what `sample` writes beside its pictures: which was made from which prompt
+TABLE = "prompts.json"  # the table of pictures and prompts that `sample` writes
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """`prompts` may be left out where the folder says itself which prompt made which picture."""
+    """Settings of scores. `prompts` may be None if a table in the folder names the prompt of each
+    picture.
+    """
 
     images: Path
     prompts: str | None = None
@@ -41,9 +43,11 @@ class ScoreRequest:
 
 
 def run(request: ScoreRequest) -> dict[str, Any]:
-    """Raises DataError: no pictures, other numbers of pictures and prompts, or none can be read.
+    """Score a folder and write the result.
 
-    OutputError: the output.
+    Raises:
+        DataError: no pictures, numbers of pictures and prompts that differ, or none can be read.
+        OutputError: the output can't be written.
     """
     pairs = _pairs(request)
     if request.output is not None:
@@ -79,7 +83,7 @@ def run(request: ScoreRequest) -> dict[str, Any]:
 
 
 def in_words(found: Mapping[str, Any]) -> str:
-    """The score of a folder, from `run`'s `clip_score`."""
+    """Return the score of a folder as text, from `run`'s `clip_score`."""
     name = content_name(found["note"])
     by = found["note"] or found["model"]
     return f"{name[0].upper()}{name[1:]} {found['mean']:.4f} of {found['n']} images, by {by}"
@@ -101,7 +105,7 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
         if table.is_file()
         else _in_natural_order(request.images)
     )
-    prompts = _told(resources.find_file(request.prompts, "prompts"))
+    prompts = _read_prompts(resources.find_file(request.prompts, "prompts"))
     if len(prompts) != len(paths):
         raise DataError(
             f"{len(paths)} pictures in {request.images} and {len(prompts)} prompts in "
@@ -111,14 +115,14 @@ def _pairs(request: ScoreRequest) -> list[tuple[Path, str]]:
         )
     pairs = list(zip(paths, prompts, strict=True))
     if not table.is_file() and paths != sorted(paths):
-        _tell_order(pairs, request.images)
+        _report_order(pairs, request.images)
     return pairs
 
 
-def _told(file: Path) -> list[str]:
-    """The prompts of a file; how they were read is told."""
+def _read_prompts(file: Path) -> list[str]:
+    """Read the prompts of a file, and report how they were read."""
     found = read_prompt_file(file)
-    tell_reading(found)
+    report_reading(found)
     return found.texts
 
 
@@ -127,8 +131,8 @@ def _in_natural_order(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: natural_key(path.relative_to(folder)))
 
 
-def _tell_order(pairs: Sequence[tuple[Path, str]], folder: Path) -> None:
-    """Names sorted as text would have other pairs: the first ones let a person check."""
+def _report_order(pairs: Sequence[tuple[Path, str]], folder: Path) -> None:
+    """Show the first pairs of picture and prompt: names sorted as text would give other pairs."""
     shown = [
         f"  {escape.one_line(_name(path, folder))} <- {escape.one_line(prompt)}"
         for path, prompt in pairs[:SHOWN_PAIRS]
@@ -149,7 +153,7 @@ def _from_table(folder: Path, table: Path) -> list[tuple[Path, str]]:
 
 
 def _rows(table: Path) -> list[tuple[str, str]]:
-    """File names and prompts; a name must lie in the folder itself."""
+    """Return file names and prompts; a name must lie in the folder itself."""
     try:
         rows = [(str(row["file"]), str(row["prompt"])) for row in read_json(table)]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,7 +183,9 @@ def _images_in(folder: Path, *, own_outputs: bool = False) -> list[Path]:
 def _opened(
     paths: list[Path], folder: Path
 ) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
-    """The pictures that can be read, and the others with reasons, which are told and counted."""
+    """Return the pictures that can be read, and the others with reasons, which are reported and
+    counted.
+    """
     opened, unusable = {}, []
     for path in paths:
         try:
