@@ -132,13 +132,13 @@ def costs(side: int, batch: int, card: Card) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     columns = {
         "TFLOP": ("tflop", ".0f"),
-        "two forwards, ms": ("two_forwards", ".0f"),
+        "two forward passes, ms": ("two_forwards", ".0f"),
         "of it unpacking, ms": ("unpack_once", ".0f"),
-        "gains, ms": ("gains", ".1f"),
+        "scaling, ms": ("gains", ".1f"),
         "factors, ms": ("factors", ".1f"),
         "bits on one CPU core, ms": ("random_bits_on_cpu", ".1f"),
-        "default / two forwards": ("probes_over_two_forwards", ".3f"),
-        "dense / two forwards": ("dense_over_two_forwards", ".3f"),
+        "default / two passes": ("probes_over_two_forwards", ".3f"),
+        "dense / two passes": ("dense_over_two_forwards", ".3f"),
     }
     lines = [
         "| card | side | batch | " + " | ".join(columns) + " |",

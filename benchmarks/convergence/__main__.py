@@ -79,7 +79,7 @@ def main() -> None:
     )
     parser.add_argument("--style-dir", type=Path, help="compare on this folder of captioned images")
     parser.add_argument(
-        "--budget", type=int, default=BUDGET, help="example-forwards of a run on --style-dir"
+        "--budget", type=int, default=BUDGET, help="forward passes of a run on --style-dir"
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(

@@ -43,7 +43,7 @@ CHECKPOINT_SECONDS = 60
 DIVERGED = 4.0
 
 Curve = list[tuple[int, float | None]]
-"""(example-forwards spent on training, held-out loss; None where it was not finite)."""
+"""(forward passes spent on training, held-out loss; None where it was not finite)."""
 
 
 @dataclass
@@ -183,7 +183,7 @@ class CellRun:
 
     @property
     def spent(self) -> int:
-        """Example-forwards so far; those of evaluations don't count."""
+        """Forward passes so far; those of evaluations don't count."""
         calibration = 0 if self.progress.rate_factor is None else self.method.calibration
         return self.progress.step * self.method.cost_of_step + calibration
 

@@ -34,7 +34,7 @@ def compare(style_dir: Path, budget: int, seeds: int, work: Path, cache: Path) -
     call goes on.
 
     Args:
-        budget: example-forwards of a run.
+        budget: forward passes of a run.
     """
     task, folders = StyleTask(style_dir, None, cache), Folders(work / "cells", work / "checkpoints")
     name = style_dir.resolve().name

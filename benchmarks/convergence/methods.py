@@ -23,7 +23,7 @@ DATA = ("fluent_mono", "openmoji", "fluent3d", "sst2")
 TEXT = "sst2"  # a language model, whose rates are others
 # another style, block size, code book and back-end than the default was found on
 UNSEEN = "twemoji_fp4_128"
-# example-forwards: one example through the model once
+# forward passes, each of one example
 BUDGET, LONG_BUDGET, LONGEST_BUDGET = 16_000, 64_000, 256_000
 FIRST_ORDER_STEPS = 200
 TRIED_ON = ("fluent_mono", "openmoji")  # where alternatives are run
@@ -42,7 +42,7 @@ class Phase:
     step's cost is. rate: the learning rate as a multiple of the family's; the schedule runs over
     this phase alone. share: of the run's steps. eps in the units of the numbers. calibrate: the
     rate is lowered to suit slope and curvature where the run begins, for `Method.calibration`
-    example-forwards."""
+    forward passes."""
 
     level: Level | Literal["lora"]
     layers: Literal["quiet"] | None = None
@@ -67,7 +67,7 @@ class Phase:
 class Method:
     """All settings of a run but its data and its seed.
 
-    budget: example-forwards; with `first_order`, examples that went forwards and backwards, counted
+    budget: forward passes of one example; with `first_order`, forward and backward passes, counted
     apart. Noise levels of training are uniform and stratified where nothing else is said, as those
     of the held-out loss are."""
 
@@ -80,7 +80,7 @@ class Method:
 
     @property
     def cost_of_step(self) -> int:
-        """Example-forwards: every direction is one of each example, or two at both sides of it."""
+        """Forward passes: one for each direction of each example, two if both sides are probed."""
         if self.first_order:
             return self.batch
         probes = self.phases[0].num_directions * (
@@ -90,7 +90,7 @@ class Method:
 
     @property
     def calibration(self) -> int:
-        """Example-forwards before the first step."""
+        """Forward passes before the first step."""
         return 3 * calibration_batches(self.batch) * self.batch if self.phases[0].calibrate else 0
 
     @property
@@ -257,7 +257,8 @@ def _defaults() -> Iterator[Family]:
 
     at = (DEFAULT_EXPONENT,)
     what = (
-        "eight directions of each of four examples, rows and columns, regions, normalised, SGD; "
+        "eight directions of each of four examples, rows and columns, patch groups, normalised, "
+        "SGD; "
         "calibrated, on text a cosine"
     )
     of_text = PICTURES_OVER_QUIET * rate(DEFAULT_EXPONENT) / suited_lr(BUDGET // 32)
@@ -285,7 +286,7 @@ def _defaults() -> Iterator[Family]:
         ("longest", LONGEST_BUDGET),
         ("short", BUDGET // 10),
     ):
-        what = f"the default over {budget:,} example-forwards"
+        what = f"the default over {budget:,} forward passes"
         yield Family(method(f"{DEFAULT}_{name}", BEST, budget), at, what, data=DATA[:-1])
     for name, budget in (("", BUDGET), ("_long", LONG_BUDGET), ("_longest", LONGEST_BUDGET)):
         what, at = (
@@ -312,7 +313,7 @@ def _changed_defaults() -> Iterator[Family]:
         "without_regions": (
             replace(FIXED, regions=1),
             BEST_BATCH,
-            "without directions of each region",
+            "without directions of each patch group",
         ),
     }
     for name, (phase, batch, what) in changes.items():
@@ -322,7 +323,7 @@ def _changed_defaults() -> Iterator[Family]:
         f"{DEFAULT}_held", replace(BEST, normalize="running", schedule="hold"), batch=BEST_BATCH
     )
     what, at = (
-        "the default in running spreads, its rate held",
+        "the default with running rms, its rate held",
         default_exponent(BUDGET, schedule="cosine"),
     )
     yield Family(held, (at,), what, data=STYLES)
@@ -358,7 +359,7 @@ def _antithetic() -> Iterator[Family]:
     yield Family(
         _method(f"{was}_held", held),
         at,
-        "antithetic in running spreads, its rate held",
+        "antithetic with running rms, its rate held",
         3,
         data=STYLES,
     )

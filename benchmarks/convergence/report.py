@@ -41,7 +41,7 @@ Point = Sequence[Any]
 
 
 def crossing(curve: Sequence[Point], target: float) -> float | None:
-    """Example-forwards at which the loss first is `target` or less, linear between evaluations;
+    """Forward passes after which the loss first is `target` or less, linear between evaluations;
     None when it never is.
     """
     before: tuple[float, float] | None = None
@@ -67,9 +67,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def budget_ratio(
     curves: Sequence[Sequence[Point]], target: float, budget: int
 ) -> dict[str, float] | None:
-    """How many times fewer example-forwards than `budget` reach `target`.
+    """How many times fewer forward passes than `budget` reach `target`.
 
-    The mean is that of the forwards over the seeds, not of the ratios, which a single lucky seed
+    The mean is that of the passes over the seeds, not of the ratios, which a single lucky seed
     would lift. None when a seed never gets there, or when there was nothing to reach.
     """
     found = [crossing(curve, target) for curve in curves]
@@ -349,7 +349,7 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
     lines.append(
         f"**The default, `{DEFAULT}`, against the reference: "
         + (
-            f"{mean:.1f} times fewer example-forwards, geometric mean over {', '.join(covered)}"
+            f"{mean:.1f} times fewer forward passes, geometric mean over {', '.join(covered)}"
             if mean
             else "not measured yet"
         )
@@ -381,7 +381,7 @@ def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, 
             ),
             "",
             "| method | rate | seeds | held-out loss at the end | share of the first-order "
-            "gain | times fewer forwards | CPU s |",
+            "gain | times fewer passes | CPU s |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, found in figures_["styles"][data]["families"].items():
@@ -403,8 +403,8 @@ def _summary(figures_: Mapping[str, Any]) -> list[str]:
         "reference": ("paper", ".3f"),
         "default": ("default", ".3f"),
         "first order": ("first_order", ".3f"),
-        "times fewer forwards": ("speedup", ".1f"),
-        "share of first order, 64,000 forwards": ("gain_share", ".0%"),
+        "times fewer passes": ("speedup", ".1f"),
+        "share of first order, 64,000 passes": ("gain_share", ".0%"),
         "the reference's share": ("reference_gain_share", ".0%"),
         "gain over the tuned default's": ("default_gain_over_tuned", ".2f"),
     }
@@ -461,7 +461,7 @@ def plot(results: Results, path: Path) -> None:
         panel.set_xscale("symlog", linthresh=320)
         panel.set_xlim(left=0)
     figure.supxlabel(
-        "example-forwards (first order and QLoRA: examples forwards and backwards)",
+        "forward passes of one example (first order and QLoRA: forward and backward passes)",
         fontsize="medium",
     )
     order = [label for label in (*NAMED, OTHERS) if label in named]

@@ -259,7 +259,7 @@ class StyleTask:
         ]
 
     def _held_out(self, samples: Sequence[Sample], size: int = 32) -> list[Batch]:
-        """Every held-out image once, at one noise level of its own: 128 forwards an evaluation
+        """Every held-out image once, at one noise level of its own: 128 passes an evaluation
         instead of 512.
         """
         latents = torch.stack(

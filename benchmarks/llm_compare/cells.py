@@ -81,9 +81,7 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
 
 
 def _curve(folder: Path, forwards_of_step: int) -> list[tuple[int, float]]:
-    """(example-forwards, held-out loss); of first order, examples that went forwards and
-    backwards.
-    """
+    """Return (forward passes, held-out loss); first order counts forward and backward passes."""
     metrics = folder / "metrics.jsonl"
     lines = (
         [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []

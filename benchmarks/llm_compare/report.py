@@ -25,7 +25,7 @@ DRAWN = (
 
 
 def plot(results: list[dict[str, Any]], picture: Path) -> None:
-    """Held-out loss of SST-2 against forwards, a line for every run of what is compared there; the
+    """Held-out loss of SST-2 against forward passes, a line for every run in `DRAWN`; the
     table has all.
     """
     import matplotlib
@@ -42,7 +42,7 @@ def plot(results: list[dict[str, Any]], picture: Path) -> None:
             panel.plot(
                 spent, losses, line, color=colours[result["method"]], label=label, linewidth=1.3
             )
-    panel.set_xlabel("example-forwards (dashed: examples forwards and backwards)")
+    panel.set_xlabel("forward passes of one example (dashed: forward and backward passes)")
     panel.set_ylabel("held-out loss, SST-2")
     if panel.lines:
         panel.legend(fontsize=8)
@@ -66,7 +66,7 @@ def report(places: Places, document: Path) -> Path:
         for task, of in tasks.items()
     }
     lines = [
-        "| task | method | metric | mean | runs | forwards | processor s | held-out loss | "
+        "| task | method | metric | mean | runs | passes | processor s | held-out loss | "
         "memory over inference |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|---|")
