@@ -49,7 +49,7 @@ def tune_(
             its batch.
         estimator: "antithetic" measures both sides of every direction; "leave_one_out" one side of
             each of `num_directions` (eight or so), which it sets against the mean of the others:
-            more directions for as many forwards (`core.spsa`).
+            more directions for as many forward passes (`core.spsa`).
         per_example: directions of its own for every example, for all levels but "dense"; batches
             then need a length.
         lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).

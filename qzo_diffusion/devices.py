@@ -39,7 +39,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of forwards: "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """Return the dtype of forward passes: "auto" is bfloat16 on a GPU and float32 on a CPU.
 
     Scales and losses are fp32 always.
     """

@@ -221,14 +221,14 @@ def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ([], "3 images, 8 directions of each: 24 forwards of one"),
+        ([], "3 images, 8 directions of each: 24 forward passes"),
         (
             ["qzo.num_directions=1"],
-            "3 images, 1 direction of each, at both sides: 6 forwards of one",
+            "3 images, 1 direction of each, at both sides: 6 forward passes",
         ),
         (
             ["qzo.per_example=false", "qzo.num_directions=2"],
-            "3 images, 2 directions that all share, at both sides: 12 forwards",
+            "3 images, 2 directions that all share, at both sides: 12 forward passes",
         ),
     ],
 )

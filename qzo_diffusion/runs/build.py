@@ -123,7 +123,7 @@ def step_in_words(config: RunConfig, examples: int, things: str) -> str:
         if config.train.micro_batch_size is None
         else f", {config.train.micro_batch_size} at once"
     )
-    return f"{examples} {things}, {along}{sides}: {examples * probes} forwards of one{at_once}"
+    return f"{examples} {things}, {along}{sides}: {examples * probes} forward passes{at_once}"
 
 
 def probes_at_once(config: RunConfig) -> int:

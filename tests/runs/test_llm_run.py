@@ -460,7 +460,7 @@ def test_a_dry_run_shows_what_the_model_will_read(arguments, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "16 to train on, 8 held out, 12 to test on" in shown
     assert "It was" in shown
-    assert "a step    2 examples, 8 directions of each: 16 forwards of one" in shown
+    assert "a step    2 examples, 8 directions of each: 16 forward passes" in shown
     assert "layers: quiet" in shown
     assert not (tmp_path / "run").exists()
 
