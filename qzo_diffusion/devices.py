@@ -1,4 +1,4 @@
-"""Which device and dtype a setting means."""
+"""Resolve the settings of device and dtype."""
 
 import os
 import sys

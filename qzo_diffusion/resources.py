@@ -1,5 +1,5 @@
-"""Where files are: those that ship with the package (beside it in a clone, inside it when installed
-from a wheel), the user's home and the cache.
+"""Find files: those of the package (beside it in a clone, inside it when installed from a wheel),
+the user's home and the cache.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ def is_unicode(text: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be computed again: below XDG_CACHE_HOME, or ~/.cache, or a
-    temporary folder of this user alone where neither can be written.
+    """Return the folder for data that can be computed again: below XDG_CACHE_HOME, or ~/.cache, or
+    a temporary folder of this user alone if neither can be written.
     """
     asked = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(asked):  # a relative one is to be ignored, by the XDG specification

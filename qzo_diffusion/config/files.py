@@ -109,7 +109,7 @@ def known_keys(kind: type[RunConfig] = Config) -> list[str]:
 
 
 def kind_of(settings: dict[str, Any]) -> type[RunConfig]:
-    """What a file of settings is for: a language run has settings or a method that no style has."""
+    """Return the kind of run that settings belong to: some are only for language runs."""
     given = set(flat(settings))
     texts, pictures = (set(known_keys(kind)) for kind in (LlmConfig, Config))
     of_texts = len(given & (texts - pictures)) + ("lora" in settings or "task" in settings)
@@ -134,7 +134,7 @@ def changed_settings(
 
 
 def _same_place(before: str | None, after: str | None) -> bool:
-    """Whether a path that was stored as it was typed may be the whole path `after`."""
+    """Return whether a path that was stored as typed may be the whole path `after`."""
     if before is None or after is None or Path(before).is_absolute():
         return False
     parts = Path(before).parts

@@ -78,7 +78,7 @@ class LoraConfig(Section):
 
 
 class LlmConfig(RunConfig):
-    """Of a run on a language model."""
+    """Settings of a run on a language model."""
 
     table: ClassVar[Sequence[Rule]] = TEXTS
 

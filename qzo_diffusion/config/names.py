@@ -1,4 +1,4 @@
-"""Which setting somebody means who knows other trainers, or mistypes."""
+"""Guess the setting that a user means who knows other trainers or mistypes."""
 
 import difflib
 from collections.abc import Collection
@@ -96,7 +96,7 @@ SENTENCES = {
 
 
 def suggestion(key: str, known: Collection[str]) -> str:
-    """What to do in place of the unknown setting `key`, in one sentence."""
+    """Return a sentence that says how to replace the unknown setting `key`."""
     tail = key.rpartition(".")[2].replace("-", "_").lower()
     for setting, names in ELSEWHERE.items():
         if setting in known and tail in names.split():

@@ -75,7 +75,7 @@ def _default(key: str) -> str:
 
 
 def _meaning(fields: Sequence[FieldInfo]) -> str:
-    """Of the last kind of runs, which has all values of the others."""
+    """Return the meaning for the last kind of runs, which has all values of the others."""
     return " ".join((fields[-1].description or "").split())
 
 

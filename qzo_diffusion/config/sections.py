@@ -95,8 +95,8 @@ class QzoConfig(Section):
 
     @property
     def scales_activations(self) -> bool:
-        """Whether the numbers are factors of inputs and outputs, so that each example can have its
-        own.
+        """Whether theta scales inputs and outputs, so that each example can have its own
+        perturbation.
         """
         return self.parametrization not in SHARED
 
@@ -178,7 +178,7 @@ class ComputeConfig(Section):
 
 
 class RunConfig(Section):
-    """What every run has, whatever it trains."""
+    """Settings that every kind of run has."""
 
     table: ClassVar[Sequence[Rule]] = PICTURES
 

@@ -104,7 +104,7 @@ StyleMethod = Literal["qzo", "quzo", "fo-scales"]
 
 
 class Config(RunConfig):
-    """Of a style run."""
+    """Settings of a style run."""
 
     method: StyleMethod = "qzo"
     """qzo: forward passes alone; quzo: integer codes; fo-scales: by gradients"""

@@ -63,7 +63,7 @@ def expanded(scales: ScaleSet, stored: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _fitting(base: Tensor, parts: Mapping[str, Tensor], rows: int) -> bool:
-    """Whether the parts have the shapes and dtypes that `shrunk` gives them."""
+    """Return whether the parts have the shapes and dtypes that `shrunk` gives them."""
     if parts.keys() <= {WHOLE}:
         return all(
             part.dtype == base.dtype and part.numel() == base.numel() for part in parts.values()

@@ -63,7 +63,7 @@ class _Probe(NamedTuple):
     radii: tuple[float, ...]
 
     def groups(self, token_wise: bool) -> int:
-        """How many runs of tokens or of examples have their own θ."""
+        """The number of patch groups or examples that have their own θ."""
         return (
             len(self.radii)
             * len(self.directions)

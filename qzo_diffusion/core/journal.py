@@ -66,7 +66,7 @@ class Journal:
         return self.chains[-1] if self.chains else self.header_chain
 
     def holds(self, chain: str) -> bool:
-        """Whether the journal once ended with this chain value."""
+        """Return whether the journal once ended with this chain value."""
         return chain == self.header_chain or chain in self.chains
 
 
@@ -282,7 +282,7 @@ def _check_order(entries: list[Entry], path: Path) -> None:
 
 
 def _check_counts(journal: Journal) -> None:
-    """Before directions are drawn for as many examples as the header says."""
+    """Check the header's number of examples before directions are drawn for them."""
     known, examples = get_args(Distribution), journal.header.get("examples")
     if journal.header.get("directions") not in known:
         got, expected = f"directions {journal.header.get('directions')!r}", " or ".join(known)

@@ -85,7 +85,7 @@ def check_fits(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_numbers(scales: ScaleSet, tensors: Mapping[str, Tensor]) -> None:
-    """As `check_fits`, of tensors that are known to have the names and shapes.
+    """Check tensors that are known to have the names and shapes of `scales`.
 
     Raises:
         ModelError: numbers that are not finite; a scale of the other sign than the base's.

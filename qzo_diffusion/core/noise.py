@@ -58,7 +58,7 @@ _generators = _Generators()
 
 
 def bits_drawn(numel: int) -> int:
-    """How many bits a draw for `numel` elements has: whole words of 64."""
+    """Return the number of bits that are drawn for `numel` elements: whole words of 64."""
     return -(-numel // 64) * 64
 
 

@@ -173,7 +173,7 @@ class RunningRms:
         return torch.tensor([self._count, self._square], dtype=torch.float64)
 
     def load_state_(self, state: Tensor | None) -> None:
-        """None stands for no past."""
+        """Restore a state; None stands for no past."""
         count, self._square = (0, 0.0) if state is None else state.tolist()
         self._count = int(count)
 

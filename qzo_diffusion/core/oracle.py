@@ -189,7 +189,7 @@ def _products(
 
 @dataclass(frozen=True)
 class Alignment:
-    """How well an estimate agrees with the exact gradient of the same batch.
+    """Agreement of an estimate with the exact gradient of the same batch.
 
     `core.expected_cosine` says which cosine its directions allow.
     """

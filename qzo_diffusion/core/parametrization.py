@@ -1,4 +1,4 @@
-"""What is trained, and how the quantization scales follow from it.
+"""Parametrizations: they define theta, and compute the quantization scales from it.
 
 In relative units θ = log(s / s0) is trained: eps and lr are fractions of a scale, the same for
 every model and back-end, and scales stay positive. The paper's absolute units are kept for
@@ -29,7 +29,7 @@ class Parametrization(Protocol):
 
     @property
     def scales_activations(self) -> bool:
-        """Whether a change of θ is a factor of inputs and outputs, so that examples can differ."""
+        """Whether a change of θ scales inputs and outputs, so that examples can differ."""
         ...
 
     def templates(self) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ class Probes(Generic[Batch]):
         directions_at_once: int,
         radii_at_once: int,
     ) -> list[list[list[float]]]:
-        """As `losses`; empty where the batch can't be repeated or gives one loss for all copies."""
+        """Return `losses`, empty if the batch can't be repeated or has one loss for all copies."""
         found: list[list[list[float]]] = [[] for _ in self.radii]
         for start in range(0, len(directions), directions_at_once):
             part = directions[start : start + directions_at_once]

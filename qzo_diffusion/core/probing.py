@@ -1,4 +1,4 @@
-"""What a step probes, and how: the batch and the settings that `core.spsa` and the loop share."""
+"""Settings and batch of a step's probes, which `core.spsa` and the loop share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,5 +63,5 @@ class Probing:
 
     @property
     def radii(self) -> tuple[float, ...]:
-        """Where each direction is probed: at both sides, or at one."""
+        """The radii at which each direction is probed: at both sides, or at one."""
         return (self.eps, -self.eps) if self.estimator == "antithetic" else (self.eps,)

@@ -41,7 +41,7 @@ Probe = Literal["codes", "float"]
 
 
 class Grid(Protocol):
-    """How codes are stored, in the order of the weights that they stand for."""
+    """Storage of codes, in the order of the weights that they stand for."""
 
     low: int
     high: int

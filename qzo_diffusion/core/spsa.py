@@ -67,7 +67,9 @@ class Estimate:
 
     @property
     def finite(self) -> bool:
-        """Whether all losses and derivatives are; clipping must not make a bad step look sound."""
+        """Whether all losses and derivatives are finite; clipping must not make a bad step look
+        sound.
+        """
         seen = (self.loss_plus, self.loss_minus, self.directional_derivative)
         return all(math.isfinite(value) for values in seen for value in values)
 
@@ -231,7 +233,7 @@ def _of_shared_directions(
 
 
 def _mean_of_others(losses: Sequence[float], stride: int) -> list[float]:
-    """For each loss the mean of the others that lie whole multiples of `stride` from it."""
+    """Return for each loss the mean of the others that lie whole multiples of `stride` from it."""
     sums = [exact_sum(losses[place::stride]) for place in range(stride)]
     others = len(losses) // stride - 1
     return [(sums[index % stride] - loss) / others for index, loss in enumerate(losses)]

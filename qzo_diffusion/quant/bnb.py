@@ -170,7 +170,7 @@ def stored_state(layer: str, names: Mapping[str, T]) -> dict[str, T]:
 
 
 def belongs_to_a_weight(name: str, names: Container[str]) -> bool:
-    """Whether a tensor is the scale, codebook or description of a 4-bit layer."""
+    """Return whether a tensor is the scale, codebook or description of a 4-bit layer."""
     weight, found, _ = name.rpartition(".weight.")
     return bool(found) and f"{weight}.weight.absmax" in names
 

@@ -37,12 +37,14 @@ def last_readers(names: Iterable[str]) -> list[str]:
 
 
 def quiet(names: Iterable[str]) -> list[str]:
-    """Where a language model's layers have little noise for their signal
+    """Return the layers of a language model with little noise for their signal
     (docs/decisions/language_models.md D42).
 
-    Those in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, but for projections to
-    queries or keys alone. Layers outside of blocks aren't. The name may be one before the last:
-    GPTQ's layers are called `q_proj.inner` where inputs are put in order."""
+    They are in blocks at 40 to 90 % of the depth, numbers 12 to 26 of 30, without projections that
+    give queries or keys alone. Layers outside of blocks are left out. GPTQ's layers are called
+    `q_proj.inner` where their inputs are permuted, so the last part but one of a name counts as
+    well.
+    """
     block = {
         name: int(number[1]) for name in names if (number := re.search(r"(?:^|\.)(\d+)\.", name))
     }

@@ -159,7 +159,7 @@ def family_of(name: str) -> str | None:
 
 
 def is_language_model(name: str) -> bool:
-    """Whether a Hub id names a language model."""
+    """Return whether a Hub id names a language model."""
     return family_of(name) is None and re.search(LANGUAGE, name.lower()) is not None
 
 
@@ -171,12 +171,12 @@ def family_of_class(pipeline: str) -> str:
 
 
 def gguf_of_pictures(architecture: str) -> bool:
-    """Whether an architecture that a GGUF file states is one of pictures or video."""
+    """Return whether an architecture that a GGUF file states is one of pictures or video."""
     return architecture in GGUF_OF_PICTURES or family_of(architecture) is not None
 
 
 def _gguf(start: bytes) -> Kind:
-    """By the architecture, which stands at the beginning of such a file."""
+    """Describe a GGUF file by the architecture at its beginning."""
     found = re.search(rb"general\.architecture\x08\0\0\0(.{8})", start, re.DOTALL)
     end = found.end() + min(64, int.from_bytes(found[1], "little")) if found else 0
     name = start[found.end() : end].decode("ascii", "replace") if found else ""

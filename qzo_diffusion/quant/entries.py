@@ -92,7 +92,7 @@ class Entry:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """By the extremes, which a NaN takes over: one pass and no memory. Bytes are not looked at."""
+    """Return whether all numbers are finite, in one pass over their extremes. Bytes are skipped."""
     if not tensor.is_floating_point() or tensor.element_size() == 1 or not tensor.numel():
         return True
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())

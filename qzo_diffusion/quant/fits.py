@@ -95,8 +95,9 @@ def refuse_kin(unused: Iterable[str], used: Iterable[str], model: Any) -> None:
 
 
 def named_as_in(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-    """By the model's own names: transformers renames layers between versions, and adds or drops a
-    prefix for heads.
+    """Return the tensors under the model's own names.
+
+    Transformers renames layers between versions, and adds or drops a prefix for heads.
     """
     slots: dict[str, Any] = dict(slots_of(model))
     slots |= dict.fromkeys(getattr(model, "all_tied_weights_keys", None) or (), True)
@@ -121,7 +122,7 @@ def named_as_in(model: nn.Module, entries: Mapping[str, Entry]) -> Mapping[str, 
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether transformers joins or splits tensors of the files while it loads such a model."""
+    """Return whether transformers joins or splits tensors of the files on loading such a model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
@@ -148,7 +149,7 @@ def tied_targets(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]
 def _filled(
     model: nn.Module, entries: Mapping[str, Entry], slots: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """By place of the model, the name of the tensor on disk that fills it."""
+    """Return place of the model -> name of the tensor on disk that fills it."""
     filled = {name: name for name in entries if name in slots}
     for source, targets in tied_targets(model, entries).items():
         if source in entries:

@@ -48,7 +48,7 @@ class GgufHeader:
 
 
 def has_magic(file: Path) -> bool:
-    """Whether a file begins as GGUF files do."""
+    """Return whether a file begins like a GGUF file."""
     try:
         with file.open("rb") as handle:
             return handle.read(4) == MAGIC

@@ -37,7 +37,7 @@ def header_bytes(file: Path) -> bytes:
 
 
 def read_header(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Where each tensor of a safetensors file lies, and the file's metadata.
+    """Return the place of each tensor in a safetensors file, and the file's metadata.
 
     Raises:
         ModelError: the file is missing, is not in this format, or is not as long as it says.

@@ -94,7 +94,7 @@ def quantize(weight: Tensor, kind: GridType, blocksize: int) -> tuple[Tensor, Te
 
 
 def columns_of_block(kind: GridType, blocksize: int) -> int:
-    """What the number of inputs must be a multiple of."""
+    """Return the number that the number of inputs must be a multiple of."""
     return blocksize if kind == "int4" else 1
 
 
@@ -128,9 +128,7 @@ class IntGridLinear(nn.Module):
         return self
 
     def whole_numbers(self) -> Tensor:
-        """What the codes stand for, [N, K], before they are scaled; also of codes that are not
-        whole.
-        """
+        """Return the unscaled numbers of the codes, [N, K], also for codes that are not whole."""
         if self.kind == "fp8":
             return self.codes.view(torch.float8_e4m3fn).to(torch.float32)
         return self.codes if self.codes.is_floating_point() else self.grid.codes(self.codes)

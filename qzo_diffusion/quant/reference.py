@@ -97,7 +97,7 @@ class ReferenceLinear4bit(nn.Module):
         blocksize: int,
         bias: Tensor | None,
     ) -> "ReferenceLinear4bit":
-        """From bitsandbytes' layout: two codes a byte, the first in the high half."""
+        """Make a layer from bitsandbytes' layout: two codes a byte, the first in the high half."""
         flat = packed.reshape(-1)
         return cls(
             torch.stack([flat >> 4, flat & 15], 1).view(shape), absmax, bias, quant_type, blocksize

@@ -71,7 +71,7 @@ def _scaled(layer: str, name: str, entries: Mapping[str, Entry]) -> Entry | None
 def _blocks(
     weight: tuple[int, ...], scale: tuple[int, ...]
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """How many scales lie along rows and columns, and how many of these share one."""
+    """Return how many scales lie along rows and columns, and how many of these share one."""
     numel = 1
     for size in scale:
         numel *= size
@@ -89,7 +89,7 @@ def _blocks(
 
 
 def _side(size: int, count: int) -> int | None:
-    """How many of `size` rows share one of `count` scales; powers of two leave no second answer."""
+    """Return how many of `size` rows share one of `count` scales, a power of two."""
     if count in (1, size):
         return size // count
     if -(-size // BLOCK) == count:
@@ -99,7 +99,7 @@ def _side(size: int, count: int) -> int | None:
 
 
 def _is_plain(description: Entry | None) -> bool:
-    """Whether a description says no more than that codes are multiplied by a scale."""
+    """Return whether a description only says that codes are multiplied by a scale."""
     if description is None:
         return True
     if description.nbytes > LONGEST_DESCRIPTION:

@@ -19,7 +19,7 @@ from qzo_diffusion.quant.entries import Entry
 
 @dataclass(frozen=True)
 class Quantization:
-    """How linears are quantized; layers that are 4-bit on disk keep their own type and block
+    """Settings for quantizing linears; layers that are 4-bit on disk keep their own type and block
     size.
     """
 

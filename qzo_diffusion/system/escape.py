@@ -23,7 +23,7 @@ def terminal(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """As `terminal`, for a name inside a line: line ends and tabs become escapes, too."""
+    """Escape a name inside a line: like `terminal`, but line ends and tabs become escapes, too."""
     return "".join(map(_visible, text))
 
 

@@ -50,10 +50,11 @@ def check_empty(path: Path, remedy: str = ANOTHER) -> None:
 
 
 def check_new(path: Path, remedy: str = ANOTHER) -> None:
-    """As `check_empty`, for what `write_folder` puts in the place of `path`.
+    """Check a path that `write_folder` will replace, like `check_empty`.
 
-    That may not be the current folder, although it is empty: whoever stands in it would be left in
-    one that was deleted."""
+    The current folder is refused although it is empty: a shell in it would be left in a deleted
+    folder.
+    """
     check_empty(path, remedy)
     if path.is_dir() and path.samefile("."):
         raise OutputError(
@@ -285,7 +286,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _hash_or_none(path: Path) -> str | None:
-    """None for what is no readable file."""
+    """Return the hash of a file, None if it can't be read."""
     try:
         return hash_of(path) if path.is_file() else None
     except OSError:

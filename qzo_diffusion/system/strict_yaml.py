@@ -31,7 +31,7 @@ class Document:
     lines: dict[Path, int] = field(default_factory=dict)
 
     def line_of(self, path: Path) -> int:
-        """Of the deepest part of `path` that is in the file."""
+        """Return the line of the deepest part of `path` that is in the file."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
@@ -64,7 +64,7 @@ def read(text: str, is_text: Callable[[Path], bool] = lambda path: False) -> Doc
 
 
 def _check_size(node: yaml.Node, sizes: dict[int, int], inside: tuple[int, ...]) -> int:
-    """How many values the node has, with aliases written out."""
+    """Count the values of the node, with aliases written out, and refuse too many."""
     if id(node) in inside:
         raise YamlError(f"line {_line(node)}: a value that holds itself")
     if id(node) not in sizes:

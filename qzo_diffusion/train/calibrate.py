@@ -51,7 +51,7 @@ class LrCalibration:
 
 
 def calibration_batches(examples: int) -> int:
-    """How many batches of so many examples a calibration evaluates."""
+    """Return the number of batches of so many examples that a calibration evaluates."""
     return -(-EXAMPLES // examples)
 
 

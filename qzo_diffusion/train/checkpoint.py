@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint after so many steps is."""
+    """Return the folder of the checkpoint after so many steps."""
     return checkpoints / f"step_{step:06d}"
 
 
@@ -126,7 +126,7 @@ def list_checkpoints(checkpoints: Path, check: bool = True) -> tuple[list[Checkp
 def examine_checkpoints(
     checkpoints: Path, check: bool = True
 ) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """As `list_checkpoints`, with the problem of each damaged folder."""
+    """List checkpoints like `list_checkpoints`, with the problem of each damaged folder."""
     found: list[Checkpoint] = []
     damaged: dict[Path, str] = {}
     for folder in sorted(checkpoints.glob("step_*")):
@@ -218,7 +218,7 @@ def cut_metrics(path: Path, steps_done: int) -> dict[int, float]:
 
 
 def bad_steps_at_end(journal: Journal) -> int:
-    """How many skipped steps in a row the journal ends with."""
+    """Return the number of skipped steps in a row at the end of the journal."""
     count = 0
     for entry in reversed(journal.steps):
         if not entry.skipped:
@@ -228,7 +228,7 @@ def bad_steps_at_end(journal: Journal) -> int:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """None for what a run does not write."""
+    """Parse a line of metrics; None for a line that no run writes."""
     try:
         entry = parse_json(line)
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):

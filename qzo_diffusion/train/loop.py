@@ -55,12 +55,12 @@ class StepRecord:
 
     @property
     def directional_derivative(self) -> float:
-        """As measured; the rms over several directions."""
+        """The measured derivative; the rms over several directions."""
         return _of_all(self.estimate.directional_derivative, self.estimate.patch_groups)
 
     @property
     def projected_grad(self) -> float:
-        """As the update took it; the rms over several directions."""
+        """The derivative as the update took it; the rms over several directions."""
         return _of_all(self.estimate.projected_grad, self.estimate.patch_groups)
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ TakeStep = Callable[[Setup[Any], StepBatch[Any], int], StepRecord]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
         steps_done: steps completed since the run began, those of earlier processes included.
