@@ -5,14 +5,20 @@ The four steps of these samples are at noise levels 1, 0.86, 0.61 and 0.03.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.diffusion.pipeline_shape import known_shape
 from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate import signal
+from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.memory import memory_plan
 from tests.conftest import failing, metrics
 from tests.runs.short_run import load_equal
 
@@ -150,3 +156,19 @@ def test_the_levels_of_training_are_drawn_inside_and_held_out_ones_are_not(
     assert start[0] == start[1]
     settings = yaml.safe_load((tmp_path / "part" / "config.yaml").read_text())
     assert (settings["sigma"]["min"], settings["sigma"]["max"]) == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("method", ["qzo", "quzo"])
+def test_the_memory_plan_counts_the_copy_of_what_is_trained(method):
+    name = "stabilityai/stable-diffusion-3.5-large"
+    place = pipeline.Runtime(Path(name), torch.device("cpu"), torch.bfloat16, known_shape(name))
+    given = {"model": name, "method": method}
+    plans = [
+        memory_plan(make_config(given | {"sample": {"tuned_between": levels}}), place)
+        for levels in (None, [0.0, 0.7])
+    ]
+    for before, after in zip(*(plan.phases for plan in plans), strict=True):
+        more = after.total - before.total
+        if before.name in ("train", "sample"):
+            # 8.0e9 quantized weights: a scale of 4 bytes for 64 of them, or a code for each
+            assert (0.49e9 < more < 0.51e9) if method == "qzo" else (8e9 < more < 9e9)
