@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.convergence import cells, folder, methods, pictures, report
+from benchmarks.convergence import cells, figures, folder, methods, pictures, report
 from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
 from benchmarks.convergence.methods import (
     FAMILIES,
@@ -194,27 +194,27 @@ def test_phases_follow_each_other():
 
 def test_interpolation_between_evaluations():
     curve = [(0, 3.0), (320, 2.0), (640, 2.5), (960, 1.0)]
-    assert report.crossing(curve, 2.0) == 320
-    assert report.crossing(curve, 2.25) == 240
-    assert report.crossing(curve, 1.6) == pytest.approx(640 + 320 * 0.9 / 1.5)
-    assert report.crossing(curve, 0.5) is None
-    assert report.crossing(curve, 3.0) == 0
-    assert report.crossing([(0, 3.0), (320, None)], 1.0) is None
+    assert figures.crossing(curve, 2.0) == 320
+    assert figures.crossing(curve, 2.25) == 240
+    assert figures.crossing(curve, 1.6) == pytest.approx(640 + 320 * 0.9 / 1.5)
+    assert figures.crossing(curve, 0.5) is None
+    assert figures.crossing(curve, 3.0) == 0
+    assert figures.crossing([(0, 3.0), (320, None)], 1.0) is None
 
 
 def test_ratios_by_hand():
     curves = [[(0, 3.0), (1000, 1.0)], [(0, 3.0), (2000, 1.0)]]  # 2.0 after 500 and 1000
-    assert report.budget_ratio(curves, 2.0, 16_000) == {
+    assert figures.budget_ratio(curves, 2.0, 16_000) == {
         "mean": 16_000 / 750,
         "low": 16.0,
         "high": 32.0,
         "seeds": 2,
     }
     # one seed never gets there
-    assert report.budget_ratio([*curves, [(0, 3.0), (1000, 2.5)]], 2.0, 16_000) is None
-    assert report.budget_ratio(curves, 3.5, 16_000) is None  # nothing to reach
-    assert report.geometric_mean([4.0, 25.0]) == pytest.approx(10.0)
-    assert report.share_of_gain(3.0, 2.5, 1.0) == 0.25
+    assert figures.budget_ratio([*curves, [(0, 3.0), (1000, 2.5)]], 2.0, 16_000) is None
+    assert figures.budget_ratio(curves, 3.5, 16_000) is None  # nothing to reach
+    assert figures.geometric_mean([4.0, 25.0]) == pytest.approx(10.0)
+    assert figures.share_of_gain(3.0, 2.5, 1.0) == 0.25
 
 
 def test_the_grid_grows_while_its_best_is_at_the_edge():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convergence.cells import Folders, run_cell
+from benchmarks.convergence.figures import budget_ratio, share_of_gain, spread
 from benchmarks.convergence.methods import (
     DEFAULT,
     FAMILIES,
@@ -22,7 +23,6 @@ from benchmarks.convergence.methods import (
     default_exponent,
     next_exponents,
 )
-from benchmarks.convergence.report import budget_ratio, share_of_gain, spread
 from benchmarks.convergence.tasks import StyleTask
 from benchmarks.record import provenance
 
