@@ -13,17 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.convergence import cells, figures, folder, methods, pictures, report
-from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
+from benchmarks.convergence import cells, figures, folder, methods, pictures, report, settings
+from benchmarks.convergence.cells import Folders, run_cell
 from benchmarks.convergence.methods import (
     FAMILIES,
-    Cell,
-    Phase,
     next_exponents,
     open_cells,
     rate_of,
-    settled_exponent,
+    resolved_exponent,
 )
+from benchmarks.convergence.results import final_losses, finished, to_json
+from benchmarks.convergence.settings import UNSEEN, Cell, Phase
 from benchmarks.convergence.tasks import (
     STYLE_WORDS,
     choose,
@@ -221,11 +221,11 @@ def test_the_grid_grows_while_its_best_is_at_the_edge():
     grid = (-4, -3, -2)
     assert next_exponents(grid, {}) == [-4, -3, -2]
     assert next_exponents(grid, {-4: 1.0, -3: 0.9}) == [-2]
-    assert settled_exponent(grid, {-4: 1.0, -3: 0.9, -2: 0.95}) == -3
+    assert resolved_exponent(grid, {-4: 1.0, -3: 0.9, -2: 0.95}) == -3
     rising = {-4: 1.0, -3: 0.9, -2: 0.8}
     assert next_exponents(grid, rising) == [-1]
-    assert settled_exponent(grid, rising) is None
-    assert settled_exponent(grid, rising | {-1: math.inf}) == -2
+    assert resolved_exponent(grid, rising) is None
+    assert resolved_exponent(grid, rising | {-1: math.inf}) == -2
     assert next_exponents(grid, {-4: 0.5, -3: 0.9, -2: math.inf}) == [-5]
     assert next_exponents(grid, {-4: math.inf, -3: math.inf, -2: math.inf}) == [-5]
     endless = {exponent: -float(exponent) for exponent in range(-4, 5)}
@@ -266,16 +266,16 @@ def _write(folder, data, family, exponent, seed, curve):
     }
     path = folder / "cells" / f"{result['cell']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(cells.to_json(result))
+    path.write_text(to_json(result))
 
 
 def test_what_is_other_on_text_still_counts_as_the_settings_of_the_table(tmp_path):
     for family, exponent in (("default", methods.DEFAULT_EXPONENT), ("paper_relative", -5)):
-        _write(tmp_path, methods.TEXT, family, exponent, 0, [(0, 1.5), (16_000, 0.6)])
-        result = next((tmp_path / "cells" / methods.TEXT).glob(f"{family}*"))
-        assert list(cells.finished(tmp_path / "cells")) == [f"{methods.TEXT}/{result.stem}"]
+        _write(tmp_path, settings.TEXT, family, exponent, 0, [(0, 1.5), (16_000, 0.6)])
+        result = next((tmp_path / "cells" / settings.TEXT).glob(f"{family}*"))
+        assert list(finished(tmp_path / "cells")) == [f"{settings.TEXT}/{result.stem}"]
         result.write_text(result.read_text().replace('"eps": 0.0', '"eps": 0.7'))
-        assert not cells.finished(tmp_path / "cells")
+        assert not finished(tmp_path / "cells")
         result.unlink()
 
 
@@ -293,11 +293,11 @@ def test_a_report_of_nothing_says_that_all_is_missing(tmp_path, document):
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
     assert "not measured yet" in text
-    assert text.count("No cell is finished.") == len(methods.DATA)
+    assert text.count("No cell is finished.") == len(settings.DATA)
     nothing = {
         "geometric_mean": None,
         "styles": [],
-        "missing": list(methods.DATA),
+        "missing": list(settings.DATA),
         "provisional_because": [],
     }
     assert found["default_ratio"] == nothing
@@ -355,17 +355,22 @@ def test_a_report_of_some_cells(tmp_path, document):
 
 def test_the_default_is_compared_with_its_best_rate_and_over_the_long_budget(tmp_path, document):
     for exponent, final in zip((-3, -2, -1), (2.2, 1.8, 1.9), strict=True):
-        _write(tmp_path, methods.UNSEEN, "default_tuned", exponent, 0, [(0, 3.0), (16_000, final)])
+        _write(tmp_path, UNSEEN, "default_tuned", exponent, 0, [(0, 3.0), (16_000, final)])
     _write(
-        tmp_path, methods.UNSEEN, "default", methods.DEFAULT_EXPONENT, 0, [(0, 3.0), (16_000, 1.92)]
+        tmp_path,
+        UNSEEN,
+        "default",
+        methods.DEFAULT_EXPONENT,
+        0,
+        [(0, 3.0), (16_000, 1.92)],
     )
     _write(tmp_path, "openmoji", "first_order_dense", -3, 0, [(0, 3.0), (3200, 1.0)])
-    exponent = methods.default_exponent(methods.LONG_BUDGET)
+    exponent = methods.default_exponent(settings.LONG_BUDGET)
     _write(tmp_path, "openmoji", "default_long", exponent, 0, [(0, 3.0), (64_000, 1.5)])
     found = report.write_report(tmp_path, document, tmp_path / "plot.png")
-    assert found["default_gain_over_tuned"] == {methods.UNSEEN: pytest.approx(0.9)}
+    assert found["default_gain_over_tuned"] == {UNSEEN: pytest.approx(0.9)}
     assert found["gain_share"] == {"openmoji": pytest.approx(0.75)}
-    assert f"| {methods.UNSEEN} |  |  |  |  |  |  |  | 0.90 |" in document.read_text()
+    assert f"| {UNSEEN} |  |  |  |  |  |  |  | 0.90 |" in document.read_text()
 
 
 def test_a_reference_that_did_not_train_is_no_yardstick(tmp_path, document):
@@ -498,7 +503,7 @@ def test_the_best_finished_runs_of_a_style_are_drawn(tmp_path):
     short = finish("default", methods.DEFAULT_EXPONENT, 1, 1.1)
     exact = finish("first_order_dense", -2, 0, 0.8)
     assert pictures.best_cells("openmoji", tmp_path) == {"tuned": short, "first order": exact}
-    longest = finish("default_longest", methods.default_exponent(methods.LONGEST_BUDGET), 0, 1.15)
+    longest = finish("default_longest", methods.default_exponent(settings.LONGEST_BUDGET), 0, 1.15)
     assert pictures.best_cells("openmoji", tmp_path)["tuned"] == longest
     assert pictures.best_cells("fluent3d", tmp_path) == {}
 

@@ -14,11 +14,13 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks.convergence.cells import Folders, final_losses, finished, run_cell
+from benchmarks.convergence.cells import Folders, run_cell
 from benchmarks.convergence.folder import compare
-from benchmarks.convergence.methods import BUDGET, DATA, UNSEEN, Cell, open_cells
+from benchmarks.convergence.methods import open_cells
 from benchmarks.convergence.pictures import draw_all
 from benchmarks.convergence.report import write_report
+from benchmarks.convergence.results import final_losses, finished
+from benchmarks.convergence.settings import BUDGET, DATA, UNSEEN, Cell
 from benchmarks.convergence.tasks import Task, open_task
 from benchmarks.record import RESULTS
 from qzo_diffusion.train.interrupt import stop_on_signal

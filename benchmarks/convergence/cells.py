@@ -8,7 +8,7 @@ has to be saved."""
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.convergence.adapters import Adapters
-from benchmarks.convergence.methods import FAMILIES, Cell, Method, Phase
+from benchmarks.convergence.results import to_json
+from benchmarks.convergence.settings import Cell
 from benchmarks.convergence.tasks import Task
 from benchmarks.record import provenance
 from qzo_diffusion.core.dense import Dense
@@ -358,53 +359,4 @@ def _result(run: CellRun, ended: str) -> dict[str, Any]:
             "processor": round(progress.cpu_seconds, 1),
         },
         "curve": progress.curve,
-    }
-
-
-def to_json(content: dict[str, Any]) -> str:
-    """Indented, but a curve's points side by side: a file of five hundred lines a curve is no help
-    to anybody.
-    """
-    shell = {key: value for key, value in content.items() if key != "curve"}
-    points = ", ".join(json.dumps(point) for point in content["curve"])
-    return json.dumps(shell, indent=1).removesuffix("\n}") + f',\n "curve": [{points}]\n}}'
-
-
-def finished(results: Path) -> dict[str, dict[str, Any]]:
-    """Results by the cell's name; one whose settings are no longer those of the table does not
-    count.
-
-    A setting that was not there when a cell ran had what is now its default.
-    """
-    found = {}
-    for path in sorted(results.glob("*/*.json")):
-        result = json.loads(path.read_text())
-        settings = result["settings"]
-        then = Method(
-            **settings | {"phases": tuple(Phase(**phase) for phase in settings["phases"])}
-        )
-        if then.settings() == _settings_now(settings, result["data"]):
-            found[result["cell"]] = result
-    return found
-
-
-def _settings_now(settings: dict[str, Any], data: str) -> dict[str, Any] | None:
-    family = FAMILIES.get(settings["name"].rpartition("_lr")[0])
-    if family is None:
-        return None
-    now = family.template
-    return Method(
-        settings["name"],
-        settings["lr"],
-        family.phases(data),
-        now.first_order,
-        now.batch,
-        now.budget,
-    ).settings()
-
-
-def final_losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    return {
-        name: math.inf if result["final_loss"] is None else result["final_loss"]
-        for name, result in results.items()
     }

@@ -7,22 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.convergence.cells import final_losses
 from benchmarks.convergence.methods import (
-    BUDGET,
-    DATA,
-    DEFAULT,
     FAMILIES,
     FIRST_ORDER,
     REFERENCES,
-    UNSEEN,
-    Cell,
-    Family,
     best_exponent,
     final_by_exponent,
     next_exponents,
     rate_of,
 )
+from benchmarks.convergence.results import final_losses
+from benchmarks.convergence.settings import BUDGET, DATA, DEFAULT, UNSEEN, Cell, Family
 
 TRAINED = 0.05  # of the first-order gain; a reference below it did not train
 

@@ -12,17 +12,14 @@ from typing import Any
 from benchmarks.convergence.cells import Folders, run_cell
 from benchmarks.convergence.figures import budget_ratio, share_of_gain, spread
 from benchmarks.convergence.methods import (
-    DEFAULT,
     FAMILIES,
     FIRST_ORDER,
     REFERENCES,
-    Cell,
-    Family,
-    Method,
     best_exponent,
     default_exponent,
     next_exponents,
 )
+from benchmarks.convergence.settings import DEFAULT, Cell, Family, Method
 from benchmarks.convergence.tasks import StyleTask
 from benchmarks.record import provenance
 

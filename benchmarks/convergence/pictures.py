@@ -11,17 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.convergence.cells import CellRun, final_losses, finish, finished
-from benchmarks.convergence.methods import (
-    DEFAULT,
-    FAMILIES,
-    FIRST_ORDER,
-    UNSEEN,
-    Cell,
-    Family,
-    FinalLosses,
-    final_by_exponent,
-)
+from benchmarks.convergence.cells import CellRun, finish
+from benchmarks.convergence.methods import FAMILIES, FIRST_ORDER, FinalLosses, final_by_exponent
+from benchmarks.convergence.results import final_losses, finished
+from benchmarks.convergence.settings import DEFAULT, UNSEEN, Cell, Family
 from benchmarks.convergence.tasks import STYLE_TASKS, StyleTask, open_style
 from qzo_diffusion.diffusion.sampling import grid, save_picture
 

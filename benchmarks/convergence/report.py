@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.cells import finished
 from benchmarks.convergence.figures import Results, Style, curve_of, figures
-from benchmarks.convergence.methods import DATA, DEFAULT, FAMILIES, REFERENCES, UNSEEN
+from benchmarks.convergence.methods import FAMILIES, REFERENCES
+from benchmarks.convergence.results import finished
+from benchmarks.convergence.settings import DATA, DEFAULT, UNSEEN
 from benchmarks.record import provenance, put_between_markers, write_results
 
 ROOT = Path(__file__).parents[2]

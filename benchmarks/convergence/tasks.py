@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.convergence.methods import UNSEEN
+from benchmarks.convergence.settings import UNSEEN
 from benchmarks.convergence.text_task import TextTask
 from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
 from qzo_diffusion.config.files import make_config
@@ -88,7 +88,7 @@ def open_task(name: str, data: Path, cache: Path) -> Task:
     """Load the model, and encode the data once into `cache`.
 
     Args:
-        name: of `methods.DATA`, or `methods.UNSEEN`.
+        name: one of `settings.DATA`, or `settings.UNSEEN`.
         data: the folder of `emoji64.npz` and `meta.json`; for sst2 that of `train.tsv` and
             `dev.tsv`.
     """
