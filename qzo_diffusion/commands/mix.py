@@ -9,7 +9,7 @@ from qzo_diffusion.system.console import DONE, emit
 
 
 def add(verbs: Any) -> None:
-    mix = verbs.add_parser("mix", help="combine what several runs changed")
+    mix = verbs.add_parser("mix", help="add up the changes of several runs")
     mix.add_argument(
         "--run",
         action="append",

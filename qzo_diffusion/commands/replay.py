@@ -19,7 +19,7 @@ def add(verbs: Any) -> None:
         "--init-from",
         type=path_text,
         metavar="RUN",
-        help="what the run began with; default: where the journal says it was",
+        help="the run that this one began with; default: the folder that the journal names",
     )
     add_output_dir(replay)
     add_json(replay)

@@ -51,13 +51,13 @@ def rules(values: Mapping[str, Any], **when: Any) -> list[Rule]:
 
 
 def suited_lr(max_steps: int, estimator: str = "leave_one_out", schedule: str = "cosine") -> float:
-    """The rate of normalised steps: 0.08 for 500 of them (antithetic 0.05), and like 1 / √steps, at
-    most twice as much.
+    """Return the rate of normalised steps: 0.08 for 500 of them (antithetic 0.05), in proportion to
+    1 / √steps, and at most twice as much.
 
-    The directions' randomness leaves a random walk of lr · √steps in every number, and a rate must
-    keep that small. Of 32 probes 28 count as directions with leave_one_out, and 16 with antithetic
-    ones. The schedule inverse_sqrt falls by itself: it begins with 0.1 (0.0625) for any number of
-    steps.
+    The randomness of directions leaves a random walk of lr · √steps in every number, and the rate
+    must keep that small. 32 probes give 28 effective directions with leave_one_out, and 16 with
+    antithetic probes. The schedule inverse_sqrt falls by itself: it begins with 0.1 (0.0625) for
+    any number of steps.
     """
     of_500_steps = 0.08 if estimator == "leave_one_out" else 0.05
     if schedule == "inverse_sqrt":

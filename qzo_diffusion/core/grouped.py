@@ -138,7 +138,7 @@ class Grouped:
         return self._kinds[key].token_wise
 
     def place(self, key: str, name: str) -> slice:
-        """Where the θ of a layer lie in `by_axis[key]`."""
+        """Return the slice of `by_axis[key]` that holds the θ of a layer."""
         return self._kinds[key].of_layer[name]
 
     def of_layer(self, axis: Axis, name: str) -> Tensor:

@@ -37,6 +37,6 @@ def best_step(losses: Mapping[int, float]) -> int | None:
 
 
 def validations_since_best(losses: Mapping[int, float]) -> int:
-    """How many validations came after the best one; all of them where no loss is a number."""
+    """Return the number of validations after the best one; all of them if no loss is finite."""
     best = best_step(losses)
     return sum(best is None or step > best for step in losses)

@@ -183,7 +183,7 @@ class Tracker:
         self.report(f"step {step}: held-out loss {loss:.4f}")
 
     def on_final(self, step: int, final_step: int) -> None:
-        """After the last step: which step's scales are the result of the run."""
+        """Record the step whose scales are the result of the run, after the last step."""
         self._log.write({"step": step, "final_step": final_step})
 
     def on_pictures(self, step: int, column: "Image") -> None:

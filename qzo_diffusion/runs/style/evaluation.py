@@ -179,7 +179,7 @@ def results(
 
 
 def _levels(config: Config) -> dict[str, Any]:
-    """Of the pictures, where they do not use the tuned scales at all noise levels."""
+    """Return the noise levels at which pictures use the tuned scales, unless they are all."""
     levels = config.sample.tuned_between
     return {} if levels is None else {"tuned_between": levels}
 
@@ -327,7 +327,7 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
 
 
 def _normalize(config: Config) -> Normalize:
-    """How a single estimate is normalised, which knows no steps before it."""
+    """Return the normalisation of a single estimate, which knows no earlier steps."""
     return True if config.qzo.normalize == "running" else config.qzo.normalize
 
 

@@ -143,7 +143,7 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
 
 
 def _levels(config: Config, runtime: pipeline.Runtime) -> str:
-    """How ComfyUI samples as the run did, where that is with tuned scales at some levels alone."""
+    """Explain how ComfyUI samples as the run did, if tuned scales serve at some levels only."""
     levels = config.sample.tuned_between
     if levels is None:
         return ""

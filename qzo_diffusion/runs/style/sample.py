@@ -130,7 +130,7 @@ def _config_of(request: SampleRequest) -> Config:
             config = load_config(locate(request.run).need("style").settings())
         except OutputError as error:
             # scales alone: their codes are compared with the base, so it can't be a wrong one
-            report(f"{error.got}: with the settings as they come by default")
+            report(f"{error.got}: default settings are used")
     config = with_levels(config, request.tuned_between)
     if request.model is not None:
         config.model = request.model
