@@ -1,4 +1,4 @@
-"""Every method on a tiny Llama: the files of its run, resumed bit for bit, found again, replayed."""
+"""Every method on a tiny Llama: the files of its run, its resume, its replay, its evaluation."""
 
 import contextlib
 import functools
@@ -17,12 +17,7 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.runs.llm.methods import load_base
 from tests.conftest import failing, killed_after, metrics
-from tests.runs.llm.short_run import (
-    METHODS,
-    STEPS,
-    assert_same_weights,
-    command_line,
-)
+from tests.runs.llm.short_run import METHODS, STEPS, assert_same_weights, command_line
 
 
 @dataclass

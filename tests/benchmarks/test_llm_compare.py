@@ -32,10 +32,7 @@ def test_the_settings_of_every_cell_are_valid(places):
         method = METHODS[cell.method]
         if method.trained:
             config = resolve_settings(
-                parse(["llm", "train", *arguments_of(cell, places)]),
-                None,
-                TRAIN_FLAGS,
-                LlmConfig,
+                parse(["llm", "train", *arguments_of(cell, places)]), None, TRAIN_FLAGS, LlmConfig
             )
             assert (config.train.seed, config.train.max_steps, config.data.batch_size) == (
                 cell.seed,
@@ -154,5 +151,5 @@ def test_an_evaluation_that_fails_is_no_cell_that_was_stopped(places, monkeypatc
 
 
 def test_the_document_has_a_place_for_the_table():
-    text = (Path(__file__).parents[1] / "docs" / "llm.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "llm.md").read_text()
     assert text.index(TABLE[0]) < text.index(TABLE[1])
