@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from qzo_diffusion.train.distributed import loopback_interface
+from qzo_diffusion.train.distributed import join, leave, loopback_interface
+from tests.forked import Forked, end_all
 from tests.ranks import free_port
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
@@ -138,36 +140,31 @@ def test_only_ranks_of_one_machine_are_kept_on_it(address, inside):
     assert (loopback_interface(address) is not None) == inside
 
 
-LISTEN = """
-import os, sys
-os.environ |= {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-os.environ["MASTER_PORT"] = sys.argv[1]
-if os.fork() == 0:
-    os.environ["RANK"] = "1"
-from qzo_diffusion.train.distributed import join, leave
-ranks = join(60)
-ranks.wait()
-if ranks.first:
-    inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-              if os.path.islink(f"/proc/self/fd/{fd}")}
-    for table in ("tcp", "tcp6"):
-        for line in open(f"/proc/net/{table}").read().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                print(table, fields[1])
-ranks.wait()
-leave()
-"""
+def tell_what_listens():
+    """Joins the other rank; the first one prints the addresses that it listens on."""
+    ranks = join(60)
+    ranks.wait()
+    if ranks.first:
+        opened = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+        inodes = {os.readlink(file) for file in opened if file.is_symlink()}
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                    print(table, fields[1], flush=True)
+    ranks.wait()
+    leave()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs Linux")
 def test_ranks_of_one_machine_listen_on_loopback_alone():
-    done = subprocess.run(
-        [sys.executable, "-c", LISTEN, str(free_port())],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    listening = done.stdout.splitlines()
-    assert listening, done.stderr[-2000:]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = [Forked(tell_what_listens, RANK=rank, **place) for rank in ("0", "1")]
+    try:
+        code, said = processes[0].wait(100)
+    finally:
+        end_all(processes)
+    assert code == 0, said
+    listening = [line for line in said.splitlines() if line.startswith("tcp")]
+    assert listening, said
     assert all(line.startswith("tcp 0100007F:") for line in listening), listening

@@ -2,17 +2,17 @@
 
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
+from qzo_diffusion import resources
 from qzo_diffusion.cli import main
 from qzo_diffusion.runs.style import export as export_run
 from tests.commands.short_runs import export_arguments
 from tests.conftest import failing
+from tests.forked import ended
+from tests.killed_writing import kill_while_writing
 
 pytestmark = pytest.mark.usefixtures("small_tiny")
 
@@ -77,30 +77,19 @@ def test_an_interrupted_export_leaves_no_export_and_the_next_one_works(
     assert (export("delta") / "COMPLETE").is_file()
 
 
-KILLED = """
-import sys
-from qzo_diffusion.runs.style import export
-from qzo_diffusion.cli import main
-from tests.killed_writing import kill_while_writing
-kill_while_writing(export, int(sys.argv[1]))
-main(sys.argv[2:])
-"""
+def export_and_die(left, small, command):
+    resources.tiny_model = lambda: small
+    kill_while_writing(export_run, left)
+    main(command)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("left", [0, 40])
-def test_an_export_that_is_killed_leaves_nothing_that_is_used(export, finished, tmp_path, left):
-    command = [
-        sys.executable,
-        "-c",
-        KILLED,
-        left,
-        *export_arguments(finished, tmp_path / "out", "nf4"),
-    ]
-    done = subprocess.run(
-        [*map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_an_export_that_is_killed_leaves_nothing_that_is_used(
+    export, finished, pipeline, tmp_path, left
+):
+    command = export_arguments(finished, tmp_path / "out", "nf4")
+    code, said = ended(export_and_die, left, pipeline, command)
+    assert code == -signal.SIGKILL, said
     assert not (tmp_path / "out").exists()
     assert (export("nf4") / "COMPLETE").is_file()
 

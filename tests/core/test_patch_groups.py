@@ -61,19 +61,19 @@ def test_what_all_examples_share_is_shown_as_scales_and_theta_goes_with_its_z(
     level, count, patch_groups, viewed, gained
 ):
     """These layers have more scales than factors; pointwise is layer "2"."""
-    model, scales, theta = network_of_tokens(level, ("2",), width=2048, out=2048)
+    model, scales, theta = network_of_tokens(level, ("2",), width=512, out=512)
     theta.move_(directions_of_step(1, 0, 1, "rademacher", patch_groups), [0.1] * patch_groups)
     directions = directions_of_step(0, 0, count, "rademacher", patch_groups)
     view, scaling = theta.probes(directions, [0.02])
     assert set(view(["0", "2"]) if view else ()) == viewed
     assert set(scaling(["0", "2"]) if scaling else ()) == gained
     with scales.override(view, scaling):
-        found = model(tokens(count, 2048))
+        found = model(tokens(count, 512))
     theta._scales_of = dict.fromkeys(theta._scales_of, 0)  # then θ stays where it was
     view, scaling = theta.probes(directions, [0.02])
     assert set(view(["0", "2"])) == viewed | gained
     with scales.override(view, scaling):
-        torch.testing.assert_close(found, model(tokens(count, 2048)), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(found, model(tokens(count, 512)), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("token_wise", [("0", "2"), ("2",)])

@@ -5,9 +5,6 @@ either way.
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +14,8 @@ from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import loading
+from tests.forked import ended
+from tests.killed_writing import kill_while_writing
 from tests.small_models import sd3_transformer
 
 SKIP = ("pos_embed", "proj_out")
@@ -188,26 +187,15 @@ def test_small_models_leave_no_copy(folder, tmp_path):
     assert not (tmp_path / "copies").exists()
 
 
-KILLED = """
-import sys, torch
-from pathlib import Path
-from qzo_diffusion.runs import loading
-from tests.killed_writing import kill_while_writing
-from tests.runs.test_loading import SKIP, source_of
-from qzo_diffusion.quant.stream import Quantization
-kill_while_writing(loading, int(sys.argv[3]))
-loading.load_quantized(source_of(Path(sys.argv[1])), Quantization(skip=SKIP), dtype=torch.float32,
-                       device=torch.device("cpu"), cache=Path(sys.argv[2]), smallest_cached=0)
-"""
+def load_and_die(folder, cache):
+    kill_while_writing(loading, 40)
+    options = {"dtype": torch.float32, "device": torch.device("cpu"), "cache": cache}
+    loading.load_quantized(source_of(folder), Quantization(skip=SKIP), **options, smallest_cached=0)
 
 
-@pytest.mark.slow
 def test_a_kill_in_the_middle_of_writing_leaves_nothing_that_is_used(load, folder, tmp_path):
-    command = [sys.executable, "-c", KILLED, folder, tmp_path / "copies", 40]
-    done = subprocess.run(
-        [*map(str, command)], cwd=Path(__file__).parents[2], capture_output=True, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, said = ended(load_and_die, folder, tmp_path / "copies")
+    assert code == -signal.SIGKILL, said
     assert copies(tmp_path) == []
     assert list((tmp_path / "copies").iterdir()) != []  # what it left aside
     assert load()[1] == "source"

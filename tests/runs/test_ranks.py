@@ -16,28 +16,26 @@ from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.distributed import Ranks
 from tests.conftest import failing, metrics
-from tests.ranks import free_port, kill_all, start, start_ranks
+from tests.forked import Forked, end_all
+from tests.ranks import free_port
 
 STEPS = 4
 SETTINGS = ["--max-steps", STEPS, "train.optimizer=momentum", "train.checkpoint_every=2"]
 # one shared direction: its scalar is a sum over ranks
 SETTINGS += ["qzo.parametrization=row", "qzo.per_example=false"]
-HOOKED = "import sys; from tests.runs.test_ranks import main_with_accident as m; m(sys.argv[1:])"
+MOST_SECONDS = 300  # a hanging process is killed then
 
 
-def main_with_accident(arguments):
-    """The command line, and what happens to one rank just before it does a step: [what, rank, step,
-    *command].
-    """
+def main_with_accident(what, rank, at, command):
+    """The command line, and what happens to one rank just before it does a step."""
     from qzo_diffusion.runs import ranks
     from qzo_diffusion.train import distributed, loop
 
-    what, rank, at, *command = arguments
     signals = {"terminated": signal.SIGTERM, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
     original = loop.train_step_
 
     def train_step_(setup, batch, step):
-        if os.environ["RANK"] == rank and step == int(at):
+        if os.environ["RANK"] == str(rank) and step == at:
             if what in signals:
                 os.kill(os.getpid(), signals[what])
             elif what == "deviates":
@@ -50,20 +48,25 @@ def main_with_accident(arguments):
     sys.exit(main(command))
 
 
+def start_rank(rank, world, port, *arguments):
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return Forked(main_with_accident, *arguments, RANK=str(rank), **place)
+
+
 def launch(arguments, what="nothing", rank=1, step=2, world=2, ends=(0, 1)):
     """(exit code, stderr) of the ranks named in `ends`; the others are killed when those have
     ended.
     """
-    processes = start_ranks(["-c", HOOKED, what, str(rank), str(step), *arguments], world)
+    port = free_port()
+    processes = [
+        start_rank(index, world, port, what, rank, step, arguments) for index in range(world)
+    ]
     try:
-        found = []
-        for index in ends:
-            _, errors = processes[index].communicate(timeout=120)
-            assert "Traceback" not in errors, errors
-            found.append((processes[index].returncode, errors))
+        found = [processes[index].wait(MOST_SECONDS) for index in ends]
+        assert all("Traceback" not in errors for _, errors in found), found
         return found
     finally:
-        kill_all(processes)
+        end_all(processes)
 
 
 @pytest.fixture
@@ -193,25 +196,20 @@ def test_a_rank_with_other_numbers_is_found_at_the_next_check(train_arguments, a
 
 @pytest.mark.slow
 def test_ranks_started_with_other_settings_are_refused(train_arguments, alone, tmp_path):
-    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = []
-    for rank, lr in ((0, "1e-3"), (1, "1e-4")):
-        command = [
-            "-c",
-            HOOKED,
-            "nothing",
-            "1",
-            "0",
-            *train_arguments(*SETTINGS, f"train.lr={lr}", name="two"),
-        ]
-        processes.append(start(command, RANK=str(rank), **places))
+    port = free_port()
+    processes = [
+        start_rank(
+            rank, 2, port, "nothing", 1, 0, train_arguments(*SETTINGS, f"train.lr={lr}", name="two")
+        )
+        for rank, lr in ((0, "1e-3"), (1, "1e-4"))
+    ]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 2
+            code, errors = process.wait(MOST_SECONDS)
+            assert code == 2
             assert "rank 1 has other model, data or settings than rank 0" in errors
     finally:
-        kill_all(processes)
+        end_all(processes)
 
 
 def test_more_ranks_than_examples_are_refused(train_arguments, monkeypatch, capsys, tmp_path):

@@ -2,13 +2,11 @@
 can't.
 """
 
+import importlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +17,7 @@ from qzo_diffusion.core.journal import Journal, encoded, read_journal
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.train import calibrate
 from tests.conftest import failing
+from tests.forked import ended
 from tests.runs.short_run import (
     SETTINGS,
     assert_replayed,
@@ -95,35 +94,20 @@ def test_killed_at_the_worst_moments_it_goes_on_bit_for_bit(
 ):
     """Another process dies without any clean-up at the n-th call of a function; nothing may be lost
     but the step in hand.
-
-    Not a fork: a child of a process whose libraries have threads hangs in its first parallel
-    product."""
-    target, count = MOMENTS[moment]
-    script = (
-        "import json, sys; from tests.runs.test_resume import _die_at_call; "
-        "_die_at_call(sys.argv[1], int(sys.argv[2])); "
-    )
-    script += "from qzo_diffusion.cli import main; main(json.loads(sys.argv[3]))"
-    arguments = json.dumps(train_arguments(*SETTINGS, name="parts"))
-    command = [sys.executable, "-c", script, target, str(count), arguments]
-    died = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert died.returncode == -signal.SIGKILL, (
-        f"the run ended before the moment came: {died.stderr[-500:]}"
-    )
+    """
+    arguments = train_arguments(*SETTINGS, name="parts")
+    code, errors = ended(_train_and_die, *MOMENTS[moment], arguments)
+    assert code == -signal.SIGKILL, f"the run ended before the moment came: {errors[-500:]}"
     assert main(["train", "--resume", "latest", "--output-dir", str(tmp_path / "parts")]) == 0
     assert_same_run(whole, tmp_path / "parts")
 
 
-def _die_at_call(target, count):
-    import importlib
+def _train_and_die(target, count, arguments):
+    _die_at_call(target, count)
+    main(arguments)
 
+
+def _die_at_call(target, count):
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:

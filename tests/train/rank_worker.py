@@ -7,9 +7,7 @@ example."""
 import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -160,7 +158,3 @@ def main(index, out, limit, ports):
         lambda: run(ranks, level="row", before=sends_itself(signal.SIGSTOP, rank=1))
     )
     tell()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -9,7 +9,9 @@ import pytest
 
 from qzo_diffusion.core.errors import ConfigError, RankLost
 from qzo_diffusion.train.distributed import Ranks, join
-from tests.ranks import free_port, kill_all, start
+from tests.forked import Forked, end_all
+from tests.ranks import free_port
+from tests.train import rank_worker
 from tests.train.rank_worker import CASES, EPS, EXAMPLES, LR, NUMBERS, STEPS, run
 
 WORLD = 3
@@ -21,17 +23,14 @@ def told(tmp_path_factory):
     """What each of the three processes found, after two of them went away on purpose."""
     out = tmp_path_factory.mktemp("ranks")
     ports = [free_port(), free_port()]
-    processes = [
-        start(["-m", "tests.train.rank_worker", str(index), str(out), str(LIMIT), *ports])
-        for index in range(WORLD)
-    ]
+    processes = [Forked(rank_worker.main, index, out, LIMIT, ports) for index in range(WORLD)]
     try:
-        _, errors = processes[0].communicate(timeout=LIMIT / 2)
-        assert processes[0].returncode == 0, errors
-        assert processes[2].wait(timeout=1) == -signal.SIGKILL
-        assert processes[1].poll() is None, "the process that stopped itself is still there"
+        code, errors = processes[0].wait(LIMIT / 2)
+        assert code == 0, errors
+        assert processes[2].wait(LIMIT / 2)[0] == -signal.SIGKILL
+        assert processes[1].returncode is None, "the process that stopped itself is still there"
     finally:
-        kill_all(processes)
+        end_all(processes)
     return [json.loads((out / f"process_{index}.json").read_text()) for index in range(WORLD)]
 
 
