@@ -6,6 +6,40 @@ from qzo_diffusion.llm.data_files import read_rows
 from qzo_diffusion.llm.task_file import read_task
 from qzo_diffusion.llm.tasks import make_examples
 
+FACTS = {
+    "sst2": ({"sentence": "a good film", "label": "1"}, "a good film It was", " great"),
+    "sst2_review": (
+        {"sentence": "a good film", "label": "0"},
+        "Review: a good film\nSentiment:",
+        " negative",
+    ),
+    "rte": (
+        {"sentence1": "It rains.", "sentence2": "It is wet.", "label": "not_entailment"},
+        'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n',
+        "No",
+    ),
+    "cb": (
+        {"premise": "It rains.", "hypothesis": "it is wet", "label": "neutral"},
+        'Suppose It rains. Can we infer that "it is wet"? Yes, No, or Maybe?\n',
+        "Maybe",
+    ),
+    "boolq": (
+        {"passage": "It rains.", "question": "is it wet", "label": True},
+        "It rains. is it wet?\n",
+        "Yes",
+    ),
+    "squad": (
+        {
+            "title": "Rain",
+            "context": "It rains.",
+            "question": "Is it wet?",
+            "answers": ["yes", "It is"],
+        },
+        "Title: Rain\nContext: It rains.\nQuestion: Is it wet?\nAnswer:",
+        " yes",
+    ),
+}
+
 
 def examples_of(tmp_path, task, *rows):
     path = tmp_path / "data.jsonl"

@@ -1,6 +1,4 @@
-"""The memory plan and the presets, on the real architectures: configs and headers of full size, and
-not one weight.
-"""
+"""The memory plan and the presets, on the real architectures."""
 
 import json
 import math
@@ -17,7 +15,7 @@ from qzo_diffusion import devices
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion import memory, text_encoders
+from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.pipeline_shape import known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
@@ -26,59 +24,11 @@ from qzo_diffusion.runs import hub
 from qzo_diffusion.runs.style import doctor, pipeline
 from qzo_diffusion.runs.style import memory as planning
 from tests.conftest import failing
+from tests.runs.style.full_size import CPU, LARGE, MEDIUM, T5, TWICE
 
-CPU = torch.device("cpu")
-BASE = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "attention_head_dim": 64,
-    "qk_norm": "rms_norm",
-}
-BASE |= {"joint_attention_dim": 4096, "pooled_projection_dim": 2048}
-LARGE = BASE | {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-}
-MEDIUM = BASE | {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-}
-MEDIUM |= {"dual_attention_layers": list(range(13))}
-T5 = {
-    "model_type": "t5",
-    "d_model": 4096,
-    "d_ff": 10240,
-    "d_kv": 64,
-    "num_heads": 64,
-    "num_layers": 24,
-    "vocab_size": 32128,
-}
 T5 |= {"feed_forward_proj": "gated-gelu"}
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-CLIP_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
-TWICE = {
-    "sd3.5_large.safetensors",
-    "text_encoders/clip_g.safetensors",
-    "text_encoders/t5xxl_fp16.safetensors",
-}
+
+
 WANTED = {
     *(
         "model_index.json",
@@ -92,75 +42,14 @@ WANTED = {
         "vae/config.json",
     ),
 }
+
+
 PRESETS = {
     "sd35_large_8gb": LARGE,
     "sd35_large_24gb": LARGE,
     "sd35_medium": MEDIUM,
     "sd35_large_paper": LARGE,
 }
-
-
-def hollow(folder, config, make_empty, stem="model"):
-    """A part as it is on disk, of the right length and with no content: a file of holes takes no
-    room.
-    """
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    header, end = {}, 0
-    for name, tensor in make_empty().state_dict().items():
-        size = tensor.numel() * 2
-        header[name] = {
-            "dtype": "BF16",
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
-    text = json.dumps(header).encode()
-    with (folder / f"{stem}.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Folders of SD3.5 Large and Medium by their transformers' widths."""
-    from diffusers import AutoencoderKL
-
-    root = tmp_path_factory.mktemp("hollow")
-    vae_config = json.loads((tiny_model() / "vae" / "config.json").read_text()) | {
-        "block_out_channels": [128, 256, 512, 512]
-    }
-    vae_config |= {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-    }
-    vae_config |= {"norm_num_groups": 32}
-    for name, config in {"large": LARGE, "medium": MEDIUM}.items():
-        place = root / name
-        hollow(
-            place / "transformer",
-            config,
-            lambda config=config: empty_transformer(config),
-            "diffusion_pytorch_model",
-        )
-
-        def empty_vae():
-            with torch.device("meta"):
-                return AutoencoderKL.from_config(vae_config)
-
-        hollow(place / "vae", vae_config, empty_vae, "diffusion_pytorch_model")
-        for part, settings in {
-            "text_encoder": CLIP_L,
-            "text_encoder_2": CLIP_G,
-            "text_encoder_3": T5,
-        }.items():
-            (place / part).mkdir()
-            (place / part / "config.json").write_text(json.dumps(settings))
-            model = text_encoders.empty_text_encoder(place, part)
-            shutil.rmtree(place / part)
-            hollow(place / part, settings, lambda model=model: model)
-    return {json.dumps(LARGE): root / "large", json.dumps(MEDIUM): root / "medium"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
