@@ -13,7 +13,7 @@ VENV_PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 2
 
 # Two processes with one thread each: faster than one with two, and a test's sums have one order.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 install:
 	@.ci/environment.sh

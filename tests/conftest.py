@@ -26,6 +26,27 @@ from PIL import Image
 
 from tests.small_pipeline import write_pipeline
 
+# pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder). What takes
+# longest begins first, or one process would still be at it when the other has nothing left.
+LONGEST = (
+    "runs/test_ranks.py",
+    "test_packaging.py",
+    "test_network.py",
+    "commands/test_evaluate_runs.py",
+    "runs/test_resume.py",
+    "commands/test_train.py",
+    "runs/llm/test_methods.py",
+    "benchmarks/test_convergence_styles.py",
+    "runs/llm/test_formats.py",
+    "commands/test_export.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("house")
