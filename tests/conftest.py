@@ -17,7 +17,9 @@ os.environ.update(
 
 import gc
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -26,8 +28,8 @@ from PIL import Image
 
 from tests.small_pipeline import write_pipeline
 
-# pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder). What takes
-# longest begins first, or one process would still be at it when the other has nothing left.
+# pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder). The
+# longest begin first. Begun last, they would keep one process busy while the other has no file left.
 LONGEST = (
     "runs/test_ranks.py",
     "test_packaging.py",
@@ -87,6 +89,19 @@ def _quick_collections():
     gc.freeze()
 
 
+@pytest.fixture
+def pages():
+    """For tests of the page on a run; see `_no_pages`."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request, monkeypatch):
+    """Runs write no page where no test reads it: on a small model it takes as long as a step."""
+    trainer = sys.modules.get("qzo_diffusion.runs.trainer")  # or nothing here trains
+    if trainer and "pages" not in request.fixturenames:
+        monkeypatch.setattr(trainer, "report_run", SimpleNamespace(write=lambda folder: None))
+
+
 # Whole runs of the command line: short ones, on a small random model, with two prompts. In
 # bfloat16, a GPU's default, what tests call equal up to rounding is not.
 FAST = [
@@ -118,6 +133,14 @@ def write_images(folder: Path) -> Path:
         image.paste((255, 40 * index, 0), (4, 4 + 6 * index, 28, 24 + 6 * index))
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"square {index}")
+    return folder
+
+
+def write_squares(folder: Path, colours) -> Path:
+    """A plain picture in each colour, without captions."""
+    folder.mkdir(parents=True)
+    for index, colour in enumerate(colours):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{index}.png")
     return folder
 
 

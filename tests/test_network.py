@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from qzo_diffusion.train.distributed import join, leave, loopback_interface
+from tests.conftest import write_squares
 from tests.forked import Forked, end_all
 from tests.ranks import free_port
 from tests.tiny_llama import save_tiny_llama, write_sentences
@@ -103,9 +103,7 @@ class Proxy:
 
 
 def test_every_verb_runs_without_a_connection(tmp_path, pipeline):
-    (tmp_path / "imgs").mkdir()
-    for index in range(2):
-        Image.new("RGB", (64, 64), (90 * index, 0, 50)).save(tmp_path / "imgs" / f"{index}.png")
+    write_squares(tmp_path / "imgs", [(90 * index, 0, 50) for index in range(2)])
     (tmp_path / "prompts.txt").write_text("red apple\n")
     save_tiny_llama(tmp_path / "lm")
     write_sentences(tmp_path / "data")

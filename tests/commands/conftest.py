@@ -7,7 +7,8 @@ import pytest
 from qzo_diffusion import resources
 from qzo_diffusion.cli import main
 from qzo_diffusion.evaluate import signal
-from tests.commands.short_runs import export_arguments, train_no_step, write_squares
+from tests.commands.short_runs import export_arguments, train_no_step
+from tests.conftest import write_squares
 
 FEW = 4
 

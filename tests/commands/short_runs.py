@@ -2,16 +2,8 @@
 
 import json
 
-from PIL import Image
-
 from qzo_diffusion.cli import main
-
-
-def write_squares(folder, colours):
-    folder.mkdir(parents=True)
-    for index, colour in enumerate(colours):
-        Image.new("RGB", (64, 64), colour).save(folder / f"{index}.png")
-    return folder
+from tests.conftest import write_squares
 
 
 def train_no_step(folder, command_line, model):

@@ -30,6 +30,7 @@ def test_what_is_no_evaluation_of_a_run_on_images_is_not_compared(run, tmp_path,
     )
 
 
+@pytest.mark.usefixtures("pages")
 def test_the_page_is_there_while_a_run_goes_on(train, tmp_path, monkeypatch):
     pages = []
 
@@ -49,6 +50,7 @@ def test_the_page_is_there_while_a_run_goes_on(train, tmp_path, monkeypatch):
     assert (tmp_path / "run/report.html").read_text() == pages[-1]
 
 
+@pytest.mark.usefixtures("pages")
 def test_a_page_that_cannot_be_written_stops_no_run(train, tmp_path, monkeypatch):
     from qzo_diffusion.runs import report as report_run
 

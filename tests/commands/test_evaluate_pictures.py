@@ -7,7 +7,7 @@ from PIL import Image
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.runs.style import scoring as score_run
-from tests.conftest import failing
+from tests.conftest import failing, write_squares
 
 
 @pytest.mark.parametrize("wanted", ["file/scores.json", "."])
@@ -24,10 +24,7 @@ def test_where_scores_of_pictures_go_is_looked_at_before_anything_is_opened(
 
 @pytest.fixture
 def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for index, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (64, 64), colour).save(folder / f"{index}.png")
+    folder = write_squares(tmp_path / "pictures", ("red", "green", "blue"))
     (tmp_path / "three.txt").write_text("red apple\nfrog, noto style\nblue heart\n")
     return folder
 

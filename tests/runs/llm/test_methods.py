@@ -19,6 +19,8 @@ from qzo_diffusion.runs.llm.methods import load_base
 from tests.conftest import failing, killed_after, metrics
 from tests.runs.llm.short_run import METHODS, STEPS, assert_same_weights, command_line
 
+pytestmark = pytest.mark.usefixtures("pages")
+
 
 @dataclass
 class Ended:
