@@ -28,8 +28,8 @@ from PIL import Image
 
 from tests.small_pipeline import write_pipeline
 
-# pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder). The
-# longest begin first. Begun last, they would keep one process busy while the other has no file left.
+# pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder).
+# These begin first: begun last, they would keep one process busy while the other has nothing left.
 LONGEST = (
     "runs/test_ranks.py",
     "test_packaging.py",
