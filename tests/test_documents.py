@@ -5,6 +5,7 @@ import re
 import pytest
 
 from qzo_diffusion.config.llm import LlmConfig
+from tests.conftest import LONGEST
 from tests.documents import (
     DECISIONS,
     DOCUMENTS,
@@ -110,6 +111,10 @@ def test_nothing_names_a_machine_or_a_user(path):
 def test_results_name_no_machine_or_user():
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert not re.search(r'"/|[ =]/(?:home|root|Users|tmp|work|mnt)/', text_of(path)), path.name
+
+
+def test_the_test_files_that_begin_first_are_there():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
 
 
 def test_the_readme_fits_on_one_screen():

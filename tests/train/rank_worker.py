@@ -23,6 +23,7 @@ from qzo_diffusion.train.distributed import join, leave
 from qzo_diffusion.train.loop import Setup, train
 
 NUMBERS, EXAMPLES, STEPS, LR, EPS = 12, 8, 6, 0.01, 1e-2
+HANGING = 5  # seconds without an answer, then a rank counts as lost
 CASES = {
     "one direction": {"level": "dense", "units": "absolute"},
     "two directions": {"level": "row", "optimizer": "adam", "num_directions": 2},
@@ -148,12 +149,15 @@ def main(index, out, limit, ports):
     )
     leave()
 
-    ranks = become(index, 2, ports[1], 2)
+    ranks = become(index, 2, ports[1], limit)
     sent, exchanges = ranks.bytes_sent, ranks.exchanges
     found["pair"], _ = run(ranks, level="row")
     found["pair"] |= {"bytes": ranks.bytes_sent - sent, "exchanges": ranks.exchanges - exchanges}
     tell()
+    ranks.wait()  # or the busier of the two might come too late for the next, which waits for less
+    leave()
 
+    ranks = become(index, 2, ports[2], HANGING)
     found["hung"] = lost_after(
         lambda: run(ranks, level="row", before=sends_itself(signal.SIGSTOP, rank=1))
     )
