@@ -16,9 +16,9 @@ from tests.conftest import failing
 
 
 @pytest.fixture
-def model(tmp_path):
-    """A copy of the embedded model that may be damaged."""
-    return shutil.copytree(tiny_model(), tmp_path / "model")
+def model(pipeline, tmp_path):
+    """A copy of a small model that may be damaged."""
+    return shutil.copytree(pipeline, tmp_path / "model")
 
 
 def check(folder):
@@ -114,12 +114,12 @@ def test_tensors_that_are_missing_are_told_before_any_work(model, part, inside):
 
 
 def test_parts_of_two_models_are_refused(model):
-    changed(model, "text_encoder/config.json", projection_dim=32)
+    changed(model, "text_encoder/config.json", projection_dim=16)
     file = weights(model, "text_encoder")
     tensors = load_file(file)
-    tensors["text_projection.weight"] = tensors["text_projection.weight"][:32].clone()
+    tensors["text_projection.weight"] = tensors["text_projection.weight"][:16].clone()
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ModelError, match="pooled prompts of 160 numbers"):
+    with pytest.raises(ModelError, match="pooled prompts of 48 numbers"):
         check(model)
 
 
