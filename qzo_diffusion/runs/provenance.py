@@ -15,6 +15,7 @@ from qzo_diffusion import __version__, resources
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
+from qzo_diffusion.runs.former import remedy_for
 from qzo_diffusion.runs.publish import published_model
 
 # How signs are drawn and applied. 1 drew those of rows layer by layer; 2 added every direction to θ
@@ -60,7 +61,8 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             raise JournalError(
                 f"a journal with {key} = {journal.header.get(key)!r}",
                 f"{header.get(key)!r}, as the model and the settings have it here",
-                "give the model, quantization and settings that the journal was written with",
+                remedy_for(journal.header.get("codes"), header.get("codes"))
+                or "give the model, quantization and settings that the journal was written with",
             )
 
 

@@ -17,6 +17,7 @@ from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.runs import provenance
+from qzo_diffusion.runs.former import remedy_for
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.system.files import COMPLETE, SCALES, check_folder
 from qzo_diffusion.train.run_folder import load_tensors
@@ -43,7 +44,8 @@ class Tuned:
             raise ModelError(
                 f"{self.path} was tuned on {model}, over other codes",
                 "the base model and quantization that the run was tuned on",
-                "give the run's own --model and quantization settings",
+                remedy_for(self.facts.get("qzo.codes"), codes)
+                or "give the run's own --model and quantization settings",
             )
 
     def over(self, base: ScaleSet) -> dict[str, Tensor]:
