@@ -13,7 +13,7 @@ import pytest
 from qzo_diffusion.train.distributed import join, leave, loopback_interface
 from tests.conftest import write_squares
 from tests.forked import Forked, end_all
-from tests.ranks import free_port
+from tests.started import free_port
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
 # Every verb in one process; whatever a library tries to reach is written down, and ends there.

@@ -8,7 +8,7 @@ import pytest
 
 from qzo_diffusion.core.journal import read_journal
 from tests.core.replay_worker import hashes, write_journal
-from tests.ranks import kill_all, start
+from tests.started import kill_all, start
 
 # threads and ATEN_CPU_CAPABILITY; this process has one thread and what the machine can do
 PLACES = [("1", "default"), ("4", "avx2")]

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.runs.test_llm_run import command_line
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.runs.trainer import Trainer
 from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing, metrics
-from tests.ranks import kill_all, start_ranks
 from tests.runs.short_run import assert_same_run, load_equal, resume, stop_after
-from tests.runs.test_llm_run import command_line
+from tests.started import kill_all, start_ranks
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
 # the held-out loss after each step, in place of the one that would be measured

@@ -17,7 +17,7 @@ from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.distributed import Ranks
 from tests.conftest import failing, metrics
 from tests.forked import Forked, end_all
-from tests.ranks import free_port
+from tests.started import free_port
 
 STEPS = 4
 SETTINGS = ["--max-steps", STEPS, "train.optimizer=momentum", "train.checkpoint_every=2"]

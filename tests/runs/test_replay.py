@@ -3,8 +3,8 @@
 import pytest
 
 from tests.conftest import failing
-from tests.ranks import start
 from tests.runs.short_run import assert_replayed, load_equal, replay
+from tests.started import start
 
 
 @pytest.mark.parametrize(

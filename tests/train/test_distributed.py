@@ -10,7 +10,7 @@ import pytest
 from qzo_diffusion.core.errors import ConfigError, RankLost
 from qzo_diffusion.train.distributed import Ranks, join
 from tests.forked import Forked, end_all
-from tests.ranks import free_port
+from tests.started import free_port
 from tests.train import rank_worker
 from tests.train.rank_worker import CASES, EPS, EXAMPLES, HANGING, LR, NUMBERS, STEPS, run
 

@@ -1,5 +1,5 @@
-"""Starting the processes of a run by hand, as torchrun would: none is a fork, since a fork of a
-threaded process hangs.
+"""Processes that start Python anew, for what depends on their environment; `tests/forked.py` has
+the quicker ones.
 """
 
 import os
@@ -26,12 +26,6 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         **pipes,
     )
-
-
-def start_ranks(arguments: list[str], world: int) -> list[subprocess.Popen[str]]:
-    """The same command once for every rank."""
-    places = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [start(arguments, RANK=str(rank), **places) for rank in range(world)]
 
 
 def kill_all(processes: list[subprocess.Popen[str]]) -> None:
