@@ -8,11 +8,13 @@ threads hangs in its first parallel product.
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests.started import ROOT, free_port
+
+MOST_SECONDS = 300  # a process that takes longer hangs
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["tests.preloaded"])
@@ -54,12 +56,19 @@ class Forked:
 
 
 def ended(target: Callable[..., object], *arguments: Any) -> tuple[int, str]:
-    """The exit code and the output of such a process, which hangs if it takes five minutes."""
+    """The exit code and the output of such a process, which is killed if it hangs."""
     process = Forked(target, *arguments)
     try:
-        return process.wait(300)
+        return process.wait(MOST_SECONDS)
     finally:
         process.end()
+
+
+def started_ranks(commands: Sequence[tuple[Any, ...]]) -> list[Forked]:
+    """One rank for each (target, *arguments), all of one run on this machine."""
+    place = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = free_port()
+    return [Forked(*command, RANK=str(rank), **place) for rank, command in enumerate(commands)]
 
 
 def end_all(processes: list[Forked]) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from qzo_diffusion.train.distributed import join, leave, loopback_interface
 from tests.conftest import write_squares
-from tests.forked import Forked, end_all
-from tests.started import free_port
+from tests.forked import MOST_SECONDS, end_all, started_ranks
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
 # Every verb in one process; whatever a library tries to reach is written down, and ends there.
@@ -156,10 +155,9 @@ def tell_what_listens():
 
 @pytest.mark.skipif(not os.path.exists("/proc/net/tcp"), reason="needs Linux")
 def test_ranks_of_one_machine_listen_on_loopback_alone():
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = [Forked(tell_what_listens, RANK=rank, **place) for rank in ("0", "1")]
+    processes = started_ranks([(tell_what_listens,)] * 2)
     try:
-        code, said = processes[0].wait(100)
+        code, said = processes[0].wait(MOST_SECONDS)
     finally:
         end_all(processes)
     assert code == 0, said

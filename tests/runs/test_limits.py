@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.runs.test_llm_run import command_line
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.runs.trainer import Trainer
 from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing, metrics
+from tests.forked import MOST_SECONDS, end_all, started_ranks
+from tests.runs.llm.short_run import command_line
 from tests.runs.short_run import assert_same_run, load_equal, resume, stop_after
-from tests.started import kill_all, start_ranks
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
 # the held-out loss after each step, in place of the one that would be measured
@@ -181,13 +181,12 @@ def main_with_losses(arguments):
 
 def test_ranks_end_at_the_same_step(train_arguments, settings, tmp_path):
     command = train_arguments(*settings, name="two")
-    code = "import sys; from tests.runs.test_limits import main_with_losses as m; m(sys.argv[1:])"
-    processes = start_ranks(["-c", code, *command], 2)
+    processes = started_ranks([(main_with_losses, command)] * 2)
     try:
-        ended = [(one.communicate(timeout=120)[1], one.returncode) for one in processes]
+        ended = [one.wait(MOST_SECONDS) for one in processes]
     finally:
-        kill_all(processes)
-    assert [returned for _, returned in ended] == [0, 0], ended
+        end_all(processes)
+    assert [code for code, _ in ended] == [0, 0], ended
     run = tmp_path / "two"
     assert read_journal(run / "journal.qzo").steps_done == LAST
     assert result_of(run) == BEST

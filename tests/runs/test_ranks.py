@@ -16,14 +16,12 @@ from qzo_diffusion.runs.tuned import load_scales
 from qzo_diffusion.train.checkpoint import list_checkpoints
 from qzo_diffusion.train.distributed import Ranks
 from tests.conftest import failing, metrics
-from tests.forked import Forked, end_all
-from tests.started import free_port
+from tests.forked import MOST_SECONDS, end_all, started_ranks
 
 STEPS = 4
 SETTINGS = ["--max-steps", STEPS, "train.optimizer=momentum", "train.checkpoint_every=2"]
 # one shared direction: its scalar is a sum over ranks
 SETTINGS += ["qzo.parametrization=row", "qzo.per_example=false"]
-MOST_SECONDS = 300  # a hanging process is killed then
 
 
 def main_with_accident(what, rank, at, command):
@@ -48,19 +46,11 @@ def main_with_accident(what, rank, at, command):
     sys.exit(main(command))
 
 
-def start_rank(rank, world, port, *arguments):
-    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return Forked(main_with_accident, *arguments, RANK=str(rank), **place)
-
-
 def launch(arguments, what="nothing", rank=1, step=2, world=2, ends=(0, 1)):
     """(exit code, stderr) of the ranks named in `ends`; the others are killed when those have
     ended.
     """
-    port = free_port()
-    processes = [
-        start_rank(index, world, port, what, rank, step, arguments) for index in range(world)
-    ]
+    processes = started_ranks([(main_with_accident, what, rank, step, arguments)] * world)
     try:
         found = [processes[index].wait(MOST_SECONDS) for index in ends]
         assert all("Traceback" not in errors for _, errors in found), found
@@ -196,13 +186,10 @@ def test_a_rank_with_other_numbers_is_found_at_the_next_check(train_arguments, a
 
 @pytest.mark.slow
 def test_ranks_started_with_other_settings_are_refused(train_arguments, alone, tmp_path):
-    port = free_port()
-    processes = [
-        start_rank(
-            rank, 2, port, "nothing", 1, 0, train_arguments(*SETTINGS, f"train.lr={lr}", name="two")
-        )
-        for rank, lr in ((0, "1e-3"), (1, "1e-4"))
-    ]
+    commands = [train_arguments(*SETTINGS, f"train.lr={lr}", name="two") for lr in (1e-3, 1e-4)]
+    processes = started_ranks(
+        [(main_with_accident, "nothing", 1, 0, command) for command in commands]
+    )
     try:
         for process in processes:
             code, errors = process.wait(MOST_SECONDS)
