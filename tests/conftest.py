@@ -26,6 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
+from qzo_diffusion import resources
 from tests.small_pipeline import write_pipeline
 
 # pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder).
@@ -117,6 +118,12 @@ FAST = [
 def pipeline(tmp_path_factory):
     """The folder of a whole model, far quicker than the embedded one; it has learnt nothing."""
     return write_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture
+def small_tiny(monkeypatch, pipeline):
+    """The embedded model's name means the small random one, which is quicker."""
+    monkeypatch.setattr(resources, "tiny_model", lambda: pipeline)
 
 
 @pytest.fixture(scope="session")

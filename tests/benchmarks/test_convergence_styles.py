@@ -74,7 +74,8 @@ def test_noise_levels_cover_all_slices():
     assert torch.equal(sigmas, stratified_sigmas(4, 0))
 
 
-def test_a_style_on_the_embedded_model(drawings, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("small_tiny")
+def test_a_style_is_trained_and_drawn(drawings, tmp_path, monkeypatch):
     task = open_style("openmoji", drawings, tmp_path, train=3, held_out=5)
     assert sum(map(len, task.held_out)) == 5
     batches = [task.batches(seed, 2, 4, "uniform")(0).micro_batches[0] for seed in (0, 0, 1)]

@@ -29,12 +29,6 @@ def run(run_of_no_step, tmp_path):
     return shutil.copytree(run_of_no_step, tmp_path / "run")
 
 
-@pytest.fixture
-def small_tiny(monkeypatch, pipeline):
-    """The embedded model's name means the small random one, which is quicker."""
-    monkeypatch.setattr(resources, "tiny_model", lambda: pipeline)
-
-
 SQUARES = [(60 * index, 0, 255 - 60 * index) for index in range(4)]
 
 
