@@ -17,6 +17,7 @@ All θ of an axis are one tensor over all layers, those of token-wise layers ano
 draw, one update and one moment tensor instead of hundreds.
 """
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,6 +157,12 @@ class Grouped:
             )
         probe = None if direction is None else _Probe((direction,), (radius,))
         return self._override(dict.fromkeys(self._kinds, probe))
+
+    def shifted(self, vectors: Mapping[str, Tensor]) -> Override:
+        """The scales at θ + vectors, which have the names and shapes of `by_axis`."""
+        other = copy.copy(self)
+        other.by_axis = {key: theta + vectors[key] for key, theta in self.by_axis.items()}
+        return other._override(dict.fromkeys(self._kinds))
 
     def probes(
         self, directions: Sequence[Direction], radii: Sequence[float]

@@ -4,7 +4,7 @@ A run that is resumed goes on as if it had never been stopped.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from qzo_diffusion.train.checkpoint import (
     set_aside,
 )
 from qzo_diffusion.train.distributed import Ranks, join, leave
+from qzo_diffusion.train.early_signal import EarlySignal, can_be_checked
 from qzo_diffusion.train.interrupt import stop_on_signal
 from qzo_diffusion.train.loop import Outcome, train
 from qzo_diffusion.train.run_folder import RunFolder
@@ -145,18 +146,26 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     with stop_on_signal(lambda text: None) as stop:
         ranks.wants_stop = stop.is_set
         all_ranks.agree_on_end(ranks, plan.config.train, start.step)
-        _train(plan, components, ranks, start, after_step=after_step)
+        _train(plan, components, ranks, start, lambda text: None, after_step=after_step)
         all_ranks.check_ranks(ranks, components.theta)
     leave()
     return {}
 
 
 def _train(
-    plan: Plan, components: Components, ranks: Ranks, start: Start, **reports: Any
+    plan: Plan,
+    components: Components,
+    ranks: Ranks,
+    start: Start,
+    warn: Callable[[str], None],
+    **reports: Any,
 ) -> Outcome:
     schedule = plan.schedule(1.0 if start.rate is None else start.rate)
+    setup = components.setup(plan.probing(), schedule, ranks.sum)
+    if not start.step and setup.take_step is None and can_be_checked(setup):
+        setup = replace(setup, take_step=EarlySignal(warn))
     return train(
-        components.setup(plan.probing(), schedule, ranks.sum),
+        setup,
         max_steps=plan.config.train.max_steps,
         first_step=start.step,
         bad_steps_before=start.bad_steps,
@@ -253,7 +262,8 @@ def _steps(plan: Plan, trainer: Trainer, ranks: Ranks, start: Start) -> Outcome:
         all_ranks.agree_on_end(ranks, plan.config.train, start.step)
         try:
             reports = {"on_step": trainer.on_step, "after_step": trainer.after_step}
-            outcome = _train(plan, trainer.components, ranks, start, **reports)
+            warn = trainer.tracker.report
+            outcome = _train(plan, trainer.components, ranks, start, warn, **reports)
             all_ranks.check_ranks(ranks, trainer.components.theta)
         except (TrainingDiverged, RankLost):
             trainer.checkpoint(trainer.steps_done)
