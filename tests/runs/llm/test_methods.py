@@ -15,11 +15,10 @@ from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.runs import report, trainer
 from qzo_diffusion.runs.llm.methods import load_base
 from tests.conftest import failing, killed_after, metrics
 from tests.runs.llm.short_run import METHODS, STEPS, assert_same_weights, command_line
-
-pytestmark = pytest.mark.usefixtures("pages")
 
 
 @dataclass
@@ -33,15 +32,17 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, model, data):
-    """The run of a method, made at the first call."""
+    """The run of a method with its page, made at the first call."""
     root = tmp_path_factory.mktemp("whole")
 
     @functools.cache
     def of(method):
         out, err = io.StringIO(), io.StringIO()
         command = command_line(root / method, model, data, "--method", method, "--json")
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            assert main(command) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "report_run", report)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                assert main(command) == 0
         return Ended(root / method, json.loads(out.getvalue()), err.getvalue())
 
     return of
