@@ -3,11 +3,9 @@
 import shutil
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from qzo_diffusion import resources
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.runs import build, former
@@ -20,10 +18,8 @@ from tests.small_pipeline import write_pipeline
 
 def codes_of_tiny():
     config = make_config({"model": "tiny", "compute": {"device": "cpu", "dtype": "float32"}})
-    model = pipeline.quantized_transformer(
-        config, resources.tiny_model(), torch.device("cpu"), torch.float32
-    )
-    return build.fingerprints(model, build.scales_and_numbers(config, model)[0])[0]
+    model, scales, _ = pipeline.load_base(config, pipeline.find_runtime(config))
+    return build.fingerprints(model, scales)[0]
 
 
 def test_the_default_quantization_of_the_shipped_weights_is_known():
