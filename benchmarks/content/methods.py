@@ -82,5 +82,20 @@ FIRST_ORDER = changed(
     train__checkpoint_every=25,
     data__batch_size=16,
 )
-METHODS: dict[str, Settings] = {"default": DEFAULT, "first_order": FIRST_ORDER}
-BEST_STEP = ("first_order",)  # methods whose best checkpoint by held-out loss counts, not the last
+# The same with a number for every scale.
+FIRST_ORDER_DENSE = changed(
+    FIRST_ORDER,
+    qzo__parametrization="dense",
+    qzo__num_directions=1,
+    qzo__estimator="antithetic",
+    qzo__per_example=False,
+    qzo__regions=1,
+    qzo__normalize=False,
+)
+METHODS: dict[str, Settings] = {
+    "default": DEFAULT,
+    "first_order": FIRST_ORDER,
+    "first_order_dense": FIRST_ORDER_DENSE,
+}
+# methods whose best checkpoint by held-out loss counts, not the last
+BEST_STEP = ("first_order", "first_order_dense")
