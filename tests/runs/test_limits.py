@@ -62,6 +62,7 @@ def result_of(run):
     return int(load_scales(run)[1]["qzo.steps"])
 
 
+@pytest.mark.usefixtures("pages")
 def test_the_best_step_becomes_the_result(train, settings, tmp_path, capsys):
     assert train(*settings, "--json") == 0
     run, said = tmp_path / "run", capsys.readouterr()
