@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.scorer.quality import write_report
 from benchmarks.scorer.train import EXPORT_FOLDER, export, train
+from benchmarks.tiny.training import Recipe
 
 STAGES = ("train", "quality")
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--stage", choices=STAGES, nargs="+", default=STAGES, help="only these stages"
     )
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument(
         "--folder", type=Path, default=EXPORT_FOLDER, help="where the scorer is written"
@@ -36,8 +37,10 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if "train" in args.stage:
-        model = train(args.data, args.work, steps=args.steps, batch=args.batch)
-        print(f"exported {export(model, args.folder)} bytes to {args.folder}")
+        recipe = Recipe(args.steps, 1.5e-3, weight_decay=0.05, ema_decay=0.995)
+        model, tokenizer = train(args.data, args.work, recipe, batch=args.batch)
+        size = export(model, tokenizer, args.data, args.folder)
+        print(f"exported {size} bytes to {args.folder}")
     if "quality" in args.stage:
         write_report(args.data, args.folder)
 

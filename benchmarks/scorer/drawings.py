@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.tiny.drawings import taught_concepts
+from benchmarks.tiny.lessons import knowledge
 
-# Style in the archive -> the words that name it in a caption; the first two are those of the
-# embedded model.
+# Style in the archive -> the words that name it in a caption; three are the embedded model's.
 STYLES = {
     "noto": "noto style",
     "fluent_flat": "flat style",
@@ -25,7 +24,7 @@ STYLES = {
     "twemoji": "twemoji style",
 }
 HELD_OUT_STYLE = "openmoji"
-UNSEEN = 100
+UNSEEN = 200
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,10 @@ def load_concepts(folder: Path, styles: list[str]) -> Concepts:
 
 
 def split(names: list[str], seed: int = 0) -> tuple[list[int], list[int]]:
-    """Positions of the concepts to learn and of those kept out; what the embedded model draws is
-    always learnt.
+    """Positions of the concepts to learn and of those kept out; what the embedded model is taught
+    is always learnt.
     """
-    drawn = set(taught_concepts())
+    drawn = set(knowledge().concepts)
     free = [index for index, name in enumerate(names) if name not in drawn]
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(free))
     unseen = {free[index] for index in order[:UNSEEN]}

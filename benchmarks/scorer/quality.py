@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.record import write_results
-from benchmarks.scorer.drawings import HELD_OUT_STYLE, STYLES, Concepts, load_concepts, split
+from benchmarks.scorer.drawings import HELD_OUT_STYLE, STYLES, Concepts, load_concepts
+from benchmarks.scorer.train import HELD_OUT
 from qzo_diffusion.evaluate.style import control_gap
 
 AMONG, DRAWS = 200, 20
@@ -95,10 +96,26 @@ def control_gaps(
     return found
 
 
+def parts_of(folder: Path, names: list[str]) -> tuple[list[int], list[int]]:
+    """Positions of the concepts that the scorer in `folder` learnt, and of those it did not.
+
+    Raises:
+        ValueError: the folder does not say, as those of the first recipe.
+    """
+    if not (folder / HELD_OUT).is_file():
+        raise ValueError(
+            f"{folder} holds no {HELD_OUT}, so it was trained by an earlier recipe; "
+            "measure it with commit 2c28506"
+        )
+    held_out = set(json.loads((folder / HELD_OUT).read_text()))
+    unseen = [index for index, name in enumerate(names) if name in held_out]
+    return sorted(set(range(len(names))) - set(unseen)), unseen
+
+
 def measure(data: Path, folder: Path) -> dict[str, Any]:
     scorer, styles = load_scorer(folder), [*STYLES, HELD_OUT_STYLE]
     everything = load_concepts(data, styles)
-    known, unseen = split(everything.names)
+    known, unseen = parts_of(folder, everything.names)
     figures: dict[str, Any] = {}
     for style, name in enumerate(styles):
         for kind, rows in (("known", known), ("unseen", unseen)):

@@ -5,7 +5,6 @@ A ResNet, not a ViT: at equal time on a CPU core it sees four times as many draw
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,18 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 from transformers import CLIPTokenizer
 
-from benchmarks.scorer.augment import augment
-from benchmarks.scorer.drawings import STYLES, Concepts, load_concepts, split
-from benchmarks.tiny.training import train_resumable
+from benchmarks.scorer.batches import Captions, build_tokenizer, draw_batch
+from benchmarks.scorer.drawings import HELD_OUT_STYLE, STYLES, Concepts, load_concepts, split
+from benchmarks.tiny.training import Recipe, bf16_is_faster, train_resumable
 from qzo_diffusion import resources
 
+VOCABULARY, PROMPT_TOKENS = 4096, 24
 MODEL: dict[str, Any] = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 32},
     "text_cfg": {
-        "context_length": 24,
-        "vocab_size": 2048,
+        "context_length": PROMPT_TOKENS,
+        "vocab_size": VOCABULARY,
         "width": 192,
         "heads": 3,
         "layers": 2,
@@ -40,10 +40,8 @@ PREPROCESS = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-TOKENIZER = resources.tiny_model() / "tokenizer"
 EXPORT_FOLDER = resources.PACKAGE / "models" / "scorer"
-# of a batch's concepts that come in two styles, told apart by the style's words alone
-STYLED_PAIRS = 1 / 8
+HELD_OUT = "held_out.json"  # names of the concepts that were kept out, beside the weights
 
 
 def build_model(seed: int = 0) -> CLIP:
@@ -51,79 +49,11 @@ def build_model(seed: int = 0) -> CLIP:
     return CLIP(**MODEL).to(memory_format=torch.channels_last)
 
 
-class Captions:
-    """Token ids of captions by text, made once."""
-
-    def __init__(self) -> None:
-        self._tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
-        self._known: dict[str, Tensor] = {}
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        length = MODEL["text_cfg"]["context_length"]
-        for text in texts:
-            if text not in self._known:
-                ids = self._tokenizer(
-                    text,
-                    max_length=length,
-                    padding="max_length",
-                    truncation=True,
-                    return_tensors="pt",
-                )
-                self._known[text] = ids.input_ids[0]
-        return torch.stack([self._known[text] for text in texts])
-
-
-def caption(name: str, tags: list[str], style: str | None, chances: Tensor) -> str:
-    """The name, often with more around it; the style's words only where the drawing still has its
-    style.
-    """
-    form, which = float(chances[0]), int(float(chances[1]) * len(tags))
-    if style is not None:
-        return f"{name}, {STYLES[style]}" if form < 0.8 else f"a drawing of {name}, {STYLES[style]}"
-    if form < 0.55:
-        return name
-    if form < 0.7:
-        return f"a drawing of {name}"
-    if form < 0.85:
-        return f"{name}, {tags[which]}"
-    return f"{tags[which]}, {name}"
-
-
-def draw_batch(
-    concepts: Concepts, batch: int, captions: Captions, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Changed drawings [batch, 3, 64, 64] in [-1, 1], and the token ids of their captions."""
-    pairs = int(batch * STYLED_PAIRS)
-    rows = torch.randperm(len(concepts), generator=generator)[: batch - pairs]
-    rows = torch.cat([rows, rows[:pairs]])  # the first `pairs` concepts once more
-    chances = torch.rand(len(STYLES), batch, generator=generator) * concepts.usable[:, rows]
-    order = chances.argsort(0, descending=True)  # of styles, usable ones first
-    first, second = order[0], order[1]
-    first[-pairs:] = order[1, :pairs]  # the second time in another style
-    plain, other = (concepts.images[style, rows].float() / 255 for style in (first, second))
-    images, kept = augment(plain, other, generator)
-    must, may = torch.arange(batch) < pairs, torch.rand(batch, generator=generator) < 0.4
-    must |= torch.arange(batch) >= batch - pairs
-    images = torch.where((must & ~kept).view(-1, 1, 1, 1), plain, images)
-    styled = must | (kept & may)
-    names, forms = list(STYLES), torch.rand(batch, 2, generator=generator)
-    texts = [
-        caption(
-            concepts.names[row],
-            concepts.tags[row],
-            names[first[i]] if styled[i] else None,
-            forms[i],
-        )
-        for i, row in enumerate(rows.tolist())
-    ]
-    return 2 * images - 1, captions(texts)
-
-
-def contrastive_loss(model: CLIP, images: Tensor, ids: Tensor) -> Tensor:
+def contrastive_loss(model: CLIP, images: Tensor, ids: Tensor, bf16: bool) -> Tensor:
     """CLIP's loss (arXiv 2103.00020): each drawing must find its caption among the batch's, and
     each caption its drawing.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         pictures = model.encode_image(images.contiguous(memory_format=torch.channels_last))
         texts = model.encode_text(ids)
     logits = (
@@ -139,31 +69,29 @@ def contrastive_loss(model: CLIP, images: Tensor, ids: Tensor) -> Tensor:
 
 
 def train(
-    data: Path, work: Path, *, steps: int, batch: int = 256, peak_lr: float = 1.5e-3, seed: int = 0
-) -> CLIP:
-    """Resumable; about a second a step on one core with bf16.
-
-    Leaves the averaged weights, with statistics of their own.
-    """
-    model, captions = build_model(seed), Captions()
+    data: Path, work: Path, recipe: Recipe, *, batch: int = 256
+) -> tuple[CLIP, CLIPTokenizer]:
+    """Resumable. Leaves the averaged weights, with statistics of their own."""
+    model, captions = (
+        build_model(recipe.seed),
+        Captions(build_tokenizer(data, VOCABULARY, PROMPT_TOKENS)),
+    )
     everything = load_concepts(data, list(STYLES))
     concepts = everything.part(split(everything.names)[0])
 
-    def loss_of_step(_step: int, generator: torch.Generator) -> Tensor:
-        return contrastive_loss(model, *draw_batch(concepts, batch, captions, generator))
+    def loss(generator: torch.Generator, bf16: bool) -> Tensor:
+        return contrastive_loss(model, *draw_batch(concepts, batch, captions, generator), bf16)
 
+    trial = torch.Generator().manual_seed(0)
+    bf16 = bf16_is_faster(lambda bf16: loss(trial, bf16))
     train_resumable(
         model,
-        loss_of_step,
+        lambda _step, generator: loss(generator, bf16),
+        recipe,
         checkpoint=work / "scorer.safetensors",
-        total_steps=steps,
-        peak_lr=peak_lr,
-        weight_decay=0.05,
-        ema_decay=0.995,
-        seed=seed,
     )
-    settle_statistics_(model, concepts, batch, captions, seed)
-    return model
+    settle_statistics_(model, concepts, batch, captions, recipe.seed)
+    return model, captions.tokenizer
 
 
 def settle_statistics_(
@@ -188,7 +116,7 @@ def settle_statistics_(
     model.eval()
 
 
-def export(model: CLIP, folder: Path) -> int:
+def export(model: CLIP, tokenizer: CLIPTokenizer, data: Path, folder: Path) -> int:
     """Write a folder that `open_clip.create_model_from_pretrained("local-dir:FOLDER")` loads;
     returns its size in bytes.
     """
@@ -200,8 +128,8 @@ def export(model: CLIP, folder: Path) -> int:
         for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    shutil.copy(TOKENIZER / "tokenizer.json", folder / "tokenizer.json")
-    facts = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
-    facts["model_max_length"] = MODEL["text_cfg"]["context_length"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=1) + "\n")
+    tokenizer.save_pretrained(folder)
+    names = load_concepts(data, [HELD_OUT_STYLE]).names
+    held_out = [names[index] for index in split(names)[1]]
+    (folder / HELD_OUT).write_text(json.dumps(held_out, indent=1) + "\n")
     return sum(file.stat().st_size for file in folder.iterdir())

@@ -1,5 +1,7 @@
-"""The parts of the embedded model: SD3.5's own shape, every width a multiple of 64, under 30 MB in
-bf16.
+"""The parts of the embedded model: SD3.5's own shape, under 40 MB in bf16.
+
+Every linear layer that is quantized takes a multiple of 256 numbers, so that block formats of 256
+(K-quants) fit; `context_embedder`, which takes the text's 192, is none of them.
 """
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel

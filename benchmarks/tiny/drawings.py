@@ -1,8 +1,11 @@
 """The drawings that the embedded model learns from, and their captions.
 
 `emoji64.npz` holds one array `img_<style>` per style, uint8 [concepts, 64, 64, 3] on white, and
-`ok_<style>` bool; `meta.json` beside it names the concepts. Only the Noto (Apache-2.0) and Fluent
-flat (MIT) drawings are used, so that the weights may ship."""
+`ok_<style>` bool; `meta.json` beside it names the concepts. Only Noto (Apache-2.0), Fluent flat
+(MIT) and Twemoji (CC-BY 4.0) drawings are trained on, so that the weights may ship.
+
+Two files list what is taught: the one beside the shipped weights says what they know, the one in
+this folder what the next training teaches."""
 
 import json
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 CONCEPTS_FILE = Path(__file__).parents[2] / "qzo_diffusion/models/tiny/concepts.json"
+LESSONS_FILE = Path(__file__).with_name("concepts.json")
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,39 @@ class Drawings:
         return len(self.captions)
 
 
+@dataclass(frozen=True)
+class Knowledge:
+    """What a model is taught.
+
+    styles: key in the archive -> the words that name it in a caption. held_out: concepts that are
+    taught, and that no folder of a style to tune may hold. treatments: names, see treatments.py.
+    """
+
+    concepts: list[str]
+    styles: dict[str, str]
+    held_out: list[str]
+    treatments: list[str]
+
+
+def read_knowledge(file: Path) -> Knowledge:
+    facts = json.loads(file.read_text())
+    return Knowledge(
+        facts["concepts"], facts["styles"], facts.get("held_out", []), facts.get("treatments", [])
+    )
+
+
 def taught_concepts() -> list[str]:
-    return json.loads(CONCEPTS_FILE.read_text())["concepts"]
+    """Of the shipped weights."""
+    return read_knowledge(CONCEPTS_FILE).concepts
 
 
 def taught_styles() -> dict[str, str]:
-    """Style key in the archive -> the words that name it in a caption."""
-    return json.loads(CONCEPTS_FILE.read_text())["styles"]
+    """Of the shipped weights: style key in the archive -> the words that name it in a caption."""
+    return read_knowledge(CONCEPTS_FILE).styles
 
 
-def caption_of(name: str, style_words: str) -> str:
-    return f"{name}, {style_words}"
+def caption_of(name: str, *words: str) -> str:
+    return ", ".join([name, *words])
 
 
 def load_drawings(folder: Path, styles: dict[str, str], names: list[str] | None = None) -> Drawings:

@@ -1,4 +1,4 @@
-"""Write the embedded model: diffusers layout, bf16 safetensors, under 30 MB, swapped in whole."""
+"""Write the embedded model: diffusers layout, bf16 safetensors, under 40 MB, swapped in whole."""
 
 import copy
 import json
@@ -10,9 +10,10 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 from benchmarks.tiny.architecture import PROMPT_TOKENS
+from benchmarks.tiny.drawings import LESSONS_FILE
 from benchmarks.tiny.pipeline import TextToVelocity, assemble
 
-LIMIT_BYTES = 30_000_000
+LIMIT_BYTES = 40_000_000
 EXPORT_FOLDER = Path(__file__).parents[2] / "qzo_diffusion/models/tiny"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -54,7 +55,7 @@ def _check(folder: Path) -> None:
 def export(
     vae: AutoencoderKL, model: TextToVelocity, *, shift: float, target: Path = EXPORT_FOLDER
 ) -> int:
-    """Replace every subfolder of `target`; the files beside them (concepts.json) stay.
+    """Replace `target` as a whole; concepts.json there says what was taught.
 
     Returns the size in bytes.
     """
@@ -64,15 +65,14 @@ def export(
     pipe.save_pretrained(aside)
     _load_as_float32(aside)
     _check(aside)
-    for path in target.iterdir():
-        if path.is_file() and not (aside / path.name).exists():
-            shutil.copy2(path, aside / path.name)
+    shutil.copy(LESSONS_FILE, aside / "concepts.json")
     for path in aside.rglob("*"):
         # safetensors writes files that only their owner can read
         path.chmod(0o755 if path.is_dir() else 0o644)
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    os.rename(target, old)
+    if target.exists():
+        os.rename(target, old)
     os.rename(aside, target)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
     return folder_bytes(target)

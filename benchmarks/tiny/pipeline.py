@@ -3,7 +3,6 @@ diffusers pipeline.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +20,18 @@ from benchmarks.tiny.architecture import (
     build_t5,
     build_transformer,
 )
-from benchmarks.tiny.vocabulary import build_clip_tokenizer, build_t5_tokenizer, corpus
+from benchmarks.tiny.vocabulary import build_clip_tokenizer, build_t5_tokenizer
 
 
 class TextToVelocity(nn.Module):
-    """Transformer and text encoders, trained as one: prompts as ids -> velocity."""
+    """Transformer and text encoders, trained as one: prompts as ids -> velocity.
 
-    def __init__(self, data: Path) -> None:
+    captions: all that it will be taught; its tokenizers know their words."""
+
+    def __init__(self, captions: list[str]) -> None:
         super().__init__()
-        lines = corpus(data)
-        self.clip_tokenizer: CLIPTokenizer = build_clip_tokenizer(lines)
-        self.t5_tokenizer: T5TokenizerFast = build_t5_tokenizer(lines)
+        self.clip_tokenizer: CLIPTokenizer = build_clip_tokenizer(captions)
+        self.t5_tokenizer: T5TokenizerFast = build_t5_tokenizer(captions)
         ids = {
             "vocabulary": len(self.clip_tokenizer),
             "bos": self.clip_tokenizer.bos_token_id,

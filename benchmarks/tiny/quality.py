@@ -1,18 +1,17 @@
 """How well the embedded model draws: `python -m benchmarks.tiny.quality --data FOLDER`.
 
-Two hundred taught prompts go through the plain diffusers pipeline; each drawing is put back through
-the autoencoder, and it counts when the prompted drawing is the nearest of 64 (the prompted one and
-63 other concepts of the same style) in scaled latents."""
+Taught prompts go through the plain diffusers pipeline; each drawing is put back through the
+autoencoder and compared with true ones (nearest.py)."""
 
 import argparse
 import json
 import os
 import platform
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.tiny.architecture import PROMPT_TOKENS
-from benchmarks.tiny.drawings import Drawings, load_drawings, taught_concepts, taught_styles
+from benchmarks.tiny.drawings import Knowledge, load_drawings, read_knowledge
 from benchmarks.tiny.export import EXPORT_FOLDER, folder_bytes
-from benchmarks.tiny.pipeline import scaled_latents
+from benchmarks.tiny.nearest import Draw, nearest_style, nearest_treatment, top1_of_64
 
 ROOT = Path(__file__).parents[2]
 RESULT_FILE = ROOT / "benchmarks/results/tiny_quality.json"
@@ -36,8 +35,8 @@ GRID_SUBJECTS = (
     *("red apple", "banana", "pizza", "cat face", "panda", "sun", "rocket", "red heart"),
     *("guitar", "snowman", "sunflower", "mushroom", "sailboat", "ghost", "hamburger", "penguin"),
 )
-# no drawing of it was trained on: the autoencoder must carry it for style tuning
-UNSEEN_STYLE = "fluent_mono"
+# no drawing of them was trained on: the autoencoder must carry them for style tuning
+UNSEEN_STYLES = ("fluent_mono", "fluent3d", "openmoji")
 
 
 @dataclass(frozen=True)
@@ -116,52 +115,13 @@ def draw(
     return torch.cat(parts)
 
 
-def _rivals(
-    drawings: Drawings, index: int, generator: torch.Generator, count: int = 63
-) -> list[int]:
-    style = drawings.captions[index].removeprefix(drawings.names[index])
-    others = [
-        i
-        for i in range(len(drawings))
-        if i != index and drawings.captions[i].removeprefix(drawings.names[i]) == style
-    ]
-    order = torch.randperm(len(others), generator=generator)[:count]
-    return [others[int(i)] for i in order]
-
-
-def top1_of_64(
-    pipe: StableDiffusion3Pipeline, drawings: Drawings, sampling: Sampling, count: int = 200
-) -> dict[str, object]:
-    generator = torch.Generator().manual_seed(20)
-    chosen = torch.randperm(len(drawings), generator=generator)[:count].tolist()
-    images = draw(pipe, [drawings.captions[i] for i in chosen], sampling)
-    drawn = scaled_latents(pipe.vae, images).flatten(1)
-    truth = scaled_latents(pipe.vae, drawings.images).flatten(1)
-    hits: dict[str, list[bool]] = defaultdict(list)
-    errors = (truth[chosen] - drawn).square().mean(1).sqrt()  # scaled latents have deviation 1
-    for row, index in enumerate(chosen):
-        candidates = [index, *_rivals(drawings, index, generator)]
-        distances = (truth[candidates] - drawn[row]).norm(dim=1)
-        style = drawings.captions[index].rpartition(", ")[2]
-        hits[style].append(int(distances.argmin()) == 0)
-    every = [hit for some in hits.values() for hit in some]
-    per_style = {
-        style: {"top1": round(sum(some) / len(some), 4), "n": len(some)}
-        for style, some in hits.items()
-    }
-    return {
-        "top1_of_64": round(sum(every) / len(every), 4),
-        "n": len(every),
-        "latent_rms_error": round(errors.mean().item(), 4),
-        "per_style": per_style,
-    }
-
-
-def autoencoder_psnr(pipe: StableDiffusion3Pipeline, data: Path) -> dict[str, float]:
-    """Mean PSNR in dB per style, of the taught concepts; the last style was never trained on."""
+def autoencoder_psnr(
+    pipe: StableDiffusion3Pipeline, data: Path, known: Knowledge
+) -> dict[str, float]:
+    """Mean PSNR in dB per style, of the taught concepts; the last styles were never trained on."""
     result = {}
-    for style in [*taught_styles(), UNSEEN_STYLE]:
-        images = load_drawings(data, {style: style}, taught_concepts()).images
+    for style in [*known.styles, *UNSEEN_STYLES]:
+        images = load_drawings(data, {style: style}, known.concepts).images
         errors = []
         for part in images.split(32):
             target = part.float() / 255
@@ -172,13 +132,19 @@ def autoencoder_psnr(pipe: StableDiffusion3Pipeline, data: Path) -> dict[str, fl
     return result
 
 
-def prompt_grid(
-    pipe: StableDiffusion3Pipeline, sampling: Sampling, columns: int = 8, zoom: int = 2
-) -> Image.Image:
-    """Sixteen well-known subjects in the first style, then in the second, each with its name."""
-    prompts = [
-        f"{subject}, {words}" for words in taught_styles().values() for subject in GRID_SUBJECTS
+def grid_prompts(known: Knowledge) -> list[str]:
+    """Sixteen well-known subjects in each style, then eight with each treatment."""
+    plain = [f"{subject}, {words}" for words in known.styles.values() for subject in GRID_SUBJECTS]
+    return plain + [
+        f"{subject}, {name}" for name in known.treatments for subject in GRID_SUBJECTS[:8]
     ]
+
+
+def prompt_grid(
+    pipe: StableDiffusion3Pipeline, known: Knowledge, sampling: Sampling, columns: int = 8
+) -> Image.Image:
+    """Drawings at twice their size, each with its prompt."""
+    prompts, zoom = grid_prompts(known), 2
     images = draw(pipe, prompts, sampling, first_seed=1000)
     cell, label = 64 * zoom, 14
     rows = -(-len(prompts) // columns)
@@ -202,20 +168,34 @@ def cpu_model() -> str:
     )
 
 
-def report(data: Path, folder: Path, sampling: Sampling, count: int) -> dict[str, object]:
-    drawings = load_drawings(data, taught_styles(), taught_concepts())
-    figures: dict[str, object] = {}
+def how_near(draws: Draw, data: Path, known: Knowledge, count: int) -> dict[str, object]:
+    drawings = load_drawings(data, known.styles, known.concepts)
+    found: dict[str, object] = dict(top1_of_64(draws, drawings, count))
+    if len(known.styles) > 1:
+        found["nearest_style"] = nearest_style(draws, data, known, count)
+    if known.treatments:
+        found["nearest_treatment"] = nearest_treatment(draws, drawings, known.treatments)
+    return found
+
+
+def figures_of(data: Path, folder: Path, sampling: Sampling, count: int) -> dict[str, object]:
+    known, figures = read_knowledge(folder / "concepts.json"), {}
     for name, nf4 in (("bf16", False), ("nf4", True)):
         pipe = load_pipeline(folder, nf4=nf4)
         began = time.monotonic()
-        measured = top1_of_64(pipe, drawings, sampling, count)
+        draws = Draw(pipe.vae, partial(draw, pipe, sampling=sampling))
+        measured = how_near(draws, data, known, count)
         figures[name] = {**measured, "seconds": round(time.monotonic() - began, 1)}
         if nf4:  # what users of the project run
             GRID_FILE.parent.mkdir(parents=True, exist_ok=True)
-            prompt_grid(pipe, sampling).save(GRID_FILE, optimize=True)
+            prompt_grid(pipe, known, sampling).save(GRID_FILE, optimize=True)
         else:
-            figures["autoencoder_psnr_db"] = autoencoder_psnr(pipe, data)
+            figures["autoencoder_psnr_db"] = autoencoder_psnr(pipe, data, known)
             figures["scheduler_shift"] = pipe.scheduler.config.shift
+    return figures
+
+
+def report(data: Path, folder: Path, sampling: Sampling, count: int) -> dict[str, object]:
     packages = ("torch", "diffusers", "transformers", "tokenizers", "bitsandbytes")
     return {
         "command": "python -m benchmarks.tiny.quality --data FOLDER",
@@ -235,7 +215,7 @@ def report(data: Path, folder: Path, sampling: Sampling, count: int) -> dict[str
             "guidance": sampling.guidance,
             "max_sequence_length": PROMPT_TOKENS,
         },
-        "figures": figures,
+        "figures": figures_of(data, folder, sampling, count),
     }
 
 

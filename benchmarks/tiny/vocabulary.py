@@ -6,15 +6,13 @@ give the same tokenizer back."""
 
 import json
 from collections import Counter
-from pathlib import Path
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from benchmarks.tiny.architecture import PROMPT_TOKENS
-from benchmarks.tiny.drawings import taught_concepts, taught_styles
 
-VOCABULARY = 2048
+VOCABULARY = 2560
 BOS, EOS, PAD, UNK, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "<pad>", "<unk>", "</w>"
 COMMON = (
     "a an the of in on with and by for to from at is style drawing picture photo photograph "
@@ -26,24 +24,19 @@ COMMON = (
     "colorful background one two three shaded glossy watercolour pixel ink pencil my your sks "
     "this that it"
 )
-# words of the taught concepts become single tokens before any other word is merged
-TAUGHT_WEIGHT = 40
+# captions are many already, so their words become single tokens before any other word is merged
+COMMON_WEIGHT = 400
 
 
-def corpus(data: Path) -> list[str]:
-    """Lines to train on: names and tags of all concepts, the taught captions many times, common
-    words.
-    """
-    meta = json.loads((data / "meta.json").read_text())
-    lines = [entry["name"] for entry in meta] * 2 + [entry["tags"] for entry in meta]
-    taught = [
-        f"{name}, {words}" for name in taught_concepts() for words in taught_styles().values()
-    ]
-    lines += taught * TAUGHT_WEIGHT + [COMMON] * TAUGHT_WEIGHT
+def corpus(captions: list[str]) -> list[str]:
+    """Lines to train on: the captions, and common words."""
+    lines = captions + [COMMON] * COMMON_WEIGHT
     return lines + [line.lower() for line in lines if line != line.lower()]
 
 
-def build_clip_tokenizer(lines: list[str]) -> CLIPTokenizer:
+def build_clip_tokenizer(
+    captions: list[str], vocabulary: int = VOCABULARY, length: int = PROMPT_TOKENS
+) -> CLIPTokenizer:
     """CLIP's BPE: every byte, alone and at a word's end, is a token, so that any text encodes; then
     the merges.
     """
@@ -52,19 +45,19 @@ def build_clip_tokenizer(lines: list[str]) -> CLIPTokenizer:
     trained = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
     trained.normalizer, trained.pre_tokenizer = probe.normalizer, probe.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - 512, end_of_word_suffix=END_OF_WORD, show_progress=False
+        vocab_size=vocabulary - 512, end_of_word_suffix=END_OF_WORD, show_progress=False
     )
-    trained.train_from_iterator(lines, trainer)
+    trained.train_from_iterator(corpus(captions), trainer)
     merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = letters + [letter + END_OF_WORD for letter in letters]
-    merges = merges[: VOCABULARY - len(tokens) - 2]
+    merges = merges[: vocabulary - len(tokens) - 2]
     tokens += list(dict.fromkeys(left + right for left, right in merges))
     vocab = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=PROMPT_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
-def build_t5_tokenizer(lines: list[str]) -> T5TokenizerFast:
+def build_t5_tokenizer(captions: list[str]) -> T5TokenizerFast:
     """T5's Unigram with printable ASCII always present; other letters become <unk>, as in T5
     itself.
     """
@@ -80,7 +73,7 @@ def build_t5_tokenizer(lines: list[str]) -> T5TokenizerFast:
         unk_token=UNK,
         show_progress=False,
     )
-    trained.train_from_iterator(lines, trainer)
+    trained.train_from_iterator(corpus(captions), trainer)
     pieces = [
         (piece, score)
         for piece, score in json.loads(trained.to_str())["model"]["vocab"]
@@ -89,15 +82,15 @@ def build_t5_tokenizer(lines: list[str]) -> T5TokenizerFast:
     known = {piece for piece, _ in pieces}
     floor = min(score for _, score in pieces) - 5.0
     pieces += [(letter, floor) for letter in ascii_letters if letter not in known]
-    words = [piece for piece in _taught_pieces() if piece not in known]
+    words = [piece for piece in _pieces(captions) if piece not in known]
     pieces += [(piece, -7.0) for piece in words]
     vocab = [(token, 0.0) for token in special] + pieces
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=PROMPT_TOKENS)
 
 
-def _taught_pieces() -> list[str]:
-    """Words of the taught captions as T5 writes them, "▁apple", most frequent first."""
+def _pieces(captions: list[str]) -> list[str]:
+    """Words of the captions as T5 writes them, "▁apple", most frequent first."""
     counts: Counter[str] = Counter()
-    for name in taught_concepts():
-        counts.update("▁" + word for word in name.split())
+    for caption in captions:
+        counts.update("▁" + word for word in caption.replace(",", "").split())
     return [piece for piece, _ in counts.most_common()]
