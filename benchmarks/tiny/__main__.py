@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae-steps", type=int, default=2000)
     add("--vae-batch", type=int, default=16)
     add("--vae-rate", type=float, default=7e-4, help="the peak of the autoencoder's rate")
-    add("--steps", type=int, default=22000, help="steps of the denoiser")
+    add("--steps", type=int, default=19000, help="steps of the denoiser")
     add("--batch", type=int, default=32, help="batch of the denoiser on each rank")
     add("--rate", type=float, default=2e-3, help="the peak of the denoiser's rate")
     add("--compile", action="store_true", help="compile the transformer's blocks: a sixth faster")
