@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qzo_diffusion.config.defaults import DIRECTIONS, PICTURES, SHARED, Rule, filled, flat
-from qzo_diffusion.config.kinds import Count, PathOrName, Positive, Seed, Whole
+from qzo_diffusion.config.kinds import Count, NotNegative, PathOrName, Positive, Seed, Whole
 
 GRID_TYPES = ("int8", "int4", "fp8")
 
@@ -170,6 +170,18 @@ class QuantConfig(Section):
         return self
 
 
+class PriorConfig(Section):
+    decay: NotNegative = 0.0
+    """share of lr by which a step first takes every number back towards the base"""
+    bound: Positive | None = None
+    """how far a number may go from the base; where train.calibrate_lr is on, times slope over
+    curvature, so that a style which is further away has more room. null: no bound"""
+
+    @property
+    def off(self) -> bool:
+        return not self.decay and self.bound is None
+
+
 class ComputeConfig(Section):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps"""
@@ -192,6 +204,7 @@ class RunConfig(Section):
     """auto, tiny, a Hub id in the local cache, or the path of a model"""
     train: TrainConfig = TrainConfig()
     qzo: QzoConfig = QzoConfig()
+    prior: PriorConfig = PriorConfig()
     quant: QuantConfig = QuantConfig()
     compute: ComputeConfig = ComputeConfig()
 
@@ -206,6 +219,17 @@ class RunConfig(Section):
             raise ValueError(
                 "train.calibrate_lr: false, or qzo.normalize: true with qzo.per_example: true"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _prior_of_numbers_that_are_kept(self) -> "RunConfig":
+        if not self.prior.off and self.qzo.parametrization in SHARED:
+            raise ValueError(
+                "prior.decay: 0 and prior.bound: null, or qzo.parametrization: row, layer, column "
+                "or separable; of dense scales and codes no distance from the base is kept"
+            )
+        if self.prior.decay * self.train.lr > 1:
+            raise ValueError("prior.decay times train.lr: at most 1")
         return self
 
     @model_validator(mode="after")
