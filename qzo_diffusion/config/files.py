@@ -58,7 +58,7 @@ def _settings_of_file(options: argparse.Namespace, resumed: Path | None) -> dict
             "leave the others out",
         )
     if resumed is not None:
-        return read_yaml(resumed / "config.yaml")
+        return read_run(resumed / "config.yaml")
     if preset is not None:
         return read_yaml(_preset(preset))
     return {} if options.config is None else read_yaml(find_config(options.config))
@@ -285,8 +285,24 @@ def make_config(settings: dict[str, Any], kind: type[AnyConfig] = Config) -> Any
         raise _explain(error, kind) from None
 
 
+# Settings that came after the first runs, and do something by default: how a run without them ran.
+CAME_LATER = {"prior.bound": None}
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The settings that a run was started with, all of which its file names but later ones."""
+    settings = read_yaml(path)
+    named = flat(settings)
+    if "train.seed" in named:  # a run's file names every setting there was
+        for key, value in CAME_LATER.items():
+            if key not in named:
+                set_dotted(settings, key, value)
+    return settings
+
+
 def load_config(path: Path, kind: type[AnyConfig] = Config) -> AnyConfig:  # type: ignore[assignment]
-    return make_config(read_yaml(path), kind)
+    """Load the config of a run, or of an export of one."""
+    return make_config(read_run(path), kind)
 
 
 def _explain(error: ValidationError, kind: type[RunConfig]) -> ConfigError:

@@ -34,6 +34,11 @@ class NearBase:
     def __init__(self, inner: Optimizer, decay: float = 0.0, bound: float | None = None) -> None:
         self._inner, self._decay, self._bound = inner, decay, bound
 
+    def with_room(self, factor: float) -> "NearBase":
+        """The same with `factor` times the bound."""
+        bound = None if self._bound is None else self._bound * factor
+        return NearBase(self._inner, self._decay, bound)
+
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         self._shrink_(parametrization, update.lr)
         self._inner.step_(parametrization, update)

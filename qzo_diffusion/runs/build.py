@@ -15,6 +15,7 @@ from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.journal_format import MOST_SCALARS
+from qzo_diffusion.core.near_base import NearBase
 from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
@@ -171,16 +172,23 @@ def optimizer(config: RunConfig) -> Optimizer:
     train = config.train
     if train.optimizer == "feedback":
         return ErrorFeedback(train.feedback_decay, train.feedback_steps)
-    return make_optimizer(train.optimizer, in_running_rms=config.qzo.normalize == "running")
+    running = config.qzo.normalize == "running"
+    return near_base(config, make_optimizer(train.optimizer, in_running_rms=running))
 
 
-def first_order(model: nn.Module) -> tuple[Adam, TakeStep]:
+def near_base(config: RunConfig, chosen: Optimizer) -> Optimizer:
+    """Let `chosen` keep θ near the base as `prior.decay` and `prior.bound` say."""
+    prior = config.prior
+    return chosen if prior.off else NearBase(chosen, prior.decay, prior.bound)
+
+
+def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeStep]:
     """Return Adam along the exact gradient of the trained scales, the baseline of zeroth order."""
 
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
         return exact_gradient(objective, micro_batches, theta, handles_of(model))
 
-    return Adam(), first_order_step(gradient)
+    return near_base(config, Adam()), first_order_step(gradient)
 
 
 def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:

@@ -40,6 +40,7 @@ _RESOLVED = (
     "optimizer",
     "feedback",
     "normalize",
+    "prior",
 )
 
 
@@ -140,6 +141,7 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         else None,
         # a step's own rms is already in its scalars
         "normalize": "running" if config.qzo.normalize == "running" else None,
+        "prior": None if config.prior.off else [config.prior.decay, config.prior.bound],
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,
     }

@@ -14,6 +14,7 @@ from qzo_diffusion.core.merge import check_numbers
 from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.runs import provenance
+from qzo_diffusion.runs.calibration import ROOM
 from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -97,6 +98,7 @@ def settings_of(
             "model": model or header["model"],
             "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
             "qzo": {key: header[key] for key in _NUMBERS} | _also(header),
+            "prior": _prior(header),
             "quant": header["quant"],
             "compute": {"dtype": header["dtype"]},
         }
@@ -109,6 +111,12 @@ def _also(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of `qzo` that journals name only if they matter, or did not name at first."""
     running = {"normalize": "running"} if header.get("normalize") else {}
     return running | ({"unquantized": header["unquantized"]} if "unquantized" in header else {})
+
+
+def _prior(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's prior, with the bound as it was calibrated; journals did not name it at first."""
+    decay, bound = header.get("prior") or (0.0, None)
+    return {"decay": decay, "bound": None if bound is None else bound * header.get(ROOM, 1.0)}
 
 
 def without(error: KeyError) -> JournalError:

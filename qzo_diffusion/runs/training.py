@@ -4,13 +4,11 @@ A run that is resumed goes on as if it had never been stopped.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from qzo_diffusion.core.errors import (
     ConfigError,
@@ -22,11 +20,11 @@ from qzo_diffusion.core.journal import Journal, JournalWriter, read_journal
 from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs import ranks as all_ranks
+from qzo_diffusion.runs.calibration import UNCALIBRATED, Factors, calibrated_
 from qzo_diffusion.runs.changes import as_many_as_fit, changes
 from qzo_diffusion.runs.plan import Components, Plan
 from qzo_diffusion.runs.trainer import Trainer
 from qzo_diffusion.system.console import report
-from qzo_diffusion.train.calibrate import calibrate
 from qzo_diffusion.train.checkpoint import (
     bad_steps_at_end,
     cut_metrics,
@@ -44,7 +42,6 @@ from qzo_diffusion.train.stopping import Limits
 from qzo_diffusion.train.tracking import Tracker
 
 JOURNAL, METRICS = "journal.qzo", "metrics.jsonl"
-RATE_FACTOR = "lr_factor"  # key in the journal's header, if the factor was measured
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Start:
 
     step: int = 0
     bad_steps: int = 0
-    rate: float | None = None
+    factors: Factors = UNCALIBRATED
     damaged: Sequence[Path] = ()
     validation: Mapping[int, float] = field(default_factory=dict)
 
@@ -133,7 +130,7 @@ def follow(plan: Plan, ranks: Ranks, resumed: Path | None) -> dict[str, Any]:
     """
     components = _load(plan, ranks)
     journal = read_journal(resumed / JOURNAL) if resumed is not None and plan.has_journal else None
-    start = Start(rate=_rate_factor(plan, components, ranks, journal))
+    start = Start(factors=calibrated_(plan, components, ranks, journal))
     if resumed is not None:
         start = _restore_(plan, components, journal, resumed, start)
     all_ranks.check_ranks(ranks, components.theta)
@@ -160,7 +157,7 @@ def _train(
     warn: Callable[[str], None],
     **reports: Any,
 ) -> Outcome:
-    schedule = plan.schedule(1.0 if start.rate is None else start.rate)
+    schedule = plan.schedule(start.factors.rate)
     setup = components.setup(plan.probing(), schedule, ranks.sum)
     if not start.step and setup.take_step is None and can_be_checked(setup):
         setup = replace(setup, take_step=EarlySignal(warn))
@@ -194,8 +191,8 @@ def _lead(
             on_error.callback(writer.close)
         components, start = _load_and_restore(plan, out, ranks, journal, changed is not None)
         if changed is None and plan.has_journal:
-            rate = {} if start.rate is None else {RATE_FACTOR: start.rate}
-            writer = JournalWriter.create(out.path / JOURNAL, components.header | rate)
+            factors = start.factors.header(plan.config.prior.bound is not None)
+            writer = JournalWriter.create(out.path / JOURNAL, components.header | factors)
         trainer = _trainer(plan, out, ranks, components, start)
         trainer.journal = writer
         trainer.limits = Limits(plan.config.train.patience, deadline)
@@ -220,7 +217,7 @@ def _load_and_restore(
 ) -> tuple[Components, Start]:
     """Load the components; restore the state of a run that goes on."""
     components = _load(plan, ranks)
-    start = Start(rate=_rate_factor(plan, components, ranks, journal))
+    start = Start(factors=calibrated_(plan, components, ranks, journal))
     if resumed:
         start = _restore_(plan, components, journal, out.path, start)
         # also at step 0: a kill may have left a line of a step that the journal lacks
@@ -275,51 +272,6 @@ def _load(plan: Plan, ranks: Ranks) -> Components:
     components = plan.load(ranks)
     all_ranks.check_same_run(ranks, plan.settings(), plan.data(), plan.facts, components.header)
     return components
-
-
-def _rate_factor(
-    plan: Plan, components: Components, ranks: Ranks, journal: Journal | None
-) -> float | None:
-    """The factor of the learning rate: read from the journal of a run that goes on, else measured.
-
-    None without calibration.
-
-    Raises:
-        ConfigError: a run that goes on was not calibrated where it began.
-    """
-    train = plan.config.train
-    if not train.calibrate_lr or not train.max_steps:
-        return None
-    if journal is not None:
-        if RATE_FACTOR not in journal.header:
-            raise ConfigError(
-                "train.calibrate_lr=true for a run whose rate was not calibrated where it began",
-                "a rate that the run had from its first step on",
-                "add train.calibrate_lr=false --force, or start a new run",
-            )
-        return float(journal.header[RATE_FACTOR])
-
-    def with_bar(steps: Iterable[int]) -> Iterable[int]:
-        return tqdm(
-            steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first
-        )
-
-    calibration = calibrate(
-        components.objective,
-        components.batches,
-        components.theta,
-        plan.probing(),
-        ranks.sum,
-        with_bar,
-    )
-    if ranks.first and calibration.rate_factor < 1:
-        report(
-            f"train.lr {train.lr:.3g} -> {train.lr * calibration.rate_factor:.3g}: the loss has a "
-            f"slope of {calibration.slope:.2g} for a "
-            f"curvature of {calibration.curvature:.2g} "
-            "(train.calibrate_lr=false leaves the rate alone)"
-        )
-    return calibration.rate_factor
 
 
 def _restore_(

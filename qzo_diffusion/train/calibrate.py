@@ -26,6 +26,7 @@ EXAMPLES = 16
 # times the radius of a step: curvature shows as ε², above the noise of losses in 16 bits
 WIDER = 3.0
 FULL_RATE = 0.055  # √s / tr(H) from which the usual rate is right
+MOST_ROOM = 4.0  # a bound is widened or narrowed by as much
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,25 @@ class LrCalibration:
     error: float
 
     @property
+    def _known(self) -> bool:
+        return math.isfinite(self.slope) and self.curvature > 2 * self.error and self.slope != 0
+
+    @property
     def rate_factor(self) -> float:
         """The factor for the usual rate, at most 1; 1 where the curvature is within its noise."""
-        if not (math.isfinite(self.slope) and self.curvature > 2 * self.error) or self.slope == 0:
+        if not self._known:
             return 1.0
         return min(1.0, self.slope / self.curvature / FULL_RATE)
+
+    @property
+    def room(self) -> float:
+        """The factor for the usual bound: how far the loss falls before it bends.
+
+        1 where the curvature is within its noise.
+        """
+        if not self._known:
+            return 1.0
+        return min(MOST_ROOM, max(1 / MOST_ROOM, self.slope / self.curvature / FULL_RATE))
 
 
 def calibration_batches(examples: int) -> int:

@@ -102,7 +102,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     codes, initial = build.fingerprints(lm.model, scales)
     trained = tuple(build.trained_of(scales, config.qzo.layers))
     if config.method == "fo-scales":
-        optimizer, step = build.first_order(lm.model)
+        optimizer, step = build.first_order(config, lm.model)
         return Base(lm, scales, theta, optimizer, codes, initial, step, trained)
     return Base(lm, scales, theta, build.optimizer(config), codes, initial, trained=trained)
 

@@ -151,7 +151,9 @@ class StylePlan:
         sampled = for_samples(config, transformer, scales)
         set_initial_(config, transformer, scales)
         optimizer, take_step = (
-            (build.optimizer(config), None) if self.has_journal else build.first_order(transformer)
+            (build.optimizer(config), None)
+            if self.has_journal
+            else build.first_order(config, transformer)
         )
 
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
