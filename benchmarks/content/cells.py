@@ -127,7 +127,7 @@ def _train(
         "model": "tiny",
         "data": {
             "style_dir": str(folder.train),
-            "validation_dir": str(folder.held_out) if folder.held_out else None,
+            "validation_dir": str(folder.held_out),
             "cache_dir": str(bench.work / "cache"),
         },
         "train": {"seed": cell.seed, "max_steps": cell.steps},

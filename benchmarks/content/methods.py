@@ -35,6 +35,7 @@ DEFAULT: Settings = {
         "directions": "rademacher",
         "clip_threshold": None,
     },
+    "prior": {"decay": 0.0, "bound": None},
     "quant": {
         "type": "nf4",
         "blocksize": 64,
@@ -94,6 +95,9 @@ FIRST_ORDER_DENSE = changed(
 )
 METHODS: dict[str, Settings] = {
     "default": DEFAULT,
+    "bound": changed(DEFAULT, prior__bound=0.12),
+    "bound_0.15": changed(DEFAULT, prior__bound=0.15),
+    "decay_0.3": changed(DEFAULT, prior__decay=0.3),
     "first_order": FIRST_ORDER,
     "first_order_dense": FIRST_ORDER_DENSE,
 }

@@ -15,8 +15,8 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from qzo_diffusion.config.files import find_config, kind_of, make_config, read_yaml
+    from qzo_diffusion.config.files import find_config, kind_of, make_config, read_run
 
-    settings = read_yaml(find_config(options.config))
+    settings = read_run(find_config(options.config))
     print(make_config(settings, kind_of(settings)).to_yaml(), end="")
     return DONE

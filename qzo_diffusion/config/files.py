@@ -61,7 +61,7 @@ def _settings_of_file(options: argparse.Namespace, resumed: Path | None) -> dict
         return read_run(resumed / "config.yaml")
     if preset is not None:
         return read_yaml(_preset(preset))
-    return {} if options.config is None else read_yaml(find_config(options.config))
+    return {} if options.config is None else read_run(find_config(options.config))
 
 
 def _preset(name: str) -> Path:
@@ -287,13 +287,15 @@ def make_config(settings: dict[str, Any], kind: type[AnyConfig] = Config) -> Any
 
 # Settings that came after the first runs, and do something by default: how a run without them ran.
 CAME_LATER = {"prior.bound": None}
+# A run's file names every setting that there was; nobody writes these down otherwise.
+_NAMED_BY_RUNS = {"quant.type", "quant.skip", "quant.backend", "compute.device", "train.seed"}
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The settings that a run was started with, all of which its file names but later ones."""
+    """Settings from a file; what an earlier version's run did not know is off."""
     settings = read_yaml(path)
     named = flat(settings)
-    if "train.seed" in named:  # a run's file names every setting there was
+    if set(named) >= _NAMED_BY_RUNS:
         for key, value in CAME_LATER.items():
             if key not in named:
                 set_dotted(settings, key, value)
