@@ -87,7 +87,7 @@ def _examples_of_a_step(known: Known) -> int:
     return max(1, PROBES // max(1, directions)) if isinstance(directions, int) else PROBES // 2
 
 
-NORMALISED = (True, "running", "example")
+NORMALISED = (True, "running")
 
 # Codes that a typical step moves each number. A constant rate ends in noise, and under a cosine
 # nothing reaches a code any more half way. A code is 3 % of a typical weight in int8, 40 % in int4

@@ -83,10 +83,9 @@ class QzoConfig(Section):
     regions: Annotated[int, Field(ge=1, le=1024)] = 1
     """patch groups of a picture, each with directions of its own in token-wise layers; may be
     written patch_groups"""
-    normalize: bool | Literal["running", "example"] = True
+    normalize: bool | Literal["running"] = True
     """divide derivatives by their rms, so that lr does not depend on the loss; running: by that of
-    the last ten steps or so; example: those of each example by their own, so that all noise levels
-    count the same"""
+    the last ten steps or so"""
     directions: Literal["rademacher", "gaussian"] = "rademacher"
     """distribution of random directions"""
     probe: Literal["codes", "float"] = "codes"
@@ -122,11 +121,6 @@ class QzoConfig(Section):
 
     @model_validator(mode="after")
     def _one_number_is_not_normalised(self) -> "QzoConfig":
-        if self.normalize == "example" and (not self.per_example or self.num_directions == 1):
-            raise ValueError(
-                "normalize: example needs per_example: true and num_directions: 2 or more; of one "
-                "only the sign would be left"
-            )
         if self.normalize is True and not self.per_example and self.num_directions == 1:
             raise ValueError(
                 "normalize: true needs per_example: true or several directions; of one only the "

@@ -35,9 +35,6 @@ class StepBatch(Generic[Batch]):
         return sum(map(len, self.micro_batches)) if self.examples is None else self.examples  # type: ignore[arg-type]
 
 
-Normalize = bool | Literal["example"]
-
-
 @dataclass(frozen=True)
 class Probing:
     """Settings of the gradient estimator: radius, directions, estimator, clipping.
@@ -48,10 +45,8 @@ class Probing:
         num_directions: directions of a step, or of each example with `per_example`.
         per_example: whether each example has directions of its own.
         clip_threshold: C of derivative clipping; None clips nothing.
-        normalize: whether the derivatives of a step are divided by their rms; "example" divides
-            those of each example by their own rms, so that all examples count the same, at high
-            noise levels and at low ones. A step (or an example) of one direction then keeps only
-            its sign.
+        normalize: whether the derivatives of a step are divided by their rms. A step of one
+            direction then keeps only its sign.
         probes_per_forward: the most probes of a micro-batch in one forward pass, where
             parametrization and batch allow several; None is all of them.
     """
@@ -62,7 +57,7 @@ class Probing:
     per_example: bool = False
     distribution: Distribution = "rademacher"
     clip_threshold: float | None = None
-    normalize: Normalize = False
+    normalize: bool = False
     probes_per_forward: int | None = None
     estimator: Estimator = "antithetic"
 

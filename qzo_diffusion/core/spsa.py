@@ -161,7 +161,7 @@ def estimate(
         minus = at_radii[1]
     else:
         minus = _mean_of_others(plus, alike * directions[0].patch_groups)
-    return _from_losses(directions, plus, minus, probing, alike)
+    return _from_losses(directions, plus, minus, probing)
 
 
 def _check(
@@ -253,26 +253,13 @@ def rms(derivatives: Sequence[float], patch_groups: int = 1) -> float:
     return math.sqrt(exact_sum(d * d for d in of_direction) / len(of_direction))
 
 
-def _normalised(derivatives: Sequence[float], patch_groups: int, examples: int) -> list[float]:
-    """Divide derivatives by their rms over directions, those of each example by their own."""
-    of_direction = over_patch_groups(derivatives, patch_groups)
-    # all zero: they stay so
-    units = [rms(of_direction[place::examples]) or 1.0 for place in range(examples)]
-    return [d / units[at // patch_groups % examples] for at, d in enumerate(derivatives)]
-
-
 def _from_losses(
     directions: Sequence[Direction],
     plus: list[float],
     minus: list[float],
     probing: Probing,
-    examples: int,
 ) -> Estimate:
-    """Differences of losses, divided by their distance, clipped and normalised.
-
-    Args:
-        examples: how many have directions of their own; 1 where all share them.
-    """
+    """Differences of losses, divided by their distance, clipped and normalised."""
     distance = 2 * probing.eps if probing.estimator == "antithetic" else probing.eps
     derivatives = [(p - m) / distance for p, m in zip(plus, minus, strict=True)]
     projected = [clip_directional_derivative(d, probing.clip_threshold) for d in derivatives]
@@ -280,8 +267,8 @@ def _from_losses(
         math.isfinite(d) and d != g for d, g in zip(derivatives, projected, strict=True)
     )
     if probing.normalize:
-        alike = examples if probing.normalize == "example" else 1
-        projected = _normalised(projected, directions[0].patch_groups, alike)
+        unit = rms(projected, directions[0].patch_groups) or 1.0  # all zero: they stay so
+        projected = [g / unit for g in projected]
     return Estimate(
         tuple(directions),
         tuple(plus),

@@ -100,7 +100,7 @@ def probing(config: RunConfig) -> Probing:
         distribution=config.qzo.directions,
         clip_threshold=config.qzo.clip_threshold,
         # else by the optimizer, which knows the earlier steps
-        normalize=False if config.qzo.normalize == "running" else config.qzo.normalize,
+        normalize=config.qzo.normalize is True,
         probes_per_forward=probes_at_once(config),
         estimator=config.qzo.estimator,
     )

@@ -184,27 +184,6 @@ def test_normalised_derivatives_have_a_spread_of_one_and_keep_their_ratios():
     assert rms([3.0, -3.0], 2) == 0
 
 
-def test_each_example_normalised_by_its_own_spread_counts_the_same_and_keeps_its_ratios():
-    """Losses of one example times 100: by the spread of the step it would drown the others."""
-    model, _, theta = network_of_tokens("row", ("2",))
-    directions = directions_of_step(0, 0, 4 * EXAMPLES, "rademacher", REGIONS)
-    factors = torch.tensor([100.0, *[1.0] * (EXAMPLES - 1)], dtype=torch.float64)
-
-    def found(normalize, factors=None):
-        plain = of_regions(model)
-        loss = plain if factors is None else lambda x: plain(x) * factors.view(-1, 1)
-        made = {"eps": 1e-2, "per_example": True, "probes_per_forward": 1, "normalize": normalize}
-        return estimated(loss, [tokens()], theta, directions, **made).projected_grad
-
-    own, measured = found("example", factors), found(False)
-    assert own == pytest.approx(found("example"), rel=1e-9)
-    for place in range(EXAMPLES):
-        of_example = [at for at in range(len(own)) if at // REGIONS % EXAMPLES == place]
-        assert rms([own[at] for at in of_example], REGIONS) == pytest.approx(1)
-        ratios = [own[at] / measured[at] for at in of_example]
-        assert ratios == pytest.approx([ratios[0]] * len(ratios))
-
-
 def test_no_slope_at_all_moves_nothing_and_stays_finite():
     _, _, theta = network_of_tokens("row", ("2",))
     directions = directions_of_step(0, 0, EXAMPLES, "rademacher", REGIONS)

@@ -20,7 +20,6 @@ from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import sample_losses
-from qzo_diffusion.core.probing import Normalize
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
 from qzo_diffusion.diffusion.images import open_image
@@ -304,7 +303,7 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
         [replace(batch, patch_groups=1) for batch in step.micro_batches] for step in (probed, other)
     )
     probing = replace(
-        build.probing(config), seed=config.train.seed + 1, normalize=_normalize(config)
+        build.probing(config), seed=config.train.seed + 1, normalize=bool(config.qzo.normalize)
     )
     found = signal.two_seeds(work.objective, first, second, work.theta, probing, signal.DIRECTIONS)
     estimates = signal.estimates_of(work.objective, probed, work.theta, probing)
@@ -324,11 +323,6 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
             estimates,
         )
     return found
-
-
-def _normalize(config: Config) -> Normalize:
-    """Return the normalisation of a single estimate, which knows no earlier steps."""
-    return True if config.qzo.normalize == "running" else config.qzo.normalize
 
 
 def _scores_of_steps(
