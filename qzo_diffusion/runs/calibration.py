@@ -42,27 +42,35 @@ def calibrated_(
 ) -> Factors:
     """Find the factors and give the optimizer its bound.
 
+    A run that goes on keeps the bound of its first step, also where its rate is chosen anew:
+    its journal has one bound.
+
     Raises:
         ConfigError: a run that goes on was not calibrated where it began.
     """
     train = plan.config.train
-    if not train.calibrate_lr or not train.max_steps:
-        return UNCALIBRATED
-    found = _measured(plan, components, ranks) if journal is None else _read(journal)
+    wanted = train.calibrate_lr and train.max_steps > 0
+    if journal is not None:
+        found = _read(journal, wanted)
+    else:
+        found = _measured(plan, components, ranks) if wanted else UNCALIBRATED
     if isinstance(components.optimizer, NearBase):
         components.optimizer = components.optimizer.with_room(found.room)
     return found
 
 
-def _read(journal: Journal) -> Factors:
+def _read(journal: Journal, rate_wanted: bool) -> Factors:
     header = journal.header
+    room = float(header.get(ROOM, 1.0))
+    if not rate_wanted:
+        return Factors(room=room)
     if RATE not in header:
         raise ConfigError(
             "train.calibrate_lr=true for a run whose rate was not calibrated where it began",
             "a rate that the run had from its first step on",
             "add train.calibrate_lr=false --force, or start a new run",
         )
-    return Factors(float(header[RATE]), float(header.get(ROOM, 1.0)), measured=True)
+    return Factors(float(header[RATE]), room, measured=True)
 
 
 def _measured(plan: Plan, components: Components, ranks: Ranks) -> Factors:
@@ -89,7 +97,7 @@ def _report(plan: Plan, found: LrCalibration) -> None:
     changes = []
     if found.rate_factor < 1:
         changes.append(f"train.lr {train.lr:.3g} -> {train.lr * found.rate_factor:.3g}")
-    if bound is not None:
+    if bound is not None and found.room != 1:
         changes.append(f"prior.bound {bound:.3g} -> {bound * found.room:.3g}")
     if changes:
         report(

@@ -51,7 +51,7 @@ class Start:
     Attributes:
         step: the first step of this process.
         bad_steps: the number of bad steps in a row before it.
-        rate: a factor of the learning rate; None without calibration.
+        factors: of the learning rate and the bound.
         damaged: checkpoints that were not used.
         validation: held-out losses by step that the run has measured already.
     """
