@@ -12,6 +12,7 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.train.calibrate import (
     FULL_RATE,
+    MOST_ROOM,
     WIDER,
     LrCalibration,
     calibrate,
@@ -89,6 +90,14 @@ def test_only_a_loss_that_curves_much_for_its_slope_lowers_the_rate():
     assert LrCalibration(0.0, 8.0, 0.1).rate_factor == 1  # nothing moves at any rate
     assert LrCalibration(math.nan, 8.0, 0.1).rate_factor == 1  # the step itself is skipped
     assert LrCalibration(0.1, math.nan, 0.1).rate_factor == 1
+
+
+def test_a_bound_is_widened_and_narrowed_by_the_same_measure_within_limits():
+    assert LrCalibration(3 * FULL_RATE, 1.0, 0.1).room == pytest.approx(3)
+    assert LrCalibration(9.0, 1.0, 0.1).room == MOST_ROOM
+    assert LrCalibration(1e-3, 1.0, 0.1).room == 1 / MOST_ROOM
+    assert LrCalibration(0.1, 8.0, 4.1).room == 1  # as far as can be told it may be flat
+    assert LrCalibration(math.nan, math.nan, math.nan).room == 1
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
