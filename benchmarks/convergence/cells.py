@@ -26,6 +26,7 @@ from benchmarks.record import provenance
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.near_base import NearBase
 from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrization import Parametrization
@@ -52,7 +53,7 @@ class Progress:
     """How far a cell is; seconds are those of training, of evaluation, and of the processor for
     both.
 
-    rate_factor: of a calibrated rate, once it is measured.
+    rate_factor, room: of a calibrated rate and of its bound, once they are measured.
     """
 
     step: int = 0
@@ -61,6 +62,7 @@ class Progress:
     skipped: int = 0
     bad_in_a_row: int = 0
     rate_factor: float | None = None
+    room: float = 1.0
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -143,8 +145,10 @@ class CellRun:
         )
         if settings.calibrate and progress.rate_factor is None:
             calibration = calibrate(self._task.objective, self._batches, self.theta, probing)
-            progress.rate_factor = calibration.rate_factor
+            progress.rate_factor, progress.room = calibration.rate_factor, calibration.room
         optimizer: Optimizer = self.optimizer
+        if settings.bound is not None:
+            optimizer = NearBase(optimizer, bound=settings.bound * progress.room)
         schedule = self._schedule()
         train(
             Setup(self._task.objective, self._batches, self.theta, optimizer, probing, schedule),

@@ -26,7 +26,7 @@ from benchmarks.convergence.settings import (
     Phase,
     rate,
 )
-from qzo_diffusion.config.defaults import MIDDLE_BLOCKS, PICTURES_OVER_QUIET, suited_lr
+from qzo_diffusion.config.defaults import BOUND, MIDDLE_BLOCKS, PICTURES_OVER_QUIET, suited_lr
 from qzo_diffusion.core.optimizer import ScheduleName
 from qzo_diffusion.core.parametrize import Level
 from qzo_diffusion.core.probing import Estimator
@@ -142,6 +142,9 @@ def _defaults() -> Iterator[Family]:
         on_text=ON_TEXT,
         over_text=of_text,
     )
+    bounded = replace(BEST, bound=BOUND)
+    what = f"the default with its bound of {BOUND}, which came after the other cells"
+    yield Family(method(f"{DEFAULT}_bound", bounded), at, what, data=DATA[:-1])
     what = "the default at the rate that it is calibrated from"
     yield Family(method(f"{DEFAULT}_fixed", FIXED), at, what, data=DATA[:-1])
     tuned = method(f"{DEFAULT}_tuned", FIXED)

@@ -35,7 +35,7 @@ class Phase:
     step's cost is. rate: the learning rate as a multiple of the family's; the schedule runs over
     this phase alone. share: of the run's steps. eps in the units of the numbers. calibrate: the
     rate is lowered to suit slope and curvature where the run begins, for `Method.calibration`
-    forward passes."""
+    forward passes. bound: how far a number may go from the base, before it is calibrated."""
 
     level: Level | Literal["lora"]
     layers: Literal["quiet"] | None = None
@@ -54,6 +54,7 @@ class Phase:
     optimizer: OptimizerName = "sgd"
     schedule: ScheduleName = "constant"
     calibrate: bool = False
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
