@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qzo_diffusion.config.defaults import set_dotted, suited_lr
+from qzo_diffusion.config.defaults import BOUND, set_dotted, suited_lr
 from qzo_diffusion.config.files import (
     known_keys,
     load_config,
@@ -342,6 +342,28 @@ def test_a_step_has_as_many_scalars_as_its_record_holds():
     with pytest.raises(ConfigError, match=r"8192 scalars") as error:
         build.check_scalars(make_config({}), 64, 16)
     assert "8187" in error.value.expected
+
+
+def test_pictures_are_bounded_unless_a_file_of_an_earlier_run_says_nothing_of_it(tmp_path):
+    assert make_config({}).prior.bound == BOUND
+    assert make_config({"qzo": {"parametrization": "row"}}).prior.bound is None
+    settings = make_config({}).model_dump()
+    del settings["prior"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert load_config(tmp_path / "config.yaml").prior.bound is None
+    (tmp_path / "own.yaml").write_text("train: {seed: 3}")
+    assert load_config(tmp_path / "own.yaml").prior.bound == BOUND
+
+
+@pytest.mark.parametrize("prior", [{"decay": 0.1}, {"bound": 0.1}])
+def test_numbers_without_a_distance_from_the_base_have_no_prior(prior):
+    with pytest.raises(ConfigError, match=r"qzo\.parametrization: row, layer, column"):
+        make_config({"prior": prior, "qzo": {"parametrization": "dense"}})
+
+
+def test_a_decay_that_would_turn_numbers_around_is_refused():
+    with pytest.raises(ConfigError, match="at most 1"):
+        make_config({"prior": {"decay": 11.0}, "train": {"lr": 0.1}})
 
 
 def test_only_a_normalised_rate_can_be_calibrated():

@@ -44,6 +44,8 @@ REGIONS = [
     "qzo.per_example=true",
     "qzo.regions=4",
     "train.optimizer=sgd",
+    "prior.bound=0.02",
+    "prior.decay=0.2",
 ]
 
 
@@ -59,6 +61,8 @@ def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch
     assert {len(step.projected_grad) for step in journal.steps} == {4 * 4 * 8}
     # calibrated once, though the run was resumed
     assert journal.steps[0].lr == 0.1 * journal.header["lr_factor"] < 0.1
+    assert journal.header["prior"] == [0.2, 0.02]
+    assert journal.header["bound_factor"] < 1
     assert_replayed(tmp_path / "whole")
 
 

@@ -85,6 +85,10 @@ def test_a_larger_loss_asks_for_nothing_else():
 def test_only_a_loss_that_curves_much_for_its_slope_lowers_the_rate():
     assert LrCalibration(1.0, 1.0, 0.1).rate_factor == 1
     assert LrCalibration(0.4, 8.0, 0.3).rate_factor == pytest.approx(0.05 / FULL_RATE)
+    assert LrCalibration(0.4, 8.0, 0.3).room == pytest.approx(0.05 / FULL_RATE)
+    assert 1 < LrCalibration(0.8, 8.0, 0.3).room == pytest.approx(0.1 / FULL_RATE)
+    assert LrCalibration(9.0, 8.0, 0.3).room == 4  # at most
+    assert LrCalibration(0.1, 8.0, 4.1).room == 1  # as far as can be told it may be flat
     assert LrCalibration(0.1, 8.0, 4.1).rate_factor == 1  # as far as can be told it may be flat
     assert LrCalibration(0.1, -8.0, 0.1).rate_factor == 1
     assert LrCalibration(0.0, 8.0, 0.1).rate_factor == 1  # nothing moves at any rate
