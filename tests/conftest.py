@@ -51,7 +51,14 @@ def pytest_collection_modifyitems(items):
 
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-hypothesis.settings.register_profile("house", deadline=None, derandomize=True, database=None)
+# On a busy machine examples take long to draw, which says nothing about the code.
+hypothesis.settings.register_profile(
+    "house",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("house")
 
 

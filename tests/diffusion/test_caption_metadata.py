@@ -181,7 +181,8 @@ any_lines = st.lists(
 
 
 @settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(lines=any_lines)
 def test_whatever_metadata_holds_the_answer_is_captions_or_a_data_error(
