@@ -25,7 +25,14 @@ Flags = dict[str, tuple[str, str]]
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 VERBS: dict[type[RunConfig], str] = {Config: "qzo-diffuse train", LlmConfig: "qzo-diffuse llm"}
 # Where the data lies, which a resumed run may find elsewhere: its content is compared.
-DATA_PLACES = ("data.style_dir", "data.validation_dir", "data.dir", "data.cache_dir")
+DATA_PLACES = (
+    "data.style_dir",
+    "data.validation_dir",
+    "data.dir",
+    "data.cache_dir",
+    "prior.prompts",
+    "prior.dir",
+)
 MOST_SHOWN = 200  # characters of a value in a message
 
 

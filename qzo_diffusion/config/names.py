@@ -48,6 +48,9 @@ ELSEWHERE = {
     "data.caption_dropout": "caption_dropout_rate proportion_empty_prompts cond_dropout",
     "data.flip": "random_flip flip_aug horizontal_flip",
     "data.repeats": "num_repeats dataset_repeats",
+    "prior.weight": "prior_loss_weight with_prior_preservation prior_preservation",
+    "prior.prompts": "class_prompt class_prompts",
+    "prior.dir": "class_data_dir reg_data_dir reg_dir regularization_dir",
     "data.dir": "data_dir dataset_dir dataset_path",
     "data.train_file": "train_data train_path",
     "data.test_file": "validation_file eval_file test_path",
@@ -88,9 +91,7 @@ SENTENCES = {
     "cache_latents cache_latents_to_disk cache_text_embeddings": (
         "encoded images and prompts are always kept; data.cache_dir says where"
     ),
-    "class_prompt class_data_dir with_prior_preservation prior_loss_weight num_class_images": (
-        "no images of a class are trained beside the style; leave it out"
-    ),
+    "num_class_images": "one picture is drawn for each line of prior.prompts; leave it out",
     "report_to log_with wandb": "TensorBoard's files are always written; leave it out",
 }
 

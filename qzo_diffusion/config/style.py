@@ -16,7 +16,7 @@ from qzo_diffusion.config.kinds import (
     Seed,
     Whole,
 )
-from qzo_diffusion.config.sections import RunConfig, Section, check_method
+from qzo_diffusion.config.sections import PriorConfig, RunConfig, Section, check_method
 
 
 class DataConfig(Section):
@@ -100,6 +100,28 @@ class TextConfig(Section):
     """null: the tokenizer's own limit, at most 256 as in the SD3 pipeline"""
 
 
+class StylePriorConfig(PriorConfig):
+    weight: NotNegative = 0.0
+    """of the squared distance to the base's own prediction on the prior's pictures, which are
+    added to each step; 0: off"""
+    prompts: PathOrName | None = None
+    """file of prompts without the style, one a line, whose pictures the base draws before the
+    first step; null: the shipped grid prompts"""
+    dir: PathOrName | None = None
+    """folder of captioned pictures in place of drawn ones, as regularisation images"""
+    batch_size: Count | None = None
+    """pictures of the prior in a step; null: as many as data.batch_size"""
+
+    @model_validator(mode="after")
+    def _of_one_source(self) -> "StylePriorConfig":
+        if self.prompts is not None and self.dir is not None:
+            raise ValueError("prior.prompts or prior.dir; leave one of them out")
+        given = [key for key in ("prompts", "dir", "batch_size") if getattr(self, key) is not None]
+        if given and not self.weight:
+            raise ValueError(f"prior.weight above 0 (1 is usual), or no prior.{given[0]}")
+        return self
+
+
 StyleMethod = Literal["qzo", "quzo", "fo-scales"]
 
 
@@ -112,6 +134,7 @@ class Config(RunConfig):
     """another one than the model's own: a folder, or a single file in the original layout"""
     init_from: PathText | None = None
     """a run, one of its checkpoints or a delta, whose scales this one begins with"""
+    prior: StylePriorConfig = StylePriorConfig()
     data: DataConfig = DataConfig()
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()
@@ -121,3 +144,23 @@ class Config(RunConfig):
     def _by_one_method(self) -> "Config":
         check_method(self.method, self)
         return self
+
+    @model_validator(mode="after")
+    def _weight_counts(self) -> "Config":
+        if self.prior.weight and self.qzo.parametrization == "codes":
+            raise ValueError("prior.weight: 0, or method: qzo; of codes no base is kept")
+        if self.prior.weight and self.qzo.normalize == "example":
+            raise ValueError(
+                "prior.weight: 0, or qzo.normalize: true; example gives all examples one weight"
+            )
+        return self
+
+    @property
+    def prior_examples(self) -> int:
+        """Pictures of the prior in a step."""
+        return (self.prior.batch_size or self.data.batch_size) if self.prior.weight else 0
+
+    @property
+    def examples(self) -> int:
+        """Images of the style and pictures of the prior in a step."""
+        return self.data.batch_size + self.prior_examples

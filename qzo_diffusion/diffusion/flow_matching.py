@@ -8,8 +8,8 @@ Noise and sigma are arguments. A step draws them once, so that all its probes se
 DDPM noising of the paper's released script is not offered: SD3.5 was trained with another
 objective."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,7 +26,8 @@ class Batch:
 
     latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
     prompt_embeds [B, T, D], pooled [B, P]. regions: the number of patch groups of an example. Each
-    is an equally long run of its patches and has its own loss."""
+    is an equally long run of its patches and has its own loss. weight [B] fp32: factors of the
+    losses of examples; None is one for each."""
 
     latents: Tensor
     noise: Tensor
@@ -34,6 +35,7 @@ class Batch:
     prompt_embeds: Tensor
     pooled: Tensor
     patch_groups: int = 1
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -55,11 +57,36 @@ class Batch:
         return [self._with(tensors) for tensors in zip(*parts, strict=True)]
 
     def _with(self, tensors: Iterable[Tensor]) -> "Batch":
-        latents, noise, sigma, prompt_embeds, pooled = tensors
-        return Batch(latents, noise, sigma, prompt_embeds, pooled, self.patch_groups)
+        latents, noise, sigma, prompt_embeds, pooled, *weight = tensors
+        return Batch(latents, noise, sigma, prompt_embeds, pooled, self.patch_groups, *weight)
 
     def _tensors(self) -> tuple[Tensor, ...]:
-        return (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
+        always = (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
+        return always if self.weight is None else (*always, self.weight)
+
+    @property
+    def noisy(self) -> Tensor:
+        """The transformer's input, [B, C, h, w] fp32."""
+        sigma = self.sigma.view(-1, 1, 1, 1)
+        return (1 - sigma) * self.latents + sigma * self.noise
+
+    def weighted(self, weight: float) -> "Batch":
+        """Return the batch with this factor for all of its losses."""
+        return replace(self, weight=torch.full_like(self.sigma, weight))
+
+    def towards(self, velocity: Tensor) -> "Batch":
+        """Return the batch with the same noisy inputs x and `velocity` v [B, C, h, w] as target.
+
+        Latents x - sigma · v and noise x + (1 - sigma) · v have both.
+        """
+        noisy, sigma = self.noisy, self.sigma.view(-1, 1, 1, 1)
+        return replace(self, latents=noisy - sigma * velocity, noise=noisy + (1 - sigma) * velocity)
+
+    @staticmethod
+    def joined(parts: Sequence["Batch"]) -> "Batch":
+        """Return one batch of the examples of all parts, which have one shape."""
+        tensors = zip(*(part._tensors() for part in parts), strict=True)
+        return parts[0]._with(torch.cat(same) for same in tensors)
 
 
 def shift_sigma(sigma: Level, shift: float) -> Level:
@@ -120,24 +147,31 @@ def patches(latents: Tensor) -> int:
     return latents.shape[-2] // PATCH * (latents.shape[-1] // PATCH)
 
 
-def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Compute the loss of each example, [B] fp32, or of each patch group, [B, R].
-
-    The transformer runs in `dtype`. Noising and squared error are fp32.
+def predicted_velocity(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Return the transformer's velocity at the noisy inputs, [B, C, h, w] fp32.
 
     Args:
         transformer: called like diffusers' `SD3Transformer2DModel`.
     """
-    sigma = batch.sigma.view(-1, 1, 1, 1)
-    noisy = (1 - sigma) * batch.latents + sigma * batch.noise
-    prediction = transformer(
-        hidden_states=noisy.to(dtype),
+    velocity: Tensor = transformer(
+        hidden_states=batch.noisy.to(dtype),
         timestep=1000 * batch.sigma,
         encoder_hidden_states=batch.prompt_embeds.to(dtype),
         pooled_projections=batch.pooled.to(dtype),
         return_dict=False,
     )[0]
-    error = (prediction.float() - (batch.noise - batch.latents)).square()
+    return velocity.float()
+
+
+def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Compute the loss of each example, [B] fp32, or of each patch group, [B, R].
+
+    The transformer runs in `dtype`. Noising and squared error are fp32.
+    """
+    prediction = predicted_velocity(transformer, batch, dtype)
+    error = (prediction - (batch.noise - batch.latents)).square()
+    if batch.weight is not None:
+        error = error * batch.weight.view(-1, 1, 1, 1)
     if batch.patch_groups == 1:
         return error.flatten(1).mean(1)
     # row by row, in the order of the transformer's tokens

@@ -55,19 +55,25 @@ class Sampler:
         self._vae, self._prompts, self._negatives = vae, list(prompts), list(negatives)
         self._size = {"width": width, "height": height}
         self._settings = {"num_inference_steps": steps, "guidance_scale": guidance}
-        self._seed, self._batch_size, self._device, self._dtype = seed, batch_size, device, dtype
+        self._seed, self._batch_size, self.device, self._dtype = seed, batch_size, device, dtype
 
     def images(self) -> list[Image.Image]:
         """Return one RGB image for each prompt."""
         images: list[Image.Image] = []
         with tqdm(total=len(self._prompts), desc="sample", unit="image", leave=False) as bar:
-            for start in range(0, len(self._prompts), self._batch_size):
-                images += [self._decode(latents) for latents in self._latents(start)]
+            for start in self.starts:
+                images += [self.decode(latents) for latents in self.latents(start)]
                 bar.update(len(images) - start)
         return images
 
+    @property
+    def starts(self) -> range:
+        """The first prompt of each batch of images."""
+        return range(0, len(self._prompts), self._batch_size)
+
     @torch.no_grad()
-    def _latents(self, start: int) -> Tensor:
+    def latents(self, start: int) -> Tensor:
+        """Draw the latents [B, C, h, w] of the batch that begins with this prompt."""
         chosen = self._prompts[start : start + self._batch_size]
         embeds, pooled = stack_prompts(chosen)
         negative_embeds, negative_pooled = stack_prompts(
@@ -75,7 +81,7 @@ class Sampler:
         )
 
         def ready(tensor: Tensor) -> Tensor:
-            return tensor.to(self._device, self._dtype)
+            return tensor.to(self.device, self._dtype)
 
         seeds = range(self._seed + start, self._seed + start + len(chosen))
         return self._pipeline(
@@ -91,7 +97,8 @@ class Sampler:
         ).images
 
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Image.Image:
+    def decode(self, latents: Tensor) -> Image.Image:
+        """Return the RGB image of latents [C, h, w]."""
         config = self._vae.config
         z = latents.unsqueeze(0).float() / config.scaling_factor + config.shift_factor
         pixels = self._vae.decode(z.to(self._vae.device, self._vae.dtype)).sample

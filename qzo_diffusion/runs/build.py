@@ -111,8 +111,11 @@ def probes_of_example(config: RunConfig) -> int:
     return config.qzo.num_directions * (1 if config.qzo.estimator == "leave_one_out" else 2)
 
 
-def step_in_words(config: RunConfig, examples: int, things: str) -> str:
-    """Describe the cost of a step of `examples` of these `things`."""
+def step_in_words(config: RunConfig, examples: int, things: str, of_prior: int = 0) -> str:
+    """Describe the cost of a step of `examples` of these `things`.
+
+    Each example of the prior needs one pass more, for the base's prediction.
+    """
     count, probes = config.qzo.num_directions, probes_of_example(config)
     along = (
         f"{count} direction{'s' * (count > 1)} "
@@ -124,7 +127,9 @@ def step_in_words(config: RunConfig, examples: int, things: str) -> str:
         if config.train.micro_batch_size is None
         else f", {config.train.micro_batch_size} at once"
     )
-    return f"{examples} {things}, {along}{sides}: {examples * probes} forward passes{at_once}"
+    beside = f" + {of_prior} of the prior" if of_prior else ""
+    passes = examples * probes + of_prior * (probes + 1)
+    return f"{examples} {things}{beside}, {along}{sides}: {passes} forward passes{at_once}"
 
 
 def probes_at_once(config: RunConfig) -> int:

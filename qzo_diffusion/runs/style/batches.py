@@ -1,7 +1,8 @@
 """Turn a style folder into batches. Text encoders and the VAE's encoder are needed only here."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.diffusion import sd3
-from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches, sample_sigmas
+from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
 from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.sample import Sample
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.sd3 import EncodedPrompt
 from qzo_diffusion.diffusion.style_folder import StyleFolder
 from qzo_diffusion.diffusion.vae import drop_encoder_, image_encoder
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.examples import CPU, make_batch, training_levels
+from qzo_diffusion.runs.style.prior import PriorSource
+from qzo_diffusion.runs.style.prior_examples import PriorExamples
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
 
@@ -45,45 +49,55 @@ def encode(
     prompts: Prompts,
     device: torch.device,
     dtype: torch.dtype,
+    prior: PriorSource | None = None,
 ) -> Encoded:
-    """Encode captions, sample prompts, the empty and the negative prompt, then the images.
+    """Encode captions, sample prompts, the empty and the negative prompt, then the images; the
+    same of the prior.
 
     Each encoder is freed before the next is loaded.
     """
-    cache = pipeline.tensor_cache(config)
     texts = (
         [sample.caption for sample in style.samples]
         + prompts.texts
         + prompts.negatives
         + ["", config.sample.negative_prompt]
+        + (prior.texts if prior else [])
     )
     unique = list(dict.fromkeys(texts))
     encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(unique)
 
     vae = pipeline.load_vae(config, folder, device)
-    identity = sd3.fingerprint_of_files(folder, ("vae",)) + pipeline.tiles(config, style.samples)
-    count = len(style.samples) * (2 if config.data.flip else 1)
-    with tqdm(total=count, desc="encode images", leave=False) as bar:
+    files = sd3.fingerprint_of_files(folder, ("vae",))
+    latents = _latents(config, style.samples, vae, files, flip=config.data.flip)
+    of_prior = _latents(config, prior.files, vae, files, flip=False) if prior else {}
+    drop_encoder_(vae)
+    return Encoded(encoded, LatentSet({**latents, **of_prior}), vae)
+
+
+def _latents(
+    config: Config, samples: Sequence[Sample], vae: Any, files: str, *, flip: bool
+) -> Mapping[tuple[str, bool], Tensor]:
+    """Return latents by sample id and mirroring; `files` identifies the VAE."""
+    count = len(samples) * (2 if flip else 1)
+    with tqdm(total=count, desc="encode images", leave=False, disable=not count) as bar:
 
         def show(done: int, _total: int) -> None:
             bar.update(done - bar.n)
 
-        latents = encode_samples(
-            style.samples,
+        return encode_samples(
+            samples,
             image_encoder(vae),
-            cache=cache,
-            encoder_id=identity,
+            cache=pipeline.tensor_cache(config),
+            encoder_id=files + pipeline.tiles(config, samples),
             dtype="float32",
-            flip=config.data.flip,
+            flip=flip,
             progress=show,
-        )
-    drop_encoder_(vae)
-    return Encoded(encoded, latents, vae)
+        ).by_key
 
 
 class TrainingBatches:
     """The batch of any step, drawn from (seed, step) alone: images, flips, caption dropout, noise
-    and noise levels.
+    and noise levels; behind them the examples of the prior.
     """
 
     def __init__(
@@ -93,8 +107,11 @@ class TrainingBatches:
         encoded: Encoded,
         device: torch.device,
         ranks: Ranks,
+        prior: PriorExamples | None = None,
     ) -> None:
-        build.check_share(config.data.batch_size, ranks.world)
+        self._prior = prior
+        examples = config.data.batch_size + (len(prior) if prior else 0)
+        build.check_share(examples, ranks.world)
         items = [(index, (sample.width, sample.height)) for index, sample in enumerate(samples)]
         seed = config.train.seed
         self._plan = BatchPlan(
@@ -109,11 +126,45 @@ class TrainingBatches:
         )
         one_of_each_size = {(sample.width, sample.height): sample for sample in samples}.values()
         patch_groups = [
-            self._regions(encoded.latents.latents(sample.id, False)) for sample in one_of_each_size
+            self._patch_groups([encoded.latents.latents(sample.id, False)])
+            for sample in one_of_each_size
         ]
-        build.check_scalars(config, config.data.batch_size, max(patch_groups))
+        build.check_scalars(config, examples, max(patch_groups))
 
     def __call__(self, step: int) -> StepBatch[Batch]:
+        style = self._of_style(step)
+        sigma_mean = float(style.sigma.mean())
+        if self._prior is None:
+            return self._shared([style], sigma_mean)
+        prior = self._prior.of_step(step)
+        return self._shared([style.weighted(1.0), prior], sigma_mean)
+
+    def _shared(self, parts: Sequence[Batch], sigma_mean: float) -> StepBatch[Batch]:
+        """Return this rank's share of the examples of all parts, in micro-batches."""
+        whole, patch_groups = (
+            sum(map(len, parts)),
+            self._patch_groups([part.latents for part in parts]),
+        )
+        share = self._ranks.share(whole)
+        mine = [
+            replace(part, patch_groups=patch_groups).to(self._device)
+            for part in parts_within(parts, share)
+        ]
+        if self._prior is not None and share.stop > len(parts[0]):
+            mine[-1] = self._prior.towards_base(mine[-1])
+        return StepBatch(
+            [
+                micro_batch
+                for batch in _joined_if_alike(mine)
+                for micro_batch in batch.split(build.micro_batch_size(self._config, len(batch)))
+            ],
+            sigma_mean,
+            first_example=share.start,
+            examples=whole,
+            patch_groups=patch_groups,
+        )
+
+    def _of_style(self, step: int) -> Batch:
         data = self._config.data
         chosen = [self._samples[index] for index in self._plan.batch(step)]
         generator = torch_generator(self._config.train.seed, step, "data")
@@ -127,36 +178,30 @@ class TrainingBatches:
             [self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)]
         )
         noise = torch.randn(latents.shape, generator=generator)
-        levels = self._config.sigma
-        sigma = sample_sigmas(
-            len(chosen),
-            generator,
-            distribution=levels.distribution,
-            shift=levels.shift,
-            low=levels.min,
-            high=levels.max,
-        )
-        share, patch_groups = self._ranks.share(len(chosen)), self._regions(latents)
-        whole = make_batch(
-            self._encoded.prompts,
-            captions,
-            latents,
-            noise,
-            sigma,
-            torch.device("cpu"),
-            patch_groups,
-        )
-        mine = whole.part(share).to(self._device)
-        return StepBatch(
-            mine.split(build.micro_batch_size(self._config, len(mine))),
-            float(sigma.mean()),
-            first_example=share.start,
-            examples=len(chosen),
-            patch_groups=patch_groups,
-        )
+        sigma = training_levels(self._config, len(chosen), generator)
+        return make_batch(self._encoded.prompts, captions, latents, noise, sigma, CPU)
 
-    def _regions(self, latents: Tensor) -> int:
-        return divisor_up_to(self._config.qzo.regions, patches(latents))
+    def _patch_groups(self, latents: Sequence[Tensor]) -> int:
+        """Return the number of patch groups of a step, which latents of any shape can have."""
+        tokens = math.gcd(*map(patches, latents))
+        return divisor_up_to(self._config.qzo.regions, tokens)
+
+
+def parts_within(parts: Sequence[Batch], share: slice) -> list[Batch]:
+    """Return the examples `share` of all parts, one part after the other; no part is empty."""
+    found, start = [], 0
+    for part in parts:
+        own = slice(max(0, share.start - start), max(0, share.stop - start))
+        start += len(part)
+        if len(taken := part.part(own)):
+            found.append(taken)
+    return found
+
+
+def _joined_if_alike(parts: Sequence[Batch]) -> list[Batch]:
+    """Return one batch of all examples if they have one shape."""
+    shapes = {part.latents.shape[1:] for part in parts}
+    return [Batch.joined(parts)] if len(shapes) == 1 < len(parts) else list(parts)
 
 
 def validation_batches(
@@ -197,19 +242,6 @@ def _by_shape(samples: Sequence[Sample]) -> list[list[tuple[Sample, float]]]:
             (sample, sigma) for sigma in VALIDATION_SIGMAS
         )
     return list(by_shape.values())
-
-
-def make_batch(
-    prompts: dict[str, EncodedPrompt],
-    captions: Sequence[str],
-    latents: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    device: torch.device,
-    patch_groups: int = 1,
-) -> Batch:
-    embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
-    return Batch(latents, noise, sigma, embeds, pooled, patch_groups).to(device)
 
 
 def token_counts(

@@ -142,6 +142,9 @@ def _config(request: EvaluateRequest, place: Place) -> Config:
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
     elif place.is_export:
         _find_images_(config, place)
+    # the style's own loss and signal are measured, so the prior's pictures need not be there
+    off: dict[str, Any] = {"weight": 0.0, "prompts": None, "dir": None, "batch_size": None}
+    config.prior = config.prior.model_copy(update=off)
     config.model = request.model or config.model
     model_folder, _ = pipeline.choose_model(config.model)
     config.sample.prompts = request.prompts or (

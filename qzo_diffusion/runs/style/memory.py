@@ -69,7 +69,7 @@ def fitting_micro_batch(
             if phase.name == "train"
         )
 
-    most = whole = config.data.batch_size * build.probes_at_once(config)
+    most = whole = config.examples * build.probes_at_once(config)
     available = memory.available_bytes(runtime.device)
     if available is not None:
         one, two = training(1), training(2)
@@ -166,7 +166,7 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     kept += prompts * text_tokens * transformer["joint_attention_dim"] * dtype.itemsize
     data = {"encoded data": float(kept)} if device == "cpu" else {}
     base = {"libraries": libraries}
-    batch = config.train.micro_batch_size or config.data.batch_size * build.probes_at_once(config)
+    batch = config.train.micro_batch_size or config.examples * build.probes_at_once(config)
     guided = 2 if config.sample.guidance is None or config.sample.guidance > 1 else 1
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
     # a copy of the scales, or of the codes that are trained in their place

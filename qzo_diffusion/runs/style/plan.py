@@ -3,11 +3,12 @@
 `runs.training` executes the plan.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import with_whole_paths
@@ -15,7 +16,8 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probing import Probing
-from qzo_diffusion.diffusion.flow_matching import velocity_loss
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.flow_matching import predicted_velocity, velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
 from qzo_diffusion.diffusion.prompts import Prompts
@@ -34,6 +36,15 @@ from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
+from qzo_diffusion.runs.style.prior import (
+    DrawnPrior,
+    PriorSource,
+    drawing_key,
+    find_prior,
+    latents_of_files,
+    seeded,
+)
+from qzo_diffusion.runs.style.prior_examples import PriorExamples
 from qzo_diffusion.runs.style.samples import (
     Pictures,
     chosen_prompts,
@@ -59,6 +70,7 @@ class StylePlan:
     prompts: Prompts
     shape: PipelineShape | None = None
     trigger: Trigger | None = None
+    prior: PriorSource | None = None
 
     thing = "image"
     facts = ("sha256", "caption", "bucket", "split", "repeats")
@@ -87,11 +99,13 @@ class StylePlan:
             summary(self.style),
             f"prompts   {prompts_in_words(self.sample_prompts, self.trigger)}",
             *(f"note      {note}" for note in self.prompts.notes),
+            *(self.prior.summary(self.config) if self.prior else []),
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
             self.memory().describe(),
         ]
         if self.has_journal:
-            step = build.step_in_words(self.config, self.config.data.batch_size, "images")
+            images, of_prior = self.config.data.batch_size, self.config.prior_examples
+            step = build.step_in_words(self.config, images, "images", of_prior)
             lines.insert(2, f"a step    {step}")
         if self.config.init_from is not None:
             lines.insert(1, f"begins    with {described(self.config)}")
@@ -105,18 +119,25 @@ class StylePlan:
 
     def _needs(self) -> tuple[pipeline.Runtime, int, int]:
         """Return the runtime, and how many images and prompts the run keeps encoded."""
-        captions = {sample.caption for sample in self.style.samples}
+        captions = {sample.caption for sample in self.pictures.samples}
         prompts = self.prompts.texts + self.prompts.negatives
-        return self.runtime, len(self.style.samples), len(captions) + len(prompts)
+        return self.runtime, len(self.pictures.samples), len(captions) + len(prompts)
+
+    @property
+    def pictures(self) -> StyleFolder:
+        """Return the images of the style and the pictures of the prior."""
+        of_prior = self.prior.samples if self.prior else []
+        return replace(self.style, samples=[*self.style.samples, *of_prior])
 
     def data(self) -> list[dict[str, Any]]:
-        return dataset_table(self.style)
+        return dataset_table(self.pictures)
 
     def settings(self) -> dict[str, Any]:
         # paths, and the memory of each process
         local = {
             "data": {"style_dir", "validation_dir", "cache_dir"},
             "sample": {"prompts"},
+            "prior": {"prompts", "dir"},
             "train": {"micro_batch_size"},
         }
         return self.config.model_dump(exclude=local | {"init_from": True})
@@ -143,13 +164,14 @@ class StylePlan:
             # wait until the first rank has encoded everything into the cache
             ranks.wait()
         encoded = style_data.encode(
-            config, self.model_folder, self.style, self.prompts, device, dtype
+            config, self.model_folder, self.style, self.prompts, device, dtype, self.prior
         )
         if ranks.first:
             ranks.wait()
         transformer, scales, theta = pipeline.load_base(config, self.runtime)
         sampled = for_samples(config, transformer, scales)
         set_initial_(config, transformer, scales)
+        drawn = self._drawn_prior(ranks, transformer, scales, encoded)
         optimizer, take_step = (
             (build.optimizer(config), None)
             if self.has_journal
@@ -157,10 +179,12 @@ class StylePlan:
         )
 
         def pictures(out: RunFolder, tracker: Tracker) -> Pictures:
-            counts = style_data.token_counts(self.style, encoded.prompts)
-            out.write_json("dataset.json", dataset_table(self.style, counts))
+            counts = style_data.token_counts(self.pictures, encoded.prompts)
+            out.write_json("dataset.json", dataset_table(self.pictures, counts))
             out.write_json("samples/prompts.json", prompt_table(self.prompts, self.trigger))
             _warn_of_truncation(counts)
+            if drawn is not None:
+                drawn.save_grid(out.path / "samples" / "prior.png")
             vae, prompts = encoded.vae, self.prompts.prompts
             sampler = pipeline.sampler(config, self.runtime, sampled, vae, prompts, encoded.prompts)
             held_out = style_data.validation_batches(
@@ -173,13 +197,60 @@ class StylePlan:
             theta=theta,
             optimizer=optimizer,
             objective=lambda batch: velocity_loss(transformer, batch, dtype),
-            batches=style_data.TrainingBatches(config, self.style.train, encoded, device, ranks),
-            header=journal_header(
-                config, config.data.batch_size, *build.fingerprints(transformer, scales)
-            )
+            batches=style_data.TrainingBatches(
+                config,
+                self.style.train,
+                encoded,
+                device,
+                ranks,
+                self._prior_examples(transformer, encoded, drawn),
+            ),
+            header=journal_header(config, config.examples, *build.fingerprints(transformer, scales))
             | ({} if config.init_from is None else {"init_from": config.init_from}),
             callbacks=pictures,
             take_step=take_step,
+        )
+
+    def _drawn_prior(
+        self,
+        ranks: Ranks,
+        transformer: nn.Module,
+        scales: ScaleSet,
+        encoded: style_data.Encoded,
+    ) -> DrawnPrior | None:
+        """Draw the prior's pictures, on the first rank before the others, which may find them in
+        the cache.
+        """
+        if self.prior is None or self.prior.prompts is None:
+            return None
+        if not ranks.first:
+            ranks.wait()
+        config, runtime = seeded(self.config), self.runtime
+        prompts, texts = self.prior.prompts.prompts, encoded.prompts
+        sampler = pipeline.sampler(config, runtime, transformer, encoded.vae, prompts, texts)
+        base = build.fingerprints(transformer, scales)
+        key = drawing_key(config, self.prior, runtime, base, texts)
+        drawn = DrawnPrior(self.prior, sampler, pipeline.tensor_cache(config), key)
+        if ranks.first:
+            ranks.wait()
+        return drawn
+
+    def _prior_examples(
+        self, transformer: nn.Module, encoded: style_data.Encoded, drawn: DrawnPrior | None
+    ) -> PriorExamples | None:
+        if self.prior is None:
+            return None
+        latents = (
+            latents_of_files(self.prior.files, encoded.latents.by_key)
+            if drawn is None
+            else drawn.latents
+        )
+        return PriorExamples(
+            self.config,
+            self.prior.samples,
+            latents,
+            encoded.prompts,
+            lambda batch: predicted_velocity(transformer, batch, self.dtype),
         )
 
 
@@ -223,6 +294,10 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
     check_sizes(shape, resolution, style)
     check_words(config, folder, prompts, style)
+    prior = find_prior(config, folder, resolution, style)
+    if prior is not None:
+        check_sizes(shape, resolution, prior.folder)
+        check_words(config, folder, prior.prompts or Prompts([]), prior.folder)
     pipeline.tensor_cache(config).check()
     resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
@@ -241,6 +316,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
         prompts,
         shape,
         trigger,
+        prior,
     )
     if resolved.train.micro_batch_size is None:
         resolved.train.micro_batch_size = plan.rows_that_fit()
