@@ -96,7 +96,9 @@ def settings_of(
         feedback = {"feedback_decay": decay, "feedback_steps": steps}
         settings = {
             "model": model or header["model"],
-            "train": {"seed": header["seed"], "optimizer": header["optimizer"]} | feedback,
+            "train": {"seed": header["seed"], "optimizer": header["optimizer"]}
+            | feedback
+            | _rate(header),
             "qzo": {key: header[key] for key in _NUMBERS} | _also(header),
             "prior": _prior(header),
             "quant": header["quant"],
@@ -117,6 +119,12 @@ def _prior(header: Mapping[str, Any]) -> dict[str, Any]:
     """The run's prior, with the bound as it was calibrated; journals did not name it at first."""
     decay, bound = header.get("prior") or (0.0, None)
     return {"decay": decay, "bound": None if bound is None else bound * header.get(ROOM, 1.0)}
+
+
+def _rate(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A rate that goes with the decay; each step of a journal has its own."""
+    decay, _ = header.get("prior") or (0.0, None)
+    return {"lr": 0.5 / decay} if decay else {}
 
 
 def without(error: KeyError) -> JournalError:

@@ -16,6 +16,11 @@ def test_runs_with_another_estimate_are_replayed(train, tmp_path, setting):
     assert_replayed(tmp_path / "run")
 
 
+def test_a_decay_beyond_the_usual_rate_is_replayed(train, tmp_path):
+    assert train("--max-steps", 2, "prior.decay=50", "train.lr=0.01") == 0
+    assert_replayed(tmp_path / "run")
+
+
 def test_replay_rebuilds_the_run_and_its_checkpoints(whole, tmp_path):
     code, out = replay(tmp_path, whole)
     assert code == 0
