@@ -149,10 +149,6 @@ class Config(RunConfig):
     def _weight_counts(self) -> "Config":
         if self.prior.weight and self.qzo.parametrization == "codes":
             raise ValueError("prior.weight: 0, or method: qzo; of codes no base is kept")
-        if self.prior.weight and self.qzo.normalize == "example":
-            raise ValueError(
-                "prior.weight: 0, or qzo.normalize: true; example gives all examples one weight"
-            )
         return self
 
     @property
