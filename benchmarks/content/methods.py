@@ -95,7 +95,7 @@ FIRST_ORDER_DENSE = changed(
 )
 METHODS: dict[str, Settings] = {
     "default": DEFAULT,
-    "bound": changed(DEFAULT, prior__bound=0.12),
+    "bound": changed(DEFAULT, prior__bound=0.13),
     "decay_0.3": changed(DEFAULT, prior__decay=0.3),
     "first_order": FIRST_ORDER,
     "first_order_dense": FIRST_ORDER_DENSE,
