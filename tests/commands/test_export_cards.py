@@ -51,6 +51,7 @@ def told(finished, tmp_path, monkeypatch):
     settings = (run / "config.yaml").read_text()
     settings = settings.replace("cache_dir: ", "cache_dir: /srv/annalena/")
     settings = settings.replace("prompts: ", "prompts: /srv/annalena/")
+    settings = settings.replace("weight: 0.0", "weight: 1.0")  # without it prior.prompts is refused
     (run / "config.yaml").write_text(settings)
     tensors, facts = load_scales(run)
     facts["qzo.model"], facts["qzo.mix"] = "/srv/annalena/tiny", "/srv/annalena/a=1 /srv/b=0.5"
