@@ -147,9 +147,7 @@ def _config(request: EvaluateRequest, place: Place) -> Config:
     config.prior = config.prior.model_copy(update=off)
     config.model = request.model or config.model
     model_folder, _ = pipeline.choose_model(config.model)
-    config.sample.prompts = request.prompts or (
-        "tiny_score.txt" if pipeline.is_tiny(model_folder) else "score.txt"
-    )
+    config.sample.prompts = request.prompts or pipeline.shipped_prompts(model_folder, "score")
     return config
 
 

@@ -166,6 +166,11 @@ def is_tiny(folder: Path) -> bool:
     return folder.resolve() == resources.tiny_model().resolve()
 
 
+def shipped_prompts(folder: Path, use: Literal["grid", "score"]) -> str:
+    """Return the name of the shipped prompts that suit the model."""
+    return f"tiny_{use}.txt" if is_tiny(folder) else f"{use}.txt"
+
+
 def resolve_sampling_(config: Config, folder: Path) -> None:
     """Fill in the steps and the guidance that suit the model, unless the user set them."""
     steps, guidance = (16, 2.0) if is_tiny(folder) else (28, 4.5)

@@ -289,7 +289,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "at least one",
             "give more images or a separate --validation-dir",
         )
-    default = "tiny_grid.txt" if pipeline.is_tiny(folder) else "grid.txt"
+    default = pipeline.shipped_prompts(folder, "grid")
     trigger = find_trigger([sample.caption for sample in style.samples], config.data.trigger)
     prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
     check_sizes(shape, resolution, style)

@@ -75,7 +75,7 @@ def find_prior(
         return None
     if config.prior.dir is not None:
         return _of_folder(Path(config.prior.dir), config, resolution, style)
-    default = "tiny_grid.txt" if pipeline.is_tiny(model_folder) else "grid.txt"
+    default = pipeline.shipped_prompts(model_folder, "grid")
     file = resources.find_file(config.prior.prompts or default, "prompts")
     prompts = read_prompt_file(file, config.data.trigger)
     samples = [_to_draw(at, prompt, resolution) for at, prompt in enumerate(prompts.prompts)]

@@ -146,6 +146,6 @@ def _prompts(request: SampleRequest, config: Config, folder: Path) -> Prompts:
     if isinstance(request.prompts, list):
         lines = [(f"--prompt {at}", text) for at, text in enumerate(request.prompts, start=1)]
         return parse_prompts(lines, config.data.trigger)
-    default = "tiny_grid.txt" if pipeline.is_tiny(folder) else "grid.txt"
+    default = pipeline.shipped_prompts(folder, "grid")
     file = resources.find_file(config.sample.prompts or default, "prompts")
     return read_prompt_file(file, config.data.trigger)
