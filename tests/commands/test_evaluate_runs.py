@@ -13,6 +13,12 @@ from tests.commands.short_runs import files_of, scored, train_no_step
 from tests.conftest import failing
 
 
+def evaluate(run, prompts, *more):
+    """The exit code of scoring a run with the embedded scorer."""
+    command = ["evaluate", "--scorer", "embedded", "--run", str(run), "--prompts", str(prompts)]
+    return main([*command, *more])
+
+
 def test_base_against_base_differs_by_nothing(tmp_path, command_line, prompts, capsys):
     """On the embedded model, whose scorer is the embedded one without being asked for."""
     run = train_no_step(tmp_path, command_line, "tiny")
@@ -51,11 +57,10 @@ def test_base_against_base_differs_by_nothing(tmp_path, command_line, prompts, c
 
 
 def test_a_second_time_nothing_is_sampled_and_nothing_changes(run, prompts, capsys):
-    command = ["evaluate", "--scorer", "embedded", "--run", str(run), "--prompts", str(prompts)]
-    assert main(command) == 0
+    assert evaluate(run, prompts) == 0
     first = scored(run)
     assert "sampling" in capsys.readouterr().err
-    assert main(command) == 0
+    assert evaluate(run, prompts) == 0
     assert "sampling" not in capsys.readouterr().err
     assert scored(run) == first
 
@@ -131,22 +136,7 @@ def test_where_scores_go_is_looked_at_before_anything_is_loaded(
 
 def test_a_folder_for_the_scores_is_made(run, prompts, tmp_path):
     output = tmp_path / "new" / "scores.json"
-    assert (
-        main(
-            [
-                "evaluate",
-                "--scorer",
-                "embedded",
-                "--run",
-                str(run),
-                "--prompts",
-                str(prompts),
-                "--output",
-                str(output),
-            ]
-        )
-        == 0
-    )
+    assert evaluate(run, prompts, "--output", str(output)) == 0
     assert (
         main(
             ["evaluate", "--compare", str(output), "--output", str(tmp_path / "table" / "all.json")]
@@ -237,21 +227,7 @@ def test_a_diverged_run_is_scored_and_has_a_page(run, prompts, monkeypatch, caps
         return [value] * len(batch)
 
     monkeypatch.setattr(evaluation, "sample_losses", diverging)
-    assert (
-        main(
-            [
-                "evaluate",
-                "--scorer",
-                "embedded",
-                "--run",
-                str(run),
-                "--prompts",
-                str(prompts),
-                "--json",
-            ]
-        )
-        == 0
-    )
+    assert evaluate(run, prompts, "--json") == 0
     found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     kept = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert kept == found
