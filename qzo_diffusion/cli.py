@@ -19,6 +19,7 @@ from qzo_diffusion.commands import (
     mix,
     replay,
     sample,
+    settings,
     train,
     validate,
 )
@@ -78,12 +79,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check_names(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    settings = getattr(options, "settings", None)
-    wrong = [text for text in rest if settings is None or text.startswith("-") or "=" not in text]
+    given = getattr(options, "settings", None)
+    wrong = [text for text in rest if given is None or text.startswith("-") or "=" not in text]
     if wrong:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if rest and settings is not None:
-        settings.extend(rest)
+    if rest and given is not None:
+        given.extend(rest)
     return options
 
 
@@ -103,6 +104,7 @@ def make_parser() -> Parser:
     mix.add(verbs)
     export.add(verbs)
     validate.add(verbs)
+    settings.add(verbs)
     doctor.add(verbs)
     return parser
 

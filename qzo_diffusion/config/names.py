@@ -108,7 +108,9 @@ def suggestion(key: str, known: Collection[str]) -> str:
     guess = _same_tail(tail, known) or _close(key, tail, known)
     if guess is not None:
         return f"did you mean {guess!r}?"
-    return "docs/settings.md lists all settings, `qzo-diffuse train --help` those that are flags"
+    return (
+        "`qzo-diffuse settings` lists all settings, `qzo-diffuse train --help` those that are flags"
+    )
 
 
 def _same_tail(tail: str, known: Collection[str]) -> str | None:

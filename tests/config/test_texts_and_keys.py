@@ -148,7 +148,7 @@ NAMES = (("patch_groups", "middle"), ("regions", "quiet"))
         ("qzo.unquantized", Config, "a setting of `qzo-diffuse llm`"),
         ("sample.guidance", LlmConfig, "a setting of `qzo-diffuse train`"),
         ("train", Config, "it is a section"),
-        ("x" * 30, Config, "docs/settings.md"),
+        ("x" * 30, Config, "`qzo-diffuse settings`"),
     ],
 )
 def test_an_unknown_setting_says_which_is_meant(key, kind, meant):
