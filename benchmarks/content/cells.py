@@ -11,7 +11,7 @@ drawings is added here."""
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,26 @@ class Bench:
     Args:
         data: the folder of `emoji64.npz` and `meta.json`. work: of results and all else.
         package: the embedded model, see `embedded.unpack`.
+        folder_of: makes the folder of a style from its name, `data`, `work` and the concepts that
+            the model draws.
+        best_step: methods whose best checkpoint by held-out loss counts, not the last.
     """
 
     data: Path
     work: Path
     package: Path
+    folder_of: Callable[[str, Path, Path, Sequence[str]], StyleFolder] = style_folder
+    best_step: Collection[str] = BEST_STEP
     _distance: PictureDistance | None = None
 
     def folder(self, name: str) -> StyleFolder:
-        return style_folder(name, self.data, self.work, taught(self.package))
+        return self.folder_of(name, self.data, self.work, taught(self.package))
 
     def result(self, cell: Cell) -> Path:
         return self.work / "cells" / f"{cell.name}.json"
+
+    def run(self, cell: Cell) -> Path:
+        return self.work / "runs" / cell.name
 
     @property
     def distance(self) -> PictureDistance:
@@ -95,10 +103,10 @@ def run_cell(bench: Bench, cell: Cell, settings: Settings, command: str) -> dict
         UserError: the settings are no valid ones, or the run diverged.
     """
     folder, began = bench.folder(cell.folder), time.perf_counter()
-    place = bench.work / "runs" / cell.name
+    place = bench.run(cell)
     shutil.rmtree(place, ignore_errors=True)
     trained = _train(bench, cell, folder, settings, place)
-    run = _best(place) if cell.method in BEST_STEP else place
+    run = _best(place) if cell.method in bench.best_step else place
     trained_at = time.perf_counter()
     found = _evaluated(bench, cell, run)
     drawing = _drawing_distance(bench, folder, run, found["sampling"])
@@ -166,14 +174,15 @@ def _evaluated(bench: Bench, cell: Cell, run: Path) -> dict[str, Any]:
         shutil.copytree(known, base, dirs_exist_ok=True)  # drawn anew where they do not fit
     found = evaluate.run(evaluate.EvaluateRequest(run))
     shutil.copytree(base, known, dirs_exist_ok=True)
-    columns = [_pictures(folder) for folder in (base, place.kept.part / "tuned")]
+    columns = [pictures_in(folder) for folder in (base, place.kept.part / "tuned")]
     sheet = bench.result(cell).with_suffix(".png")
     sheet.parent.mkdir(parents=True, exist_ok=True)
     save_picture(side_by_side(*columns), sheet)
     return found
 
 
-def _pictures(folder: Path) -> list[Image.Image]:
+def pictures_in(folder: Path) -> list[Image.Image]:
+    """Numbered pictures in their order."""
     return [load_picture(path) for path in sorted(folder.glob("[0-9]*.png"))]
 
 
@@ -211,6 +220,11 @@ def _before_and_after(found: Mapping[str, Any], base: float, tuned: float) -> di
     return {"base": base, "tuned": tuned, "delta_ci95": found["delta_ci95"]}
 
 
+def drawn_by(run: Path) -> Path:
+    """The folder whose `samples` are a run's pictures of the held-out concepts."""
+    return evaluate.Place.of(run).scores / "drawings"
+
+
 def _drawing_distance(
     bench: Bench, folder: StyleFolder, run: Path, sampling: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -218,13 +232,13 @@ def _drawing_distance(
     below zero is closer.
     """
     key = f"{folder.name}_drawings_{sampling['steps']}_{sampling['guidance']:g}"
-    base, tuned = bench.work / "base" / key, evaluate.Place.of(run).scores / "drawings"
+    base, tuned = bench.work / "base" / key, drawn_by(run)
     measured = {}
     for state, place, strength in (("base", base, 0.0), ("tuned", tuned, 1.0)):
         if not (place / "samples").is_dir():
             captions = list(folder.captions)
             sample.run(sample.SampleRequest(place, run=run, strength=strength, prompts=captions))
-        measured[state] = bench.distance(_pictures(place / "samples"), folder.drawings)
+        measured[state] = bench.distance(pictures_in(place / "samples"), folder.drawings)
     change = intervals.paired(measured["tuned"], measured["base"])
     return {
         "base": change["base_mean"],

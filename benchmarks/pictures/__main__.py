@@ -1,0 +1,98 @@
+"""Pictures in styles that the embedded model never saw, beside the exact gradient's and the true
+drawings:
+
+    python -m benchmarks.pictures run --data FOLDER --work FOLDER --cells '*/default_*'
+    python -m benchmarks.pictures table --work FOLDER
+    python -m benchmarks.pictures report --data FOLDER --work FOLDER --styles A,B,C --steps N
+
+Cells are those of `benchmarks.content`, on the shipped weights: STYLE/METHOD_STEPS_SEED. `run`
+works through those that are named and not finished; the same command goes on where it was stopped.
+`report` writes benchmarks/results/pictures.json and docs/images/pictures_STYLE.png; the first of
+--styles is the demo's."""
+
+import argparse
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+from benchmarks.content.__main__ import whole_numbers
+from benchmarks.content.cells import Bench, Cell, is_done, run_cell
+from benchmarks.content.table import results_in, table
+from benchmarks.pictures.candidates import CANDIDATES, candidate_folder
+from benchmarks.pictures.methods import COMPARED, EXACT
+from benchmarks.pictures.report import write_report, write_sheets
+from qzo_diffusion import resources
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
+STEPS = 300
+
+
+def bench_of(options: argparse.Namespace) -> Bench:
+    return Bench(
+        options.data, options.work.resolve(), resources.PACKAGE, candidate_folder, tuple(EXACT)
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    # The folders are not recorded: they are of one machine.
+    command = f"python -m benchmarks.pictures run --data FOLDER --cells '{options.cells}'"
+    bench = bench_of(options)
+    every = [
+        Cell(style, method, steps, seed)
+        for seed in options.seeds
+        for style in CANDIDATES
+        for method in COMPARED
+        for steps in options.steps
+    ]
+    patterns = options.cells.split(",")
+    cells = [cell for cell in every if any(fnmatch(cell.name, one) for one in patterns)]
+    if not cells:
+        sys.exit(
+            f"no cell is named {options.cells!r}; names are STYLE/METHOD_STEPS_SEED, styles "
+            f"{', '.join(CANDIDATES)}, methods {', '.join(COMPARED)}"
+        )
+    for cell in cells:
+        if not is_done(bench, cell, COMPARED[cell.method]):
+            result = run_cell(bench, cell, COMPARED[cell.method], command)
+            print(table([result]), flush=True)
+
+
+def report(options: argparse.Namespace) -> None:
+    bench, shown = bench_of(options), options.styles.split(",")
+    results = [one for one in results_in(bench.work) if one["seed"] == 0]
+    tried = {one["folder"] for one in results if one["method"] not in EXACT}
+    others = [name for name in CANDIDATES if name in tried and name not in shown]
+    print(write_report(results, shown, others, options.steps[0], options.demo_seconds))
+    write_sheets(bench, results, [*shown, *others], options.steps[0], IMAGES)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    runs = verbs.add_parser("run", help="run cells")
+    tables = verbs.add_parser("table", help="print the results")
+    reports = verbs.add_parser("report", help="write pictures.json and the sheets")
+    for verb in (runs, tables, reports):
+        verb.add_argument("--work", type=Path, required=True, help="folder of results and runs")
+    for verb in (runs, reports):
+        verb.add_argument(
+            "--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json"
+        )
+        verb.add_argument("--steps", type=whole_numbers, default=[STEPS], help="such as 300,1200")
+    runs.add_argument("--cells", default="*", metavar="PATTERN", help="with wildcards and commas")
+    runs.add_argument("--seeds", type=whole_numbers, default=[0], help="such as 0,1,2")
+    reports.add_argument("--styles", required=True, help="three: the demo's and two others")
+    reports.add_argument("--demo-seconds", type=float, help="of `make demo` on an idle machine")
+    options = parser.parse_args()
+    if options.verb == "run":
+        run(options)
+    elif options.verb == "report":
+        report(options)
+    else:
+        print(table(results_in(options.work)))
+
+
+if __name__ == "__main__":
+    main()
