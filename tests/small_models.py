@@ -3,9 +3,12 @@
 import torch
 
 
-def sd3_transformer(kind: str = "large", *, layers: int = 3, seed: int = 0):
+def sd3_transformer(kind: str = "large", *, layers: int = 3, seed: int = 0, width: int = 2):
     """The shape of Stable Diffusion 3.5 Large (also Large-Turbo's), Medium (dual attention) or 3.0
     (no norms of q and k).
+
+    Args:
+        width: of the hidden states, in heads of 64.
     """
     from diffusers import SD3Transformer2DModel
 
@@ -16,9 +19,9 @@ def sd3_transformer(kind: str = "large", *, layers: int = 3, seed: int = 0):
         sample_size=16,
         num_layers=layers,
         attention_head_dim=64,
-        num_attention_heads=2,
+        num_attention_heads=width,
         joint_attention_dim=64,
-        caption_projection_dim=128,
+        caption_projection_dim=64 * width,
         pooled_projection_dim=64,
         out_channels=16,
         pos_embed_max_size=12,

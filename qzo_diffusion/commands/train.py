@@ -9,6 +9,10 @@ from qzo_diffusion.commands.training import checked_settings, run_training
 FLAGS: Flags = {
     "--style-dir": ("data.style_dir", "folder of images in the style; captions beside them"),
     "--model": ("model", "auto, tiny, a Hub id in the local cache, or a pipeline folder"),
+    "--transformer": (
+        "transformer",
+        "another one than the model's own: a folder, or a single file, safetensors or GGUF",
+    ),
     "--caption": ("data.caption", "caption of images that have none; may hold [trigger]"),
     "--trigger": ("data.trigger", "word that replaces [trigger] in captions and prompts"),
     "--max-steps": ("train.max_steps", "number of steps"),

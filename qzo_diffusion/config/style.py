@@ -131,7 +131,8 @@ class Config(RunConfig):
     method: StyleMethod = "qzo"
     """qzo: forward passes alone; quzo: integer codes; fo-scales: by gradients"""
     transformer: PathText | None = None
-    """another one than the model's own: a folder, or a single file in the original layout"""
+    """another one than the model's own: a folder, or a single file in the original layout,
+    safetensors or GGUF"""
     init_from: PathText | None = None
     """a run, one of its checkpoints or a delta, whose scales this one begins with"""
     prior: StylePriorConfig = StylePriorConfig()

@@ -4,6 +4,7 @@ Weights are counted. The rest of a forward pass is a formula of tokens and width
 measured on a CPU. A test compares the plan with a measured peak.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from qzo_diffusion.core.quzo import BLOCK
 from qzo_diffusion.core.scales import OVERRIDDEN_AT_ONCE, overridden_at_once
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.entries import Entry
+from qzo_diffusion.quant.fits import slots_of
+from qzo_diffusion.quant.gguf_entries import blocks_of_row
 from qzo_diffusion.quant.stream import Quantization
 
 # bytes of a process after all imports, and of a CUDA context
@@ -69,6 +72,35 @@ class ModelSize:
             max((linear.weight.numel() for linear in chosen.values()), default=0),
             rows,
             sum(linear.in_features // blocksize for linear in chosen.values()),
+            width,
+        )
+
+    @classmethod
+    def of_files(
+        cls,
+        model: nn.Module,
+        entries: Mapping[str, Entry],
+        how: Quantization,
+        dtype: torch.dtype,
+        width: int = 0,
+    ) -> "ModelSize":
+        """Measure a model that is read from `entries`: layers in the blocks of a GGUF file stay in
+        them, and then no other is quantized.
+        """
+        blocks = {name: entry for name, entry in entries.items() if entry.blocks}
+        if not blocks:
+            return cls.of(model, how, dtype, width)
+        plain = [t for name, t in slots_of(model).items() if name not in blocks]
+        columns = {name: blocks_of_row(entry) for name, entry in blocks.items()}
+        scales = sum(entry.shape[0] * columns[name] for name, entry in blocks.items())
+        return cls(
+            sum(entry.nbytes for entry in blocks.values())
+            + 4 * scales
+            + sum(tensor.numel() for tensor in plain) * dtype.itemsize,
+            scales,
+            max(math.prod(entry.shape) for entry in blocks.values()),
+            sum(entry.shape[0] for entry in blocks.values()),
+            sum(columns.values()),
             width,
         )
 

@@ -10,7 +10,7 @@ table serves both directions.
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,18 @@ def _with_bias(pairs: Iterable[tuple[str, Pieces]]) -> dict[str, Pieces]:
 
 def is_original(names: Iterable[str]) -> bool:
     return any(name.removeprefix(PREFIX).startswith("joint_blocks.") for name in names)
+
+
+def whole_shapes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the entries with the first dimension of `pos_embed`, which is 1: llama.cpp drops it
+    where it writes a file.
+    """
+    return {
+        name: replace(one, shape=(1, *one.shape))
+        if name.removeprefix(PREFIX) == "pos_embed" and len(one.shape) == 2
+        else one
+        for name, one in entries.items()
+    }
 
 
 def config_of(entries: Mapping[str, Entry]) -> dict[str, Any]:

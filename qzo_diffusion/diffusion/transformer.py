@@ -1,6 +1,7 @@
 """Find the weights of an SD3 transformer, read its config, and build the empty model for them."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from qzo_diffusion.diffusion import empty, original_layout
 from qzo_diffusion.quant import describe
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
+from qzo_diffusion.quant.gguf_entries import read_gguf_entries
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.weights import read_entries
 
 CLASS = "SD3Transformer2DModel"
+LLAMA = r"blk\.\d+\.|token_embd\."  # llama.cpp's names of layers
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,12 @@ class TransformerFiles:
 
 def find_transformer(place: Path) -> TransformerFiles:
     """Find a transformer in a diffusers folder (`config.json` and safetensors, 4-bit or not), or in
-    a single file in the original layout.
+    a single file in the original layout, safetensors or GGUF.
 
     Raises:
         ModelError: something is missing or damaged, or it is another kind of file.
     """
-    entries = read_entries(place)
+    entries = gguf_transformer(place) if is_gguf(place) else read_entries(place)
     if original_layout.is_original(entries):
         config = original_layout.config_of(entries)
         return TransformerFiles(original_layout.to_diffusers(entries, config), config)
@@ -49,6 +53,23 @@ def find_transformer(place: Path) -> TransformerFiles:
     if not file.is_file():
         raise _without_config(place, entries)
     return TransformerFiles(entries, _completed(read_config(file, len(entries)), file))
+
+
+def gguf_transformer(file: Path) -> dict[str, Entry]:
+    """Return the tensors of a GGUF file, by its own names.
+
+    Raises:
+        ModelError: it is damaged, or a language model.
+    """
+    entries, header = read_gguf_entries(file)
+    architecture = str(header.values.get("general.architecture", ""))
+    if not original_layout.is_original(entries) and any(re.match(LLAMA, one) for one in entries):
+        raise ModelError(
+            f"{file}, a GGUF file of a language model ({architecture or 'unnamed'})",
+            "a GGUF file of Stable Diffusion 3 or 3.5",
+            "give it to `qzo-diffuse llm --model`",
+        )
+    return original_layout.whole_shapes(entries)
 
 
 def _without_config(place: Path, entries: Mapping[str, Entry]) -> ModelError:

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError, QzoError
-from qzo_diffusion.llm.gguf_file import is_gguf, load_gguf, source_of
+from qzo_diffusion.llm.gguf_file import load_gguf, source_of
 from qzo_diffusion.llm.model_folder import check_model_folder
 from qzo_diffusion.llm.prefix import Prefix, find_prefix
 from qzo_diffusion.llm.stored import READ_HERE, empty_causal_lm, load_stored, stored_method
 from qzo_diffusion.quant.entries import all_finite
 from qzo_diffusion.quant.fits import check_loaded
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.stream import fill_
 from qzo_diffusion.quant.weights import read_entries, weight_files
 

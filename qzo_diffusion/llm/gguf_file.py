@@ -20,21 +20,11 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant import gguf as blocks
 from qzo_diffusion.quant.describe import gguf_of_pictures
 from qzo_diffusion.quant.fits import check_loaded
-from qzo_diffusion.quant.gguf_header import has_magic, read_gguf_header
+from qzo_diffusion.quant.gguf_header import check_whole, read_gguf_header
 from qzo_diffusion.quant.load import handles_of
 
 TOKENS = "token_embd.weight"  # GGUF shapes have rows last
 LIKE = 2**-6  # relative difference that rounding to 16 bits may cause, in any way
-
-
-SPLIT = "merge its parts into one file: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
-
-
-def is_gguf(place: Path) -> bool:
-    """Return whether a path is a GGUF file, by its ending in any case, or by its first bytes: a
-    link may have another ending.
-    """
-    return place.is_file() and (place.suffix.lower() == ".gguf" or has_magic(place))
 
 
 def check_gguf(file: Path) -> None:
@@ -50,12 +40,9 @@ def check_gguf(file: Path) -> None:
         raise ModelError(
             f"{file} is a GGUF file of a diffusion model ({architecture})",
             "a language model",
-            "for pictures, `qzo-diffuse train` reads the same model as safetensors",
+            "for pictures, give it to `qzo-diffuse train --transformer FILE.gguf`",
         )
-    parts = header.values.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        part = header.values.get("split.no", 0)
-        raise ModelError(f"{file} is part {part + 1} of {parts}", "a file with all tensors", SPLIT)
+    check_whole(file, header)
     if not any(kinds(tensor.kind).name in blocks.FACTORS for tensor in header.tensors.values()):
         raise ModelError(
             f"{file} without a quantized layer",

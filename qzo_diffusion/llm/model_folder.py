@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.llm.gguf_file import check_gguf, is_gguf
+from qzo_diffusion.llm.gguf_file import check_gguf
 from qzo_diffusion.llm.stored import READ_HERE, empty_causal_lm, stored_method
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.describe import SAFETENSORS
 from qzo_diffusion.quant.fits import check_fits, is_converted, named_as_in
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.weights import read_entries
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")

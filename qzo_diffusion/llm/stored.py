@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.quant import aqlm, gptq, hqq
 from qzo_diffusion.quant.fits import refuse_kin
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.patch import patch_folder
 from qzo_diffusion.quant.weights import read_entries

@@ -6,9 +6,10 @@ from typing import Any
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm.causal_lm import load_tokenizer
-from qzo_diffusion.llm.gguf_file import embedding_rows, is_gguf
+from qzo_diffusion.llm.gguf_file import embedding_rows
 from qzo_diffusion.llm.task_file import TaskSpec, literal_texts
 from qzo_diffusion.llm.tasks import Example
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.system.texts import check_tokens
 

@@ -183,7 +183,7 @@ def _gguf(start: bytes) -> Kind:
     if gguf_of_pictures(name):
         return Kind(
             f"a GGUF file of a diffusion model ({name})",
-            "give the same model as safetensors; GGUF is read for language models alone",
+            "give it to `qzo-diffuse train --transformer FILE.gguf` beside a pipeline's --model",
         )
     return Kind(
         f"a GGUF file{f' of a language model ({name})' if name else ''}",

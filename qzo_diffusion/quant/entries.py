@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.quant import gguf
 
 # fmt: off
 DTYPES = {
@@ -49,7 +50,9 @@ class Entry:
     """A tensor on disk; its bytes are those of its spans, one after the other.
 
     scale: what the stored numbers are multiplied by. lacks_scale: they look as if a scale belonged
-    to them, and there is none. crc32: of the bytes, where it is known."""
+    to them, and there is none. crc32: of the bytes, where it is known. blocks: of a GGUF file,
+    ggml's name of the type of blocks that the bytes are; the dtype is then uint8, and the shape the
+    weight's."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -57,6 +60,7 @@ class Entry:
     scale: "Scale | None" = None
     lacks_scale: bool = False
     crc32: int | None = None
+    blocks: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -72,12 +76,24 @@ class Entry:
         return replace(self, shape=shape, spans=(part,), scale=scale, crc32=None)
 
     def read(self) -> Tensor:
-        """The tensor on the CPU; fp32 where it has a scale.
+        """The tensor on the CPU; fp32 where it has a scale or is in blocks.
 
         Raises ModelError when the file ends before it, its bytes are not those that were written,
         or a number is not finite.
         """
-        tensor = empty_pages(self.shape, self.dtype)
+        if self.blocks is None:
+            return self._read(self.shape)
+        found = gguf.dequantized(self.read_blocks(), self.blocks).view(self.shape)
+        if not all_finite(found):
+            raise damaged(self.spans[0].file, "a number in it is not finite")
+        return found
+
+    def read_blocks(self) -> Tensor:
+        """The bytes of a weight in blocks, uint8 [N, bytes of a row]. Raises ModelError."""
+        return self._read((self.shape[0], self.nbytes // self.shape[0]))
+
+    def _read(self, shape: tuple[int, ...]) -> Tensor:
+        tensor = empty_pages(shape, self.dtype)
         whole = target = bytes_of(tensor)
         for span in self.spans:
             _read_into(target[: span.size], span)

@@ -35,6 +35,9 @@ FACTORS = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
+EVERY = slice(None)
+AT_ONCE = 2**20  # weights that are dequantized at once on a CPU
+Rounding = Callable[[Tensor, Tensor], Tensor]
 
 
 def need_package() -> Any:
@@ -54,13 +57,17 @@ class GgufLinear(nn.Module):
     Buffers: `codes` uint8 [N, bytes of a row] as stored, `scales` fp32 [N, blocks of a row].
 
     Args:
-        kind: name of the type. rows: int64 [N], which row of the file each output is.
+        kind: name of the type. rows: int64 [N], which row of the file each output is; None where
+            they are in its order.
+
+    Raises:
+        ModelError: a factor that is not finite.
     """
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, codes: Tensor, kind: str, rows: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, kind: str, rows: Tensor | None, bias: Tensor | None) -> None:
         super().__init__()
         package = need_package()
         self.kind, self.rows = kind, rows
@@ -70,57 +77,89 @@ class GgufLinear(nn.Module):
             codes.shape[1] // self._bytes * self._size,
         )
         self.register_buffer("codes", codes)
-        self.register_buffer("scales", self._stored_d())
+        if not all(self.factor(place).isfinite().all() for place in FACTORS[kind]):
+            raise ModelError(
+                "blocks of GGUF with a factor that is not finite",
+                "finite weights",
+                "download the file again",
+            )
+        self.register_buffer("scales", self.stored_scales())
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def _blocks(self) -> Tensor:
         return self.codes.view(self.out_features, -1, self._bytes)
 
-    def _stored_d(self) -> Tensor:
-        """|d| of each block."""
-        first = FACTORS[self.kind][0]
-        return (
-            self._blocks()[..., first : first + 2]
-            .contiguous()
-            .view(torch.float16)
-            .squeeze(-1)
-            .float()
-            .abs()
-        )
+    def factor(self, place: int, rows: slice = EVERY) -> Tensor:
+        """The number at a place of each block as stored, fp16 [N, blocks]."""
+        pair = self._blocks()[rows, :, place : place + 2]
+        return pair.contiguous().view(torch.float16).squeeze(-1)
 
-    def _ratio(self, scales: Tensor) -> Tensor:
-        """Each block's scale over the stored one, [N, blocks, 1]; 1 for a block of zeros."""
-        stored = self._stored_d()
-        return torch.where(stored == 0, 1.0, scales / stored).unsqueeze(-1)
+    def stored_scales(self, rows: slice = EVERY) -> Tensor:
+        """|d| of each block as stored, fp32 [N, blocks]."""
+        return self.factor(FACTORS[self.kind][0], rows).float().abs()
 
-    def dequantized(self) -> Tensor:
-        """[N, K] fp32."""
-        weight = _dequantizer(self.kind)(
-            self._blocks().flatten(0, 1), self._size, self._bytes, torch.float32
-        )
-        return (weight.view(*self.scales.shape, -1) * self._ratio(self.scales)).flatten(1)
+    def gains(self, scales: Tensor, rows: slice = EVERY) -> Tensor:
+        """Each block's scale over the stored one, [N, blocks]; 1 for a block of zeros."""
+        stored = self.stored_scales(rows)
+        return torch.where(stored == 0, 1.0, scales[rows] / stored)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[N, K], computed in fp32. Beside it there are temporary tensors for some rows only."""
+        weight = self.codes.new_empty((self.out_features, self.in_features), dtype=dtype)
+        at_once = AT_ONCE if weight.device.type == "cpu" else 16 * AT_ONCE
+        count = max(1, at_once // self.in_features)
+        for start in range(0, self.out_features, count):
+            rows = slice(start, start + count)
+            weight[rows] = self._part(rows)
+        return weight
+
+    def _part(self, rows: slice) -> Tensor:
+        found = dequantized(self.codes[rows], self.kind)
+        by_block = found.view(len(found), -1, self._size)
+        return (by_block * self.gains(self.scales, rows).unsqueeze(-1)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
 
-    def bytes_to_store(self, scales: Tensor) -> Tensor:
-        """uint8 [N, bytes of a row] in the order of the file, with factors for these scales,
-        rounded to fp16.
+    def bytes_to_store(self, scales: Tensor, rounding: Rounding | None = None) -> Tensor:
+        """uint8 [N, bytes of a row] in the order of the file, with factors for these scales.
+
+        Args:
+            rounding: (factors fp32, gains fp32), both [N, blocks] -> fp16; by default to the
+                nearest number.
+
+        Raises:
+            ModelError: a factor beyond the range of fp16.
         """
-        blocks, gained = self._blocks().clone(), self._ratio(scales)
+        blocks, gains = self._blocks().clone(), self.gains(scales)
         for place in FACTORS[self.kind]:
-            old = blocks[..., place : place + 2].contiguous().view(torch.float16)
-            new = (old.float() * gained).half()
+            new = (rounding or to_nearest)(self.factor(place).float(), gains)
             if not bool(new.isfinite().all()):
                 raise ModelError(
                     "tuned scales beyond the range of GGUF's 16-bit numbers",
                     "scales near those of the file",
                     "export an earlier checkpoint",
                 )
-            blocks[..., place : place + 2] = new.view(torch.uint8)
+            blocks[..., place : place + 2] = new.unsqueeze(-1).view(torch.uint8)
+        if self.rows is None:
+            return blocks.flatten(1)
         stored = torch.empty_like(self.codes)
         stored[self.rows] = blocks.flatten(1)
         return stored
+
+
+def to_nearest(factors: Tensor, gains: Tensor) -> Tensor:
+    """factors · gains, rounded to fp16."""
+    return (factors * gains).half()
+
+
+def dequantized(codes: Tensor, kind: str) -> Tensor:
+    """Bytes uint8 [N, bytes of a row] -> the numbers that they are in the file, fp32 [N, K]."""
+    package = need_package()
+    size, count = package.GGML_QUANT_SIZES[package.GGMLQuantizationType[kind]]
+    return _dequantizer(kind)(codes.reshape(-1, count), size, count, torch.float32).view(
+        len(codes), -1
+    )
 
 
 def _dequantizer(kind: str) -> Callable[[Tensor, int, int, torch.dtype], Tensor]:

@@ -27,6 +27,7 @@ ALWAYS, OF_THE_FILE = 600_000, 128
 MOST_DIMENSIONS, MOST_TENSORS, MOST_KEYS = 4, 2**17, 2**14
 KEPT = ("general.architecture", "general.alignment", "split.count", "split.no")
 DEFAULT_ALIGNMENT = 32
+SPLIT = "merge its parts into one file: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ def has_magic(file: Path) -> bool:
             return handle.read(4) == MAGIC
     except OSError:
         return False
+
+
+def is_gguf(place: Path) -> bool:
+    """Return whether a path is a GGUF file, by its ending in any case, or by its first bytes: a
+    link may have another ending.
+    """
+    return place.is_file() and (place.suffix.lower() == ".gguf" or has_magic(place))
+
+
+def check_whole(file: Path, header: GgufHeader) -> None:
+    """Raises ModelError for a file that is one part of several."""
+    parts = header.values.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        part = header.values.get("split.no", 0)
+        raise ModelError(f"{file} is part {part + 1} of {parts}", "a file with all tensors", SPLIT)
 
 
 def read_gguf_header(file: Path) -> GgufHeader:

@@ -2,7 +2,8 @@
 
 Memory holds the layers quantized so far and one tensor as it is on disk, so loading takes no more
 than the 4-bit model. Models of diffusers and of transformers are loaded alike. Layers that are
-4-bit on disk (bitsandbytes' layout) keep their codes; nested scales are un-nested."""
+4-bit on disk (bitsandbytes' layout) keep their codes; nested scales are un-nested. Layers in the
+blocks of a GGUF file stay in them, and then no other layer is quantized."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant import base, bnb, fits, intgrid, reference
+from qzo_diffusion.quant import base, bnb, fits, gguf, intgrid, reference
 from qzo_diffusion.quant.base import Backend, QuantType
 from qzo_diffusion.quant.entries import Entry
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Settings for quantizing linears; layers that are 4-bit on disk keep their own type and block
-    size.
+    """Settings for quantizing linears; layers that are quantized on disk keep their own type and
+    block size.
     """
 
     quant_type: QuantType | intgrid.GridType = "nf4"
@@ -39,8 +40,8 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Filled:
-    """Counts of layers quantized on arrival and of layers that were 4-bit on disk, and the names
-    that the model has no place for.
+    """Counts of layers quantized on arrival and of layers that were quantized on disk, and the
+    names that the model has no place for.
     """
 
     quantized: int
@@ -62,7 +63,7 @@ def fill_(
     Args:
         model: parameters on the meta device, names as in `entries`; weights that it ties
             (`all_tied_weights_keys` of transformers) may be absent.
-        quantization: None leaves everything as it is, apart from layers that are 4-bit on disk.
+        quantization: None leaves everything as it is, apart from layers that are quantized on disk.
         dtype: of everything that is not quantized, and of products.
         progress: called with the bytes of each tensor that was read.
 
@@ -99,7 +100,7 @@ class _Filler:
         )
         self._to_quantize = (
             {name for name, _ in base.linears_to_quantize(model, how.skip, how.columns)}
-            if how
+            if how and not any(entry.blocks for entry in entries.values())
             else set()
         )
         self._slots = fits.slots_of(model).keys()
@@ -114,6 +115,9 @@ class _Filler:
         state = bnb.stored_state(layer, self.entries) if name.endswith(".weight") else {}
         if state:
             self._take_over(layer, {key: entry.read() for key, entry in state.items()})
+            return
+        if self.entries[name].blocks and targets == [name] and self._is_linear(name):
+            self._take_blocks(layer, self.entries[name])
             return
         whole = self.entries[name].read()
         kept: nn.Parameter | None = None
@@ -141,6 +145,16 @@ class _Filler:
             made = bnb.quantized_layer(weight, bias, kind, how.blocksize)
         _replace(self.model, layer, made)
         self.quantized += 1
+
+    def _is_linear(self, name: str) -> bool:
+        parent, _, child = name.rpartition(".")
+        return child == "weight" and isinstance(self.model.get_submodule(parent), nn.Linear)
+
+    def _take_blocks(self, layer: str, entry: Entry) -> None:
+        codes, kind = entry.read_blocks().to(self._device), str(entry.blocks)
+        bias: Any = self.model.get_submodule(layer).bias
+        _replace(self.model, layer, gguf.GgufLinear(codes, kind, None, bias))
+        self.taken_over += 1
 
     def _take_over(self, layer: str, state: dict[str, Tensor]) -> None:
         linear: Any = self.model.get_submodule(layer)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from qzo_diffusion.core.errors import ModelError, OutputError
 from qzo_diffusion.quant.entries import Entry, bytes_of, damaged
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.header import header_bytes
 from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.stored import pending_tensors
@@ -52,6 +53,10 @@ class Source:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({span.file for entry in self.entries.values() for span in entry.spans})
 
 
 def load_quantized(
@@ -107,7 +112,6 @@ def _fill(
 
 def _key(source: Source, quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     """Return everything that the quantized numbers depend on."""
-    files = sorted({span.file for entry in source.entries.values() for span in entry.spans})
     settings = asdict(quantization) | {"skip": sorted(quantization.skip), "dtype": str(dtype)}
     del settings["activations"]  # only layers that are not stored have it
     return {
@@ -120,7 +124,7 @@ def _key(source: Source, quantization: Quantization, dtype: torch.dtype) -> dict
                 "mtime_ns": file.stat().st_mtime_ns,
                 "header": _header_of(file),
             }
-            for file in files
+            for file in source.files
         ],
         "names": hashlib.blake2b(
             json.dumps(sorted(source.entries)).encode(), digest_size=16
@@ -136,6 +140,8 @@ def _stored_copy(
     smallest: int,
 ) -> Path | None:
     if cache is None or source.nbytes < smallest or quantization.backend != "bnb":
+        return None
+    if any(is_gguf(file) for file in source.files):  # most are quantized as they are
         return None
     text = json.dumps(_key(source, quantization, dtype), sort_keys=True)
     if cache.exists() and not _is_ours(cache):

@@ -13,8 +13,8 @@ from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm.causal_lm import load_causal_lm
-from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.model_folder import check_model_folder
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.runs.llm.methods import load_base
 from tests.conftest import failing
 from tests.llm.gguf_files import write_gguf

@@ -14,9 +14,10 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.parametrization import tuned_scales
-from qzo_diffusion.llm.gguf_file import is_gguf, save_gguf
+from qzo_diffusion.llm.gguf_file import save_gguf
 from qzo_diffusion.llm.stored import READ_HERE, bitsandbytes_type, save_stored, stored_method
 from qzo_diffusion.quant.bnb import quantization_config
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.stored import pending_tensors
 from qzo_diffusion.quant.weights import compare_tensors, write_tensors
 from qzo_diffusion.runs.llm import card

@@ -13,8 +13,8 @@ from qzo_diffusion.config.llm import FIRST_ORDER, LlmConfig
 from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.memory import LIBRARIES, MemoryPlan, ModelSize, Phase
 from qzo_diffusion.llm.causal_lm import WORDS_AT_ONCE
-from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.stored import empty_causal_lm, stored_method
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
 

@@ -18,10 +18,10 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import baselines
 from qzo_diffusion.llm.causal_lm import CausalLm, load_causal_lm
-from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.stored import empty_causal_lm, stored_method
 from qzo_diffusion.quant.base import fingerprint, linears_to_quantize, nothing_to_quantize
 from qzo_diffusion.quant.choose import chosen
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
 from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.quant.weights import read_entries

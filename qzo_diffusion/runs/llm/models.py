@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.quant.describe import described, family_of
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.runs.hub import GATED, cached_snapshot
 
 

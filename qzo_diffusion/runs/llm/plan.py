@@ -21,12 +21,12 @@ from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.evaluate.task_score import interval
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.llm.data_files import data_folder
-from qzo_diffusion.llm.gguf_file import is_gguf
 from qzo_diffusion.llm.model_folder import check_model_folder, check_weights
 from qzo_diffusion.llm.objectives import mean_metric, objective
 from qzo_diffusion.llm.task_file import TaskSpec, read_task, shipped_tasks
 from qzo_diffusion.llm.tasks import Encoded, Example, encode
 from qzo_diffusion.llm.vocabulary import check_vocabulary
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from qzo_diffusion.runs.llm.memory import memory_plan

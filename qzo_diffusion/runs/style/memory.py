@@ -134,7 +134,8 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     found, transformer = shape.transformer, shape.transformer.config
     width, image_tokens = _sizes(config, shape)
     outline = _outline(json.dumps(transformer, sort_keys=True))
-    size = ModelSize.of(outline, build.quantization(config.quant), dtype, width)
+    how = build.quantization(config.quant)
+    size = ModelSize.of_files(outline, found.entries, how, dtype, width)
     vae_config, vae = shape.vae.config, memory.stored_bytes(shape.vae.entries, torch.float32)
     side = config.data.resolution or shape.native_resolution
     text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)

@@ -1,0 +1,80 @@
+"""Small random transformers of pictures in GGUF files, as ComfyUI's tools lay them out."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
+from qzo_diffusion.quant.gguf import FACTORS
+from qzo_diffusion.quant.weights import Pending
+
+MADE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # by the package; of other types bytes are drawn
+# ComfyUI-GGUF's rules for SD3: they stay as they are.
+KEPT = (
+    "final_layer.",
+    "context_embedder.",
+    "t_embedder.",
+    "y_embedder.",
+    "x_embedder.",
+    "pos_embed",
+)
+
+
+def random_blocks(shape: tuple[int, int], kind: str, generator: np.random.Generator) -> np.ndarray:
+    """Any bytes are codes; the factors are of a size that gives weights of a few hundredths."""
+    size, count = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    data = generator.integers(0, 256, (shape[0], shape[1] // size, count), dtype=np.uint8)
+    for place in FACTORS[kind]:
+        factors = generator.uniform(1e-4, 2e-4, (*data.shape[:2], 1)).astype("<f2")
+        data[..., place : place + 2] = factors.view(np.uint8)
+    return data.reshape(shape[0], -1)
+
+
+def write_sd3_gguf(
+    file: Path, model, kind: str = "Q4_0", prefix: str = "", positions: tuple[int, ...] = ()
+) -> Path:
+    """The transformer in blocks of `kind`; layers whose rows are no whole blocks are in fp16.
+
+    Args:
+        positions: another shape of `pos_embed`.
+    """
+    pending = {name: Pending.of(tensor) for name, tensor in model.state_dict().items()}
+    generator = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(file, "sd3")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    for name, one in to_original(pending, model.config).items():
+        bare, tensor = name.removeprefix(PREFIX), one.make().float()
+        if positions and bare == "pos_embed":
+            tensor = tensor.reshape(positions)
+        data, of_kind = stored(bare, tensor, kind, size, generator)
+        writer.add_tensor(prefix + bare, data, raw_dtype=of_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def stored(name: str, tensor: Tensor, kind: str, size: int, generator: np.random.Generator):
+    kinds = gguf.GGMLQuantizationType
+    if tensor.dim() == 1 or tensor.numel() <= 1024:
+        return tensor.numpy(), kinds.F32
+    if tensor.dim() != 2 or name.startswith(KEPT) or tensor.shape[1] % size:
+        return tensor.half().numpy(), kinds.F16
+    if kind in MADE:
+        return gguf.quants.quantize(tensor.numpy(), kinds[kind]), kinds[kind]
+    return random_blocks(tuple(tensor.shape), kind, generator), kinds[kind]
+
+
+def plain_weights(file: Path) -> dict[str, Tensor]:
+    """What the file's tensors stand for, as the package gguf reads them, by their names."""
+    return {
+        tensor.name: torch.from_numpy(
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()
+        ).view(*map(int, reversed(tensor.shape)))
+        for tensor in gguf.GGUFReader(file).tensors
+    }
