@@ -13,7 +13,7 @@ BACKENDS = [
     for backend in ("reference", "bnb")
     for quant_type in ("nf4", "fp4")
     for blocksize in (32, 64, 128)
-]
+] + [("reference", "bof4s", 64)]
 GRID_BACKENDS = [("intgrid", "int8", 128), ("intgrid", "int4", 32), ("intgrid", "fp8", 128)]
 
 

@@ -89,6 +89,8 @@ def _examples_of_a_step(known: Known) -> int:
 
 NORMALISED = (True, "running")
 
+# Formats that bitsandbytes does not have.
+OF_PLAIN_TORCH = rules({"quant.backend": "reference"}, quant__type=("bof4", "bof4s"))
 # Codes that a typical step moves each number. A constant rate ends in noise, and under a cosine
 # nothing reaches a code any more half way. A code is 3 % of a typical weight in int8, 40 % in int4
 # and 6 to 12 % in fp8; rounded probes of int4 would drown everything (docs/decisions/rates.md D28).
@@ -139,6 +141,7 @@ BATCH = [
 # Pictures are divided into 16 patch groups. Their rate falls by itself, and is calibrated where
 # nobody chose it.
 PICTURES = [
+    *OF_PLAIN_TORCH,
     *QUZO,
     *FIRST_ORDER_SCALES,
     *ESTIMATE,
@@ -178,6 +181,7 @@ PICTURES_OVER_QUIET, PICTURES_OVER_ALL = 2, 5
 # QZO's rates were found on SmolLM2 and SST-2 (docs/decisions/rates.md D25), MeZO's and QLoRA's are
 # those of their papers; quzo-lora has the radius and the rate of MeZO's LoRA runs.
 TEXTS = [
+    *OF_PLAIN_TORCH,
     *rules(
         {
             "train.lr": 1e-6,

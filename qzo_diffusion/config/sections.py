@@ -14,6 +14,7 @@ from qzo_diffusion.config.defaults import DIRECTIONS, PICTURES, SHARED, Rule, fi
 from qzo_diffusion.config.kinds import Count, NotNegative, PathOrName, Positive, Seed, Whole
 
 GRID_TYPES = ("int8", "int4", "fp8")
+PLAIN_TORCH = ("bof4", "bof4s")  # of the back-end "reference" alone
 
 
 class Section(BaseModel):
@@ -130,10 +131,10 @@ class QzoConfig(Section):
 
 
 class QuantConfig(Section):
-    type: Literal["nf4", "fp4", "int8", "int4", "fp8"] = "nf4"
+    type: Literal["nf4", "fp4", "bof4", "bof4s", "int8", "int4", "fp8"] = "nf4"
     """format of the quantized weights"""
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """weights that share a scale, in nf4 and fp4"""
+    """weights that share a scale, in nf4, fp4, bof4 and bof4s"""
     backend: Literal["bnb", "reference", "intgrid"] = "bnb"
     """bnb: bitsandbytes; reference: plain torch; intgrid: integer codes, for int8, int4 and fp8"""
     activations: Literal["float", "int8"] = "float"
@@ -155,10 +156,9 @@ class QuantConfig(Section):
     def _of_one_backend(self) -> "QuantConfig":
         if self.backend == "intgrid" and self.type not in GRID_TYPES:
             raise ValueError(f"type: {', '.join(GRID_TYPES)} with backend: intgrid")
-        if self.backend != "intgrid" and self.type not in self._types_elsewhere:
-            raise ValueError(
-                f"type: {', '.join(self._types_elsewhere)} with backend: {self.backend}"
-            )
+        elsewhere = self._types_elsewhere + (PLAIN_TORCH if self.backend == "reference" else ())
+        if self.backend != "intgrid" and self.type not in elsewhere:
+            raise ValueError(f"type: {', '.join(elsewhere)} with backend: {self.backend}")
         if self.activations != "float" and self.backend != "intgrid":
             raise ValueError("activations: float, or backend: intgrid")
         return self

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from qzo_diffusion.core.dense import Dense
@@ -10,9 +11,9 @@ from qzo_diffusion.core.scales import Override
 
 
 class DenseAbsolute(Dense):
-    """Train every scale by addition, floored at zero.
+    """Train every scale by addition; none passes zero, from either side.
 
-    Unquantized tensors (`ScaleSet.weights`) may be negative.
+    Unquantized tensors (`ScaleSet.weights`) may change their sign.
     """
 
     def perturbed(self, direction: Direction | None = None, radius: float = 0.0) -> Override | None:
@@ -35,9 +36,13 @@ class DenseAbsolute(Dense):
                 self.add_(name, amount * direction.z(name, self.scales[name]))
 
     def add_(self, name: str, delta: Tensor) -> None:
-        moved = self.scales[name].add_(delta)
-        if name not in self.scales.weights:
-            moved.clamp_(min=0.0)
+        live = self.scales[name]
+        if name in self.scales.weights:
+            live.add_(delta)
+            return
+        negative = live.signbit()  # true of -0.0 too: a scale that stopped at zero keeps its side
+        moved = live + delta
+        live.copy_(torch.where(negative, -(-moved).clamp(min=0.0), moved.clamp(min=0.0)))
 
     def merge_(self) -> None:
         """Write unquantized tensors into a 16-bit model; all else is in place."""

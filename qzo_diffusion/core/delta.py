@@ -110,7 +110,7 @@ def _changes(base: Tensor, wanted: Tensor, rows: int) -> dict[str, Tensor]:
 
 def _candidates(base: Tensor, wanted: Tensor) -> Iterator[dict[str, Tensor]]:
     """Factors in the shapes [1, 1], [N, 1], [1, G], and both of the last."""
-    ratio = torch.where(base > 0, wanted.double() / base.double(), 1.0)
+    ratio = torch.where(base != 0, wanted.double() / base.double(), 1.0)
     for dims, part in (((0, 1), ROW), ((1,), ROW), ((0,), COLUMN)):
         yield {part: _exact(ratio, base, wanted, dims)}
     row = _mean(ratio, base, (1,))
@@ -132,7 +132,7 @@ def _exact(ratio: Tensor, base: Tensor, wanted: Tensor, dims: tuple[int, ...]) -
 
 def _mean(ratio: Tensor, base: Tensor, dims: tuple[int, ...]) -> Tensor:
     """The mean ratio of each group over scales that are not zero; 1 for groups of zeros."""
-    weight = (base > 0).double()
+    weight = (base != 0).double()
     total = weight.sum(dims, keepdim=True)
     return torch.where(
         total > 0, (ratio * weight).sum(dims, keepdim=True) / total.clamp(min=1), 1.0

@@ -4,7 +4,8 @@
 
 Weight 1 alone gives the tuned scales bit for bit, weight 0 the base. A scale that was tuned to
 zero, or is zero in the base (a block of zeros), has no logarithm: it goes to the tuned value in
-proportion to its weight, and not below zero."""
+proportion to its weight, and stays on its side of zero. Scales may be negative; their sign is the
+base's."""
 
 from collections.abc import Mapping, Sequence
 
@@ -44,14 +45,15 @@ def merge_changes_(scales: ScaleSet, tuned: Sequence[tuple[Mapping[str, Tensor],
 
 
 def _mixed(base: Tensor, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """base · Π (tuned / base)^weight; linear and not below zero where a scale is zero."""
+    """base · Π (tuned / base)^weight; linear and on the base's side where a scale is zero."""
     exponent, straight = torch.zeros_like(base), base.clone()
-    has_logarithm = base > 0
+    has_logarithm = base != 0
     for tensor, weight in parts:
-        has_logarithm = has_logarithm & (tensor > 0)
+        has_logarithm = has_logarithm & (tensor != 0)
         exponent = exponent + torch.log(tensor / base) * weight
         straight = straight + (tensor - base) * weight
-    return torch.where(has_logarithm, base * torch.exp(exponent), straight.clamp(min=0))
+    one_sided = torch.where(base < 0, straight.clamp(max=0), straight.clamp(min=0))
+    return torch.where(has_logarithm, base * torch.exp(exponent), one_sided)
 
 
 def _finite(name: str, mixed: Tensor) -> Tensor:

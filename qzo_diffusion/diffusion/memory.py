@@ -56,13 +56,14 @@ class ModelSize:
         chosen = dict(linears_to_quantize(model, how.skip, how.columns))
         # one byte for each weight and one scale for each output
         of_rows, blocksize = how.quant_type in ("int8", "fp8"), how.blocksize
+        code_bytes = 1.0 if of_rows or how.backend == "reference" else 0.5
         quantized = {id(linear.weight) for linear in chosen.values()}
         plain = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantized]
         numel = sum(linear.weight.numel() for linear in chosen.values())
         rows = sum(linear.out_features for linear in chosen.values())
         scales = rows if of_rows else numel // blocksize
         weights = (
-            numel / (1 if of_rows else 2)
+            numel * code_bytes
             + 4 * scales
             + sum(tensor.numel() for tensor in plain) * dtype.itemsize
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 
 QuantType = Literal["nf4", "fp4"]
+CodebookType = QuantType | Literal["bof4", "bof4s"]
 Backend = Literal["bnb", "reference", "intgrid"]
 MakeLayer = Callable[[nn.Linear], nn.Module]
 

@@ -10,7 +10,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.quant import aqlm, base, bnb, gguf, gptq, hqq, int8, intgrid, reference
-from qzo_diffusion.quant.base import Backend, QuantType
+from qzo_diffusion.quant.base import Backend, CodebookType
 
 # Layers of other programs. Some repack codes or copy the scales in their first forward.
 FOREIGN = (
@@ -26,7 +26,7 @@ FOREIGN = (
 
 # transformers has a GgufLinear too
 OWN = (intgrid.IntGridLinear, gptq.GptqLinear, aqlm.AqlmLinear, hqq.HqqLinear, gguf.GgufLinear)
-AnyType = QuantType | intgrid.GridType
+AnyType = CodebookType | intgrid.GridType
 
 
 class CodedHandle(ScaleHandle, Protocol):

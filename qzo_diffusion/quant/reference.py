@@ -5,7 +5,8 @@
 
 It is differentiable in `absmax` and works in float64, so tests take exact gradients from it. NF4
 is the codebook of QLoRA (arXiv 2305.14314, appendix E): quantiles of a normal distribution. FP4 is
-1 sign, 2 exponent and 1 mantissa bit, scaled to 1."""
+1 sign, 2 exponent and 1 mantissa bit, scaled to 1. The codebooks of BOF4 and BOF4-S are computed
+(`quant.bof4`); the scales of BOF4-S have signs."""
 
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qzo_diffusion.quant.base import QuantType
+from qzo_diffusion.quant import bof4
+from qzo_diffusion.quant.base import CodebookType
 
 # fmt: off
 _NF4 = (
@@ -31,29 +33,40 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 }
 
 
+def codebook(quant_type: CodebookType, blocksize: int) -> tuple[float, ...]:
+    """The 16 numbers that codes stand for."""
+    if quant_type in CODEBOOKS:
+        return CODEBOOKS[quant_type]
+    return bof4.codebook(blocksize, signed=quant_type == "bof4s")
+
+
 def quantize_blockwise(
-    weight: Tensor, quant_type: QuantType, blocksize: int
+    weight: Tensor, quant_type: CodebookType, blocksize: int
 ) -> tuple[Tensor, Tensor]:
     """weight [N, K] -> codes uint8 [N, K], absmax [N·K / blocksize] in the weight's dtype (at least
     fp32).
 
-    Each block is divided by its largest magnitude; every value goes to the nearest entry of the
-    codebook."""
+    Each block is divided by its largest magnitude, in bof4s by its value of largest magnitude.
+    Every number goes to the nearest entry of the codebook."""
     blocks = weight.detach().reshape(-1, blocksize)
     blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
     absmax = blocks.abs().amax(dim=1)
-    unit = blocks / absmax.clamp(min=torch.finfo(absmax.dtype).tiny).unsqueeze(1)
-    values, order = torch.tensor(CODEBOOKS[quant_type], dtype=unit.dtype, device=unit.device).sort()
+    divisor = absmax.clamp(min=torch.finfo(absmax.dtype).tiny)
+    if quant_type == "bof4s":
+        absmax = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+        divisor = torch.where(absmax < 0, -divisor, divisor)
+    unit = blocks / divisor.unsqueeze(1)
+    values, order = unit.new_tensor(codebook(quant_type, blocksize)).sort()
     nearest = torch.bucketize(unit, (values[1:] + values[:-1]) / 2)
     return order[nearest].to(torch.uint8).view(weight.shape), absmax
 
 
 def dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, quant_type: QuantType, blocksize: int
+    codes: Tensor, absmax: Tensor, quant_type: CodebookType, blocksize: int
 ) -> Tensor:
     """codes [N, K] and absmax [N·K / blocksize] -> weight [N, K] in absmax' dtype."""
-    codebook = torch.tensor(CODEBOOKS[quant_type], dtype=absmax.dtype, device=absmax.device)
-    blocks = codebook[codes.long()].view(-1, blocksize) * absmax.unsqueeze(1)
+    values = absmax.new_tensor(codebook(quant_type, blocksize))
+    blocks = values[codes.long()].view(-1, blocksize) * absmax.unsqueeze(1)
     return blocks.view(codes.shape)
 
 
@@ -70,7 +83,7 @@ class ReferenceLinear4bit(nn.Module):
         codes: Tensor,
         absmax: Tensor,
         bias: Tensor | None,
-        quant_type: QuantType,
+        quant_type: CodebookType,
         blocksize: int,
     ) -> None:
         super().__init__()
@@ -82,7 +95,7 @@ class ReferenceLinear4bit(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, quant_type: QuantType, blocksize: int
+        cls, linear: nn.Linear, quant_type: CodebookType, blocksize: int
     ) -> "ReferenceLinear4bit":
         codes, absmax = quantize_blockwise(linear.weight, quant_type, blocksize)
         return cls(codes, absmax, linear.bias, quant_type, blocksize)
@@ -93,7 +106,7 @@ class ReferenceLinear4bit(nn.Module):
         packed: Tensor,
         absmax: Tensor,
         shape: tuple[int, ...],
-        quant_type: QuantType,
+        quant_type: CodebookType,
         blocksize: int,
         bias: Tensor | None,
     ) -> "ReferenceLinear4bit":

@@ -31,7 +31,7 @@ def pending_tensors(
             raise ModelError(
                 f"{handle.name} is no layer of bitsandbytes",
                 "layers in its layout",
-                "use quant.backend=bnb, or export as bf16",
+                "export as bf16, or train with quant.backend=bnb",
             )
         state = bnb.state_to_store(handle.module, None if scales is None else scales[handle.name])
         tensors |= {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant import base, bnb, fits, gguf, intgrid, reference
-from qzo_diffusion.quant.base import Backend, QuantType
+from qzo_diffusion.quant.base import Backend, CodebookType
 from qzo_diffusion.quant.entries import Entry
 
 
@@ -24,7 +24,7 @@ class Quantization:
     block size.
     """
 
-    quant_type: QuantType | intgrid.GridType = "nf4"
+    quant_type: CodebookType | intgrid.GridType = "nf4"
     blocksize: int = 64
     skip: Sequence[str] = ()
     backend: Backend = "bnb"

@@ -14,8 +14,8 @@ from tests.quantized import scaled_network
 LEVELS = ["layer", "row", "column", "separable", "dense"]
 
 
-def tuned_by(level, seed=0):
-    _, scales = scaled_network("reference", width=512, out=64)
+def tuned_by(level, seed=0, quant_type="nf4"):
+    _, scales = scaled_network("reference", quant_type, width=512, out=64)
     theta, generator = parametrize(scales, level), torch.Generator().manual_seed(seed)
     for name, number in theta.templates().items():
         theta.add_(name, torch.randn(number.shape, generator=generator) * 0.05)
@@ -30,6 +30,16 @@ def test_the_tuned_scales_come_back_bit_for_bit(level, seed):
     back = expanded(scales, shrunk(scales, tuned))
     assert back.keys() == tuned.keys()
     assert all(torch.equal(back[name], tuned[name]) for name in tuned)
+
+
+def test_negative_scales_come_back_and_take_as_little_room():
+    """Scales of both signs, as BOF4-S has them."""
+    tuned = tuned_by("separable", quant_type="bof4s")
+    _, scales = scaled_network("reference", "bof4s", width=512, out=64)
+    stored = shrunk(scales, tuned)
+    back = expanded(scales, stored)
+    assert all((tuned[name] < 0).any() and torch.equal(back[name], tuned[name]) for name in tuned)
+    assert sum(tensor.nbytes for tensor in stored.values()) <= 8000
 
 
 @pytest.mark.parametrize(

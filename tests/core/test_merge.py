@@ -49,6 +49,30 @@ def test_two_runs_mix_by_adding_their_changes():
         )
 
 
+def test_negative_scales_are_mixed_by_their_logarithms_too():
+    _, scales = scaled_network("reference", "bof4s")
+    base = {name: scales[name].clone() for name in scales}
+    tuned = {
+        name: tensor * Direction(0, 0).exp_z(name, tensor, 0.1) for name, tensor in base.items()
+    }
+    merge_changes_(scales, [(tuned, 0.5)])
+    for name in scales:
+        assert (base[name] < 0).any()
+        torch.testing.assert_close(scales[name], base[name] * (tuned[name] / base[name]).sqrt())
+
+
+def test_a_negative_scale_that_was_tuned_to_zero_stays_on_its_side():
+    _, scales = scaled_network("reference", "bof4s")
+    place = int((scales["0"] < 0).nonzero()[0])
+    before = scales["0"][place].item()
+    tuned = {name: scales[name].clone() for name in scales}
+    tuned["0"][place] = 0.0
+    merge_changes_(scales, [(tuned, 0.5)])
+    assert scales["0"][place] == pytest.approx(before / 2)
+    merge_changes_(scales, [(tuned, 3.0)])
+    assert scales["0"][place] == 0
+
+
 def test_zeros_stay_finite():
     scales, _, tuned = base_and_tuned()
     scales["0"][0] = 0.0

@@ -57,6 +57,23 @@ def test_dense_absolute_adds_and_stops_at_zero():
     assert any((scales[name] == 0).any() for name in scales)
 
 
+def test_dense_absolute_stops_negative_scales_at_zero_too():
+    _, scales = scaled_network("reference", "bof4s")
+    before, theta = copies(scales), parametrize(scales, "dense", "absolute")
+    theta.move_([DIRECTION, DIRECTION], [-1.0, 1.0])  # to zero or beyond, then back
+    stopped = {
+        name: (before[name] - DIRECTION.z(name, before[name])) * before[name].sign() <= 0
+        for name in scales
+    }
+    for name in scales:
+        assert (scales[name] * before[name].sign() >= 0).all()
+        assert before[name].sign().unique().tolist() == [-1, 1]
+        moved = DIRECTION.z(name, before[name])
+        came_back = stopped[name] & (moved * before[name].sign() > 0)
+        assert came_back.any()
+        assert torch.equal(scales[name][came_back], moved[came_back])
+
+
 def test_per_layer_moves_one_number_and_no_scale_until_merged():
     model, scales = scaled_network()
     before, theta = copies(scales), parametrize(scales, "layer")
