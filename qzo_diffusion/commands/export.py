@@ -4,10 +4,12 @@ import argparse
 from typing import Any
 
 from qzo_diffusion.commands.flags import add_json, add_output_dir
-from qzo_diffusion.config.arguments import path
+from qzo_diffusion.config.arguments import count, path
+from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.system.console import DONE, emit
 
-FORMATS = ("nf4", "bf16", "delta", "journal", "native")
+FORMATS = ("nf4", "bf16", "lora", "delta", "journal", "native")
+LAYOUTS = ("diffusers", "original", "both")
 
 
 def add(verbs: Any) -> None:
@@ -21,7 +23,15 @@ def add(verbs: Any) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="nf4: diffusers, 4 bit; bf16: diffusers and ComfyUI",
+        help="nf4: diffusers, 4 bit; bf16: diffusers or ComfyUI; lora: both, a part of the change",
+    )
+    export.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="of bf16: diffusers (the default), or original, which ComfyUI reads",
+    )
+    export.add_argument(
+        "--rank", type=count, help="of lora; default 32: more keeps more of the change"
     )
     add_output_dir(export)
     add_json(export)
@@ -31,6 +41,7 @@ def add(verbs: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     from qzo_diffusion.runs.locate import locate
 
+    _check(options)
     last = f"done: {options.output_dir}"
     if locate(options.run).kind() == "llm":
         from qzo_diffusion.runs.llm import export as of_texts
@@ -40,6 +51,22 @@ def run(options: argparse.Namespace) -> int:
     else:
         from qzo_diffusion.runs.style import export as of_pictures
 
-        results = of_pictures.run(options.run, options.format, options.output_dir)
+        chosen = {
+            name: value
+            for name in ("layout", "rank")
+            if (value := getattr(options, name)) is not None
+        }
+        results = of_pictures.run(options.run, options.format, options.output_dir, **chosen)
     emit(results, options.json, last)
     return DONE
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse a flag of another format. Raises ConfigError."""
+    for flag, kind in (("layout", "bf16"), ("rank", "lora")):
+        if getattr(options, flag) is not None and options.format != kind:
+            raise ConfigError(
+                f"--{flag} with --format {options.format}",
+                f"--format {kind}, which alone has a {flag}",
+                f"leave --{flag} out",
+            )

@@ -232,6 +232,14 @@ def state_to_store(layer: Any, scales: Tensor | None = None) -> dict[str, Tensor
     }
 
 
+def dequantized_in(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] of a `Linear4bit` in another dtype than its products have."""
+    state = copy(layer.weight.quant_state)
+    state.dtype = dtype
+    result: Tensor = _bitsandbytes().functional.dequantize_4bit(layer.weight.data, state)
+    return result
+
+
 def prepare_(module: Any, name: str) -> None:
     """Make a `Linear4bit` safe for tuning: never repacked, scales fp32 and not nested.
 
@@ -256,9 +264,10 @@ def prepare_(module: Any, name: str) -> None:
             "a layer in the plain 4-bit layout",
             "load the model again and prepare it before the first forward",
         )
-    if module.weight.device.type == "cpu" and module.in_features % state.blocksize:
+    inputs = state.shape[-1]
+    if module.weight.device.type == "cpu" and inputs % state.blocksize:
         raise ModelError(
-            f"{name} has {module.in_features} inputs in blocks of {state.blocksize}",
+            f"{name} has {inputs} inputs in blocks of {state.blocksize}",
             "rows of whole blocks (bitsandbytes dequantizes others wrongly on the CPU)",
             f"add {name!r} to quant.skip or choose another quant.blocksize",
         )

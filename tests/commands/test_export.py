@@ -14,7 +14,8 @@ from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.tuned import load_scales
-from tests.commands.short_runs import sampled
+from tests.commands.short_runs import export_arguments, sampled
+from tests.conftest import failing
 from tests.small_models import sd3_inputs
 
 pytestmark = pytest.mark.usefixtures("small_tiny")
@@ -80,7 +81,7 @@ def test_nf4_loads_in_plain_diffusers_with_the_codes_of_the_base(
 def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path):
     from diffusers import SD3Transformer2DModel
 
-    folder = export("bf16")
+    folder = export("bf16", "--layout", "both")
     tuned, _ = tuned_model(finished)
     shutil.copytree(
         folder, tmp_path / "only_config", ignore=shutil.ignore_patterns("*.safetensors")
@@ -112,7 +113,33 @@ def test_bf16_gives_every_tensor_back_in_both_layouts(export, finished, tmp_path
     assert (got - wanted).norm() / wanted.norm() < 0.05
 
 
-@pytest.mark.parametrize("kind", ["nf4", "bf16"])
+@pytest.mark.parametrize(
+    ("layout", "files"),
+    [
+        ((), {"diffusion_pytorch_model.safetensors", "config.json"}),
+        (("--layout", "diffusers"), {"diffusion_pytorch_model.safetensors", "config.json"}),
+        (("--layout", "original"), {"original_layout.safetensors"}),
+    ],
+)
+def test_bf16_writes_one_layout(export, layout, files):
+    folder = export("bf16", *layout)
+    there = {path.name for path in folder.iterdir()}
+    assert there == files | {"COMPLETE", "README.md", "run.yaml", "samples.png"}
+    text = (folder / "README.md").read_text()
+    assert ("ComfyUI" in text) == ("original" in layout)
+
+
+@pytest.mark.parametrize(
+    "flags", [("nf4", "--layout", "both"), ("lora", "--layout", "both"), ("bf16", "--rank", "4")]
+)
+def test_a_flag_of_another_format_is_refused(finished, tmp_path, capsys, flags):
+    kind, *more = flags
+    command = [*export_arguments(finished, tmp_path / "out", kind), *more]
+    assert f"{more[0]} with --format {kind}" in failing(capsys, main(command))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16", "lora"])
 def test_files_say_what_they_are(export, kind):
     folder = export(kind)
     for file in folder.glob("*.safetensors"):

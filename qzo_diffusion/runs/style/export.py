@@ -4,14 +4,12 @@ Everything is written into a temporary folder, read back and compared bit for bi
 its name, so a kill leaves no export. Tensors are computed and written one by one, so memory never
 holds a second model."""
 
-import contextlib
 import json
-import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,11 +25,9 @@ from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.levels import in_comfyui
-from qzo_diffusion.diffusion.model_card import Base, Scores, card, modelspec
+from qzo_diffusion.diffusion.model_card import Base, card, modelspec
 from qzo_diffusion.diffusion.original_layout import to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
-from qzo_diffusion.evaluate.report import figure, figure_rows, interval
-from qzo_diffusion.evaluate.verdict import verdict
 from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
@@ -47,42 +43,29 @@ from qzo_diffusion.runs.publish import (
     published_text,
 )
 from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.export_lora import FILE as LORA_FILE
+from qzo_diffusion.runs.style.export_lora import compared_inputs, in_words, lora
+from qzo_diffusion.runs.style.export_scores import scores_of
+from qzo_diffusion.runs.style.export_use import (
+    DIFFUSERS_FILE,
+    ORIGINAL_FILE,
+    USE,
+    USE_OF_LAYOUT,
+    Format,
+    Layout,
+)
 from qzo_diffusion.runs.tuned import load_tuned
+from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import (
     SCALES,
     check_new,
-    finite,
     free_bytes,
     write_folder,
     write_whole,
 )
-from qzo_diffusion.system.reading import parse_json, read_json, read_json_lines
 
-Format = Literal["nf4", "bf16", "delta", "journal", "native"]
-DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
 JOURNAL = "journal.qzo"
-
-NEEDS_GPU = (
-    'diffusers loads 4-bit folders on a GPU only; elsewhere it stops with "No GPU found". Without '
-    "one, take an export in bf16, or sample with qzo-diffuse."
-)
-USE: dict[Format, str] = {
-    "nf4": "A diffusers transformer in bitsandbytes' 4-bit layout, the size of the 4-bit base:\n\n"
-    '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", '
-    "dtype=torch.bfloat16)\n```\n\n"
-    "Give it to `StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer)`. "
-    f"{NEEDS_GPU}",
-    "bf16": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers transformer in bfloat16. "
-    f"`{ORIGINAL_FILE}` holds the\nsame numbers in the layout that Stability AI "
-    "publishes, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",
-    "delta": "The changes of the scales alone, to be applied to the base model:\n\n"
-    "```\nqzo-diffuse sample --run THIS_FOLDER --strength 0.8 --prompts FILE --output-dir DIR\n```",
-    "journal": "The seeds and scalars of every step. They rebuild the tuned scales of any step "
-    "over the base model:\n\n"
-    "```\nqzo-diffuse replay --journal journal.qzo --output-dir DIR\n```",
-    "native": "A diffusers transformer in the quantizer's own layout; load it with "
-    f"`SD3Transformer2DModel.from_pretrained`. {NEEDS_GPU}",
-}
+DEFAULT_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,8 @@ class _Export:
     config: Config
     kind: Format
     facts: dict[str, str]
-    note: str = ""
+    notes: Sequence[str] = ()
+    layout: Layout = "diffusers"
 
     @property
     def title(self) -> str:
@@ -104,9 +88,28 @@ class _Export:
         model = self.config.model
         return Base(published_model(model), base_id(model))
 
+    @property
+    def layouts(self) -> Sequence[str]:
+        return ("diffusers", "original") if self.layout == "both" else (self.layout,)
 
-def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
+    @property
+    def use(self) -> str:
+        """How to load the files, in Markdown."""
+        of_layouts = [USE_OF_LAYOUT[layout] for layout in self.layouts]
+        first = of_layouts if self.kind == "bf16" else [USE[self.kind]]
+        return "\n\n".join([*first, *filter(None, self.notes)])
+
+
+def run(
+    run_folder: Path,
+    kind: Format,
+    output_dir: Path,
+    layout: Layout = "diffusers",
+    rank: int = DEFAULT_RANK,
+) -> dict[str, Any]:
     """Write `output_dir`; return the figures for `--json`.
+
+    `layout` is of bf16 alone, `rank` of lora alone.
 
     Raises:
         OutputError: `output_dir` exists, the disk has no room, or the export reads back different.
@@ -125,11 +128,16 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
         )
     found = load_tuned(run_folder)
     runtime = pipeline.find_runtime(config)
+    # encoded first, so that encoders and transformer are never in memory together
+    compared = compared_inputs(config, runtime) if kind == "lora" else None
     transformer, scales, _ = pipeline.load_base(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
-    note = _levels(config, runtime) if kind == "bf16" else ""
-    export = _Export(run_folder, config, kind, published_facts(found.facts), note)
+    notes = [_levels(config, runtime)] if kind in ("bf16", "lora") else []
+    export = _Export(run_folder, config, kind, published_facts(found.facts), notes, layout)
+    if compared is not None:
+        tensors, figures = lora(transformer, scales, tuned, rank, compared)
+        return _write_lora(export, tensors, figures, runtime, output_dir)
     if kind == "delta":
         files = {
             SCALES: (
@@ -140,6 +148,23 @@ def run(run_folder: Path, kind: Format, output_dir: Path) -> dict[str, Any]:
         return _write(export, files, {}, output_dir)
     merge_changes_(scales, [(tuned, 1.0)])
     return _write(export, *_model_files(export, transformer, runtime), output_dir)
+
+
+def _write_lora(
+    export: _Export,
+    tensors: dict[str, Pending],
+    figures: Mapping[str, Any],
+    runtime: pipeline.Runtime,
+    target: Path,
+) -> dict[str, Any]:
+    config = _plain_config(export, runtime)
+    facts = _file_facts(export, config, runtime)
+    facts["modelspec.architecture"] += "/lora"
+    facts |= {f"qzo.{name}": f"{figure:.6g}" for name, figure in figures.items()}
+    export = replace(export, notes=[in_words(figures), *export.notes])
+    written = _write(export, {LORA_FILE: (tensors, facts)}, {}, target)
+    report(in_words(figures))
+    return written | dict(figures)
 
 
 def _levels(config: Config, runtime: pipeline.Runtime) -> str:
@@ -156,25 +181,40 @@ def _model_files(
     export: _Export, transformer: nn.Module, runtime: pipeline.Runtime
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
     """Return tensors and metadata by file name, and the config beside them."""
-    found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
-    kept = {name: found[name] for name in found if name != "quantization_config"}
-    config = {"_class_name": "SD3Transformer2DModel"} | published(kept)
-    side = sd3.native_resolution(runtime.folder)
-    own = {**export.facts, "qzo.format": f"{export.kind}/1"}
-
-    def facts(original: bool) -> dict[str, str]:
-        return (
-            modelspec(config, export.title, export.base.name, side, original_layout=original) | own
-        )
-
+    config = _plain_config(export, runtime)
     if export.kind == "bf16":
         tensors = pending_dequantized(transformer, torch.bfloat16)
-        original = {ORIGINAL_FILE: (to_original(tensors, config), facts(True))}
-        return {DIFFUSERS_FILE: (tensors, facts(False))} | original, config
+        files: dict[str, tuple[dict[str, Pending], dict[str, str]]] = {}
+        if "diffusers" in export.layouts:
+            files[DIFFUSERS_FILE] = (tensors, _file_facts(export, config, runtime))
+        if "original" in export.layouts:
+            facts = _file_facts(export, config, runtime, original=True)
+            files[ORIGINAL_FILE] = (to_original(tensors, config), facts)
+        return files, config if "diffusers" in export.layouts else {}
+    facts = _file_facts(export, config, runtime)
     config["quantization_config"] = quantization_config(
         transformer, export.config.quant.type, devices.dtype_name(runtime.dtype)
     )
-    return {DIFFUSERS_FILE: (pending_tensors(transformer), facts(False))}, config
+    return {DIFFUSERS_FILE: (pending_tensors(transformer), facts)}, config
+
+
+def _plain_config(export: _Export, runtime: pipeline.Runtime) -> dict[str, Any]:
+    """Return the config of the transformer without quantization, for others."""
+    found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
+    kept = {name: found[name] for name in found if name != "quantization_config"}
+    return {"_class_name": "SD3Transformer2DModel"} | published(kept)
+
+
+def _file_facts(
+    export: _Export,
+    config: Mapping[str, Any],
+    runtime: pipeline.Runtime,
+    original: bool = False,
+) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    side = sd3.native_resolution(runtime.folder)
+    spec = modelspec(config, export.title, export.base.name, side, original_layout=original)
+    return spec | export.facts | {"qzo.format": f"{export.kind}/1"}
 
 
 def _write(
@@ -269,60 +309,15 @@ def _describe(export: _Export, folder: Path) -> None:
         "made with": f"qzo_diffusion {__version__}",
     }
     settings |= {"trigger": data.trigger} if data.trigger else {}
-    use = f"{USE[export.kind]}\n\n{export.note}" if export.note else USE[export.kind]
-    text = card(export.title, export.base, use, settings, _scores(export), pictures)
+    text = card(
+        export.title,
+        export.base,
+        export.use,
+        settings,
+        scores_of(export.run, export.facts),
+        pictures,
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _scores(export: _Export) -> Scores:
-    """Return the evaluation of these very scales, or else the held-out losses of the run itself."""
-    folder, step = locate(export.run).run(), int(export.facts.get("qzo.steps", 0))
-    for file in (folder / "evaluation.json", folder / f"evaluation_step_{step:06d}.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            found = finite(read_json(file))
-            if found["step"] == step:
-                return _evaluated(found)
-    return _held_out(folder, step)
-
-
-def _evaluated(found: Mapping[str, Any]) -> Scores:
-    try:
-        rows, said = [_cells(row) for row in figure_rows(found)], verdict(found)[0]["text"]
-    except (KeyError, TypeError):  # written by another version: read the common part
-        return Scores([_cells(row) for row in _plain_rows(found)])
-    by = found["scorer"]["note"] or found["scorer"]["name"]
-    against = found.get("compared_with", "the base")
-    remark = f"By {by}, on {found['clip_score']['n']} prompts; changes are to {against}."
-    return Scores(rows, said, remark)
-
-
-def _plain_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": name.replace("_", " "), "base": one.get("base_mean"), "tuned": one["mean"]}
-        | {"delta": one.get("delta"), "ci95": one.get("delta_ci95")}
-        for name, one in found.items()
-        if isinstance(one, Mapping) and "mean" in one
-    ]
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    states = [figure(row[state]) for state in ("base", "tuned")]
-    return [row["name"], *states, figure(row["delta"], True), interval(row["ci95"])]
-
-
-def _held_out(folder: Path, step: int) -> Scores:
-    losses: dict[int, float] = {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for line in read_json_lines(folder / "metrics.jsonl"):
-            if b'"validation_loss"' in line:
-                entry = parse_json(line)
-                losses[int(entry["step"])] = float(entry["validation_loss"])
-    if step not in losses:
-        return Scores()
-    base, tuned = losses[min(losses)], losses[step]
-    row = ("held-out loss", figure(base), figure(tuned), figure(tuned - base, True), "–")
-    diverged = "" if math.isfinite(tuned) else "The run diverged: this loss is no finite number."
-    return Scores([row], diverged)
 
 
 def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:
