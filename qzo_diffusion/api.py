@@ -1,20 +1,28 @@
-"""Tune any quantized `nn.Module` with any loss, from Python. `docs/api.md` is the tour; its code
-runs as a test.
+"""Tune any quantized `nn.Module` with any loss, and apply a delta to a pipeline of diffusers, from
+Python. `docs/api.md` is the tour; its code runs as a test.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.noise import Distribution
 from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName, make_optimizer, make_schedule
 from qzo_diffusion.core.parametrize import Level, Units, parametrize
 from qzo_diffusion.core.probing import Estimator, Probing, StepBatch
+from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.loop import Outcome, Setup, StepRecord, train
 
-__all__ = ["find_scales", "quantize_", "tune_"]
+__all__ = ["apply_delta", "find_scales", "quantize_", "tune_"]
+
+_BASES: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+"""The base's scales of each transformer that `apply_delta` has changed."""
 
 
 def tune_(
@@ -85,3 +93,73 @@ def tune_(
         return train(setup, max_steps=steps, on_step=on_step)
     finally:
         theta.merge_()
+
+
+def apply_delta(
+    pipe: Any,
+    file: str | Path,
+    strength: float = 1.0,
+    between: Sequence[float] | None = None,
+) -> None:
+    """Move the scales of a 4-bit transformer in a pipeline of diffusers as a run moved its own.
+
+    Strengths count from the base: a second call replaces the first, and strength 0 gives the base
+    back bit for bit. To combine runs, mix them first (`qzo-diffuse mix`).
+
+    Args:
+        pipe: any pipeline of diffusers with a quantized `transformer`, which has not made a
+            picture on a CPU before. Its codes must be those of the run's base: load it from
+            `export --format nf4`, or with `load_in_4bit` and the run's type, block size and layers.
+        file: a delta (`export --format delta`), a run, one of its checkpoints, or their
+            `scales.safetensors`.
+        between: the lowest and the highest noise level, in [0, 1], at which the tuned scales serve;
+            the base's serve at the others. None: everywhere.
+
+    Raises:
+        ModelError: the pipeline has no such transformer, or one with other codes; it is left as it
+            was.
+        OutputError: there are no scales at `file`, or they are damaged.
+        ConfigError: `strength` is not finite, or `between` is no range.
+    """
+    from qzo_diffusion.diffusion.levels import TunedBetween, base_outside
+    from qzo_diffusion.runs.tuned import apply_, load_tuned
+
+    _check_numbers(strength, between)
+    model = getattr(pipe, "transformer", None)
+    if isinstance(model, TunedBetween):  # of an earlier call
+        model = model.transformer
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"{type(pipe).__name__} without a transformer",
+            "a pipeline of diffusers with a quantized transformer",
+            "load Stable Diffusion 3.5 in 4 bits",
+        )
+    tuned, scales = load_tuned(Path(file)), find_scales(model)
+    before = {name: scales[name].clone() for name in scales}
+    base = _BASES.get(model, before)
+    try:
+        _set(scales, base)
+        apply_(model, scales, [(tuned, strength)])
+    except BaseException:
+        _set(scales, before)
+        raise
+    _BASES[model] = base
+    pipe.transformer = (
+        model if between is None else base_outside(model, between, base, lambda: find_scales(model))
+    )
+
+
+def _set(scales: ScaleSet, values: dict[str, Tensor]) -> None:
+    for name in scales:
+        scales[name].copy_(values[name])
+
+
+def _check_numbers(strength: float, between: Sequence[float] | None) -> None:
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength={strength}", "a finite number", "use 1 for the tuned model")
+    if between is not None and not (len(between) == 2 and 0 <= between[0] < between[1] <= 1):
+        raise ConfigError(
+            f"between={tuple(between)}",
+            "the lowest and the highest of two noise levels from 0 to 1",
+            "use between=(0, 0.7), or leave it out",
+        )

@@ -25,7 +25,7 @@ BELOW = {
     "runs.style": {"runs"} | LIBRARY,
     "runs.llm": {"runs"} | LIBRARY,
     "commands": {"runs", "runs.style", "runs.llm"} | LIBRARY,
-    "api": {"quant", "train", "core", "ground"},
+    "api": {"runs"} | LIBRARY,
     "cli": {"commands", "config", "core", "ground", "runs"},
 }
 CORE_PACKAGES = {"torch", "numpy", *sys.stdlib_module_names}

@@ -3,12 +3,13 @@
 High noise levels decide the layout of a picture, low ones its details. So a style whose outlines
 are wanted and whose layout is not can be left out of the first steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import shift_sigma
 
 TIMES = 1000  # the model's time input at noise level 1
@@ -44,6 +45,24 @@ class TunedBetween(nn.Module):
         inside = low <= float(timestep.flatten()[0]) / TIMES <= high
         with nullcontext() if inside else self._outside():
             return self.transformer(*args, timestep=timestep, **options)
+
+
+def base_outside(
+    transformer: nn.Module,
+    levels: Sequence[float],
+    base: Mapping[str, Tensor],
+    scales: Callable[[], ScaleSet],
+) -> TunedBetween:
+    """Return the transformer with the scales `base` (by layer) outside `levels`.
+
+    `scales` gives its live scales when they are needed.
+    """
+
+    def outside() -> AbstractContextManager[None]:
+        live = scales()
+        return live.override(lambda names: {name: base[name].to(live[name]) for name in names})
+
+    return TunedBetween(transformer, levels, outside)
 
 
 def steps_between(levels: Sequence[float], steps: int, shift: float) -> tuple[int, int]:

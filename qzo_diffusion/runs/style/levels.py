@@ -1,13 +1,13 @@
 """The noise levels at which samples of a run use its tuned scales: `sample.tuned_between`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.levels import TunedBetween
+from qzo_diffusion.diffusion.levels import base_outside
 
 
 def with_levels(config: Config, levels: Sequence[float] | None) -> Config:
@@ -32,8 +32,4 @@ def for_samples(config: Config, transformer: nn.Module, scales: ScaleSet) -> nn.
     if levels is None:
         return transformer
     base = {name: tensor.clone() for name, tensor in scales.tensors().items()}
-
-    def of_base(names: Sequence[str]) -> Mapping[str, Tensor]:
-        return {name: base[name] for name in names}
-
-    return TunedBetween(transformer, levels, lambda: scales.override(of_base))
+    return base_outside(transformer, levels, base, lambda: scales)
