@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from qzo_diffusion.diffusion.decoding import decoded
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
 from qzo_diffusion.system.files import write_whole
@@ -96,13 +97,9 @@ class Sampler:
             **self._settings,
         ).images
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:
         """Return the RGB image of latents [C, h, w]."""
-        config = self._vae.config
-        z = latents.unsqueeze(0).float() / config.scaling_factor + config.shift_factor
-        pixels = self._vae.decode(z.to(self._vae.device, self._vae.dtype)).sample
-        return self._pipeline.image_processor.postprocess(pixels.float(), output_type="pil")[0]
+        return decoded(self._vae, latents.unsqueeze(0))[0]
 
 
 def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
