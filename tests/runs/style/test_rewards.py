@@ -190,3 +190,36 @@ def test_scales_of_a_run_can_be_sampled_and_mixed(whole, pipeline, tmp_path):
     assert main(mixed) == 0
     half, own = load_scales(tmp_path / "half")[0], load_scales(whole)[0]
     assert any(not torch.equal(half[name], own[name]) for name in own)
+
+
+def test_evaluate_compares_base_and_tuned_at_equal_seeds(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "p.txt").write_text("pear\nplum\nboat\n")
+    assert main(["evaluate", "--run", str(run), "--prompts", str(tmp_path / "p.txt")]) == 0
+    found = json.loads((run / "reward_evaluation.json").read_text())
+    assert found["step"] == STEPS and found["prompts"] == ["pear", "plum", "boat"]
+    for score in (found["reward"], found["each"]["brightness"], found["second"]):
+        base, tuned = (score["values"][state] for state in ("base", "tuned"))
+        assert score["delta"] == pytest.approx(sum(tuned) / 3 - sum(base) / 3)
+        assert len(score["delta_ci95"]) == 2
+    assert found["second"]["name"] == "colourfulness"
+    assert found["reward"]["values"]["base"] != found["reward"]["values"]["tuned"]
+
+
+def test_the_page_shows_both_scores_and_no_path(whole, tmp_path, pages):
+    run = shutil.copytree(whole, tmp_path / "run")
+    rows = json.loads((run / "rewards.json").read_text())
+    rows["second"] = f"python:{tmp_path}/mine.py:score"
+    (run / "rewards.json").write_text(json.dumps(rows))
+    assert main(["report", "--run", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "What is tuned: brightness" in page and "Only reported: python:mine.py:score" in page
+    assert str(tmp_path) not in page
+
+
+def test_a_dry_run_counts_decoder_and_scorer_and_makes_nothing(command, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(command("--dry-run", output_dir=run, rewards=("clip_score:embedded",))) == 0
+    shown = capsys.readouterr().out
+    assert "decode" in shown and "rewards   clip_score:embedded; reported only: none" in shown
+    assert not run.exists()
