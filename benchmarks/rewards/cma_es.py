@@ -6,6 +6,7 @@ A candidate is scored on the prompts and noise of one step of the run. All candi
 generation see the same ones."""
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ def own_curve(run: Path, pictures_of_step: int) -> list[tuple[int, float]]:
 
 def pictures_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float | None:
     """Return where the curve first crosses the target, between points on a straight line."""
-    for (before, low), (after, high) in zip(curve, curve[1:], strict=False):
+    for (before, low), (after, high) in itertools.pairwise(curve):
         if low < target <= high:
             return before + (after - before) * (target - low) / (high - low)
     return None
@@ -85,7 +86,9 @@ def search(plan: RewardPlan, budget: int, work: Path) -> list[tuple[int, float]]
     sizes = {key: len(one) for key, one in theta.by_axis.items()}
 
     def changed(numbers: Any) -> AbstractContextManager[None]:
-        parts = torch.as_tensor(np.asarray(numbers), dtype=torch.float32).split(list(sizes.values()))
+        parts = torch.as_tensor(np.asarray(numbers), dtype=torch.float32).split(
+            list(sizes.values())
+        )
         return components.scales.override(theta.shifted(dict(zip(sizes, parts, strict=True))))
 
     def of_step(numbers: Any, step: int) -> float:

@@ -64,9 +64,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def works(
-    name: str, dtype: torch.dtype
-) -> tuple[Callable[[], object], Callable[[], object]]:
+def works(name: str, dtype: torch.dtype) -> tuple[Callable[[], object], Callable[[], object]]:
     """Return a plain sampling of all pictures of a step, and the step."""
     side, tokens, prompts, rows = CASES[name]
     model, folder = build_model(name, dtype), resources.tiny_model()

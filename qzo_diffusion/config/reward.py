@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.kinds import Count, NotNegative, PathOrName, Positive
@@ -102,7 +102,7 @@ def _known_or_none(text: str) -> str:
 
 
 class RewardConfig(Section):
-    scores: Annotated[list[str], AfterValidator(_once_each)] = []
+    scores: Annotated[list[str], AfterValidator(_once_each)] = Field(default_factory=list)
     """rewards of finished pictures, NAME[:ARG][=WEIGHT] each; empty: a style folder is learnt"""
     prompts: PathOrName | None = None
     """file with one prompt a line, whose pictures are scored in training"""

@@ -53,7 +53,9 @@ def score_charts(found: Mapping[str, Any]) -> list[dict[str, Any] | None]:
 
 def _series(rows: Rows, key: str, name: str) -> charts.Series:
     summaries = [
-        {"step": row["step"], key: intervals.summary(values(row, key))} for row in rows if key in row
+        {"step": row["step"], key: intervals.summary(values(row, key))}
+        for row in rows
+        if key in row
     ]
     return charts.Series(name, charts.of_steps(summaries, key), marks=True)
 

@@ -1,6 +1,6 @@
 """The examples of a run on rewards: prompts with the noise that their pictures begin with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,21 +40,19 @@ class PictureBatch:
 
     def part(self, examples: slice) -> "PictureBatch":
         """Return some of the examples."""
-        return PictureBatch(*(one[examples] for one in self._tensors()), self.texts[examples])
+        return _made((one[examples] for one in self._tensors()), self.texts[examples])
 
     def repeated(self, times: int) -> "PictureBatch":
         """Return all examples `times` times: all of them, then all of them again."""
         tensors = (torch.cat([one] * times) for one in self._tensors())
-        return PictureBatch(*tensors, self.texts * times)
+        return _made(tensors, self.texts * times)
 
     def split(self, size: int) -> list["PictureBatch"]:
         """Return micro-batches of at most `size` examples."""
-        return [
-            self.part(slice(start, start + size)) for start in range(0, len(self.texts), size)
-        ]
+        return [self.part(slice(start, start + size)) for start in range(0, len(self.texts), size)]
 
     def to(self, device: torch.device) -> "PictureBatch":
-        return PictureBatch(*(one.to(device) for one in self._tensors()), self.texts)
+        return _made((one.to(device) for one in self._tensors()), self.texts)
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return (
@@ -64,3 +62,8 @@ class PictureBatch:
             self.negative_embeds,
             self.negative_pooled,
         )
+
+
+def _made(tensors: Iterable[Tensor], texts: tuple[str, ...]) -> PictureBatch:
+    noise, embeds, pooled, negative_embeds, negative_pooled = tensors
+    return PictureBatch(noise, embeds, pooled, negative_embeds, negative_pooled, texts)

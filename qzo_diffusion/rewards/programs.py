@@ -99,7 +99,8 @@ def _stop(process: "subprocess.Popen[str]") -> None:
 
 def _close(process: "subprocess.Popen[str]") -> None:
     """Let a process end that ends with its input."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     with contextlib.suppress(OSError):
         process.stdin.close()
     try:

@@ -25,7 +25,7 @@ def load(file: Path, name: str) -> Callable[..., Any]:
     function = getattr(module, name)
     if not callable(function):
         raise TypeError(f"{name} is no function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def values_of(function: Callable[..., Any], folder: Path) -> list[float]:

@@ -22,7 +22,8 @@ def test_rows_stand_beside_each_other(tmp_path):
     written("style", {"style_delta": 0.5}, tmp_path)
     path = written("step", {"=step_over_sampling": 1.01, "rounds": 3}, tmp_path)
     found = json.loads(path.read_text())
-    assert found["style"] == {"style_delta": 0.5} and found["step"] == {"rounds": 3}
+    assert found["style"] == {"style_delta": 0.5}
+    assert found["step"] == {"rounds": 3}
     assert found["step_over_sampling"] == 1.01
     assert found["provenance"].keys() == {"style", "step"}
 
@@ -40,4 +41,5 @@ def test_a_step_and_a_sampling_draw_as_many_pictures():
     from benchmarks.rewards.step_cost import measured
 
     found = measured("tiny", 1)
-    assert 0.2 < found["time"] < 5 and found["memory"] > 0
+    assert 0.2 < found["time"] < 5
+    assert found["memory"] > 0

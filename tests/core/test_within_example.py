@@ -82,7 +82,9 @@ def test_a_direction_without_a_loss_is_left_out_and_the_step_goes_on(bad):
         return losses.index_fill(0, torch.tensor([place]), bad)
 
     found, whole = measured(change=change), measured()
-    assert found.finite and found.left_out == 1 and whole.left_out == 0
+    assert found.finite
+    assert found.left_out == 1
+    assert whole.left_out == 0
     assert found.projected_grad[place] == found.directional_derivative[place] == 0
     for example in (0, 2):
         assert of_example(found.projected_grad, example).tolist() == pytest.approx(
@@ -100,8 +102,10 @@ def test_both_sides_are_left_out_where_one_has_no_loss():
         return losses.index_fill(0, torch.tensor([EXAMPLES]), math.nan)
 
     found = measured(change=change, estimator="antithetic")
-    assert found.finite and found.left_out == 1
-    assert found.projected_grad[0] == 0 and all(found.projected_grad[1:])
+    assert found.finite
+    assert found.left_out == 1
+    assert found.projected_grad[0] == 0
+    assert all(found.projected_grad[1:])
 
 
 def test_an_example_without_any_loss_and_one_whose_losses_are_equal_do_nothing():
@@ -111,14 +115,15 @@ def test_an_example_without_any_loss_and_one_whose_losses_are_equal_do_nothing()
         return rows.view(-1)
 
     found = measured(change=change)
-    assert found.finite and found.left_out == DIRECTIONS
+    assert found.finite
+    assert found.left_out == DIRECTIONS
     assert not of_example(found.projected_grad, 0).any()
     assert not of_example(found.projected_grad, 1).any()
     assert of_example(found.projected_grad, 2).square().mean() == pytest.approx(1)
 
 
 def test_a_step_without_any_loss_is_skipped():
-    model, scales = scaled_network(dtype=torch.float64)
+    _model, scales = scaled_network(dtype=torch.float64)
     theta = parametrize(scales, "separable")
     setup = Setup(
         lambda x: torch.full((len(x),), math.nan),
@@ -130,7 +135,8 @@ def test_a_step_without_any_loss_is_skipped():
     )
     assert isinstance(setup.optimizer, Optimizer)
     record = train_step_(setup, setup.batch_of_step(0), 0)
-    assert record.skipped and not any(one.any() for one in theta.state().values())
+    assert record.skipped
+    assert not any(one.any() for one in theta.state().values())
 
 
 def test_the_count_of_left_out_directions_is_in_the_metrics():
@@ -156,12 +162,11 @@ def test_the_count_of_left_out_directions_is_in_the_metrics():
 
 
 def test_shared_directions_are_refused():
+    model, scales = scaled_network()
+    theta, batch = parametrize(scales, "separable"), StepBatch([inputs(2)])
+    settings = Probing(0, EPS, 2, estimator="leave_one_out", within_example=True)
+    directions = directions_of_step(0, 0, 2, "rademacher")
     with pytest.raises(ValueError, match="within_example"):
-        model, scales = scaled_network()
-        batch = StepBatch([inputs(2)])
-        settings = Probing(0, EPS, 2, estimator="leave_one_out", within_example=True)
-        directions = directions_of_step(0, 0, 2, "rademacher")
-        theta = parametrize(scales, "separable")
         estimate(squared_output(model), batch, theta, directions, settings)
 
 

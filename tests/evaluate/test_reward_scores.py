@@ -25,17 +25,21 @@ def found(steps, **names):
 def test_changes_are_paired_over_prompts():
     moved = change(rows(0.2, 0.0), "reward")
     low, high = moved["delta_ci95"]
-    assert abs(moved["delta"] - 0.2) < 1e-9 and 0.19 < low < 0.2 < high < 0.21
+    assert abs(moved["delta"] - 0.2) < 1e-9
+    assert 0.19 < low < 0.2 < high < 0.21
 
 
 def test_a_reward_that_rises_while_the_second_score_falls_is_a_warning():
     assert gamed(rows(0.2, -0.2))
-    assert not gamed(rows(0.2, 0.2)) and not gamed(rows(-0.2, -0.2))
-    assert not gamed(rows(0.2, 0.0)) and not gamed(rows(0.2, -0.2)[:1])
+    assert not gamed(rows(0.2, 0.2))
+    assert not gamed(rows(-0.2, -0.2))
+    assert not gamed(rows(0.2, 0.0))
+    assert not gamed(rows(0.2, -0.2)[:1])
     alone = [{"step": row["step"], "reward": row["reward"]} for row in rows(0.2, -0.2)]
     assert not gamed(alone)
     first, *rest = findings(found(rows(0.2, -0.2)))
-    assert first["sign"] == "bad" and [one["sign"] for one in rest] == ["good", "bad"]
+    assert first["sign"] == "bad"
+    assert [one["sign"] for one in rest] == ["good", "bad"]
 
 
 def test_a_change_that_may_be_chance_is_called_so():

@@ -113,7 +113,8 @@ def test_both_halves_of_a_picture_see_its_own_factors(parts, drawer, batch, guid
 def test_a_batch_is_split_and_repeated_with_its_texts(batch):
     assert [part.texts for part in batch.split(2)] == [("a", "b"), ("c",)]
     twice = batch.repeated(2)
-    assert twice.texts == ("a", "b", "c") * 2 and len(twice) == 6
+    assert twice.texts == ("a", "b", "c") * 2
+    assert len(twice) == 6
     assert torch.equal(twice.noise[3:], batch.noise)
     assert torch.equal(twice.part(slice(4, 5)).pooled, batch.pooled[1:2])
 
@@ -137,7 +138,8 @@ def test_a_person_who_looks_later_gives_the_same_derivatives(parts, drawer, batc
     assert [texts for _, texts in kept.calls] == [(one, one) for one in "abc"]  # at +ε and -ε
     losses = [[-value for value in brightness(*call)] for call in kept.calls]
     told, scored = probed(Told(losses)), probed(RewardObjective(draw.pictures, brightness))
-    assert told == scored and all(map(abs, told.projected_grad))
+    assert told == scored
+    assert all(map(abs, told.projected_grad))
 
 
 def test_scales_are_as_they_were_after_a_reward_that_raises(parts, drawer, batch):
@@ -147,7 +149,10 @@ def test_scales_are_as_they_were_after_a_reward_that_raises(parts, drawer, batch
     def broken(pictures, prompts):
         raise KeyboardInterrupt
 
-    theta, objective = parametrize(scales, "separable"), RewardObjective(drawer(0.0).pictures, broken)
+    theta, objective = (
+        parametrize(scales, "separable"),
+        RewardObjective(drawer(0.0).pictures, broken),
+    )
     with pytest.raises(KeyboardInterrupt):
         probe(objective, StepBatch([batch]), theta, Probing(0, 0.05, 1, **PROBING), 0)
     scales.close()

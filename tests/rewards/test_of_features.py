@@ -125,9 +125,7 @@ def small_clip(tmp_path_factory):
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     folder = tmp_path_factory.mktemp("clip")
     fill_(CLIPModel(config), 7).save_pretrained(folder)
-    images = CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer(24, "<begin>", "<end>")).save_pretrained(folder)
     return folder
 
@@ -138,8 +136,10 @@ def test_a_preference_is_the_cosine_of_its_clip_and_has_its_logit_scale(small_cl
     plain_one, scaled = (Preference.load(small_clip, one, device) for one in (False, True))
     pictures, prompts = [RED, BLUE, PURPLE] * 4, ["an apple", "the sea", "a plum"] * 4
     cosines = plain_one(pictures, prompts)
-    assert len(cosines) == 12 and all(-1 <= one <= 1 for one in cosines)
-    assert cosines[:3] == pytest.approx(cosines[9:], abs=1e-5) and len(set(cosines[:3])) == 3
+    assert len(cosines) == 12
+    assert all(-1 <= one <= 1 for one in cosines)
+    assert cosines[:3] == pytest.approx(cosines[9:], abs=1e-5)
+    assert len(set(cosines[:3])) == 3
     factor = float(plain_one._model.logit_scale.exp())
     assert scaled(pictures, prompts) == pytest.approx([factor * one for one in cosines])
 

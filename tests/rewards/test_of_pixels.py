@@ -40,7 +40,8 @@ def scores(reward, *pictures):
 
 def test_the_busier_a_picture_the_more_bytes():
     found = [jpeg_bytes(one) for one in (plain("white"), stripes(16), stripes(4), noise())]
-    assert found == sorted(found) and len(set(found)) == len(found)
+    assert found == sorted(found)
+    assert len(set(found)) == len(found)
 
 
 def test_headers_and_tables_do_not_count():
@@ -64,7 +65,8 @@ def test_compressibility_is_minus_the_logarithm():
 def test_the_more_colours_the_more_colourful():
     faded = Image.blend(noise(), plain("grey"), 0.5)
     grey, half, whole = scores(colourfulness, stripes(4), faded, noise())
-    assert grey == pytest.approx(0, abs=1e-9) and grey < half < whole
+    assert grey == pytest.approx(0, abs=1e-9)
+    assert grey < half < whole
     assert half == pytest.approx(whole / 2, rel=0.05)
 
 

@@ -194,7 +194,12 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
             resident
             | scorers
             | _sampling(
-                size, image_tokens, text_tokens, (drawn, _trained_rows(config)), runtime, vae_work("decode")
+                size,
+                image_tokens,
+                text_tokens,
+                (drawn, _trained_rows(config)),
+                runtime,
+                vae_work("decode"),
             ),
         ),
     ]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import with_whole_paths
@@ -16,7 +15,6 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probing import Probing
-from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import velocity_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
@@ -28,7 +26,7 @@ from qzo_diffusion.diffusion.style_folder import (
     summary,
 )
 from qzo_diffusion.diffusion.trigger import Trigger, find_trigger
-from qzo_diffusion.runs import build, hub, provenance
+from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.style import batches as style_data

@@ -1,5 +1,4 @@
-"""Score a run on rewards: base against tuned, on prompts that it was not trained on, at equal seeds.
-"""
+"""Score a run on rewards: base against tuned, on other prompts, at equal seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,4 +94,3 @@ def _verdict(rewards: Rewards, found: Mapping[str, Any]) -> list[dict[str, str]]
     ]
     names = {"rewards": rewards.trained.weights, SECOND: second and second["name"]}
     return findings({**names, "steps": rows})
-

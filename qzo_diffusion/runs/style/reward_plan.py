@@ -36,9 +36,9 @@ from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 from qzo_diffusion.runs.style.plan import model_of
-from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.prior import PriorSource, find_prior
 from qzo_diffusion.runs.style.reward_batches import RewardBatches
 from qzo_diffusion.runs.style.rewarded_pictures import RewardedPictures
@@ -297,9 +297,7 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
     notes = workshop(resolved, folder, device).check(dry_run)
     if seen := len(set(trained.texts) & set(prompts.texts)):
         notes.append(f"{seen} of the prompts to sample are trained on; others show more")
-    plan = RewardPlan(
-        resolved, folder, device, dtype, trained, prompts, shape, prior, notes
-    )
+    plan = RewardPlan(resolved, folder, device, dtype, trained, prompts, shape, prior, notes)
     if resolved.train.micro_batch_size is None:
         resolved.train.micro_batch_size = plan.rows_that_fit()
     return plan

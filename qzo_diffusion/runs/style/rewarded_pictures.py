@@ -90,4 +90,3 @@ class RewardedPictures(Pictures):
         rows = self._rows or self._earlier()
         found = {key: change(rows, key) for key in (TRAINED, SECOND) if rows and key in rows[0]}
         return super().results() | {"scores": found}
-

@@ -180,9 +180,7 @@ def images_in(folder: Path, *, own_outputs: bool = False) -> list[Path]:
     return paths
 
 
-def opened(
-    paths: list[Path], folder: Path
-) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
+def opened(paths: list[Path], folder: Path) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
     """Return the pictures that can be read, and the others with reasons, which are reported and
     counted.
     """

@@ -101,7 +101,8 @@ def test_the_plan_of_rewards_counts_the_decoder_and_the_scorer(pipelines):
     other = planning.memory_plan(guided, runtime, images=0, prompts=30)
     more = next(phase for phase in other.phases if phase.name == "train").parts
     rows = config.train.micro_batch_size
-    assert more["forward"] > parts["forward"] and rows == 8
+    assert more["forward"] > parts["forward"]
+    assert rows == 8
 
 
 def test_the_plan_counts_what_the_tensors_have(pipelines):

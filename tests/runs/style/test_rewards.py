@@ -61,14 +61,16 @@ def test_a_run_leaves_what_every_run_leaves_and_its_scores(whole):
         "checkpoints",
     }
     rows = json.loads((whole / "rewards.json").read_text())
-    assert rows["rewards"] == {"brightness": 1.0} and rows["second"] == "colourfulness"
+    assert rows["rewards"] == {"brightness": 1.0}
+    assert rows["second"] == "colourfulness"
     assert [row["step"] for row in rows["steps"]] == [0, 2, 4]
     assert all(len(row[key]) == 2 for row in rows["steps"] for key in ("reward", "second"))
     data = json.loads((whole / "dataset.json").read_text())
     assert [row["caption"] for row in data][:2] == ["red apple", "banana"]
     assert len(read_journal(whole / "journal.qzo").steps) == STEPS
     steps = metrics(whole)
-    assert all(-1 <= line["loss"] <= 0 for line in steps) and len(steps) >= STEPS
+    assert all(-1 <= line["loss"] <= 0 for line in steps)
+    assert len(steps) >= STEPS
 
 
 def test_it_is_replayed_from_its_journal_alone(whole, tmp_path):
@@ -118,9 +120,12 @@ def test_pictures_without_a_score_are_left_out_and_counted(command, tmp_path):
     bad = "[float('nan') if text == 'banana' else len(text) for text in prompts]"
     run = tmp_path / "run"
     rewards = python(tmp_path, bad)
-    assert main(command("data.batch_size=5", "--max-steps", "1", rewards=rewards, output_dir=run)) == 0
+    assert (
+        main(command("data.batch_size=5", "--max-steps", "1", rewards=rewards, output_dir=run)) == 0
+    )
     (line,) = metrics(run)[:1]
-    assert line["left_out"] == 3 and not line["skipped"]
+    assert line["left_out"] == 3
+    assert not line["skipped"]
 
 
 @pytest.mark.parametrize("body", ["1 / 0", "[1.0]", "__import__('time').sleep(600)"])
@@ -197,7 +202,8 @@ def test_evaluate_compares_base_and_tuned_at_equal_seeds(whole, tmp_path):
     (tmp_path / "p.txt").write_text("pear\nplum\nboat\n")
     assert main(["evaluate", "--run", str(run), "--prompts", str(tmp_path / "p.txt")]) == 0
     found = json.loads((run / "reward_evaluation.json").read_text())
-    assert found["step"] == STEPS and found["prompts"] == ["pear", "plum", "boat"]
+    assert found["step"] == STEPS
+    assert found["prompts"] == ["pear", "plum", "boat"]
     for score in (found["reward"], found["each"]["brightness"], found["second"]):
         base, tuned = (score["values"][state] for state in ("base", "tuned"))
         assert score["delta"] == pytest.approx(sum(tuned) / 3 - sum(base) / 3)
@@ -213,7 +219,8 @@ def test_the_page_shows_both_scores_and_no_path(whole, tmp_path, pages):
     (run / "rewards.json").write_text(json.dumps(rows))
     assert main(["report", "--run", str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert "What is tuned: brightness" in page and "Only reported: python:mine.py:score" in page
+    assert "What is tuned: brightness" in page
+    assert "Only reported: python:mine.py:score" in page
     assert str(tmp_path) not in page
 
 
@@ -221,5 +228,6 @@ def test_a_dry_run_counts_decoder_and_scorer_and_makes_nothing(command, tmp_path
     run = tmp_path / "run"
     assert main(command("--dry-run", output_dir=run, rewards=("clip_score:embedded",))) == 0
     shown = capsys.readouterr().out
-    assert "decode" in shown and "rewards   clip_score:embedded; reported only: none" in shown
+    assert "decode" in shown
+    assert "rewards   clip_score:embedded; reported only: none" in shown
     assert not run.exists()
