@@ -14,11 +14,9 @@ from torch import nn
 
 from benchmarks.record import put_between_markers, write_results
 from benchmarks.sd35_full_size.model import LARGE
-from qzo_diffusion.config.sections import QuantConfig
-from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
+from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
-from qzo_diffusion.quant.choose import matching
 
 DOCUMENT = Path(__file__).parents[1] / "docs/cost.md"
 BEGIN, END = "<!-- table: written by `python -m benchmarks.cost_model` -->", "<!-- end of table -->"
@@ -60,9 +58,9 @@ class Linears:
 def count(model: nn.Module) -> tuple[Linears, dict[str, tuple[int, int]]]:
     shapes = {
         name: (layer.out_features, layer.in_features)
-        for name, layer in linears_to_quantize(model, QuantConfig().skip, BLOCK)
+        for name, layer in linears_to_quantize(model, SD3.denoiser.skip, BLOCK)
     }
-    apart = set(matching(shapes, TOKEN_WISE_LAYERS))
+    apart = set(SD3.denoiser.own_patch(shapes))
     weights = sum(n * k for n, k in shapes.values())
     return Linears(
         weights,

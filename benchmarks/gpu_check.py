@@ -27,12 +27,13 @@ from benchmarks.record import write_results
 from benchmarks.resident import reset_peak
 from benchmarks.sd35_full_size.model import batch_of, config_of, status
 from qzo_diffusion.config.files import make_config
-from qzo_diffusion.config.sections import QuantConfig
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probing import StepBatch
-from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.families.sd3 import SD3
+from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.bnb import quantized_layer
@@ -76,7 +77,7 @@ def _equal_codes(device: torch.device) -> bool:
     for place in (CPU, device):
         config = make_config({"model": "tiny", "method": "quzo"})
         model = pipeline.quantized_transformer(config, tiny_model(), place, torch.float32)
-        scales, theta = build.scales_and_theta(config, model)
+        scales, theta = build.scales_and_theta(config, model, own_patch=SD3.denoiser.own_patch)
         theta.move_([Direction(7, 3)], [0.3])
         moved.append({name: tensor.cpu() for name, tensor in scales.tensors().items()})
     return all(torch.equal(tensor, moved[1][name]) for name, tensor in moved[0].items())
@@ -121,7 +122,7 @@ def _predictions(
         for name, value in inputs.items()
     }
     found = {"plain": model(**moved).sample}
-    scales, theta = build.scales_and_theta(config, model)
+    scales, theta = build.scales_and_theta(config, model, own_patch=SD3.denoiser.own_patch)
     theta.move_([Direction(7, 3)], [0.01])
     with scales.override(
         *theta.probes(directions_of_step(7, 4, 2, "rademacher", 16), [0.03, -0.03])
@@ -138,7 +139,7 @@ def random_model(layers: int, device: torch.device) -> Any:
     """
     model: Any = empty_transformer(config_of(layers))
     generator = torch.Generator(device).manual_seed(0)
-    for name, linear in list(linears_to_quantize(model, QuantConfig().skip, 64)):
+    for name, linear in list(linears_to_quantize(model, SD3.denoiser.skip, 64)):
         weight = (
             torch.randn(
                 linear.weight.shape, generator=generator, device=device, dtype=torch.bfloat16
@@ -205,7 +206,7 @@ def step_and_memory(
     figures: dict[str, Any] = {"layers": layers}
 
     def objective(one: Any) -> torch.Tensor:
-        return velocity_loss(model, one, torch.bfloat16)
+        return model_loss(SD3, model, one, torch.bfloat16)
 
     @torch.no_grad()
     def forward_of(batch: Any) -> None:
@@ -278,7 +279,7 @@ def step_of(
     model: Any, objective: Callable[[Any], torch.Tensor], batch: Any, config: build.Config
 ) -> Callable[[], object]:
     """A whole step of a run with this config; a further one at every call."""
-    _, theta = build.scales_and_theta(config, model)
+    _, theta = build.scales_and_theta(config, model, own_patch=SD3.denoiser.own_patch)
     patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
     whole = StepBatch([replace(batch, patch_groups=patch_groups)], patch_groups=patch_groups)
     optimizer, probing, counted = build.optimizer(config), build.probing(config), iter(range(10**9))

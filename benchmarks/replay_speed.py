@@ -20,7 +20,9 @@ from benchmarks.record import write_results
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.journal import JournalWriter, read_journal, replay_
 from qzo_diffusion.core.probing import StepBatch
-from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.families.sd3 import SD3
+from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.checkpoint import entry_of
@@ -73,7 +75,7 @@ def measure(case: str, steps: int, rounds: int, folder: Path) -> dict[str, Any]:
         writer = JournalWriter.create(journal, {"directions": config.qzo.directions})
         began = time.perf_counter()
         setup = Setup(
-            lambda one: velocity_loss(transformer, one, torch.float32),
+            lambda one: model_loss(SD3, transformer, one, torch.float32),
             lambda step: StepBatch([batch]),
             theta,
             optimizer,

@@ -32,7 +32,9 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.optimizer import Sgd
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import no_reduce
-from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.families.sd3 import SD3
+from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.train.distributed import Ranks, join, leave
 from qzo_diffusion.train.loop import Setup, train
@@ -59,7 +61,7 @@ def steps_on_tiny(dense: bool) -> Callable[[int, Callable[..., list[float]]], No
 
     def go(count: int, sum_over_ranks: Callable[..., list[float]]) -> None:
         setup = Setup(
-            lambda one: velocity_loss(transformer, one, torch.float32),
+            lambda one: model_loss(SD3, transformer, one, torch.float32),
             lambda step: StepBatch([batch]),
             theta,
             Sgd(),

@@ -35,7 +35,6 @@ from benchmarks.record import write_results
 from benchmarks.resident import FREED_AT_ONCE, peak_of, resident
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
-from qzo_diffusion.config.sections import QuantConfig
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd
@@ -43,13 +42,14 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.flow_matching import Batch, patches, velocity_loss
-from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.families.sd3 import SD3
+from qzo_diffusion.diffusion.flow_matching import Batch, patches
 from qzo_diffusion.llm.causal_lm import OUTPUT_HEAD, load_causal_lm
 from qzo_diffusion.llm.kept_hidden import KeptHidden
 from qzo_diffusion.llm.objectives import task_loss
 from qzo_diffusion.llm.tasks import Example, encode, make_batch
-from qzo_diffusion.quant.choose import last_readers, matching, quiet
+from qzo_diffusion.quant.choose import last_readers, quiet
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.runs.style.memory import rows_on_cpu
 from qzo_diffusion.train import loop
@@ -89,7 +89,7 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
         return set_up_text(tokens, count, dtype)
     model = build_model(name, dtype)
     batch = replace(random_batch(model, side, tokens, count), patch_groups=REGIONS)
-    apart = matching([name for name, _ in model.named_modules()], TOKEN_WISE_LAYERS)
+    apart = SD3.denoiser.own_patch([name for name, _ in model.named_modules()])
 
     def default(scales: ScaleSet) -> Parametrization:
         return parametrize(scales, "separable", token_wise=apart, last_readers=last_readers(scales))
@@ -101,7 +101,7 @@ def set_up(case: str, dtype: torch.dtype) -> Setup:
     )
     return Setup(
         model,
-        lambda one: velocity_loss(model, one, dtype),
+        lambda one: model_loss(SD3, model, one, dtype),
         batch,
         lambda size, _: batch.split(size),
         min(count, rows // DIRECTIONS),
@@ -161,7 +161,7 @@ def build_model(name: str, dtype: torch.dtype) -> Any:
             qk_norm="rms_norm",
         ).to(dtype)
     model = model.eval().requires_grad_(False)
-    quantize_(model, skip=QuantConfig().skip)
+    quantize_(model, skip=SD3.denoiser.skip)
     return model
 
 

@@ -121,6 +121,7 @@ def apply_delta(
         OutputError: there are no scales at `file`, or they are damaged.
         ConfigError: `strength` is not finite, or `between` is no range.
     """
+    from qzo_diffusion.diffusion.families.registry import DEFAULT, family_of
     from qzo_diffusion.diffusion.levels import TunedBetween, base_outside
     from qzo_diffusion.runs.tuned import apply_, load_tuned
 
@@ -144,8 +145,11 @@ def apply_delta(
         _set(scales, before)
         raise
     _BASES[model] = base
+    family = family_of(getattr(model, "config", {})) or DEFAULT
     pipe.transformer = (
-        model if between is None else base_outside(model, between, base, lambda: find_scales(model))
+        model
+        if between is None
+        else base_outside(model, between, base, lambda: find_scales(model), family.denoiser.level)
     )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
+from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.quant.gguf import FACTORS
 from qzo_diffusion.quant.weights import Pending
 
@@ -46,7 +47,7 @@ def write_sd3_gguf(
     writer = gguf.GGUFWriter(file, "sd3")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    for name, one in to_original(pending, model.config).items():
+    for name, one in SD3_LAYOUT.to_original(pending, model.config).items():
         bare, tensor = name.removeprefix(PREFIX), one.make().float()
         if positions and bare == "pos_embed":
             tensor = tensor.reshape(positions)

@@ -1,6 +1,7 @@
 """The house rules, read from the source alone: nothing of the package is imported here."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "qzo_diffusion"
 # Floor -> what it may import of ours. A floor may always import itself; a floor is a folder, or a
 # room of `runs`.
 GROUND = ("", "resources", "devices", "system")  # "" is the bare package (its __version__)
-LIBRARY = {"rewards", "config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
+LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {
     "core": set(),
     "ground": {"core"},
@@ -20,7 +21,6 @@ BELOW = {
     "diffusion": {"quant", "core", "ground"},
     "llm": {"quant", "core", "ground"},
     "evaluate": {"quant", "core", "ground"},
-    "rewards": {"diffusion", "evaluate", "quant", "core", "ground"},
     "config": {"core", "ground"},
     "runs": LIBRARY,
     "runs.style": {"runs"} | LIBRARY,
@@ -44,6 +44,11 @@ DERIVATIVES = (
     "func.grad_and_value",
     "func.vjp",
     "func.jacrev",
+)
+FAMILIES = "diffusion/families/"
+# A family outside of its record: diffusers' classes of it, and a module that makes it.
+OF_A_FAMILY = re.compile(
+    r"\b(SD3|Flux|UNet2D|StableDiffusion)\w*(Model|Pipeline)\b|\bfamilies[./](?!family\b|registry\b)\w"
 )
 GRAB_BAGS = {"utils.py", "helpers.py", "common.py"}
 
@@ -94,6 +99,22 @@ def wrong_import(path, name):
     return None if target in BELOW[floor] | {floor} else "arrows go down only"
 
 
+def names_of_a_family(tree):
+    """Names and texts of a source, without its docstrings, that mean one family of models."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        texts = []
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts = [] if id(node) in docstrings else [node.value]
+        elif isinstance(node, ast.Import | ast.ImportFrom | ast.Name | ast.Attribute):
+            texts = [ast.unparse(node)]
+        yield from (found[0] for text in texts if (found := OF_A_FAMILY.search(text)))
+
+
 def violations(sources):
     """`path: reason` for every rule that {path inside the package: source} breaks."""
     found = []
@@ -114,6 +135,8 @@ def violations(sources):
                 for name in names + calls
                 if name.endswith((*DERIVATIVES, ".backward"))
             ]
+        if not path.startswith(FAMILIES):
+            reasons += [f"names a family: {name}" for name in names_of_a_family(tree)]
         reasons += [f"device by name: {call}" for call in calls if call.endswith(".cuda")]
         reasons += [
             f"pickle: {name}"
@@ -147,16 +170,14 @@ def test_the_package_keeps_the_rules():
         ("core/spsa.py", "from qzo_diffusion import __version__", "arrows"),
         ("quant/bnb.py", "import qzo_diffusion.train.loop", "arrows"),
         ("train/loop.py", "def f():\n    from qzo_diffusion.quant import base", "arrows"),
-        ("diffusion/sd3.py", "from qzo_diffusion.llm.tasks import Task", "arrows"),
+        ("diffusion/vae.py", "from qzo_diffusion.llm.tasks import Task", "arrows"),
         (
             "llm/tasks.py",
-            "import importlib\nimportlib.import_module('qzo_diffusion.diffusion.sd3')",
+            "import importlib\nimportlib.import_module('qzo_diffusion.diffusion.vae')",
             "arrows",
         ),
         ("evaluate/report.py", "from qzo_diffusion.config.style import Config", "arrows"),
         ("quant/base.py", "from qzo_diffusion.runs.build import build", "arrows"),
-        ("rewards/reward.py", "from qzo_diffusion.config.style import Config", "arrows"),
-        ("evaluate/style.py", "from qzo_diffusion.rewards.reward import Reward", "arrows"),
         ("runs/trainer.py", "from qzo_diffusion.runs.style import plan", "arrows"),
         ("runs/style/plan.py", "from qzo_diffusion.runs.llm import plan", "arrows"),
         ("runs/training.py", "from qzo_diffusion.commands import mix", "arrows"),
@@ -168,7 +189,10 @@ def test_the_package_keeps_the_rules():
         ("core/spsa.py", "def f(loss):\n    loss.backward()", "derivative"),
         ("core/spsa.py", "import torch\ntorch.autograd.grad(y, x)", "derivative"),
         ("core/spsa.py", "from torch.autograd import grad", "derivative"),
-        ("diffusion/sd3.py", "model.cuda()", "device"),
+        ("diffusion/vae.py", "model.cuda()", "device"),
+        ("diffusion/vae.py", "from diffusers import FluxPipeline", "family"),
+        ("runs/style/plan.py", "kind = 'UNet2DConditionModel'", "family"),
+        ("runs/style/plan.py", "from qzo_diffusion.diffusion.families.sd3 import SD3", "family"),
         ("train/checkpoint.py", "import pickle", "pickle"),
         ("train/checkpoint.py", "import torch\ntorch.load(p)", "pickle"),
         ("train/checkpoint.py", "from torch import load", "pickle"),
@@ -201,9 +225,12 @@ def test_too_much_mathematics_is_found():
             "UserError",
         ),
         (
-            "diffusion/sd3.py",
+            "diffusion/vae.py",
             "import torch\ntorch.cuda.is_available()\nfrom qzo_diffusion.quant import bnb",
         ),
+        ("diffusion/families/sd3.py", "from diffusers import StableDiffusion3Pipeline"),
+        ("runs/style/plan.py", "from qzo_diffusion.diffusion.families import family, registry"),
+        ("runs/style/plan.py", 'def f():\n    """Not of StableDiffusion3Pipeline."""'),
         (
             "cli.py",
             "from qzo_diffusion.core.errors import UserError\nfrom qzo_diffusion.commands "
@@ -211,7 +238,7 @@ def test_too_much_mathematics_is_found():
         ),
         (
             "runs/style/plan.py",
-            "from qzo_diffusion.runs import build\nfrom qzo_diffusion.diffusion import sd3",
+            "from qzo_diffusion.runs import build\nfrom qzo_diffusion.diffusion import vae",
         ),
     ],
 )

@@ -23,14 +23,13 @@ from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.core.oracle import DifferentiableHandle
 from qzo_diffusion.core.probing import StepBatch
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution, velocity_loss
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.flow_matching import Batch, SigmaDistribution
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.listing import METADATA_NAME
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
-from qzo_diffusion.diffusion.sd3 import TOKEN_WISE_LAYERS
-from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import batches as style_data
@@ -206,7 +205,7 @@ class StyleTask:
         )
         self.scales, _ = build.scales_and_theta(plan.config, self.model)
         self.held_out: Sequence[Batch] = self._held_out(plan.style.validation)
-        self.token_wise = matching(self.scales, TOKEN_WISE_LAYERS)
+        self.token_wise = plan.family.denoiser.own_patch(self.scales)
 
     def _settings(self, seed: int, batch: int) -> dict[str, Any]:
         folders = {
@@ -222,7 +221,7 @@ class StyleTask:
         }
 
     def objective(self, micro_batch: Batch) -> Tensor:
-        return velocity_loss(self.model, micro_batch, self._plan.dtype)
+        return model_loss(self._plan.family, self.model, micro_batch, self._plan.dtype)
 
     def batches(
         self, seed: int, batch: int, regions: int, sigma: SigmaDistribution
@@ -275,6 +274,6 @@ class StyleTask:
         sigmas = stratified_sigmas(len(samples), EVALUATION_SEED)
         captions = [sample.caption for sample in samples]
         whole = style_data.make_batch(
-            self._encoded.prompts, captions, latents, torch.stack(noise), sigmas, self._plan.device
+            self._encoded, captions, latents, torch.stack(noise), sigmas, self._plan.device
         )
         return whole.split(size)

@@ -56,6 +56,7 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
     from diffusers import AutoencoderKL
 
     from qzo_diffusion.diffusion import text_encoders, vae
+    from qzo_diffusion.diffusion.families.sd3 import SD3
     from qzo_diffusion.quant.stream import Quantization
 
     t5 = T5_XXL | {"feed_forward_proj": "gated-gelu", "num_layers": min(24, layers)}
@@ -68,7 +69,8 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
         if not (place / part / "config.json").is_file():
             (place / part).mkdir(parents=True, exist_ok=True)
             (place / part / "config.json").write_text(json.dumps(config))
-            write_synthetic(text_encoders.empty_text_encoder(place, part), place / part, "model")
+            empty = text_encoders.empty_text_encoder(place, part, SD3.texts.classes[part])
+            write_synthetic(empty, place / part, "model")
     if not (place / "vae").is_dir():
         blocks = {
             "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -91,7 +93,8 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
     for part in parts:
         how = Quantization() if part == "text_encoder_3" else None
-        encoder = text_encoders.load_text_encoder(place, part, quantization=how, **options)
+        kind = SD3.texts.classes[part]
+        encoder = text_encoders.load_text_encoder(place, part, kind, quantization=how, **options)
         if part == "text_encoder_3":
             text_encoders.t5_states(encoder, Ids(), ["a prompt"], T5_TOKENS)
         else:
@@ -99,7 +102,7 @@ def encoders(folder: Path, layers: int) -> dict[str, Any]:
         del encoder
         gc.collect()
         figures[f"{part}_peak_rss_gb"] = round(status("VmHWM"), 3)
-    decoder = vae.load_vae(place, torch.device("cpu"), tile=512)
+    decoder = vae.load_vae(place, SD3, torch.device("cpu"), tile=512)
     latents = vae.image_encoder(decoder)(torch.zeros(1, 3, 512, 512))
     with torch.no_grad():
         decoder.decode(latents)

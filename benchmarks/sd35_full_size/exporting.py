@@ -20,7 +20,8 @@ def export(folder: Path) -> dict[str, Any]:
 
     from qzo_diffusion.core.noise import Direction
     from qzo_diffusion.core.parametrize import parametrize
-    from qzo_diffusion.diffusion.flow_matching import velocity_loss
+    from qzo_diffusion.diffusion.families.family import model_loss
+    from qzo_diffusion.diffusion.families.sd3 import SD3
     from qzo_diffusion.quant.bnb import quantization_config
     from qzo_diffusion.quant.load import find_scales
     from qzo_diffusion.quant.stored import pending_tensors
@@ -33,7 +34,7 @@ def export(folder: Path) -> dict[str, Any]:
     parametrize(find_scales(model), "dense").move_([Direction(0, 0)], [1e-2])
     batch = batch_of(model, 256)
     with torch.no_grad():
-        wanted = velocity_loss(model, batch, torch.bfloat16)
+        wanted = model_loss(SD3, model, batch, torch.bfloat16)
     target = folder / "nf4"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -60,7 +61,7 @@ def export(folder: Path) -> dict[str, Any]:
                 module.weight.data.view(-1), base[f"{name}.weight"].read().view(-1)
             )
     with torch.no_grad():
-        got = velocity_loss(loaded, batch, torch.bfloat16)
+        got = model_loss(SD3, loaded, batch, torch.bfloat16)
     shutil.rmtree(target)
     return {
         "export_codes_equal": equal,

@@ -105,14 +105,14 @@ def config_of(layers: int) -> dict[str, Any]:
 
 
 def load_model(folder: Path, cache: Path | None) -> nn.Module:
-    from qzo_diffusion.config.sections import QuantConfig
+    from qzo_diffusion.diffusion.families.sd3 import SD3
     from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
     from qzo_diffusion.quant.stream import Quantization
     from qzo_diffusion.runs.loading import Source, load_quantized
 
     found = find_transformer(folder / "transformer")
     source = Source(found.entries, lambda: empty_transformer(found.config))
-    how = Quantization(skip=tuple(QuantConfig().skip))
+    how = Quantization(skip=SD3.denoiser.skip)
     options = {
         "dtype": torch.bfloat16,
         "device": torch.device("cpu"),

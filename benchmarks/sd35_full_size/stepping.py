@@ -30,7 +30,9 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     from qzo_diffusion.config.files import make_config
     from qzo_diffusion.core.journal import JournalWriter
     from qzo_diffusion.core.probing import StepBatch
-    from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches, velocity_loss
+    from qzo_diffusion.diffusion.families.family import model_loss
+    from qzo_diffusion.diffusion.families.sd3 import SD3
+    from qzo_diffusion.diffusion.flow_matching import divisor_up_to, patches
     from qzo_diffusion.runs import build
     from qzo_diffusion.train.checkpoint import entry_of
     from qzo_diffusion.train.loop import Setup, train_step_
@@ -41,7 +43,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     batch = batch_of(model, 256)
 
     def objective(one: Any) -> Tensor:
-        return velocity_loss(model, one, torch.bfloat16)
+        return model_loss(SD3, model, one, torch.bfloat16)
 
     @torch.no_grad()
     def two_forwards() -> None:
@@ -63,7 +65,7 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     }.items():
         # What this file proves is memory and time, so no step moves a scale further than rounding.
         config = make_config(settings | {"train": {"lr": 1e-9, "micro_batch_size": 1}})
-        _, theta = build.scales_and_theta(config, model)
+        _, theta = build.scales_and_theta(config, model, own_patch=SD3.denoiser.own_patch)
         patch_groups = divisor_up_to(config.qzo.regions, patches(batch.latents))
         mine = replace(batch, patch_groups=patch_groups)
         optimizer, probing, pairs = (

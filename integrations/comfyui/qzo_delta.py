@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.config.files import load_config
-from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ModelError, OutputError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
-from qzo_diffusion.diffusion.original_layout import layout
+from qzo_diffusion.diffusion.families.sd3 import SD3
+from qzo_diffusion.diffusion.families.sd3_layout import layout
 from qzo_diffusion.quant import base, bnb
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear
 from qzo_diffusion.runs.locate import locate
@@ -234,12 +234,13 @@ def _table(network: nn.Module) -> Mapping[str, Any]:
     }
 
 
-def _skipped(delta: Path) -> list[str]:
+def _skipped(delta: Path) -> Sequence[str]:
     """The layers that the run left unquantized."""
     try:
-        return load_config(locate(delta).need("style").settings()).quant.skip
+        named = load_config(locate(delta).need("style").settings()).quant.skip
     except OutputError:  # scales without settings
-        return Config().quant.skip
+        named = None
+    return SD3.denoiser.skip if named is None else named
 
 
 def _outputs(handle: bnb.BnbHandle | _GgufHandle) -> int:

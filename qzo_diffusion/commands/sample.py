@@ -13,6 +13,7 @@ def add(verbs: Any) -> None:
         "sample", help="make images from a model, with or without a run's tuned scales"
     )
     sample.add_argument("--model", type=path_text, help="default: the run's model, or auto")
+    sample.add_argument("--family", help="the model's family, where its files don't tell it")
     sample.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
     sample.add_argument(
         "--strength", type=strength, default=1.0, help="0: the base, 1: as tuned; default 1"
@@ -40,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
     request = sample.SampleRequest(
         output_dir=options.output_dir,
         model=options.model,
+        family=options.family,
         run=options.run,
         strength=options.strength,
         tuned_between=options.tuned_between,

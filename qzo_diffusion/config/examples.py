@@ -15,6 +15,7 @@ RELATIVE = "share of a scale"
 
 # setting -> (unit, example)
 EXAMPLES = {
+    "family": (WORD, "family=sdxl"),
     "init_from": (PATH, "init_from=outputs/ink"),
     "method": (WORD, "method=quzo"),
     "model": (PATH, "model=stabilityai/stable-diffusion-3.5-medium"),
@@ -78,18 +79,6 @@ EXAMPLES = {
         WORD,
         "qzo.unquantized=gains qzo.units=absolute qzo.parametrization=dense",
     ),
-    "reward.decode_at_once": ("pictures", "reward.decode_at_once=1"),
-    "reward.guidance": (NUMBER, "reward.guidance=0"),
-    "reward.normalize": (SWITCH, "reward.normalize=false"),
-    "reward.prompts": (PATH, "reward.prompts=prompts.txt"),
-    "reward.scorer": (WORD, "reward.scorer=ViT-B-32/laion2b_s34b_b79k"),
-    "reward.scores": (
-        "names with weights",
-        "'reward.scores=[style:imgs=2,clip_score]' reward.prompts=prompts.txt",
-    ),
-    "reward.second": (WORD, "reward.second=colourfulness"),
-    "reward.seconds": ("seconds", "reward.seconds=60"),
-    "reward.steps": (STEPS, "reward.steps=4"),
     "sample.batch_size": ("images", "sample.batch_size=2"),
     "sample.every": (STEPS, "sample.every=250"),
     "sample.guidance": (NUMBER, "sample.guidance=3.5"),
@@ -100,6 +89,7 @@ EXAMPLES = {
     "sample.tuned_between": (LEVEL, "sample.tuned_between=[0.2,0.8]"),
     "sigma.distribution": (WORD, "sigma.distribution=logit_normal"),
     "sigma.max": (LEVEL, "sigma.max=0.8"),
+    "sigma.min_snr": ("signal over noise", "sigma.min_snr=5"),
     "sigma.min": (LEVEL, "sigma.min=0.2"),
     "sigma.shift": (NUMBER, "sigma.shift=3"),
     "text.t5": (WORD, "text.t5=none"),

@@ -67,6 +67,7 @@ ELSEWHERE = {
     "sigma.shift": "discrete_flow_shift flow_shift timestep_shift",
     "sigma.min": "min_timestep timestep_min min_sigma min_denoising_steps",
     "sigma.max": "max_timestep timestep_max max_sigma max_denoising_steps",
+    "sigma.min_snr": "min_snr_gamma snr_gamma",
     "lora.rank": "rank r network_dim lora_rank lora_r lora_dim",
     "lora.alpha": "alpha network_alpha lora_alpha",
     "task": "task_name dataset_name",

@@ -140,17 +140,8 @@ class QuantConfig(Section):
     activations: Literal["float", "int8"] = "float"
     """int8: inputs are rounded with a scale for each token; intgrid only"""
     _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
-    # 0.5 % of an SD3 transformer's weights, and the ones that hurt when quantized
-    skip: list[str] = Field(
-        default_factory=lambda: [
-            "pos_embed",
-            "time_text_embed",
-            "context_embedder",
-            "norm_out",
-            "proj_out",
-        ]
-    )
-    """layers that stay as they are, by parts of their names"""
+    skip: list[str] | None = None
+    """layers that stay as they are, by parts of their names; null: those of the model's family"""
 
     @model_validator(mode="after")
     def _of_one_backend(self) -> "QuantConfig":

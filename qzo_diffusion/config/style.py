@@ -16,7 +16,6 @@ from qzo_diffusion.config.kinds import (
     Seed,
     Whole,
 )
-from qzo_diffusion.config.reward import RewardConfig
 from qzo_diffusion.config.sections import PriorConfig, RunConfig, Section, check_method
 
 
@@ -32,7 +31,7 @@ class DataConfig(Section):
     resolution: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
     """side of a square of as many pixels as an image has; null: the model's own"""
     batch_size: Count = PROBES // DIRECTIONS
-    """images of a step, or prompts of a step of rewards"""
+    """images of a step"""
     repeats: Count = 1
     """times that an image is seen in one pass over the data"""
     flip: bool = False
@@ -54,6 +53,9 @@ class SigmaConfig(Section):
     """lowest noise level in training; held-out losses keep the whole range"""
     max: NoiseLevel = 1.0
     """highest noise level in training, where 1 is pure noise"""
+    min_snr: Positive | None = None
+    """for models that predict noise or v: the most that an error of the latents counts, 5 is
+    usual; null: all levels count alike"""
 
     @model_validator(mode="after")
     def _min_below_max(self) -> "SigmaConfig":
@@ -80,9 +82,9 @@ class SampleConfig(Section):
     every: Whole = 100
     """steps between two sample grids; 0: only at the start and the end"""
     steps: Count | None = None
-    """sampling steps; null: as suits the model, 28 for Stable Diffusion 3.5"""
+    """sampling steps; null: as suits the model (docs/models.md)"""
     guidance: NotNegative | None = None
-    """guidance scale; null: as suits the model, 4.5 for Stable Diffusion 3.5"""
+    """guidance scale; null: as suits the model (docs/models.md)"""
     negative_prompt: FreeText = ""
     """prompt that guidance leads away from"""
     tuned_between: Levels | None = None
@@ -98,7 +100,7 @@ class TextConfig(Section):
     t5: Literal["auto", "nf4", "full", "none"] = "auto"
     """auto: in NF4 where its files are beyond 2 GB; none: zeros in its place"""
     t5_tokens: Count | None = None
-    """null: the tokenizer's own limit, at most 256 as in the SD3 pipeline"""
+    """null: the tokenizer's own limit, at most as many as the family's pipeline reads"""
 
 
 class StylePriorConfig(PriorConfig):
@@ -131,6 +133,9 @@ class Config(RunConfig):
 
     method: StyleMethod = "qzo"
     """qzo: forward passes alone; quzo: integer codes; fo-scales: by gradients"""
+    family: str | None = None
+    """name of the model's family, as docs/models.md lists them; null: found from the model's
+    files"""
     transformer: PathText | None = None
     """another one than the model's own: a folder, or a single file in the original layout,
     safetensors or GGUF"""
@@ -141,7 +146,6 @@ class Config(RunConfig):
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
-    reward: RewardConfig = RewardConfig()
 
     @model_validator(mode="after")
     def _by_one_method(self) -> "Config":
@@ -152,20 +156,6 @@ class Config(RunConfig):
     def _weight_counts(self) -> "Config":
         if self.prior.weight and self.qzo.parametrization == "codes":
             raise ValueError("prior.weight: 0, or method: qzo; of codes no base is kept")
-        return self
-
-    @model_validator(mode="after")
-    def _rewards_of_forward_passes(self) -> "Config":
-        if not self.reward.scores:
-            return self
-        if self.method != "qzo" or not self.qzo.per_example:
-            raise ValueError("method: qzo and qzo.per_example: true, or reward.scores: []")
-        if self.qzo.regions > 1:
-            raise ValueError("qzo.regions: 1, or reward.scores: []; a picture has one score")
-        if self.sample.tuned_between is not None:
-            raise ValueError(
-                "sample.tuned_between: null, or reward.scores: []; a picture is scored as a whole"
-            )
         return self
 
     @property

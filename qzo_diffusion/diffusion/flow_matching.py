@@ -1,20 +1,21 @@
-"""The training objective of Stable Diffusion 3.5: rectified flow with plain velocity regression.
+"""Examples of a denoiser, their noise levels, and their losses.
 
-    noisy    = (1 - sigma) · latents + sigma · noise    sigma in [0, 1], 1 is pure noise
-    velocity = noise - latents                          the target at timestep 1000 · sigma
-    loss     = mean over channels and pixels of (prediction - velocity)²    one per example
+    loss = mean over channels and pixels of (prediction - target)²    one for each example
 
-Noise and sigma are arguments. A step draws them once, so that all its probes see the same ones. The
-DDPM noising of the paper's released script is not offered: SD3.5 was trained with another
-objective."""
+Noise and sigma are arguments. A step draws them once, so that all its probes see the same ones.
+`diffusion.objectives` says how latents are noised and which target they have; a family calls its
+denoiser.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qzo_diffusion.diffusion.objectives import FLOW, Objective
 
 SigmaDistribution = Literal["uniform", "logit_normal"]
 Level = TypeVar("Level", float, Tensor)
@@ -25,9 +26,9 @@ class Batch:
     """Everything that one evaluation of the loss needs.
 
     latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
-    prompt_embeds [B, T, D], pooled [B, P]. regions: the number of patch groups of an example. Each
-    is an equally long run of its patches and has its own loss. weight [B] fp32: factors of the
-    losses of examples; None is one for each."""
+    prompt_embeds [B, T, D], pooled [B, P] (P is 0 where a family has none). patch_groups: of an
+    example. Each is an equally long run of its patches and has its own loss. weight [B] fp32:
+    factors of the losses of examples; None is one for each. objective: the model's own."""
 
     latents: Tensor
     noise: Tensor
@@ -36,6 +37,7 @@ class Batch:
     pooled: Tensor
     patch_groups: int = 1
     weight: Tensor | None = None
+    objective: Objective = FLOW
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -58,7 +60,12 @@ class Batch:
 
     def _with(self, tensors: Iterable[Tensor]) -> "Batch":
         latents, noise, sigma, prompt_embeds, pooled, *weight = tensors
-        return Batch(latents, noise, sigma, prompt_embeds, pooled, self.patch_groups, *weight)
+        return Batch(
+            *(latents, noise, sigma, prompt_embeds, pooled),
+            patch_groups=self.patch_groups,
+            weight=weight[0] if weight else None,
+            objective=self.objective,
+        )
 
     def _tensors(self) -> tuple[Tensor, ...]:
         always = (self.latents, self.noise, self.sigma, self.prompt_embeds, self.pooled)
@@ -66,21 +73,22 @@ class Batch:
 
     @property
     def noisy(self) -> Tensor:
-        """The transformer's input, [B, C, h, w] fp32."""
-        sigma = self.sigma.view(-1, 1, 1, 1)
-        return (1 - sigma) * self.latents + sigma * self.noise
+        """The denoiser's input, [B, C, h, w] fp32."""
+        return self.objective.noisy(self.latents, self.noise, self.sigma)
+
+    @property
+    def target(self) -> Tensor:
+        """The number that the denoiser is to predict, [B, C, h, w] fp32."""
+        return self.objective.target(self.latents, self.noise, self.sigma)
 
     def weighted(self, weight: float) -> "Batch":
         """Return the batch with this factor for all of its losses."""
         return replace(self, weight=torch.full_like(self.sigma, weight))
 
-    def towards(self, velocity: Tensor) -> "Batch":
-        """Return the batch with the same noisy inputs x and `velocity` v [B, C, h, w] as target.
-
-        Latents x - sigma · v and noise x + (1 - sigma) · v have both.
-        """
-        noisy, sigma = self.noisy, self.sigma.view(-1, 1, 1, 1)
-        return replace(self, latents=noisy - sigma * velocity, noise=noisy + (1 - sigma) * velocity)
+    def towards(self, target: Tensor) -> "Batch":
+        """Return the batch with the same noisy inputs and another target [B, C, h, w]."""
+        latents, noise = self.objective.with_target(self.noisy, target, self.sigma)
+        return replace(self, latents=latents, noise=noise)
 
     @staticmethod
     def joined(parts: Sequence["Batch"]) -> "Batch":
@@ -90,7 +98,7 @@ class Batch:
 
 
 def shift_sigma(sigma: Level, shift: float) -> Level:
-    """Apply the time shift of SD3 (arXiv 2403.03206, equation 23).
+    """Apply the time shift of rectified flow (arXiv 2403.03206, equation 23).
 
     `shift` > 1 moves levels towards pure noise; 1 is the identity.
     """
@@ -134,7 +142,7 @@ def share_below(level: float, distribution: SigmaDistribution, shift: float) -> 
     return float(torch.special.ndtr(torch.logit(torch.tensor(unshifted, dtype=torch.float64))))
 
 
-PATCH = 2  # latents along a side of one token of the transformer
+PATCH = 2  # latents along a side of one token of a transformer
 
 
 def divisor_up_to(wanted: int, tokens: int) -> int:
@@ -143,37 +151,22 @@ def divisor_up_to(wanted: int, tokens: int) -> int:
 
 
 def patches(latents: Tensor) -> int:
-    """Return the number of tokens that the transformer makes of latents [..., h, w]."""
+    """Return the number of tokens that a transformer makes of latents [..., h, w]."""
     return latents.shape[-2] // PATCH * (latents.shape[-1] // PATCH)
 
 
-def predicted_velocity(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """Return the transformer's velocity at the noisy inputs, [B, C, h, w] fp32.
-
-    Args:
-        transformer: called like diffusers' `SD3Transformer2DModel`.
-    """
-    velocity: Tensor = transformer(
-        hidden_states=batch.noisy.to(dtype),
-        timestep=1000 * batch.sigma,
-        encoder_hidden_states=batch.prompt_embeds.to(dtype),
-        pooled_projections=batch.pooled.to(dtype),
-        return_dict=False,
-    )[0]
-    return velocity.float()
-
-
-def velocity_loss(transformer: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+def denoising_loss(prediction: Tensor, batch: Batch) -> Tensor:
     """Compute the loss of each example, [B] fp32, or of each patch group, [B, R].
 
-    The transformer runs in `dtype`. Noising and squared error are fp32.
+    Args:
+        prediction: of the batch's denoiser at its noisy inputs, [B, C, h, w] fp32.
     """
-    prediction = predicted_velocity(transformer, batch, dtype)
-    error = (prediction - (batch.noise - batch.latents)).square()
-    if batch.weight is not None:
-        error = error * batch.weight.view(-1, 1, 1, 1)
+    error = (prediction - batch.target).square()
+    for weight in (batch.objective.weight(batch.sigma), batch.weight):
+        if weight is not None:
+            error = error * weight.view(-1, 1, 1, 1)
     if batch.patch_groups == 1:
         return error.flatten(1).mean(1)
-    # row by row, in the order of the transformer's tokens
+    # row by row, in the order of the denoiser's tokens
     of_patches = F.avg_pool2d(error.mean(1, keepdim=True), PATCH).flatten(1)
     return of_patches.view(len(batch), batch.patch_groups, -1).mean(2)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.flow_matching import shift_sigma
 
-TIMES = 1000  # the model's time input at noise level 1
-
 
 class TunedBetween(nn.Module):
     """Wrap a transformer that sampling calls once a step, so that scales change between steps only.
@@ -21,6 +19,7 @@ class TunedBetween(nn.Module):
     Args:
         levels: the lowest and the highest noise level with tuned scales.
         outside: opens a context in which the transformer uses the base's scales.
+        level: the noise level of a call, from its keyword arguments.
     """
 
     def __init__(
@@ -28,9 +27,11 @@ class TunedBetween(nn.Module):
         transformer: nn.Module,
         levels: Sequence[float],
         outside: Callable[[], AbstractContextManager[None]],
+        level: Callable[[Mapping[str, Any]], float],
     ) -> None:
         super().__init__()
         self.transformer, self._levels, self._outside = transformer, tuple(levels), outside
+        self._level = level
 
     def __getattr__(self, name: str) -> Any:
         """Return the transformer's attribute where the wrapper has none of that name."""
@@ -39,12 +40,14 @@ class TunedBetween(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("transformer"), name)
 
-    def forward(self, *args: Any, timestep: Tensor, **options: Any) -> Any:
-        """Call the transformer; `timestep` [B] holds one level, the same for all examples."""
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Call the transformer; all examples have one noise level."""
         low, high = self._levels
-        inside = low <= float(timestep.flatten()[0]) / TIMES <= high
+        # some pipelines give latents and time without their names
+        named = dict(zip(("sample", "timestep"), args, strict=False)) | options
+        inside = low <= self._level(named) <= high
         with nullcontext() if inside else self._outside():
-            return self.transformer(*args, timestep=timestep, **options)
+            return self.transformer(*args, **options)
 
 
 def base_outside(
@@ -52,17 +55,18 @@ def base_outside(
     levels: Sequence[float],
     base: Mapping[str, Tensor],
     scales: Callable[[], ScaleSet],
+    level: Callable[[Mapping[str, Any]], float],
 ) -> TunedBetween:
     """Return the transformer with the scales `base` (by layer) outside `levels`.
 
-    `scales` gives its live scales when they are needed.
+    `scales` gives its live scales when they are needed, `level` the noise level of a call.
     """
 
     def outside() -> AbstractContextManager[None]:
         live = scales()
         return live.override(lambda names: {name: base[name].to(live[name]) for name in names})
 
-    return TunedBetween(transformer, levels, outside)
+    return TunedBetween(transformer, levels, outside, level)
 
 
 def steps_between(levels: Sequence[float], steps: int, shift: float) -> tuple[int, int]:

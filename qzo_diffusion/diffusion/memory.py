@@ -34,7 +34,6 @@ STATE = {
     "momentum": 1,
     "adam": 2,
 }  # numbers that an optimizer keeps for each number of theta
-CLIP_TOKENS = 77
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,42 @@ import yaml
 
 from qzo_diffusion.system.escape import markdown, markdown_code, one_line
 
-# (width, layers) -> the name in the specification's list of architectures
-ARCHITECTURES = {
-    (2432, 38): "stable-diffusion-3-5-large",
-    (1536, 24): "stable-diffusion-3-5-medium",
-}
 LICENCES = {
-    "stable-diffusion-3": ("other", "stabilityai-ai-community", "https://stability.ai/license")
+    "stable-diffusion-3": ("other", "stabilityai-ai-community", "https://stability.ai/license"),
+    "FLUX.1-dev": (
+        "other",
+        "flux-1-dev-non-commercial-license",
+        "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md",
+    ),
+    "stable-diffusion-xl": (
+        "openrail++",
+        "openrail++",
+        "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
+    ),
+    "stable-diffusion-v1-5": (
+        "creativeml-openrail-m",
+        "creativeml-openrail-m",
+        "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+    ),
 }
+DIFFUSERS = "https://github.com/huggingface/diffusers"
 UNKNOWN_LICENCE = "that of the base model"
 
 
-def architecture(config: Mapping[str, Any]) -> str:
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    return ARCHITECTURES.get((width, config["num_layers"]), "stable-diffusion-3")
-
-
 def modelspec(
-    config: Mapping[str, Any], title: str, base: str, side: int, *, original_layout: bool = False
+    architecture: str, title: str, base: str, side: int, *, implementation: str = DIFFUSERS
 ) -> dict[str, str]:
-    """Metadata of a safetensors file."""
-    original = "https://github.com/Stability-AI/sd3.5"
+    """Metadata of a safetensors file.
+
+    Args:
+        architecture: the name in the specification's list.
+        side: of the pictures in pixels.
+        implementation: the code whose layout the file has.
+    """
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture(config),
-        "modelspec.implementation": original
-        if original_layout
-        else "https://github.com/huggingface/diffusers",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": implementation,
         "modelspec.title": one_line(title),
         "modelspec.description": f"{base} in another style, tuned by zeroth-order optimization "
         "of its quantization scales",

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion import known_models, sd3, text_encoders, vae
-from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5
+from qzo_diffusion.diffusion import text_encoders, vae
+from qzo_diffusion.diffusion.families import registry
+from qzo_diffusion.diffusion.families.family import Family
+from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution
 from qzo_diffusion.diffusion.transformer import (
     TransformerFiles,
     empty_transformer,
@@ -48,6 +50,7 @@ class PipelineShape:
     the model was trained at.
     """
 
+    family: Family
     transformer: TransformerFiles
     vae: Part
     encoders: Mapping[str, Part]
@@ -62,7 +65,9 @@ class PipelineShape:
         return most * int(config.get("patch_size", 2)) * vae.reduction(self.vae.config)
 
 
-def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> PipelineShape:
+def read_shape(
+    folder: Path, family: Family, transformer: Path, with_t5: bool = True
+) -> PipelineShape:
     """Read the shape of a pipeline's folder and of a transformer that may lie elsewhere.
 
     `check_shape` checks more.
@@ -70,12 +75,13 @@ def read_shape(folder: Path, transformer: Path, with_t5: bool = True) -> Pipelin
     Raises:
         ModelError: the config or header of a part is damaged.
     """
-    found = find_transformer(transformer)
-    config = vae.read_vae_config(folder / "vae" / "config.json")
+    found = find_transformer(transformer, family)
+    config = vae.read_vae_config(folder / "vae" / "config.json", family)
     vae_part = Part(config, read_entries(folder / "vae"))
-    encoders = {part: _encoder(folder, part) for part in _encoders(folder, with_t5)}
+    parts = _encoders(folder, family, with_t5)
+    encoders = {part: _encoder(folder, part) for part in parts}
     # a single file lacks this setting, the folder has it
-    return PipelineShape(found, vae_part, encoders, sd3.native_resolution(folder))
+    return PipelineShape(family, found, vae_part, encoders, native_resolution(folder, family))
 
 
 def check_shape(shape: PipelineShape, folder: Path) -> None:
@@ -88,9 +94,10 @@ def check_shape(shape: PipelineShape, folder: Path) -> None:
     _check(vae.empty_vae(shape.vae.config), shape.vae.entries)
     for name, part in shape.encoders.items():
         place = str(folder / name / "config.json")
-        _check(text_encoders.empty_encoder(name, part.config, place), part.entries)
+        class_name = shape.family.texts.classes[name]
+        _check(text_encoders.empty_encoder(class_name, part.config, place), part.entries)
         text_encoders.load_tokenizer(folder, name)
-    sd3.load_scheduler(folder)
+    load_scheduler(folder, shape.family)
     _check_widths(shape, folder)
 
 
@@ -98,22 +105,31 @@ def known_shape(name: str) -> PipelineShape | None:
     """Return the shape of a published model, whose weights need not be here; None for an unknown
     one.
     """
-    config = known_models.TRANSFORMERS.get(name)
-    if config is None:
+    found = registry.published(name)
+    if found is None:
         return None
+    family, model = found
     encoders = {
-        part: Part(settings, _entries(text_encoders.empty_encoder(part, settings)))
-        for part, settings in known_models.ENCODERS.items()
+        part: Part(settings, _entries(text_encoders.empty_encoder(class_name, settings)))
+        for (part, settings), class_name in zip(
+            model.encoders.items(), family.texts.classes.values(), strict=True
+        )
     }
-    vae_part = Part(known_models.VAE, _entries(vae.empty_vae(known_models.VAE)))
-    transformer = TransformerFiles(_entries(empty_transformer(config)), config)
-    side = config["sample_size"] * vae.reduction(known_models.VAE)
-    return PipelineShape(transformer, vae_part, encoders, side)
+    vae_part = Part(model.vae, _entries(vae.empty_vae(model.vae)))
+    transformer = TransformerFiles(
+        _entries(empty_transformer(model.denoiser)), dict(model.denoiser)
+    )
+    side = model.denoiser["sample_size"] * vae.reduction(model.vae)
+    return PipelineShape(family, transformer, vae_part, encoders, side)
 
 
-def _encoders(folder: Path, with_t5: bool) -> list[str]:
-    t5 = with_t5 and text_encoders.has_part(folder, T5)
-    return [CLIP_L, CLIP_G, *([T5] if t5 else [])]
+def _encoders(folder: Path, family: Family, with_t5: bool) -> list[str]:
+    t5 = family.texts.t5 if family.texts.t5_optional else None
+    return [
+        part
+        for part in family.texts.classes
+        if part != t5 or (with_t5 and text_encoders.has_part(folder, part))
+    ]
 
 
 def _encoder(folder: Path, part: str) -> Part:
@@ -131,20 +147,18 @@ def _check_widths(shape: PipelineShape, folder: Path) -> None:
     Raises:
         ModelError: two widths differ.
     """
-    transformer, parts = shape.transformer.config, shape.encoders
-    pooled = [parts[part].config.get("projection_dim", 512) for part in (CLIP_L, CLIP_G)]
+    denoiser = shape.transformer.config
+    encoders = {name: part.config for name, part in shape.encoders.items()}
+    channels = shape.family.denoiser.shape(denoiser).channels
     pairs = [
-        ("latents", shape.vae.config["latent_channels"], transformer["in_channels"]),
-        ("pooled prompts", sum(pooled), transformer["pooled_projection_dim"]),
+        ("latents", shape.vae.config["latent_channels"], channels),
+        *shape.family.texts.widths(denoiser, encoders),
     ]
-    if T5 in parts:
-        width = parts[T5].config.get("d_model", 512)
-        pairs.append(("prompts", width, transformer["joint_attention_dim"]))
     for thing, given, wanted in pairs:
         if given != wanted:
             raise ModelError(
                 f"{folder} gives {thing} of {given} numbers",
-                f"{wanted}, which the transformer takes",
+                f"{wanted}, which the denoiser takes",
                 "use the parts of one model",
             )
 

@@ -10,9 +10,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from qzo_diffusion.diffusion.decoding import decoded
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
+from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.images import open_image
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.vae import pixels_of
 from qzo_diffusion.system.files import write_whole
 
 LABEL_HEIGHT = 16
@@ -24,7 +25,8 @@ class Sampler:
     """Draw images of fixed prompts and seeds with the transformer as it is when called.
 
     Args:
-        transformer, scheduler, vae: parts of an SD3 pipeline. The VAE needs only its decoder.
+        family: that the model is of.
+        transformer, scheduler, vae: parts of its pipeline. The VAE needs only its decoder.
         prompts: encoded prompts; prompt i always has the seed `seed + i`.
         negatives: the encoded negative prompt of each prompt, needed for guidance above 1.
         width, height: size of the images in pixels.
@@ -32,6 +34,7 @@ class Sampler:
 
     def __init__(
         self,
+        family: Family,
         transformer: Any,
         scheduler: Any,
         vae: Any,
@@ -47,14 +50,11 @@ class Sampler:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        from diffusers import StableDiffusion3Pipeline
-
-        self._pipeline = StableDiffusion3Pipeline(
-            transformer, scheduler, vae, None, None, None, None, None, None
-        )
+        self._family = family.sampling
+        self._pipeline = self._family.pipeline(transformer, scheduler, vae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._vae, self._prompts, self._negatives = vae, list(prompts), list(negatives)
-        self._size = {"width": width, "height": height}
+        self._size = {"height": height, "width": width}
         self._settings = {"num_inference_steps": steps, "guidance_scale": guidance}
         self._seed, self._batch_size, self.device, self._dtype = seed, batch_size, device, dtype
 
@@ -76,30 +76,27 @@ class Sampler:
     def latents(self, start: int) -> Tensor:
         """Draw the latents [B, C, h, w] of the batch that begins with this prompt."""
         chosen = self._prompts[start : start + self._batch_size]
-        embeds, pooled = stack_prompts(chosen)
-        negative_embeds, negative_pooled = stack_prompts(
-            self._negatives[start : start + self._batch_size]
-        )
-
-        def ready(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self._dtype)
-
+        negatives = self._negatives[start : start + self._batch_size]
+        encoded = {
+            name: tensor.to(self.device, self._dtype)
+            for name, tensor in self._family.arguments(chosen, negatives).items()
+        }
         seeds = range(self._seed + start, self._seed + start + len(chosen))
-        return self._pipeline(
-            prompt_embeds=ready(embeds),
-            pooled_prompt_embeds=ready(pooled),
-            negative_prompt_embeds=ready(negative_embeds),
-            negative_pooled_prompt_embeds=ready(negative_pooled),
+        drawn = self._pipeline(
+            **encoded,
             # drawn on the CPU, so that every device has the same noise
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
             **self._size,
             **self._settings,
         ).images
+        return self._family.unpacked(self._pipeline, drawn, *self._size.values())
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:
         """Return the RGB image of latents [C, h, w]."""
-        return decoded(self._vae, latents.unsqueeze(0))[0]
+        pixels = pixels_of(self._vae, latents.unsqueeze(0))
+        return self._pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
 
 
 def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:

@@ -1,9 +1,7 @@
-"""Load the three text encoders of SD3, each alone, and free it before the next: T5-XXL is larger
-than the transformer in 4 bits.
+"""Load text encoders, each alone, and free it before the next: T5-XXL is larger than many
+transformers in 4 bits.
 
-Prompt embeddings are exactly those of diffusers' pipeline. 77 tokens of CLIP-L and OpenCLIP-G stand
-side by side (the last but one hidden state), padded with zeros to T5's width. T5's tokens follow,
-or zeros without T5.
+Hidden states are exactly those of diffusers' pipelines.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
@@ -19,24 +16,22 @@ from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
 
-CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
-T5_WIDTH = 4096
-
 
 def has_part(folder: Path, part: str) -> bool:
     return (folder / part).is_dir()
 
 
-def empty_text_encoder(folder: Path, part: str) -> nn.Module:
+def empty_text_encoder(folder: Path, part: str, class_name: str) -> nn.Module:
     """Build the encoder of a folder without memory for its weights. Raises ModelError."""
     file = folder / part / "config.json"
-    return empty_encoder(part, read_config(file), str(file))
+    return empty_encoder(class_name, read_config(file), str(file))
 
 
-def empty_encoder(part: str, config: Mapping[str, Any], place: str = "a config") -> nn.Module:
-    """Build the encoder of a part of a pipeline without memory for its weights.
+def empty_encoder(class_name: str, config: Mapping[str, Any], place: str = "a config") -> nn.Module:
+    """Build an encoder without memory for its weights.
 
     Args:
+        class_name: in transformers.
         place: names the config in an error.
 
     Raises:
@@ -46,18 +41,16 @@ def empty_encoder(part: str, config: Mapping[str, Any], place: str = "a config")
     from accelerate import init_empty_weights
 
     settings = {name: value for name, value in config.items() if name != "quantization_config"}
+    kind = getattr(transformers, class_name)
     try:
         # Buffers stay real: transformers computes some when it builds a model; files lack them.
         with init_empty_weights(include_buffers=False):
-            if part == T5:
-                return transformers.T5EncoderModel(transformers.T5Config(**settings)).eval()
-            return transformers.CLIPTextModelWithProjection(
-                transformers.CLIPTextConfig(**settings)
-            ).eval()
+            encoder: nn.Module = kind(kind.config_class(**settings)).eval()
+            return encoder
     except Exception as error:  # a wrong value may raise anything in transformers
         raise ModelError(
             f"{place} is refused by transformers: {error}",
-            "the text encoder of a Stable Diffusion 3 model",
+            f"the config of a text encoder, a {class_name}",
             "download the model again",
         ) from None
 
@@ -65,13 +58,14 @@ def empty_encoder(part: str, config: Mapping[str, Any], place: str = "a config")
 def load_text_encoder(
     folder: Path,
     part: str,
+    class_name: str,
     *,
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> nn.Module:
     """Load one encoder to `device`, tensor by tensor from disk. Raises ModelError."""
-    encoder = empty_text_encoder(folder, part)
+    encoder = empty_text_encoder(folder, part, class_name)
     fill_(encoder, read_entries(folder / part), quantization, dtype=dtype, device=device)
     return ready(encoder)
 
@@ -113,6 +107,13 @@ def load_tokenizer(folder: Path, part: str) -> Any:
         ) from None
 
 
+def _ids(encoder: Any, tokenizer: Any, prompt: str, length: int) -> Tensor:
+    """Return the tokens [1, length] of a prompt, padded and cut."""
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids: Tensor = tokenizer(prompt, return_tensors="pt", **options).input_ids
+    return ids.to(encoder.device)
+
+
 @torch.no_grad()
 def clip_states(
     encoder: Any, tokenizer: Any, prompts: Sequence[str]
@@ -122,42 +123,48 @@ def clip_states(
     """
     states = []
     for prompt in prompts:
-        options = {
-            "padding": "max_length",
-            "max_length": tokenizer.model_max_length,
-            "truncation": True,
-        }
-        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids
-        output = encoder(ids.to(encoder.device), output_hidden_states=True)
+        ids = _ids(encoder, tokenizer, prompt, tokenizer.model_max_length)
+        output = encoder(ids, output_hidden_states=True)
         states.append((output.hidden_states[-2][0].cpu(), output[0][0].cpu()))
     return states
 
 
 @torch.no_grad()
+def clip_last(encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:
+    """Return the last hidden state [77, D] of each prompt, on the CPU."""
+    length, masked = tokenizer.model_max_length, getattr(encoder.config, "use_attention_mask", None)
+    if masked:
+        raise ModelError(
+            "a text encoder with use_attention_mask",
+            "an encoder that reads all 77 tokens",
+            "use another model",
+        )
+    return [encoder(_ids(encoder, tokenizer, prompt, length))[0][0].cpu() for prompt in prompts]
+
+
+@torch.no_grad()
+def clip_pooled(encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> list[Tensor]:
+    """Return the pooled state [D] of each prompt, without a projection, on the CPU."""
+    length = tokenizer.model_max_length
+    return [
+        encoder(_ids(encoder, tokenizer, prompt, length)).pooler_output[0].cpu()
+        for prompt in prompts
+    ]
+
+
+@torch.no_grad()
 def t5_states(encoder: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> list[Tensor]:
     """Return [length, D] for each prompt, on the CPU."""
-    states = []
-    for prompt in prompts:
-        options = {
-            "padding": "max_length",
-            "max_length": length,
-            "truncation": True,
-            "add_special_tokens": True,
-        }
-        ids = tokenizer(prompt, return_tensors="pt", **options).input_ids
-        states.append(encoder(ids.to(encoder.device))[0][0].cpu())
-    return states
+    return [encoder(_ids(encoder, tokenizer, prompt, length))[0][0].cpu() for prompt in prompts]
 
 
-def put_together(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    """Join [77, 768], [77, 1280] and [T, 4096] to prompt_embeds [77 + T, 4096]."""
-    clip = torch.cat([clip_l, clip_g], dim=-1)
-    return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5])
+def longest(prompt: str, limits: Sequence[tuple[Any, int]]) -> Tensor:
+    """Return (tokens, limit) of the tokenizer that is nearest to its limit, or most above it.
 
-
-def t5_width(folder: Path) -> int:
-    """Return the width of prompt embeddings that the transformer expects, also without T5."""
-    for place, name in ((folder / T5, "d_model"), (folder / "transformer", "joint_attention_dim")):
-        if (place / "config.json").is_file():
-            return int(read_config(place / "config.json").get(name, T5_WIDTH))
-    return T5_WIDTH
+    Args:
+        limits: tokenizers, and the most tokens that are read.
+    """
+    counts = [
+        (len(tokenizer(prompt, verbose=False).input_ids), limit) for tokenizer, limit in limits
+    ]
+    return torch.tensor(max(counts, key=lambda pair: pair[0] / pair[1]))

@@ -1,4 +1,4 @@
-"""Find the weights of an SD3 transformer, read its config, and build the empty model for them."""
+"""Find the weights of a denoiser, read its config, and build the empty model for them."""
 
 import inspect
 import re
@@ -10,7 +10,10 @@ from typing import Any
 from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion import empty, original_layout
+from qzo_diffusion.diffusion import empty
+from qzo_diffusion.diffusion.families import registry
+from qzo_diffusion.diffusion.families.family import Family
+from qzo_diffusion.diffusion.pointwise import as_linear, replace_convolutions_
 from qzo_diffusion.quant import describe
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
@@ -18,7 +21,8 @@ from qzo_diffusion.quant.gguf_entries import read_gguf_entries
 from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.weights import read_entries
 
-CLASS = "SD3Transformer2DModel"
+# names of layers that diffusers gives to denoisers of known families
+OF_DIFFUSERS = r"\.attn\.add_q_proj\.|^single_transformer_blocks\.|^down_blocks\.\d+\.resnets\."
 LLAMA = r"blk\.\d+\.|token_embd\."  # llama.cpp's names of layers
 
 
@@ -38,21 +42,28 @@ class TransformerFiles:
         return sum(entry.nbytes for entry in self.entries.values())
 
 
-def find_transformer(place: Path) -> TransformerFiles:
-    """Find a transformer in a diffusers folder (`config.json` and safetensors, 4-bit or not), or in
-    a single file in the original layout, safetensors or GGUF.
+def find_transformer(place: Path, family: Family | None = None) -> TransformerFiles:
+    """Find a denoiser in a diffusers folder (`config.json` and safetensors, 4-bit or not), or in a
+    single file in the original layout, safetensors or GGUF.
+
+    Args:
+        family: that it must be of; None finds it.
 
     Raises:
         ModelError: something is missing or damaged, or it is another kind of file.
     """
     entries = gguf_transformer(place) if is_gguf(place) else read_entries(place)
-    if original_layout.is_original(entries):
-        config = original_layout.config_of(entries)
-        return TransformerFiles(original_layout.to_diffusers(entries, config), config)
+    own = registry.of_names(entries)
+    if own is not None and own.denoiser.layout is not None:
+        config = own.denoiser.layout.config_of(entries)
+        _check_family(own, family, str(place))
+        named = own.denoiser.layout.to_diffusers(entries, config)
+        return TransformerFiles(as_linear(named), config)
     file = (place if place.is_dir() else place.parent) / "config.json"
     if not file.is_file():
         raise _without_config(place, entries)
-    return TransformerFiles(entries, _completed(read_config(file, len(entries)), file))
+    config = _completed(read_config(file, len(entries)), file, family)
+    return TransformerFiles(as_linear(entries), config)
 
 
 def gguf_transformer(file: Path) -> dict[str, Entry]:
@@ -63,40 +74,55 @@ def gguf_transformer(file: Path) -> dict[str, Entry]:
     """
     entries, header = read_gguf_entries(file)
     architecture = str(header.values.get("general.architecture", ""))
-    if not original_layout.is_original(entries) and any(re.match(LLAMA, one) for one in entries):
+    own = registry.of_names(entries)
+    if own is None and any(re.match(LLAMA, one) for one in entries):
         raise ModelError(
             f"{file}, a GGUF file of a language model ({architecture or 'unnamed'})",
-            "a GGUF file of Stable Diffusion 3 or 3.5",
+            f"a GGUF file of a family of pictures, {registry.known()}",
             "give it to `qzo-diffuse llm --model`",
         )
-    return original_layout.whole_shapes(entries)
+    layout = own.denoiser.layout if own is not None else None
+    return entries if layout is None else layout.whole_shapes(entries)
+
+
+def _check_family(own: Family, wanted: Family | None, place: str) -> None:
+    if wanted is not None and own is not wanted:
+        raise ModelError(
+            f"{place} of a denoiser of {own.title}",
+            f"one of {wanted.title}, as the other parts of the model",
+            "give a denoiser and a pipeline of one family",
+        )
 
 
 def _without_config(place: Path, entries: Mapping[str, Entry]) -> ModelError:
-    ours = any(".attn.add_q_proj." in name for name in entries)
+    ours = any(re.search(OF_DIFFUSERS, name) for name in entries)
     kind = describe.WITHOUT_CONFIG if ours else describe.described_tensors(entries)
     if kind is None:
         return ModelError(
             f"{place} without config.json",
-            "a folder of diffusers, or one file in the layout of Stability AI",
-            describe.SD3_FILE,
+            "a folder of diffusers, or one file as its authors publish it",
+            describe.KNOWN_FILE,
         )
-    return ModelError(f"{place} is {kind.name}", describe.SUPPORTED, kind.remedy)
+    return ModelError(f"{place} is {kind.name}", registry.known(), kind.remedy)
 
 
-def _completed(config: dict[str, Any], file: Path) -> dict[str, Any]:
+def _completed(config: dict[str, Any], file: Path, family: Family | None) -> dict[str, Any]:
     """Fill in diffusers' own value for each setting that the file leaves out."""
-    from diffusers import SD3Transformer2DModel
+    import diffusers
 
-    kind = config.get("_class_name", CLASS)
-    if kind != CLASS:
-        family = describe.family_of_class(str(kind))
+    own = registry.family_of(config)
+    if own is None:
+        kind = str(config["_class_name"])
         raise ModelError(
-            f"{file} of a transformer of {family} ({kind})", describe.SUPPORTED, describe.SD3_FILE
+            f"{file} of a transformer of {describe.family_of_class(kind)} ({kind})",
+            registry.known(),
+            describe.KNOWN_FILE,
         )
-    parameters = inspect.signature(SD3Transformer2DModel.__init__).parameters.values()
+    _check_family(own, family, str(file))
+    model = getattr(diffusers, own.denoiser.class_name)
+    parameters = inspect.signature(model.__init__).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
-    return defaults | config
+    return {"_class_name": own.denoiser.class_name} | defaults | config
 
 
 def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
@@ -105,12 +131,15 @@ def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         ModelError: diffusers refuses the config.
     """
-    from diffusers import SD3Transformer2DModel
+    import diffusers
 
-    return empty.from_config(
-        SD3Transformer2DModel,
+    family = registry.family_of(config) or registry.DEFAULT
+    model = empty.from_config(
+        getattr(diffusers, family.denoiser.class_name),
         config,
         "transformer",
-        "a Stable Diffusion 3 model",
+        f"a model of {family.title}",
         "download it again",
     )
+    replace_convolutions_(model)
+    return model

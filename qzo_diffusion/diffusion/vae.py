@@ -1,4 +1,4 @@
-"""Check and load the VAE of a Stable Diffusion 3 pipeline, and free its encoder."""
+"""Check and load the VAE of a pipeline, and free its encoder."""
 
 import gc
 import math
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import empty
+from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.stream import fill_
 from qzo_diffusion.quant.weights import read_entries
@@ -18,14 +19,14 @@ from qzo_diffusion.quant.weights import read_entries
 CLASS = "AutoencoderKL"
 
 
-def read_vae_config(file: Path) -> dict[str, Any]:
-    """Read the config of a VAE whose latents have a scale and a shift.
+def read_vae_config(file: Path, family: Family) -> dict[str, Any]:
+    """Read the config of a VAE with the factors that the family's latents have.
 
     Raises:
         ModelError: it describes another model.
     """
     config = read_config(file)
-    factors = ("scaling_factor", "shift_factor")
+    factors = family.vae_factors
     wrong = next((key for key in factors if not _finite(config.get(key))), "")
     channels = config.get("block_out_channels")
     if not isinstance(channels, list) or not channels or not all(map(_positive, channels)):
@@ -39,8 +40,8 @@ def read_vae_config(file: Path) -> dict[str, Any]:
     if wrong:
         raise ModelError(
             f"{file} says {wrong} = {config.get(wrong)!r}",
-            "the VAE of Stable Diffusion 3: AutoencoderKL with scaling_factor and shift_factor",
-            "put the vae/ of a Stable Diffusion 3 model there, or download the model again",
+            f"the VAE of {family.title}: {CLASS} with {' and '.join(factors)}",
+            f"put the vae/ of a model of {family.title} there, or download the model again",
         )
     return config
 
@@ -53,13 +54,17 @@ def empty_vae(config: Mapping[str, Any]) -> nn.Module:
         AutoencoderKL,
         config,
         "VAE",
-        "the VAE of a Stable Diffusion 3 model",
+        "the config of a VAE",
         "download the model again",
     )
 
 
 def load_vae(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, tile: int | None = None
+    folder: Path,
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    tile: int | None = None,
 ) -> Any:
     """Load the VAE of a pipeline.
 
@@ -70,7 +75,7 @@ def load_vae(
     Raises:
         ModelError: its config is damaged or of another VAE, or tensors are missing.
     """
-    vae: Any = empty_vae(read_vae_config(folder / "vae" / "config.json"))
+    vae: Any = empty_vae(read_vae_config(folder / "vae" / "config.json", family))
     fill_(vae, read_entries(folder / "vae"), None, dtype=dtype, device=device)
     if tile is not None:
         vae.enable_tiling()
@@ -93,9 +98,22 @@ def image_encoder(vae: Any) -> Callable[[Tensor], Tensor]:
     @torch.no_grad()
     def encode(images: Tensor) -> Tensor:
         z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
-        return ((z - vae.config.shift_factor) * vae.config.scaling_factor).float().cpu()
+        return ((z - _shift(vae)) * vae.config.scaling_factor).float().cpu()
 
     return encode
+
+
+def pixels_of(vae: Any, latents: Tensor) -> Tensor:
+    """Return the picture [B, 3, H, W] fp32 of latents [B, C, h, w], the inverse of `image_encoder`
+    up to the VAE's own loss.
+    """
+    z = latents.float() / vae.config.scaling_factor + _shift(vae)
+    pixels: Tensor = vae.decode(z.to(vae.device, vae.dtype)).sample
+    return pixels.float()
+
+
+def _shift(vae: Any) -> float:
+    return float(vae.config.shift_factor or 0.0)
 
 
 def drop_encoder_(vae: Any) -> None:

@@ -3,12 +3,15 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, has_part, load_tokenizer
+from qzo_diffusion.diffusion.families.family import Family
+from qzo_diffusion.diffusion.text_encoders import has_part, load_tokenizer
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.system.texts import check_tokens
 
 
-def check_texts(folder: Path, texts: Iterable[tuple[str, str]], *, t5: bool) -> None:
+def check_texts(
+    folder: Path, family: Family, texts: Iterable[tuple[str, str]], *, t5: bool
+) -> None:
     """Check (place, text) pairs against the tokenizers of a pipeline folder.
 
     Args:
@@ -20,8 +23,8 @@ def check_texts(folder: Path, texts: Iterable[tuple[str, str]], *, t5: bool) -> 
         ModelError: a tokenizer or a config can't be read.
     """
     wanted = list(texts)
-    for part in (CLIP_L, CLIP_G, T5):
-        if has_part(folder, part) and (t5 or part != T5):
+    for part in family.texts.classes:
+        if has_part(folder, part) and (t5 or part != family.texts.t5):
             size = read_config(folder / part / "config.json").get("vocab_size")
             if isinstance(size, int):
                 check_tokens(load_tokenizer(folder, part), size, wanted, part)

@@ -8,13 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-SUPPORTED = (
-    "Stable Diffusion 3 or 3.5: stabilityai/stable-diffusion-3.5-large, "
-    "stabilityai/stable-diffusion-3.5-medium, stabilityai/stable-diffusion-3-medium-diffusers, "
-    "or tiny"
-)
 SAFETENSORS = "get the same weights as safetensors; pickles can run code and are not read"
-SD3_FILE = "give a transformer of Stable Diffusion 3 or 3.5"
+KNOWN_FILE = "give a denoiser of a family that docs/models.md lists"
 LOOKED_AT = 2**16  # bytes
 
 
@@ -53,12 +48,15 @@ _LORA = Kind(
     "a LoRA, which is small matrices beside a model's weights",
     "give the whole model; a LoRA must be merged into its base first",
 )
-_ANOTHER = "use a model of the supported family; " + SD3_FILE
+_FOLDER = (
+    "make a diffusers folder of it: `from_single_file` of diffusers' pipeline, then "
+    "`save_pretrained`; and give --model that folder"
+)
+_ANOTHER = "use a model of a known family; " + KNOWN_FILE
 TENSORS: tuple[tuple[str, Kind], ...] = (
     (r"lora_(down|up|A|B)\b|\.lora\.|lora_(unet|te\d?)_|hada_w1|lokr_w|oft_blocks", _LORA),
     (r"controlnet_|control_model\.", Kind("a ControlNet", _ANOTHER)),
     (r"^image_proj|^ip_adapter", Kind("an IP-Adapter", _ANOTHER)),
-    (r"double_blocks\.|single_transformer_blocks\.", Kind("a FLUX transformer", _ANOTHER)),
     (
         r"transformer_blocks\.\d+\.(img_mlp|img_mod)",
         Kind("a transformer of Qwen-Image", _ANOTHER),
@@ -71,26 +69,26 @@ TENSORS: tuple[tuple[str, Kind], ...] = (
         r"blocks\.\d+\.(cross_attn|self_attn)\.norm_q",
         Kind("a transformer of Wan, a video model", _ANOTHER),
     ),
-    (r"conditioner\.embedders\.", Kind("a checkpoint of Stable Diffusion XL", _ANOTHER)),
-    (r"cond_stage_model\.", Kind("a checkpoint of Stable Diffusion 1 or 2", _ANOTHER)),
+    (r"conditioner\.embedders\.", Kind("a checkpoint of Stable Diffusion XL", _FOLDER)),
+    (r"cond_stage_model\.", Kind("a checkpoint of Stable Diffusion 1 or 2", _FOLDER)),
     (
         r"input_blocks\.|down_blocks\.\d+\.(attentions|resnets)\.\d+\.(transformer_blocks|time_emb)",
-        Kind("a U-Net, as Stable Diffusion 1, 2 and XL have", _ANOTHER),
+        Kind("a U-Net, as Stable Diffusion 1, 2 and XL have", _FOLDER),
     ),
     (
         r"(encoder\.)?block\.\d+\.layer\.\d+\.SelfAttention",
-        Kind("a T5 text encoder alone", SD3_FILE),
+        Kind("a T5 text encoder alone", KNOWN_FILE),
     ),
     (
         r"text_model\.encoder\.layers\.|transformer\.resblocks\.",
-        Kind("a CLIP text encoder alone", SD3_FILE),
+        Kind("a CLIP text encoder alone", KNOWN_FILE),
     ),
-    (r"decoder\.(up_blocks|up|mid)\b|first_stage_model\.", Kind("a VAE alone", SD3_FILE)),
+    (r"decoder\.(up_blocks|up|mid)\b|first_stage_model\.", Kind("a VAE alone", KNOWN_FILE)),
     (
         r"layers\.\d+\.self_attn\.q_proj|\bh\.\d+\.attn\.c_attn|layers\.\d+\.attention\.query_key",
-        Kind("a language model", "give it to `qzo-diffuse llm`; " + SD3_FILE),
+        Kind("a language model", "give it to `qzo-diffuse llm`; " + KNOWN_FILE),
     ),
-    (r"^(clip_l|clip_g|emb_params)$", Kind("a textual inversion embedding", SD3_FILE)),
+    (r"^(clip_l|clip_g|emb_params)$", Kind("a textual inversion embedding", KNOWN_FILE)),
 )
 
 WITHOUT_CONFIG = Kind(

@@ -3,7 +3,7 @@
 The code below this file knows no config.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,8 @@ from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
-from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.quant.base import fingerprint
-from qzo_diffusion.quant.choose import chosen, last_readers, matching
+from qzo_diffusion.quant.choose import chosen, last_readers
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.train.first_order import first_order_step
@@ -37,10 +36,10 @@ def cache_folder(config: Config | LlmConfig) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else resources.cache_folder()
 
 
-def quantization(quant: QuantConfig) -> Quantization:
-    return Quantization(
-        quant.type, quant.blocksize, tuple(quant.skip), quant.backend, quant.activations
-    )
+def quantization(quant: QuantConfig, skip: Sequence[str] = ()) -> Quantization:
+    """Return the settings of quantization; `skip` is for models whose settings name no layers."""
+    skipped = tuple(skip if quant.skip is None else quant.skip)
+    return Quantization(quant.type, quant.blocksize, skipped, quant.backend, quant.activations)
 
 
 def copies_folder(config: Config | LlmConfig) -> Path:
@@ -49,10 +48,16 @@ def copies_folder(config: Config | LlmConfig) -> Path:
 
 
 def scales_and_theta(
-    config: RunConfig, transformer: nn.Module, beside: Sequence[WeightHandle] = ()
+    config: RunConfig,
+    transformer: nn.Module,
+    beside: Sequence[WeightHandle] = (),
+    own_patch: Callable[[Iterable[str]], list[str]] = lambda names: [],
 ) -> tuple[ScaleSet, Parametrization]:
     """Return the scales or codes of the chosen layers with the unquantized tensors `beside`, and
     theta over them.
+
+    Args:
+        own_patch: chooses the layers that change mostly the loss of their own patch.
 
     Raises:
         ConfigError: `qzo.layers` matches no layer.
@@ -62,7 +67,7 @@ def scales_and_theta(
         find_codes(transformer) if level == "codes" else (find_scales(transformer, beside), {})
     )
     trained = trained_of(scales, wanted)
-    token_wise = matching(scales, sd3.TOKEN_WISE_LAYERS) if config.qzo.regions > 1 else []
+    token_wise = own_patch(scales) if config.qzo.regions > 1 else []
     if scales.weights.issuperset(trained):
         remedy = "correct qzo.layers, or give null for all layers"
         raise ConfigError(
@@ -103,13 +108,7 @@ def probing(config: RunConfig) -> Probing:
         normalize=config.qzo.normalize is True,
         probes_per_forward=probes_at_once(config),
         estimator=config.qzo.estimator,
-        within_example=isinstance(config, Config) and scored_alone(config),
     )
-
-
-def scored_alone(config: Config) -> bool:
-    """Whether the derivatives of each prompt's pictures are normalised apart from the others."""
-    return bool(config.reward.scores) and config.reward.normalize
 
 
 def probes_of_example(config: RunConfig) -> int:

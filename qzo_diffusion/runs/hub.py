@@ -3,27 +3,28 @@
 from pathlib import Path
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant.describe import SUPPORTED, family_of, is_language_model
+from qzo_diffusion.diffusion.families import registry
+from qzo_diffusion.quant.describe import family_of, is_language_model
 from qzo_diffusion.system.files import free_bytes
 
-DOWNLOAD = 30e9  # bytes of the large model with all its parts
-BIG_MODEL = "stabilityai/stable-diffusion-3.5-large"
+BIG_MODEL = registry.DEFAULT_MODEL
+SUPPORTED = f"a model of a known family, or tiny: {registry.known()}"
 FILES = (".safetensors", ".gguf", ".ckpt", ".pt", ".bin", ".onnx")  # endings of weights
-GATED = "stabilityai/stable-diffusion-3"  # the beginning of the names of gated models
 
 
 def download_command(name: str) -> str:
     """Return the command that downloads a model.
 
-    It leaves out files that the repositories of Stable Diffusion 3 hold twice: a single file for
-    other programs, and encoders for it.
+    It leaves out files that the repositories of a family hold twice.
     """
-    twice = (
-        " --exclude 'sd3*.safetensors' --exclude 'text_encoders/*'"
-        if name.startswith(GATED)
-        else ""
-    )
+    family = registry.of_hub_id(name)
+    twice = "".join(f" --exclude '{one}'" for one in (family.hub.twice if family else ()))
     return f"hf download {name}{twice}"
+
+
+def is_gated(name: str) -> bool:
+    """Return whether a licence must be accepted before a model can be downloaded."""
+    return any(name.startswith(family.hub.gated) for family in registry.FAMILIES)
 
 
 def not_here(name: str) -> ModelError:
@@ -39,17 +40,17 @@ def not_here(name: str) -> ModelError:
         f"{name!r} is neither a folder, nor a file, nor a whole model in the local cache {place}"
     ]
     steps = []
-    gated = name.startswith(GATED)
+    gated, family = is_gated(name), registry.of_hub_id(name)
     if gated:
         steps.append(f"accept the licence at https://huggingface.co/{name}")
         if get_token() is None:
             got.append("it is gated and no access token is stored here")
             steps.append("`hf auth login`")
     free = free_bytes(place)
-    if gated and free < DOWNLOAD:
+    if gated and family is not None and free < family.hub.nbytes:
         got.append(
-            f"{free / 1e9:.0f} GB are free where it would go, about {DOWNLOAD / 1e9:.0f} GB "
-            "are needed"
+            f"{free / 1e9:.0f} GB are free where it would go, about {family.hub.nbytes / 1e9:.0f} "
+            "GB are needed"
         )
         steps.append("free some space, or set HF_HOME to a larger disk")
     steps.append(f"`{download_command(name)}`")
@@ -67,7 +68,7 @@ def not_here(name: str) -> ModelError:
 def _other_kind(name: str) -> ModelError | None:
     """Return an error for a name of another kind of model, which a download would not help."""
     remedy = f"--model {BIG_MODEL}, or --model tiny for the embedded model"
-    if (family := family_of(name)) is not None:
+    if registry.of_hub_id(name) is None and (family := family_of(name)) is not None:
         return ModelError(f"{name!r}, a model of {family}", SUPPORTED, remedy)
     if is_language_model(name):
         return ModelError(

@@ -89,7 +89,7 @@ def test_a_loss_that_stays_nan_stops_the_run_with_everything_saved(
     def spoiled(*arguments):
         return torch.full((4,), float("nan"))
 
-    monkeypatch.setattr(style_run, "velocity_loss", spoiled)
+    monkeypatch.setattr(style_run, "model_loss", spoiled)
     error = failing(capsys, train("--max-steps", 50, "qzo.regions=1"))
     assert "10 steps in a row" in error
     run = tmp_path / "run"

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.flow_matching import (
     Batch,
     divisor_up_to,
     sample_sigmas,
     share_below,
     shift_sigma,
-    velocity_loss,
 )
 
 
@@ -44,26 +45,26 @@ def make_batch(count=4, sigma=None):
 def test_the_right_velocity_has_no_loss():
     batch = make_batch()
     transformer = Recorder(batch.noise - batch.latents)
-    assert torch.equal(velocity_loss(transformer, batch, torch.float32), torch.zeros(4))
+    assert torch.equal(model_loss(SD3, transformer, batch, torch.float32), torch.zeros(4))
 
 
 def test_the_loss_is_the_mean_squared_error_of_each_example():
     batch = make_batch()
     offset = torch.tensor([0.0, 1.0, 2.0, 3.0])
     transformer = Recorder(batch.noise - batch.latents + offset.view(-1, 1, 1, 1))
-    torch.testing.assert_close(velocity_loss(transformer, batch, torch.float32), offset.square())
+    torch.testing.assert_close(model_loss(SD3, transformer, batch, torch.float32), offset.square())
 
 
 def test_input_runs_from_the_latents_to_pure_noise_and_time_from_0_to_1000():
     batch = make_batch()
     transformer = Recorder(batch.noise)
-    velocity_loss(transformer, batch, torch.float32)
+    model_loss(SD3, transformer, batch, torch.float32)
     (call,) = transformer.calls
     assert torch.equal(call["hidden_states"][0], batch.latents[0])
     assert torch.equal(call["hidden_states"][-1], batch.noise[-1])
     torch.testing.assert_close(call["timestep"], 1000 * batch.sigma)
     middle = make_batch(sigma=torch.full((4,), 0.25))
-    velocity_loss(transformer, middle, torch.float32)
+    model_loss(SD3, transformer, middle, torch.float32)
     torch.testing.assert_close(
         transformer.calls[-1]["hidden_states"], 0.75 * middle.latents + 0.25 * middle.noise
     )
@@ -72,7 +73,7 @@ def test_input_runs_from_the_latents_to_pure_noise_and_time_from_0_to_1000():
 def test_losses_are_fp32_when_the_model_computes_in_bf16():
     batch = make_batch()
     transformer = Recorder(batch.noise.bfloat16())
-    assert velocity_loss(transformer, batch, torch.bfloat16).dtype == torch.float32
+    assert model_loss(SD3, transformer, batch, torch.bfloat16).dtype == torch.float32
     assert transformer.calls[0]["hidden_states"].dtype == torch.bfloat16
 
 
@@ -165,10 +166,10 @@ def test_losses_of_regions_average_to_the_examples_and_see_their_own_patches_onl
     batch = make_batch()
     wrong = batch.noise - batch.latents
     wrong[:, :, 2:4, 4:6] += 3.0  # the patch in row 1, column 2: the seventh of sixteen
-    whole = velocity_loss(Recorder(wrong), batch, torch.float32)
+    whole = model_loss(SD3, Recorder(wrong), batch, torch.float32)
     for patch_groups in (1, 2, 4, 16):
-        of_regions = velocity_loss(
-            Recorder(wrong), replace(batch, patch_groups=patch_groups), torch.float32
+        of_regions = model_loss(
+            SD3, Recorder(wrong), replace(batch, patch_groups=patch_groups), torch.float32
         ).view(4, -1)
         torch.testing.assert_close(of_regions.mean(1), whole)
         assert of_regions[0].nonzero().flatten().tolist() == [6 * patch_groups // 16]

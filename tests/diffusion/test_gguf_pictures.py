@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion.original_layout import config_of, to_diffusers
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.quant.fits import check_fits
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear
@@ -101,7 +101,7 @@ def test_a_file_without_a_tensor_is_told(tmp_path):
     from qzo_diffusion.diffusion.transformer import gguf_transformer
 
     entries = gguf_transformer(write_sd3_gguf(tmp_path / "small.gguf", sd3_transformer()))
-    config = config_of(entries)
+    config = SD3_LAYOUT.config_of(entries)
     del entries["joint_blocks.1.x_block.attn.qkv.weight"]
     with pytest.raises(ModelError, match=r"joint_blocks\.1\.x_block\.attn\.qkv\.weight"):
-        to_diffusers(entries, config)
+        SD3_LAYOUT.to_diffusers(entries, config)

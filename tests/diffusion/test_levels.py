@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.levels import TunedBetween, in_comfyui, steps_between
 from tests.quantized import assert_same, inputs, scaled_network, snapshot
 
@@ -24,7 +25,7 @@ class Transformer(nn.Module):
 
 
 def wrapped(levels, outside):
-    return TunedBetween(Transformer(nn.Identity()), levels, outside)
+    return TunedBetween(Transformer(nn.Identity()), levels, outside, SD3.denoiser.level)
 
 
 @pytest.mark.parametrize("levels", [(0.0, 1.0), (0.25, 0.7), (0.7, 1.0)])
@@ -57,7 +58,7 @@ def test_tuned_scales_are_back_bit_for_bit_after_an_error_in_a_step_outside(erro
     def of(factor):
         return live.override(lambda names: {name: base[name] * factor for name in names})
 
-    sampled = TunedBetween(Transformer(model), (0.0, 0.5), lambda: of(1))
+    sampled = TunedBetween(Transformer(model), (0.0, 0.5), lambda: of(1), SD3.denoiser.level)
     below, above = torch.tensor([500.0]), torch.tensor([501.0])
     before = snapshot(model, live)
     with of(1.5):  # as in a run, whose theta is not merged

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion.original_layout import PREFIX, config_of, to_diffusers, to_original
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
+from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.quant.load import quantize_
 from qzo_diffusion.quant.stream import Quantization, fill_
@@ -19,7 +20,9 @@ KINDS = ["large", "medium", "sd3"]
 def single_file(tmp_path):
     def write(model):
         pending = {name: Pending.of(tensor) for name, tensor in model.state_dict().items()}
-        write_tensors(tmp_path / "single.safetensors", to_original(pending, model.config), {})
+        write_tensors(
+            tmp_path / "single.safetensors", SD3_LAYOUT.to_original(pending, model.config), {}
+        )
         return tmp_path / "single.safetensors"
 
     return write
@@ -50,12 +53,12 @@ def test_a_single_file_streams_like_the_folder(single_file, tmp_path, kind, pref
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     save_file(tensors, file)
     found = find_transformer(file)
-    assert {name: found.config[name] for name in found.config if name != "sample_size"} == {
+    own = [name for name in found.config if name not in ("sample_size", "_class_name")]
+    assert {name: found.config[name] for name in own} == {
         name: list(model.config[name])
         if isinstance(model.config[name], tuple)
         else model.config[name]
-        for name in found.config
-        if name != "sample_size"
+        for name in own
     }
     streamed = empty_transformer(found.config)
     fill_(
@@ -74,9 +77,9 @@ def test_a_single_file_streams_like_the_folder(single_file, tmp_path, kind, pref
 def test_a_file_that_lacks_a_tensor_or_is_another_model_is_told(single_file):
     file = single_file(sd3_transformer())
     entries = read_entries(file)
-    config = config_of(entries)
+    config = SD3_LAYOUT.config_of(entries)
     del entries[f"{PREFIX}joint_blocks.1.x_block.attn.qkv.bias"]
     with pytest.raises(ModelError, match=r"joint_blocks\.1\.x_block\.attn\.qkv\.bias"):
-        to_diffusers(entries, config)
-    with pytest.raises(ModelError, match="not a Stable Diffusion 3 transformer"):
-        config_of({"joint_blocks.0.x": entries[f"{PREFIX}pos_embed"]})
+        SD3_LAYOUT.to_diffusers(entries, config)
+    with pytest.raises(ModelError, match="no denoiser of Stable Diffusion 3"):
+        SD3_LAYOUT.config_of({"joint_blocks.0.x": entries[f"{PREFIX}pos_embed"]})

@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion.original_layout import to_original
+from qzo_diffusion.diffusion.families.sd3 import SD3
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
 from qzo_diffusion.diffusion.pipeline_shape import check_shape, read_shape
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.weights import Pending, write_tensors
@@ -22,7 +23,7 @@ def model(pipeline, tmp_path):
 
 
 def check(folder):
-    shape = read_shape(folder, folder / "transformer")
+    shape = read_shape(folder, SD3, folder / "transformer")
     check_shape(shape, folder)
     return shape
 
@@ -81,7 +82,7 @@ def test_a_config_that_is_absent_or_damaged_is_refused(model, file, content):
         ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
         ("vae/config.json", {"norm_num_groups": 7}, "diffusers refuses"),
         ("vae/config.json", {"layers_per_block": 2**30}, "layers_per_block = 1073741824"),
-        ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "Flux"),
+        ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "FLUX.1"),
         ("transformer/config.json", {"num_layers": 10**9}, "num_layers = 1000000000"),
         ("transformer/config.json", {"num_layers": "many"}, "diffusers refuses"),
         ("transformer/config.json", {"num_attention_heads": 0}, "refuse|shape"),
@@ -130,8 +131,8 @@ def test_a_transformer_from_elsewhere_keeps_the_resolution_of_the_folder(tmp_pat
     pending = {
         name: Pending(entry.dtype, entry.shape, entry.read) for name, entry in found.entries.items()
     }
-    write_tensors(tmp_path / "one.safetensors", to_original(pending, found.config), {})
-    shape = read_shape(folder, tmp_path / "one.safetensors")
+    write_tensors(tmp_path / "one.safetensors", SD3_LAYOUT.to_original(pending, found.config), {})
+    shape = read_shape(folder, SD3, tmp_path / "one.safetensors")
     check_shape(shape, folder)
     assert shape.native_resolution == 64
 
@@ -173,7 +174,7 @@ def test_t5_that_is_absent_may_be_left_out(train, model, capsys):
 
 
 def test_a_pipeline_of_another_family_is_named(model, train, capsys):
-    changed(model, "model_index.json", _class_name="FluxPipeline")
+    changed(model, "model_index.json", _class_name="SanaPipeline")
     error = failing(capsys, train("--model", str(model)))
-    assert "a pipeline of Flux" in error
-    assert "stabilityai/stable-diffusion-3.5-large" in error
+    assert "a pipeline of Sana" in error
+    assert "Stable Diffusion 3 and 3.5" in error

@@ -11,8 +11,10 @@ import torch
 
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion import sd3, text_encoders
+from qzo_diffusion.diffusion import text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.families.sd3 import CLIP_L, SD3, T5
+from qzo_diffusion.diffusion.prompt_encoder import PromptEncoder
 from qzo_diffusion.quant.load import handles_of, quantize_
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.resources import tiny_model
@@ -37,8 +39,8 @@ def pipeline_states(pipeline, prompt, length):
 
 
 def encoder(tmp_path, **options):
-    return sd3.PromptEncoder(
-        tiny_model(), TensorCache(tmp_path), device=CPU, dtype=torch.float32, **options
+    return PromptEncoder(
+        tiny_model(), TensorCache(tmp_path), family=SD3, device=CPU, dtype=torch.float32, **options
     )
 
 
@@ -70,11 +72,11 @@ def test_a_pipeline_without_t5_needs_no_setting(tmp_path):
         ignore=shutil.ignore_patterns("text_encoder_3", "tokenizer_3"),
     )
     config = make_config({"data": {"cache_dir": str(tmp_path / "cache")}})
-    assert parts.t5_mode(config, folder) == "none"
+    assert parts.t5_mode(config, folder, SD3) == "none"
     encoded = parts.prompt_encoder(config, folder, CPU, torch.float32).encode(["red apple"])[
         "red apple"
     ]
-    clip = text_encoders.load_tokenizer(folder, text_encoders.CLIP_L).model_max_length
+    clip = text_encoders.load_tokenizer(folder, CLIP_L).model_max_length
     assert encoded.embeds.shape == (clip + 256, 192)
 
 
@@ -84,7 +86,9 @@ def test_no_two_encoders_are_in_memory_at_once(tmp_path):
     def load(part):
         gc.collect()
         assert [one for one in alive if one() is not None] == []
-        made = text_encoders.load_text_encoder(tiny_model(), part, dtype=torch.float32, device=CPU)
+        kind = SD3.texts.classes[part]
+        options = {"dtype": torch.float32, "device": CPU}
+        made = text_encoders.load_text_encoder(tiny_model(), part, kind, **options)
         alive.append(weakref.ref(made))
         return made
 
@@ -97,13 +101,13 @@ def test_t5_in_4_bits_computes_with_its_quantized_weights(dtype):
     """Also in `wo`, where transformers casts activations to the weight's dtype: bytes, if nothing
     prevented it.
     """
-    tokenizer = text_encoders.load_tokenizer(tiny_model(), text_encoders.T5)
+    tokenizer = text_encoders.load_tokenizer(tiny_model(), T5)
     options = {"dtype": dtype, "device": CPU}
     packed = text_encoders.load_text_encoder(
-        tiny_model(), text_encoders.T5, quantization=Quantization(), **options
+        tiny_model(), T5, "T5EncoderModel", quantization=Quantization(), **options
     )
-    plain = text_encoders.load_text_encoder(tiny_model(), text_encoders.T5, **options)
-    twin = text_encoders.load_text_encoder(tiny_model(), text_encoders.T5, **options)
+    plain = text_encoders.load_text_encoder(tiny_model(), T5, "T5EncoderModel", **options)
+    twin = text_encoders.load_text_encoder(tiny_model(), T5, "T5EncoderModel", **options)
     count = quantize_(twin)
     dequantized = {handle.name: handle.dequantized() for handle in handles_of(twin)}
     assert len(dequantized) == count
@@ -119,10 +123,10 @@ def test_t5_in_4_bits_computes_with_its_quantized_weights(dtype):
 
 def test_large_t5_is_quantized_by_itself_and_cached_apart(tmp_path, monkeypatch):
     config = make_config({"data": {"cache_dir": str(tmp_path)}})
-    assert parts.t5_mode(config, tiny_model()) == "full"
+    assert parts.t5_mode(config, tiny_model(), SD3) == "full"
     full = parts.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
     monkeypatch.setattr(parts, "LARGE_T5", 1)
-    assert parts.t5_mode(config, tiny_model()) == "nf4"
+    assert parts.t5_mode(config, tiny_model(), SD3) == "nf4"
     packed = parts.prompt_encoder(config, tiny_model(), CPU, torch.float32).encode(PROMPTS)
     difference = (full["red apple"].embeds - packed["red apple"].embeds).norm() / full[
         "red apple"
@@ -134,7 +138,9 @@ def test_an_encoder_that_is_damaged_is_told(tmp_path):
     folder = shutil.copytree(tiny_model(), tmp_path / "model")
     (folder / "text_encoder" / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="holds a list, not an object"):
-        text_encoders.load_text_encoder(folder, "text_encoder", dtype=torch.float32, device=CPU)
+        text_encoders.load_text_encoder(
+            folder, CLIP_L, SD3.texts.classes[CLIP_L], dtype=torch.float32, device=CPU
+        )
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ModelError, match="tokenizer of text_encoder"):
         text_encoders.load_tokenizer(folder, "text_encoder")

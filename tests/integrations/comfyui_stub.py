@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qzo_diffusion.diffusion.original_layout import PREFIX, layout_of, to_original
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT, layout_of
+from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.quant.bnb import quantized_layer
 from qzo_diffusion.quant.weights import Pending
 
@@ -114,7 +115,7 @@ class Network(nn.Module):
         """names: of the linears to put into layers of the class `linear`."""
         super().__init__()
         self._model = [model]  # hidden, so that only ComfyUI's names are found
-        tensors = to_original(
+        tensors = SD3_LAYOUT.to_original(
             {name: Pending.of(one) for name, one in model.state_dict().items()}, model.config
         )
         for original, pieces in layout_of(model.config).items():

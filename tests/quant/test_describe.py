@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.transformer import find_transformer
-from qzo_diffusion.quant.describe import described, described_tensors, family_of, is_language_model
+from qzo_diffusion.quant.describe import described, described_tensors, is_language_model
 from qzo_diffusion.quant.header import read_header
 from qzo_diffusion.runs.hub import not_here
 from qzo_diffusion.runs.llm.models import choose_lm
@@ -63,7 +63,8 @@ TENSORS = {
     "lora_unet_joint_blocks_0_attn.lora_down.weight": "a LoRA",
     "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA",
     "double_blocks.0.img_attn.qkv.weight": "FLUX",
-    "single_transformer_blocks.0.attn.to_q.weight": "FLUX",
+    "single_transformer_blocks.0.attn.to_q.weight": "without its config.json",
+    "down_blocks.0.resnets.0.conv1.weight": "without its config.json",
     "model.diffusion_model.input_blocks.0.0.weight": "U-Net",
     "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": "XL",
     "text_model.encoder.layers.0.mlp.fc1.weight": "a CLIP text encoder alone",
@@ -92,9 +93,7 @@ def test_a_transformer_of_ours_is_not_called_another(tmp_path):
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("black-forest-labs/FLUX.1-dev", "FLUX"),
-        ("stabilityai/stable-diffusion-xl-base-1.0", "XL"),
-        ("runwayml/stable-diffusion-v1-5", "1 or 2"),
+        ("black-forest-labs/FLUX.2-dev", "FLUX"),
         ("Qwen/Qwen-Image", "Qwen-Image"),
         ("Tongyi-MAI/Z-Image-Turbo", "Z-Image"),
         ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan"),
@@ -103,13 +102,21 @@ def test_a_transformer_of_ours_is_not_called_another(tmp_path):
 def test_a_model_of_another_family_is_not_to_be_downloaded(name, family):
     error = not_here(name)
     assert family in error.got
-    assert error.expected.startswith("Stable Diffusion 3")
+    assert error.expected.startswith("a model of a known family")
     assert "hf download" not in str(error)
 
 
-@pytest.mark.parametrize("name", ["stabilityai/stable-diffusion-3.5-large", "someone/sd3-anime"])
-def test_a_model_of_a_supported_family_may_be_downloaded(name):
-    assert family_of(name) is None
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stabilityai/stable-diffusion-3.5-large",
+        "someone/sd3-anime",
+        "black-forest-labs/FLUX.1-dev",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "runwayml/stable-diffusion-v1-5",
+    ],
+)
+def test_a_model_of_a_known_family_may_be_downloaded(name):
     assert "hf download" in not_here(name).remedy
 
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
+from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.quant.stream import fill_
 from qzo_diffusion.quant.weights import Pending, read_entries, write_tensors
@@ -180,7 +181,7 @@ def test_fused_queries_keys_and_values_share_their_scale(tmp_path, per_row):
     """The original layout cuts them apart, and swaps the halves of the last modulation."""
     model = sd3_transformer()
     pending = {name: Pending.of(tensor) for name, tensor in model.state_dict().items()}
-    write_tensors(tmp_path / "plain.safetensors", to_original(pending, model.config), {})
+    write_tensors(tmp_path / "plain.safetensors", SD3_LAYOUT.to_original(pending, model.config), {})
     tensors = load_file(tmp_path / "plain.safetensors")
     wide = {name: tensor for name, tensor in tensors.items() if "_embed" not in name}
     stored, plain = in_fp8(wide, "", "scale_weight", per_row)
@@ -201,7 +202,7 @@ def test_a_scale_that_the_original_layout_does_not_know_is_refused(tmp_path):
     model = sd3_transformer()
     pending = {name: Pending.of(tensor) for name, tensor in model.state_dict().items()}
     beside = f"{PREFIX}joint_blocks.1.x_block.attn.qkv.weight_scale_2"
-    tensors = to_original(pending, model.config) | {beside: Pending.of(torch.ones(1))}
+    tensors = SD3_LAYOUT.to_original(pending, model.config) | {beside: Pending.of(torch.ones(1))}
     write_tensors(tmp_path / "file.safetensors", tensors, {})
     found = find_transformer(tmp_path / "file.safetensors")
     empty_model = empty_transformer(found.config)

@@ -10,10 +10,10 @@ from qzo_diffusion.runs.style import plan
 def noise(monkeypatch):
     generator = torch.Generator().manual_seed(1)
 
-    def losses(_transformer, batch, _dtype):
+    def losses(_family, _transformer, batch, _dtype):
         return torch.rand(len(batch), batch.patch_groups, generator=generator)
 
-    monkeypatch.setattr(plan, "velocity_loss", losses)
+    monkeypatch.setattr(plan, "model_loss", losses)
 
 
 def test_a_run_of_noise_is_warned(train, noise, capsys):

@@ -21,6 +21,7 @@ from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.diffusion.sampling import load_picture
 from tests.conftest import metrics
 from tests.runs import old_runs
 
@@ -153,7 +154,7 @@ def test_they_and_their_deltas_are_sampled(root, tmp_path, rounds_alike, name):
     assert [one.tobytes() for one in pictures["whole"]] == [
         one.tobytes() for one in pictures["delta"]
     ]
-    grid = Image.open(root / name / "whole/samples/step_000006.png")
+    grid = load_picture(root / name / "whole/samples/step_000006.png")
     if rounds_alike:
         first = pictures["whole"][0]
         top = grid.height - 128 * len(old_runs.PROMPTS)

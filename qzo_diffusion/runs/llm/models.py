@@ -5,7 +5,7 @@ from pathlib import Path
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant.describe import described, family_of
 from qzo_diffusion.quant.gguf_header import is_gguf
-from qzo_diffusion.runs.hub import GATED, cached_snapshot
+from qzo_diffusion.runs.hub import cached_snapshot, is_gated
 
 
 def choose_lm(name: str) -> tuple[Path, str]:
@@ -20,7 +20,7 @@ def choose_lm(name: str) -> tuple[Path, str]:
         return Path(name), f"model: the file {name}"
     if Path(name).is_file():
         raise _no_model_file(Path(name))
-    if name == "tiny" or family_of(name) is not None or name.startswith(GATED):
+    if name == "tiny" or family_of(name) is not None or is_gated(name):
         raise ModelError(
             f"{name!r}, a model that makes pictures",
             "a causal language model, such as HuggingFaceTB/SmolLM2-135M",

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.core.probing import StepBatch
-from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.flow_matching import Batch, divisor_up_to, patches
 from qzo_diffusion.diffusion.latents import LatentSet, encode_samples
+from qzo_diffusion.diffusion.model_folder import fingerprint_of_files
+from qzo_diffusion.diffusion.objectives import FLOW, Objective
 from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.sample import Sample
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt
 from qzo_diffusion.diffusion.style_folder import StyleFolder
 from qzo_diffusion.diffusion.vae import drop_encoder_, image_encoder
 from qzo_diffusion.runs import build
@@ -35,11 +36,15 @@ VALIDATION_SIGMAS = (0.125, 0.375, 0.625, 0.875)
 
 @dataclass(frozen=True)
 class Encoded:
-    """The encoded style folder on the CPU, and the VAE without its encoder."""
+    """The encoded style folder on the CPU, the VAE without its encoder, and the objective that the
+    model was trained with. has_patches: whether layers have a loss of their own patch.
+    """
 
     prompts: dict[str, EncodedPrompt]
     latents: LatentSet
     vae: Any
+    objective: Objective = FLOW
+    has_patches: bool = True
 
 
 def encode(
@@ -67,11 +72,13 @@ def encode(
     encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(unique)
 
     vae = pipeline.load_vae(config, folder, device)
-    files = sd3.fingerprint_of_files(folder, ("vae",))
+    files = fingerprint_of_files(folder, ("vae",))
     latents = _latents(config, style.samples, vae, files, flip=config.data.flip)
     of_prior = _latents(config, prior.files, vae, files, flip=False) if prior else {}
     drop_encoder_(vae)
-    return Encoded(encoded, LatentSet({**latents, **of_prior}), vae)
+    objective = pipeline.objective_of(config, folder)
+    has_patches = bool(pipeline.family_of(config, folder).denoiser.token_wise)
+    return Encoded(encoded, LatentSet({**latents, **of_prior}), vae, objective, has_patches)
 
 
 def _latents(
@@ -179,15 +186,17 @@ class TrainingBatches:
         )
         noise = torch.randn(latents.shape, generator=generator)
         sigma = training_levels(self._config, len(chosen), generator)
-        return make_batch(self._encoded.prompts, captions, latents, noise, sigma, CPU)
+        return make_batch(self._encoded, captions, latents, noise, sigma, CPU)
 
     def _patch_groups(self, latents: Sequence[Tensor]) -> int:
         """Return the number of patch groups of a step, which latents of any shape can have."""
+        if not self._encoded.has_patches:
+            return 1
         tokens = math.gcd(*map(patches, latents))
         return divisor_up_to(self._config.qzo.regions, tokens)
 
 
-def parts_within(parts: Sequence[Any], share: slice) -> list[Any]:
+def parts_within(parts: Sequence[Batch], share: slice) -> list[Batch]:
     """Return the examples `share` of all parts, one part after the other; no part is empty."""
     found, start = [], 0
     for part in parts:
@@ -225,7 +234,7 @@ def validation_batches(
             sigmas = torch.tensor([sigma for _, sigma in part])
             captions = [sample.caption for sample, _ in part]
             noises = torch.stack([noise(sample, sigma) for sample, sigma in part])
-            batches.append(make_batch(encoded.prompts, captions, latents, noises, sigmas, device))
+            batches.append(make_batch(encoded, captions, latents, noises, sigmas, device))
     return batches
 
 

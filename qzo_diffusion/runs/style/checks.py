@@ -1,15 +1,20 @@
 """Check before anything heavy is loaded that the model can take the images and texts of a run."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.diffusion.buckets import Bucket, check_positions
+from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
 from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.style_folder import StyleFolder
 from qzo_diffusion.diffusion.vocabulary import check_texts
+from qzo_diffusion.system.console import report
 from qzo_diffusion.system.texts import check_encodable
+
+DISTILLED = r"turbo|schnell|lightning|hyper-?sd|\blcm|distill"  # in the names of models
 
 
 def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None = None) -> None:
@@ -21,8 +26,22 @@ def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None
         check_positions(shapes, most)
 
 
+def warn_of_distilled(shape: PipelineShape, model: str) -> None:
+    """Warn where a model was distilled to few steps, which the loss of its objective blurs."""
+    by_name = re.search(DISTILLED, model.lower()) is not None
+    if by_name or shape.family.denoiser.distilled(shape.transformer.config):
+        report(
+            f"warning: {model} was distilled to few steps. Its pictures blur when it is trained by "
+            "the error of its predictions; train the base model, or by a reward of its pictures"
+        )
+
+
 def check_words(
-    config: Config, folder: Path, prompts: Prompts, style: StyleFolder | None = None
+    config: Config,
+    family: Family,
+    folder: Path,
+    prompts: Prompts,
+    style: StyleFolder | None = None,
 ) -> None:
     """Check every text against the tokenizers. Without the model, check only that it can be
     encoded.
@@ -34,7 +53,7 @@ def check_words(
     for place, text in texts:
         check_encodable(text, place)
     if folder.is_dir():
-        check_texts(folder, texts, t5=config.text.t5 != "none")
+        check_texts(folder, family, texts, t5=config.text.t5 != "none")
 
 
 def _texts(

@@ -21,7 +21,8 @@ from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import sample_losses
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.flow_matching import Batch, velocity_loss
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import cells, load_picture
@@ -62,7 +63,7 @@ class Work:
     held_out: list[Batch]
 
     def objective(self, batch: Batch) -> torch.Tensor:
-        return velocity_loss(self.transformer, batch, self.plan.dtype)
+        return model_loss(self.plan.family, self.transformer, batch, self.plan.dtype)
 
 
 @dataclass
@@ -85,7 +86,7 @@ def load(plan: style_run.StylePlan) -> Work:
     held_out = style_data.validation_batches(
         plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
     )
-    sampled = for_samples(config, transformer, scales)
+    sampled = for_samples(config, plan.family, transformer, scales)
     return Work(plan, encoded, transformer, sampled, scales, theta, held_out)
 
 

@@ -1,27 +1,40 @@
 """Make the examples of a step from encoded pictures: those of the style and those of the prior."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qzo_diffusion.config.style import Config
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
 from qzo_diffusion.diffusion.flow_matching import Batch, sample_sigmas
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.objectives import Objective
 
 CPU = torch.device("cpu")
 
 
+class Texts(Protocol):
+    """Encoded prompts by their text, and the objective of the model that takes them."""
+
+    @property
+    def prompts(self) -> Mapping[str, EncodedPrompt]: ...
+
+    @property
+    def objective(self) -> Objective: ...
+
+
 def make_batch(
-    prompts: dict[str, EncodedPrompt],
+    encoded: Texts,
     captions: Sequence[str],
     latents: Tensor,
     noise: Tensor,
     sigma: Tensor,
     device: torch.device = CPU,
 ) -> Batch:
-    embeds, pooled = stack_prompts([prompts[caption] for caption in captions])
-    return Batch(latents, noise, sigma, embeds, pooled).to(device)
+    embeds, pooled = stack_prompts([encoded.prompts[caption] for caption in captions])
+    batch = Batch(latents, noise, sigma, embeds, pooled, objective=encoded.objective)
+    return batch.to(device)
 
 
 def training_levels(config: Config, count: int, generator: torch.Generator) -> Tensor:

@@ -23,10 +23,11 @@ from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.journal import Journal, encoded, read_journal
 from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.core.merge import merge_changes_
-from qzo_diffusion.diffusion import sd3
+from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.levels import in_comfyui
-from qzo_diffusion.diffusion.model_card import Base, card, modelspec
-from qzo_diffusion.diffusion.original_layout import to_original
+from qzo_diffusion.diffusion.model_card import DIFFUSERS, Base, card, modelspec
+from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution
+from qzo_diffusion.diffusion.pointwise import as_convolutions
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.bnb import quantization_config
 from qzo_diffusion.quant.load import frozen_fingerprint
@@ -49,11 +50,11 @@ from qzo_diffusion.runs.style.export_scores import scores_of
 from qzo_diffusion.runs.style.export_use import (
     DIFFUSERS_FILE,
     ORIGINAL_FILE,
-    USE,
-    USE_OF_LAYOUT,
     Format,
     Layout,
+    how_to_use,
 )
+from qzo_diffusion.runs.style.memory import sizes
 from qzo_diffusion.runs.tuned import load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import (
@@ -78,6 +79,7 @@ class _Export:
     facts: dict[str, str]
     notes: Sequence[str] = ()
     layout: Layout = "diffusers"
+    family: Family | None = None
 
     @property
     def title(self) -> str:
@@ -95,8 +97,7 @@ class _Export:
     @property
     def use(self) -> str:
         """How to load the files, in Markdown."""
-        of_layouts = [USE_OF_LAYOUT[layout] for layout in self.layouts]
-        first = of_layouts if self.kind == "bf16" else [USE[self.kind]]
+        first = how_to_use(self.kind, self.layouts, self.family)
         return "\n\n".join([*first, *filter(None, self.notes)])
 
 
@@ -133,10 +134,19 @@ def run(
     transformer, scales, _ = pipeline.load_base(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
-    notes = [_levels(config, runtime)] if kind in ("bf16", "lora") else []
-    export = _Export(run_folder, config, kind, published_facts(found.facts), notes, layout)
+    notes, family = [], pipeline.family_of(config, runtime.folder)
+    if kind in ("bf16", "lora"):
+        notes.append(_levels(config, runtime))
+    facts = published_facts(found.facts)
+    export = _Export(run_folder, config, kind, facts, notes, layout, family)
+    if kind == "bf16" and family.denoiser.layout is None and "original" in export.layouts:
+        raise ConfigError(
+            f"--layout {layout} of a model of {family.title}",
+            "diffusers, which ComfyUI reads as well",
+            "leave --layout out",
+        )
     if compared is not None:
-        tensors, figures = lora(transformer, scales, tuned, rank, compared)
+        tensors, figures = lora(transformer, family, scales, tuned, rank, compared)
         return _write_lora(export, tensors, figures, runtime, output_dir)
     if kind == "delta":
         files = {
@@ -172,8 +182,10 @@ def _levels(config: Config, runtime: pipeline.Runtime) -> str:
     levels = config.sample.tuned_between
     if levels is None:
         return ""
-    pipeline.resolve_sampling_(config, runtime.folder)
-    shift = sd3.load_scheduler(runtime.folder).config.shift
+    family = pipeline.family_of(config, runtime.folder)
+    pipeline.resolve_sampling_(config, family, runtime.folder)
+    _, tokens = sizes(config, pipeline.shape_of(config, runtime))
+    shift = family.sampling.shift(load_scheduler(runtime.folder, family), tokens)
     return in_comfyui(levels, config.sample.steps or 1, shift)
 
 
@@ -183,26 +195,31 @@ def _model_files(
     """Return tensors and metadata by file name, and the config beside them."""
     config = _plain_config(export, runtime)
     if export.kind == "bf16":
-        tensors = pending_dequantized(transformer, torch.bfloat16)
+        tensors = as_convolutions(
+            transformer, pending_dequantized(transformer, torch.bfloat16), torch.bfloat16
+        )
         files: dict[str, tuple[dict[str, Pending], dict[str, str]]] = {}
         if "diffusers" in export.layouts:
             files[DIFFUSERS_FILE] = (tensors, _file_facts(export, config, runtime))
-        if "original" in export.layouts:
+        own = pipeline.family_of(export.config, runtime.folder).denoiser.layout
+        if "original" in export.layouts and own is not None:
             facts = _file_facts(export, config, runtime, original=True)
-            files[ORIGINAL_FILE] = (to_original(tensors, config), facts)
+            files[ORIGINAL_FILE] = (own.to_original(tensors, config), facts)
         return files, config if "diffusers" in export.layouts else {}
     facts = _file_facts(export, config, runtime)
     config["quantization_config"] = quantization_config(
         transformer, export.config.quant.type, devices.dtype_name(runtime.dtype)
     )
-    return {DIFFUSERS_FILE: (pending_tensors(transformer), facts)}, config
+    tensors = as_convolutions(transformer, pending_tensors(transformer), runtime.dtype)
+    return {DIFFUSERS_FILE: (tensors, facts)}, config
 
 
 def _plain_config(export: _Export, runtime: pipeline.Runtime) -> dict[str, Any]:
     """Return the config of the transformer without quantization, for others."""
     found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
     kept = {name: found[name] for name in found if name != "quantization_config"}
-    return {"_class_name": "SD3Transformer2DModel"} | published(kept)
+    config: dict[str, Any] = published(kept)
+    return config
 
 
 def _file_facts(
@@ -212,8 +229,10 @@ def _file_facts(
     original: bool = False,
 ) -> dict[str, str]:
     """Return the metadata of a safetensors file."""
-    side = sd3.native_resolution(runtime.folder)
-    spec = modelspec(config, export.title, export.base.name, side, original_layout=original)
+    family = pipeline.family_of(export.config, runtime.folder)
+    side, name = native_resolution(runtime.folder, family), family.architecture(config)
+    source = family.source if original else DIFFUSERS
+    spec = modelspec(name, export.title, export.base.name, side, implementation=source)
     return spec | export.facts | {"qzo.format": f"{export.kind}/1"}
 
 

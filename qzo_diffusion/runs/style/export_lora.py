@@ -1,7 +1,7 @@
 """Turn a run's change into a LoRA file, and measure what the rank costs.
 
-Layers are named as peft and diffusers name them, `transformer.<layer>.lora_A.weight`, which ComfyUI
-reads as well. There is no alpha: the factors are used as they are."""
+Layers are named as peft and diffusers name them, `transformer.<layer>.lora_A.weight` (`unet.` for a
+UNet), which ComfyUI reads as well. There is no alpha: the factors are used as they are."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,9 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.diffusion.flow_matching import Batch, predicted_velocity
+from qzo_diffusion.diffusion.families.family import Family
+from qzo_diffusion.diffusion.flow_matching import Batch
+from qzo_diffusion.diffusion.pointwise import lora_of
 from qzo_diffusion.diffusion.prompts import read_prompt_file
 from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.low_rank import LowRank, low_rank_changes, norm_kept
@@ -24,7 +26,6 @@ from qzo_diffusion.quant.weights import Pending
 from qzo_diffusion.runs.style import pipeline
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
-PREFIX = "transformer."
 LEVELS = (0.2, 0.4, 0.6, 0.8)  # noise levels at which forwards are compared
 LARGEST_SIDE = 512  # pixels of the pictures at which they are
 
@@ -41,7 +42,7 @@ def compared_inputs(config: Config, runtime: pipeline.Runtime) -> Batch:
     shape = pipeline.shape_of(config, runtime)
     pixels = min(config.data.resolution or shape.native_resolution, LARGEST_SIDE)
     side = pixels // reduction(shape.vae.config)
-    channels = int(shape.transformer.config["in_channels"])
+    channels = shape.family.denoiser.shape(shape.transformer.config).channels
     generator = torch.Generator().manual_seed(0)
     chosen = [encoded[prompts[at % len(prompts)]] for at in range(len(LEVELS))]
     return Batch(
@@ -50,11 +51,13 @@ def compared_inputs(config: Config, runtime: pipeline.Runtime) -> Batch:
         torch.tensor(LEVELS),
         torch.stack([one.embeds for one in chosen]),
         torch.stack([one.pooled for one in chosen]),
+        objective=pipeline.objective_of(config, runtime.folder),
     )
 
 
 def lora(
     transformer: nn.Module,
+    family: Family,
     scales: ScaleSet,
     tuned: Mapping[str, Tensor],
     rank: int,
@@ -82,12 +85,13 @@ def lora(
         )
     tensors: dict[str, Pending] = {}
     for name, one in layers.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = Pending.of(one.down.cpu())
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = Pending.of(one.up.cpu())
+        own, down, up = lora_of(transformer, name, one.down.cpu(), one.up.cpu())
+        tensors[f"{family.denoiser.part}.{own}.lora_A.weight"] = Pending.of(down)
+        tensors[f"{family.denoiser.part}.{own}.lora_B.weight"] = Pending.of(up)
     figures = {
         "rank": next(iter(layers.values())).down.shape[0],
         "norm_kept": norm_kept(layers),
-        "forward_error": _forward_error(transformer, scales, tuned, layers, inputs),
+        "forward_error": _forward_error(transformer, family, scales, tuned, layers, inputs),
     }
     return tensors, figures
 
@@ -103,27 +107,28 @@ def in_words(figures: Mapping[str, Any]) -> str:
 
 def _forward_error(
     transformer: nn.Module,
+    family: Family,
     scales: ScaleSet,
     tuned: Mapping[str, Tensor],
     layers: Mapping[str, LowRank],
     inputs: Batch,
 ) -> float:
-    base = _velocity(transformer, inputs)
+    base = _prediction(transformer, family, inputs)
     with scales.override(lambda names: {name: tuned[name].to(scales[name]) for name in names}):
-        wanted = _velocity(transformer, inputs)
+        wanted = _prediction(transformer, family, inputs)
     with _added(transformer, layers):
-        got = _velocity(transformer, inputs)
+        got = _prediction(transformer, family, inputs)
     way = float((wanted - base).norm())
     return float((got - wanted).norm()) / way if way else math.nan
 
 
 @torch.no_grad()
-def _velocity(transformer: nn.Module, inputs: Batch) -> Tensor:
+def _prediction(transformer: nn.Module, family: Family, inputs: Batch) -> Tensor:
     """One example at a time, fp32 on the CPU."""
     first = next(transformer.parameters())
     dtype = next(one.dtype for one in transformer.parameters() if one.is_floating_point())
     parts = [part.to(first.device) for part in inputs.split(1)]
-    return torch.cat([predicted_velocity(transformer, part, dtype).cpu() for part in parts])
+    return torch.cat([family.denoiser.predict(transformer, part, dtype).cpu() for part in parts])
 
 
 @contextmanager

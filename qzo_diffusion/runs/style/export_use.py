@@ -1,6 +1,9 @@
 """How to load each format of an export, for its card, in Markdown."""
 
+from collections.abc import Sequence
 from typing import Literal
+
+from qzo_diffusion.diffusion.families.family import Family
 
 Format = Literal["nf4", "bf16", "lora", "delta", "journal", "native"]
 Layout = Literal["diffusers", "original", "both"]
@@ -11,10 +14,9 @@ NEEDS_GPU = (
     "one, take an export in bf16, or sample with qzo-diffuse."
 )
 USE: dict[Format, str] = {
-    "nf4": "A diffusers transformer in bitsandbytes' 4-bit layout, the size of the 4-bit base:\n\n"
-    '```python\ntransformer = SD3Transformer2DModel.from_pretrained("this folder", '
-    "dtype=torch.bfloat16)\n```\n\n"
-    "Give it to `StableDiffusion3Pipeline.from_pretrained(base, transformer=transformer)`. "
+    "nf4": "A diffusers PART in bitsandbytes' 4-bit layout, the size of the 4-bit base:\n\n"
+    '```python\nPART = CLASS.from_pretrained("this folder", dtype=torch.bfloat16)\n```\n\n'
+    "Give it to `PIPELINE.from_pretrained(base, PART=PART)`. "
     f"{NEEDS_GPU}",
     "bf16": "",  # see USE_OF_LAYOUT
     "lora": "A LoRA for the base model. The change of a run has a high rank, so a LoRA holds a "
@@ -26,12 +28,27 @@ USE: dict[Format, str] = {
     "journal": "The seeds and scalars of every step. They rebuild the tuned scales of any step "
     "over the base model:\n\n"
     "```\nqzo-diffuse replay --journal journal.qzo --output-dir DIR\n```",
-    "native": "A diffusers transformer in the quantizer's own layout; load it with "
-    f"`SD3Transformer2DModel.from_pretrained`. {NEEDS_GPU}",
+    "native": "A diffusers PART in the quantizer's own layout; load it with "
+    f"`CLASS.from_pretrained`. {NEEDS_GPU}",
 }
 
 USE_OF_LAYOUT = {
-    "diffusers": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers transformer in bfloat16.",
-    "original": f"`{ORIGINAL_FILE}` is the transformer in bfloat16 in the layout that\nStability "
-    "AI publishes, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",
+    "diffusers": f"`{DIFFUSERS_FILE}` with `config.json` is a diffusers PART in bfloat16.",
+    "original": f"`{ORIGINAL_FILE}` is the transformer in bfloat16 in the layout that\nits "
+    "authors publish, which ComfyUI (`models/diffusion_models/`) and sd-scripts read.",
 }
+
+
+def how_to_use(kind: Format, layouts: Sequence[str], family: Family | None) -> list[str]:
+    """Return paragraphs in Markdown on how to load an export of a family's model."""
+    texts = [USE_OF_LAYOUT[layout] for layout in layouts] if kind == "bf16" else [USE[kind]]
+    if family is None:
+        return texts
+    names = {
+        "CLASS": family.denoiser.class_name,
+        "PIPELINE": family.sampling.pipelines[0],
+        "PART": family.denoiser.part,
+    }
+    for word, name in names.items():
+        texts = [text.replace(word, name) for text in texts]
+    return texts

@@ -7,6 +7,7 @@ from torch import nn
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.levels import base_outside
 
 
@@ -23,7 +24,9 @@ def with_levels(config: Config, levels: Sequence[float] | None) -> Config:
     return make_config(settings)
 
 
-def for_samples(config: Config, transformer: nn.Module, scales: ScaleSet) -> nn.Module:
+def for_samples(
+    config: Config, family: Family, transformer: nn.Module, scales: ScaleSet
+) -> nn.Module:
     """Return the transformer that samples call; the live scales must still be the base's.
 
     Where `sample.tuned_between` is given, it keeps a copy of the base's scales.
@@ -32,4 +35,5 @@ def for_samples(config: Config, transformer: nn.Module, scales: ScaleSet) -> nn.
     if levels is None:
         return transformer
     base = {name: tensor.clone() for name, tensor in scales.tensors().items()}
-    return base_outside(transformer, levels, base, lambda: scales)
+    level = family.denoiser.level
+    return base_outside(transformer, levels, base, lambda: scales, level)

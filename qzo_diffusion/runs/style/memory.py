@@ -15,16 +15,15 @@ from qzo_diffusion import devices
 from qzo_diffusion.config.defaults import set_dotted
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.diffusion import memory, sd3
+from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
-from qzo_diffusion.diffusion.text_encoders import CLIP_G, CLIP_L, T5, empty_encoder
+from qzo_diffusion.diffusion.text_encoders import empty_encoder
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
-from qzo_diffusion.runs.style.rewards import scorer_bytes
 
 # In the order in which they are tried: first those that cost only time, last those that change
 # the result.
@@ -32,7 +31,6 @@ CHANGES = (
     ("compute.dtype", "bfloat16"),
     ("train.micro_batch_size", 1),
     ("sample.batch_size", 1),
-    ("reward.decode_at_once", 1),
     ("compute.vae_tile", 256),
     ("text.t5", "nf4"),
     ("train.optimizer", "sgd"),
@@ -46,7 +44,7 @@ SHARING, LARGEST, IN_CACHE = 16, 2**24, 2**22
 holds slow down everything between the products. So a forward pass has 16 rows if the widest layer
 gives at most 2^24 numbers for them, and more as long as those fill at most 4 MB
 (docs/decisions/speed_and_memory.md D30)."""
-FEED_FORWARD = 4  # width of the feed-forward over that of the hidden states, in every SD3
+FEED_FORWARD = 4  # width of the feed-forward over that of the hidden states
 
 
 def fitting_micro_batch(
@@ -77,8 +75,8 @@ def fitting_micro_batch(
         one, two = training(1), training(2)
         most = 1 + int((available - one) / (two - one))
     if runtime.device.type == "cpu":
-        sizes = _sizes(config, pipeline.shape_of(config, runtime))
-        most = min(most, rows_on_cpu(*sizes, runtime.dtype))
+        width, tokens = sizes(config, pipeline.shape_of(config, runtime))
+        most = min(most, rows_on_cpu(width, tokens, runtime.dtype))
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
 
@@ -133,14 +131,15 @@ def _peak(config: Config, runtime: pipeline.Runtime, images: int, prompts: int) 
 
 def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int) -> list[Phase]:
     dtype, device, shape = runtime.dtype, runtime.device.type, pipeline.shape_of(config, runtime)
-    found, transformer = shape.transformer, shape.transformer.config
-    width, image_tokens = _sizes(config, shape)
-    outline = _outline(json.dumps(transformer, sort_keys=True))
-    how = build.quantization(config.quant)
+    found, family = shape.transformer, shape.family
+    width, image_tokens = sizes(config, shape)
+    sizes_of_data = family.denoiser.shape(found.config)
+    outline = _outline(json.dumps(found.config, sort_keys=True))
+    how = build.quantization(config.quant, family.denoiser.skip)
     size = ModelSize.of_files(outline, found.entries, how, dtype, width)
     vae_config, vae = shape.vae.config, memory.stored_bytes(shape.vae.entries, torch.float32)
     side = config.data.resolution or shape.native_resolution
-    text_tokens = memory.CLIP_TOKENS + (config.text.t5_tokens or sd3.PIPELINE_T5_TOKENS)
+    text_tokens = family.texts.tokens(config.text.t5_tokens)
     libraries = memory.LIBRARIES[device]
     on_device = (
         devices.choose_device(config.compute.vae_device).type == device
@@ -161,19 +160,21 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
 
     kept = (
         images
-        * transformer["in_channels"]
+        * sizes_of_data.channels
         * (side // reduction(vae_config)) ** 2
         * 4
         * (2 if config.data.flip else 1)
     )
-    kept += prompts * text_tokens * transformer["joint_attention_dim"] * dtype.itemsize
+    kept += prompts * text_tokens * sizes_of_data.text_width * dtype.itemsize
     data = {"encoded data": float(kept)} if device == "cpu" else {}
     base = {"libraries": libraries}
-    drawn = _rows_of(config.sample.guidance) * min(config.sample.batch_size, max(1, prompts))
+    batch = config.train.micro_batch_size or config.examples * build.probes_at_once(config)
+    above_one = config.sample.guidance is None or config.sample.guidance > 1
+    guided = 2 if family.sampling.twice and above_one else 1
+    drawn = guided * min(config.sample.batch_size, max(1, prompts))
     # a copy of the scales, or of the codes that are trained in their place
     copied = size.weights if config.method == "quzo" else 4.0 * size.scales
     copy = {} if config.sample.tuned_between is None else {"the base's scales": copied}
-    scorers = scorer_bytes(config, runtime.folder) if config.reward.scores else {}
     resident = copy | base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
     return [
         Phase("encode", base | _largest_encoder(config, runtime, shape)),
@@ -186,62 +187,22 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
         Phase(
             "train",
             resident
-            | scorers
-            | _training(config, size, (image_tokens, text_tokens), runtime, vae_work("decode")),
+            | {
+                "forward": memory.forward_bytes(size, image_tokens, text_tokens, batch, dtype),
+                "overrides": memory.override_bytes(size, config.qzo.parametrization, device),
+                "trained numbers": memory.trained_bytes(
+                    size, config.qzo.parametrization, config.train.optimizer
+                ),
+            },
         ),
         Phase(
             "sample",
             resident
-            | scorers
             | _sampling(
-                size,
-                image_tokens,
-                text_tokens,
-                (drawn, _trained_rows(config)),
-                runtime,
-                vae_work("decode"),
+                size, image_tokens, text_tokens, (drawn, batch), runtime, vae_work("decode")
             ),
         ),
     ]
-
-
-def _rows_of(guidance: float | None) -> int:
-    """Return the rows of a forward pass for each picture that is drawn."""
-    return 2 if guidance is None or guidance > 1 else 1
-
-
-def _trained_rows(config: Config) -> int:
-    """Return the rows of a forward pass of a step. Pictures that are scored may be drawn with
-    guidance."""
-    probes = config.train.micro_batch_size or config.examples * build.probes_at_once(config)
-    return probes * (_rows_of(config.reward.guidance) if config.reward.scores else 1)
-
-
-def _training(
-    config: Config,
-    size: ModelSize,
-    tokens: tuple[int, int],
-    runtime: pipeline.Runtime,
-    decoding: dict[str, float],
-) -> dict[str, float]:
-    """Return what a step needs beside weights.
-
-    Args:
-        tokens: of the image and of the text.
-        decoding: of one picture. Pictures that are scored are decoded after their forward passes;
-            both are counted, as an allocator may keep the memory of either.
-    """
-    device, level = runtime.device.type, config.qzo.parametrization
-    forward = memory.forward_bytes(size, *tokens, _trained_rows(config), runtime.dtype)
-    found = {
-        "forward": forward,
-        "overrides": memory.override_bytes(size, level, device),
-        "trained numbers": memory.trained_bytes(size, level, config.train.optimizer),
-    }
-    if config.reward.scores:
-        decode = sum(value for name, value in decoding.items() if name != "VAE")
-        found["decode"] = decode * config.reward.decode_at_once
-    return found
 
 
 @functools.lru_cache(maxsize=2)
@@ -251,18 +212,16 @@ def _outline(transformer: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=1)
-def _t5_outline(config: str) -> nn.Module:
+def _t5_outline(class_name: str, config: str) -> nn.Module:
     """Return T5 in the same way."""
-    return empty_encoder(T5, json.loads(config))
+    return empty_encoder(class_name, json.loads(config))
 
 
-def _sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
+def sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
     """Return the width of the hidden states, and the number of tokens of an image."""
     side = config.data.resolution or shape.native_resolution
-    transformer = shape.transformer.config
-    patch = reduction(shape.vae.config) * transformer["patch_size"]
-    width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    return width, (side // patch) ** 2
+    own = shape.family.denoiser.shape(shape.transformer.config)
+    return own.width, (side // (reduction(shape.vae.config) * own.latents)) ** 2
 
 
 def _sampling(
@@ -292,14 +251,16 @@ def _largest_encoder(
     """Return the largest text encoder, with the temporary tensors of reading it: only one is loaded
     at a time.
     """
-    t5 = shape.encoders.get(T5)
+    texts = shape.family.texts
+    t5 = shape.encoders.get(texts.t5 or "")
     mode = pipeline.t5_mode_of(config, None if t5 is None else t5.nbytes)
     sizes: dict[str, float] = {}
-    for name in (CLIP_L, CLIP_G, *((T5,) if mode != "none" else ())):
-        part = shape.encoders[name]
+    for name, part in shape.encoders.items():
+        if name == texts.t5 and mode == "none":
+            continue
         reading = memory.reading_bytes(part.entries, runtime.dtype, runtime.device.type, 0)
-        if name == T5 and mode == "nf4":
-            empty = _t5_outline(json.dumps(part.config, sort_keys=True))
+        if name == texts.t5 and mode == "nf4":
+            empty = _t5_outline(texts.classes[name], json.dumps(part.config, sort_keys=True))
             weights = ModelSize.of(empty, Quantization(), runtime.dtype).weights
         else:
             weights = memory.stored_bytes(part.entries, runtime.dtype)

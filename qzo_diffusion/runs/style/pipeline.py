@@ -13,18 +13,27 @@ from torch import nn
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.devices import choose_device, choose_dtype
-from qzo_diffusion.diffusion import memory, sd3, text_encoders, vae
+from qzo_diffusion.diffusion import memory, text_encoders, vae
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
+from qzo_diffusion.diffusion.families.family import Family
+from qzo_diffusion.diffusion.model_folder import (
+    check_model_folder,
+    family_of_folder,
+    load_scheduler,
+    native_resolution,
+)
+from qzo_diffusion.diffusion.objectives import Objective, with_min_snr
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, check_shape, read_shape
+from qzo_diffusion.diffusion.prompt_encoder import PromptEncoder
 from qzo_diffusion.diffusion.prompts import Prompt
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
-from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build, hub
@@ -62,7 +71,32 @@ def find_runtime(config: Config) -> Runtime:
 def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Parametrization]:
     """Load the 4-bit transformer, its live scales, and theta, all as they are before a run."""
     transformer = quantized_transformer(config, runtime.folder, runtime.device, runtime.dtype)
-    return transformer, *build.scales_and_theta(config, transformer)
+    own_patch = family_of(config, runtime.folder).denoiser.own_patch
+    return transformer, *build.scales_and_theta(config, transformer, own_patch=own_patch)
+
+
+def family_of(config: Config, folder: Path) -> Family:
+    """Return the family of a run's model: the one that the settings name, or that its folder or its
+    single file states.
+
+    Raises:
+        ConfigError: no family has the name that the settings give.
+        ModelError: the model is of no known family.
+    """
+    file = Path(config.model)
+    return family_of_folder(folder, config.family, file if file.is_file() else None)
+
+
+def objective_of(config: Config, folder: Path) -> Objective:
+    """Return the objective that a model was trained with, weighted as the settings say.
+
+    Raises:
+        ConfigError: it has no such weights.
+        ModelError: the scheduler's config is damaged.
+    """
+    family = family_of(config, folder)
+    objective = family.objective(load_scheduler(folder, family))
+    return with_min_snr(objective, config.sigma.min_snr)
 
 
 def check_model(config: Config, folder: Path) -> PipelineShape:
@@ -71,12 +105,21 @@ def check_model(config: Config, folder: Path) -> PipelineShape:
     Raises:
         ModelError: see above.
     """
-    place = transformer_place(config, folder)
-    elsewhere = ("transformer",) if place != folder / "transformer" else ()
-    t5 = ("text_encoder_3", "tokenizer_3") if config.text.t5 == "none" else ()
-    sd3.check_model_folder(folder, without=(*elsewhere, *t5))
-    shape = read_shape(folder, place, with_t5=not t5)
+    place, family = transformer_place(config, folder), family_of(config, folder)
+    own = family.denoiser.part
+    elsewhere = (own,) if place != folder / own else ()
+    with_t5 = config.text.t5 != "none"
+    if not with_t5 and family.texts.t5 and not family.texts.t5_optional:
+        raise ConfigError(
+            f"text.t5=none with a model of {family.title}",
+            "auto, nf4 or full: its prompts are T5's",
+            "leave text.t5 out",
+        )
+    without = () if with_t5 or family.texts.t5 is None else family.texts.of_part(family.texts.t5)
+    check_model_folder(folder, family, without=(*elsewhere, *without))
+    shape = read_shape(folder, family, place, with_t5=with_t5)
     check_shape(shape, folder)
+    objective_of(config, folder)
     return shape
 
 
@@ -84,7 +127,8 @@ def shape_of(config: Config, runtime: Runtime) -> PipelineShape:
     """Return the shape of a run's pipeline. Raises ModelError for damaged configs or headers."""
     if runtime.shape is not None:
         return runtime.shape
-    return read_shape(runtime.folder, transformer_place(config, runtime.folder))
+    family = family_of(config, runtime.folder)
+    return read_shape(runtime.folder, family, transformer_place(config, runtime.folder))
 
 
 def transformer_place(config: Config, folder: Path) -> Path:
@@ -93,7 +137,9 @@ def transformer_place(config: Config, folder: Path) -> Path:
     """
     if config.transformer is not None:
         return Path(config.transformer)
-    return Path(config.model) if Path(config.model).is_file() else folder / "transformer"
+    if Path(config.model).is_file():
+        return Path(config.model)
+    return folder / family_of(config, folder).denoiser.part
 
 
 def choose_model(name: str) -> tuple[Path, str]:
@@ -154,12 +200,11 @@ def least_memory(folder: Path, device: torch.device) -> float:
     Raises:
         ModelError: its transformer is not whole.
     """
-    found, dtype, quant = (
-        find_transformer(folder / "transformer"),
-        choose_dtype("auto", device),
-        Config().quant,
-    )
-    size = memory.ModelSize.of(empty_transformer(found.config), build.quantization(quant), dtype)
+    config, dtype = Config(), choose_dtype("auto", device)
+    family = family_of(config, folder)
+    found = find_transformer(folder / family.denoiser.part, family)
+    how = build.quantization(config.quant, family.denoiser.skip)
+    size = memory.ModelSize.of(empty_transformer(found.config), how, dtype)
     return memory.least_bytes(size, found.entries, dtype, device.type)
 
 
@@ -172,20 +217,10 @@ def shipped_prompts(folder: Path, use: Literal["grid", "score"]) -> str:
     return f"tiny_{use}.txt" if is_tiny(folder) else f"{use}.txt"
 
 
-def default_scorer(folder: Path) -> str:
-    """Return the name of the scorer that suits the model."""
-    return EMBEDDED if is_tiny(folder) else DEFAULT_SCORER
-
-
-def resolve_model_(config: Config, folder: Path) -> None:
-    """Name the model that `auto` chose, so that a run goes on with the same one."""
-    if config.model == "auto":
-        config.model = "tiny" if is_tiny(folder) else hub.BIG_MODEL
-
-
-def resolve_sampling_(config: Config, folder: Path) -> None:
+def resolve_sampling_(config: Config, family: Family, folder: Path) -> None:
     """Fill in the steps and the guidance that suit the model, unless the user set them."""
-    steps, guidance = (16, 2.0) if is_tiny(folder) else (28, 4.5)
+    own = family.sampling
+    steps, guidance = (16, 2.0) if is_tiny(folder) else (own.steps, own.guidance)
     config.sample.steps = config.sample.steps or steps
     if config.sample.guidance is None:
         config.sample.guidance = guidance
@@ -197,15 +232,16 @@ def sampler(
     transformer: nn.Module,
     vae: Any,
     prompts: Sequence[Prompt],
-    encoded: Mapping[str, sd3.EncodedPrompt],
+    encoded: Mapping[str, EncodedPrompt],
 ) -> Sampler:
     """Return a sampler of square images, at the run's resolution or the model's own."""
-    folder = runtime.folder
-    resolve_sampling_(config, folder)
-    side, settings = config.data.resolution or sd3.native_resolution(folder), config.sample
+    folder, family = runtime.folder, family_of(config, runtime.folder)
+    resolve_sampling_(config, family, folder)
+    side, settings = config.data.resolution or native_resolution(folder, family), config.sample
     return Sampler(
+        family,
         transformer,
-        sd3.load_scheduler(folder),
+        load_scheduler(folder, family),
         vae,
         [encoded[prompt.text] for prompt in prompts],
         [
@@ -225,18 +261,21 @@ def sampler(
 
 def prompt_encoder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
-) -> sd3.PromptEncoder:
+) -> PromptEncoder:
     """Return an encoder of prompts, which loads T5 as `text.t5` says.
 
     A 4-bit copy of T5 is kept for new prompts.
     """
-    mode = t5_mode(config, folder)
+    family = family_of(config, folder)
+    mode = t5_mode(config, folder, family)
 
     def load(part: str) -> nn.Module:
-        if part != text_encoders.T5 or mode != "nf4":
-            return text_encoders.load_text_encoder(folder, part, dtype=dtype, device=device)
+        kind = family.texts.classes[part]
+        if part != family.texts.t5 or mode != "nf4":
+            return text_encoders.load_text_encoder(folder, part, kind, dtype=dtype, device=device)
         source = Source(
-            read_entries(folder / part), lambda: text_encoders.empty_text_encoder(folder, part)
+            read_entries(folder / part),
+            lambda: text_encoders.empty_text_encoder(folder, part, kind),
         )
         return text_encoders.ready(
             load_quantized(
@@ -248,9 +287,10 @@ def prompt_encoder(
             )
         )
 
-    return sd3.PromptEncoder(
+    return PromptEncoder(
         folder,
         tensor_cache(config),
+        family=family,
         device=device,
         dtype=dtype,
         t5_tokens=config.text.t5_tokens,
@@ -259,10 +299,10 @@ def prompt_encoder(
     )
 
 
-def t5_mode(config: Config, folder: Path) -> Literal["nf4", "full", "none"]:
-    size = None
-    if config.text.t5 == "auto" and text_encoders.has_part(folder, text_encoders.T5):
-        size = sum(entry.nbytes for entry in read_entries(folder / text_encoders.T5).values())
+def t5_mode(config: Config, folder: Path, family: Family) -> Literal["nf4", "full", "none"]:
+    size, part = None, family.texts.t5
+    if part is not None and config.text.t5 == "auto" and text_encoders.has_part(folder, part):
+        size = sum(entry.nbytes for entry in read_entries(folder / part).values())
     return t5_mode_of(config, size)
 
 
@@ -279,6 +319,7 @@ def load_vae(config: Config, folder: Path, device: torch.device) -> Any:
     compute = config.compute
     return vae.load_vae(
         folder,
+        family_of(config, folder),
         choose_device(compute.vae_device) if compute.vae_device else device,
         tile=compute.vae_tile,
     )
@@ -302,11 +343,12 @@ def quantized_transformer(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """Load the 4-bit transformer for tuning and sampling. Raises ModelError."""
-    found = find_transformer(transformer_place(config, folder))
+    family = family_of(config, folder)
+    found = find_transformer(transformer_place(config, folder), family)
     source = Source(found.entries, lambda: empty_transformer(found.config))
     return load_quantized(
         source,
-        build.quantization(config.quant),
+        build.quantization(config.quant, family.denoiser.skip),
         dtype=dtype,
         device=device,
         cache=build.copies_folder(config),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import with_whole_paths
@@ -15,7 +16,8 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probing import Probing
-from qzo_diffusion.diffusion.flow_matching import velocity_loss
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.families.family import Family, model_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
 from qzo_diffusion.diffusion.prompts import Prompts
@@ -26,16 +28,23 @@ from qzo_diffusion.diffusion.style_folder import (
     summary,
 )
 from qzo_diffusion.diffusion.trigger import Trigger, find_trigger
-from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs import build, hub, provenance
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
-from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.checks import check_sizes, check_words, warn_of_distilled
 from qzo_diffusion.runs.style.levels import for_samples
-from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-from qzo_diffusion.runs.style.prior import PriorSource, find_prior
+from qzo_diffusion.runs.style.prior import (
+    DrawnPrior,
+    PriorSource,
+    drawing_key,
+    find_prior,
+    latents_of_files,
+    seeded,
+)
+from qzo_diffusion.runs.style.prior_examples import PriorExamples
 from qzo_diffusion.runs.style.samples import (
     Pictures,
     chosen_prompts,
@@ -77,6 +86,12 @@ class StylePlan:
     @property
     def runtime(self) -> pipeline.Runtime:
         return pipeline.Runtime(self.model_folder, self.device, self.dtype, self.shape)
+
+    @property
+    def family(self) -> Family:
+        if self.shape is not None:
+            return self.shape.family
+        return pipeline.family_of(self.config, self.model_folder)
 
     @property
     def name(self) -> str:
@@ -144,7 +159,7 @@ class StylePlan:
 
     def load(self, ranks: Ranks) -> Components:
         """Encode the data, free the encoders, load and quantize the transformer."""
-        config, device, dtype = self.config, self.device, self.dtype
+        config, device, dtype, family = self.config, self.device, self.dtype, self.family
         if ranks.world > 1 and not self.has_journal:
             raise ConfigError(
                 f"method {config.method} on {ranks.world} processes",
@@ -160,10 +175,9 @@ class StylePlan:
         if ranks.first:
             ranks.wait()
         transformer, scales, theta = pipeline.load_base(config, self.runtime)
-        sampled = for_samples(config, transformer, scales)
+        sampled = for_samples(config, family, transformer, scales)
         set_initial_(config, transformer, scales)
-        base = build.fingerprints(transformer, scales)
-        drawn = drawn_prior(config, self.prior, self.runtime, ranks, transformer, base, encoded)
+        drawn = self._drawn_prior(ranks, transformer, scales, encoded)
         optimizer, take_step = (
             (build.optimizer(config), None)
             if self.has_journal
@@ -188,19 +202,61 @@ class StylePlan:
             scales=scales,
             theta=theta,
             optimizer=optimizer,
-            objective=lambda batch: velocity_loss(transformer, batch, dtype),
+            objective=lambda batch: model_loss(family, transformer, batch, dtype),
             batches=style_data.TrainingBatches(
                 config,
                 self.style.train,
                 encoded,
                 device,
                 ranks,
-                prior_examples(config, self.prior, transformer, dtype, encoded, drawn),
+                self._prior_examples(transformer, encoded, drawn),
             ),
-            header=journal_header(config, config.examples, *base)
+            header=journal_header(config, config.examples, *build.fingerprints(transformer, scales))
             | ({} if config.init_from is None else {"init_from": config.init_from}),
             callbacks=pictures,
             take_step=take_step,
+        )
+
+    def _drawn_prior(
+        self,
+        ranks: Ranks,
+        transformer: nn.Module,
+        scales: ScaleSet,
+        encoded: style_data.Encoded,
+    ) -> DrawnPrior | None:
+        """Draw the prior's pictures, on the first rank before the others, which may find them in
+        the cache.
+        """
+        if self.prior is None or self.prior.prompts is None:
+            return None
+        if not ranks.first:
+            ranks.wait()
+        config, runtime = seeded(self.config), self.runtime
+        prompts, texts = self.prior.prompts.prompts, encoded.prompts
+        sampler = pipeline.sampler(config, runtime, transformer, encoded.vae, prompts, texts)
+        base = build.fingerprints(transformer, scales)
+        key = drawing_key(config, self.prior, runtime, base, texts)
+        drawn = DrawnPrior(self.prior, sampler, pipeline.tensor_cache(config), key)
+        if ranks.first:
+            ranks.wait()
+        return drawn
+
+    def _prior_examples(
+        self, transformer: nn.Module, encoded: style_data.Encoded, drawn: DrawnPrior | None
+    ) -> PriorExamples | None:
+        if self.prior is None:
+            return None
+        latents = (
+            latents_of_files(self.prior.files, encoded.latents.by_key)
+            if drawn is None
+            else drawn.latents
+        )
+        return PriorExamples(
+            self.config,
+            self.prior.samples,
+            latents,
+            encoded,
+            lambda batch: self.family.denoiser.predict(transformer, batch, self.dtype),
         )
 
 
@@ -212,11 +268,9 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     """
     if config.data.style_dir is None:
         raise ConfigError(
-            "no style folder and no reward",
-            "a folder of images, or a score of pictures",
-            "pass --style-dir DIR, or --reward NAME with --prompts FILE",
+            "no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir"
         )
-    folder, shape = model_of(config, dry_run)
+    folder, shape = _model(config, dry_run)
     device = devices.choose_device(config.compute.device)
     resolution = config.data.resolution or shape.native_resolution
     images = resources.find_file(config.data.style_dir, "demo_images")
@@ -244,20 +298,24 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     default = pipeline.shipped_prompts(folder, "grid")
     trigger = find_trigger([sample.caption for sample in style.samples], config.data.trigger)
     prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
+    warn_of_distilled(shape, config.model)
     check_sizes(shape, resolution, style)
-    check_words(config, folder, prompts, style)
+    check_words(config, shape.family, folder, prompts, style)
     prior = find_prior(config, folder, resolution, style)
     if prior is not None:
         check_sizes(shape, resolution, prior.folder)
-        check_words(config, folder, prior.prompts or Prompts([]), prior.folder)
+        check_words(config, shape.family, folder, prior.prompts or Prompts([]), prior.folder)
     pipeline.tensor_cache(config).check()
     resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
-    pipeline.resolve_sampling_(resolved, folder)
+    pipeline.resolve_sampling_(resolved, shape.family, folder)
+    if resolved.quant.skip is None:
+        resolved.quant.skip = list(shape.family.denoiser.skip)
     resolved.data.style_dir = str(images.resolve())
     resolved.data.validation_dir = str(held_out.resolve()) if held_out else None
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
-    pipeline.resolve_model_(resolved, folder)
+    if config.model == "auto":
+        resolved.model = "tiny" if pipeline.is_tiny(folder) else hub.BIG_MODEL
     plan = StylePlan(
         resolved,
         folder,
@@ -274,7 +332,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     return plan
 
 
-def model_of(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
+def _model(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
     """Return the model's folder and shape.
 
     A dry run may take the known shape of a published model whose weights are missing.

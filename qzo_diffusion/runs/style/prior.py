@@ -16,8 +16,9 @@ from tqdm import tqdm
 from qzo_diffusion import resources
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import DataError, ModelError, OutputError
-from qzo_diffusion.diffusion import sd3
 from qzo_diffusion.diffusion.cache import TensorCache
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
+from qzo_diffusion.diffusion.model_folder import fingerprint_of_files
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler, grid, save_picture
@@ -134,7 +135,7 @@ def drawing_key(
     source: PriorSource,
     runtime: pipeline.Runtime,
     base: tuple[str, str],
-    encoded: Mapping[str, sd3.EncodedPrompt],
+    encoded: Mapping[str, EncodedPrompt],
 ) -> dict[str, str | int | float | bool]:
     """Return everything that the drawn pictures depend on, for the cache.
 
@@ -154,7 +155,7 @@ def drawing_key(
         "codes": base[0],
         "scales": base[1],
         "texts": fingerprint((f"{at:06d}", encoded[text].embeds) for at, text in enumerate(texts)),
-        "scheduler": sd3.fingerprint_of_files(runtime.folder, ("scheduler",)),
+        "scheduler": fingerprint_of_files(runtime.folder, ("scheduler",)),
         "activations": config.quant.activations,
         "dtype": str(runtime.dtype),
         "side": source.samples[0].width,

@@ -1,4 +1,4 @@
-"""Examples of the prior, whose target is the velocity that the base predicts."""
+"""Examples of the prior, whose target is the number that the base predicts."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,8 +9,7 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.noise import derive_key, torch_generator
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.sample import Sample
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt
-from qzo_diffusion.runs.style.examples import make_batch, training_levels
+from qzo_diffusion.runs.style.examples import Texts, make_batch, training_levels
 from qzo_diffusion.train.batch_plan import BatchPlan
 
 
@@ -19,7 +18,7 @@ class PriorExamples:
 
     Args:
         latents: [C, h, w] on the CPU, by the samples' ids.
-        base: the base's velocity [B, C, h, w] at a batch's noisy inputs. It is called outside of
+        base: the base's prediction [B, C, h, w] at a batch's noisy inputs. It is called outside of
             any probe, where the live scales are those that the run began with.
     """
 
@@ -28,11 +27,11 @@ class PriorExamples:
         config: Config,
         samples: Sequence[Sample],
         latents: Mapping[str, Tensor],
-        prompts: dict[str, EncodedPrompt],
+        encoded: Texts,
         base: Callable[[Batch], Tensor],
     ) -> None:
         self._config, self._samples, self._latents = config, samples, latents
-        self._prompts, self._base = prompts, base
+        self._encoded, self._base = encoded, base
         self._plan = BatchPlan(
             [(at, latents[sample.id].shape) for at, sample in enumerate(samples)],
             batch_size=len(self),
@@ -51,7 +50,7 @@ class PriorExamples:
         noise = torch.randn(latents.shape, generator=generator)
         sigma = training_levels(self._config, len(chosen), generator)
         captions = [sample.caption for sample in chosen]
-        batch = make_batch(self._prompts, captions, latents, noise, sigma)
+        batch = make_batch(self._encoded, captions, latents, noise, sigma)
         return batch.weighted(self._config.prior.weight)
 
     @torch.no_grad()

@@ -36,6 +36,7 @@ class SampleRequest:
 
     output_dir: Path
     model: str | None = None
+    family: str | None = None
     run: Path | None = None
     strength: float = 1.0
     tuned_between: Sequence[float] | None = None
@@ -79,7 +80,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     report_reading(prompts)
     shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
-    check_words(config, folder, prompts)
+    check_words(config, shape.family, folder, prompts)
     pipeline.tensor_cache(config).check()
     encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(
         [*prompts.texts, *prompts.negatives, config.sample.negative_prompt]
@@ -87,7 +88,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     vae = pipeline.load_vae(config, folder, device)
     drop_encoder_(vae)
     transformer, scales, _ = pipeline.load_base(config, runtime)
-    sampled = for_samples(config, transformer, scales)
+    sampled = for_samples(config, shape.family, transformer, scales)
     if tuned is not None:
         apply_(transformer, scales, [(tuned, request.strength)])
     sampler = pipeline.sampler(config, runtime, sampled, vae, prompts.prompts, encoded)
@@ -134,6 +135,7 @@ def _config_of(request: SampleRequest) -> Config:
     config = with_levels(config, request.tuned_between)
     if request.model is not None:
         config.model = request.model
+    config.family = request.family or config.family
     if isinstance(request.prompts, str):
         config.sample.prompts = request.prompts
     for name in ("seed", "steps", "guidance", "negative_prompt"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qzo_diffusion.diffusion import text_encoders
+from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.resources import tiny_model
 from tests.runs.style.full_size import CLIP_G, CLIP_L, LARGE, MEDIUM, T5, hollow
@@ -48,7 +49,7 @@ def pipelines(tmp_path_factory):
         }.items():
             (place / part).mkdir()
             (place / part / "config.json").write_text(json.dumps(settings))
-            model = text_encoders.empty_text_encoder(place, part)
+            model = text_encoders.empty_text_encoder(place, part, SD3.texts.classes[part])
             shutil.rmtree(place / part)
             hollow(place / part, settings, lambda model=model: model)
     return {json.dumps(LARGE): root / "large", json.dumps(MEDIUM): root / "medium"}

@@ -13,9 +13,10 @@ import torch
 
 from qzo_diffusion import devices
 from qzo_diffusion.cli import main
-from qzo_diffusion.config.files import load_config, make_config, read_yaml
+from qzo_diffusion.config.files import load_config, make_config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import memory
+from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.pipeline_shape import known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
@@ -49,7 +50,6 @@ PRESETS = {
     "sd35_large_24gb": LARGE,
     "sd35_medium": MEDIUM,
     "sd35_large_paper": LARGE,
-    "sd35_turbo_reward": LARGE,
 }
 
 
@@ -60,7 +60,7 @@ def test_presets_build_the_real_architecture(preset):
     assert ("medium" in preset) == ("medium" in config.model)
     model = empty_transformer(shape)
     count = sum(parameter.numel() for parameter in model.parameters())
-    chosen = dict(linears_to_quantize(model, config.quant.skip, config.quant.blocksize))
+    chosen = dict(linears_to_quantize(model, SD3.denoiser.skip, config.quant.blocksize))
     if shape is LARGE:
         assert count == 8_056_627_520
         assert {name.split(".")[0] for name in chosen} == {"transformer_blocks"}
@@ -85,26 +85,6 @@ def test_presets_fit_what_their_header_says(pipelines, preset, gigabytes):
     assert plan.peak < 0.95e9 * gigabytes, plan.describe()
 
 
-def test_the_plan_of_rewards_counts_the_decoder_and_the_scorer(pipelines):
-    """PickScore is a CLIP with ViT-H/14: 986 million numbers in fp32, planned before it is here."""
-    settings = read_yaml(shipped("configs") / "sd35_turbo_reward.yaml")
-    settings["reward"] |= {"scores": ["preference:pickscore"], "second": "none"}
-    config = make_config(settings)
-    runtime = pipeline.Runtime(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
-    plan = planning.memory_plan(config, runtime, images=0, prompts=30)
-    parts = next(phase for phase in plan.phases if phase.name == "train").parts
-    assert parts["scorers"] == pytest.approx(4 * 986e6, rel=0.01)
-    one = memory.vae_bytes(known_shape(config.model).vae.config, "decode", 512, 512, 512)
-    assert parts["decode"] == 2 * one
-    assert plan.peak < 0.95e9 * 24, plan.describe()
-    guided = make_config({**settings, "reward": settings["reward"] | {"guidance": 4.5}})
-    other = planning.memory_plan(guided, runtime, images=0, prompts=30)
-    more = next(phase for phase in other.phases if phase.name == "train").parts
-    rows = config.train.micro_batch_size
-    assert more["forward"] > parts["forward"]
-    assert rows == 8
-
-
 def test_the_plan_counts_what_the_tensors_have(pipelines):
     """From the facts of the architecture: 8,053,694,464 weights in 4 bits less those that are
     skipped, and a scale for each 64.
@@ -113,9 +93,7 @@ def test_the_plan_counts_what_the_tensors_have(pipelines):
     weights = next(phase for phase in plan.phases if phase.name == "train").parts["weights"]
     quantized = sum(
         linear.weight.numel()
-        for _, linear in linears_to_quantize(
-            empty_transformer(LARGE), make_config({}).quant.skip, 64
-        )
+        for _, linear in linears_to_quantize(empty_transformer(LARGE), SD3.denoiser.skip, 64)
     )
     skipped = 8_056_627_520 - quantized + 192 * 192 * 2432
     assert weights == quantized / 2 + quantized / 64 * 4 + skipped * 2

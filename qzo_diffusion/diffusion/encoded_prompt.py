@@ -1,0 +1,27 @@
+"""A prompt as a denoiser takes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """An encoded prompt: embeds [T, D], and pooled [P], where P is 0 if a family has none.
+
+    tokens: the longest count over the tokenizers.
+    """
+
+    embeds: Tensor
+    pooled: Tensor
+    tokens: int
+    truncated: bool
+
+
+def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
+    """Return prompt_embeds [B, T, D] and pooled [B, P] of B prompts."""
+    return torch.stack([one.embeds for one in encoded]), torch.stack(
+        [one.pooled for one in encoded]
+    )

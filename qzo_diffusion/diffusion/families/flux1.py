@@ -1,0 +1,184 @@
+"""FLUX.1: dev, which takes guidance as an input, and schnell, which is distilled to few steps.
+
+The transformer takes latents in squares of 2x2 as one token of 64 numbers, with the place of each
+token, and sigma itself as time. CLIP-L gives the pooled prompt, T5 the tokens.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.families.family import (
+    Config,
+    Denoiser,
+    Encoders,
+    Family,
+    Hub,
+    Sampling,
+    Shape,
+    Texts,
+)
+from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
+from qzo_diffusion.diffusion.families.flux1_models import PUBLISHED
+from qzo_diffusion.diffusion.flow_matching import Batch
+from qzo_diffusion.diffusion.objectives import FLOW
+from qzo_diffusion.diffusion.text_encoders import clip_pooled, longest, t5_states
+
+CLIP, T5 = "text_encoder", "text_encoder_2"
+T5_TOKENS = 512
+TIMES = 1000  # the scheduler's time at noise level 1
+SIDE = 2  # latents along a side of a token
+TRAINED_GUIDANCE = 1.0  # diffusers' scripts train with it; pictures are drawn with 3.5
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Return latents [B, C, h, w] as tokens [B, h · w / 4, 4 · C], row by row."""
+    return F.pixel_unshuffle(latents, SIDE).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """Return tokens [B, rows · columns, 4 · C] as latents [B, C, 2 · rows, 2 · columns]."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), SIDE)
+
+
+def places(rows: int, columns: int) -> Tensor:
+    """Return the place (0, row, column) of each token, [rows · columns, 3]."""
+    return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
+
+
+def predict(denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    noisy = batch.noisy.to(dtype)
+    rows, columns = noisy.shape[-2] // SIDE, noisy.shape[-1] // SIDE
+    embeds = batch.prompt_embeds.to(dtype)
+    guidance = None
+    if denoiser.config.guidance_embeds:
+        guidance = torch.full((len(batch),), TRAINED_GUIDANCE, device=noisy.device)
+    velocity = denoiser(
+        hidden_states=packed(noisy),
+        # rounded as the pipeline rounds it
+        timestep=(TIMES * batch.sigma).to(dtype) / TIMES,
+        guidance=guidance,
+        pooled_projections=batch.pooled.to(dtype),
+        encoder_hidden_states=embeds,
+        txt_ids=embeds.new_zeros(embeds.shape[1], 3),
+        img_ids=places(rows, columns).to(noisy),
+        return_dict=False,
+    )[0]
+    return unpacked(velocity, rows, columns).float()
+
+
+def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+    pooled = encoders.run(CLIP, lambda encoder, own: clip_pooled(encoder, own, prompts))
+    # CLIP's tokenizer may cut a prompt: its pooled state is a summary, and T5 reads the whole
+    tokenizer = encoders.tokenizer(T5)
+    length = encoders.t5_tokens or min(T5_TOKENS, tokenizer.model_max_length)
+    t5 = encoders.run(T5, lambda encoder, own: t5_states(encoder, own, prompts, length))
+    return [
+        {"embeds": of_t5, "pooled": of_clip, "tokens": longest(prompt, [(tokenizer, length)])}
+        for prompt, of_clip, of_t5 in zip(prompts, pooled, t5, strict=True)
+    ]
+
+
+def widths(denoiser: Config, encoders: Mapping[str, Config]) -> list[tuple[str, Any, Any]]:
+    return [
+        (
+            "pooled prompts",
+            encoders[CLIP].get("hidden_size", 512),
+            denoiser["pooled_projection_dim"],
+        ),
+        ("prompts", encoders[T5].get("d_model", 512), denoiser["joint_attention_dim"]),
+    ]
+
+
+def shape(config: Config) -> Shape:
+    return Shape(
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        latents=SIDE,
+        text_width=config["joint_attention_dim"],
+        channels=config["in_channels"] // SIDE**2,
+    )
+
+
+def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
+    from diffusers import FluxPipeline
+
+    return FluxPipeline(scheduler, vae, None, None, None, None, denoiser)
+
+
+def arguments(
+    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
+) -> dict[str, Any]:
+    """Guidance is an input of the model, so negatives have no place."""
+    embeds, pooled = stack_prompts(prompts)
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def drawn(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
+    side = SIDE * pipeline.vae_scale_factor
+    return unpacked(latents, height // side, width // side)
+
+
+def shift(scheduler: Any, tokens: int) -> float:
+    """Return the time shift, which grows with the number of tokens where the scheduler says so."""
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return float(config.shift)
+    low, high = config.base_image_seq_len, config.max_image_seq_len
+    slope = (config.max_shift - config.base_shift) / (high - low)
+    return math.exp(config.base_shift + slope * (tokens - low))
+
+
+FLUX1 = Family(
+    name="flux1",
+    title="FLUX.1",
+    denoiser=Denoiser(
+        part="transformer",
+        class_name="FluxTransformer2DModel",
+        # proj_out is quantized: diffusers would leave those of single blocks out as well
+        skip=("time_text_embed", "context_embedder", "x_embedder", "norm_out"),
+        token_wise=("attn.to_q", "attn.to_out", "ff.net"),
+        joint=("single_transformer_blocks.",),
+        sample_size=128,
+        shape=shape,
+        predict=predict,
+        level=lambda options: float(options["timestep"].flatten()[0]),
+        layout=FLUX1_LAYOUT,
+        distilled=lambda config: not config.get("guidance_embeds"),
+    ),
+    texts=Texts(
+        classes={CLIP: "CLIPTextModel", T5: "T5EncoderModel"},
+        encode=encode,
+        widths=widths,
+        clip_tokens=0,
+        t5=T5,
+        t5_tokens=T5_TOKENS,
+    ),
+    sampling=Sampling(
+        pipelines=("FluxPipeline",),
+        schedulers=("FlowMatchEulerDiscreteScheduler",),
+        steps=28,
+        guidance=3.5,
+        pipeline=pipeline,
+        arguments=arguments,
+        shift=shift,
+        unpacked=drawn,
+        twice=False,
+    ),
+    vae_factors=("scaling_factor", "shift_factor"),
+    objective=lambda scheduler: FLOW,
+    hub=Hub(
+        ids=r"flux\.?-?1",
+        gated=("black-forest-labs/FLUX.1-dev",),
+        twice=("flux1-*.safetensors", "ae.safetensors"),
+        nbytes=34e9,
+    ),
+    architecture=lambda config: "flux-1-dev" if config.get("guidance_embeds") else "flux-1-schnell",
+    source="https://github.com/black-forest-labs/flux",
+    gguf=("flux",),
+    published=PUBLISHED,
+)

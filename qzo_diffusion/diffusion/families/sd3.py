@@ -1,0 +1,172 @@
+"""Stable Diffusion 3 and 3.5.
+
+Prompt embeddings are exactly those of diffusers' pipeline. 77 tokens of CLIP-L and OpenCLIP-G stand
+side by side (the last but one hidden state), padded with zeros to T5's width. T5's tokens follow,
+or zeros without T5.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.families.family import (
+    Config,
+    Denoiser,
+    Encoders,
+    Family,
+    Hub,
+    Sampling,
+    Shape,
+    Texts,
+)
+from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
+from qzo_diffusion.diffusion.families.sd3_models import PUBLISHED
+from qzo_diffusion.diffusion.flow_matching import Batch
+from qzo_diffusion.diffusion.objectives import FLOW
+from qzo_diffusion.diffusion.text_encoders import clip_states, longest, t5_states
+
+CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
+TIMES = 1000  # the model's time input at noise level 1
+T5_TOKENS = 256
+T5_WIDTH = 4096
+# (width, layers) -> the name in modelspec's list of architectures
+ARCHITECTURES = {
+    (2432, 38): "stable-diffusion-3-5-large",
+    (1536, 24): "stable-diffusion-3-5-medium",
+}
+
+
+def predict(denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+    velocity: Tensor = denoiser(
+        hidden_states=batch.noisy.to(dtype),
+        timestep=TIMES * batch.sigma,
+        encoder_hidden_states=batch.prompt_embeds.to(dtype),
+        pooled_projections=batch.pooled.to(dtype),
+        return_dict=False,
+    )[0]
+    return velocity.float()
+
+
+def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+    clip_l, clip_g = (
+        encoders.run(part, lambda encoder, tokenizer: clip_states(encoder, tokenizer, prompts))
+        for part in (CLIP_L, CLIP_G)
+    )
+    if encoders.t5 == "none":
+        length = encoders.t5_tokens or T5_TOKENS
+        width = encoders.width(((T5, "d_model"), ("transformer", "joint_attention_dim")), T5_WIDTH)
+        t5, limits = [torch.zeros(length, width, dtype=encoders.dtype)] * len(prompts), []
+    else:
+        tokenizer = encoders.tokenizer(T5)
+        length = encoders.t5_tokens or min(T5_TOKENS, tokenizer.model_max_length)
+        t5 = encoders.run(T5, lambda encoder, own: t5_states(encoder, own, prompts, length))
+        limits = [(tokenizer, length)]
+    clip_tokenizer = encoders.tokenizer(CLIP_L)
+    limits = [(clip_tokenizer, clip_tokenizer.model_max_length), *limits]
+    return [
+        {
+            "embeds": put_together(of_l[0], of_g[0], of_t5),
+            "pooled": torch.cat([of_l[1], of_g[1]]),
+            "tokens": longest(prompt, limits),
+        }
+        for prompt, of_l, of_g, of_t5 in zip(prompts, clip_l, clip_g, t5, strict=True)
+    ]
+
+
+def put_together(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
+    """Join [77, 768], [77, 1280] and [T, 4096] to prompt_embeds [77 + T, 4096]."""
+    clip = torch.cat([clip_l, clip_g], dim=-1)
+    return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5])
+
+
+def widths(denoiser: Config, encoders: Mapping[str, Config]) -> list[tuple[str, Any, Any]]:
+    pooled = sum(encoders[part].get("projection_dim", 512) for part in (CLIP_L, CLIP_G))
+    pairs = [("pooled prompts", pooled, denoiser["pooled_projection_dim"])]
+    if T5 in encoders:
+        width = encoders[T5].get("d_model", 512)
+        pairs.append(("prompts", width, denoiser["joint_attention_dim"]))
+    return pairs
+
+
+def shape(config: Config) -> Shape:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return Shape(width, config["patch_size"], config["joint_attention_dim"], config["in_channels"])
+
+
+def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    return StableDiffusion3Pipeline(denoiser, scheduler, vae, None, None, None, None, None, None)
+
+
+def arguments(
+    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
+) -> dict[str, Any]:
+    embeds, pooled = stack_prompts(prompts)
+    negative_embeds, negative_pooled = stack_prompts(negatives)
+    return {
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative_embeds,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
+def architecture(config: Config) -> str:
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return ARCHITECTURES.get((width, config["num_layers"]), "stable-diffusion-3")
+
+
+SD3 = Family(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    denoiser=Denoiser(
+        part="transformer",
+        class_name="SD3Transformer2DModel",
+        # 0.5 % of the weights, and the ones that hurt when quantized
+        skip=("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out"),
+        token_wise=("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net"),
+        sample_size=128,
+        shape=shape,
+        predict=predict,
+        level=lambda options: float(options["timestep"].flatten()[0]) / TIMES,
+        layout=SD3_LAYOUT,
+    ),
+    texts=Texts(
+        classes={
+            CLIP_L: "CLIPTextModelWithProjection",
+            CLIP_G: "CLIPTextModelWithProjection",
+            T5: "T5EncoderModel",
+        },
+        encode=encode,
+        widths=widths,
+        t5=T5,
+        t5_optional=True,
+        t5_tokens=T5_TOKENS,
+    ),
+    sampling=Sampling(
+        pipelines=("StableDiffusion3Pipeline",),
+        schedulers=("FlowMatchEulerDiscreteScheduler",),
+        steps=28,
+        guidance=4.5,
+        pipeline=pipeline,
+        arguments=arguments,
+        shift=lambda scheduler, tokens: float(scheduler.config.shift),
+    ),
+    vae_factors=("scaling_factor", "shift_factor"),
+    objective=lambda scheduler: FLOW,
+    hub=Hub(
+        ids=r"stable-diffusion-3|\bsd3",
+        gated=("stabilityai/stable-diffusion-3",),
+        # a single file for other programs, and encoders for it
+        twice=("sd3*.safetensors", "text_encoders/*"),
+    ),
+    architecture=architecture,
+    source="https://github.com/Stability-AI/sd3.5",
+    gguf=("sd3",),
+    published=PUBLISHED,
+)

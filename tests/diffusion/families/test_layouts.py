@@ -1,0 +1,30 @@
+"""The single-file layout of FLUX.1, against diffusers' own converter."""
+
+import pytest
+import torch
+
+from benchmarks.families import small
+from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
+from qzo_diffusion.diffusion.families.registry import of_names
+from qzo_diffusion.diffusion.transformer import find_transformer
+from qzo_diffusion.quant.weights import Pending, write_tensors
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_diffusers_own_converter_gives_every_tensor_back(tmp_path, guidance):
+    model = small.flux1(guidance)["transformer"]
+    model.save_config(tmp_path / "config")
+    state = model.state_dict()
+    pending = {name: Pending.of(tensor) for name, tensor in state.items()}
+    file = tmp_path / "single.safetensors"
+    write_tensors(file, FLUX1_LAYOUT.to_original(pending, model.config), {})
+    back = type(model).from_single_file(str(file), config=str(tmp_path / "config")).state_dict()
+    assert state.keys() == back.keys()
+    assert [name for name in state if not torch.equal(state[name], back[name])] == []
+    found = find_transformer(file)
+    assert of_names([*found.entries]) is None  # under diffusers' names now
+    assert found.entries.keys() == state.keys()
+    assert all(torch.equal(found.entries[name].read(), state[name]) for name in state)
+    for name in ("num_layers", "num_single_layers", "guidance_embeds", "attention_head_dim"):
+        assert found.config[name] == model.config[name]
+    assert tuple(found.config["axes_dims_rope"]) == tuple(model.config["axes_dims_rope"])

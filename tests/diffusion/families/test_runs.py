@@ -1,0 +1,80 @@
+"""A run of three steps of each family, its samples, its resume and its exports, by the command
+line.
+"""
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.families import runs, small
+from qzo_diffusion.cli import main
+from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.diffusion.families import registry
+from tests.conftest import failing
+
+NEW = [name for name in small.NAMES if name != "sd3"]
+FEW = ("train.micro_batch_size=8", "data.batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """The model and a run of three steps of a family, made once."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            model = small.write(name, root / "model")
+            made[name] = model, runs.train(model, root / "run", "--max-steps", "3", *FEW)
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_three_steps_are_trained_and_sampled(run_of, tmp_path, name):
+    run = run_of(name)[1]
+    assert len(read_journal(run / "journal.qzo").steps) == 3
+    out = tmp_path / "pictures"
+    assert main(["sample", "--run", str(run), "--prompt", "red", "--output-dir", str(out)]) == 0
+    assert Image.open(out / "samples/000.png").size == (small.SIDE, small.SIDE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEW)
+def test_exports_are_read_by_plain_diffusers(run_of, name):
+    errors = runs.export_errors(*run_of(name))
+    assert errors["nf4"] < 1e-5
+    assert errors["bf16"] < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEW)
+def test_a_stopped_run_goes_on_and_is_replayed_to_the_same_bits(run_of, tmp_path, name):
+    from safetensors.torch import load_file
+
+    model, whole = run_of(name)
+    part = runs.train(model, tmp_path / "part", "--max-steps", "2", *FEW)
+    assert main(["train", "--resume", str(part), "--max-steps", "3"]) == 0
+    command = ["replay", "--journal", str(whole / "journal.qzo"), "--model", str(model)]
+    assert main([*command, "--output-dir", str(tmp_path / "replayed")]) == 0
+    wanted = load_file(whole / "final/scales.safetensors")
+    for run in (tmp_path / "replayed", part):
+        found = load_file(run / "final/scales.safetensors")
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path, capsys):
+    model = small.write("sd15", tmp_path / "model")
+    command = ["sample", "--model", str(model), "--family", "sd9", "--prompt", "a"]
+    error = failing(capsys, main([*command, "--output-dir", str(tmp_path / "out")]))
+    assert all(family.name in error for family in registry.FAMILIES)
+
+
+def test_min_snr_and_missing_t5_are_refused_where_they_mean_nothing(tmp_path, capsys):
+    model = small.write("flux1", tmp_path / "model")
+    runs.write_pictures(tmp_path / "pictures", 2)
+    command = ["train", "--model", str(model), "--style-dir", str(tmp_path / "pictures")]
+    command += ["--caption", "a", "--dry-run"]
+    assert "rectified flow" in failing(capsys, main([*command, "sigma.min_snr=5"]))
+    assert "text.t5=none" in failing(capsys, main([*command, "text.t5=none"]))
