@@ -18,20 +18,6 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Folders of small pipelines, made once."""
-    folders = {}
-
-    def folder(name, settings):
-        key = (name, *settings.values())
-        if key not in folders:
-            folders[key] = small.write(name, tmp_path_factory.mktemp(name), **settings)
-        return folders[key]
-
-    return folder
-
-
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)
 def test_our_forward_is_that_of_the_plain_pipeline(made, tmp_path, name, settings):
     folder, family = made(name, settings), registry.by_name(name)
