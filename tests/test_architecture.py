@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "qzo_diffusion"
 # Floor -> what it may import of ours. A floor may always import itself; a floor is a folder, or a
 # room of `runs`.
 GROUND = ("", "resources", "devices", "system")  # "" is the bare package (its __version__)
-LIBRARY = {"config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
+LIBRARY = {"rewards", "config", "train", "diffusion", "llm", "evaluate", "quant", "core", "ground"}
 BELOW = {
     "core": set(),
     "ground": {"core"},
@@ -21,6 +21,7 @@ BELOW = {
     "diffusion": {"quant", "core", "ground"},
     "llm": {"quant", "core", "ground"},
     "evaluate": {"quant", "core", "ground"},
+    "rewards": {"diffusion", "evaluate", "quant", "core", "ground"},
     "config": {"core", "ground"},
     "runs": LIBRARY,
     "runs.style": {"runs"} | LIBRARY,
@@ -178,6 +179,8 @@ def test_the_package_keeps_the_rules():
         ),
         ("evaluate/report.py", "from qzo_diffusion.config.style import Config", "arrows"),
         ("quant/base.py", "from qzo_diffusion.runs.build import build", "arrows"),
+        ("rewards/reward.py", "from qzo_diffusion.config.style import Config", "arrows"),
+        ("evaluate/style.py", "from qzo_diffusion.rewards.reward import Reward", "arrows"),
         ("runs/trainer.py", "from qzo_diffusion.runs.style import plan", "arrows"),
         ("runs/style/plan.py", "from qzo_diffusion.runs.llm import plan", "arrows"),
         ("runs/training.py", "from qzo_diffusion.commands import mix", "arrows"),

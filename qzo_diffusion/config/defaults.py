@@ -16,6 +16,7 @@ DIRECTIONS = 8  # of them for each example
 BOUND = 0.13  # of |θ| for pictures, before calibration (docs/decisions/keeping_content.md D76)
 PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
 NOT_GIVEN = None  # in a rule's condition
+GIVEN = object()  # in a rule's condition: any value but an empty one
 Known = Mapping[str, Any]  # dotted key -> value that was given, follows, or stands for all runs
 
 
@@ -42,6 +43,8 @@ class Rule:
 
 
 def _is_one_of(value: Any, wanted: Any) -> bool:
+    if wanted is GIVEN:
+        return bool(value)
     return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
 
 
@@ -138,6 +141,19 @@ BATCH = [
     ),
     Rule("data.batch_size", PROBES // 2),
 ]
+# A score is one number for a whole picture, and the scores of different pictures have no common
+# curvature, so that nothing is calibrated.
+REWARDS = rules(
+    {
+        "qzo.regions": 1,
+        "qzo.eps": 3e-2,
+        "train.calibrate_lr": False,
+        "train.schedule": "linear",
+        "train.lr": 0.05,
+    },
+    method="qzo",
+    reward__scores=GIVEN,
+)
 # Pictures are divided into 16 patch groups. Their rate falls by itself, and is calibrated where
 # nobody chose it.
 PICTURES = [
@@ -145,6 +161,7 @@ PICTURES = [
     *QUZO,
     *FIRST_ORDER_SCALES,
     *ESTIMATE,
+    *REWARDS,
     *rules({"qzo.regions": 16}, method="qzo", qzo__per_example=True),
     *rules(
         {"train.schedule": "inverse_sqrt"},

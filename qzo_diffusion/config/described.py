@@ -8,7 +8,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from qzo_diffusion.config import kinds
-from qzo_diffusion.config.defaults import NORMALISED, NOT_GIVEN, PICTURES, TEXTS, Formula, Rule
+from qzo_diffusion.config.defaults import (
+    GIVEN,
+    NORMALISED,
+    NOT_GIVEN,
+    PICTURES,
+    TEXTS,
+    Formula,
+    Rule,
+)
 from qzo_diffusion.config.examples import EXAMPLES
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.names import ELSEWHERE, suggestion
@@ -161,6 +169,8 @@ def condition(rule: Rule) -> str:
 def _equals(key: str, value: Any) -> str:
     if value is NOT_GIVEN:
         return f"`{key}` is not given"
+    if value is GIVEN:
+        return f"`{key}` is given"
     if value == NORMALISED:
         return f"`{key}` is on"
     choices = value if isinstance(value, tuple) else (value,)

@@ -32,6 +32,7 @@ DATA_PLACES = (
     "data.cache_dir",
     "prior.prompts",
     "prior.dir",
+    "reward.prompts",
 )
 MOST_SHOWN = 200  # characters of a value in a message
 
@@ -108,6 +109,8 @@ def _given_flags(options: argparse.Namespace, flags: Flags) -> Iterable[tuple[st
             yield key, value
     if getattr(options, "strict", False):
         yield "data.strict", True
+    if getattr(options, "reward", None):
+        yield "reward.scores", options.reward
 
 
 def known_keys(kind: type[RunConfig] = Config) -> list[str]:

@@ -16,6 +16,7 @@ from qzo_diffusion.config.kinds import (
     Seed,
     Whole,
 )
+from qzo_diffusion.config.reward import RewardConfig
 from qzo_diffusion.config.sections import PriorConfig, RunConfig, Section, check_method
 
 
@@ -31,7 +32,7 @@ class DataConfig(Section):
     resolution: Annotated[int, Field(ge=16, multiple_of=16)] | None = None
     """side of a square of as many pixels as an image has; null: the model's own"""
     batch_size: Count = PROBES // DIRECTIONS
-    """images of a step"""
+    """images of a step, or prompts of a step of rewards"""
     repeats: Count = 1
     """times that an image is seen in one pass over the data"""
     flip: bool = False
@@ -146,6 +147,7 @@ class Config(RunConfig):
     sigma: SigmaConfig = SigmaConfig()
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
+    reward: RewardConfig = RewardConfig()
 
     @model_validator(mode="after")
     def _by_one_method(self) -> "Config":
@@ -156,6 +158,20 @@ class Config(RunConfig):
     def _weight_counts(self) -> "Config":
         if self.prior.weight and self.qzo.parametrization == "codes":
             raise ValueError("prior.weight: 0, or method: qzo; of codes no base is kept")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_of_forward_passes(self) -> "Config":
+        if not self.reward.scores:
+            return self
+        if self.method != "qzo" or not self.qzo.per_example:
+            raise ValueError("method: qzo and qzo.per_example: true, or reward.scores: []")
+        if self.qzo.regions > 1:
+            raise ValueError("qzo.regions: 1, or reward.scores: []; a picture has one score")
+        if self.sample.tuned_between is not None:
+            raise ValueError(
+                "sample.tuned_between: null, or reward.scores: []; a picture is scored as a whole"
+            )
         return self
 
     @property

@@ -21,6 +21,8 @@ class StepBatch(Generic[Batch]):
         examples: of the whole batch; None where the micro-batches are all of it.
         patch_groups: how many losses the objective gives for an example. With more than one, each
             patch group is probed along a direction of its own.
+        leading: how many examples of the whole batch are normalised by their own spread
+            (`Probing.within_example`); None is all.
     """
 
     micro_batches: Sequence[Batch]
@@ -28,6 +30,7 @@ class StepBatch(Generic[Batch]):
     first_example: int = 0
     examples: int | None = None
     patch_groups: int = 1
+    leading: int | None = None
 
     @property
     def whole(self) -> int:
@@ -49,6 +52,9 @@ class Probing:
             direction then keeps only its sign.
         probes_per_forward: the most probes of a micro-batch in one forward pass, where
             parametrization and batch allow several; None is all of them.
+        within_example: for losses without a common unit, such as scores of pictures. Derivatives
+            are first divided by their rms over the directions of their own example, and a direction
+            with a loss that is not finite is left out, not the step. Needs `per_example`.
     """
 
     seed: int
@@ -60,6 +66,7 @@ class Probing:
     normalize: bool = False
     probes_per_forward: int | None = None
     estimator: Estimator = "antithetic"
+    within_example: bool = False
 
     @property
     def radii(self) -> tuple[float, ...]:

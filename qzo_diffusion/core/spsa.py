@@ -20,12 +20,13 @@ so one learning rate suits many models."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probes import Batch, Objective, Probes, sample_losses
 from qzo_diffusion.core.probing import Probing, StepBatch
+from qzo_diffusion.core.within_example import ROUNDING, normalised, without_bad
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 """This process's sums -> the sums over all processes that share the batch."""
@@ -44,6 +45,7 @@ class Estimate:
         directional_derivative: as measured.
         projected_grad: clipped and normalised, as the update takes it.
         clipped: whether clipping changed it.
+        left_out: directions that were left out because a loss was not finite.
     """
 
     directions: tuple[Direction, ...]
@@ -52,6 +54,7 @@ class Estimate:
     directional_derivative: tuple[float, ...]
     projected_grad: tuple[float, ...]
     clipped: tuple[bool, ...]
+    left_out: int = 0
 
     @property
     def patch_groups(self) -> int:
@@ -156,12 +159,19 @@ def estimate(
         at_radii = _of_each_example(probes, batch, directions, sum_over_ranks)
     else:
         at_radii = _of_shared_directions(probes, batch.micro_batches, directions, sum_over_ranks)
+    left_out = [False] * len(at_radii[0])
+    if probing.within_example:
+        at_radii, left_out = without_bad(at_radii, alike)
     plus = at_radii[0]
     if probing.estimator == "antithetic":
         minus = at_radii[1]
     else:
         minus = _mean_of_others(plus, alike * directions[0].patch_groups)
-    return _from_losses(directions, plus, minus, probing)
+    found = _from_losses(directions, plus, minus, probing)
+    if not probing.within_example:
+        return found
+    leading = alike if batch.leading is None else batch.leading
+    return _within_examples(found, left_out, probing, alike, leading)
 
 
 def _check(
@@ -180,6 +190,8 @@ def _check(
         )
     if directions[0].patch_groups > 1 and not probing.per_example:
         raise ValueError("patch groups have directions of their own only where examples have")
+    if probing.within_example and (not probing.per_example or directions[0].patch_groups > 1):
+        raise ValueError("within_example needs per_example and one loss for each example")
 
 
 def _of_each_example(
@@ -276,4 +288,23 @@ def _from_losses(
         tuple(derivatives),
         tuple(projected),
         clipped,
+    )
+
+
+def _within_examples(
+    found: Estimate, left_out: Sequence[bool], probing: Probing, examples: int, leading: int
+) -> Estimate:
+    """The estimate with derivatives that are normalised within each example, then as usual."""
+    measured = zip(found.directional_derivative, left_out, strict=True)
+    derivatives = [0.0 if out else d for d, out in measured]
+    smallest = ROUNDING * max(map(abs, found.loss_plus)) / probing.eps
+    projected = normalised(derivatives, smallest, examples, leading)
+    if probing.normalize:
+        unit = rms(projected) or 1.0
+        projected = [g / unit for g in projected]
+    return replace(
+        found,
+        directional_derivative=tuple(derivatives),
+        projected_grad=tuple(projected),
+        left_out=sum(left_out),
     )

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from qzo_diffusion.core.errors import ConfigError, ModelError
 
+TIMES = 1000  # of the schedulers at noise level 1
+
 
 class Objective(Protocol):
     """Noising and target. Tensors are [B, C, h, w] fp32, `sigma` is [B] fp32."""
@@ -59,7 +61,7 @@ class Flow:
         return noisy - sigma * target, noisy + (1 - sigma) * target
 
     def time(self, sigma: Tensor) -> Tensor:
-        return sigma
+        return TIMES * sigma
 
     def weight(self, sigma: Tensor) -> Tensor | None:
         return None

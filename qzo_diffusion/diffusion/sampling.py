@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from qzo_diffusion.diffusion.decoding import decoded
 from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.images import open_image
-from qzo_diffusion.diffusion.vae import pixels_of
 from qzo_diffusion.system.files import write_whole
 
 LABEL_HEIGHT = 16
@@ -92,11 +92,9 @@ class Sampler:
         ).images
         return self._family.unpacked(self._pipeline, drawn, *self._size.values())
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Image.Image:
         """Return the RGB image of latents [C, h, w]."""
-        pixels = pixels_of(self._vae, latents.unsqueeze(0))
-        return self._pipeline.image_processor.postprocess(pixels, output_type="pil")[0]
+        return decoded(self._vae, latents.unsqueeze(0))[0]
 
 
 def grid(columns: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 from qzo_diffusion.evaluate import charts
+from qzo_diffusion.evaluate.reward_scores import findings, score_charts
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.evaluate.verdict import of_task, verdict
@@ -57,6 +58,7 @@ class RunFacts:
     journal: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] | None = None
     task_score: TaskScore | None = None  # set for a language model
+    rewards: Mapping[str, Any] | None = None  # rewards.json of a run on rewards
     written: str = ""
     style: Sequence[Subject] = ()  # the style's own images, by caption
     costs: Mapping[str, str] = field(default_factory=dict)  # device, minutes, peak memory
@@ -204,9 +206,8 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     name = _content_name(facts)
     content = [charts.Series(name, charts.of_steps(rows, "clip_score"), marks=True)]
     found = [
-        charts.chart(
-            "Loss", loss, "mean loss" if "task" in facts.settings else "mean squared error"
-        ),
+        *(score_charts(facts.rewards) if facts.rewards else []),
+        charts.chart("Loss", loss, _loss_name(facts)),
         facts.task_score.chart() if facts.task_score else None,
         charts.chart("Style: similarity to its images", similar, "cosine"),
         charts.chart(f"Content: {name}", content, "cosine"),
@@ -214,12 +215,18 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     return [one for one in found if one is not None]
 
 
+def _loss_name(facts: RunFacts) -> str:
+    if "task" in facts.settings:
+        return "mean loss"
+    return "minus the reward, in training" if facts.rewards else "mean squared error"
+
+
 def _verdict(facts: RunFacts) -> list[dict[str, str]]:
     if facts.task_score is not None:
         return of_task(facts.task_score)
     if facts.evaluation is not None:
         return verdict(facts.evaluation)
-    return _divergence(facts.metrics)
+    return _divergence(facts.metrics) or (findings(facts.rewards) if facts.rewards else [])
 
 
 def _divergence(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -96,7 +96,8 @@ class OpenClipScorer:
     @torch.no_grad()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         found = []
-        for start in tqdm(range(0, len(images), self.batch_size), desc="score images", leave=False):
+        starts = range(0, len(images), self.batch_size)
+        for start in tqdm(starts, desc="score images", leave=False, disable=len(starts) < 3):
             pixels = torch.stack(
                 [
                     self.preprocess(image.convert("RGB"))
@@ -143,13 +144,7 @@ def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int
     """
     import open_clip
 
-    folder = embedded if name == EMBEDDED else Path(name)
-    if name == EMBEDDED or folder.is_dir():
-        _check_folder(folder)
-        source, options = f"local-dir:{folder}", {}
-    else:
-        source, _, pretrained = name.partition("/")
-        options = _options(name, source, pretrained)
+    source, options = check_scorer(name, embedded)
     try:
         model, preprocess = open_clip.create_model_from_pretrained(source, device=device, **options)
         tokenizer = open_clip.get_tokenizer(source)
@@ -161,6 +156,26 @@ def load_scorer(name: str, device: torch.device, embedded: Path, batch_size: int
         ) from None
     label, note = ("embedded scorer", EMBEDDED_NOTE) if name == EMBEDDED else (name, "")
     return OpenClipScorer(label, note, model.eval(), preprocess, tokenizer, device, batch_size)
+
+
+def check_scorer(name: str, embedded: Path) -> tuple[str, dict[str, Any]]:
+    """Check that a scorer is here, without loading it; raises as `load_scorer` does.
+
+    Returns open_clip's name for it, and further arguments.
+    """
+    folder = embedded if name == EMBEDDED else Path(name)
+    if name == EMBEDDED or folder.is_dir():
+        _check_folder(folder)
+        return f"local-dir:{folder}", {}
+    source, _, pretrained = name.partition("/")
+    return source, _options(name, source, pretrained)
+
+
+def scorer_weights(name: str, embedded: Path) -> Path:
+    """Return the file with a scorer's weights; raises as `load_scorer` does."""
+    source, options = check_scorer(name, embedded)
+    folder = Path(source.removeprefix("local-dir:"))
+    return Path(options["pretrained"]) if "pretrained" in options else folder / WEIGHTS
 
 
 def _check_folder(folder: Path) -> None:

@@ -108,7 +108,13 @@ def probing(config: RunConfig) -> Probing:
         normalize=config.qzo.normalize is True,
         probes_per_forward=probes_at_once(config),
         estimator=config.qzo.estimator,
+        within_example=isinstance(config, Config) and scored_alone(config),
     )
+
+
+def scored_alone(config: Config) -> bool:
+    """Whether the derivatives of each prompt's pictures are normalised apart from the others."""
+    return bool(config.reward.scores) and config.reward.normalize
 
 
 def probes_of_example(config: RunConfig) -> int:

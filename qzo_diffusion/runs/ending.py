@@ -60,6 +60,8 @@ def _figures(results: Mapping[str, Any]) -> list[str]:
     ]
     if loss := results["validation_loss"]:
         rows.append(("held-out loss", f"{loss['start']:.4f} -> {loss['end']:.4f}"))
+    for name, score in results.get("scores", {}).items():
+        rows.append((name, f"{score['base_mean']:.4f} -> {score['mean']:.4f}"))
     rows += _end(results)
     rows.append(("time", in_words(results["seconds"])))
     if results["peak_memory_gb"] is not None:

@@ -121,12 +121,23 @@ def _facts(folder: Path) -> RunFacts:
         journal=journal,
         evaluation=evaluation,
         task_score=task_score,
+        rewards=_rewards(folder),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         style=_style(settings, dataset),
         costs=_costs(folder, environment, metrics),
         next=_next(folder.resolve().name, settings, finished, evaluation is not None),
         prompts_note=_prompts_note(folder),
     )
+
+
+def _rewards(folder: Path) -> dict[str, Any] | None:
+    """Return rewards.json of a run on rewards, without local paths in the names of rewards."""
+    found = _read_json(folder / "rewards.json", None)
+    if found is None:
+        return None
+    names = {"rewards": {published_text(name): one for name, one in found["rewards"].items()}}
+    second = found["second"] and published_text(found["second"])
+    return {**names, "second": second, "steps": finite(found["steps"])}
 
 
 def _style(settings: Mapping[str, Any], dataset: Sequence[Mapping[str, Any]]) -> list[Subject]:

@@ -81,7 +81,7 @@ class StepRecord:
             "skipped": self.skipped,
             "sigma_mean": self.sigma_mean,
             "seconds": self.seconds,
-        }
+        } | ({"left_out": self.estimate.left_out} if self.estimate.left_out else {})
 
 
 def _mean(values: tuple[float, ...]) -> float:

@@ -71,6 +71,30 @@ class Layout(Protocol):
         ...
 
 
+class Call(Protocol):
+    """A call of a denoiser."""
+
+    def __call__(
+        self,
+        denoiser: Any,
+        noisy: Tensor,
+        time: Tensor,
+        prompts: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """Return the prediction, [B, C, h, w] fp32.
+
+        Args:
+            noisy: [B, C, h, w], scaled as in training.
+            time: [B], as the scheduler counts it.
+            prompts: embeds [B, T, D] and pooled [B, P].
+            dtype: that the denoiser runs in.
+            guidance: of a model that has it as an input; None is that of training.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a denoiser, for planning memory.
@@ -93,7 +117,7 @@ class Denoiser:
     parts of their names. token_wise: layers that change mostly the loss of their own patch, by
     parts of their names; `joint` layers, by the beginning of their names, are none of them. Keys
     and values never are. sample_size: side in latents where a config does not say it. shape: reads
-    the sizes from a config. predict: calls the model; it returns [B, C, h, w] fp32. level: the
+    the sizes from a config. level: the
     noise level in [0, 1] of a call that a pipeline makes, from the call's keyword arguments.
     layout: the names in single files, if there is one. distilled: whether a config is that of a
     model that was distilled to few steps. owns: tells the family's models from others of the class.
@@ -105,12 +129,17 @@ class Denoiser:
     token_wise: tuple[str, ...]
     sample_size: int
     shape: Callable[[Config], Shape]
-    predict: Callable[[Any, Batch, torch.dtype], Tensor]
+    call: Call
     level: Callable[[Mapping[str, Any]], float]
     layout: Layout | None = None
     joint: tuple[str, ...] = ()
     distilled: Callable[[Config], bool] = lambda config: False
     owns: Callable[[Config], bool] = lambda config: True
+
+    def predict(self, denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Return the prediction for a batch's noisy inputs, [B, C, h, w] fp32."""
+        time = batch.objective.time(batch.sigma)
+        return self.call(denoiser, batch.noisy, time, (batch.prompt_embeds, batch.pooled), dtype)
 
     def own_patch(self, names: Iterable[str]) -> list[str]:
         """Return the layers that change mostly the loss of their own patch."""
@@ -159,8 +188,9 @@ class Sampling:
     serve. steps, guidance: where nothing is set. pipeline: makes diffusers' pipeline of a denoiser,
     a scheduler and a VAE, without encoders. arguments: its keyword arguments for prompts and their
     negatives. unpacked: turns what it returns into latents [B, C, h, w] of a height and a width in
-    pixels. shift: the scheduler's time shift of a picture with so many tokens. twice: guidance
-    takes two passes of the denoiser.
+    pixels. shift: the scheduler's time shift of a picture with so many tokens. set_times:
+    sets a scheduler's steps for a picture, given their count and the number of tokens. twice:
+    guidance takes two passes of the denoiser.
     """
 
     pipelines: tuple[str, ...]
@@ -170,6 +200,7 @@ class Sampling:
     pipeline: Callable[[Any, Any, Any], Any]
     arguments: Callable[[Sequence[EncodedPrompt], Sequence[EncodedPrompt]], dict[str, Any]]
     shift: Callable[[Any, int], float]
+    set_times: Callable[[Any, int, int, torch.device], None]
     unpacked: Callable[[Any, Tensor, int, int], Tensor] = lambda pipeline, latents, *size: latents
     twice: bool = True
 

@@ -4,7 +4,6 @@ The transformer takes latents in squares of 2x2 as one token of 64 numbers, with
 token, and sigma itself as time. CLIP-L gives the pooled prompt, T5 the tokens.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,13 +24,12 @@ from qzo_diffusion.diffusion.families.family import (
 )
 from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
 from qzo_diffusion.diffusion.families.flux1_models import PUBLISHED
-from qzo_diffusion.diffusion.flow_matching import Batch
-from qzo_diffusion.diffusion.objectives import FLOW
+from qzo_diffusion.diffusion.families.shift import flow_shift, shift_options
+from qzo_diffusion.diffusion.objectives import FLOW, TIMES
 from qzo_diffusion.diffusion.text_encoders import clip_pooled, longest, t5_states
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
 T5_TOKENS = 512
-TIMES = 1000  # the scheduler's time at noise level 1
 SIDE = 2  # latents along a side of a token
 TRAINED_GUIDANCE = 1.0  # diffusers' scripts train with it; pictures are drawn with 3.5
 
@@ -51,25 +49,37 @@ def places(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
 
 
-def predict(denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    noisy = batch.noisy.to(dtype)
+def call(
+    denoiser: Any,
+    noisy: Tensor,
+    time: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    guidance: float | None = None,
+) -> Tensor:
+    noisy, embeds = noisy.to(dtype), prompts[0].to(dtype)
     rows, columns = noisy.shape[-2] // SIDE, noisy.shape[-1] // SIDE
-    embeds = batch.prompt_embeds.to(dtype)
-    guidance = None
+    given = None
     if denoiser.config.guidance_embeds:
-        guidance = torch.full((len(batch),), TRAINED_GUIDANCE, device=noisy.device)
+        value = TRAINED_GUIDANCE if guidance is None else guidance
+        given = torch.full((len(noisy),), value, device=noisy.device)
     velocity = denoiser(
         hidden_states=packed(noisy),
-        # rounded as the pipeline rounds it
-        timestep=(TIMES * batch.sigma).to(dtype) / TIMES,
-        guidance=guidance,
-        pooled_projections=batch.pooled.to(dtype),
+        timestep=time.to(dtype) / TIMES,  # rounded as the pipeline rounds it
+        guidance=given,
+        pooled_projections=prompts[1].to(dtype),
         encoder_hidden_states=embeds,
         txt_ids=embeds.new_zeros(embeds.shape[1], 3),
         img_ids=places(rows, columns).to(noisy),
         return_dict=False,
     )[0]
     return unpacked(velocity, rows, columns).float()
+
+
+def set_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> None:
+    sigmas = [1 - step / steps for step in range(steps)]
+    options = shift_options(scheduler, tokens)
+    scheduler.set_timesteps(sigmas=sigmas, device=device, **options)
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -123,16 +133,6 @@ def drawn(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
     return unpacked(latents, height // side, width // side)
 
 
-def shift(scheduler: Any, tokens: int) -> float:
-    """Return the time shift, which grows with the number of tokens where the scheduler says so."""
-    config = scheduler.config
-    if not config.use_dynamic_shifting:
-        return float(config.shift)
-    low, high = config.base_image_seq_len, config.max_image_seq_len
-    slope = (config.max_shift - config.base_shift) / (high - low)
-    return math.exp(config.base_shift + slope * (tokens - low))
-
-
 FLUX1 = Family(
     name="flux1",
     title="FLUX.1",
@@ -145,7 +145,7 @@ FLUX1 = Family(
         joint=("single_transformer_blocks.",),
         sample_size=128,
         shape=shape,
-        predict=predict,
+        call=call,
         level=lambda options: float(options["timestep"].flatten()[0]),
         layout=FLUX1_LAYOUT,
         distilled=lambda config: not config.get("guidance_embeds"),
@@ -165,7 +165,8 @@ FLUX1 = Family(
         guidance=3.5,
         pipeline=pipeline,
         arguments=arguments,
-        shift=shift,
+        shift=flow_shift,
+        set_times=set_times,
         unpacked=drawn,
         twice=False,
     ),

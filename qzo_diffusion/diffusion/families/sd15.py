@@ -18,20 +18,24 @@ from qzo_diffusion.diffusion.families.family import (
     Texts,
 )
 from qzo_diffusion.diffusion.families.unet_models import SD15_MODELS
-from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.objectives import ddpm_of
 from qzo_diffusion.diffusion.text_encoders import clip_last, longest
 
 CLIP = "text_encoder"
 
 
-def predict(denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    return denoiser(
-        batch.noisy.to(dtype),
-        batch.objective.time(batch.sigma),
-        encoder_hidden_states=batch.prompt_embeds.to(dtype),
-        return_dict=False,
-    )[0].float()
+def call(
+    denoiser: Any,
+    noisy: Tensor,
+    time: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    guidance: float | None = None,
+) -> Tensor:
+    prediction: Tensor = denoiser(
+        noisy.to(dtype), time, encoder_hidden_states=prompts[0].to(dtype), return_dict=False
+    )[0]
+    return prediction.float()
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -82,7 +86,7 @@ SD15 = Family(
         token_wise=(),
         sample_size=64,
         shape=unet.shape,
-        predict=predict,
+        call=call,
         level=unet.level,
     ),
     texts=Texts(classes={CLIP: "CLIPTextModel"}, encode=encode, widths=widths),
@@ -94,6 +98,7 @@ SD15 = Family(
         pipeline=pipeline,
         arguments=arguments,
         shift=unet.no_shift,
+        set_times=unet.set_times,
     ),
     vae_factors=("scaling_factor",),
     objective=ddpm_of,

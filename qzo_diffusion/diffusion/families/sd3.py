@@ -25,12 +25,11 @@ from qzo_diffusion.diffusion.families.family import (
 )
 from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
 from qzo_diffusion.diffusion.families.sd3_models import PUBLISHED
-from qzo_diffusion.diffusion.flow_matching import Batch
-from qzo_diffusion.diffusion.objectives import FLOW
+from qzo_diffusion.diffusion.families.shift import flow_shift, shift_options
+from qzo_diffusion.diffusion.objectives import FLOW, TIMES
 from qzo_diffusion.diffusion.text_encoders import clip_states, longest, t5_states
 
 CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
-TIMES = 1000  # the model's time input at noise level 1
 T5_TOKENS = 256
 T5_WIDTH = 4096
 # (width, layers) -> the name in modelspec's list of architectures
@@ -40,15 +39,26 @@ ARCHITECTURES = {
 }
 
 
-def predict(denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+def call(
+    denoiser: Any,
+    noisy: Tensor,
+    time: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    guidance: float | None = None,
+) -> Tensor:
     velocity: Tensor = denoiser(
-        hidden_states=batch.noisy.to(dtype),
-        timestep=TIMES * batch.sigma,
-        encoder_hidden_states=batch.prompt_embeds.to(dtype),
-        pooled_projections=batch.pooled.to(dtype),
+        hidden_states=noisy.to(dtype),
+        timestep=time,
+        encoder_hidden_states=prompts[0].to(dtype),
+        pooled_projections=prompts[1].to(dtype),
         return_dict=False,
     )[0]
     return velocity.float()
+
+
+def set_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> None:
+    scheduler.set_timesteps(steps, device=device, **shift_options(scheduler, tokens))
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -132,7 +142,7 @@ SD3 = Family(
         token_wise=("attn.to_q", "attn.to_out", "attn2.to_q", "attn2.to_out", "ff.net"),
         sample_size=128,
         shape=shape,
-        predict=predict,
+        call=call,
         level=lambda options: float(options["timestep"].flatten()[0]) / TIMES,
         layout=SD3_LAYOUT,
     ),
@@ -155,7 +165,8 @@ SD3 = Family(
         guidance=4.5,
         pipeline=pipeline,
         arguments=arguments,
-        shift=lambda scheduler, tokens: float(scheduler.config.shift),
+        shift=flow_shift,
+        set_times=set_times,
     ),
     vae_factors=("scaling_factor", "shift_factor"),
     objective=lambda scheduler: FLOW,

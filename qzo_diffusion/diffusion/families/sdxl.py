@@ -22,7 +22,6 @@ from qzo_diffusion.diffusion.families.family import (
     Texts,
 )
 from qzo_diffusion.diffusion.families.unet_models import SDXL_MODELS
-from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.objectives import ddpm_of
 from qzo_diffusion.diffusion.text_encoders import clip_states, longest
 
@@ -30,21 +29,28 @@ CLIP_L, CLIP_G = "text_encoder", "text_encoder_2"
 REDUCTION = 8  # pixels along a side of one latent, of every VAE of this family
 
 
-def predict(denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-    noisy = batch.noisy.to(dtype)
+def call(
+    denoiser: Any,
+    noisy: Tensor,
+    time: Tensor,
+    prompts: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    guidance: float | None = None,
+) -> Tensor:
     height, width = (REDUCTION * side for side in noisy.shape[-2:])
     # the picture's own size, where it was cut (nowhere), and the wanted size
     sizes = torch.tensor([height, width, 0, 0, height, width], dtype=dtype, device=noisy.device)
-    return denoiser(
-        noisy,
-        batch.objective.time(batch.sigma),
-        encoder_hidden_states=batch.prompt_embeds.to(dtype),
+    prediction: Tensor = denoiser(
+        noisy.to(dtype),
+        time,
+        encoder_hidden_states=prompts[0].to(dtype),
         added_cond_kwargs={
-            "text_embeds": batch.pooled.to(dtype),
-            "time_ids": sizes.expand(len(batch), -1),
+            "text_embeds": prompts[1].to(dtype),
+            "time_ids": sizes.expand(len(noisy), -1),
         },
         return_dict=False,
-    )[0].float()
+    )[0]
+    return prediction.float()
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -110,7 +116,7 @@ SDXL = Family(
         token_wise=(),
         sample_size=128,
         shape=unet.shape,
-        predict=predict,
+        call=call,
         level=unet.level,
     ),
     texts=Texts(
@@ -126,6 +132,7 @@ SDXL = Family(
         pipeline=pipeline,
         arguments=arguments,
         shift=unet.no_shift,
+        set_times=unet.set_times,
     ),
     vae_factors=("scaling_factor",),
     objective=ddpm_of,

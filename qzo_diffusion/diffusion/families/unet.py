@@ -8,12 +8,13 @@ patch.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qzo_diffusion.diffusion.families.family import Config, Shape
+from qzo_diffusion.diffusion.objectives import TIMES
 
 CLASS = "UNet2DConditionModel"
-TIMES = 1000
 SCHEDULERS = (
     "EulerDiscreteScheduler",
     "PNDMScheduler",
@@ -52,3 +53,7 @@ def shape(config: Config) -> Shape:
 
 def no_shift(scheduler: Any, tokens: int) -> float:
     return 1.0
+
+
+def set_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> None:
+    scheduler.set_timesteps(steps, device=device)

@@ -196,7 +196,7 @@ class TrainingBatches:
         return divisor_up_to(self._config.qzo.regions, tokens)
 
 
-def parts_within(parts: Sequence[Batch], share: slice) -> list[Batch]:
+def parts_within(parts: Sequence[Any], share: slice) -> list[Any]:
     """Return the examples `share` of all parts, one part after the other; no part is empty."""
     found, start = [], 0
     for part in parts:

@@ -9,14 +9,15 @@ from typing import Any
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import load_config
+from qzo_diffusion.config.reward import RewardConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import DataError, OutputError
 from qzo_diffusion.evaluate import compare as comparison
-from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED, load_scorer
+from qzo_diffusion.evaluate.scorer import load_scorer
 from qzo_diffusion.evaluate.verdict import diverged, verdict
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
-from qzo_diffusion.runs.style import evaluation, pipeline
+from qzo_diffusion.runs.style import evaluation, pipeline, reward_evaluate, reward_plan
 from qzo_diffusion.runs.style import plan as style_run
 from qzo_diffusion.runs.style.levels import with_levels
 from qzo_diffusion.runs.style.samples import report_reading
@@ -82,6 +83,11 @@ class Place:
         return self.scores / (f"evaluation_{self.step}.json" if self.step else EVALUATION)
 
     @property
+    def reward_evaluation(self) -> Path:
+        name = f"reward_{EVALUATION}"
+        return self.scores / (f"reward_evaluation_{self.step}.json" if self.step else name)
+
+    @property
     def kept(self) -> Kept:
         own = self.scores / PICTURES
         return Kept(own, own / self.step if self.step else own)
@@ -100,14 +106,17 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
             written.
     """
     place = Place.of(request.run)
-    target = request.output or place.evaluation
-    prepare_file(target)
     config = _config(request, place)
+    of_rewards = bool(config.reward.scores)
+    target = request.output or (place.reward_evaluation if of_rewards else place.evaluation)
+    prepare_file(target)
+    if of_rewards:
+        return _of_rewards(request, place, config, target)
     tuned = load_tuned(request.run)
     plan = style_run.make_plan(config)
     report_reading(plan.prompts)
     contents = [evaluation.content_of(prompt, plan) for prompt in plan.sample_prompts]
-    name = request.scorer or default_scorer(plan.model_folder)
+    name = request.scorer or pipeline.default_scorer(plan.model_folder)
     scorer = load_scorer(name, plan.device, resources.embedded_scorer())
     work = evaluation.load(plan)
     rates = [line["lr"] for line in report_run.read_metrics(place.folder) if "lr" in line]
@@ -123,6 +132,22 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     return results
 
 
+def _of_rewards(
+    request: EvaluateRequest, place: Place, config: Config, target: Path
+) -> dict[str, Any]:
+    """Score a run on rewards, whose figures are others, and write them."""
+    if request.scorer is not None:
+        config.reward.scorer = request.scorer
+    tuned = load_tuned(request.run)
+    plan = reward_plan.make_plan(config)
+    report_reading(plan.prompts)
+    found = reward_evaluate.measure(plan, tuned, place.kept)
+    head = {"run": str(place.folder), "step": int(tuned.facts.get("qzo.steps", 0))}
+    results: dict[str, Any] = finite({**head, **found})
+    RunFolder(target.parent).write_json(target.name, results)
+    return results
+
+
 def _with_verdict(found: dict[str, Any], folder: Path, step: int) -> dict[str, Any]:
     """Return the figures as JSON can hold them, with the verdict on top."""
     sentences = verdict(found)
@@ -131,16 +156,13 @@ def _with_verdict(found: dict[str, Any], folder: Path, step: int) -> dict[str, A
     return whole
 
 
-def default_scorer(model_folder: Path) -> str:
-    return EMBEDDED if pipeline.is_tiny(model_folder) else DEFAULT_SCORER
-
-
 def _config(request: EvaluateRequest, place: Place) -> Config:
     own: Config = load_config(place.folder / "config.yaml")
     config = with_levels(own, request.tuned_between)
     if request.style_dir is not None:
+        config.reward = RewardConfig()  # scored as a style
         config.data.style_dir, config.data.validation_dir = str(request.style_dir), None
-    elif place.is_export:
+    elif place.is_export and not config.reward.scores:
         _find_images_(config, place)
     # the style's own loss and signal are measured, so the prior's pictures need not be there
     off: dict[str, Any] = {"weight": 0.0, "prompts": None, "dir": None, "batch_size": None}

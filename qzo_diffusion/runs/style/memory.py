@@ -24,6 +24,7 @@ from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.rewards import scorer_bytes
 
 # In the order in which they are tried: first those that cost only time, last those that change
 # the result.
@@ -31,6 +32,7 @@ CHANGES = (
     ("compute.dtype", "bfloat16"),
     ("train.micro_batch_size", 1),
     ("sample.batch_size", 1),
+    ("reward.decode_at_once", 1),
     ("compute.vae_tile", 256),
     ("text.t5", "nf4"),
     ("train.optimizer", "sgd"),
@@ -168,13 +170,12 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     kept += prompts * text_tokens * sizes_of_data.text_width * dtype.itemsize
     data = {"encoded data": float(kept)} if device == "cpu" else {}
     base = {"libraries": libraries}
-    batch = config.train.micro_batch_size or config.examples * build.probes_at_once(config)
-    above_one = config.sample.guidance is None or config.sample.guidance > 1
-    guided = 2 if family.sampling.twice and above_one else 1
+    guided = _rows_of(config.sample.guidance) if family.sampling.twice else 1
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
     # a copy of the scales, or of the codes that are trained in their place
     copied = size.weights if config.method == "quzo" else 4.0 * size.scales
     copy = {} if config.sample.tuned_between is None else {"the base's scales": copied}
+    scorers = scorer_bytes(config, runtime.folder) if config.reward.scores else {}
     resident = copy | base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
     return [
         Phase("encode", base | _largest_encoder(config, runtime, shape)),
@@ -187,22 +188,62 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
         Phase(
             "train",
             resident
-            | {
-                "forward": memory.forward_bytes(size, image_tokens, text_tokens, batch, dtype),
-                "overrides": memory.override_bytes(size, config.qzo.parametrization, device),
-                "trained numbers": memory.trained_bytes(
-                    size, config.qzo.parametrization, config.train.optimizer
-                ),
-            },
+            | scorers
+            | _training(config, size, (image_tokens, text_tokens), runtime, vae_work("decode")),
         ),
         Phase(
             "sample",
             resident
+            | scorers
             | _sampling(
-                size, image_tokens, text_tokens, (drawn, batch), runtime, vae_work("decode")
+                size,
+                image_tokens,
+                text_tokens,
+                (drawn, _trained_rows(config)),
+                runtime,
+                vae_work("decode"),
             ),
         ),
     ]
+
+
+def _rows_of(guidance: float | None) -> int:
+    """Return the rows of a forward pass for each picture that is drawn."""
+    return 2 if guidance is None or guidance > 1 else 1
+
+
+def _trained_rows(config: Config) -> int:
+    """Return the rows of a forward pass of a step. Pictures that are scored may be drawn with
+    guidance."""
+    probes = config.train.micro_batch_size or config.examples * build.probes_at_once(config)
+    return probes * (_rows_of(config.reward.guidance) if config.reward.scores else 1)
+
+
+def _training(
+    config: Config,
+    size: ModelSize,
+    tokens: tuple[int, int],
+    runtime: pipeline.Runtime,
+    decoding: dict[str, float],
+) -> dict[str, float]:
+    """Return what a step needs beside weights.
+
+    Args:
+        tokens: of the image and of the text.
+        decoding: of one picture. Pictures that are scored are decoded after their forward passes;
+            both are counted, as an allocator may keep the memory of either.
+    """
+    device, level = runtime.device.type, config.qzo.parametrization
+    forward = memory.forward_bytes(size, *tokens, _trained_rows(config), runtime.dtype)
+    found = {
+        "forward": forward,
+        "overrides": memory.override_bytes(size, level, device),
+        "trained numbers": memory.trained_bytes(size, level, config.train.optimizer),
+    }
+    if config.reward.scores:
+        decode = sum(value for name, value in decoding.items() if name != "VAE")
+        found["decode"] = decode * config.reward.decode_at_once
+    return found
 
 
 @functools.lru_cache(maxsize=2)

@@ -34,6 +34,7 @@ from qzo_diffusion.diffusion.prompts import Prompt
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
+from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build, hub
@@ -215,6 +216,17 @@ def is_tiny(folder: Path) -> bool:
 def shipped_prompts(folder: Path, use: Literal["grid", "score"]) -> str:
     """Return the name of the shipped prompts that suit the model."""
     return f"tiny_{use}.txt" if is_tiny(folder) else f"{use}.txt"
+
+
+def default_scorer(folder: Path) -> str:
+    """Return the name of the scorer that suits the model."""
+    return EMBEDDED if is_tiny(folder) else DEFAULT_SCORER
+
+
+def resolve_model_(config: Config, folder: Path) -> None:
+    """Name the model that `auto` chose, so that a run goes on with the same one."""
+    if config.model == "auto":
+        config.model = "tiny" if is_tiny(folder) else hub.BIG_MODEL
 
 
 def resolve_sampling_(config: Config, family: Family, folder: Path) -> None:

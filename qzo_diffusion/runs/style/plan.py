@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import with_whole_paths
@@ -16,7 +15,6 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, DataError, ModelError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probing import Probing
-from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.families.family import Family, model_loss
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
@@ -28,23 +26,16 @@ from qzo_diffusion.diffusion.style_folder import (
     summary,
 )
 from qzo_diffusion.diffusion.trigger import Trigger, find_trigger
-from qzo_diffusion.runs import build, hub, provenance
+from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words, warn_of_distilled
 from qzo_diffusion.runs.style.levels import for_samples
+from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-from qzo_diffusion.runs.style.prior import (
-    DrawnPrior,
-    PriorSource,
-    drawing_key,
-    find_prior,
-    latents_of_files,
-    seeded,
-)
-from qzo_diffusion.runs.style.prior_examples import PriorExamples
+from qzo_diffusion.runs.style.prior import PriorSource, find_prior
 from qzo_diffusion.runs.style.samples import (
     Pictures,
     chosen_prompts,
@@ -177,7 +168,8 @@ class StylePlan:
         transformer, scales, theta = pipeline.load_base(config, self.runtime)
         sampled = for_samples(config, family, transformer, scales)
         set_initial_(config, transformer, scales)
-        drawn = self._drawn_prior(ranks, transformer, scales, encoded)
+        base = build.fingerprints(transformer, scales)
+        drawn = drawn_prior(config, self.prior, self.runtime, ranks, transformer, base, encoded)
         optimizer, take_step = (
             (build.optimizer(config), None)
             if self.has_journal
@@ -209,54 +201,12 @@ class StylePlan:
                 encoded,
                 device,
                 ranks,
-                self._prior_examples(transformer, encoded, drawn),
+                prior_examples(config, self.prior, family, transformer, dtype, encoded, drawn),
             ),
-            header=journal_header(config, config.examples, *build.fingerprints(transformer, scales))
+            header=journal_header(config, config.examples, *base)
             | ({} if config.init_from is None else {"init_from": config.init_from}),
             callbacks=pictures,
             take_step=take_step,
-        )
-
-    def _drawn_prior(
-        self,
-        ranks: Ranks,
-        transformer: nn.Module,
-        scales: ScaleSet,
-        encoded: style_data.Encoded,
-    ) -> DrawnPrior | None:
-        """Draw the prior's pictures, on the first rank before the others, which may find them in
-        the cache.
-        """
-        if self.prior is None or self.prior.prompts is None:
-            return None
-        if not ranks.first:
-            ranks.wait()
-        config, runtime = seeded(self.config), self.runtime
-        prompts, texts = self.prior.prompts.prompts, encoded.prompts
-        sampler = pipeline.sampler(config, runtime, transformer, encoded.vae, prompts, texts)
-        base = build.fingerprints(transformer, scales)
-        key = drawing_key(config, self.prior, runtime, base, texts)
-        drawn = DrawnPrior(self.prior, sampler, pipeline.tensor_cache(config), key)
-        if ranks.first:
-            ranks.wait()
-        return drawn
-
-    def _prior_examples(
-        self, transformer: nn.Module, encoded: style_data.Encoded, drawn: DrawnPrior | None
-    ) -> PriorExamples | None:
-        if self.prior is None:
-            return None
-        latents = (
-            latents_of_files(self.prior.files, encoded.latents.by_key)
-            if drawn is None
-            else drawn.latents
-        )
-        return PriorExamples(
-            self.config,
-            self.prior.samples,
-            latents,
-            encoded,
-            lambda batch: self.family.denoiser.predict(transformer, batch, self.dtype),
         )
 
 
@@ -268,9 +218,11 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     """
     if config.data.style_dir is None:
         raise ConfigError(
-            "no style folder", "a folder of images", "pass --style-dir DIR or set data.style_dir"
+            "no style folder and no reward",
+            "a folder of images, or a score of pictures",
+            "pass --style-dir DIR, or --reward NAME with --prompts FILE",
         )
-    folder, shape = _model(config, dry_run)
+    folder, shape = model_of(config, dry_run)
     device = devices.choose_device(config.compute.device)
     resolution = config.data.resolution or shape.native_resolution
     images = resources.find_file(config.data.style_dir, "demo_images")
@@ -314,8 +266,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     resolved.data.style_dir = str(images.resolve())
     resolved.data.validation_dir = str(held_out.resolve()) if held_out else None
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
-    if config.model == "auto":
-        resolved.model = "tiny" if pipeline.is_tiny(folder) else hub.BIG_MODEL
+    pipeline.resolve_model_(resolved, folder)
     plan = StylePlan(
         resolved,
         folder,
@@ -332,7 +283,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     return plan
 
 
-def _model(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
+def model_of(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
     """Return the model's folder and shape.
 
     A dry run may take the known shape of a published model whose weights are missing.

@@ -83,12 +83,16 @@ class Pictures:
         if path.exists():
             return
         try:
-            column = grid([self.sampler.images()], [f"step {step}"])
+            column = grid([self.drawn(step)], [f"step {step}"])
             save_picture(column, path)
             self.tracker.on_pictures(step, column)
             save_picture(join_columns(self.columns()), self.folder / "grid.png")
         except (RuntimeError, OSError, ValueError, OutputError) as error:
             self.tracker.report(f"warning: no samples at step {step}: {error}")
+
+    def drawn(self, step: int) -> list[Image.Image]:
+        """Return the pictures of a step as the transformer is now."""
+        return self.sampler.images()
 
     def columns(self) -> list[Image.Image]:
         return [load_picture(path) for _, path in step_grids(self.folder.parent)]

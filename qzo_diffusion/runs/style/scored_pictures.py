@@ -5,17 +5,58 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import torch
 from PIL import Image
+from torch import nn
 
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.prompts import Prompts
 from qzo_diffusion.diffusion.sampling import load_picture
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
-from qzo_diffusion.runs.style.evaluation import Work
+from qzo_diffusion.runs.style.batches import Encoded
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import write_folder
 from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.run_folder import RunFolder
+
+
+class Plan(Protocol):
+    """What pictures depend on, of a plan."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def prompts(self) -> Prompts: ...
+
+    @property
+    def runtime(self) -> pipeline.Runtime: ...
+
+
+class Work(Protocol):
+    """A model with base or tuned scales. `sampled` is the same, as pictures are made with it."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def encoded(self) -> Encoded: ...
+
+    @property
+    def transformer(self) -> nn.Module: ...
+
+    @property
+    def sampled(self) -> nn.Module: ...
+
+    @property
+    def scales(self) -> ScaleSet: ...
 
 
 @dataclass(frozen=True)
@@ -43,14 +84,14 @@ class Kept:
 
 
 def _count(work: Work) -> int:
-    return len(work.plan.sample_prompts)
+    return len(work.plan.prompts.texts)
 
 
 def _key(work: Work) -> str:
     """Return a hash of everything that the pictures depend on."""
     config, plan = work.plan.config, work.plan
     size, dtype = config.data.resolution, str(plan.dtype)
-    prompts = [*plan.sample_prompts, *plan.prompts.negatives]
+    prompts = [*plan.prompts.texts, *plan.prompts.negatives]
     shown = [prompts, config.sample.model_dump(), size, dtype]
     scales = build.fingerprints(work.transformer, work.scales)
     text = json.dumps([shown, scales], default=str)

@@ -52,7 +52,7 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     pairs = _pairs(request)
     if request.output is not None:
         prepare_file(request.output)
-    pictures, unusable = _opened([path for path, _ in pairs], request.images)
+    pictures, unusable = opened([path for path, _ in pairs], request.images)
     prompts = [prompt for path, prompt in pairs if path in pictures]
     contents = [clip_score.content_of(prompt) or prompt for prompt in prompts]
     name = request.scorer or DEFAULT_SCORER
@@ -69,8 +69,8 @@ def run(request: ScoreRequest) -> dict[str, Any]:
     ]
     results["unusable"] = unusable
     if request.style_dir is not None:
-        paths = _images_in(request.style_dir)
-        own, bad = _opened(paths, request.style_dir)
+        paths = images_in(request.style_dir)
+        own, bad = opened(paths, request.style_dir)
         names = [path.relative_to(request.style_dir).as_posix() for path in own]
         trained = scorer.image_features(list(own.values()))
         results["style"] = style.score(style.Pictures(features), trained, names, trained[:0])
@@ -127,7 +127,7 @@ def _read_prompts(file: Path) -> list[str]:
 
 
 def _in_natural_order(folder: Path) -> list[Path]:
-    paths = _images_in(folder, own_outputs=True)
+    paths = images_in(folder, own_outputs=True)
     return sorted(paths, key=lambda path: natural_key(path.relative_to(folder)))
 
 
@@ -168,7 +168,7 @@ def _rows(table: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _images_in(folder: Path, *, own_outputs: bool = False) -> list[Path]:
+def images_in(folder: Path, *, own_outputs: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
             f"there is no folder {folder}", "a folder of pictures", "pass the path of one"
@@ -180,9 +180,7 @@ def _images_in(folder: Path, *, own_outputs: bool = False) -> list[Path]:
     return paths
 
 
-def _opened(
-    paths: list[Path], folder: Path
-) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
+def opened(paths: list[Path], folder: Path) -> tuple[dict[Path, Image.Image], list[dict[str, str]]]:
     """Return the pictures that can be read, and the others with reasons, which are reported and
     counted.
     """

@@ -13,7 +13,7 @@ import torch
 
 from qzo_diffusion import devices
 from qzo_diffusion.cli import main
-from qzo_diffusion.config.files import load_config, make_config
+from qzo_diffusion.config.files import load_config, make_config, read_yaml
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.families.sd3 import SD3
@@ -50,6 +50,7 @@ PRESETS = {
     "sd35_large_24gb": LARGE,
     "sd35_medium": MEDIUM,
     "sd35_large_paper": LARGE,
+    "sd35_turbo_reward": LARGE,
 }
 
 
@@ -83,6 +84,26 @@ GIGABYTES = {"sd35_large_8gb": 8, "sd35_large_24gb": 24, "sd35_medium": 6, "sd35
 def test_presets_fit_what_their_header_says(pipelines, preset, gigabytes):
     plan = plan_of(preset, pipelines)
     assert plan.peak < 0.95e9 * gigabytes, plan.describe()
+
+
+def test_the_plan_of_rewards_counts_the_decoder_and_the_scorer(pipelines):
+    """PickScore is a CLIP with ViT-H/14: 986 million numbers in fp32, planned before it is here."""
+    settings = read_yaml(shipped("configs") / "sd35_turbo_reward.yaml")
+    settings["reward"] |= {"scores": ["preference:pickscore"], "second": "none"}
+    config = make_config(settings)
+    runtime = pipeline.Runtime(pipelines[json.dumps(LARGE)], CPU, torch.bfloat16)
+    plan = planning.memory_plan(config, runtime, images=0, prompts=30)
+    parts = next(phase for phase in plan.phases if phase.name == "train").parts
+    assert parts["scorers"] == pytest.approx(4 * 986e6, rel=0.01)
+    one = memory.vae_bytes(known_shape(config.model).vae.config, "decode", 512, 512, 512)
+    assert parts["decode"] == 2 * one
+    assert plan.peak < 0.95e9 * 24, plan.describe()
+    guided = make_config({**settings, "reward": settings["reward"] | {"guidance": 4.5}})
+    other = planning.memory_plan(guided, runtime, images=0, prompts=30)
+    more = next(phase for phase in other.phases if phase.name == "train").parts
+    rows = config.train.micro_batch_size
+    assert more["forward"] > parts["forward"]
+    assert rows == 8
 
 
 def test_the_plan_counts_what_the_tensors_have(pipelines):

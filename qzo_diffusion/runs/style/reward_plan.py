@@ -1,0 +1,325 @@
+"""Plan the runs of `qzo-diffuse train --reward`: pictures of prompts, tuned by their scores.
+
+`runs.training` executes the plan. The pictures of a step are drawn and scored by
+`rewards.objective`.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qzo_diffusion import devices, resources
+from qzo_diffusion.config.files import with_whole_paths
+from qzo_diffusion.config.reward import RewardName
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.optimizer import Schedule
+from qzo_diffusion.core.probes import Objective
+from qzo_diffusion.core.probing import Probing
+from qzo_diffusion.diffusion.families.family import Family, model_loss
+from qzo_diffusion.diffusion.flow_matching import Batch
+from qzo_diffusion.diffusion.memory import MemoryPlan
+from qzo_diffusion.diffusion.model_folder import load_scheduler
+from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
+from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
+from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table
+from qzo_diffusion.diffusion.vae import reduction
+from qzo_diffusion.rewards.drawing import Drawer
+from qzo_diffusion.rewards.objective import RewardObjective
+from qzo_diffusion.rewards.pictures import PictureBatch
+from qzo_diffusion.rewards.reward import Reward
+from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs.plan import Components
+from qzo_diffusion.runs.style import batches as style_data
+from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
+from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
+from qzo_diffusion.runs.style.plan import model_of
+from qzo_diffusion.runs.style.prior import PriorSource, find_prior
+from qzo_diffusion.runs.style.reward_batches import RewardBatches
+from qzo_diffusion.runs.style.rewarded_pictures import RewardedPictures
+from qzo_diffusion.runs.style.rewards import Workshop, second_name
+from qzo_diffusion.runs.style.samples import prompt_table
+from qzo_diffusion.runs.tuned import described, set_initial_
+from qzo_diffusion.train.distributed import Ranks
+from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.tracking import Tracker
+
+NO_STYLE = StyleFolder([], [], [])
+FEW_STEPS = 8  # sampling steps of a picture that is scored, where nobody chose them
+
+
+@dataclass(frozen=True)
+class RewardPlan:
+    """`runs.plan.Plan` of a run on rewards.
+
+    trained: prompts whose pictures are scored in training. prompts: those of the samples.
+    """
+
+    config: Config
+    model_folder: Path
+    device: torch.device
+    dtype: torch.dtype
+    trained: Prompts
+    prompts: Prompts
+    shape: PipelineShape
+    prior: PriorSource | None = None
+    notes: list[str] = field(default_factory=list)
+
+    thing = "prompt"
+    facts = ("sha256", "split")
+    has_journal = True
+
+    @property
+    def runtime(self) -> pipeline.Runtime:
+        return pipeline.Runtime(self.model_folder, self.device, self.dtype, self.shape)
+
+    @property
+    def name(self) -> str:
+        return "-".join(one.name for one in self.config.reward.names)
+
+    @property
+    def workshop(self) -> Workshop:
+        return workshop(self.config, self.model_folder, self.device)
+
+    def describe(self) -> str:
+        return f"{self.config.to_yaml()}\n{self.summary()}"
+
+    def summary(self) -> str:
+        config, reward = self.config, self.config.reward
+        second = second_name(config)
+        notes = [*self.trained.notes, *self.prompts.notes, *self.notes]
+        prompts, of_prior = config.data.batch_size, config.prior_examples
+        lines = [
+            f"rewards   {', '.join(one.text for one in reward.names)}; "
+            f"reported only: {second.text if second else 'none'}",
+            f"prompts   {len(self.trained.texts)} to train on, {len(self.prompts.texts)} to sample",
+            f"a step    {build.step_in_words(config, prompts, 'prompts', of_prior)}",
+            f"a picture {reward.steps} sampling steps, guidance {reward.guidance:g}",
+            *(f"note      {note}" for note in notes),
+            *(self.prior.summary(config) if self.prior else []),
+            f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
+            self.memory().describe(),
+        ]
+        if config.init_from is not None:
+            lines.insert(1, f"begins    with {described(config)}")
+        return "\n".join(lines)
+
+    def memory(self) -> MemoryPlan:
+        return memory_plan(self.config, *self._needs())
+
+    def rows_that_fit(self) -> int:
+        return fitting_micro_batch(self.config, *self._needs())
+
+    def _needs(self) -> tuple[pipeline.Runtime, int, int]:
+        """Return the runtime, and how many images and prompts the run keeps encoded."""
+        of_prior = len(self.prior.samples) if self.prior else 0
+        return self.runtime, of_prior, len(set(self._texts().texts)) + of_prior
+
+    def _texts(self) -> Prompts:
+        return Prompts([*self.trained.prompts, *self.prompts.prompts])
+
+    def data(self) -> list[dict[str, Any]]:
+        rows = [_row(at, one.row) for at, one in enumerate(self.trained.prompts)]
+        of_prior = dataset_table(self.prior.folder) if self.prior else []
+        return rows + [{key: row[key] for key in rows[0]} for row in of_prior]
+
+    def settings(self) -> dict[str, Any]:
+        # paths, and the memory of each process
+        local = {
+            "data": {"style_dir", "validation_dir", "cache_dir"},
+            "sample": {"prompts"},
+            "prior": {"prompts", "dir"},
+            "reward": {"prompts", "scores", "second", "scorer"},
+            "train": {"micro_batch_size"},
+        }
+        return self.config.model_dump(exclude=local | {"init_from": True})
+
+    def metadata(self, components: Components) -> dict[str, str]:
+        return provenance.scales_metadata(self.config, components.header["codes"])
+
+    def probing(self) -> Probing:
+        return build.probing(self.config)
+
+    def schedule(self, factor: float) -> Schedule:
+        return build.schedule(self.config, factor)
+
+    def load(self, ranks: Ranks) -> Components:
+        """Encode the prompts, free the encoders, load and quantize the transformer, then load the
+        scorers."""
+        config, device, dtype, family = self.config, self.device, self.dtype, self.shape.family
+        if not ranks.first:
+            # wait until the first rank has encoded everything into the cache
+            ranks.wait()
+        encoded = style_data.encode(
+            config, self.model_folder, NO_STYLE, self._texts(), device, dtype, self.prior
+        )
+        if ranks.first:
+            ranks.wait()
+        transformer, scales, theta = pipeline.load_base(config, self.runtime)
+        set_initial_(config, transformer, scales)
+        base = build.fingerprints(transformer, scales)
+        drawn = drawn_prior(config, self.prior, self.runtime, ranks, transformer, base, encoded)
+        rewards = self.workshop.build(with_second=ranks.first)
+
+        def pictures(out: RunFolder, tracker: Tracker) -> RewardedPictures:
+            out.write_json("dataset.json", self.data())
+            out.write_json("samples/prompts.json", prompt_table(self.prompts, None))
+            if drawn is not None:
+                drawn.save_grid(out.path / "samples" / "prior.png")
+            vae, prompts = encoded.vae, self.prompts.prompts
+            sampler = pipeline.sampler(
+                config, self.runtime, transformer, vae, prompts, encoded.prompts
+            )
+            return RewardedPictures(
+                out.path / "samples",
+                sampler,
+                tracker,
+                [],
+                config.sample.every,
+                rewards=rewards,
+                prompts=self.prompts.texts,
+            )
+
+        return Components(
+            scales=scales,
+            theta=theta,
+            optimizer=build.optimizer(config),
+            objective=objective(
+                drawer(config, self.runtime, family, transformer, encoded.vae),
+                rewards.trained,
+                family,
+                transformer,
+                dtype,
+            ),
+            batches=RewardBatches(
+                config,
+                self.trained.prompts,
+                encoded.prompts,
+                self._latents(),
+                device,
+                ranks,
+                prior_examples(config, self.prior, family, transformer, dtype, encoded, drawn),
+            ),
+            header=provenance.journal_header(config, config.examples, *base)
+            | ({} if config.init_from is None else {"init_from": config.init_from}),
+            callbacks=pictures,
+        )
+
+    def _latents(self) -> tuple[int, int, int]:
+        """Return the shape of the latents of a picture."""
+        side = (self.config.data.resolution or 0) // reduction(self.shape.vae.config)
+        channels = self.shape.family.denoiser.shape(self.shape.transformer.config).channels
+        return channels, side, side
+
+
+def objective(
+    draw: Drawer, score: Reward, family: Family, transformer: nn.Module, dtype: torch.dtype
+) -> Objective[PictureBatch | Batch]:
+    """Return the objective of a step: of pictures that are scored, and of the prior's examples."""
+    of_pictures = RewardObjective(draw.pictures, score)
+
+    def losses(batch: PictureBatch | Batch) -> Tensor:
+        if isinstance(batch, Batch):
+            return model_loss(family, transformer, batch, dtype)
+        return of_pictures(batch)
+
+    return losses
+
+
+def drawer(
+    config: Config, runtime: pipeline.Runtime, family: Family, transformer: nn.Module, vae: Any
+) -> Drawer:
+    """Return what draws the pictures of training, by the settings of a plan."""
+    reward = config.reward
+    return Drawer(
+        family,
+        transformer,
+        load_scheduler(runtime.folder, family),
+        vae,
+        steps=reward.steps or FEW_STEPS,
+        guidance=reward.guidance or 0.0,
+        decoded_at_once=reward.decode_at_once,
+        dtype=runtime.dtype,
+    )
+
+
+def workshop(config: Config, folder: Path, device: torch.device) -> Workshop:
+    return Workshop(config, pipeline.default_scorer(folder), device)
+
+
+def _row(at: int, row: dict[str, str]) -> dict[str, Any]:
+    """Return the row of dataset.json of a prompt."""
+    digest = hashlib.sha256("\0".join(row.values()).encode()).hexdigest()
+    name = f"prompt {at:04d}"
+    return {"file": name, "sha256": digest, "caption": row["prompt"], "split": "train"}
+
+
+def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
+    """Resolve the model, the device, the prompts and the rewards, and check all of them.
+
+    Args:
+        dry_run: the plan is only shown, so a published model may be planned by its known shape.
+
+    Raises:
+        ConfigError, DataError, ModelError: something is missing or does not fit.
+    """
+    if config.reward.prompts is None:
+        raise ConfigError(
+            "--reward without prompts", "a file with one prompt a line", "pass --prompts FILE"
+        )
+    if config.data.style_dir is not None:
+        raise ConfigError(
+            "--reward with --style-dir",
+            "one of them",
+            "leave --style-dir out, or use its pictures as a reward: --reward style:DIR",
+        )
+    folder, shape = model_of(config, dry_run)
+    device = devices.choose_device(config.compute.device)
+    resolution = config.data.resolution or shape.native_resolution
+    trained = read_prompt_file(
+        resources.find_file(config.reward.prompts, "prompts"), config.data.trigger
+    )
+    default = pipeline.shipped_prompts(folder, "grid")
+    file = resources.find_file(config.sample.prompts or default, "prompts")
+    prompts = read_prompt_file(file, config.data.trigger)
+    check_sizes(shape, resolution)
+    check_words(config, shape.family, folder, Prompts([*trained.prompts, *prompts.prompts]))
+    prior = find_prior(config, folder, resolution, NO_STYLE)
+    if prior is not None:
+        check_sizes(shape, resolution, prior.folder)
+        check_words(config, shape.family, folder, prior.prompts or Prompts([]), prior.folder)
+    pipeline.tensor_cache(config).check()
+    resolved = _resolved(config, shape.family, folder, resolution)
+    dtype = devices.choose_dtype(config.compute.dtype, device)
+    resolved.compute.dtype = devices.dtype_name(dtype)
+    notes = workshop(resolved, folder, device).check(dry_run)
+    if seen := len(set(trained.texts) & set(prompts.texts)):
+        notes.append(f"{seen} of the prompts to sample are trained on; others show more")
+    plan = RewardPlan(resolved, folder, device, dtype, trained, prompts, shape, prior, notes)
+    if resolved.train.micro_batch_size is None:
+        resolved.train.micro_batch_size = plan.rows_that_fit()
+    return plan
+
+
+def _resolved(config: Config, family: Family, folder: Path, resolution: int) -> Config:
+    """Return the settings with whole paths, and with all that follows from the model."""
+    resolved = with_whole_paths(config)
+    resolved.data.resolution = resolution
+    pipeline.resolve_sampling_(resolved, family, folder)
+    if resolved.quant.skip is None:
+        resolved.quant.skip = list(family.denoiser.skip)
+    pipeline.resolve_model_(resolved, folder)
+    reward, sample = resolved.reward, resolved.sample
+    reward.scores = [one.with_whole_path().text for one in reward.names]
+    if reward.second is not None and reward.second != "none":
+        reward.second = RewardName.parse(reward.second).with_whole_path().text
+    reward.steps = reward.steps or min(FEW_STEPS, sample.steps or FEW_STEPS)
+    if reward.guidance is None:
+        reward.guidance = sample.guidance
+    return resolved
