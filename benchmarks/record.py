@@ -48,6 +48,26 @@ def write_results(name: str, figures: dict[str, Any], folder: Path = RESULTS) ->
     return path
 
 
+def update_results(
+    name: str,
+    part: str,
+    figures: dict[str, Any],
+    details: dict[str, Any],
+    folder: Path = RESULTS,
+) -> Path:
+    """Write the part that one benchmark measures of a file that several write; the others stay.
+
+    Args:
+        figures: keys of the whole file. details: of this part, beside its command and machine.
+    """
+    path = folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    parts = before.pop("parts", {}) | {part: provenance() | details}
+    path.write_text(json.dumps(before | figures | {"parts": parts}, indent=1) + "\n")
+    return path
+
+
 def _module_name() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name

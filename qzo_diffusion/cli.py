@@ -28,7 +28,7 @@ from qzo_diffusion.config.arguments import (
     Parser,
     check_names,
 )
-from qzo_diffusion.system.console import INTERRUPTED, MENDABLE, report
+from qzo_diffusion.system.console import INTERRUPTED, MENDABLE, quiet, report
 from qzo_diffusion.system.streams import unbreakable
 
 
@@ -46,17 +46,23 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DISABLE_TELEMETRY": "1",
 }
+# How OpenMP's threads wait for each other, read when torch is imported. By default they spin, and
+# where other work runs they take the cores from the threads that they wait for.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     os.environ.update(OFFLINE)
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing that a verb makes is world-writable
     # a note on an optional package that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         options = parse(arguments)
         verb: Callable[[argparse.Namespace], int] = options.verb
-        code = verb(options)
+        with quiet(getattr(options, "quiet", False)):
+            code = verb(options)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

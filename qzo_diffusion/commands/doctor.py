@@ -4,13 +4,13 @@ import argparse
 import json
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json
+from qzo_diffusion.commands.flags import add_output
 from qzo_diffusion.system.console import DONE, MENDABLE, show
 
 
 def add(verbs: Any) -> None:
     doctor = verbs.add_parser("doctor", help="check this machine and say what a run will use")
-    add_json(doctor)
+    add_output(doctor)
     doctor.set_defaults(verb=run)
 
 

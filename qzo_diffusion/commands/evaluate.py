@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json, add_tuned_between
+from qzo_diffusion.commands.flags import add_output, add_tuned_between
 from qzo_diffusion.config.arguments import path, path_text
 from qzo_diffusion.system.console import DONE, emit, show
 
@@ -42,7 +42,7 @@ def add(verbs: Any) -> None:
         type=path,
         help="default: evaluation.json in the run; of a checkpoint evaluation_step_N.json",
     )
-    add_json(evaluate)
+    add_output(evaluate)
     evaluate.set_defaults(verb=run)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json, add_output_dir
+from qzo_diffusion.commands.flags import add_output, add_output_dir
 from qzo_diffusion.config.arguments import count, path
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.system.console import DONE, emit
@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
         "--rank", type=count, help="of lora; default 32: more keeps more of the change"
     )
     add_output_dir(export)
-    add_json(export)
+    add_output(export)
     export.set_defaults(verb=run)
 
 

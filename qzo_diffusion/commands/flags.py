@@ -18,8 +18,12 @@ def add_tuned_between(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_json(verb: argparse.ArgumentParser) -> None:
+def add_output(verb: argparse.ArgumentParser) -> None:
+    """Flags on what a verb shows."""
     verb.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    verb.add_argument(
+        "--quiet", action="store_true", help="show warnings, errors and results alone"
+    )
 
 
 def add_output_dir(verb: argparse.ArgumentParser) -> None:
@@ -33,7 +37,7 @@ def add_settings(verb: argparse.ArgumentParser, flags: Flags) -> None:
             flag, metavar=flag.removeprefix("--").upper().replace("-", "_"), help=f"{text} ({key})"
         )
     verb.add_argument("--config", help="YAML file of settings; flags win over it")
-    add_json(verb)
+    add_output(verb)
     verb.add_argument(
         "settings",
         nargs="*",

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json, add_output_dir
+from qzo_diffusion.commands.flags import add_output, add_output_dir
 from qzo_diffusion.config.arguments import weighted
 from qzo_diffusion.system.console import DONE, emit
 
@@ -19,7 +19,7 @@ def add(verbs: Any) -> None:
         help="may be given several times",
     )
     add_output_dir(mix)
-    add_json(mix)
+    add_output(mix)
     mix.set_defaults(verb=run)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json, add_output_dir
+from qzo_diffusion.commands.flags import add_output, add_output_dir
 from qzo_diffusion.config.arguments import path, path_text, whole
 from qzo_diffusion.system.console import DONE, emit
 
@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
         help="the run that this one began with; default: the folder that the journal names",
     )
     add_output_dir(replay)
-    add_json(replay)
+    add_output(replay)
     replay.set_defaults(verb=run)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json
+from qzo_diffusion.commands.flags import add_output
 from qzo_diffusion.config.arguments import path
 from qzo_diffusion.system.console import DONE, emit
 
@@ -12,7 +12,7 @@ def add(verbs: Any) -> None:
     report = verbs.add_parser("report", help="write one self-contained page on a run")
     report.add_argument("--run", type=path, required=True)
     report.add_argument("--output", type=path, help="default: report.html in the run")
-    add_json(report)
+    add_output(report)
     report.set_defaults(verb=run)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from qzo_diffusion.commands.flags import add_json, add_output_dir, add_tuned_between
+from qzo_diffusion.commands.flags import add_output, add_output_dir, add_tuned_between
 from qzo_diffusion.config.arguments import count, not_negative, path, path_text, seed, strength
 from qzo_diffusion.system.console import DONE, emit
 
@@ -31,7 +31,7 @@ def add(verbs: Any) -> None:
     )
     add_output_dir(sample)
     sample.add_argument("--seed", type=seed, help="prompt i is sampled from seed + i")
-    add_json(sample)
+    add_output(sample)
     sample.set_defaults(verb=run)
 
 

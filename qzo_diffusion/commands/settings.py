@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from qzo_diffusion.commands.flags import add_json
+from qzo_diffusion.commands.flags import add_output
 from qzo_diffusion.system.console import DONE, show
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def add(verbs: Any) -> None:
         help="a part of a name, 'data.*', another trainer's name, or a word of the meaning; "
         "default: a line for each setting",
     )
-    add_json(settings)
+    add_output(settings)
     settings.set_defaults(verb=run)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qzo_diffusion.diffusion import text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
@@ -21,6 +20,7 @@ from qzo_diffusion.diffusion.model_folder import INDEX, PIPELINE, fingerprint_of
 from qzo_diffusion.diffusion.text_encoders import load_text_encoder, load_tokenizer
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.json_file import read_object
+from qzo_diffusion.system.progress import Progress
 
 
 class PromptEncoder:
@@ -57,7 +57,7 @@ class PromptEncoder:
             )
         )
         self._identity = fingerprint_of_files(folder, family.texts.parts())
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
 
     def encode(self, prompts: Iterable[str]) -> dict[str, EncodedPrompt]:
         wanted = list(dict.fromkeys(prompts))
@@ -87,7 +87,7 @@ class PromptEncoder:
     def _run_encoders(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Encode all prompts by each encoder in turn."""
         count = len(self._family.texts.classes)
-        with tqdm(total=count, desc="encode prompts", unit="encoder", leave=False) as self._bar:
+        with Progress(total=count, desc="encode prompts", unit="encoder", leave=False) as self._bar:
             return self._family.texts.encode(self, prompts)
 
     def tokenizer(self, part: str) -> Any:

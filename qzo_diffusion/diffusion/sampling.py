@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from qzo_diffusion.diffusion.decoding import decoded
 from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.images import open_image
 from qzo_diffusion.system.files import write_whole
+from qzo_diffusion.system.progress import Progress
 
 LABEL_HEIGHT = 16
 # pixels; grids enlarge smaller images by whole factors, so that a person can see them
@@ -61,7 +61,7 @@ class Sampler:
     def images(self) -> list[Image.Image]:
         """Return one RGB image for each prompt."""
         images: list[Image.Image] = []
-        with tqdm(total=len(self._prompts), desc="sample", unit="image", leave=False) as bar:
+        with Progress(total=len(self._prompts), desc="sample", unit="image", leave=False) as bar:
             for start in self.starts:
                 images += [self.decode(latents) for latents in self.latents(start)]
                 bar.update(len(images) - start)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.system.progress import Progress
 
 DEFAULT_SCORER = "ViT-L-14-quickgelu/openai"
 EMBEDDED = "embedded"
@@ -97,7 +97,7 @@ class OpenClipScorer:
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
         found = []
         starts = range(0, len(images), self.batch_size)
-        for start in tqdm(starts, desc="score images", leave=False, disable=len(starts) < 3):
+        for start in Progress(starts, desc="score images", leave=False, disable=len(starts) < 3):
             pixels = torch.stack(
                 [
                     self.preprocess(image.convert("RGB"))

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.expected_cosine import expected_cosine
@@ -28,6 +27,7 @@ from qzo_diffusion.core.probes import Batch, Objective
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import Estimate, probe
 from qzo_diffusion.evaluate import intervals
+from qzo_diffusion.system.progress import Progress
 
 DIRECTIONS = 24
 REPEATS = 4  # estimates that are compared with the exact gradient
@@ -49,7 +49,7 @@ def two_seeds(
     slopes = []
     for micro_batches in (first, second):
         found: list[float] = []
-        for index in tqdm(range(count), desc="slopes of two seeds", leave=False):
+        for index in Progress(range(count), desc="slopes of two seeds", leave=False):
             one = probe(objective, StepBatch(micro_batches), theta, plain, index)
             found += one.directional_derivative
         slopes.append(np.array(found))

@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.core.near_base import NearBase
 from qzo_diffusion.runs.plan import Components, Plan
 from qzo_diffusion.system.console import report
+from qzo_diffusion.system.progress import Progress
 from qzo_diffusion.train.calibrate import LrCalibration, calibrate
 from qzo_diffusion.train.distributed import Ranks
 
@@ -75,7 +74,7 @@ def _read(journal: Journal, rate_wanted: bool) -> Factors:
 
 def _measured(plan: Plan, components: Components, ranks: Ranks) -> Factors:
     def with_bar(steps: Iterable[int]) -> Iterable[int]:
-        return tqdm(
+        return Progress(
             steps, desc="calibrate train.lr", unit="batch", leave=False, disable=not ranks.first
         )
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qzo_diffusion.core.errors import ModelError, OutputError
 from qzo_diffusion.quant.entries import Entry, bytes_of, damaged
@@ -35,6 +34,7 @@ from qzo_diffusion.quant.stream import Filled, Quantization, fill_
 from qzo_diffusion.quant.weights import Pending, read_entries, write_tensors
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import COMPLETE, free_bytes, write_folder
+from qzo_diffusion.system.progress import Progress
 
 WEIGHTS, SOURCE = "model.safetensors", "source.json"
 FORMAT = 1  # raise it when the same source gives other numbers
@@ -98,7 +98,7 @@ def _fill(
 ) -> tuple[nn.Module, Filled]:
     model = source.make_empty()
     total = sum(entry.nbytes for entry in entries.values())
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False) as bar:
+    with Progress(total=total, desc=what, unit="B", unit_scale=True, leave=False) as bar:
         filled = fill_(
             model, entries, quantization, dtype=dtype, device=device, progress=bar.update
         )
@@ -212,7 +212,7 @@ def _store(model: nn.Module, stored: Path, key: Mapping[str, Any]) -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
 
     def write(folder: Path) -> None:
-        with tqdm(
+        with Progress(
             total=size, desc="store 4-bit copy", unit="B", unit_scale=True, leave=False
         ) as bar:
             sums: dict[str, int] = {}

@@ -8,13 +8,14 @@ import io
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.system.console import is_shown
+from qzo_diffusion.system.progress import Progress
 from qzo_diffusion.train.loop import StepRecord
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Tracker:
     Args:
         run: the run's folder.
         total_steps: of the whole run; first_step of this process.
-        show_progress: False hides the bar.
+        show_progress: False hides the bar and all messages.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class Tracker:
     ) -> None:
         self._log = MetricsLog(run / "metrics.jsonl")
         self._curves = Curves(run / "tensorboard")
-        self._bar = tqdm(
+        self._show = show_progress
+        self._bar = Progress(
             total=total_steps,
             initial=first_step,
             desc="train",
@@ -192,8 +194,8 @@ class Tracker:
 
     def report(self, text: str) -> None:
         """A line above the bar."""
-        if not self._bar.disable:
-            self._bar.write(text, file=self._bar.fp)
+        if self._show and is_shown(text):
+            self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -135,5 +135,35 @@ def test_a_typo_is_told_without_torch(arguments, tmp_path):
     assert done.stdout.split() == ["2", "False"], done.stderr
 
 
+AT_TORCH = """
+import importlib.abc, os, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            raise SystemExit
+sys.meta_path.insert(0, Watch())
+from qzo_diffusion.cli import main
+main(["doctor"])
+print("torch was not asked for")
+"""
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, found):
+    """OpenMP reads the variable when torch is imported."""
+    environment = {name: at for name, at in _here().items() if name != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    done = subprocess.run(
+        [sys.executable, "-c", AT_TORCH],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == [found], done.stderr
+
+
 def _here():
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.noise import derive_key, torch_generator
@@ -27,6 +26,7 @@ from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.examples import CPU, make_batch, training_levels
 from qzo_diffusion.runs.style.prior import PriorSource
 from qzo_diffusion.runs.style.prior_examples import PriorExamples
+from qzo_diffusion.system.progress import Progress
 from qzo_diffusion.train.batch_plan import BatchPlan
 from qzo_diffusion.train.distributed import Ranks
 
@@ -86,7 +86,7 @@ def _latents(
 ) -> Mapping[tuple[str, bool], Tensor]:
     """Return latents by sample id and mirroring; `files` identifies the VAE."""
     count = len(samples) * (2 if flip else 1)
-    with tqdm(total=count, desc="encode images", leave=False, disable=not count) as bar:
+    with Progress(total=count, desc="encode images", leave=False, disable=not count) as bar:
 
         def show(done: int, _total: int) -> None:
             bar.update(done - bar.n)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from qzo_diffusion import __version__, devices
 from qzo_diffusion.config.files import load_config
@@ -64,6 +63,7 @@ from qzo_diffusion.system.files import (
     write_folder,
     write_whole,
 )
+from qzo_diffusion.system.progress import Progress
 
 JOURNAL = "journal.qzo"
 DEFAULT_RANK = 32
@@ -247,7 +247,7 @@ def _write(
 
     def fill(folder: Path) -> None:
         for name, (tensors, facts) in files.items():
-            with tqdm(
+            with Progress(
                 total=2 * _bytes(tensors),
                 desc=f"write and compare {name}",
                 unit="B",

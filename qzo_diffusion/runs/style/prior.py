@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qzo_diffusion import resources
 from qzo_diffusion.config.style import Config
@@ -26,6 +25,7 @@ from qzo_diffusion.diffusion.style_folder import StyleFolder, read_style_folder
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.system.console import report
+from qzo_diffusion.system.progress import Progress
 
 VERSION = 1  # raise it whenever the same settings draw other pictures
 
@@ -190,7 +190,7 @@ class DrawnPrior:
         key: dict[str, str | int | float | bool],
     ) -> None:
         self._sampler, self._cache, self._key = sampler, cache, key
-        starts = tqdm(sampler.starts, desc="draw the prior", unit="batch", leave=False)
+        starts = Progress(sampler.starts, desc="draw the prior", unit="batch", leave=False)
         drawn = [latents for start in starts for latents in self._batch(start)]
         self.latents = {one.id: own for one, own in zip(source.samples, drawn, strict=True)}
 
