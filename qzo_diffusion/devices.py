@@ -1,14 +1,21 @@
-"""Resolve the settings of device and dtype."""
+"""Resolve the settings of device and dtype, and ask a device for its name and memory.
+
+Torch's names are taken: AMD's GPUs are `cuda` in a torch for ROCm. docs/devices.md says which of
+them were run.
+"""
 
 import os
+import platform
 import sys
 from typing import Literal
 
 import torch
 
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.precision import has_bfloat16
 
-TYPES = ("cpu", "cuda")  # whose memory planning knows
+TYPES = ("cpu", "cuda", "xpu", "mps")
+NAMES = "auto, cpu, cuda, xpu or mps"
 
 
 def choose_device(name: str) -> torch.device:
@@ -16,15 +23,7 @@ def choose_device(name: str) -> torch.device:
     was made for.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        # of several processes on one machine each takes a GPU of its own
-        local = os.environ.get("LOCAL_RANK", "")
-        return (
-            torch.device("cuda", int(local) % torch.cuda.device_count())
-            if local.isdigit()
-            else torch.device("cuda")
-        )
+        return _automatic()
     try:
         device = torch.device(name)
         if device.type not in TYPES:
@@ -33,18 +32,45 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"compute.device = {name!r}: {reason}", "auto, cpu or cuda", "use compute.device=cpu"
+            f"compute.device = {name!r}: {reason}", NAMES, "use compute.device=cpu"
         ) from None
     return device
 
 
+def _automatic() -> torch.device:
+    """A GPU of NVIDIA or AMD, else the CPU: the others were never run, so that they are asked for
+    by name.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # of several processes on one machine each takes a GPU of its own
+    local = os.environ.get("LOCAL_RANK", "")
+    return (
+        torch.device("cuda", int(local) % torch.cuda.device_count())
+        if local.isdigit()
+        else torch.device("cuda")
+    )
+
+
+def others() -> list[str]:
+    """Devices that are here and never chosen by "auto"."""
+    here = {
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    return [name for name, available in here.items() if available]
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of forward passes: "auto" is bfloat16 on a GPU and float32 on a CPU.
+    """Return the dtype of forward passes: "auto" is float32 on a CPU, and on a GPU bfloat16, or
+    float16 where it has no bfloat16.
 
     Scales and losses are fp32 always.
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if has_bfloat16(device) else torch.float16
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -55,13 +81,41 @@ def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
     return names[dtype]
 
 
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return str(torch.xpu.get_device_name(device))
+    return "Apple GPU" if device.type == "mps" else platform.processor()
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU of its own; None on a CPU, and on an Apple GPU, which shares the CPU's."""
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).get_device_properties(device).total_memory)
+    return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that nobody holds; None where the driver does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "xpu":
+        total = total_bytes(device) or 0
+        return total - int(torch.xpu.memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return None
+
+
 def peak_bytes(device: torch.device) -> int | None:
     """Most memory that this process held so far: of the GPU on a GPU, else of the machine.
 
     None where the system does not count it.
     """
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).max_memory_allocated(device))
     try:
         import resource
     except ImportError:  # Windows

@@ -69,7 +69,10 @@ def cache_folder() -> Path:
     home = os.path.expanduser("~")
     if os.path.isabs(home) and _can_be_made(Path(home) / ".cache" / NAME):
         return Path(home) / ".cache" / NAME
-    return _private_folder(Path(tempfile.gettempdir()) / f"{NAME}-{os.getuid()}")
+    temporary = Path(tempfile.gettempdir())
+    if not hasattr(os, "getuid"):  # Windows, where the temporary folder is the user's own
+        return temporary / NAME
+    return _private_folder(temporary / f"{NAME}-{os.getuid()}")
 
 
 def _can_be_made(folder: Path) -> bool:

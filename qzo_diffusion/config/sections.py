@@ -169,7 +169,7 @@ class PriorConfig(Section):
 
 class ComputeConfig(Section):
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps"""
+    """auto, cpu, cuda (NVIDIA and AMD), xpu (Intel), mps (Apple), or one of several: cuda:1"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of activations and unquantized weights"""
     vae_device: str | None = None

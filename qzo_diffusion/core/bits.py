@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qzo_diffusion.core.precision import where_float64_is
+
 PackedBits = NDArray[np.uint8]
 _BITS_OF_BYTE = np.unpackbits(
     np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"
@@ -89,11 +91,13 @@ _SUM_BITS = 39  # of an amount; with 2^13 amounts a sum has 52, which float64 ho
 
 
 def signed_sum(packed: Tensor, amounts: Sequence[float], numel: int) -> Tensor:
-    """Σ amounts[i] · z_i for the packed signs z [n, bytes]: float64 [numel], on the bits' device.
+    """Σ amounts[i] · z_i for the packed signs z [n, bytes]: float64 [numel], on the bits' device
+    or, where that has no float64, on the CPU.
 
     Amounts are rounded to whole multiples of a power of two, 2^-39 of the largest, so the sums are
     exact: the same on every machine, in any order, with any number of threads.
     """
+    packed = where_float64_is(packed)
     largest, device = max(map(abs, amounts)), packed.device
     total = torch.zeros(numel, dtype=torch.float64, device=device)
     if largest == 0:

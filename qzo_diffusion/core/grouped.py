@@ -281,9 +281,8 @@ class Grouped:
         if not kind.token_wise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
-            return signed_sum(
-                self._packed(name, directions, keep=False), amounts, theta.numel()
-            ).to(theta.dtype)
+            total = signed_sum(self._packed(name, directions, keep=False), amounts, theta.numel())
+            return total.to(theta.dtype).to(theta.device)
         drawn = (
             direction.z(name, theta, each=kind.token_wise).view(-1, theta.numel())
             for direction in directions

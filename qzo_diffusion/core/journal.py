@@ -5,7 +5,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -27,11 +26,13 @@ from qzo_diffusion.core.journal_format import (
     records,
     to_json,
 )
+from qzo_diffusion.core.locks import lock
 from qzo_diffusion.core.noise import Distribution, directions_of_step
 from qzo_diffusion.core.optimizer import Optimizer, Update
 from qzo_diffusion.core.parametrization import Parametrization
 
 FSYNC_SECONDS = 5.0
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would write another byte before each line end
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,11 @@ class JournalWriter:
     def __init__(self, path: Path, chain: bytes, size: int) -> None:
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDWR)
+            self._file = os.open(path, os.O_RDWR | BINARY)
         except OSError as error:
             raise _unwritable(path, error) from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file)
         except OSError:
             os.close(self._file)
             raise OutputError(
@@ -139,7 +140,7 @@ class JournalWriter:
         try:
             written = 0
             while written < len(record):
-                written += os.pwrite(self._file, record[written:], self._size + written)
+                written += _write_at(self._file, record[written:], self._size + written)
             if time.monotonic() - self._last_sync > FSYNC_SECONDS:
                 self._fsync()
         except OSError as error:
@@ -170,6 +171,14 @@ class JournalWriter:
     def _fsync(self) -> None:
         os.fsync(self._file)
         self._last_sync = time.monotonic()
+
+
+def _write_at(descriptor: int, data: bytes, place: int) -> int:
+    """Write at a place of a file. Returns how many bytes were taken."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, place)
+    os.lseek(descriptor, place, os.SEEK_SET)  # Windows; nobody else has this descriptor
+    return os.write(descriptor, data)
 
 
 def read_journal(path: Path) -> Journal:

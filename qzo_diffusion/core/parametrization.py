@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qzo_diffusion.core.activation_scaling import ActivationScaling
 from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.precision import where_float64_is
 from qzo_diffusion.core.scales import Override, ScaleSet
 
 
@@ -84,7 +85,7 @@ class Parametrization(Protocol):
 
 def exp(theta: Tensor) -> Tensor:
     """exp(θ) in float64, rounded once: in fp32 a CPU and a GPU give other bits."""
-    return torch.exp(theta.double()).to(theta.dtype)
+    return torch.exp(where_float64_is(theta).double()).to(theta.dtype).to(theta.device)
 
 
 def only_probe(

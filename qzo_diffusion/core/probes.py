@@ -23,7 +23,7 @@ def sample_losses(objective: Objective[Batch], micro_batch: Batch) -> list[float
     """One loss per example, or per patch group of each; no gradient is recorded."""
     with torch.no_grad():
         losses: list[float] = (
-            objective(micro_batch).detach().reshape(-1).to("cpu", torch.float64).tolist()
+            objective(micro_batch).detach().reshape(-1).cpu().to(torch.float64).tolist()
         )
     return losses
 

@@ -113,7 +113,7 @@ class TensorCache:
 
 
 def _is_ours(facts: os.stat_result) -> bool:
-    return os.name != "posix" or facts.st_uid == os.geteuid()
+    return not hasattr(os, "geteuid") or facts.st_uid == os.geteuid()  # Windows has no such ids
 
 
 def _canonical(key: Key) -> str:

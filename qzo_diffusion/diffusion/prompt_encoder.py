@@ -88,7 +88,12 @@ class PromptEncoder:
         """Encode all prompts by each encoder in turn."""
         count = len(self._family.texts.classes)
         with Progress(total=count, desc="encode prompts", unit="encoder", leave=False) as self._bar:
-            return self._family.texts.encode(self, prompts)
+            found = self._family.texts.encode(self, prompts)
+        return [{name: self._cast(tensor) for name, tensor in one.items()} for one in found]
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        """To the denoiser's dtype, which an encoder may not run in; counts of tokens stay."""
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def tokenizer(self, part: str) -> Any:
         return load_tokenizer(self._folder, part)

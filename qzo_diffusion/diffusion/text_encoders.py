@@ -16,6 +16,15 @@ from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
 
+T5 = "T5EncoderModel"
+
+
+def dtype_of(class_name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an encoder runs in where the denoiser runs in `dtype`: T5's feed-forward
+    layers reach beyond the largest float16, 65504.
+    """
+    return torch.float32 if class_name == T5 and dtype == torch.float16 else dtype
+
 
 def has_part(folder: Path, part: str) -> bool:
     return (folder / part).is_dir()

@@ -30,8 +30,15 @@ _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
 def _bitsandbytes() -> Any:
-    import bitsandbytes  # on first use: half a second, and not needed by the reference back-end
-
+    try:
+        # on first use: half a second, and not needed by the reference back-end
+        import bitsandbytes
+    except ImportError as error:
+        raise ModelError(
+            f"bitsandbytes can't be imported: {error}",
+            "its layers, which the model or the run has",
+            "pip install bitsandbytes; a new run without it takes quant.backend=reference",
+        ) from None
     return bitsandbytes
 
 

@@ -116,6 +116,11 @@ class ReferenceLinear4bit(nn.Module):
             torch.stack([flat >> 4, flat & 15], 1).view(shape), absmax, bias, quant_type, blocksize
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """The codes as int8, as other programs ask a quantized layer for its weight."""
+        return self.codes.view(torch.int8)
+
     def forward(self, x: Tensor) -> Tensor:
         weight = dequantize_blockwise(self.codes, self.absmax, self.quant_type, self.blocksize)
         return F.linear(x, weight.to(x.dtype), self.bias)

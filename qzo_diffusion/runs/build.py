@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qzo_diffusion import resources
@@ -24,10 +25,12 @@ from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
+from qzo_diffusion.quant.available import bitsandbytes_problem
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.choose import chosen, last_readers
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
+from qzo_diffusion.system.console import report
 from qzo_diffusion.train.first_order import first_order_step
 from qzo_diffusion.train.loop import TakeStep
 
@@ -40,6 +43,20 @@ def quantization(quant: QuantConfig, skip: Sequence[str] = ()) -> Quantization:
     """Return the settings of quantization; `skip` is for models whose settings name no layers."""
     skipped = tuple(skip if quant.skip is None else quant.skip)
     return Quantization(quant.type, quant.blocksize, skipped, quant.backend, quant.activations)
+
+
+def resolve_backend_(config: RunConfig, device: torch.device) -> None:
+    """Take the reference back-end in place of a bitsandbytes that can't be used here, and say
+    so.
+    """
+    four_bit = config.quant.backend == "bnb" and config.quant.type in ("nf4", "fp4")
+    problem = bitsandbytes_problem(device) if four_bit else None
+    if problem is not None:
+        config.quant.backend = "reference"
+        report(
+            f"warning: {problem}; the reference back-end is used, which is slower "
+            "(quant.backend=reference)"
+        )
 
 
 def copies_folder(config: Config | LlmConfig) -> Path:

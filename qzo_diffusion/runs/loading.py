@@ -155,8 +155,9 @@ def _is_ours(path: Path) -> bool:
     member.
     """
     facts = path.lstat()
-    ours = not hasattr(os, "getuid") or facts.st_uid == os.getuid()
-    return ours and not facts.st_mode & stat.S_IWOTH
+    if not hasattr(os, "getuid"):  # Windows, which keeps no such modes
+        return True
+    return facts.st_uid == os.getuid() and not facts.st_mode & stat.S_IWOTH
 
 
 def _entries_of(stored: Path) -> Mapping[str, Entry] | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qzo_diffusion import __version__, resources
+from qzo_diffusion import __version__, devices, resources
 from qzo_diffusion.config.sections import RunConfig
 from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
@@ -96,16 +96,21 @@ def environment(model: str, device: torch.device, dtype: torch.dtype) -> dict[st
         "git_revision": _git_revision(),
         "model": published_model(model),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor(),
+        "device_name": devices.device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None  # bitsandbytes may be missing
 
 
 def _git_revision() -> str | None:

@@ -6,7 +6,6 @@ of every file, so damage is found when the folder is read.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.core.locks import lock
 from qzo_diffusion.system.reading import read_json
 
 COMPLETE = "COMPLETE"
@@ -179,7 +179,7 @@ def unfinished(folder: Path, names: Sequence[str]) -> Iterator[None]:
     try:
         with marker.open("x", encoding="utf-8") as file:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno())
             json.dump(list(names), file)
             file.flush()
             yield
@@ -213,7 +213,7 @@ def _listed(marker: Path) -> list[str]:
     """The names in a marker; none of one that this program did not write."""
     with marker.open("rb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock(file.fileno(), shared=True)
         except BlockingIOError:
             raise OutputError(
                 f"another process writes {marker.parent}",
@@ -306,7 +306,13 @@ def hash_of(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have a file, or the names in a folder, on the disk. Windows opens no folders, and syncs files
+    that are open for writing alone.
+    """
+    posix = hasattr(os, "O_DIRECTORY")
+    if not posix and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -218,6 +218,8 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     check_vocabulary(folder, config.task, spec, splits.all())
     resolved = with_whole_paths(config)
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
+    if config.method != "qlora":  # whose adapters are made for layers of bitsandbytes
+        build.resolve_backend_(resolved, device)
     resolved.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None
     if Path(config.model).is_dir():
         resolved.model = str(folder.resolve())

@@ -13,6 +13,7 @@ PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "bitsandbytes", "accelerate"),
     *("open_clip_torch", "safetensors", "numpy", "pillow"),
 )
+OPTIONAL = "bitsandbytes"  # without it the layers are those of the reference back-end
 SMALLEST = "sd35_large_8gb"  # the preset for large models that needs the least memory
 
 
@@ -24,7 +25,8 @@ def examine() -> dict[str, Any]:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            problems.append(f"the package {name} is not installed: pip install {name}")
+            if name != OPTIONAL:
+                problems.append(f"the package {name} is not installed: pip install {name}")
     tiny = resources.tiny_model()
     if not (tiny / "transformer").is_dir():
         problems.append(f"the embedded model is missing from {tiny}: install the package again")
@@ -46,20 +48,25 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
 
     from qzo_diffusion.config.style import Config
     from qzo_diffusion.core.errors import ModelError
+    from qzo_diffusion.quant.available import bitsandbytes_problem
     from qzo_diffusion.runs.style import pipeline
     from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
 
     device = devices.choose_device("auto")
     facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": "cpu" if device.type == "cpu" else devices.device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "dtype": str(devices.choose_dtype("auto", device)).removeprefix("torch."),
     }
-    if device.type == "cuda":
-        facts["gpu_memory_gb"] = round(
-            torch.cuda.get_device_properties(device).total_memory / 1e9, 1
-        )
+    if devices.others():
+        facts["other devices"] = f"{', '.join(devices.others())} (compute.device; never run so far)"
+    total = devices.total_bytes(device)
+    if total is not None:
+        facts["gpu_memory_gb"] = round(total / 1e9, 1)
+    problem = bitsandbytes_problem(device)
+    if problem is not None:
+        facts["back-end"] = f"reference; {problem}"
     try:
         folder, facts["model"] = pipeline.choose_model("auto")
         config, runtime = (

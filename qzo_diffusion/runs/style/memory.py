@@ -18,7 +18,7 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
-from qzo_diffusion.diffusion.text_encoders import empty_encoder
+from qzo_diffusion.diffusion.text_encoders import dtype_of, empty_encoder
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
@@ -299,12 +299,13 @@ def _largest_encoder(
     for name, part in shape.encoders.items():
         if name == texts.t5 and mode == "none":
             continue
-        reading = memory.reading_bytes(part.entries, runtime.dtype, runtime.device.type, 0)
+        dtype = dtype_of(texts.classes[name], runtime.dtype)
+        reading = memory.reading_bytes(part.entries, dtype, runtime.device.type, 0)
         if name == texts.t5 and mode == "nf4":
             empty = _t5_outline(texts.classes[name], json.dumps(part.config, sort_keys=True))
-            weights = ModelSize.of(empty, Quantization(), runtime.dtype).weights
+            weights = ModelSize.of(empty, Quantization(), dtype).weights
         else:
-            weights = memory.stored_bytes(part.entries, runtime.dtype)
+            weights = memory.stored_bytes(part.entries, dtype)
         sizes[name] = weights + reading
     name = max(sizes, key=lambda part: sizes[part])
     return {name: sizes[name]}

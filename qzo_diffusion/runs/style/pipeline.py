@@ -35,6 +35,7 @@ from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED
+from qzo_diffusion.quant.available import bitsandbytes_problem
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build, hub
@@ -283,8 +284,9 @@ def prompt_encoder(
 
     def load(part: str) -> nn.Module:
         kind = family.texts.classes[part]
+        own = text_encoders.dtype_of(kind, dtype)
         if part != family.texts.t5 or mode != "nf4":
-            return text_encoders.load_text_encoder(folder, part, kind, dtype=dtype, device=device)
+            return text_encoders.load_text_encoder(folder, part, kind, dtype=own, device=device)
         source = Source(
             read_entries(folder / part),
             lambda: text_encoders.empty_text_encoder(folder, part, kind),
@@ -292,8 +294,10 @@ def prompt_encoder(
         return text_encoders.ready(
             load_quantized(
                 source,
-                Quantization(),
-                dtype=dtype,
+                Quantization(
+                    backend="bnb" if bitsandbytes_problem(device) is None else "reference"
+                ),
+                dtype=own,
                 device=device,
                 cache=build.copies_folder(config),
             )

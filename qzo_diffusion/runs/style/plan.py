@@ -266,6 +266,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     resolved.data.style_dir = str(images.resolve())
     resolved.data.validation_dir = str(held_out.resolve()) if held_out else None
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
+    build.resolve_backend_(resolved, device)
     pipeline.resolve_model_(resolved, folder)
     plan = StylePlan(
         resolved,

@@ -298,6 +298,7 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
     resolved = _resolved(config, shape.family, folder, resolution)
     dtype = devices.choose_dtype(config.compute.dtype, device)
     resolved.compute.dtype = devices.dtype_name(dtype)
+    build.resolve_backend_(resolved, device)
     notes = workshop(resolved, folder, device).check(dry_run)
     if seen := len(set(trained.texts) & set(prompts.texts)):
         notes.append(f"{seen} of the prompts to sample are trained on; others show more")

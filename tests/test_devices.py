@@ -1,0 +1,58 @@
+"""Devices and dtypes by torch's names, where this machine has a CPU alone."""
+
+import pytest
+import torch
+
+from qzo_diffusion import devices
+from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.precision import where_float64_is
+from qzo_diffusion.quant.available import bitsandbytes_problem
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("of a machine without a GPU")
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("name", ["cuda", "cuda:7", "xpu", "mps", "meta", "tpu"])
+def test_a_device_that_is_not_here_is_refused_and_the_names_are_told(name):
+    with pytest.raises(ConfigError) as error:
+        devices.choose_device(name)
+    assert error.value.expected == "auto, cpu, cuda, xpu or mps"
+
+
+def test_devices_that_were_never_run_are_not_chosen_but_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.choose_device("auto") == CPU
+    assert "mps" in devices.others()
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bfloat16_runs_in_float16(monkeypatch, has, dtype):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: has)
+    assert devices.choose_dtype("auto", torch.device("cuda")) == dtype
+    assert devices.choose_dtype("auto", CPU) == torch.float32
+    assert devices.choose_dtype("float16", CPU) == torch.float16
+
+
+class AppleTensor:
+    device = torch.device("mps")
+
+    def cpu(self):
+        return torch.ones(2)
+
+
+def test_what_needs_float64_goes_to_the_cpu_where_a_device_has_none():
+    assert where_float64_is(AppleTensor()).device == CPU
+    own = torch.ones(2)
+    assert where_float64_is(own) is own
+
+
+def test_bitsandbytes_is_asked_for_its_devices():
+    assert bitsandbytes_problem(CPU) is None
+    assert "vulkan" in bitsandbytes_problem(torch.device("vulkan"))
