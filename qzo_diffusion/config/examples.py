@@ -34,6 +34,7 @@ EXAMPLES = {
     "data.dir": (PATH, "data.dir=data/sst2"),
     "data.flip": (SWITCH, "data.flip=true"),
     "data.keep_hidden": (SWITCH, "data.keep_hidden=false"),
+    "data.masks": (WORD, "data.masks=file"),
     "data.max_tokens": ("tokens", "data.max_tokens=512"),
     "data.repeats": ("times", "data.repeats=4"),
     "data.resolution": ("pixels", "data.resolution=512"),

@@ -47,6 +47,7 @@ ELSEWHERE = {
     "data.trigger": "trigger_word placeholder_token instance_token token concept",
     "data.caption_dropout": "caption_dropout_rate proportion_empty_prompts cond_dropout",
     "data.flip": "random_flip flip_aug horizontal_flip",
+    "data.masks": "masked_training masked_loss alpha_mask mask_path conditioning_data_dir",
     "data.repeats": "num_repeats dataset_repeats",
     "prior.weight": "prior_loss_weight with_prior_preservation prior_preservation",
     "prior.prompts": "class_prompt class_prompts",

@@ -39,6 +39,9 @@ class DataConfig(Section):
     """mirror images at random"""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """share of captions that are left out, for guidance"""
+    masks: Literal["alpha", "file", "none"] = "none"
+    """parts of images that count: file: white in NAME_mask.png; alpha: opaque in the image itself;
+    none: all of it"""
     strict: bool = False
     """stop at the first image that can't be used"""
     cache_dir: PathText | None = None

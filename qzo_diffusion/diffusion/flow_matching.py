@@ -27,8 +27,9 @@ class Batch:
 
     latents [B, C, h, w] fp32 (already shifted and scaled), noise of the same shape, sigma [B] fp32,
     prompt_embeds [B, T, D], pooled [B, P] (P is 0 where a family has none). patch_groups: of an
-    example. Each is an equally long run of its patches and has its own loss. weight [B] fp32:
-    factors of the losses of examples; None is one for each. objective: the model's own."""
+    example. Each is an equally long run of its patches and has its own loss. weight [B] or
+    [B, 1, h, w] fp32: factors of the losses of examples, or of the squared errors in each place;
+    None is one for each. objective: the model's own."""
 
     latents: Tensor
     noise: Tensor
@@ -83,7 +84,10 @@ class Batch:
 
     def weighted(self, weight: float) -> "Batch":
         """Return the batch with this factor for all of its losses."""
-        return replace(self, weight=torch.full_like(self.sigma, weight))
+        factor = torch.full_like(self.sigma, weight)
+        if self.weight is not None:
+            factor = _in_places(factor) * _in_places(self.weight)
+        return replace(self, weight=factor)
 
     def towards(self, target: Tensor) -> "Batch":
         """Return the batch with the same noisy inputs and another target [B, C, h, w]."""
@@ -93,8 +97,20 @@ class Batch:
     @staticmethod
     def joined(parts: Sequence["Batch"]) -> "Batch":
         """Return one batch of the examples of all parts, which have one shape."""
+        if any(part.weight is not None and part.weight.ndim > 1 for part in parts):
+            parts = [part._with_weight_of_places() for part in parts]
         tensors = zip(*(part._tensors() for part in parts), strict=True)
         return parts[0]._with(torch.cat(same) for same in tensors)
+
+    def _with_weight_of_places(self) -> "Batch":
+        weight = torch.ones_like(self.sigma) if self.weight is None else self.weight
+        places = (len(self), 1, *self.latents.shape[-2:])
+        return replace(self, weight=_in_places(weight).expand(places))
+
+
+def _in_places(weight: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]; factors of places stay as they are."""
+    return weight.view(-1, 1, 1, 1) if weight.ndim == 1 else weight
 
 
 def shift_sigma(sigma: Level, shift: float) -> Level:
@@ -164,7 +180,7 @@ def denoising_loss(prediction: Tensor, batch: Batch) -> Tensor:
     error = (prediction - batch.target).square()
     for weight in (batch.objective.weight(batch.sigma), batch.weight):
         if weight is not None:
-            error = error * weight.view(-1, 1, 1, 1)
+            error = error * _in_places(weight)
     if batch.patch_groups == 1:
         return error.flatten(1).mean(1)
     # row by row, in the order of the denoiser's tokens

@@ -7,18 +7,14 @@ decompression bomb costs nothing.
 
 import contextlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError, features
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from qzo_diffusion.core.errors import DataError
-from qzo_diffusion.diffusion.buckets import part_to_cover
 from qzo_diffusion.diffusion.colour import Convert, by_strips, to_srgb
 from qzo_diffusion.diffusion.image_metadata import without_metadata
 
@@ -92,10 +88,13 @@ class BadImage(DataError):
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """The picture in RGB and upright; `notes` name the conversions that were needed."""
+    """The picture in RGB and upright; `notes` name the conversions that were needed. `alpha` is its
+    alpha channel in grey, if it was asked for and is not white throughout.
+    """
 
     image: Image.Image
     notes: tuple[str, ...]
+    alpha: Image.Image | None = None
 
 
 def is_image_name(path: Path) -> bool:
@@ -106,7 +105,7 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES | UNREAD_SUFFIXES
 
 
-def open_image(path: Path) -> OpenedImage:
+def open_image(path: Path, with_alpha: bool = False) -> OpenedImage:
     """Decode a file to RGB.
 
     The picture is turned as EXIF says, converted to sRGB, and laid over white where it is
@@ -120,17 +119,17 @@ def open_image(path: Path) -> OpenedImage:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            opened = _decoded(path, path)
+            opened = _decoded(path, path, with_alpha)
         except BadImage:
             raise
         except Exception as error:
             # Decoders of damaged bytes raise nearly everything: struct.error, IndexError, ...
-            opened = _without_metadata(path, error)
+            opened = _without_metadata(path, error, with_alpha)
     more = [str(item.message) for item in caught if issubclass(item.category, UserWarning)]
-    return OpenedImage(opened.image, tuple(dict.fromkeys([*opened.notes, *more])))
+    return replace(opened, notes=tuple(dict.fromkeys([*opened.notes, *more])))
 
 
-def _decoded(source: Path | BytesIO, path: Path) -> OpenedImage:
+def _decoded(source: Path | BytesIO, path: Path, with_alpha: bool) -> OpenedImage:
     frames = _note_on_frames(source)
     with Image.open(source, formats=tuple(_FORMATS)) as image:
         _check_size(image, path)
@@ -139,17 +138,19 @@ def _decoded(source: Path | BytesIO, path: Path) -> OpenedImage:
         image.load()
         # Ask again: Pillow turns TIFFs by itself in `load`, and then drops the tag.
         turn = _turn(image) if rotated else None
-        rgb = _to_rgb(image, path, notes)
-    return OpenedImage(rgb if turn is None else rgb.transpose(turn), tuple(notes))
+        alpha = _alpha(image) if with_alpha else None
+        parts = [_to_rgb(image, path, notes), *([] if alpha is None else [alpha])]
+    upright = parts if turn is None else [part.transpose(turn) for part in parts]
+    return OpenedImage(upright[0], tuple(notes), *upright[1:])
 
 
-def _without_metadata(path: Path, error: Exception) -> OpenedImage:
+def _without_metadata(path: Path, error: Exception, with_alpha: bool) -> OpenedImage:
     """Decode once more without texts, profiles and tags, so that a fault in them costs nothing."""
     for stripped in without_metadata(path):
         with contextlib.suppress(Exception):
-            opened = _decoded(BytesIO(stripped), path)
+            opened = _decoded(BytesIO(stripped), path, with_alpha)
             reason = f"metadata unreadable and left out ({type(error).__name__})"
-            return OpenedImage(opened.image, (reason, *opened.notes))
+            return replace(opened, notes=(reason, *opened.notes))
     raise BadImage(_reason(path, error), path) from error
 
 
@@ -163,35 +164,6 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image, by its content"
     return f"damaged or truncated ({type(error).__name__}: {error})"
-
-
-def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor:
-    """Return an image as float32 [3, height, width] in [-1, 1].
-
-    The image covers the given size and is cut at its centre.
-
-    Raises:
-        BadImage: as `open_image`.
-    """
-    image = open_image(path).image
-    pixels = functional.pil_to_tensor(image)
-    # Cut first, then resize: the picture differs by half a source pixel at most, and a strip of
-    # 20,000 x 16 stays small.
-    cut_width, cut_height = part_to_cover(image.size, (width, height))
-    top, left = (image.height - cut_height) // 2, (image.width - cut_width) // 2
-    pixels = functional.resized_crop(
-        pixels,
-        top,
-        left,
-        cut_height,
-        cut_width,
-        [height, width],
-        InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-    if flip:
-        pixels = functional.horizontal_flip(pixels)
-    return torch.as_tensor(pixels, dtype=torch.float32).div_(127.5).sub_(1.0)
 
 
 def _check_size(image: Image.Image, path: Path) -> None:
@@ -307,6 +279,13 @@ def _to_rgb(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
     return rgb
 
 
+def _alpha(image: Image.Image) -> Image.Image | None:
+    if not image.has_transparency_data:
+        return None
+    alpha = _to_rgba(image).getchannel("A")
+    return alpha if int(np.asarray(alpha).min()) < 255 else None
+
+
 def _as_plain(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         return _from_16_bit(image)
@@ -324,11 +303,15 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
+def _to_rgba(image: Image.Image) -> Image.Image:
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
 def _over_white(image: Image.Image, mode: str, convert: Convert, least: list[int]) -> Image.Image:
     """Convert colours to sRGB, then lay them over white, as browsers do. `least` receives the
     smallest alpha.
     """
-    rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+    rgba = _to_rgba(image)
     alpha = rgba.getchannel("A")
     least.append(int(np.asarray(alpha).min()))
     white = Image.new("RGB", image.size, "white")

@@ -6,25 +6,30 @@ caption of another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.cache import TensorCache
-from qzo_diffusion.diffusion.images import load_pixels
+from qzo_diffusion.diffusion.masks import open_masked, weights_of
+from qzo_diffusion.diffusion.pixels import to_pixels
 from qzo_diffusion.diffusion.sample import Sample
 
-# Raise it whenever `load_pixels` or the file layout gives other numbers, so that old entries are
+# Raise it whenever `to_pixels` or the file layout gives other numbers, so that old entries are
 # not found. Before 2, rotated TIFFs were turned twice. Before 3, colour profiles were ignored.
 FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Latents of all samples, on the CPU, in the dtype of the encoder's output."""
+    """Latents of all samples, on the CPU, in the dtype of the encoder's output.
+
+    masks: how much each latent counts, fp32 [1, h, w] in [0, 1], of the samples that have a mask.
+    """
 
     by_key: Mapping[tuple[str, bool], torch.Tensor]
+    masks: Mapping[tuple[str, bool], torch.Tensor] = field(default_factory=dict)
 
     def latents(self, sample_id: str, flipped: bool) -> torch.Tensor:
         """Return the latents [channels, height / 8, width / 8] of a sample.
@@ -33,6 +38,20 @@ class LatentSet:
             KeyError: the id or its mirror image was not encoded.
         """
         return self.by_key[sample_id, flipped]
+
+    def weights(self, keys: Sequence[tuple[str, bool]]) -> torch.Tensor | None:
+        """Return how much each latent of these samples of one shape counts, [B, 1, h, w].
+
+        Return None where no sample of the set has a mask.
+        """
+        if not self.masks:
+            return None
+        whole = torch.ones(1, *self.by_key[keys[0]].shape[-2:])
+        return torch.stack([self.masks.get(key, whole) for key in keys])
+
+    def joined(self, other: "LatentSet") -> "LatentSet":
+        """Return the samples of both."""
+        return LatentSet({**self.by_key, **other.by_key}, {**self.masks, **other.masks})
 
 
 def encode_samples(
@@ -65,16 +84,19 @@ def encode_samples(
         (sample, flipped) for sample in samples for flipped in ((False, True) if flip else (False,))
     ]
     found: dict[tuple[str, bool], torch.Tensor] = {}
+    masks: dict[tuple[str, bool], torch.Tensor] = {}
     for done, (sample, flipped) in enumerate(wanted, start=1):
         key = _key(sample, flipped, encoder_id, dtype)
         stored = cache.get(key)
         if stored is None:
-            stored = {"latents": _encode_one(sample, flipped, encode)}
+            stored = _encode_one(sample, flipped, encode)
             cache.put(key, stored)
         found[sample.id, flipped] = stored["latents"]
+        if "mask" in stored:
+            masks[sample.id, flipped] = stored["mask"]
         if progress is not None:
             progress(done, len(wanted))
-    return LatentSet(found)
+    return LatentSet(found, masks)
 
 
 def _key(
@@ -94,8 +116,10 @@ def _key(
 
 def _encode_one(
     sample: Sample, flipped: bool, encode: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    pixels = load_pixels(sample.path, sample.width, sample.height, flipped)
+) -> dict[str, torch.Tensor]:
+    """Return the latents, and the weights of a masked sample."""
+    opened, mask = open_masked(sample.path, sample.mask)
+    pixels = to_pixels(opened.image, sample.width, sample.height, flipped)
     # no_grad, not inference_mode: first-order training keeps the result for its backward pass.
     with torch.no_grad():
         latents = encode(pixels[None])
@@ -110,4 +134,7 @@ def _encode_one(
             "an encoder that gives finite numbers",
             "choose compute.dtype=float32 or bfloat16: float16 overflows in some VAEs",
         )
-    return latents[0].detach().cpu().contiguous()
+    found = {"latents": latents[0].detach().cpu().contiguous()}
+    if mask is not None:
+        found["mask"] = weights_of(mask, sample, flipped, latents)
+    return found

@@ -82,6 +82,13 @@ class Listing:
         out = {*self.own, *itertools.chain(*self.left.values())}
         return not out.isdisjoint((path, *path.parents))
 
+    def forget(self, used: set[Path]) -> None:
+        """Take files that are used after all out of those that are left out."""
+        for kind, files in list(self.left.items()):
+            self.left[kind] = [file for file in files if file not in used]
+            if not self.left[kind]:
+                del self.left[kind]
+
 
 def list_files(folder: Path, *, skip: Path | None = None, own_outputs: bool = False) -> Listing:
     """List all files below `folder` that are data, without those below `skip`.

@@ -22,6 +22,7 @@ from qzo_diffusion.diffusion.listing import (
     notes_on_left_out,
     relative_id,
 )
+from qzo_diffusion.diffusion.masks import MaskKind, hash_of_visible, mask_file, open_masked
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.style_notes import (
     bad_by_kind,
@@ -29,6 +30,7 @@ from qzo_diffusion.diffusion.style_notes import (
     kind_of_file,
     notes_on_copies,
     notes_on_files,
+    notes_on_masks,
     notes_on_missing_captions,
     notes_on_repeats,
     notes_on_shapes,
@@ -70,6 +72,7 @@ def read_style_folder(
     strict: bool = False,
     validation_dir: Path | None = None,
     seed: int = 0,
+    masks: MaskKind = "none",
 ) -> StyleFolder:
     """Open every image below `folder` and its sub-folders, without hidden ones and links to
     folders.
@@ -84,22 +87,25 @@ def read_style_folder(
         trigger: replaces "[trigger]" in captions.
         repeats: how often each training image comes in an epoch; 1 means once.
         strict: one bad image is an error.
+        masks: where the masks of images come from.
 
     Raises:
-        DataError: no such folder, no usable image, wrong captions, or a bad image when strict.
+        DataError: no such folder, no usable image, wrong captions, no mask where masks are asked
+            for, or a bad image when strict.
         ConfigError: resolution below 16, repeats below 1.
     """
     if repeats < 1:
         raise ConfigError(f"repeats: {repeats}", "1 (once an epoch) or more", "raise data.repeats")
     if validation_dir is None:
-        read, on_captions = _read(folder, resolution, caption, trigger, other=None)
+        read, on_captions = _read(folder, resolution, caption, trigger, masks, other=None)
         held_out, remark = _choose_held_out([sample.sha256 for sample in read.samples], seed)
         samples = [
             _with_split(sample, sample.sha256 in held_out, repeats) for sample in read.samples
         ]
         result = StyleFolder(samples, read.bad, [*read.notes, remark, *on_captions])
     else:
-        result = _read_both(folder, validation_dir, resolution, caption, trigger, repeats)
+        result = _read_both(folder, validation_dir, resolution, caption, trigger, repeats, masks)
+    _check_any_mask(result, folder, masks)
     if strict and result.bad:
         raise DataError(
             f"{len(result.bad)} unusable images: {'; '.join(bad_by_kind(result.bad))}",
@@ -134,6 +140,7 @@ def dataset_table(
                 "repeats": sample.repeats,
                 "tokens": tokens,
                 "truncated": truncated,
+                "mask": sample.mask,
                 "notes": [*sample.notes, *sample.notes_on_shape],
             }
         )
@@ -170,6 +177,7 @@ def _read_both(
     caption: str | None,
     trigger: str | None,
     repeats: int,
+    masks: MaskKind,
 ) -> StyleFolder:
     if os.path.realpath(folder) == os.path.realpath(validation_dir):
         raise DataError(
@@ -179,8 +187,8 @@ def _read_both(
         )
     for place in (folder, validation_dir):
         _check_folder(place)
-    train, on_captions = _read(folder, resolution, caption, trigger, other=validation_dir)
-    held_out, on_held_out = _read(validation_dir, resolution, caption, trigger, other=folder)
+    train, on_captions = _read(folder, resolution, caption, trigger, masks, other=validation_dir)
+    held_out, on_held_out = _read(validation_dir, resolution, caption, trigger, masks, other=folder)
     renamed = [replace(sample, id=f"validation:{sample.id}") for sample in held_out.samples]
     samples = [_with_split(sample, False, repeats) for sample in train.samples]
     samples += [_with_split(sample, True, repeats) for sample in renamed]
@@ -203,7 +211,13 @@ def _with_split(sample: Sample, held_out: bool, repeats: int) -> Sample:
 
 
 def _read(
-    folder: Path, resolution: int, caption: str | None, trigger: str | None, *, other: Path | None
+    folder: Path,
+    resolution: int,
+    caption: str | None,
+    trigger: str | None,
+    masks: MaskKind,
+    *,
+    other: Path | None,
 ) -> tuple[StyleFolder, list[str]]:
     """Read one folder with everything in the split "train" once; return the remarks on its captions
     separately.
@@ -219,11 +233,13 @@ def _read(
     bad: list[tuple[str, str]] = []
     for path in images:
         try:
-            samples.append(_sample(folder, path, captions.by_file[path], resolution))
+            samples.append(_sample(folder, path, captions.by_file[path], resolution, masks))
         except BadImage as error:
             bad.append((relative_id(path, folder), error.reason))
     # Check again: all captions may belong to bad images.
     check_any_caption((captions.by_file[sample.path] for sample in samples), folder)
+    if masks == "file":
+        listing.forget({mask_file(path) for path in images})
     left_out = notes_on_left_out(listing, folder)
     notes = [
         *left_out,
@@ -231,18 +247,20 @@ def _read(
         *notes_on_copies(samples),
         *notes_on_shapes(samples),
         *notes_on_repeats(samples),
+        *notes_on_masks(samples, masks),
     ]
     return StyleFolder(samples, bad, notes), [*notes_on_missing_captions(samples), *captions.notes]
 
 
-def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Sample:
-    opened = open_image(path)
+def _sample(folder: Path, path: Path, caption: Caption, resolution: int, masks: MaskKind) -> Sample:
+    opened, mask = open_masked(path, masks)
     width, height = nearest_bucket(*opened.image.size, resolution)
     cut, enlarged = losses(opened.image.size, (width, height))
     return Sample(
         id=relative_id(path, folder),
         path=path,
-        sha256=_sha256(path),
+        sha256=_sha256(path) if mask is None else hash_of_visible(opened.image, mask),
+        mask="none" if mask is None else masks,
         caption=caption.text,
         caption_source=caption.source,
         caption_place=caption.place,
@@ -258,6 +276,17 @@ def _sample(folder: Path, path: Path, caption: Caption, resolution: int) -> Samp
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_any_mask(found: StyleFolder, folder: Path, masks: MaskKind) -> None:
+    if masks == "none" or any(sample.mask != "none" for sample in found.samples):
+        return
+    expected = "a file NAME_mask.png beside NAME.png" if masks == "file" else "an alpha channel"
+    raise DataError(
+        f"data.masks={masks}, and no image in {folder} has such a mask",
+        f"{expected}, for at least one image",
+        "add masks, or use data.masks=none",
+    )
 
 
 def _choose_held_out(hashes: Sequence[str], seed: int) -> tuple[set[str], str]:

@@ -81,5 +81,13 @@ def notes_on_repeats(samples: Sequence[Sample]) -> list[str]:
     ]
 
 
+def notes_on_masks(samples: Sequence[Sample], masks: str) -> list[str]:
+    if masks == "none":
+        return []
+    without = [one.id for one in samples if one.mask == "none"]
+    rest = f"; all of these counts: {listed(without)}" if without else ""
+    return [f"{len(samples) - len(without)} of {len(samples)} images have a mask{rest}"]
+
+
 def counted(words: Sequence[str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())

@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+
+from qzo_diffusion.diffusion.images import open_image
+from qzo_diffusion.diffusion.pixels import to_pixels
 
 BLUE = (20, 40, 200)
 
@@ -18,6 +22,11 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
+
+
+def load_pixels(path: Path, width: int, height: int, flip: bool) -> torch.Tensor:
+    """A file as the encoder of images gets it."""
+    return to_pixels(open_image(path).image, width, height, flip)
 
 
 def save_many(folder: Path, count: int, *, text: str | None = "a cat") -> list[Path]:

@@ -14,11 +14,11 @@ from qzo_diffusion.diffusion.images import (
     BadImage,
     OpenedImage,
     is_image_name,
-    load_pixels,
     open_image,
 )
 from tests.diffusion.image_files import (
     BLUE,
+    load_pixels,
     save,
     save_noise,
     save_png_16_bit_rgb,

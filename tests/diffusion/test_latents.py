@@ -5,11 +5,10 @@ import torch
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.cache import TensorCache
-from qzo_diffusion.diffusion.images import load_pixels
 from qzo_diffusion.diffusion.latents import LatentSet, _key, encode_samples
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.style_folder import read_style_folder
-from tests.diffusion.image_files import save, save_noise
+from tests.diffusion.image_files import load_pixels, save, save_noise
 
 
 class Encoder:

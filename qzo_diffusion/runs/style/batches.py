@@ -1,7 +1,7 @@
 """Turn a style folder into batches. Text encoders and the VAE's encoder are needed only here."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,17 @@ def encode(
     vae = pipeline.load_vae(config, folder, device)
     files = fingerprint_of_files(folder, ("vae",))
     latents = _latents(config, style.samples, vae, files, flip=config.data.flip)
-    of_prior = _latents(config, prior.files, vae, files, flip=False) if prior else {}
+    if prior:
+        latents = latents.joined(_latents(config, prior.files, vae, files, flip=False))
     drop_encoder_(vae)
     objective = pipeline.objective_of(config, folder)
     has_patches = bool(pipeline.family_of(config, folder).denoiser.token_wise)
-    return Encoded(encoded, LatentSet({**latents, **of_prior}), vae, objective, has_patches)
+    return Encoded(encoded, latents, vae, objective, has_patches)
 
 
 def _latents(
     config: Config, samples: Sequence[Sample], vae: Any, files: str, *, flip: bool
-) -> Mapping[tuple[str, bool], Tensor]:
+) -> LatentSet:
     """Return latents by sample id and mirroring; `files` identifies the VAE."""
     count = len(samples) * (2 if flip else 1)
     with Progress(total=count, desc="encode images", leave=False, disable=not count) as bar:
@@ -99,7 +100,7 @@ def _latents(
             dtype="float32",
             flip=flip,
             progress=show,
-        ).by_key
+        )
 
 
 class TrainingBatches:
@@ -181,12 +182,12 @@ class TrainingBatches:
             "" if float(chance) < data.caption_dropout else sample.caption
             for chance, sample in zip(chances[1], chosen, strict=True)
         ]
-        latents = torch.stack(
-            [self._encoded.latents.latents(s.id, f) for s, f in zip(chosen, flipped, strict=True)]
-        )
+        keys = [(sample.id, flip) for sample, flip in zip(chosen, flipped, strict=True)]
+        latents = torch.stack([self._encoded.latents.latents(*key) for key in keys])
+        weight = self._encoded.latents.weights(keys)
         noise = torch.randn(latents.shape, generator=generator)
         sigma = training_levels(self._config, len(chosen), generator)
-        return make_batch(self._encoded, captions, latents, noise, sigma, CPU)
+        return make_batch(self._encoded, captions, latents, noise, sigma, CPU, weight)
 
     def _patch_groups(self, latents: Sequence[Tensor]) -> int:
         """Return the number of patch groups of a step, which latents of any shape can have."""
@@ -234,7 +235,8 @@ def validation_batches(
             sigmas = torch.tensor([sigma for _, sigma in part])
             captions = [sample.caption for sample, _ in part]
             noises = torch.stack([noise(sample, sigma) for sample, sigma in part])
-            batches.append(make_batch(encoded, captions, latents, noises, sigmas, device))
+            weight = encoded.latents.weights([(sample.id, False) for sample, _ in part])
+            batches.append(make_batch(encoded, captions, latents, noises, sigmas, device, weight))
     return batches
 
 

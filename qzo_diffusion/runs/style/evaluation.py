@@ -23,7 +23,7 @@ from qzo_diffusion.core.probes import sample_losses
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.diffusion.families.family import model_loss
 from qzo_diffusion.diffusion.flow_matching import Batch
-from qzo_diffusion.diffusion.images import open_image
+from qzo_diffusion.diffusion.masks import visible_image
 from qzo_diffusion.diffusion.sample import Sample
 from qzo_diffusion.diffusion.sampling import cells, load_picture
 from qzo_diffusion.evaluate import clip_score, intervals, scorer, signal, style
@@ -151,7 +151,7 @@ def results(
 ) -> dict[str, Any]:
     """Return the figures of evaluation.json, without its verdict."""
     plan, metrics = work.plan, report_run.read_metrics(folder)
-    trained = [open_image(sample.path).image for sample in plan.style.train]
+    trained = [visible_image(sample) for sample in plan.style.train]
     features = chosen.image_features(trained)
     found: dict[str, Any] = {
         "compared_with": BEGUN if "begun" in measured.pictures else BASE,
@@ -212,7 +212,7 @@ def _scores(
     held_out = torch.empty(0, trained.shape[1])
     if plan.style.validation:
         held_out = chosen.image_features(
-            [open_image(sample.path).image for sample in plan.style.validation]
+            [visible_image(sample) for sample in plan.style.validation]
         )
     texts = chosen.text_features(contents)
     clip = [clip_score.cosines(one, texts) for one in features.values()]

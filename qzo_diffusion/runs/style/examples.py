@@ -31,10 +31,11 @@ def make_batch(
     noise: Tensor,
     sigma: Tensor,
     device: torch.device = CPU,
+    weight: Tensor | None = None,
 ) -> Batch:
     embeds, pooled = stack_prompts([encoded.prompts[caption] for caption in captions])
-    batch = Batch(latents, noise, sigma, embeds, pooled, objective=encoded.objective)
-    return batch.to(device)
+    parts = (latents, noise, sigma, embeds, pooled)
+    return Batch(*parts, weight=weight, objective=encoded.objective).to(device)
 
 
 def training_levels(config: Config, count: int, generator: torch.Generator) -> Tensor:

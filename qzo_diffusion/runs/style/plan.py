@@ -240,6 +240,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
         strict=config.data.strict,
         validation_dir=held_out,
         seed=config.train.seed,
+        masks=config.data.masks,
     )
     if not style.train:
         raise DataError(
