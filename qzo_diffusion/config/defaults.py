@@ -93,7 +93,7 @@ def _examples_of_a_step(known: Known) -> int:
 NORMALISED = (True, "running")
 
 # Formats that bitsandbytes does not have.
-OF_PLAIN_TORCH = rules({"quant.backend": "reference"}, quant__type=("bof4", "bof4s"))
+OF_PLAIN_TORCH = rules({"quant.backend": "reference"}, quant__type=("bof4", "bof4s", "svdquant"))
 # Codes that a typical step moves each number. A constant rate ends in noise, and under a cosine
 # nothing reaches a code any more half way. A code is 3 % of a typical weight in int8, 40 % in int4
 # and 6 to 12 % in fp8; rounded probes of int4 would drown everything (docs/decisions/rates.md D28).

@@ -14,7 +14,7 @@ from qzo_diffusion.config.defaults import DIRECTIONS, PICTURES, SHARED, Rule, fi
 from qzo_diffusion.config.kinds import Count, NotNegative, PathOrName, Positive, Seed, Whole
 
 GRID_TYPES = ("int8", "int4", "fp8")
-PLAIN_TORCH = ("bof4", "bof4s")  # of the back-end "reference" alone
+PLAIN_TORCH = ("bof4", "bof4s", "svdquant")  # of the back-end "reference" alone
 
 
 class Section(BaseModel):
@@ -131,14 +131,15 @@ class QzoConfig(Section):
 
 
 class QuantConfig(Section):
-    type: Literal["nf4", "fp4", "bof4", "bof4s", "int8", "int4", "fp8"] = "nf4"
+    type: Literal["nf4", "fp4", "bof4", "bof4s", "svdquant", "int8", "int4", "fp8"] = "nf4"
     """format of the quantized weights"""
     blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
-    """weights that share a scale, in nf4, fp4, bof4 and bof4s"""
+    """weights that share a scale, in formats of 4 bits"""
     backend: Literal["bnb", "reference", "intgrid"] = "bnb"
     """bnb: bitsandbytes; reference: plain torch; intgrid: integer codes, for int8, int4 and fp8"""
-    activations: Literal["float", "int8"] = "float"
-    """int8: inputs are rounded with a scale for each token; intgrid only"""
+    activations: Literal["float", "int8", "int4"] = "float"
+    """inputs are rounded: int8 with a scale for each token, intgrid only; int4 with a scale for
+    each run of quant.blocksize inputs, svdquant only"""
     _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
     skip: list[str] | None = None
     """layers that stay as they are, by parts of their names; null: those of the model's family"""
@@ -150,8 +151,10 @@ class QuantConfig(Section):
         elsewhere = self._types_elsewhere + (PLAIN_TORCH if self.backend == "reference" else ())
         if self.backend != "intgrid" and self.type not in elsewhere:
             raise ValueError(f"type: {', '.join(elsewhere)} with backend: {self.backend}")
-        if self.activations != "float" and self.backend != "intgrid":
+        if self.activations == "int8" and self.backend != "intgrid":
             raise ValueError("activations: float, or backend: intgrid")
+        if self.activations == "int4" and self.type != "svdquant":
+            raise ValueError("activations: float, or type: svdquant with activations: int4")
         return self
 
 

@@ -5,7 +5,7 @@ measured on a CPU. A test compares the plan with a measured peak.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.fits import slots_of
 from qzo_diffusion.quant.gguf_entries import blocks_of_row
 from qzo_diffusion.quant.stream import Quantization
+from qzo_diffusion.quant.svdquant import RANK
 
 # bytes of a process after all imports, and of a CUDA context
 # measured on a CPU and on an H200; the others are taken to be alike
@@ -57,7 +58,9 @@ class ModelSize:
         chosen = dict(linears_to_quantize(model, how.skip, how.columns))
         # one byte for each weight and one scale for each output
         of_rows, blocksize = how.quant_type in ("int8", "fp8"), how.blocksize
-        code_bytes = 1.0 if of_rows or how.backend == "reference" else 0.5
+        branched = how.quant_type == "svdquant"
+        in_bytes = of_rows or (how.backend == "reference" and not branched)
+        code_bytes = 1.0 if in_bytes else 0.5
         quantized = {id(linear.weight) for linear in chosen.values()}
         plain = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in quantized]
         numel = sum(linear.weight.numel() for linear in chosen.values())
@@ -66,6 +69,7 @@ class ModelSize:
         weights = (
             numel * code_bytes
             + 4 * scales
+            + (_of_branches(chosen.values(), blocksize) if branched else 0)
             + sum(tensor.numel() for tensor in plain) * dtype.itemsize
         )
         return cls(
@@ -105,6 +109,15 @@ class ModelSize:
             sum(columns.values()),
             width,
         )
+
+
+def _of_branches(linears: Iterable[nn.Linear], blocksize: int) -> float:
+    """Bytes of SVDQuant's branches of 16 bits, and of the zeros beside the scales."""
+    return sum(
+        linear.in_features * linear.out_features * 4 / blocksize
+        + 2 * RANK * (linear.in_features + linear.out_features)
+        for linear in linears
+    )
 
 
 @dataclass(frozen=True)

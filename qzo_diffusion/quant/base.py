@@ -16,6 +16,7 @@ from qzo_diffusion.core.errors import ModelError
 
 QuantType = Literal["nf4", "fp4"]
 CodebookType = QuantType | Literal["bof4", "bof4s"]
+PlainType = CodebookType | Literal["svdquant"]  # of the back-end "reference"
 Backend = Literal["bnb", "reference", "intgrid"]
 MakeLayer = Callable[[nn.Linear], nn.Module]
 

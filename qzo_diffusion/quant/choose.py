@@ -32,8 +32,11 @@ LAST_READERS = (
 
 
 def last_readers(names: Iterable[str]) -> list[str]:
-    """Layers whose inputs no later layer reads."""
-    return matching(names, LAST_READERS)
+    """Layers whose inputs no later layer reads.
+
+    A branch reads what the residual beside it reads afterwards (`quant.branched`).
+    """
+    return [name for name in matching(names, LAST_READERS) if not name.endswith(".down")]
 
 
 def quiet(names: Iterable[str]) -> list[str]:

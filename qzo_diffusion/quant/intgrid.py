@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GridType = Literal["int4", "int8", "fp8"]
-Activations = Literal["float", "int8"]
+Activations = Literal["float", "int8", "int4"]  # int4: of svdquant alone
 LARGEST_ACTIVATION = 127
 FEWEST_ROWS = 32  # of a product of int8 on a GPU, which refuses 16
 

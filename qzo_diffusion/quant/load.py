@@ -9,8 +9,20 @@ from torch import Tensor, nn
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
-from qzo_diffusion.quant import aqlm, base, bnb, gguf, gptq, hqq, int8, intgrid, reference
-from qzo_diffusion.quant.base import Backend, CodebookType
+from qzo_diffusion.quant import (
+    aqlm,
+    base,
+    bnb,
+    branched,
+    gguf,
+    gptq,
+    hqq,
+    int8,
+    intgrid,
+    reference,
+    svdquant,
+)
+from qzo_diffusion.quant.base import Backend, PlainType
 
 # Layers of other programs. Some repack codes or copy the scales in their first forward.
 FOREIGN = (
@@ -25,8 +37,15 @@ FOREIGN = (
 
 
 # transformers has a GgufLinear too
-OWN = (intgrid.IntGridLinear, gptq.GptqLinear, aqlm.AqlmLinear, hqq.HqqLinear, gguf.GgufLinear)
-AnyType = CodebookType | intgrid.GridType
+OWN = (
+    intgrid.IntGridLinear,
+    gptq.GptqLinear,
+    aqlm.AqlmLinear,
+    hqq.HqqLinear,
+    gguf.GgufLinear,
+    branched.ScaledRows,
+)
+AnyType = PlainType | intgrid.GridType
 
 
 class CodedHandle(ScaleHandle, Protocol):
@@ -67,14 +86,34 @@ def quantize_(
             model, lambda linear: int8.quantize_linear(linear, target), skip, blocksize=1
         )
 
-    four_bit: Any = quant_type
+    plain: Any = quant_type
 
     def make_layer(linear: nn.Linear) -> nn.Module:
         if backend == "reference":
-            return reference.ReferenceLinear4bit.from_linear(linear, four_bit, blocksize).to(target)
-        return bnb.quantize_linear(linear, four_bit, blocksize, target)
+            return plain_layer(linear.to(target), plain, blocksize, activations)
+        return bnb.quantize_linear(linear, plain, blocksize, target)
 
     return base.replace_linears_(model, make_layer, skip, blocksize)
+
+
+def plain_layer(
+    linear: nn.Linear,
+    quant_type: PlainType,
+    blocksize: int,
+    activations: intgrid.Activations = "float",
+    peaks: Tensor | None = None,
+) -> nn.Module:
+    """A layer of the back-end "reference" with the weights of `linear`, where they are.
+
+    Args:
+        peaks: of the inputs, for svdquant.
+    """
+    if quant_type != "svdquant":
+        return reference.ReferenceLinear4bit.from_linear(linear, quant_type, blocksize)
+    rounds = activations == "int4"
+    return svdquant.quantized_layer(
+        linear.weight, linear.bias, blocksize, rounds_inputs=rounds, peaks=peaks
+    )
 
 
 def handles_of(model: nn.Module) -> Iterator[CodedHandle]:

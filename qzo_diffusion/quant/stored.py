@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant import bnb
+from qzo_diffusion.quant.branched import BranchedLinear
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.quant.weights import Pending
 
@@ -45,11 +46,22 @@ def pending_dequantized(model: nn.Module, dtype: torch.dtype) -> dict[str, Pendi
     when its turn comes.
     """
     tensors: dict[str, Pending] = {}
-    for handle in handles_of(model):
-        tensors[f"{handle.name}.weight"] = Pending(
-            dtype, _shape(handle.module), _dequantize(handle, dtype)
-        )
+    branched = _branched(model)
+    whole: dict[str, Any] = dict(branched)
+    whole |= {one.name: one for one in handles_of(model) if _owner(one.name) not in branched}
+    for name, layer in whole.items():
+        shape = _shape(model.get_submodule(name))
+        tensors[f"{name}.weight"] = Pending(dtype, shape, _dequantize(layer, dtype))
     return tensors | _not_quantized(model, dtype)
+
+
+def _branched(model: nn.Module) -> dict[str, BranchedLinear]:
+    """The layers that have several handles and one weight."""
+    return {name: one for name, one in model.named_modules() if isinstance(one, BranchedLinear)}
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _not_quantized(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Pending]:
@@ -62,6 +74,11 @@ def _not_quantized(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Pen
         f"{handle.name}.{part}"
         for handle in handles_of(model)
         for part in ("codes", "absmax", "scales")
+    }
+    inside |= {
+        f"{layer}.{part}"
+        for layer, module in _branched(model).items()
+        for part, _ in module.named_buffers()
     }
     named: list[tuple[str, Tensor]] = [
         (name, tensor) for name, tensor in model.named_parameters() if id(tensor) not in quantized

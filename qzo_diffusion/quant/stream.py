@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant import base, bnb, fits, gguf, intgrid, reference
-from qzo_diffusion.quant.base import Backend, CodebookType
+from qzo_diffusion.quant import base, bnb, fits, gguf, intgrid, reference, svdquant
+from qzo_diffusion.quant.base import Backend, PlainType
 from qzo_diffusion.quant.entries import Entry
 
 
@@ -24,7 +24,7 @@ class Quantization:
     block size.
     """
 
-    quant_type: CodebookType | intgrid.GridType = "nf4"
+    quant_type: PlainType | intgrid.GridType = "nf4"
     blocksize: int = 64
     skip: Sequence[str] = ()
     backend: Backend = "bnb"
@@ -138,6 +138,9 @@ class _Filler:
             made = intgrid.IntGridLinear(
                 *intgrid.quantize(weight, kind, how.blocksize), bias, kind, how.activations
             )
+        elif kind == "svdquant":
+            rounds = how.activations == "int4"
+            made = svdquant.quantized_layer(weight, bias, how.blocksize, rounds_inputs=rounds)
         elif how.backend == "reference":
             codes, absmax = reference.quantize_blockwise(weight, kind, how.blocksize)
             made = reference.ReferenceLinear4bit(codes, absmax, bias, kind, how.blocksize)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qzo_diffusion.quant.low_rank import low_rank, low_rank_changes, norm_kept
+from qzo_diffusion.quant.factors import low_rank
+from qzo_diffusion.quant.low_rank import low_rank_changes, norm_kept
 from tests.quantized import assert_same, scaled_network, snapshot
 
 
