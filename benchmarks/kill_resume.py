@@ -164,12 +164,15 @@ def few_files(work: Path) -> None:
 class Bench:
     """A run that was never stopped, how long it took, and how often it changed files."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.whole = work, work / "whole"
+    def __init__(
+        self, work: Path, arguments: Callable[[Path, Path], list[str]] = train_arguments
+    ) -> None:
+        """`arguments`: the command line of a run by its folder and `work`."""
+        self.work, self.whole, self._arguments = work, work / "whole", arguments
         few_files(work)
         # The first run in this process loads every library and fills the cache of encoded images; a
         # forked one is the yardstick.
-        if qzo_diffuse(train_arguments(work / "warm", work)):
+        if qzo_diffuse(arguments(work / "warm", work)):
             sys.exit("the uninterrupted run failed")
         counts = work / "counts.json"
 
@@ -188,7 +191,7 @@ class Bench:
                 call_in_place(owner, name, counted)
 
         began = time.monotonic()
-        if end_of(forked(train_arguments(self.whole, work), work / "whole.log", count_calls)):
+        if end_of(forked(arguments(self.whole, work), work / "whole.log", count_calls)):
             sys.exit((work / "whole.log").read_text())
         self.seconds = time.monotonic() - began
         self.calls = Counter[str](json.loads(counts.read_text()))
@@ -205,7 +208,7 @@ class Bench:
             elif index % 5 > 2:
                 die_at_a_file(random.Random(f"{seed}/{index}/moment"), self.calls)
 
-        child = forked(train_arguments(run, self.work), log, prepare)
+        child = forked(self._arguments(run, self.work), log, prepare)
         code = end_of(child, chance.uniform(0.0, self.seconds)) if index % 5 < 2 else end_of(child)
         found["moment"] = self.moment(index, seed)
         found["ended_before"] = code == 0
@@ -248,7 +251,7 @@ class Bench:
             return ["train", "--resume", str(run)]
         # killed before the run's first file: nothing to lose, and nothing to resume
         shutil.rmtree(run, ignore_errors=True)
-        return train_arguments(run, self.work)
+        return self._arguments(run, self.work)
 
     @staticmethod
     def completed(done: Path) -> int:
@@ -269,7 +272,12 @@ class Bench:
         found = []
         if without_seconds(self.whole) != without_seconds(other):
             found.append("metrics.jsonl")
-        for pattern in ("samples/*", "final/*.safetensors", "checkpoints/*/*.safetensors"):
+        for pattern in (
+            "samples/*",
+            "rewards.json",
+            "final/*.safetensors",
+            "checkpoints/*/*.safetensors",
+        ):
             names = [
                 sorted(str(path.relative_to(run)) for path in run.glob(pattern))
                 for run in (self.whole, other)

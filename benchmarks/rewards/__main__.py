@@ -2,8 +2,8 @@
 benchmarks.rewards compressibility --work FOLDER`.
 
 Rows: compressibility, style (--style-dir), cma_es (needs compressibility of the same --work, and
-`pip install cma`), step. A row that was stopped goes on with the same command. A finished row is
-written into benchmarks/results/rewards.json beside the others."""
+`pip install cma`), step, kills. A row that was stopped goes on with the same command. A finished row
+is written into benchmarks/results/rewards.json beside the others."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, provenance
 from benchmarks.rewards.cma_es import cma_es
+from benchmarks.rewards.kills import kills
 from benchmarks.rewards.rows import compressibility, style
 from benchmarks.rewards.step_cost import step_cost
 
@@ -22,6 +23,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "style": style,
     "cma_es": cma_es,
     "step": step_cost,
+    "kills": kills,
 }
 
 

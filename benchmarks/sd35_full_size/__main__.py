@@ -11,6 +11,8 @@ a process of its own with figures of its own, so that a run that was stopped goe
     steps      two plain forwards, then ten steps of the default method and ten dense ones,
                at 256 px and batch 1
     export     nf4: packed codes equal to the base's, and a forward equal to the tuned model's
+    reward     plain samplings of two pictures in four sampling steps, then a step on a reward
+               that draws as many, at 256 px
     encoders   T5-XXL in NF4, CLIP-G, CLIP-L and the VAE at full size, in turn, at 512 px
 
 Memory is VmHWM in units of 1e9 bytes, imports included; it is reset through /proc/self/clear_refs
@@ -31,15 +33,17 @@ from benchmarks.sd35_full_size.encoders import encoders
 from benchmarks.sd35_full_size.exporting import export
 from benchmarks.sd35_full_size.loading import load, restart, shards
 from benchmarks.sd35_full_size.model import LARGE
+from benchmarks.sd35_full_size.rewarding import reward
 from benchmarks.sd35_full_size.stepping import steps
 
-STAGES = ("shards", "load", "restart", "steps", "export", "encoders")
+STAGES = ("shards", "load", "restart", "steps", "reward", "export", "encoders")
 DEFAULT_FOLDER = Path.home() / ".cache" / "qzo_diffusion" / "sd35_full_size"
 TOP = {
     "shards": ("parameters",),
     "load": ("load_peak_rss_gb",),
     "restart": ("second_start_over_read",),
     "steps": ("step_peak_rss_gb", "step_over_two_forwards", "memory_over_inference"),
+    "reward": ("reward_step_over_sampling", "reward_step_peak_rss_gb"),
     "export": ("export_codes_equal", "export_forward_equal", "export_peak_rss_gb"),
     "encoders": ("encoders_peak_rss_gb",),
 }
@@ -116,7 +120,7 @@ def run_stage(stage: str, args: argparse.Namespace) -> dict[str, Any]:
         return {"shards": shards, "load": load, "encoders": encoders}[stage](
             args.folder, args.layers
         )
-    return {"restart": restart, "export": export}[stage](args.folder)
+    return {"restart": restart, "reward": reward, "export": export}[stage](args.folder)
 
 
 if __name__ == "__main__":
