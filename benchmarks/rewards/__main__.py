@@ -2,8 +2,8 @@
 benchmarks.rewards compressibility --work FOLDER`.
 
 Rows: compressibility, style (--style-dir), cma_es (needs compressibility of the same --work, and
-`pip install cma`), step, kills. A row that was stopped goes on with the same command. A finished row
-is written into benchmarks/results/rewards.json beside the others."""
+`pip install cma`), step, kills. A row that was stopped goes on with the same command. A finished
+row is written into benchmarks/results/rewards.json beside the others."""
 
 import argparse
 import json
