@@ -29,13 +29,16 @@ def encoded(seed):
 
 
 @pytest.fixture(scope="module")
-def parts(pipeline):
+def parts(pipeline, tmp_path_factory):
     """Transformer in 4 bits, scales, and VAE of the small model."""
     from qzo_diffusion.config.style import Config
     from qzo_diffusion.runs.style.pipeline import quantized_transformer
 
     transformer = quantized_transformer(
-        Config(data={"cache_dir": str(pipeline / "cache")}), pipeline, CPU, torch.float32
+        Config(data={"cache_dir": str(tmp_path_factory.mktemp("copies"))}),
+        pipeline,
+        CPU,
+        torch.float32,
     )
     return transformer, find_scales(transformer), load_vae(pipeline, SD3, CPU)
 
