@@ -21,7 +21,8 @@ def reward(folder: Path) -> dict[str, Any]:
 
     from qzo_diffusion.config.files import make_config, read_yaml
     from qzo_diffusion.core.probing import StepBatch
-    from qzo_diffusion.diffusion.known_models import VAE
+    from qzo_diffusion.diffusion.families.sd3 import SD3
+    from qzo_diffusion.diffusion.pipeline_shape import known_shape
     from qzo_diffusion.resources import shipped
     from qzo_diffusion.rewards.drawing import Drawer
     from qzo_diffusion.rewards.objective import RewardObjective
@@ -37,8 +38,11 @@ def reward(folder: Path) -> dict[str, Any]:
     settings["qzo"] = {"num_directions": DIRECTIONS}
     config = make_config(settings)
     model = load_model(folder, folder / "copies")
-    vae = AutoencoderKL.from_config(VAE).eval().requires_grad_(False)
+    known = known_shape(config.model)
+    assert known is not None
+    vae = AutoencoderKL.from_config(known.vae.config).eval().requires_grad_(False)
     drawer = Drawer(
+        SD3,
         model,
         FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         vae,

@@ -5,8 +5,8 @@ import torch
 
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.prompts import Prompt
-from qzo_diffusion.diffusion.sd3 import EncodedPrompt
 from qzo_diffusion.rewards.pictures import PictureBatch
 from qzo_diffusion.runs.style.reward_batches import RewardBatches
 from qzo_diffusion.train.distributed import Ranks
