@@ -79,3 +79,35 @@ def plain_weights(file: Path) -> dict[str, Tensor]:
         ).view(*map(int, reversed(tensor.shape)))
         for tensor in gguf.GGUFReader(file).tensors
     }
+
+
+def seen_by_comfyui(file: Path) -> dict[str, int]:
+    """The shape of Stable Diffusion 3 that ComfyUI finds in a file.
+
+    Its node reads `general.architecture`, a text among the names that it knows, and the shapes of
+    tensors, outermost first, with or without the prefix; no name is longer than 127 characters. A
+    name of diffusers would make the file invalid. ComfyUI then looks at these tensors.
+    """
+    reader = gguf.GGUFReader(file)
+    field = reader.get_field("general.architecture")
+    assert field.types == [gguf.GGUFValueType.STRING]
+    assert field.contents() == "sd3"
+    shapes = {
+        tensor.name.removeprefix(PREFIX): tuple(map(int, reversed(tensor.shape)))
+        for tensor in reader.tensors
+    }
+    assert max(map(len, shapes)) <= 127
+    assert "transformer_blocks.0.attn.add_q_proj.weight" not in shapes
+    assert "joint_blocks.0.x_block.attn.qkv.weight" in shapes
+    assert "joint_blocks.0.context_block.attn.qkv.weight" in shapes
+    patches, patch = shapes["x_embedder.proj.weight"], shapes["x_embedder.proj.weight"][2]
+    return {
+        "in_channels": patches[1],
+        "patch_size": patch,
+        "out_channels": shapes["final_layer.linear.weight"][0] // patch**2,
+        "num_attention_heads": patches[0] // 64,
+        "pooled_projection_dim": shapes["y_embedder.mlp.0.weight"][1],
+        "joint_attention_dim": shapes["context_embedder.weight"][1],
+        "caption_projection_dim": shapes["context_embedder.weight"][0],
+        "pos_embed_max_size": round(shapes["pos_embed"][1] ** 0.5),
+    }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.resident import reset_peak
 from benchmarks.sd35_full_size.model import batch_of, import_everything, load_model, status
@@ -22,8 +22,16 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def steps(folder: Path, count: int) -> dict[str, Any]:
+    import_everything()
+    return steps_of(lambda: load_model(folder, folder / "copies"), count)
+
+
+def steps_of(load: Callable[[], nn.Module], count: int) -> dict[str, Any]:
     """Inference first, then steps in the same process: the default method, and dense Rademacher
     signs without momentum.
+
+    Args:
+        load: loads the transformer; everything is imported before it.
     """
     import tempfile
 
@@ -37,9 +45,8 @@ def steps(folder: Path, count: int) -> dict[str, Any]:
     from qzo_diffusion.train.checkpoint import entry_of
     from qzo_diffusion.train.loop import Setup, train_step_
 
-    import_everything()
     imports = status("VmRSS")
-    model = load_model(folder, folder / "copies")
+    model = load()
     batch = batch_of(model, 256)
 
     def objective(one: Any) -> Tensor:

@@ -20,6 +20,8 @@ from qzo_diffusion.quant.entries import Entry, joined
 from qzo_diffusion.quant.weights import Pending
 
 PREFIX = "model.diffusion_model."
+# The largest denoiser has 57 layers. A forged file may name any number, and each takes memory.
+LAYERS, MOST_LAYERS = ("num_layers", "num_single_layers"), 200
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class TableLayout:
             ModelError: it is of another family.
         """
         try:
-            return self.config(without_prefix(entries))
+            config = self.config(without_prefix(entries))
+            if sum(int(config.get(key, 0)) for key in LAYERS) > MOST_LAYERS:
+                raise KeyError(f"a number of layers up to {MOST_LAYERS}")
+            return config
         except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
             kind = described_tensors(entries)
             raise ModelError(

@@ -169,7 +169,14 @@ def _check_tensor(
             f"{tuple(slot.shape)}, as the model's config says",
             "give weights and config of one model",
         )
-    if entry.lacks_scale and isinstance(model.get_submodule(layer), nn.Linear):
+    is_linear = target.endswith(".weight") and isinstance(model.get_submodule(layer), nn.Linear)
+    if entry.blocks and not is_linear:
+        raise ModelError(
+            f"{source} in blocks of {entry.blocks}",
+            "blocks in linear layers alone, and other tensors as F32, F16 or BF16",
+            "give a file that ComfyUI-GGUF's tools wrote, or the model as safetensors",
+        )
+    if entry.lacks_scale and is_linear:
         raise ModelError(
             f"{source} in 8 bits without a scale, in a file whose weights have scales",
             "a scale for each such weight",

@@ -66,9 +66,8 @@ def is_gguf(place: Path) -> bool:
 
 def check_whole(file: Path, header: GgufHeader) -> None:
     """Raises ModelError for a file that is one part of several."""
-    parts = header.values.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
-        part = header.values.get("split.no", 0)
+    parts, part = header.values.get("split.count", 1), header.values.get("split.no", 0)
+    if isinstance(parts, int) and isinstance(part, int) and parts > 1:
         raise ModelError(f"{file} is part {part + 1} of {parts}", "a file with all tensors", SPLIT)
 
 

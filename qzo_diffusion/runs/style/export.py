@@ -42,7 +42,8 @@ from qzo_diffusion.runs.publish import (
     published_model,
     published_text,
 )
-from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style import export_gguf, pipeline
+from qzo_diffusion.runs.style.export_gguf import DEFAULT, GgufOptions
 from qzo_diffusion.runs.style.export_lora import FILE as LORA_FILE
 from qzo_diffusion.runs.style.export_lora import compared_inputs, in_words, lora
 from qzo_diffusion.runs.style.export_scores import scores_of
@@ -80,6 +81,7 @@ class _Export:
     notes: Sequence[str] = ()
     layout: Layout = "diffusers"
     family: Family | None = None
+    quantization: str = ""
 
     @property
     def title(self) -> str:
@@ -107,10 +109,11 @@ def run(
     output_dir: Path,
     layout: Layout = "diffusers",
     rank: int = DEFAULT_RANK,
+    options: GgufOptions = DEFAULT,
 ) -> dict[str, Any]:
     """Write `output_dir`; return the figures for `--json`.
 
-    `layout` is of bf16 alone, `rank` of lora alone.
+    `layout` is of bf16 alone, `rank` of lora alone, `options` of gguf alone.
 
     Raises:
         OutputError: `output_dir` exists, the disk has no room, or the export reads back different.
@@ -118,6 +121,7 @@ def run(
             together.
     """
     check_new(output_dir)
+    export_gguf.check_options(kind, options)
     config: Config = load_config(locate(run_folder).need("style").settings())
     if kind == "journal":
         return _export_journal(run_folder, config, output_dir)
@@ -129,16 +133,18 @@ def run(
         )
     found = load_tuned(run_folder)
     runtime = pipeline.find_runtime(config)
+    export_gguf.check_base(kind, options, config, runtime.folder)
     # encoded first, so that encoders and transformer are never in memory together
     compared = compared_inputs(config, runtime) if kind == "lora" else None
     transformer, scales, _ = pipeline.load_base(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
     notes, family = [], pipeline.family_of(config, runtime.folder)
-    if kind in ("bf16", "lora"):
+    if kind in ("bf16", "lora", "gguf"):
         notes.append(_levels(config, runtime))
     facts = published_facts(found.facts)
-    export = _Export(run_folder, config, kind, facts, notes, layout, family)
+    base = export_gguf.quantization_in_words(config, runtime.folder)
+    export = _Export(run_folder, config, kind, facts, notes, layout, family, base)
     if kind == "bf16" and family.denoiser.layout is None and "original" in export.layouts:
         raise ConfigError(
             f"--layout {layout} of a model of {family.title}",
@@ -157,6 +163,8 @@ def run(
         }
         return _write(export, files, {}, output_dir)
     merge_changes_(scales, [(tuned, 1.0)])
+    if kind == "gguf":
+        return _write_gguf(export, transformer, runtime, options, output_dir)
     return _write(export, *_model_files(export, transformer, runtime), output_dir)
 
 
@@ -271,6 +279,28 @@ def _write(
     }
 
 
+def _write_gguf(
+    export: _Export,
+    transformer: nn.Module,
+    runtime: pipeline.Runtime,
+    options: GgufOptions,
+    target: Path,
+) -> dict[str, Any]:
+    written = export_gguf.Written(export.config, runtime.folder, transformer, options)
+    _check_room(target, written.most_bytes())
+
+    def fill(folder: Path) -> None:
+        said = written.into(folder)
+        _describe(replace(export, notes=[said, *export.notes]), folder)
+        report(said)
+
+    write_folder(target, fill)
+    files = sorted(path.name for path in target.iterdir())
+    size = sum((target / name).stat().st_size for name in files)
+    facts = {"export": str(target), "format": export.kind, "bytes": size, "files": files}
+    return facts | written.figures
+
+
 def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str, Any]:
     """Copy the journal up to its last whole step, which was checked on reading.
 
@@ -324,7 +354,8 @@ def _describe(export: _Export, folder: Path) -> None:
         "trained numbers": qzo.parametrization,
         "rate": f"{train.lr}, {train.schedule}",
         "eps": qzo.eps,
-        "quantization": f"{export.config.quant.type}, blocks of {export.config.quant.blocksize}",
+        "quantization": export.quantization
+        or f"{export.config.quant.type}, blocks of {export.config.quant.blocksize}",
         "made with": f"qzo_diffusion {__version__}",
     }
     settings |= {"trigger": data.trigger} if data.trigger else {}

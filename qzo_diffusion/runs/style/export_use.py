@@ -5,7 +5,7 @@ from typing import Literal
 
 from qzo_diffusion.diffusion.families.family import Family
 
-Format = Literal["nf4", "bf16", "lora", "delta", "journal", "native"]
+Format = Literal["nf4", "bf16", "lora", "delta", "journal", "native", "gguf"]
 Layout = Literal["diffusers", "original", "both"]
 DIFFUSERS_FILE, ORIGINAL_FILE = "diffusion_pytorch_model.safetensors", "original_layout.safetensors"
 
@@ -30,6 +30,12 @@ USE: dict[Format, str] = {
     "```\nqzo-diffuse replay --journal journal.qzo --output-dir DIR\n```",
     "native": "A diffusers PART in the quantizer's own layout; load it with "
     f"`CLASS.from_pretrained`. {NEEDS_GPU}",
+    "gguf": "A GGUF file in the layout that ComfyUI reads. Put it into ComfyUI's `models/unet/`, "
+    "and load it with the node *Unet Loader (GGUF)* of ComfyUI-GGUF. In diffusers:\n\n"
+    "```python\nPART = CLASS.from_single_file(\n"
+    '    "FILE.gguf", config="folder of the base model", subfolder="PART", '
+    "torch_dtype=torch.bfloat16,\n"
+    "    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),\n)\n```",
 }
 
 USE_OF_LAYOUT = {
