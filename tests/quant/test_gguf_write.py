@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.errors import OutputError
+from qzo_diffusion.quant import gguf as blocks
 from qzo_diffusion.quant import gguf_write
 from qzo_diffusion.quant.entries import Entry, Span
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear, dequantized, to_nearest
@@ -108,6 +109,21 @@ def test_a_copy_that_reads_back_different_is_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(OutputError, match="not what was written"):
         written(tmp_path, "Q4_0", 1.0)
+
+
+def test_a_layer_is_dequantized_some_rows_at_a_time(monkeypatch):
+    layer = layer_of("Q4_1")
+    whole, parts = layer.dequantized(), []
+
+    def counted(codes, kind):
+        parts.append(len(codes))
+        return dequantized(codes, kind)
+
+    monkeypatch.setattr(blocks, "AT_ONCE", 2 * layer.in_features)
+    monkeypatch.setattr(blocks, "dequantized", counted)
+    assert torch.equal(layer.dequantized(), whole)
+    assert parts == [2] * (ROWS // 2)
+    assert layer.dequantized(torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("Q4_K", 4), ("Q5_K", 5)])
