@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from benchmarks.sd35_full_size.model import (
 from benchmarks.sd35_full_size.stepping import steps_of
 
 LAYERS: int = LARGE["num_layers"]  # type: ignore[assignment]
-KIND = "Q4_0"
+KIND: Literal["Q4_0"] = "Q4_0"
 STAGES = ("write", "foreign", "ours")
 
 
@@ -57,9 +57,10 @@ def run_stage(stage: str, folder: Path, layers: int, count: int) -> dict[str, An
 
 def write(file: Path, layers: int) -> dict[str, Any]:
     """Random codes, and factors of a size that gives weights as an initialized layer has."""
+    from qzo_diffusion.diffusion.gguf_rules import SD3
     from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
     from qzo_diffusion.diffusion.transformer import empty_transformer
-    from qzo_diffusion.quant.gguf_make import PLAIN, type_of, write_file
+    from qzo_diffusion.quant.gguf_make import PLAIN, Target, type_of, write_file
     from qzo_diffusion.quant.weights import Pending
 
     need_disk(file.parent, 0.14 * layers)
@@ -67,7 +68,8 @@ def write(file: Path, layers: int) -> dict[str, Any]:
     pending = {name: Pending.of(tensor) for name, tensor in state.items()}
     original = to_original(pending, config_of(layers))
     shapes = {name.removeprefix(PREFIX): one.shape for name, one in original.items()}
-    kinds = {name: type_of(name, shape, KIND) for name, shape in shapes.items()}
+    target = Target(file, KIND, SD3.architecture, SD3.kept)
+    kinds = {name: type_of(name, shape, target) for name, shape in shapes.items()}
     generator, numbers = torch.Generator().manual_seed(0), np.random.default_rng(0)
 
     def data(name: str) -> np.ndarray:
@@ -80,7 +82,7 @@ def write(file: Path, layers: int) -> dict[str, Any]:
         blocks[..., :2] = factors.view(np.uint8)
         return blocks.reshape(shape[0], -1)
 
-    write_file(file, KIND, kinds, shapes, data)
+    write_file(target, kinds, shapes, data)
     return {"bytes": file.stat().st_size}
 
 

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.diffusion.gguf_rules import SD3 as RULES
 from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.gguf import GgufLinear, to_nearest
 from qzo_diffusion.quant.gguf_entries import blocks_of
-from qzo_diffusion.quant.gguf_make import Type, write_quantized
+from qzo_diffusion.quant.gguf_make import Target, Type, write_quantized
 from qzo_diffusion.quant.gguf_write import dithered, write_tuned
 from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.quant.stored import pending_dequantized
@@ -128,9 +129,10 @@ def write(
     if options.quantize_to is not None:
         tensors = to_original(pending_dequantized(transformer, torch.float32), found.config)
         bare = {name.removeprefix(PREFIX): one for name, one in tensors.items()}
-        target = folder / f"{stem}-tuned-{options.quantize_to}.gguf"
+        file = folder / f"{stem}-tuned-{options.quantize_to}.gguf"
+        target = Target(file, options.quantize_to, RULES.architecture, RULES.kept)
         with _bar(sum(one.nbytes for one in bare.values())) as bar:
-            return {"weight_error": write_quantized(target, bare, options.quantize_to, bar.update)}
+            return {"weight_error": write_quantized(target, bare, bar.update)}
     layers = {}
     for handle in handles_of(transformer):
         module: Any = handle.module
