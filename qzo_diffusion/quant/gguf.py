@@ -105,11 +105,13 @@ class GgufLinear(nn.Module):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K], computed in fp32. Beside it there are temporary tensors for some rows only."""
-        weight = self.codes.new_empty((self.out_features, self.in_features), dtype=dtype)
-        at_once = AT_ONCE if weight.device.type == "cpu" else 16 * AT_ONCE
+        at_once = AT_ONCE if self.codes.device.type == "cpu" else 16 * AT_ONCE
         count = max(1, at_once // self.in_features)
-        for start in range(0, self.out_features, count):
-            rows = slice(start, start + count)
+        parts = [slice(start, start + count) for start in range(0, self.out_features, count)]
+        if self.scales.requires_grad:  # of which no part may be overwritten
+            return torch.cat([self._part(rows) for rows in parts]).to(dtype)
+        weight = self.codes.new_empty((self.out_features, self.in_features), dtype=dtype)
+        for rows in parts:
             weight[rows] = self._part(rows)
         return weight
 

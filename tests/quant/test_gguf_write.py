@@ -124,6 +124,11 @@ def test_a_layer_is_dequantized_some_rows_at_a_time(monkeypatch):
     assert torch.equal(layer.dequantized(), whole)
     assert parts == [2] * (ROWS // 2)
     assert layer.dequantized(torch.bfloat16).dtype == torch.bfloat16
+    layer.scales = layer.scales.clone().requires_grad_()
+    layer.dequantized().square().sum().backward()
+    # a weight is linear in its scale: d(w^2)/ds = 2 w^2 / s
+    by_block = whole.view(ROWS, BLOCKS, -1).square().sum(2)
+    torch.testing.assert_close(layer.scales.grad, 2 * by_block / layer.stored_scales())
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("Q4_K", 4), ("Q5_K", 5)])
