@@ -7,21 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
+from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.quant.gguf import FACTORS
 from qzo_diffusion.quant.weights import Pending
 
 MADE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # by the package; of other types bytes are drawn
-# ComfyUI-GGUF's rules for SD3: they stay as they are.
-KEPT = (
-    "final_layer.",
-    "context_embedder.",
-    "t_embedder.",
-    "y_embedder.",
-    "x_embedder.",
-    "pos_embed",
-)
 
 
 def random_blocks(shape: tuple[int, int], kind: str, generator: np.random.Generator) -> np.ndarray:
@@ -34,7 +25,7 @@ def random_blocks(shape: tuple[int, int], kind: str, generator: np.random.Genera
     return data.reshape(shape[0], -1)
 
 
-def write_sd3_gguf(
+def write_gguf(
     file: Path, model, kind: str = "Q4_0", prefix: str = "", positions: tuple[int, ...] = ()
 ) -> Path:
     """The transformer in blocks of `kind`; layers whose rows are no whole blocks are in fp16.
@@ -44,14 +35,16 @@ def write_sd3_gguf(
     """
     pending = {name: Pending.of(tensor) for name, tensor in model.state_dict().items()}
     generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(file, "sd3")
+    family = registry.family_of({"_class_name": type(model).__name__, **model.config})
+    writer = gguf.GGUFWriter(file, family.gguf[0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     size, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    for name, one in SD3_LAYOUT.to_original(pending, model.config).items():
+    for name, one in family.denoiser.layout.to_original(pending, model.config).items():
         bare, tensor = name.removeprefix(PREFIX), one.make().float()
         if positions and bare == "pos_embed":
             tensor = tensor.reshape(positions)
-        data, of_kind = stored(bare, tensor, kind, size, generator)
+        kept = bare.startswith(family.gguf_kept)
+        data, of_kind = stored(tensor, "F16" if kept else kind, size, generator)
         writer.add_tensor(prefix + bare, data, raw_dtype=of_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -60,11 +53,11 @@ def write_sd3_gguf(
     return file
 
 
-def stored(name: str, tensor: Tensor, kind: str, size: int, generator: np.random.Generator):
+def stored(tensor: Tensor, kind: str, size: int, generator: np.random.Generator):
     kinds = gguf.GGMLQuantizationType
     if tensor.dim() == 1 or tensor.numel() <= 1024:
         return tensor.numpy(), kinds.F32
-    if tensor.dim() != 2 or name.startswith(KEPT) or tensor.shape[1] % size:
+    if kind == "F16" or tensor.dim() != 2 or tensor.shape[1] % size:
         return tensor.half().numpy(), kinds.F16
     if kind in MADE:
         return gguf.quants.quantize(tensor.numpy(), kinds[kind]), kinds[kind]

@@ -57,8 +57,9 @@ def run_stage(stage: str, folder: Path, layers: int, count: int) -> dict[str, An
 
 def write(file: Path, layers: int) -> dict[str, Any]:
     """Random codes, and factors of a size that gives weights as an initialized layer has."""
-    from qzo_diffusion.diffusion.gguf_rules import SD3
-    from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
+    from qzo_diffusion.diffusion.families.sd3 import SD3
+    from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
+    from qzo_diffusion.diffusion.original_layout import PREFIX
     from qzo_diffusion.diffusion.transformer import empty_transformer
     from qzo_diffusion.quant.gguf_make import PLAIN, Target, type_of, write_file
     from qzo_diffusion.quant.weights import Pending
@@ -66,9 +67,9 @@ def write(file: Path, layers: int) -> dict[str, Any]:
     need_disk(file.parent, 0.14 * layers)
     state = empty_transformer(config_of(layers)).state_dict()
     pending = {name: Pending.of(tensor) for name, tensor in state.items()}
-    original = to_original(pending, config_of(layers))
+    original = SD3_LAYOUT.to_original(pending, config_of(layers))
     shapes = {name.removeprefix(PREFIX): one.shape for name, one in original.items()}
-    target = Target(file, KIND, SD3.architecture, SD3.kept)
+    target = Target(file, KIND, SD3.gguf[0], SD3.gguf_kept)
     kinds = {name: type_of(name, shape, target) for name, shape in shapes.items()}
     generator, numbers = torch.Generator().manual_seed(0), np.random.default_rng(0)
 
@@ -101,7 +102,8 @@ def foreign(file: Path, layers: int) -> dict[str, Any]:
     from diffusers import GGUFQuantizationConfig, SD3Transformer2DModel
 
     from benchmarks.resident import reset_peak
-    from qzo_diffusion.diffusion.flow_matching import velocity_loss
+    from qzo_diffusion.diffusion.families.family import model_loss
+    from qzo_diffusion.diffusion.families.sd3 import SD3
 
     config = file.parent / "config"
     config.mkdir(exist_ok=True)
@@ -115,7 +117,7 @@ def foreign(file: Path, layers: int) -> dict[str, Any]:
     loaded = status("VmHWM")
     reset_peak()
     with torch.no_grad():
-        loss: Tensor = velocity_loss(model, batch_of(model, 256), torch.bfloat16)
+        loss: Tensor = model_loss(SD3, model, batch_of(model, 256), torch.bfloat16)
     return {
         "loaded_peak_rss_gb": round(loaded, 3),
         "inference_peak_rss_gb": round(status("VmHWM"), 3),

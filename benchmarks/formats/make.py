@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.gguf_pictures import write_sd3_gguf
+from tests.gguf_pictures import write_gguf
 from tests.small_models import sd3_transformer
 from tests.small_pipeline import write_pipeline
 
@@ -18,7 +18,7 @@ def make_gguf(folder: Path, kind: str) -> str:
     place = write_pipeline(folder / "pipeline")
     model = sd3_transformer(layers=2, width=WIDE)
     model.save_pretrained(place / "transformer")
-    file = write_sd3_gguf(folder / f"small-{kind}.gguf", model, kind)
+    file = write_gguf(folder / f"small-{kind}.gguf", model, kind)
     return (
         f"qzo-diffuse train --model {place} --transformer {file} --style-dir IMAGES "
         "--caption 'a picture' --max-steps 20"

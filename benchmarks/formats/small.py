@@ -11,7 +11,7 @@ from qzo_diffusion.diffusion.transformer import empty_transformer, find_transfor
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear, Rounding, to_nearest
 from qzo_diffusion.quant.gguf_write import dithered, write_tuned
 from qzo_diffusion.quant.stream import Quantization, fill_
-from tests.gguf_pictures import write_sd3_gguf
+from tests.gguf_pictures import write_gguf
 from tests.small_models import sd3_inputs, sd3_transformer
 
 ROWS, COLUMNS = 3e-3, 3e-3  # spread of the changes, as 200 steps of a default run leave them
@@ -30,7 +30,7 @@ def small() -> dict[str, dict[str, Any]]:
 
 def of_type(folder: Path, kind: str) -> dict[str, Any]:
     plain = sd3_transformer(layers=2, width=4)
-    source = write_sd3_gguf(folder / "base.gguf", plain, kind)
+    source = write_gguf(folder / "base.gguf", plain, kind)
     plain.save_config(folder / "config")
     found = find_transformer(source)
     model = empty_transformer(found.config)

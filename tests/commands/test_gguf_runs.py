@@ -19,7 +19,7 @@ from qzo_diffusion.runs.style import pipeline as style_pipeline
 from qzo_diffusion.runs.tuned import load_scales
 from tests.commands.short_runs import export_arguments, sampled
 from tests.conftest import failing, write_squares
-from tests.gguf_pictures import plain_weights, seen_by_comfyui, write_sd3_gguf
+from tests.gguf_pictures import plain_weights, seen_by_comfyui, write_gguf
 from tests.runs.short_run import assert_replayed, assert_same_run, resume, stop_after
 from tests.small_models import sd3_inputs
 
@@ -33,7 +33,7 @@ def place(tmp_path_factory, pipeline):
 
     folder = tmp_path_factory.mktemp("gguf")
     model = SD3Transformer2DModel.from_pretrained(pipeline / "transformer")
-    write_sd3_gguf(folder / "small-Q4_0.gguf", model)
+    write_gguf(folder / "small-Q4_0.gguf", model)
     write_squares(folder / "imgs", [(90 * index, 0, 50) for index in range(2)])
     (folder / "prompts.txt").write_text("red apple\n")
     return folder

@@ -14,7 +14,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.gguf_header import read_gguf_header
 from tests.conftest import failing
-from tests.gguf_pictures import write_sd3_gguf
+from tests.gguf_pictures import write_gguf
 from tests.small_models import sd3_transformer
 
 MEMORY = 100_000_000
@@ -25,7 +25,7 @@ EXTREMES = [0, 1, 31, 2**31 - 1, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**6
 def whole(tmp_path_factory):
     """A true file, its bytes and where its data begins."""
     file = tmp_path_factory.mktemp("gguf") / "whole.gguf"
-    write_sd3_gguf(file, sd3_transformer(layers=2, width=1))
+    write_gguf(file, sd3_transformer(layers=2, width=1))
     return file, file.read_bytes(), read_gguf_header(file).data
 
 

@@ -234,7 +234,8 @@ class Family:
     name: for `--family`. title: in words. vae_factors: settings of a VAE that latents need.
     objective: of a scheduler. hub: for downloads. architecture: reads the name in the list of
     modelspec from a denoiser's config. source: where the original layout was published. gguf: its
-    architectures in GGUF files. published: models by Hub id.
+    architectures in GGUF files. gguf_kept: how the original names begin of tensors that
+    ComfyUI-GGUF's tools never quantize. published: models by Hub id.
     """
 
     name: str
@@ -248,6 +249,7 @@ class Family:
     architecture: Callable[[Config], str]
     source: str
     gguf: tuple[str, ...] = ()
+    gguf_kept: tuple[str, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict)
 
     @property

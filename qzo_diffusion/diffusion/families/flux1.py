@@ -181,5 +181,6 @@ FLUX1 = Family(
     architecture=lambda config: "flux-1-dev" if config.get("guidance_embeds") else "flux-1-schnell",
     source="https://github.com/black-forest-labs/flux",
     gguf=("flux",),
+    gguf_kept=("txt_in.", "img_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
     published=PUBLISHED,
 )

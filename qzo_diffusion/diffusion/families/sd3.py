@@ -179,5 +179,9 @@ SD3 = Family(
     architecture=architecture,
     source="https://github.com/Stability-AI/sd3.5",
     gguf=("sd3",),
+    gguf_kept=(
+        *("final_layer.", "context_embedder.", "pos_embed"),
+        *("t_embedder.", "y_embedder.", "x_embedder."),
+    ),
     published=PUBLISHED,
 )

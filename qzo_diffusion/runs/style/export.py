@@ -5,16 +5,15 @@ its name, so a kill leaves no export. Tensors are computed and written one by on
 holds a second model."""
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qzo_diffusion import __version__, devices
+from qzo_diffusion import devices
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.delta import shrunk
@@ -22,9 +21,8 @@ from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.journal import Journal, encoded, read_journal
 from qzo_diffusion.core.journal_format import NoteEntry
 from qzo_diffusion.core.merge import merge_changes_
-from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.levels import in_comfyui
-from qzo_diffusion.diffusion.model_card import DIFFUSERS, Base, card, modelspec
+from qzo_diffusion.diffusion.model_card import DIFFUSERS, modelspec
 from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution
 from qzo_diffusion.diffusion.pointwise import as_convolutions
 from qzo_diffusion.diffusion.transformer import find_transformer
@@ -35,32 +33,26 @@ from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.publish import (
-    base_id,
     published,
-    published_config,
     published_facts,
-    published_model,
-    published_text,
 )
 from qzo_diffusion.runs.style import export_gguf, pipeline
 from qzo_diffusion.runs.style.export_gguf import DEFAULT, GgufOptions
 from qzo_diffusion.runs.style.export_lora import FILE as LORA_FILE
 from qzo_diffusion.runs.style.export_lora import compared_inputs, in_words, lora
-from qzo_diffusion.runs.style.export_scores import scores_of
 from qzo_diffusion.runs.style.export_use import (
     DIFFUSERS_FILE,
     ORIGINAL_FILE,
     Format,
     Layout,
-    how_to_use,
 )
+from qzo_diffusion.runs.style.exported import Export, check_room
 from qzo_diffusion.runs.style.memory import sizes
 from qzo_diffusion.runs.tuned import load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import (
     SCALES,
     check_new,
-    free_bytes,
     write_folder,
     write_whole,
 )
@@ -68,39 +60,6 @@ from qzo_diffusion.system.progress import Progress
 
 JOURNAL = "journal.qzo"
 DEFAULT_RANK = 32
-
-
-@dataclass(frozen=True)
-class _Export:
-    """A run, its tuned model if the format needs one, and the metadata of every file."""
-
-    run: Path
-    config: Config
-    kind: Format
-    facts: dict[str, str]
-    notes: Sequence[str] = ()
-    layout: Layout = "diffusers"
-    family: Family | None = None
-    quantization: str = ""
-
-    @property
-    def title(self) -> str:
-        return published_text(locate(self.run).run().name)
-
-    @property
-    def base(self) -> Base:
-        model = self.config.model
-        return Base(published_model(model), base_id(model))
-
-    @property
-    def layouts(self) -> Sequence[str]:
-        return ("diffusers", "original") if self.layout == "both" else (self.layout,)
-
-    @property
-    def use(self) -> str:
-        """How to load the files, in Markdown."""
-        first = how_to_use(self.kind, self.layouts, self.family)
-        return "\n\n".join([*first, *filter(None, self.notes)])
 
 
 def run(
@@ -144,7 +103,7 @@ def run(
         notes.append(_levels(config, runtime))
     facts = published_facts(found.facts)
     base = export_gguf.quantization_in_words(config, runtime.folder)
-    export = _Export(run_folder, config, kind, facts, notes, layout, family, base)
+    export = Export(run_folder, config, kind, facts, notes, layout, family, base)
     if kind == "bf16" and family.denoiser.layout is None and "original" in export.layouts:
         raise ConfigError(
             f"--layout {layout} of a model of {family.title}",
@@ -169,7 +128,7 @@ def run(
 
 
 def _write_lora(
-    export: _Export,
+    export: Export,
     tensors: dict[str, Pending],
     figures: Mapping[str, Any],
     runtime: pipeline.Runtime,
@@ -198,7 +157,7 @@ def _levels(config: Config, runtime: pipeline.Runtime) -> str:
 
 
 def _model_files(
-    export: _Export, transformer: nn.Module, runtime: pipeline.Runtime
+    export: Export, transformer: nn.Module, runtime: pipeline.Runtime
 ) -> tuple[dict[str, tuple[dict[str, Pending], dict[str, str]]], dict[str, Any]]:
     """Return tensors and metadata by file name, and the config beside them."""
     config = _plain_config(export, runtime)
@@ -222,7 +181,7 @@ def _model_files(
     return {DIFFUSERS_FILE: (tensors, facts)}, config
 
 
-def _plain_config(export: _Export, runtime: pipeline.Runtime) -> dict[str, Any]:
+def _plain_config(export: Export, runtime: pipeline.Runtime) -> dict[str, Any]:
     """Return the config of the transformer without quantization, for others."""
     found = find_transformer(pipeline.transformer_place(export.config, runtime.folder)).config
     kept = {name: found[name] for name in found if name != "quantization_config"}
@@ -231,7 +190,7 @@ def _plain_config(export: _Export, runtime: pipeline.Runtime) -> dict[str, Any]:
 
 
 def _file_facts(
-    export: _Export,
+    export: Export,
     config: Mapping[str, Any],
     runtime: pipeline.Runtime,
     original: bool = False,
@@ -245,13 +204,13 @@ def _file_facts(
 
 
 def _write(
-    export: _Export,
+    export: Export,
     files: Mapping[str, tuple[Mapping[str, Pending], Mapping[str, str]]],
     config: Mapping[str, Any],
     target: Path,
 ) -> dict[str, Any]:
     size = sum(tensor.nbytes for tensors, _ in files.values() for tensor in tensors.values())
-    _check_room(target, size)
+    check_room(target, size)
 
     def fill(folder: Path) -> None:
         for name, (tensors, facts) in files.items():
@@ -268,7 +227,7 @@ def _write(
             (folder / "config.json").write_text(
                 json.dumps(config, indent=2) + "\n", encoding="utf-8"
             )
-        _describe(export, folder)
+        export.describe(folder)
 
     write_folder(target, fill)
     return {
@@ -280,18 +239,18 @@ def _write(
 
 
 def _write_gguf(
-    export: _Export,
+    export: Export,
     transformer: nn.Module,
     runtime: pipeline.Runtime,
     options: GgufOptions,
     target: Path,
 ) -> dict[str, Any]:
     written = export_gguf.Written(export.config, runtime.folder, transformer, options)
-    _check_room(target, written.most_bytes())
+    check_room(target, written.most_bytes())
 
     def fill(folder: Path) -> None:
         said = written.into(folder)
-        _describe(replace(export, notes=[said, *export.notes]), folder)
+        replace(export, notes=[said, *export.notes]).describe(folder)
         report(said)
 
     write_folder(target, fill)
@@ -309,7 +268,7 @@ def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str,
     source = locate(run_folder).run() / JOURNAL
     journal = read_journal(source)
     data = _published_journal(source, journal)
-    export = _Export(run_folder, config, "journal", {"qzo.steps": str(journal.steps_done)})
+    export = Export(run_folder, config, "journal", {"qzo.steps": str(journal.steps_done)})
 
     def fill(folder: Path) -> None:
         write_whole(folder / JOURNAL, data)
@@ -319,7 +278,7 @@ def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str,
                 "the same journal",
                 "stop the run first, or try again",
             )
-        _describe(export, folder)
+        export.describe(folder)
 
     write_folder(target, fill)
     size = (target / JOURNAL).stat().st_size
@@ -338,49 +297,8 @@ def _published_journal(source: Path, journal: Journal) -> bytes:
     return encoded(header, (notes.get(at, one) for at, one in enumerate(journal.entries)))
 
 
-def _describe(export: _Export, folder: Path) -> None:
-    """Write settings, samples and the model card beside the export."""
-    (
-        folder / "config.yaml" if export.kind in ("delta", "journal") else folder / "run.yaml"
-    ).write_text(published_config(export.config), encoding="utf-8")
-    pictures = []
-    if (grid := locate(export.run).run() / "samples" / "grid.png").is_file():
-        shutil.copyfile(grid, folder / "samples.png")
-        pictures.append("samples.png")
-    data, train, qzo = export.config.data, export.config.train, export.config.qzo
-    settings = {
-        "steps": export.facts.get("qzo.steps", train.max_steps),
-        "images a step": data.batch_size,
-        "trained numbers": qzo.parametrization,
-        "rate": f"{train.lr}, {train.schedule}",
-        "eps": qzo.eps,
-        "quantization": export.quantization
-        or f"{export.config.quant.type}, blocks of {export.config.quant.blocksize}",
-        "made with": f"qzo_diffusion {__version__}",
-    }
-    settings |= {"trigger": data.trigger} if data.trigger else {}
-    text = card(
-        export.title,
-        export.base,
-        export.use,
-        settings,
-        scores_of(export.run, export.facts),
-        pictures,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
 def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:
     return {**facts, "qzo.format": provenance.DELTA_FORMAT}
-
-
-def _check_room(target: Path, size: int) -> None:
-    free = free_bytes(target)
-    if free < 1.02 * size:
-        got = f"{free / 1e9:.1f} GB free for an export of {size / 1e9:.1f} GB"
-        raise OutputError(
-            got, "room for the export", "free some space, or choose another --output-dir"
-        )
 
 
 def _bytes(tensors: Mapping[str, Pending]) -> int:

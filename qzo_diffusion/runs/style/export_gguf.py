@@ -3,7 +3,7 @@ factors, or a new one in another type.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
-from qzo_diffusion.diffusion.gguf_rules import SD3 as RULES
-from qzo_diffusion.diffusion.original_layout import PREFIX, to_original
+from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.gguf import GgufLinear, to_nearest
 from qzo_diffusion.quant.gguf_entries import blocks_of
@@ -84,20 +83,6 @@ def check_base(kind: str, options: GgufOptions, config: Config, folder: Path) ->
         )
 
 
-def size_of(config: Config, folder: Path) -> int:
-    """Return the bytes that an export takes at the most: a new file is smaller than 8.5 bits a
-    weight, and its base has 4.5 at the least.
-    """
-    found = find_transformer(pipeline.transformer_place(config, folder))
-    return found.nbytes * (1 if blocks_of(found.entries) else 2)
-
-
-def stem_of(config: Config, folder: Path) -> str:
-    """Return how the file's name begins: as the base's file, or as the base model."""
-    place = pipeline.transformer_place(config, folder)
-    return place.stem if place.is_file() else published_model(config.model).rpartition("/")[2]
-
-
 def quantization_in_words(config: Config, folder: Path) -> str:
     """Return the type of the run's base, for a card."""
     blocks = _blocks(config, folder)
@@ -110,55 +95,83 @@ def _blocks(config: Config, folder: Path) -> Mapping[str, int]:
     return blocks_of(find_transformer(pipeline.transformer_place(config, folder)).entries)
 
 
-def write(
-    folder: Path, stem: str, place: Path, transformer: nn.Module, options: GgufOptions
-) -> dict[str, Any]:
-    """Write the file of a transformer with tuned scales, which is read from `place`, into `folder`.
+@dataclass(frozen=True)
+class Written:
+    """The file of a run, which is written once.
 
-    Args:
-        stem: how the file's name begins.
-
-    Returns figures: of a tuned file how much of the change it keeps, of a new one how far its
-    weights are from the tuned ones.
-
-    Raises:
-        ModelError: a scale beyond the range of fp16, or a type that can't be made.
-        OutputError: the file reads back different.
+    transformer: with the tuned scales. figures: of a tuned file how much of the change it keeps, of
+    a new one how far its weights are from the tuned ones.
     """
-    found = find_transformer(place)
-    if options.quantize_to is not None:
-        tensors = to_original(pending_dequantized(transformer, torch.float32), found.config)
-        bare = {name.removeprefix(PREFIX): one for name, one in tensors.items()}
-        file = folder / f"{stem}-tuned-{options.quantize_to}.gguf"
-        target = Target(file, options.quantize_to, RULES.architecture, RULES.kept)
-        with _bar(sum(one.nbytes for one in bare.values())) as bar:
-            return {"weight_error": write_quantized(target, bare, bar.update)}
-    layers = {}
-    for handle in handles_of(transformer):
-        module: Any = handle.module
-        if isinstance(module, GgufLinear):
-            entry = found.entries[f"{handle.name}.weight"]
-            layers[handle.name] = entry, module, module.scales
-    rounding = dithered if options.dither else to_nearest
-    with _bar(sum(entry.nbytes for entry, _, _ in layers.values())) as bar:
-        kept = write_tuned(place, folder / f"{stem}-tuned.gguf", layers, rounding, bar.update)
-    return kept.facts() | {"rounding": "dithered" if options.dither else "nearest"}
 
+    config: Config
+    folder: Path
+    transformer: nn.Module
+    options: GgufOptions
+    figures: dict[str, Any] = field(default_factory=dict)
 
-def in_words(facts: Mapping[str, Any]) -> str:
-    """Say on the card what the file keeps of the run."""
-    if "weight_error" in facts:
+    @property
+    def place(self) -> Path:
+        return pipeline.transformer_place(self.config, self.folder)
+
+    def most_bytes(self) -> int:
+        """Return the bytes of the file at the most: a new one has 8.5 bits a weight or less, and
+        its base 4.5 or more.
+        """
+        return find_transformer(self.place).nbytes * (2 if self.options.quantize_to else 1)
+
+    def into(self, folder: Path) -> str:
+        """Write the file into `folder`; return what it keeps of the run, in words.
+
+        Raises:
+            ModelError: a scale or weight beyond the range of fp16.
+            OutputError: the file reads back different.
+        """
+        if self.options.quantize_to is not None:
+            return self._quantized(folder, self.options.quantize_to)
+        return self._same(folder)
+
+    def _same(self, folder: Path) -> str:
+        entries, layers = find_transformer(self.place).entries, {}
+        for handle in handles_of(self.transformer):
+            module: Any = handle.module
+            if isinstance(module, GgufLinear):
+                layers[handle.name] = entries[f"{handle.name}.weight"], module, module.scales
+        rounding = dithered if self.options.dither else to_nearest
+        file = folder / f"{self.place.stem}-tuned.gguf"
+        with _bar(sum(entry.nbytes for entry, _, _ in layers.values())) as bar:
+            kept = write_tuned(self.place, file, layers, rounding, bar.update).facts()
+        how = "dithered" if self.options.dither else "nearest"
+        self.figures.update(kept | {"rounding": how})
+        if kept["change_kept"] is None:
+            return "The run changed nothing, and the file is that of its base."
         return (
-            f"The weights of this file differ from the tuned ones by {facts['weight_error']:.2%} "
-            "(root of mean squares): it was quantized again."
+            f"Factors were rounded to 16 bits ({how}). The file keeps {kept['change_kept']:.1%} of "
+            f"the run's change of single blocks, and {kept['row_change_kept']:.1%} of that of rows."
         )
-    if facts["change_kept"] is None:
-        return "The run changed nothing."
-    return (
-        f"Factors were rounded to 16 bits ({facts['rounding']}). The file keeps "
-        f"{facts['change_kept']:.1%} of the run's change of single blocks, and "
-        f"{facts['row_change_kept']:.1%} of that of whole rows."
-    )
+
+    def _quantized(self, folder: Path, kind: Type) -> str:
+        family = pipeline.family_of(self.config, self.folder)
+        layout = family.denoiser.layout
+        if layout is None:
+            raise ConfigError(
+                f"--quantize-to {kind} for a model of {family.title}",
+                "a family whose files have a layout of their own",
+                "export it as bf16",
+            )
+        found = find_transformer(self.place).config
+        tensors = layout.to_original(pending_dequantized(self.transformer, torch.float32), found)
+        bare = {name.removeprefix(PREFIX): one for name, one in tensors.items()}
+        name = published_model(self.config.model).rpartition("/")[2]
+        stem = self.place.stem if self.place.is_file() else name
+        file = folder / f"{stem}-tuned-{kind}.gguf"
+        target = Target(file, kind, family.gguf[0], family.gguf_kept)
+        with _bar(sum(one.nbytes for one in bare.values())) as bar:
+            error = write_quantized(target, bare, bar.update)
+        self.figures["weight_error"] = round(error, 6)
+        return (
+            f"The weights of this file differ from the tuned ones by {error:.2%} (root of mean "
+            "squares), because they were quantized again."
+        )
 
 
 def _bar(size: int) -> Any:
