@@ -47,6 +47,11 @@ def blocks_of(entries: Mapping[str, Entry]) -> dict[str, int]:
     }
 
 
+def blocks_in_words(entries: Mapping[str, Entry]) -> str:
+    """Return the types of blocks in words; nothing where there are none."""
+    return ", ".join(f"{kind} ({count} tensors)" for kind, count in blocks_of(entries).items())
+
+
 def blocks_of_row(entry: Entry) -> int:
     """Return the number of blocks in a row of a weight in blocks."""
     package = need_package()

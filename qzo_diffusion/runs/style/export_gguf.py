@@ -2,7 +2,6 @@
 factors, or a new one in another type.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.diffusion.original_layout import PREFIX
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.gguf import GgufLinear, to_nearest
-from qzo_diffusion.quant.gguf_entries import blocks_of
+from qzo_diffusion.quant.gguf_entries import blocks_in_words
 from qzo_diffusion.quant.gguf_make import Target, Type, write_quantized
 from qzo_diffusion.quant.gguf_write import dithered, write_tuned
 from qzo_diffusion.quant.load import handles_of
@@ -60,7 +59,7 @@ def check_options(kind: str, options: GgufOptions) -> None:
 
 def check_base(kind: str, options: GgufOptions, config: Config, folder: Path) -> None:
     """Raises ConfigError where the run's base does not allow the format."""
-    in_blocks = bool(_blocks(config, folder))
+    in_blocks = _blocks(config, folder)
     if in_blocks and kind in ("nf4", "native"):
         raise ConfigError(
             f"--format {kind} for a run on a GGUF file",
@@ -88,11 +87,11 @@ def quantization_in_words(config: Config, folder: Path) -> str:
     blocks = _blocks(config, folder)
     if not blocks:
         return f"{config.quant.type}, blocks of {config.quant.blocksize}"
-    return "GGUF: " + ", ".join(f"{kind} ({count} tensors)" for kind, count in blocks.items())
+    return f"GGUF: {blocks}"
 
 
-def _blocks(config: Config, folder: Path) -> Mapping[str, int]:
-    return blocks_of(find_transformer(pipeline.transformer_place(config, folder)).entries)
+def _blocks(config: Config, folder: Path) -> str:
+    return blocks_in_words(find_transformer(pipeline.transformer_place(config, folder)).entries)
 
 
 @dataclass(frozen=True)

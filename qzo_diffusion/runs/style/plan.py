@@ -26,6 +26,7 @@ from qzo_diffusion.diffusion.style_folder import (
     summary,
 )
 from qzo_diffusion.diffusion.trigger import Trigger, find_trigger
+from qzo_diffusion.quant.gguf_entries import blocks_in_words
 from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.provenance import journal_header
@@ -100,6 +101,8 @@ class StylePlan:
             f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
             self.memory().describe(),
         ]
+        if self.shape and (blocks := blocks_in_words(self.shape.transformer.entries)):
+            lines.insert(-2, f"blocks    {blocks}, of the GGUF file; quant.* is not used")
         if self.has_journal:
             images, of_prior = self.config.data.batch_size, self.config.prior_examples
             step = build.step_in_words(self.config, images, "images", of_prior)
