@@ -131,7 +131,9 @@ def test_names_of_thousands_of_layers_are_refused(tmp_path):
         return struct.pack("<Q", len(text)) + text.encode()
 
     names = [f"joint_blocks.{index}.x_block.attn.qkv.weight" for index in range(20_000)]
-    names += ["x_embedder.proj.weight", "pos_embed"]
+    # what else the config is read from, so that only their number tells
+    names += ["x_embedder.proj.weight", "pos_embed", "final_layer.linear.weight"]
+    names += ["context_embedder.weight", "y_embedder.mlp.0.weight"]
     dimensions = struct.pack("<I4Q", 4, 1, 1, 1, 8)
     infos = [
         string(name) + dimensions + struct.pack("<IQ", 0, 32 * index)
@@ -139,7 +141,10 @@ def test_names_of_thousands_of_layers_are_refused(tmp_path):
     ]
     head = b"GGUF" + struct.pack("<IQQ", 3, len(names), 0) + b"".join(infos)
     content = head + bytes(-len(head) % 32) + bytes(32 * len(names))
-    assert used(forged(tmp_path, content))
+    file = forged(tmp_path, content)
+    assert used(file)
+    with pytest.raises(ModelError, match="a number of layers up to"):
+        find_transformer(file)
 
 
 @pytest.mark.parametrize("damage", ["cut", "type", "count", "empty"])
