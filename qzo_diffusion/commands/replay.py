@@ -14,6 +14,11 @@ def add(verbs: Any) -> None:
     )
     replay.add_argument("--journal", type=path, required=True, help="journal.qzo of a run")
     replay.add_argument("--model", type=path_text, help="default: the model that the journal names")
+    replay.add_argument(
+        "--transformer",
+        type=path_text,
+        help="of pictures; default: the folder or file that the journal names",
+    )
     replay.add_argument("--to-step", type=whole, help="number of steps to apply; default all")
     replay.add_argument(
         "--init-from",
@@ -35,7 +40,10 @@ def run(options: argparse.Namespace) -> int:
     if journal.header.get("kind") == "llm":
         base = of_texts.base(of_texts.config_of(journal, options.model))
     else:
-        base = of_pictures.base(of_pictures.config_of(journal, options.model, options.init_from))
+        config = of_pictures.config_of(
+            journal, options.model, options.init_from, options.transformer
+        )
+        base = of_pictures.base(config)
     results = replay(journal, base, options.to_step, options.output_dir)
     emit(results, options.json, f"done: step {results['steps']} in {options.output_dir}")
     return DONE

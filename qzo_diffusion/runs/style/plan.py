@@ -207,7 +207,11 @@ class StylePlan:
                 prior_examples(config, self.prior, family, transformer, dtype, encoded, drawn),
             ),
             header=journal_header(config, config.examples, *base)
-            | ({} if config.init_from is None else {"init_from": config.init_from}),
+            | {
+                key: value
+                for key in ("init_from", "transformer")
+                if (value := getattr(config, key)) is not None
+            },
             callbacks=pictures,
             take_step=take_step,
         )

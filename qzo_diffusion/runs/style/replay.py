@@ -18,14 +18,23 @@ def base(config: Config) -> Base:
     return Base(config, theta, build.optimizer(config), codes, initial, {})
 
 
-def config_of(journal: Journal, model: str | None, init_from: str | None = None) -> Config:
-    """Return the settings in a journal's header. All others have defaults and do not matter for a
-    replay.
+def config_of(
+    journal: Journal,
+    model: str | None,
+    init_from: str | None = None,
+    transformer: str | None = None,
+) -> Config:
+    """Return the settings in a journal's header, or those that are given in their place. All others
+    have defaults and do not matter for a replay.
     """
     method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
     return settings_of(
         journal,
         Config,
-        {"method": method, "init_from": init_from or journal.header.get("init_from")},
+        {
+            "method": method,
+            "init_from": init_from or journal.header.get("init_from"),
+            "transformer": transformer or journal.header.get("transformer"),
+        },
         model,
     )
