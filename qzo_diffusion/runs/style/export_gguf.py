@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
@@ -22,6 +21,7 @@ from qzo_diffusion.quant.load import handles_of
 from qzo_diffusion.quant.stored import pending_dequantized
 from qzo_diffusion.runs.publish import published_model
 from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.system.progress import Progress
 
 FORMAT: Literal["gguf"] = "gguf"
 
@@ -174,4 +174,4 @@ class Written:
 
 
 def _bar(size: int) -> Any:
-    return tqdm(total=size, desc="write GGUF", unit="B", unit_scale=True, leave=False)
+    return Progress(total=size, desc="write GGUF", unit="B", unit_scale=True, leave=False)
