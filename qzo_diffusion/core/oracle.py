@@ -1,33 +1,33 @@
-"""The exact gradient of θ by autograd, for small models, to compare an estimate with.
+"""The exact gradient of θ by autograd: for `--method fo-scales`, and to compare an estimate with.
 
-Only benchmarks and diagnostics use it; training never differentiates. For a weight W = s · c, the
-gradient with respect to a log-scale is the sum of dL/dW ∘ W over the weights that it scales. That
-of a row, a block column or a layer is a sum of those. Where each example or patch group has its own
-θ, θ scales activations as in training."""
+The other methods never differentiate. For a weight W = s · c, the gradient with respect to a
+log-scale is the sum of dL/dW ∘ W over the weights that it scales. That of a row, a block column or
+a layer is a sum of those. Where each example or patch group has its own θ, θ scales activations as
+in training."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qzo_diffusion.core.dense import Dense
+from qzo_diffusion.core.exact_product import (
+    Collect,
+    DifferentiableHandle,
+    checkpointed,
+    exact_products,
+)
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.probes import Batch, Objective
-from qzo_diffusion.core.scales import ScaleHandle, ScaleSet
+from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.spsa import Estimate
-
-
-class DifferentiableHandle(ScaleHandle, Protocol):
-    def dequantized(self) -> Tensor:
-        """The weight [N, K] at the scales in use."""
-        ...
 
 
 def exact_gradient(
@@ -35,31 +35,55 @@ def exact_gradient(
     micro_batches: Sequence[Batch],
     theta: Dense | Grouped,
     handles: Iterable[DifferentiableHandle],
+    blocks: Sequence[nn.Module] = (),
 ) -> dict[str, Tensor]:
     """dL/dθ by name, in the shapes of `theta.templates()`; L is the mean over all examples.
 
     Args:
         handles: of all quantized layers of the model.
+        blocks: parts of the model that are computed again on the way back, see
+            `core.exact_product`.
     """
     scales, count = theta.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
+    found = {name: torch.zeros_like(like) for name, like in theta.templates().items()}
     with (
+        _restored(scales),
         torch.enable_grad(),
         scales.override(theta.perturbed()),
-        _differentiable(scales, handles) as deltas,
+        exact_products(handles, _collecting(theta, found)),
+        checkpointed(blocks),
     ):
         for micro_batch in micro_batches:
             of_each = objective(micro_batch).view(len(micro_batch), -1).mean(1)  # type: ignore[arg-type]
             (of_each.sum() / count).backward()
-        grids = {
-            name: torch.zeros_like(delta) if delta.grad is None else delta.grad
-            for name, delta in deltas.items()
-        }
-    if isinstance(theta, Dense):
-        return {name: grids[name].view_as(live) for name, live in theta.templates().items()}
-    return {
-        key: torch.cat([_SUMS[theta.axis(key)](grids[name]) for name in theta.layers(key)])
-        for key in theta.by_axis
-    }
+    return found
+
+
+@contextmanager
+def _restored(scales: ScaleSet) -> Iterator[None]:
+    """Put the live scales of every layer back, also those that the way back has shown."""
+    try:
+        try:
+            yield
+        finally:
+            scales.restore(scales)
+    finally:  # once more: an interrupt may have cut the first one short
+        scales.restore(scales)
+
+
+def _collecting(theta: Dense | Grouped, found: Mapping[str, Tensor]) -> Collect:
+    """Add the gradient of a layer's log-scales to that of the θ which move them."""
+
+    def collect(name: str, grid: Tensor) -> None:
+        if isinstance(theta, Dense):
+            if name in found:
+                found[name].add_(grid.view_as(found[name]))
+            return
+        for key in theta.by_axis:
+            if name in theta.layers(key):
+                found[key][theta.place(key, name)] += _SUMS[theta.axis(key)](grid)
+
+    return collect
 
 
 _SUMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -141,33 +165,6 @@ def _scaled_product(
         return y if module.bias is None else y + module.bias  # type: ignore[operator]
 
     return product
-
-
-@contextmanager
-def _differentiable(
-    scales: ScaleSet, handles: Iterable[DifferentiableHandle]
-) -> Iterator[dict[str, Tensor]]:
-    """While open, forward passes use scale · exp(δ), with a δ of zeros [N, K / blocksize] per layer
-    that gradients reach.
-    """
-
-    def product_with(handle: DifferentiableHandle, delta: Tensor) -> Callable[..., Tensor]:
-        def product(module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> Tensor:
-            weight = handle.dequantized()
-            blocks = weight.view(*delta.shape, -1).to(delta.dtype) * torch.exp(delta).unsqueeze(2)
-            return F.linear(args[0], blocks.view_as(weight).to(args[0].dtype), module.bias)  # type: ignore[arg-type]
-
-        return product
-
-    deltas: dict[str, Tensor] = {}
-    products: dict[str, tuple[DifferentiableHandle, Callable[..., Tensor]]] = {}
-    for handle in handles:
-        live = scales[handle.name]
-        delta = torch.zeros_like(live).view(scales.rows(handle.name), -1).requires_grad_()
-        deltas[handle.name] = delta
-        products[handle.name] = handle, product_with(handle, delta)
-    with _products(products):
-        yield deltas
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.exact_product import blocks_of
 from qzo_diffusion.core.journal_format import MOST_SCALARS
 from qzo_diffusion.core.near_base import NearBase
 from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
@@ -164,7 +165,7 @@ def probes_at_once(config: RunConfig) -> int:
     """Return how many probes of an example share a forward pass: all of its directions, or both
     sides of one, as far as there is room.
     """
-    if not config.qzo.scales_activations:
+    if not config.qzo.scales_activations or getattr(config, "method", "") == "fo-scales":
         return 1
     wanted, every = (
         config.train.micro_batch_size,
@@ -219,7 +220,7 @@ def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeSte
     """Return Adam along the exact gradient of the trained scales, the baseline of zeroth order."""
 
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
-        return exact_gradient(objective, micro_batches, theta, handles_of(model))
+        return exact_gradient(objective, micro_batches, theta, handles_of(model), blocks_of(model))
 
     return near_base(config, Adam()), first_order_step(gradient)
 

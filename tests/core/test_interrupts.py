@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qzo_diffusion import api
-from qzo_diffusion.core import activation_scaling, hooks, oracle, scales, weights
+from qzo_diffusion.core import activation_scaling, exact_product, hooks, oracle, scales, weights
 from qzo_diffusion.core.activation_scaling import LayerScaling
 from qzo_diffusion.core.dense import Dense
 from qzo_diffusion.core.scales import ScaleSet
@@ -20,7 +20,16 @@ from tests.quantized import assert_same, inputs, network, scaled_network, snapsh
 
 FILES = {
     module.__file__
-    for module in (scales, hooks, activation_scaling, weights, oracle, reference, bnb)
+    for module in (
+        scales,
+        hooks,
+        activation_scaling,
+        weights,
+        oracle,
+        exact_product,
+        reference,
+        bnb,
+    )
 }
 
 
