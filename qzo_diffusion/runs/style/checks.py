@@ -32,7 +32,7 @@ def warn_of_distilled(shape: PipelineShape, model: str) -> None:
     if by_name or shape.family.denoiser.distilled(shape.transformer.config):
         report(
             f"warning: {model} was distilled to few steps. Its pictures blur when it is trained by "
-            "the error of its predictions; train the base model, or by a reward of its pictures"
+            "the error of its predictions; train the base model, or by --reward (docs/rewards.md)"
         )
 
 

@@ -51,6 +51,7 @@ from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
 
 NO_STYLE = StyleFolder([], [], [])
+DRAWS_NOISE = ("EulerAncestral", "DDPM", "LCM")  # the beginnings of schedulers' names
 FEW_STEPS = 8  # sampling steps of a picture that is scored, where nobody chose them
 
 
@@ -290,6 +291,8 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
     prompts = read_prompt_file(file, config.data.trigger)
     check_sizes(shape, resolution)
     check_words(config, shape.family, folder, Prompts([*trained.prompts, *prompts.prompts]))
+    if folder.is_dir():
+        _check_scheduler(folder, shape.family)
     prior = find_prior(config, folder, resolution, NO_STYLE)
     if prior is not None:
         check_sizes(shape, resolution, prior.folder)
@@ -306,6 +309,19 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
     if resolved.train.micro_batch_size is None:
         resolved.train.micro_batch_size = plan.rows_that_fit()
     return plan
+
+
+def _check_scheduler(folder: Path, family: Family) -> None:
+    """Raise ConfigError for a scheduler that draws noise in each step: probes could not be
+    compared.
+    """
+    kind = type(load_scheduler(folder, family)).__name__
+    if kind.startswith(DRAWS_NOISE):
+        raise ConfigError(
+            f"rewards with the scheduler {kind}, which draws noise in each step",
+            "a scheduler whose pictures follow from their first noise, such as EulerDiscrete",
+            "put the config of such a scheduler into a copy of the model's folder",
+        )
 
 
 def _resolved(config: Config, family: Family, folder: Path, resolution: int) -> Config:
