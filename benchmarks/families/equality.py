@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families.small import SIDE
+from benchmarks.families.small import LENGTH, SIDE
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.flow_matching import Batch
@@ -73,6 +73,8 @@ def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Mo
     pipeline = DiffusionPipeline.from_pretrained(folder).to(dtype)
     pipeline.set_progress_bar_config(disable=True)
     denoiser = getattr(pipeline, family.denoiser.part)
+    # as a run reads it: the tokenizer's own limit
+    length = {"max_sequence_length": LENGTH} if family.texts.t5 else {}
     with torch.no_grad(), recorded(denoiser) as calls:
         pipeline(
             PROMPT,
@@ -82,6 +84,7 @@ def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Mo
             num_inference_steps=STEPS,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
+            **length,
         )
     return denoiser, calls
 
