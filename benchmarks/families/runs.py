@@ -44,7 +44,7 @@ def train(model: Path, out: Path, *settings: str) -> Path:
     command = ["train", "--model", str(model), "--style-dir", str(pictures)]
     command += ["--caption", "a square", "--output-dir", str(out), "--sample-prompts", str(prompts)]
     command += ["compute.device=cpu", "compute.dtype=float32", "sample.every=0", "sample.steps=2"]
-    command += ["train.checkpoint_every=0", "train.validate_every=0"]
+    command += [f"data.resolution={SIDE}", "train.checkpoint_every=0", "train.validate_every=0"]
     command += [f"data.cache_dir={out.parent / 'cache'}", *settings]
     _succeed(command)
     return out

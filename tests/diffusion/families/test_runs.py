@@ -4,12 +4,12 @@ line.
 
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.families import runs, small
 from qzo_diffusion.cli import main
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.families import registry
+from qzo_diffusion.diffusion.sampling import load_picture
 from tests.conftest import failing
 
 NEW = [name for name in small.NAMES if name != "sd3"]
@@ -37,7 +37,7 @@ def test_three_steps_are_trained_and_sampled(run_of, tmp_path, name):
     assert len(read_journal(run / "journal.qzo").steps) == 3
     out = tmp_path / "pictures"
     assert main(["sample", "--run", str(run), "--prompt", "red", "--output-dir", str(out)]) == 0
-    assert Image.open(out / "samples/000.png").size == (small.SIDE, small.SIDE)
+    assert load_picture(out / "samples/000.png").size == (small.SIDE, small.SIDE)
 
 
 @pytest.mark.slow
@@ -75,6 +75,6 @@ def test_min_snr_and_missing_t5_are_refused_where_they_mean_nothing(tmp_path, ca
     model = small.write("flux1", tmp_path / "model")
     runs.write_pictures(tmp_path / "pictures", 2)
     command = ["train", "--model", str(model), "--style-dir", str(tmp_path / "pictures")]
-    command += ["--caption", "a", "--dry-run"]
+    command += ["--caption", "a", "--dry-run", f"data.resolution={small.SIDE}"]
     assert "rectified flow" in failing(capsys, main([*command, "sigma.min_snr=5"]))
     assert "text.t5=none" in failing(capsys, main([*command, "text.t5=none"]))
