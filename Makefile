@@ -3,10 +3,12 @@
 # make test      the tests that every commit passes (docs/testing.md)
 # make check     all that CI checks: lint, types and those tests
 # make check-all the same with the slow tests as well
+# make docs      the documents as a site that can be searched, in site/
+# make package   wheel and sdist in dist/, checked by twine
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := install
-.PHONY: install demo test lint format check check-all clean
+.PHONY: install demo test lint format check check-all docs package clean
 
 VENV_PYTHON := .venv/bin/python
 
@@ -45,6 +47,16 @@ check: lint
 check-all: lint
 	$(PYTEST) -m "slow or not slow" -rs
 
+docs: install
+	@.ci/extra.sh docs
+	.venv-docs/bin/mkdocs build --strict
+
+package: install
+	@.ci/extra.sh release
+	rm -rf dist
+	.venv-release/bin/python -m build --outdir dist .
+	.venv-release/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-docs .venv-release site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -path ./.git -prune -o -name __pycache__ -type d -exec rm -rf {} +
