@@ -23,6 +23,8 @@ from qzo_diffusion.quant.weights import read_entries
 
 # names of layers that diffusers gives to denoisers of known families
 OF_DIFFUSERS = r"\.attn\.add_q_proj\.|^single_transformer_blocks\.|^down_blocks\.\d+\.resnets\."
+# `quant_method` of layouts that diffusers knows and nothing here reads
+NOT_READ = {"sdnq", "nunchaku_lite", "quanto", "torchao", "auto-round"}
 LLAMA = r"blk\.\d+\.|token_embd\."  # llama.cpp's names of layers
 
 
@@ -94,6 +96,18 @@ def _check_family(own: Family, wanted: Family | None, place: str) -> None:
         )
 
 
+def _check_readable(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse by its name what another program quantized in a layout that is not read."""
+    found = config.get("quantization_config")
+    method = str(found.get("quant_method")) if isinstance(found, dict) else None
+    if method in NOT_READ:
+        raise ModelError(
+            f"{file} of a denoiser that {method} quantized",
+            "one in bf16 or fp16, in bitsandbytes' 4 bits, in fp8 with scales, or a GGUF file",
+            "give the same model in one of these",
+        )
+
+
 def _without_config(place: Path, entries: Mapping[str, Entry]) -> ModelError:
     ours = any(re.search(OF_DIFFUSERS, name) for name in entries)
     kind = describe.WITHOUT_CONFIG if ours else describe.described_tensors(entries)
@@ -119,6 +133,7 @@ def _completed(config: dict[str, Any], file: Path, family: Family | None) -> dic
             describe.KNOWN_FILE,
         )
     _check_family(own, family, str(file))
+    _check_readable(config, file)
     model = getattr(diffusers, own.denoiser.class_name)
     parameters = inspect.signature(model.__init__).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not one.empty}

@@ -28,17 +28,19 @@ def quantized_layer(
     *,
     rounds_inputs: bool = False,
     peaks: Tensor | None = None,
+    rank: int = RANK,
 ) -> BranchedLinear:
     """A layer for weight [N, K], on its device.
 
     Args:
         blocksize: inputs that share a scale.
         peaks: the largest magnitude of each input, [K].
+        rank: of the branch; 0 for none, which leaves plain int4.
     """
     wide = weight.detach().double()
     smooth = None if peaks is None else smoothing(wide, peaks.to(wide))
     scaled = wide if smooth is None else wide * smooth.to(weight.dtype).double()
-    factors = low_rank(scaled, min(RANK, min(scaled.shape) // 2))
+    factors = low_rank(scaled, min(rank, min(scaled.shape) // 2))
     up, down = factors.up.to(weight.device), factors.down.to(weight.device)
     runs = (scaled - up.double() @ down.double()).unflatten(1, (-1, blocksize))
     scales = runs.abs().amax(2).div(LARGEST)
@@ -46,7 +48,7 @@ def quantized_layer(
     codes = (steps + ZERO).to(torch.uint8)
     return BranchedLinear(
         residual_of(codes, torch.full_like(scales, ZERO), scales),
-        (up, down),
+        (up, down) if rank else None,
         bias,
         smooth=None if smooth is None else smooth.to(weight.dtype),
         rounds_inputs=rounds_inputs,
