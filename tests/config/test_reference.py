@@ -73,7 +73,7 @@ def test_settings_are_listed_one_a_line(capsys):
         ("train.lr", {"train.lr"}),
         ("learning_rate", {"train.lr"}),  # another trainer's name
         ("patch_groups", {"qzo.regions"}),  # the field's word
-        ("sigma.*", {"sigma.distribution", "sigma.shift", "sigma.min", "sigma.max"}),
+        ("lora.*", {"lora.rank", "lora.alpha"}),
         ("PATIENCE", {"train.patience"}),
         ("mirror images", {"data.flip"}),  # in no name, but in a meaning
     ],

@@ -297,6 +297,7 @@ def test_the_table_for_dataset_json(tmp_path: Path) -> None:
         "repeats": 1,
         "tokens": 5,
         "truncated": False,
+        "mask": "none",
         "notes": [],
     }
     assert (second["tokens"], second["truncated"]) == (None, None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from qzo_diffusion import resources
 from qzo_diffusion.cli import main
 from qzo_diffusion.core import locks
 from qzo_diffusion.core.journal import read_journal
@@ -53,7 +54,7 @@ def windows(monkeypatch):
     """What Windows lacks is not here."""
     monkeypatch.setattr(locks, "fcntl", None)
     monkeypatch.setattr(locks, "msvcrt", None)
-    for name in ("pwrite", "O_DIRECTORY", "getuid", "geteuid", "sysconf"):
+    for name in ("pwrite", "O_DIRECTORY", "geteuid"):
         monkeypatch.delattr(os, name)
     real = os.open
 
@@ -74,6 +75,16 @@ def test_a_run_without_what_windows_lacks_is_the_same_run(train, tmp_path, reque
     here, there = (read_journal(tmp_path / name / "journal.qzo") for name in ("here", "there"))
     assert here.steps == there.steps
     assert len(there.steps) == 2
+
+
+def test_without_user_ids_the_last_place_for_a_cache_is_the_users_temporary_folder(
+    monkeypatch, tmp_path
+):
+    monkeypatch.delattr(os, "getuid")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(resources, "_can_be_made", lambda folder: False)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert resources.cache_folder() == tmp_path / "qzo_diffusion"
 
 
 @pytest.fixture
