@@ -2,6 +2,8 @@
 
 import torch
 
+from qzo_diffusion.diffusion.families.sd3 import SD3
+
 
 def plain_nf4(folder, config, monkeypatch):
     """The pipeline in `folder` with the layers of a run's config in NF4, as a user would load it.
@@ -18,7 +20,7 @@ def plain_nf4(folder, config, monkeypatch):
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant.type,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=config.quant.skip,
+        llm_int8_skip_modules=list(SD3.denoiser.skip),
     )
     transformer = SD3Transformer2DModel.from_pretrained(
         folder,

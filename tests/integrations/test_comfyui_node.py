@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.delta import shrunk
 from qzo_diffusion.core.errors import ModelError, OutputError
 from qzo_diffusion.core.merge import merge_changes_
+from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.gguf import GgufLinear
 from qzo_diffusion.quant.load import codes_fingerprint, find_scales, quantize_
@@ -21,7 +21,7 @@ from tests.integrations import comfyui_stub as stub
 from tests.small_models import sd3_inputs, sd3_transformer
 
 FILE = Path(__file__).parents[2] / "integrations" / "comfyui" / "qzo_delta.py"
-SKIP = Config().quant.skip
+SKIP = SD3.denoiser.skip
 LINEARS = {"nf4": stub.Nf4Linear, "gguf": stub.GgufLinear}
 
 
