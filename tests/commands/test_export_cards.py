@@ -6,14 +6,14 @@ import shutil
 import pytest
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.runs.style import export as export_run
+from qzo_diffusion.runs.style.export_use import USE
 from qzo_diffusion.runs.tuned import load_scales
 
 pytestmark = pytest.mark.usefixtures("small_tiny")
 
 
 def test_cards_of_4_bit_folders_say_that_diffusers_needs_a_gpu():
-    needing = {kind for kind, text in export_run.USE.items() if "No GPU found" in text}
+    needing = {kind for kind, text in USE.items() if "No GPU found" in text}
     assert needing == {"nf4", "native"}
 
 
