@@ -27,21 +27,23 @@ from qzo_diffusion.system.reading import parse_json, read_json_lines
 CPU = torch.device("cpu")
 
 
-def write_pictures(folder: Path, count: int = 8) -> Path:
+def write_pictures(folder: Path, count: int = 8, green: int = 20) -> Path:
     folder.mkdir(parents=True)
     for index in range(count):
-        colour = (30 * index, 20, 255 - 30 * index)
+        colour = (30 * index, green, 255 - 30 * index)
         Image.new("RGB", (SIDE, SIDE), colour).save(folder / f"{index}.png")
     return folder
 
 
 def train(model: Path, out: Path, *settings: str) -> Path:
     """Train on the pictures beside `out` and return the run. Raises RuntimeError if it fails."""
-    pictures = out.parent / "pictures"
+    pictures, others = out.parent / "pictures", out.parent / "others"
     if not pictures.is_dir():
         write_pictures(pictures)
+        write_pictures(others, 4, green=30)
     (prompts := out.parent / "prompts.txt").write_text("a square\n", encoding="utf-8")
     command = ["train", "--model", str(model), "--style-dir", str(pictures)]
+    command += ["--validation-dir", str(others)]
     command += ["--caption", "a square", "--output-dir", str(out), "--sample-prompts", str(prompts)]
     command += ["compute.device=cpu", "compute.dtype=float32", "sample.every=0", "sample.steps=2"]
     command += [f"data.resolution={SIDE}", "train.checkpoint_every=0", "train.validate_every=0"]
