@@ -11,6 +11,8 @@ from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.vae import read_vae_config, reduction
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.describe import family_of_class
+from qzo_diffusion.quant.gguf_entries import read_gguf_entries
+from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.weights import read_entries
 
@@ -36,7 +38,7 @@ def family_of_folder(folder: Path, name: str | None = None, file: Path | None = 
     if name is not None:
         return registry.by_name(name)
     if file is not None and not (folder / INDEX).is_file():
-        own = registry.of_names(read_entries(file))
+        own = _family_of_file(file)
         if own is not None:
             return own
     stated = str(_index_of(folder).get("_class_name", registry.DEFAULT.sampling.pipelines[0]))
@@ -48,6 +50,15 @@ def family_of_folder(folder: Path, name: str | None = None, file: Path | None = 
             "give --model one of these; or --family NAME, if it has the parts of that family",
         )
     return family
+
+
+def _family_of_file(file: Path) -> Family | None:
+    """Return the family of a single file, by its metadata or its tensors. Raises ModelError."""
+    if not is_gguf(file):
+        return registry.of_names(read_entries(file))
+    entries, header = read_gguf_entries(file)
+    architecture = str(header.values.get("general.architecture", ""))
+    return registry.of_gguf(architecture) or registry.of_names(entries)
 
 
 def check_model_folder(folder: Path, family: Family, without: Sequence[str] = ()) -> None:

@@ -1,0 +1,63 @@
+"""A family is found from a single file's metadata or names where no index tells it."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.families import small
+from benchmarks.families.__main__ import main
+from qzo_diffusion.core.errors import ConfigError, ModelError
+from qzo_diffusion.diffusion.families import registry
+from qzo_diffusion.diffusion.model_folder import family_of_folder
+
+KEYS = {
+    "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
+    "flux1": "double_blocks.0.img_attn.qkv.weight",
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_by_the_names_in_a_file(tmp_path, name):
+    file = tmp_path / "model.safetensors"
+    save_file({KEYS[name]: torch.ones(6, 2)}, file)
+    assert family_of_folder(tmp_path, None, file).name == name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("sd3", "sd3"), ("flux", "flux1"), ("sdxl", "sdxl"), ("sd1", "sd15"), ("sd2", "sd15")],
+)
+def test_by_the_metadata_of_a_gguf_file(tmp_path, architecture, name):
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_tensor("any.weight", np.ones((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert family_of_folder(tmp_path, None, file).name == name
+
+
+def test_by_name_before_all(tmp_path):
+    assert family_of_folder(tmp_path, "sdxl") is registry.by_name("sdxl")
+    with pytest.raises(ConfigError) as raised:
+        family_of_folder(tmp_path, "sd9")
+    assert all(family.name in raised.value.expected for family in registry.FAMILIES)
+
+
+def test_nothing_tells_it(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"any.weight": torch.ones(2, 2)}, file)
+    with pytest.raises(ModelError, match=r"no model_index\.json"):
+        family_of_folder(tmp_path, None, file)
+
+
+def test_a_small_pipeline_is_made_by_a_command(tmp_path, capsys):
+    main(["make", "sd15", str(tmp_path / "model")])
+    assert family_of_folder(tmp_path / "model").name == "sd15"
+    for wrong in (["make", "sd9", str(tmp_path)], ["make", "sd15"], ["sd9"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert small.NAMES[0] in capsys.readouterr().err
