@@ -227,7 +227,7 @@ class Hub:
     nbytes: float = 30e9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One family of picture models.
 
