@@ -143,8 +143,6 @@ class Workshop:
 
     def _check(self, one: RewardName) -> None:
         argument = one.argument or ""
-        if one.name in OF_FEATURES:
-            check_scorer(self._scorer_of(one), resources.embedded_scorer())
         if one.name == "style":
             images_in(Path(argument))
         elif one.name == "aesthetic" and not Path(argument).is_file():
@@ -155,6 +153,8 @@ class Workshop:
             raise _missing(one, f"no program {argument}", "a program and its arguments")
         elif one.name == "preference":
             _cached_preference(argument)
+        if one.name in OF_FEATURES:
+            check_scorer(self._scorer_of(one), resources.embedded_scorer())
 
     def _built(self, one: RewardName) -> Reward:
         argument, seconds = one.argument or "", self._config.reward.seconds

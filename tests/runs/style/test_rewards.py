@@ -130,7 +130,7 @@ def test_pictures_without_a_score_are_left_out_and_counted(command, tmp_path):
 
 @pytest.mark.parametrize("body", ["1 / 0", "[1.0]", "__import__('time').sleep(600)"])
 def test_a_reward_that_fails_stops_the_run_and_loses_nothing(body, command, tmp_path, capsys):
-    """It fails in the third step; the first two are kept, and the run goes on once it is mended."""
+    """It fails in the second step; the first is kept, and the run goes on once it is mended."""
     run, file = tmp_path / "run", tmp_path / "mine.py"
     file.write_text(
         "calls = []\n"
@@ -143,7 +143,7 @@ def test_a_reward_that_fails_stops_the_run_and_loses_nothing(body, command, tmp_
     code = main(command(*more, rewards=rewards, output_dir=run))
     error = failing(capsys, code)
     assert "mine.py:score" in error
-    assert len(read_journal(run / "journal.qzo").steps) == 2
+    assert len(read_journal(run / "journal.qzo").steps) == 1
     file.write_text("def score(pictures, prompts):\n    return [0.5] * len(pictures)\n")
     assert resume(run) == 0
     assert len(read_journal(run / "journal.qzo").steps) == STEPS
@@ -228,6 +228,6 @@ def test_a_dry_run_counts_decoder_and_scorer_and_makes_nothing(command, tmp_path
     run = tmp_path / "run"
     assert main(command("--dry-run", output_dir=run, rewards=("clip_score:embedded",))) == 0
     shown = capsys.readouterr().out
-    assert "decode" in shown
+    assert "scorers 0.0" in shown
     assert "rewards   clip_score:embedded; reported only: none" in shown
     assert not run.exists()
