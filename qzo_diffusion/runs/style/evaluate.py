@@ -138,6 +138,7 @@ def _of_rewards(
     """Score a run on rewards, whose figures are others, and write them."""
     if request.scorer is not None:
         config.reward.scorer = request.scorer
+    config.reward.prompts = config.sample.prompts  # those of training need not be here
     tuned = load_tuned(request.run)
     plan = reward_plan.make_plan(config)
     report_reading(plan.prompts)
