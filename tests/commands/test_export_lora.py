@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.core.merge import merge_changes_
-from qzo_diffusion.diffusion.original_layout import layout
+from qzo_diffusion.diffusion.families.sd3_layout import layout
 from qzo_diffusion.quant.stored import pending_dequantized
 from qzo_diffusion.runs.style import pipeline as style_pipeline
 from qzo_diffusion.runs.tuned import load_scales
