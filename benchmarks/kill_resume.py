@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,16 @@ def die_at_a_file(chance: random.Random, counts: Counter[str]) -> None:
     call_in_place(FILE_CALLS[name], name, accident)
 
 
-def forked(arguments: list[str], log: Path, prepare: Callable[[], object] = lambda: None) -> int:
+Command = Callable[[list[str]], int]
+"""A command line -> its exit code."""
+
+
+def forked(
+    arguments: list[str],
+    log: Path,
+    prepare: Callable[[], object] = lambda: None,
+    command: Command = qzo_diffuse,
+) -> int:
     """The process id of a child that runs the command line."""
     child = os.fork()
     if child:
@@ -126,7 +136,7 @@ def forked(arguments: list[str], log: Path, prepare: Callable[[], object] = lamb
         os.dup2(output, 1)
         os.dup2(output, 2)
         prepare()
-        code = qzo_diffuse(arguments)
+        code = command(arguments)
     finally:
         os._exit(code)
 
@@ -165,14 +175,21 @@ class Bench:
     """A run that was never stopped, how long it took, and how often it changed files."""
 
     def __init__(
-        self, work: Path, arguments: Callable[[Path, Path], list[str]] = train_arguments
+        self,
+        work: Path,
+        arguments: Callable[[Path, Path], list[str]] = train_arguments,
+        command: Command = qzo_diffuse,
+        going_on: tuple[str, ...] = ("train", "--resume"),
     ) -> None:
-        """`arguments`: the command line of a run by its folder and `work`."""
+        """`arguments`: the command line of a run by its folder and `work`; `going_on`: that of a
+        run that goes on, without its folder.
+        """
         self.work, self.whole, self._arguments = work, work / "whole", arguments
+        self._command, self._going_on = command, going_on
         few_files(work)
         # The first run in this process loads every library and fills the cache of encoded images; a
         # forked one is the yardstick.
-        if qzo_diffuse(arguments(work / "warm", work)):
+        if command(arguments(work / "warm", work)):
             sys.exit("the uninterrupted run failed")
         counts = work / "counts.json"
 
@@ -191,7 +208,7 @@ class Bench:
                 call_in_place(owner, name, counted)
 
         began = time.monotonic()
-        if end_of(forked(arguments(self.whole, work), work / "whole.log", count_calls)):
+        if end_of(forked(arguments(self.whole, work), work / "whole.log", count_calls, command)):
             sys.exit((work / "whole.log").read_text())
         self.seconds = time.monotonic() - began
         self.calls = Counter[str](json.loads(counts.read_text()))
@@ -208,16 +225,17 @@ class Bench:
             elif index % 5 > 2:
                 die_at_a_file(random.Random(f"{seed}/{index}/moment"), self.calls)
 
-        child = forked(self._arguments(run, self.work), log, prepare)
+        child = forked(self._arguments(run, self.work), log, prepare, self._command)
         code = end_of(child, chance.uniform(0.0, self.seconds)) if index % 5 < 2 else end_of(child)
         found["moment"] = self.moment(index, seed)
         found["ended_before"] = code == 0
         found["completed"] = self.completed(done)
         if index % 5 == 4 and (run / "journal.qzo").exists():
-            child = forked(self.go_on(run), log, lambda: note_completed_steps(done))
+            noting = partial(note_completed_steps, done)
+            child = forked(self.go_on(run), log, noting, self._command)
             end_of(child, chance.uniform(0.0, self.seconds))
             found["kills"] = 2
-        code = end_of(forked(self.go_on(run), log))
+        code = end_of(forked(self.go_on(run), log, command=self._command))
         wrong = (
             self.differences(run) if code == 0 else [f"exit code {code}: {log.read_text()[-800:]}"]
         )
@@ -248,7 +266,7 @@ class Bench:
 
     def go_on(self, run: Path) -> list[str]:
         if (run / "config.yaml").exists():
-            return ["train", "--resume", str(run)]
+            return [*self._going_on, str(run)]
         # killed before the run's first file: nothing to lose, and nothing to resume
         shutil.rmtree(run, ignore_errors=True)
         return self._arguments(run, self.work)
@@ -275,6 +293,7 @@ class Bench:
         for pattern in (
             "samples/*",
             "rewards.json",
+            "votes.jsonl",
             "final/*.safetensors",
             "checkpoints/*/*.safetensors",
         ):

@@ -22,6 +22,7 @@ from qzo_diffusion.commands import (
     settings,
     train,
     validate,
+    vote,
 )
 from qzo_diffusion.commands import report as report_command
 from qzo_diffusion.config.arguments import (
@@ -103,6 +104,7 @@ def make_parser() -> Parser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     train.add(verbs)
     sample.add(verbs)
+    vote.add(verbs)
     evaluate.add(verbs)
     report_command.add(verbs)
     llm.add(verbs)

@@ -30,8 +30,10 @@ class Page:
     def __init__(self, session):
         self._session = session
 
-    def open(self, path):
-        self._call("POST", "url", {"url": path.resolve().as_uri()})
+    def open(self, place):
+        """A file, or an address as text."""
+        address = place if isinstance(place, str) else place.resolve().as_uri()
+        self._call("POST", "url", {"url": address})
 
     def run(self, script):
         return self._call("POST", "execute/sync", {"script": script, "args": []})

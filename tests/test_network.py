@@ -52,12 +52,15 @@ def verbs(place, model):
     task = ["--task", "sst2", "--data-dir", str(place / "data"), "--model", str(place / "lm")]
     few = ["data.train_examples=8", "data.validation_examples=4", "data.test_examples=4"]
     scored = ["evaluate", "--prompts", prompts]
+    voted = ["vote", "--run", str(place / "voted")]
     train = ["train", "--model", model, "--style-dir", images, "--sample-prompts", prompts]
     return [
         ["doctor"],
         ["validate", "--config", "demo.yaml"],
         [*train, "--caption", "a square", "--max-steps", "1", *out("run"), *fast],
         ["sample", "--run", run, "--prompts", prompts, *out("samples")],
+        # its page is served, and nobody comes
+        [*voted, "--model", model, "--prompts", prompts, "train.max_steps=0", *fast],
         ["mix", "--run", f"{run}=0.5", *out("mixed")],
         ["replay", "--journal", f"{run}/journal.qzo", "--model", model, *out("replayed")],
         [*scored, "--run", run, "--scorer", "embedded"],

@@ -2,8 +2,9 @@
 benchmarks.rewards compressibility --work FOLDER`.
 
 Rows: compressibility, style (--style-dir), cma_es (needs compressibility of the same --work, and
-`pip install cma`), step, kills. A row that was stopped goes on with the same command. A finished
-row is written into benchmarks/results/rewards.json beside the others."""
+`pip install cma`), step, kills, votes (--style-dir; a simulated voter). A row that was stopped goes
+on with the same command. A finished row is written into benchmarks/results/rewards.json beside the
+others."""
 
 import argparse
 import json
@@ -16,6 +17,7 @@ from benchmarks.rewards.cma_es import cma_es
 from benchmarks.rewards.kills import kills
 from benchmarks.rewards.rows import compressibility, style
 from benchmarks.rewards.step_cost import step_cost
+from benchmarks.rewards.voter import PAIRS, votes
 
 NAME = "rewards"
 ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -24,6 +26,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "cma_es": cma_es,
     "step": step_cost,
     "kills": kills,
+    "votes": votes,
 }
 
 
@@ -48,6 +51,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of runs and pictures")
     parser.add_argument("--steps", type=int, default=150, help="of a run")
     parser.add_argument("--style-dir", type=Path, help="pictures that the base never saw")
+    parser.add_argument(
+        "--pairs", type=int, nargs="+", default=PAIRS, help="of each run of the row votes"
+    )
     parser.add_argument("--model", default="tiny", help="such as a smaller one, for a test")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of rewards.json")
     parser.add_argument(

@@ -64,6 +64,14 @@ def run(options: argparse.Namespace) -> int:
 
 def plan_of(config: "Config", dry_run: bool = False) -> "Plan":
     """The plan of a run on rewards, or on a style folder."""
+    if config.reward.by_votes:
+        from qzo_diffusion.core.errors import ConfigError
+
+        raise ConfigError(
+            "a run on votes",
+            "a run without a person",
+            "use the verb vote: qzo-diffuse vote --run RUN",
+        )
     if config.reward.scores:
         from qzo_diffusion.runs.style import reward_plan
 

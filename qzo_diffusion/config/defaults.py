@@ -141,6 +141,40 @@ BATCH = [
     ),
     Rule("data.batch_size", PROBES // 2),
 ]
+
+
+def _voted_lr(known: Known) -> float:
+    try:
+        return 0.04 * math.sqrt(
+            int(known["data.batch_size"]) / max(1, int(known["train.max_steps"]))
+        )
+    except (TypeError, ValueError, OverflowError):
+        return PLAIN_LR  # the check behind this one refuses the number
+
+
+# A choice has a side and no size, so each moves the few numbers by lr over the pairs of a round. Of
+# N choices between d numbers the part along the gradient grows as N and the rest as the root of
+# N · d; the rate falls with the root of the rounds, so that the rest stays below the bound.
+VOTES = rules(
+    {
+        "qzo.parametrization": "layer",
+        "qzo.estimator": "antithetic",
+        "qzo.normalize": False,
+        "qzo.eps": 0.1,
+        "data.batch_size": 10,
+        "train.max_steps": 20,
+        "train.schedule": "constant",
+        "train.lr": Formula(
+            "0.04 · √(`data.batch_size` / `train.max_steps`)",
+            _voted_lr,
+        ),
+        "train.checkpoint_every": 5,
+        "sample.every": 5,
+        "prior.bound": BOUND,
+    },
+    method="qzo",
+    reward__scores=["votes"],
+)
 # A score is one number for a whole picture, and the scores of different pictures have no common
 # curvature, so that nothing is calibrated.
 REWARDS = rules(
@@ -160,6 +194,7 @@ PICTURES = [
     *OF_PLAIN_TORCH,
     *QUZO,
     *FIRST_ORDER_SCALES,
+    *VOTES,
     *ESTIMATE,
     *REWARDS,
     *rules({"qzo.regions": 16}, method="qzo", qzo__per_example=True),

@@ -1,7 +1,7 @@
 """Settings from files, flags and `key=value`, and the errors that say what is wrong with them."""
 
 import argparse
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,12 +38,19 @@ MOST_SHOWN = 200  # characters of a value in a message
 
 
 def resolve_settings(
-    options: argparse.Namespace, resumed: Path | None, flags: Flags, kind: type[AnyConfig]
+    options: argparse.Namespace,
+    resumed: Path | None,
+    flags: Flags,
+    kind: type[AnyConfig],
+    start: Mapping[str, Any] | None = None,
 ) -> AnyConfig:
-    """The config of a `train` call: the resumed run's, preset or file, then flags, then key=value;
-    later ones win.
+    """The config of a `train` call: `start` and the resumed run's, preset or file, then flags, then
+    key=value; later ones win.
     """
-    settings = _settings_of_file(options, resumed)
+    settings: dict[str, Any] = {}
+    for part in (start or {}, _settings_of_file(options, resumed)):
+        for key, value in flat(part).items():
+            set_dotted(settings, key, value)
     given = [
         *_given_flags(options, flags),
         *(parse_override(text, kind) for text in options.settings),

@@ -24,7 +24,9 @@ REWARDS: dict[str, str | None] = {
     "brightness": None,
     "python": "FILE.py:FUNCTION",
     "command": "a program and its arguments",
+    "votes": None,  # choices of a person, by `qzo-diffuse vote`
 }
+VOTES = "votes"
 _PATHS = ("style", "aesthetic", "python")  # whose argument begins with a path
 _PREFERENCES = ("pickscore", "hpsv2")
 _WEIGHT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
@@ -61,6 +63,8 @@ class RewardName:
             raise ValueError(f"preference:{' or preference:'.join(_PREFERENCES)}")
         if self.name == "python" and not self.function[1]:
             raise ValueError("python:FILE.py:FUNCTION")
+        if self.name == VOTES and self.weight != 1:
+            raise ValueError("votes without a weight")
         if not abs(self.weight) > 0:
             raise ValueError("a weight other than 0")
 
@@ -79,7 +83,8 @@ class RewardName:
     def with_whole_path(self) -> "RewardName":
         """The same with a path that begins at the root."""
         argument = self.argument or ""
-        if self.name not in _PATHS and not (self.name == "clip_score" and Path(argument).is_dir()):
+        is_folder = self.name == "clip_score" and argument and Path(argument).is_dir()
+        if self.name not in _PATHS and not is_folder:
             return self
         whole = str(Path(resources.expand_home(argument)).absolute())
         return RewardName(self.name, whole, self.weight)
@@ -94,10 +99,14 @@ def _once_each(texts: list[str]) -> list[str]:
     names = [(one.name, one.argument) for one in map(RewardName.parse, texts)]
     if len(set(names)) < len(names):
         raise ValueError("each reward once")
+    if (VOTES, None) in names and len(names) > 1:
+        raise ValueError("votes alone, without other rewards")
     return texts
 
 
 def _known_or_none(text: str) -> str:
+    if text == VOTES:
+        raise ValueError("a reward that is computed, or none")
     return text if text == NO_SECOND else _known(text)
 
 
@@ -121,6 +130,11 @@ class RewardConfig(Section):
     """pictures that the VAE decodes together in training"""
     seconds: Positive = 300.0
     """time limit of one call of a python or command reward"""
+
+    @property
+    def by_votes(self) -> bool:
+        """Whether a person chooses between pictures."""
+        return self.scores == [VOTES]
 
     @property
     def names(self) -> Sequence[RewardName]:

@@ -177,6 +177,22 @@ class Config(RunConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _votes_compare_two_pictures(self) -> "Config":
+        if not self.reward.by_votes:
+            return self
+        if self.qzo.estimator != "antithetic" or self.qzo.num_directions > 1:
+            raise ValueError(
+                "qzo.estimator: antithetic and qzo.num_directions: 1, or reward.scores other than "
+                "[votes]; a person compares two pictures"
+            )
+        if not self.reward.normalize or self.train.calibrate_lr:
+            raise ValueError(
+                "reward.normalize: true and train.calibrate_lr: false, or reward.scores other than "
+                "[votes]; a choice has a side and no size"
+            )
+        return self
+
     @property
     def prior_examples(self) -> int:
         """Pictures of the prior in a step."""

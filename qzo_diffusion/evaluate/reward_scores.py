@@ -2,7 +2,7 @@
 at equal seeds.
 
 Rows are {step, reward: [of each prompt], each: {name: [...]}, second: [...]}; null stands for a
-picture without a score.
+picture without a score. Of a run on votes there is only the second score.
 """
 
 import math
@@ -30,7 +30,9 @@ def gamed(rows: Rows) -> bool:
     """Whether the reward rose and the second score fell since the first row, each with a 95 %
     interval without zero: the run may have found a weakness of the reward.
     """
-    if len(rows) < 2 or any(SECOND not in row for row in (rows[0], rows[-1])):
+    if len(rows) < 2 or any(
+        key not in row for key in (TRAINED, SECOND) for row in (rows[0], rows[-1])
+    ):
         return False
     rise, fall = (change(rows, key)["delta_ci95"] for key in (TRAINED, SECOND))
     return bool(rise and fall and rise[0] > 0 and fall[1] < 0)
@@ -38,7 +40,8 @@ def gamed(rows: Rows) -> bool:
 
 def of_run(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return key and name of the scores that rewards.json has."""
-    names = [(TRAINED, "reward" if len(found["rewards"]) > 1 else next(iter(found["rewards"])))]
+    rewards = list(found["rewards"])
+    names = [(TRAINED, "reward" if len(rewards) > 1 else rewards[0])] if rewards else []
     return names + ([(SECOND, found[SECOND])] if found[SECOND] else [])
 
 

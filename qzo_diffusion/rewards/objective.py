@@ -8,19 +8,19 @@ Drawing and scoring are two functions that know nothing of each other:
     score   pictures, prompts -> a number for each, higher is better (`rewards.reward.Reward`)
 
 Where losses come later than pictures, as choices of a person do, a step is probed twice. The order
-of objective calls and of pictures in a call is the same both times (`core.probes.Probes`):
+of pictures is the same both times (`core.probes.Probes`):
 
-    kept = Kept(draw)                    # loss 0 for every picture
-    spsa.probe(kept, batch, ...)         # draws all pictures of the step under its probes
-    ... a person looks at kept.calls and chooses ...
-    spsa.probe(Told(losses), batch, ...) # evaluates nothing; gives the derivatives of those losses
+    spsa.probe(Shown(draw, show), batch, ...)  # draws the pictures of the step under its probes
+    ... a person looks and chooses ...
+    spsa.probe(Told(losses), batch, ...)       # draws nothing; the derivatives of those losses
 
-With antithetic probing, one direction for each example and room for two rows, a call has the
-pictures at +ε of its examples, then those at -ε of the same examples in the same order.
+With antithetic probing, one direction for each example and micro-batches of one example, the
+pictures of an example follow each other: at +ε, then at -ε.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -44,27 +44,34 @@ class RewardObjective:
         return -torch.tensor(list(scores), dtype=torch.float64)
 
 
-@dataclass
-class Kept:
-    """An objective that only draws, and keeps the pictures and prompts of every call."""
+@dataclass(frozen=True)
+class Shown:
+    """An objective that only draws: every loss is 0.
+
+    Args:
+        show: gets the pictures of a call and their prompts.
+        skip: whether the next so many pictures are not wanted; they are neither drawn nor shown.
+    """
 
     draw: Draw
-    calls: list[tuple[list[Image.Image], tuple[str, ...]]] = field(default_factory=list)
+    show: Callable[[list[Image.Image], tuple[str, ...]], None]
+    skip: Callable[[int], bool] = lambda count: False
 
     def __call__(self, batch: PictureBatch) -> Tensor:
-        self.calls.append((self.draw(batch), batch.texts))
+        if not self.skip(len(batch)):
+            self.show(self.draw(batch), batch.texts)
         return torch.zeros(len(batch), dtype=torch.float64)
 
 
 class Told:
-    """An objective that evaluates nothing.
+    """An objective that draws nothing.
 
     Args:
-        losses: for each call the losses of its pictures, in the order of `Kept.calls`.
+        losses: of all pictures, in the order in which `Shown` draws them.
     """
 
-    def __init__(self, losses: Sequence[Sequence[float]]) -> None:
+    def __init__(self, losses: Iterable[float]) -> None:
         self._losses = iter(losses)
 
     def __call__(self, batch: PictureBatch) -> Tensor:
-        return torch.tensor(list(next(self._losses)), dtype=torch.float64)
+        return torch.tensor(list(islice(self._losses, len(batch))), dtype=torch.float64)

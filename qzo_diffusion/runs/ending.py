@@ -3,14 +3,16 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qzo_diffusion.runs.locate import Kind
 from qzo_diffusion.train.stopping import Reason
 
 _LEFT = {"grid": "samples/grid.png", "page": "report.html", "scores": "evaluation.json"}
+Ending = Kind | Literal["votes"]
+"""The kind of a run, with runs on votes apart: another verb goes on with them."""
 # purpose -> command
-_NEXT: dict[Kind, Mapping[str, str]] = {
+_NEXT: dict[Ending, Mapping[str, str]] = {
     "style": {
         "score it": "evaluate --run {run}",
         "draw with 0.7 of it": "sample --run {run} --strength 0.7 --prompt TEXT --output-dir DIR",
@@ -25,11 +27,16 @@ _NEXT: dict[Kind, Mapping[str, str]] = {
 _LIMITS: dict[Reason, str] = {
     "patience": "train.patience; --resume goes on with a higher one",
     "time": "train.max_minutes; --resume goes on",
+    "person": "a person; the same command goes on",
 }
-_TRAIN: dict[Kind, str] = {"style": "train", "llm": "llm train"}
+_GO_ON: dict[Ending, str] = {
+    "style": "train --resume {run}",
+    "llm": "llm train --resume {run}",
+    "votes": "vote --run {run}",
+}
 
 
-def last_words(results: Mapping[str, Any], kind: Kind) -> str:
+def last_words(results: Mapping[str, Any], kind: Ending) -> str:
     """Return lines for a person at the end of a run, from `Trainer.results`."""
     found = next_commands(str(results["run"]), kind, results["stopped"])
     commands = [f"  {command}" for command in found.values()]
@@ -40,14 +47,14 @@ def last_words(results: Mapping[str, Any], kind: Kind) -> str:
     return "\n".join([f"done: {results['run']}", *_figures(results), "next:", *commands[:2]])
 
 
-def next_commands(run: str, kind: Kind, stopped: bool) -> dict[str, str]:
+def next_commands(run: str, kind: Ending, stopped: bool) -> dict[str, str]:
     """Return commands by purpose, for a run that was stopped or is finished."""
     place = shlex.quote(run)
     if stopped:
-        return {"go on with it": f"qzo-diffuse {_TRAIN[kind]} --resume {place}"}
+        return {"go on with it": f"qzo-diffuse {_GO_ON[kind].format(run=place)}"}
     return {
         purpose: f"qzo-diffuse {command.format(run=place)}"
-        for purpose, command in _NEXT[kind].items()
+        for purpose, command in _NEXT["style" if kind == "votes" else kind].items()
     }
 
 

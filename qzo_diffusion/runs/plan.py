@@ -27,6 +27,7 @@ class Components:
         optimizer: `core.optimizer.Optimizer`, or the object that `take_step` uses in its place.
         header: the journal's header.
         callbacks: builds the callbacks on rank 0 and writes dataset.json.
+        enough: as of `train.stopping.Limits`.
     """
 
     scales: ScaleSet
@@ -37,6 +38,7 @@ class Components:
     header: dict[str, Any]
     callbacks: Callable[[RunFolder, Tracker], "Callbacks"]
     take_step: TakeStep | None = None
+    enough: Callable[[], bool] = lambda: False
 
     def setup(
         self, probing: Probing, schedule: Schedule, sum_over_ranks: SumOverRanks = no_reduce

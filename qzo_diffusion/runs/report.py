@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.config.files import read_yaml
+from qzo_diffusion.config.reward import VOTES
 from qzo_diffusion.core.errors import JournalError, OutputError
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.images import BadImage, open_image
@@ -15,8 +16,8 @@ from qzo_diffusion.evaluate.report import RunFacts, Subject, render
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
 from qzo_diffusion.runs import usage
-from qzo_diffusion.runs.ending import next_commands
-from qzo_diffusion.runs.locate import Kind, locate
+from qzo_diffusion.runs.ending import Ending, next_commands
+from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.publish import published, published_text
 from qzo_diffusion.system import escape
 from qzo_diffusion.system.files import COMPLETE, finite, write_whole
@@ -175,7 +176,9 @@ def _next(
     name: str, settings: Mapping[str, Any], finished: bool, evaluated: bool
 ) -> list[tuple[str, str]]:
     """Return purpose and command, as typed in the folder that holds the run."""
-    kind: Kind = "llm" if "task" in settings else "style"
+    kind: Ending = "llm" if "task" in settings else "style"
+    if (settings.get("reward") or {}).get("scores") == [VOTES]:
+        kind = "votes"
     shown = name if published_text(name) == name else "RUN"
     found = next_commands(escape.one_line(shown), kind, stopped=not finished)
     if evaluated and finished:

@@ -195,7 +195,7 @@ def _lead(
             writer = JournalWriter.create(out.path / JOURNAL, components.header | factors)
         trainer = _trainer(plan, out, ranks, components, start)
         trainer.journal = writer
-        trainer.limits = Limits(plan.config.train.patience, deadline)
+        trainer.limits = Limits(plan.config.train.patience, deadline, components.enough)
         on_error.pop_all()
     try:
         if changed is not None:  # the new settings are now known to fit the old files

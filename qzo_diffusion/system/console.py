@@ -41,6 +41,11 @@ def report(text: str) -> None:
         _print(text)
 
 
+def ask(text: str) -> None:
+    """A message on stderr that needs a person, with `--quiet`, too."""
+    _print(text)
+
+
 def show(text: str) -> None:
     """A result for a person, on stdout, without control characters."""
     print(escape.terminal(text))

@@ -114,6 +114,10 @@ class Setup(Generic[Batch]):
     take_step: "TakeStep | None" = None
 
 
+class StepGivenUp(Exception):
+    """Raised by `take_step` for a step that was asked to end before anything changed."""
+
+
 TakeStep = Callable[[Setup[Any], StepBatch[Any], int], StepRecord]
 """Setup, batch and number of a step -> its record, once everything is updated."""
 
@@ -162,7 +166,10 @@ def train(
             if stop_requested():
                 return Outcome(step, skipped, stopped=True)
             batch = setup.batch_of_step(step)
-            record = (setup.take_step or train_step_)(setup, batch, step)
+            try:
+                record = (setup.take_step or train_step_)(setup, batch, step)
+            except StepGivenUp:
+                return Outcome(step, skipped, stopped=True)
             bad_in_a_row = bad_in_a_row + 1 if record.skipped else 0
             skipped += record.skipped
             on_step(record)

@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["patience", "time"]
+Reason = Literal["patience", "time", "person"]
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,12 @@ class Limits:
     Attributes:
         patience: the most validations in a row without a lower loss.
         deadline: in seconds of `time.monotonic`.
+        enough: whether a person said that the run is to end with what it has.
     """
 
     patience: int | None = None
     deadline: float | None = None
+    enough: Callable[[], bool] = lambda: False
 
     def reached(self, losses: Mapping[int, float]) -> Reason | None:
         """The limit that was reached; `losses` are the held-out losses by step."""
@@ -27,6 +29,8 @@ class Limits:
             return "patience"
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return "time"
+        if self.enough():
+            return "person"
         return None
 
 

@@ -9,6 +9,7 @@ import yaml
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import changed_settings, make_config, with_whole_paths
 from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.config.reward import RewardName
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 
@@ -137,3 +138,13 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     assert resources.cache_folder() == tmp_path / "xdg" / "qzo_diffusion"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert resources.cache_folder() == tmp_path / "home" / ".cache" / "qzo_diffusion"
+
+
+def test_a_reward_without_an_argument_gets_no_path(tmp_path, monkeypatch):
+    """The folder that the command is given in is no scorer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    texts = [
+        RewardName.parse(text).with_whole_path().text for text in ("clip_score", "clip_score:clip")
+    ]
+    assert texts == ["clip_score", f"clip_score:{tmp_path / 'clip'}"]

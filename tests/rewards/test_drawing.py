@@ -14,7 +14,7 @@ from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.vae import load_vae
 from qzo_diffusion.quant.load import find_scales
 from qzo_diffusion.rewards.drawing import Drawer
-from qzo_diffusion.rewards.objective import Kept, RewardObjective, Told
+from qzo_diffusion.rewards.objective import RewardObjective, Shown, Told
 from qzo_diffusion.rewards.pictures import PictureBatch
 
 CPU, SIDE, STEPS, SEED = torch.device("cpu"), 64, 3, 5
@@ -139,10 +139,11 @@ def test_a_person_who_looks_later_gives_the_same_derivatives(parts, drawer, batc
     def probed(objective):
         return probe(objective, step, theta, settings, 3)
 
-    kept = Kept(draw.pictures)
-    assert not any(probed(kept).projected_grad)
-    assert [texts for _, texts in kept.calls] == [(one, one) for one in "abc"]  # at +ε and -ε
-    losses = [[-value for value in brightness(*call)] for call in kept.calls]
+    calls = []
+    shown = Shown(draw.pictures, lambda pictures, texts: calls.append((pictures, texts)))
+    assert not any(probed(shown).projected_grad)
+    assert [texts for _, texts in calls] == [(one, one) for one in "abc"]  # at +ε and -ε
+    losses = [-value for call in calls for value in brightness(*call)]
     told, scored = probed(Told(losses)), probed(RewardObjective(draw.pictures, brightness))
     assert told == scored
     assert all(map(abs, told.projected_grad))

@@ -58,8 +58,9 @@ def scored(
 ) -> dict[str, Any]:
     """Return the scores of the states' pictures and their changes, paired over prompts."""
     each = {state: rewards.trained.each(pictures[state], prompts) for state in STATES}
+    totals = {state: rewards.trained.total(each[state]) for state in STATES}
     found: dict[str, Any] = {
-        TRAINED: _compared({state: rewards.trained.total(each[state]) for state in STATES}),
+        TRAINED: _compared(totals) if rewards.trained.rewards else None,
         "each": {
             name: _compared({state: each[state][name] for state in STATES})
             for name in rewards.trained.rewards
@@ -88,8 +89,7 @@ def _compared(values: Mapping[str, list[float]]) -> dict[str, Any]:
 def _verdict(rewards: Rewards, found: Mapping[str, Any]) -> list[dict[str, str]]:
     second = found[SECOND]
     rows = [
-        {TRAINED: found[TRAINED]["values"][state]}
-        | ({} if second is None else {SECOND: second["values"][state]})
+        {key: found[key]["values"][state] for key in (TRAINED, SECOND) if found[key] is not None}
         for state in STATES
     ]
     names = {"rewards": rewards.trained.weights, SECOND: second and second["name"]}

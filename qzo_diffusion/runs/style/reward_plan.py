@@ -191,12 +191,11 @@ class RewardPlan:
             scales=scales,
             theta=theta,
             optimizer=build.optimizer(config),
-            objective=objective(
+            objective=self.objective_of(
                 drawer(config, self.runtime, family, transformer, encoded.vae),
                 rewards.trained,
                 family,
                 transformer,
-                dtype,
             ),
             batches=RewardBatches(
                 config,
@@ -211,6 +210,12 @@ class RewardPlan:
             | ({} if config.init_from is None else {"init_from": config.init_from}),
             callbacks=pictures,
         )
+
+    def objective_of(
+        self, draw: Drawer, score: Reward, family: Family, transformer: nn.Module
+    ) -> Objective[Any]:
+        """Return the objective of a step."""
+        return objective(draw, score, family, transformer, self.dtype)
 
     def _latents(self) -> tuple[int, int, int]:
         """Return the shape of the latents of a picture."""

@@ -48,7 +48,9 @@ class RewardedPictures(Pictures):
     def _scored(self, step: int, images: list[Image.Image]) -> dict[str, Any]:
         trained, second = self.rewards.trained, self.rewards.second
         each = trained.each(images, self.prompts)
-        row: dict[str, Any] = {"step": step, TRAINED: trained.total(each), "each": each}
+        row: dict[str, Any] = {"step": step, "each": each}
+        if each:
+            row[TRAINED] = trained.total(each)
         if second is not None:
             row[SECOND] = second(images, self.prompts)
         return row

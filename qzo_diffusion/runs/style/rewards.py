@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from qzo_diffusion import resources
-from qzo_diffusion.config.reward import NO_SECOND, RewardConfig, RewardName
+from qzo_diffusion.config.reward import NO_SECOND, VOTES, RewardConfig, RewardName
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, ModelError, UserError
 from qzo_diffusion.diffusion.memory import stored_bytes
@@ -38,7 +38,9 @@ OF_PIXELS: dict[str, Reward] = {
 
 @dataclass(frozen=True)
 class Rewards:
-    """What is tuned, and the second score that is only reported; None for none."""
+    """What is tuned, and the second score that is only reported; None for none. Of votes there is
+    nothing to compute: `trained` holds no reward.
+    """
 
     trained: Weighted
     second: Weighted | None
@@ -93,9 +95,10 @@ class Workshop:
     def build(self, with_second: bool = True) -> Rewards:
         """Load everything. Raises what `check` does, and RewardError."""
         reward: RewardConfig = self._config.reward
+        computed = [one for one in reward.names if one.name != VOTES]
         trained = Weighted(
-            {one.text: self._built(one) for one in reward.names},
-            {one.text: one.weight for one in reward.names},
+            {one.text: self._built(one) for one in computed},
+            {one.text: one.weight for one in computed},
         )
         second = second_name(self._config) if with_second else None
         if second is None or not self._is_here(second):
