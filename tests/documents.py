@@ -25,7 +25,7 @@ SOURCES = [path for room in ("qzo_diffusion", "benchmarks") for path in (ROOT / 
 # Flags of other programs that documents name.
 FOREIGN_FLAGS = {"--exclude", "--repo-type", "--logdir", "--nsamples", "--num_codebooks"}
 FOREIGN_FLAGS |= {"--nbits_per_codebook", "--in_group_size", "--save", "--save_safetensors"}
-FOREIGN_FLAGS |= {"--dist", "--system-site-packages", "--nproc-per-node"}
+FOREIGN_FLAGS |= {"--dist", "--system-site-packages", "--nproc-per-node", "--local-dir"}
 # Keys of the metadata in safetensors files, which begin as settings of section `qzo` do.
 METADATA = {"format", "model", "codes", "quant_type", "blocksize", "seed", "version", "steps"}
 METADATA |= {"method", "task", "mix"}

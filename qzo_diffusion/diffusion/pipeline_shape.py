@@ -119,7 +119,8 @@ def known_shape(name: str) -> PipelineShape | None:
     transformer = TransformerFiles(
         _entries(empty_transformer(model.denoiser)), dict(model.denoiser)
     )
-    side = model.denoiser["sample_size"] * vae.reduction(model.vae)
+    latent_side = model.denoiser.get("sample_size", family.denoiser.sample_size)
+    side = latent_side * vae.reduction(model.vae)
     return PipelineShape(family, transformer, vae_part, encoders, side)
 
 

@@ -205,5 +205,5 @@ def test_a_kill_in_the_middle_of_writing_leaves_nothing_that_is_used(load, folde
 
 @pytest.mark.parametrize("name", ["meta", "mps", "xla:0", "nonsense"])
 def test_devices_that_nothing_here_was_made_for_are_refused(name):
-    with pytest.raises(ConfigError, match="auto, cpu or cuda"):
+    with pytest.raises(ConfigError, match="auto, cpu, cuda, xpu or mps"):
         devices.choose_device(name)

@@ -87,15 +87,6 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, command, tmp_path, monkeypatch)
     assert (run / "rewards.json").read_text() == (whole / "rewards.json").read_text()
 
 
-def test_the_reward_of_the_training_prompts_rises(command, tmp_path, monkeypatch):
-    """Brightness of the first step's pictures, again under the scales of the last step."""
-    run = tmp_path / "run"
-    arguments = ["--max-steps", "12", "train.schedule=constant", "data.batch_size=5"]
-    assert main(command(*arguments, output_dir=run)) == 0
-    losses = [line["loss"] for line in metrics(run) if "loss" in line]
-    assert sum(losses[-3:]) < sum(losses[:3])
-
-
 def test_with_guidance_a_prior_and_several_rewards(command, tmp_path):
     run = tmp_path / "run"
     rewards = ("brightness=0.5", "compressibility", "colourfulness=-1")
@@ -136,7 +127,7 @@ def test_a_reward_that_fails_stops_the_run_and_loses_nothing(body, command, tmp_
         "calls = []\n"
         "def score(pictures, prompts):\n"
         "    calls.append(1)\n"
-        f"    return {body} if len(calls) > 3 else [len(calls)] * len(pictures)\n"
+        f"    return {body} if len(calls) > 2 else [len(calls)] * len(pictures)\n"
     )
     rewards = (f"python:{file}:score",)
     more = ["reward.second=none", "reward.seconds=5", "sample.every=0"]
