@@ -6,7 +6,7 @@ scales where a run trains the codes), with the last commit that ships those weig
 weights that ship now may be here already: they are compared only where a run does not fit."""
 
 FORMER = {
-    "2c28506": (
+    "2aa71ad": (
         "7965f0ca47a71b1b55b951ce360100a0",  # nf4, block 32, bnb
         "2a28ec89a696b7abdde52b455dea1c9f",  # nf4, block 64, bnb
         "4a7d96e5356fb0c16474d67a41911935",  # nf4, block 128, bnb
@@ -28,6 +28,30 @@ FORMER = {
         "7f4d20adc5a2534b1af82cab41444d8e",  # fp8, intgrid
         "4fefe814e4dc386d3c3dd5ec8d62a9b2",  # codes of int8 and fp8, intgrid
         "3ba7edd47f6f3e695eed0bc86e66335b",  # codes of int4, intgrid
+    ),
+    # of the weights that ship now: a name that stands for the last commit that will have them
+    "shipped": (
+        "9e8bd72e146700ad3bb5872cae13b59e",  # nf4, block 32, bnb
+        "f4631c8ea123be2fb592b3be84c3f10d",  # nf4, block 64, bnb
+        "05df5ca501e92a60040f50f45ec6a1b4",  # nf4, block 128, bnb
+        "13fe5a66d8797d73bd4d4eb801cba306",  # nf4, block 256, bnb
+        "229e8efe04e5b8f93eeca3a84f26d494",  # nf4, block 32, reference
+        "4a94f1ff48ef4f0d5e86c2feab60c6bb",  # nf4, block 64, reference
+        "24700782782d78cd98e8a2e236c53215",  # nf4, block 128, reference
+        "b1882a6dc4d45f49ad9f21683ae5e5c0",  # nf4, block 256, reference
+        "a172cac4786b7aa50cf10794b4217751",  # fp4, block 32, bnb
+        "99f713045cbe2761991399a07c520923",  # fp4, block 64, bnb
+        "9ae20336b857f08f991389ea77fb1c5f",  # fp4, block 128, bnb
+        "9d7bc7ebdaa9eb015349810b1f2ff301",  # fp4, block 256, bnb
+        "44cacf27b8e8595388ab781b8dbfb26a",  # fp4, block 32, reference
+        "277a37636f75636f2d768aec9eb9f66a",  # fp4, block 64, reference
+        "ed90cc38734e3a830641c3a6428d6c7b",  # fp4, block 128, reference
+        "a4da8e7955c97f9f77fb652f934852d4",  # fp4, block 256, reference
+        "43a9418f3d75821dca5f94e90eb1068b",  # int8, intgrid
+        "daa48c034b529b0347b67e610743f07d",  # codes of int8 and fp8, intgrid
+        "b115fe5c66279b49178c92ef548a949a",  # int4, intgrid
+        "34491c6cf5afbad6e4ecf607ff3947f2",  # codes of int4, intgrid
+        "b41bacd2a8c67edac7041be463e7460d",  # fp8, intgrid
     ),
 }
 
