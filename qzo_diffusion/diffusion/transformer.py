@@ -14,7 +14,7 @@ from qzo_diffusion.diffusion import empty
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.pointwise import as_linear, replace_convolutions_
-from qzo_diffusion.quant import describe
+from qzo_diffusion.quant import describe, sdnq
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.gguf_entries import read_gguf_entries
@@ -24,7 +24,7 @@ from qzo_diffusion.quant.weights import read_entries
 # names of layers that diffusers gives to denoisers of known families
 OF_DIFFUSERS = r"\.attn\.add_q_proj\.|^single_transformer_blocks\.|^down_blocks\.\d+\.resnets\."
 # `quant_method` of layouts that diffusers knows and nothing here reads
-NOT_READ = {"sdnq", "nunchaku_lite", "quanto", "torchao", "auto-round"}
+NOT_READ = {"nunchaku_lite", "quanto", "torchao", "auto-round"}
 LLAMA = r"blk\.\d+\.|token_embd\."  # llama.cpp's names of layers
 
 
@@ -65,6 +65,9 @@ def find_transformer(place: Path, family: Family | None = None) -> TransformerFi
     if not file.is_file():
         raise _without_config(place, entries)
     config = _completed(read_config(file, len(entries)), file, family)
+    settings = config.get("quantization_config")
+    if isinstance(settings, dict) and settings.get("quant_method") == sdnq.METHOD:
+        entries = sdnq.marked(entries, settings)
     return TransformerFiles(as_linear(entries), config)
 
 

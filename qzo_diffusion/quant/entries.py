@@ -52,7 +52,7 @@ class Entry:
     scale: what the stored numbers are multiplied by. lacks_scale: they look as if a scale belonged
     to them, and there is none. crc32: of the bytes, where it is known. blocks: of a GGUF file,
     ggml's name of the type of blocks that the bytes are; the dtype is then uint8, and the shape the
-    weight's."""
+    weight's. rotation: of codes of SDNQ, the longest run of inputs that is rotated, 0 for none."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -61,6 +61,7 @@ class Entry:
     lacks_scale: bool = False
     crc32: int | None = None
     blocks: str | None = None
+    rotation: int | None = None
 
     @property
     def nbytes(self) -> int:

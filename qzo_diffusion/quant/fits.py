@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant import bnb
+from qzo_diffusion.quant import bnb, sdnq
 from qzo_diffusion.quant.entries import Entry
 
 AGAIN = "download the model again, with all its parts"
@@ -34,7 +34,9 @@ def check_fits(model: nn.Module, entries: Mapping[str, Entry]) -> list[str]:
     unused = [
         name
         for name in entries
-        if name not in filled.values() and not bnb.belongs_to_a_weight(name, entries)
+        if name not in filled.values()
+        and not bnb.belongs_to_a_weight(name, entries)
+        and not sdnq.belongs_to_a_weight(name, entries)
     ]
     refuse_kin(unused, filled, model)
     return unused
@@ -162,6 +164,14 @@ def _check_tensor(
 ) -> None:
     layer, entry = target.removesuffix(".weight"), entries[source]
     if target.endswith(".weight") and bnb.stored_state(layer, entries):
+        return
+    if entry.rotation is not None:
+        if not isinstance(model.get_submodule(layer), nn.Linear):
+            raise ModelError(
+                f"{layer}, a layer that SDNQ quantized and that is no linear one",
+                "codes of SDNQ in linear layers alone",
+                "quantize the model again with modules_to_not_convert, or give it in bf16",
+            )
         return
     if entry.shape != tuple(slot.shape):
         raise ModelError(

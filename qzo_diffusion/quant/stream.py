@@ -3,7 +3,7 @@
 Memory holds the layers quantized so far and one tensor as it is on disk, so loading takes no more
 than the 4-bit model. Models of diffusers and of transformers are loaded alike. Layers that are
 4-bit on disk (bitsandbytes' layout) keep their codes; nested scales are un-nested. Layers in the
-blocks of a GGUF file stay in them, and then no other layer is quantized."""
+blocks of a GGUF file or in SDNQ's codes stay in them, and then no other layer is quantized."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
-from qzo_diffusion.quant import base, bnb, fits, gguf, intgrid, reference, svdquant
+from qzo_diffusion.quant import base, bnb, fits, gguf, intgrid, reference, sdnq, svdquant
 from qzo_diffusion.quant.base import Backend, PlainType
 from qzo_diffusion.quant.entries import Entry
 
@@ -75,7 +75,10 @@ def fill_(
     unused = fits.check_fits(model, named)
     filler = _Filler(model, named, quantization, dtype, device)
     for name in sorted(filler.entries, key=lambda name: _place(filler.entries[name])):
-        if not bnb.belongs_to_a_weight(name, filler.entries):
+        beside = bnb.belongs_to_a_weight(name, filler.entries) or sdnq.belongs_to_a_weight(
+            name, filler.entries
+        )
+        if not beside:
             filler.arrive(name)
         progress(filler.entries[name].nbytes)
     filler.finish()
@@ -100,7 +103,7 @@ class _Filler:
         )
         self._to_quantize = (
             {name for name, _ in base.linears_to_quantize(model, how.skip, how.columns)}
-            if how and not any(entry.blocks for entry in entries.values())
+            if how and not any(_is_kept(entry) for entry in entries.values())
             else set()
         )
         self._slots = fits.slots_of(model).keys()
@@ -118,6 +121,9 @@ class _Filler:
             return
         if self.entries[name].blocks and targets == [name] and self._is_linear(name):
             self._take_blocks(layer, self.entries[name])
+            return
+        if self.entries[name].rotation is not None:
+            self._take_codes(layer)
             return
         whole = self.entries[name].read()
         kept: nn.Parameter | None = None
@@ -157,6 +163,13 @@ class _Filler:
         codes, kind = entry.read_blocks().to(self._device), str(entry.blocks)
         bias: Any = self.model.get_submodule(layer).bias
         _replace(self.model, layer, gguf.GgufLinear(codes, kind, None, bias))
+        self.taken_over += 1
+
+    def _take_codes(self, layer: str) -> None:
+        state = sdnq.stored_state(layer, self.entries)
+        rotation, linear = self.entries[f"{layer}.weight"].rotation, self.model.get_submodule(layer)
+        made = sdnq.layer_from_state(layer, state, rotation or 0, linear, self._device)
+        _replace(self.model, layer, made)
         self.taken_over += 1
 
     def _take_over(self, layer: str, state: dict[str, Tensor]) -> None:
@@ -206,6 +219,10 @@ class _Filler:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+def _is_kept(entry: Entry) -> bool:
+    return entry.blocks is not None or entry.rotation is not None
 
 
 def _place(entry: Entry) -> tuple[str, int]:

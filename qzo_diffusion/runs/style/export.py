@@ -26,8 +26,9 @@ from qzo_diffusion.diffusion.model_card import DIFFUSERS, modelspec
 from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution
 from qzo_diffusion.diffusion.pointwise import as_convolutions
 from qzo_diffusion.diffusion.transformer import find_transformer
+from qzo_diffusion.quant import sdnq
 from qzo_diffusion.quant.bnb import quantization_config
-from qzo_diffusion.quant.load import frozen_fingerprint
+from qzo_diffusion.quant.load import frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.weights import Pending, compare_tensors, write_tensors
 from qzo_diffusion.runs import provenance
@@ -174,6 +175,11 @@ def _model_files(
             files[ORIGINAL_FILE] = (own.to_original(tensors, config), facts)
         return files, config if "diffusers" in export.layouts else {}
     facts = _file_facts(export, config, runtime)
+    found = find_transformer(pipeline.transformer_place(export.config, runtime.folder))
+    if any(entry.rotation is not None for entry in found.entries.values()):
+        tuned = {handle.name: handle.scales for handle in handles_of(transformer)}
+        config["quantization_config"] = found.config["quantization_config"]
+        return {DIFFUSERS_FILE: (sdnq.pending_tensors(found.entries, tuned), facts)}, config
     config["quantization_config"] = quantization_config(
         transformer, export.config.quant.type, devices.dtype_name(runtime.dtype)
     )
