@@ -46,7 +46,7 @@ def quantized(weight, kind):
 @pytest.fixture(params=KINDS)
 def folder(request, tmp_path):
     """A folder in the package's layout, with the plain weights that it stands for beside it."""
-    model = sd3_transformer(layers=1)
+    model = sd3_transformer()
     model.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     stored, plain = load_file(file), model.state_dict()
