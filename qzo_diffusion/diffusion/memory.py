@@ -134,12 +134,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """All phases of a run on one device; `available` bytes are free, None if that is unknown."""
+    """All phases of a run on one device.
+
+    available: bytes that are free, None if that is unknown. methods: the peak by method, one image
+    at once, where there is a choice.
+    """
 
     phases: list[Phase]
     device: str
     available: float | None = None
     changes: list[str] = field(default_factory=list)  # settings that would make it fit
+    methods: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -161,6 +166,9 @@ class MemoryPlan:
                 f"          free     {self.available / 1e9:6.2f}   "
                 f"{'enough' if self.fits else 'TOO LITTLE'}"
             )
+        if self.methods:
+            peaks = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.methods.items())
+            lines.append(f"          methods  {peaks} at the least: docs/models.md")
         if not self.fits:
             nothing = "no setting makes it fit; use a larger device or a smaller model"
             lines.append(
@@ -181,6 +189,7 @@ class MemoryPlan:
             "peak_gb": round(self.peak / 1e9, 3),
             "fits": self.fits,
             "changes": self.changes,
+            "methods_gb": {name: round(size / 1e9, 3) for name, size in self.methods.items()},
         }
 
 

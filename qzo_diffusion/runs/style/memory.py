@@ -15,7 +15,9 @@ from qzo_diffusion import devices
 from qzo_diffusion.config.defaults import set_dotted
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.exact_product import blocks_of
 from qzo_diffusion.diffusion import memory
+from qzo_diffusion.diffusion.gradient_memory import gradient_bytes
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
 from qzo_diffusion.diffusion.text_encoders import dtype_of, empty_encoder
@@ -46,6 +48,7 @@ SHARING, LARGEST, IN_CACHE = 16, 2**24, 2**22
 holds slow down everything between the products. So a forward pass has 16 rows if the widest layer
 gives at most 2^24 numbers for them, and more as long as those fill at most 4 MB
 (docs/decisions/speed_and_memory.md D30)."""
+METHODS = ("qzo", "fo-scales")  # that train the same numbers, so that one may choose
 FEED_FORWARD = 4  # width of the feed-forward over that of the hidden states
 
 
@@ -103,7 +106,9 @@ def memory_plan(
     """
     runtime = _with_shape(config, runtime)
     available = memory.available_bytes(runtime.device)
-    plan = MemoryPlan(_phases(config, runtime, images, prompts), runtime.device.type, available)
+    phases = _phases(config, runtime, images, prompts)
+    methods = _peaks_by_method(config, runtime, images, prompts)
+    plan = MemoryPlan(phases, runtime.device.type, available, methods=methods)
     if plan.fits:
         return plan
     changed, made = config, list[str]()
@@ -118,7 +123,7 @@ def memory_plan(
             continue
         changed, made = tried, [*made, f"{key}={value}"]
         if available is None or _peak(changed, there, images, prompts) <= available:
-            return MemoryPlan(plan.phases, plan.device, available, made)
+            return replace(plan, changes=made)
     return plan
 
 
@@ -175,6 +180,8 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     # a copy of the scales, or of the codes that are trained in their place
     copied = size.weights if config.method == "quzo" else 4.0 * size.scales
     copy = {} if config.sample.tuned_between is None else {"the base's scales": copied}
+    blocks = len(blocks_of(outline)), bool(found.config.get("dual_attention_layers"))
+    tokens = image_tokens, text_tokens
     scorers = scorer_bytes(config, runtime.folder) if config.reward.scores else {}
     resident = copy | base | data | {"VAE": vae if on_device else 0.0, "weights": size.weights}
     return [
@@ -189,7 +196,7 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
             "train",
             resident
             | scorers
-            | _training(config, size, (image_tokens, text_tokens), runtime, vae_work("decode")),
+            | _training(config, size, blocks, tokens, runtime, vae_work("decode")),
         ),
         Phase(
             "sample",
@@ -207,6 +214,23 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     ]
 
 
+def _peaks_by_method(
+    config: Config, runtime: pipeline.Runtime, images: int, prompts: int
+) -> dict[str, float]:
+    """Return the peak of a run by forward passes and by gradients, one row or image at once; of
+    transformers alone, whose blocks the plan of gradients counts.
+    """
+    is_transformer = "num_layers" in pipeline.shape_of(config, runtime).transformer.config
+    if config.method not in METHODS or config.reward.scores or not is_transformer:
+        return {}
+    found = {}
+    for method in METHODS:
+        train = config.train.model_copy(update={"micro_batch_size": 1})
+        tried = config.model_copy(update={"method": method, "train": train})
+        found[method] = _peak(tried, runtime, images, prompts)
+    return found
+
+
 def _rows_of(guidance: float | None) -> int:
     """Return the rows of a forward pass for each picture that is drawn."""
     return 2 if guidance is None or guidance > 1 else 1
@@ -222,6 +246,7 @@ def _trained_rows(config: Config) -> int:
 def _training(
     config: Config,
     size: ModelSize,
+    blocks: tuple[int, bool],
     tokens: tuple[int, int],
     runtime: pipeline.Runtime,
     decoding: dict[str, float],
@@ -229,11 +254,15 @@ def _training(
     """Return what a step needs beside weights.
 
     Args:
+        blocks: how many the model has, and whether some have a second attention.
         tokens: of the image and of the text.
         decoding: of one picture. Pictures that are scored are decoded after their forward passes;
             both are counted, as an allocator may keep the memory of either.
     """
     device, level = runtime.device.type, config.qzo.parametrization
+    if config.method == "fo-scales":
+        rows = _trained_rows(config)
+        return gradient_bytes(size, blocks, tokens, rows, runtime.dtype, level, device)
     forward = memory.forward_bytes(size, *tokens, _trained_rows(config), runtime.dtype)
     found = {
         "forward": forward,
