@@ -8,7 +8,7 @@ benchmarks/results/content.json for the method that is the new default."""
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -28,11 +28,15 @@ def methods_of(file: Path | None) -> dict[str, Settings]:
 
 
 def wanted(
-    methods: dict[str, Settings], patterns: str, steps: Sequence[int], seeds: Sequence[int]
+    methods: dict[str, Settings],
+    patterns: str,
+    steps: Sequence[int],
+    seeds: Sequence[int],
+    folders: Iterable[str] = FOLDERS,
 ) -> Iterator[Cell]:
     """The cells that a pattern names, seed by seed."""
     for seed in seeds:
-        for folder in FOLDERS:
+        for folder in folders:
             for method in methods:
                 for count in steps:
                     cell = Cell(folder, method, count, seed)
@@ -53,10 +57,17 @@ def run(options: argparse.Namespace) -> None:
             f"{', '.join(FOLDERS)}, methods {', '.join(methods)}"
         )
     with embedded(package):
-        for cell in cells:
-            if not is_done(bench, cell, methods[cell.method]):
-                result = run_cell(bench, cell, methods[cell.method], command)
-                print(table([result]), flush=True)
+        run_missing(bench, cells, methods, command)
+
+
+def run_missing(
+    bench: Bench, cells: Iterable[Cell], methods: dict[str, Settings], command: str
+) -> None:
+    """Run the cells that have no result of these very settings, and print each result."""
+    for cell in cells:
+        if not is_done(bench, cell, methods[cell.method]):
+            result = run_cell(bench, cell, methods[cell.method], command)
+            print(table([result]), flush=True)
 
 
 def whole_numbers(text: str) -> list[int]:

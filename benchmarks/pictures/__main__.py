@@ -12,11 +12,10 @@ works through those that are named and not finished; the same command goes on wh
 
 import argparse
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks.content.__main__ import whole_numbers
-from benchmarks.content.cells import Bench, Cell, is_done, run_cell
+from benchmarks.content.__main__ import run_missing, wanted, whole_numbers
+from benchmarks.content.cells import Bench
 from benchmarks.content.table import results_in, table
 from benchmarks.pictures.candidates import CANDIDATES, candidate_folder
 from benchmarks.pictures.methods import COMPARED, EXACT
@@ -37,24 +36,13 @@ def run(options: argparse.Namespace) -> None:
     # The folders are not recorded: they are of one machine.
     command = f"python -m benchmarks.pictures run --data FOLDER --cells '{options.cells}'"
     bench = bench_of(options)
-    every = [
-        Cell(style, method, steps, seed)
-        for seed in options.seeds
-        for style in CANDIDATES
-        for method in COMPARED
-        for steps in options.steps
-    ]
-    patterns = options.cells.split(",")
-    cells = [cell for cell in every if any(fnmatch(cell.name, one) for one in patterns)]
+    cells = list(wanted(COMPARED, options.cells, options.steps, options.seeds, CANDIDATES))
     if not cells:
         sys.exit(
             f"no cell is named {options.cells!r}; names are STYLE/METHOD_STEPS_SEED, styles "
             f"{', '.join(CANDIDATES)}, methods {', '.join(COMPARED)}"
         )
-    for cell in cells:
-        if not is_done(bench, cell, COMPARED[cell.method]):
-            result = run_cell(bench, cell, COMPARED[cell.method], command)
-            print(table([result]), flush=True)
+    run_missing(bench, cells, COMPARED, command)
 
 
 def report(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,3 +26,17 @@ def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
     return torch.stack([one.embeds for one in encoded]), torch.stack(
         [one.pooled for one in encoded]
     )
+
+
+def pooled_arguments(
+    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline that takes pooled prompts beside embeddings."""
+    embeds, pooled = stack_prompts(prompts)
+    negative_embeds, negative_pooled = stack_prompts(negatives)
+    return {
+        "prompt_embeds": embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative_embeds,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }

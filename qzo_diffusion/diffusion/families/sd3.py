@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.encoded_prompt import pooled_arguments
 from qzo_diffusion.diffusion.families.family import (
     Config,
     Denoiser,
@@ -113,19 +113,6 @@ def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
     return StableDiffusion3Pipeline(denoiser, scheduler, vae, None, None, None, None, None, None)
 
 
-def arguments(
-    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
-) -> dict[str, Any]:
-    embeds, pooled = stack_prompts(prompts)
-    negative_embeds, negative_pooled = stack_prompts(negatives)
-    return {
-        "prompt_embeds": embeds,
-        "pooled_prompt_embeds": pooled,
-        "negative_prompt_embeds": negative_embeds,
-        "negative_pooled_prompt_embeds": negative_pooled,
-    }
-
-
 def architecture(config: Config) -> str:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return ARCHITECTURES.get((width, config["num_layers"]), "stable-diffusion-3")
@@ -164,7 +151,7 @@ SD3 = Family(
         steps=28,
         guidance=4.5,
         pipeline=pipeline,
-        arguments=arguments,
+        arguments=pooled_arguments,
         shift=flow_shift,
         set_times=set_times,
     ),

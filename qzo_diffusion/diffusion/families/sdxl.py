@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.encoded_prompt import pooled_arguments
 from qzo_diffusion.diffusion.families import unet
 from qzo_diffusion.diffusion.families.family import (
     Config,
@@ -92,19 +92,6 @@ def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
     )
 
 
-def arguments(
-    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
-) -> dict[str, Any]:
-    embeds, pooled = stack_prompts(prompts)
-    negative_embeds, negative_pooled = stack_prompts(negatives)
-    return {
-        "prompt_embeds": embeds,
-        "pooled_prompt_embeds": pooled,
-        "negative_prompt_embeds": negative_embeds,
-        "negative_pooled_prompt_embeds": negative_pooled,
-    }
-
-
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
@@ -130,7 +117,7 @@ SDXL = Family(
         steps=30,
         guidance=5.0,
         pipeline=pipeline,
-        arguments=arguments,
+        arguments=pooled_arguments,
         shift=unet.no_shift,
         set_times=unet.set_times,
     ),

@@ -261,10 +261,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     warn_of_distilled(shape, config.model)
     check_sizes(shape, resolution, style)
     check_words(config, shape.family, folder, prompts, style)
-    prior = find_prior(config, folder, resolution, style)
-    if prior is not None:
-        check_sizes(shape, resolution, prior.folder)
-        check_words(config, shape.family, folder, prior.prompts or Prompts([]), prior.folder)
+    prior = checked_prior(config, folder, shape, resolution, style)
     pipeline.tensor_cache(config).check()
     resolved = with_whole_paths(config)
     resolved.data.resolution = resolution
@@ -290,6 +287,17 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     if resolved.train.micro_batch_size is None:
         resolved.train.micro_batch_size = plan.rows_that_fit()
     return plan
+
+
+def checked_prior(
+    config: Config, folder: Path, shape: PipelineShape, resolution: int, style: StyleFolder
+) -> PriorSource | None:
+    """Find the prior of a run; its sizes and words fit the model."""
+    prior = find_prior(config, folder, resolution, style)
+    if prior is not None:
+        check_sizes(shape, resolution, prior.folder)
+        check_words(config, shape.family, folder, prior.prompts or Prompts([]), prior.folder)
+    return prior
 
 
 def model_of(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:

@@ -39,8 +39,8 @@ from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-from qzo_diffusion.runs.style.plan import model_of
-from qzo_diffusion.runs.style.prior import PriorSource, find_prior
+from qzo_diffusion.runs.style.plan import checked_prior, model_of
+from qzo_diffusion.runs.style.prior import PriorSource
 from qzo_diffusion.runs.style.reward_batches import RewardBatches
 from qzo_diffusion.runs.style.rewarded_pictures import RewardedPictures
 from qzo_diffusion.runs.style.rewards import Workshop, second_name
@@ -298,10 +298,7 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
     check_words(config, shape.family, folder, Prompts([*trained.prompts, *prompts.prompts]))
     if folder.is_dir():
         _check_scheduler(folder, shape.family)
-    prior = find_prior(config, folder, resolution, NO_STYLE)
-    if prior is not None:
-        check_sizes(shape, resolution, prior.folder)
-        check_words(config, shape.family, folder, prior.prompts or Prompts([]), prior.folder)
+    prior = checked_prior(config, folder, shape, resolution, NO_STYLE)
     pipeline.tensor_cache(config).check()
     resolved = _resolved(config, shape.family, folder, resolution)
     dtype = devices.choose_dtype(config.compute.dtype, device)
