@@ -103,11 +103,20 @@ def _clipped(threshold: str) -> Method:
     )
 
 
-def _quzo(*settings: str, share: float = 0.1) -> Method:
+def _quzo(*settings: str, seeds: int = 1, share: float = 1.0) -> Method:
+    """Integer codes along factors of rows and columns."""
+    chosen = (*BFLOAT16, *settings)
+    return Method(
+        "quzo", chosen, seeds=seeds, share_of_steps=share, tasks=("sst2",), batch=4, probes=8
+    )
+
+
+def _each_code(*settings: str, share: float = 0.1) -> Method:
     """Fewer steps than the others: noise for every weight, drawn again for twenty past steps, makes
     one three times as long.
     """
-    return Method("quzo", (*BFLOAT16, *settings), tasks=("sst2",), share_of_steps=share)
+    chosen = (*BFLOAT16, "qzo.parametrization=codes", *settings)
+    return Method("quzo", chosen, tasks=("sst2",), share_of_steps=share)
 
 
 # Before the default was found: less of what rounding left, and a higher rate that stays.
@@ -156,30 +165,35 @@ METHODS: dict[str, Method] = {
     "mezo": Method("mezo", ("qzo.directions=rademacher", *BFLOAT16)),
     "fo_scales": Method("fo-scales", tuple(BFLOAT16), share_of_steps=0.25),
     "qlora": Method("qlora", tuple(BFLOAT16), share_of_steps=0.25),
-    "quzo_int8": _quzo(*SHORT_FEEDBACK, "train.lr=0.3"),
-    "quzo_int8_slow": _quzo(
+    "quzo_default": _quzo(seeds=3),
+    "quzo_default_int4": _quzo("quant.type=int4", "quant.blocksize=32", seeds=3),
+    "quzo_default_fp8": _quzo("quant.type=fp8"),
+    "quzo_default_w8a8": _quzo("quant.activations=int8"),
+    "quzo_default_twice": _quzo(share=2.0),
+    "quzo_int8": _each_code(*SHORT_FEEDBACK, "train.lr=0.3"),
+    "quzo_int8_slow": _each_code(
         "train.feedback_decay=0.95",
         "train.feedback_steps=40",
         "train.lr=0.2",
         "train.schedule=linear",
     ),
-    "quzo_int8_long": _quzo(share=0.28),  # the default for as many steps as 40 minutes hold
-    "quzo_int8_cosine": _quzo(
+    "quzo_int8_long": _each_code(share=0.28),  # the default for as many steps as 40 minutes hold
+    "quzo_int8_cosine": _each_code(
         *SHORT_FEEDBACK[:2], "train.lr=0.3", "train.schedule=cosine", share=0.2
     ),
-    "quzo_int8_plain": _quzo(
+    "quzo_int8_plain": _each_code(
         "train.optimizer=sgd", "train.lr=0.8", "train.schedule=constant"
     ),  # of the slope itself: about 0.05 codes a step
-    "quzo_w8a8": _quzo("quant.activations=int8"),
-    "quzo_int4": _quzo("quant.type=int4", *SHORT_FEEDBACK, "train.lr=0.08"),
-    "quzo_int4_plain": _quzo(
+    "quzo_w8a8": _each_code("quant.activations=int8"),
+    "quzo_int4": _each_code("quant.type=int4", *SHORT_FEEDBACK, "train.lr=0.08"),
+    "quzo_int4_plain": _each_code(
         "quant.type=int4",
         "train.optimizer=sgd",
         "train.lr=0.02",
         "train.schedule=constant",
         share=0.05,
     ),  # about 0.01 codes a step
-    "quzo_fp8": _quzo("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.015),
+    "quzo_fp8": _each_code("quant.type=fp8", *SHORT_FEEDBACK, "train.lr=0.2", share=0.015),
     "quzo_lora": Method("quzo-lora", tuple(BFLOAT16), tasks=("sst2",), share_of_steps=0.1),
     "qzo_int8": Method(
         "qzo",

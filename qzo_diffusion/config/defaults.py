@@ -91,29 +91,26 @@ def _examples_of_a_step(known: Known) -> int:
 
 
 NORMALISED = (True, "running")
+FACTORS = ("qzo", "quzo")  # methods that train factors of rows and columns
 
 # Formats that bitsandbytes does not have.
 OF_PLAIN_TORCH = rules({"quant.backend": "reference"}, quant__type=("bof4", "bof4s", "svdquant"))
-# Codes that a typical step moves each number. A constant rate ends in noise, and under a cosine
-# nothing reaches a code any more half way. A code is 3 % of a typical weight in int8, 40 % in int4
-# and 6 to 12 % in fp8; rounded probes of int4 would drown everything (docs/decisions/rates.md D28).
-QUZO = (
-    rules(
-        {
-            "qzo.parametrization": "codes",
-            "quant.backend": "intgrid",
-            "quant.type": "int8",
-            "train.optimizer": "feedback",
-            "train.schedule": "linear",
-        },
-        method="quzo",
-    )
-    + rules({"qzo.eps": 1.0}, method="quzo", quant__type="int8")
+# Integer codes along factors of rows and columns take the settings of scales.
+QUZO = rules({"quant.backend": "intgrid", "quant.type": "int8"}, method="quzo")
+# Each code by itself. The rate is in codes that a typical step moves each number. A constant rate
+# ends in noise, and under a cosine nothing reaches a code any more half way. A code is 3 % of a
+# typical weight in int8, 40 % in int4 and 6 to 12 % in fp8; rounded probes of int4 would drown
+# everything (docs/decisions/rates.md D28).
+EACH_CODE = (
+    rules({"train.optimizer": "feedback", "train.schedule": "linear"}, qzo__parametrization="codes")
+    + rules({"qzo.eps": 1.0}, qzo__parametrization="codes", quant__type="int8")
     + rules(
-        {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.05}, method="quzo", quant__type="int4"
+        {"qzo.eps": 0.1, "qzo.probe": "float", "train.lr": 0.05},
+        qzo__parametrization="codes",
+        quant__type="int4",
     )
-    + rules({"qzo.eps": 0.25, "train.lr": 0.15}, method="quzo", quant__type="fp8")
-    + rules({"train.lr": 0.2}, method="quzo")
+    + rules({"qzo.eps": 0.25, "train.lr": 0.15}, qzo__parametrization="codes", quant__type="fp8")
+    + rules({"train.lr": 0.2}, qzo__parametrization="codes")
 )
 # First-order on the scales: the rate that the convergence benchmark found for styles.
 FIRST_ORDER_SCALES = rules({"train.lr": 1e-3, "qzo.parametrization": "dense"}, method="fo-scales")
@@ -135,7 +132,7 @@ BATCH = [
                 f"{PROBES} / `qzo.num_directions`, at least 1", _examples_of_a_step
             )
         },
-        method="qzo",
+        method=FACTORS,
         qzo__per_example=True,
         qzo__estimator="leave_one_out",
     ),
@@ -193,21 +190,22 @@ REWARDS = rules(
 PICTURES = [
     *OF_PLAIN_TORCH,
     *QUZO,
+    *EACH_CODE,
     *FIRST_ORDER_SCALES,
     *VOTES,
     *ESTIMATE,
     *REWARDS,
-    *rules({"qzo.regions": 16}, method="qzo", qzo__per_example=True),
+    *rules({"qzo.regions": 16}, method=FACTORS, qzo__per_example=True),
     *rules(
         {"train.schedule": "inverse_sqrt"},
-        method="qzo",
+        method=FACTORS,
         qzo__per_example=True,
         qzo__normalize=NORMALISED,
         qzo__parametrization="separable",
     ),
     *rules(
         {"train.calibrate_lr": True},
-        method="qzo",
+        method=FACTORS,
         qzo__per_example=True,
         qzo__normalize=NORMALISED,
         qzo__parametrization="separable",
@@ -215,7 +213,7 @@ PICTURES = [
     ),
     *rules(
         {"prior.bound": BOUND},
-        method="qzo",
+        method=FACTORS,
         qzo__per_example=True,
         qzo__normalize=NORMALISED,
         qzo__parametrization="separable",
@@ -246,6 +244,7 @@ TEXTS = [
         method="mezo",
     ),
     *QUZO,
+    *EACH_CODE,
     *rules(
         {
             "train.lr": 1e-4,
@@ -264,20 +263,20 @@ TEXTS = [
     ),
     *FIRST_ORDER_SCALES,
     *ESTIMATE,
-    *rules({"qzo.layers": MIDDLE_BLOCKS["qzo.layers"]}, method="qzo", qzo__normalize=NORMALISED),
+    *rules({"qzo.layers": MIDDLE_BLOCKS["qzo.layers"]}, method=FACTORS, qzo__normalize=NORMALISED),
     *rules(
         {"qzo.eps": MIDDLE_BLOCKS["qzo.eps"]},
-        method="qzo",
+        method=FACTORS,
         qzo__normalize=NORMALISED,
         qzo__layers="quiet",
     ),
-    *rules({"train.lr": 1e-3}, method="qzo", qzo__normalize=False),
+    *rules({"train.lr": 1e-3}, method=FACTORS, qzo__normalize=False),
     *rules(
         {"train.lr": normalised_lr(PICTURES_OVER_QUIET)},
-        method="qzo",
+        method=FACTORS,
         qzo__layers="quiet",
     ),
-    *rules({"train.lr": normalised_lr(PICTURES_OVER_ALL)}, method="qzo"),
+    *rules({"train.lr": normalised_lr(PICTURES_OVER_ALL)}, method=FACTORS),
     *rules({"train.lr": PLAIN_LR}, qzo__normalize=False),
     Rule("train.lr", normalised_lr()),
     *BATCH,

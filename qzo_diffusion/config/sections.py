@@ -66,7 +66,7 @@ class TrainConfig(Section):
 class QzoConfig(Section):
     parametrization: Literal["dense", "row", "layer", "column", "separable", "codes"] = "separable"
     """numbers that are trained: one for a scale, a row, a layer, a column, or row and column;
-    codes: of method quzo"""
+    codes: each code by itself, of method quzo"""
     layers: list[str] | Literal["quiet"] | None = None
     """parts of layer names, such as ff.net; middle (or quiet): the middle blocks; null: every
     quantized layer"""
@@ -235,6 +235,11 @@ class RunConfig(Section):
             raise ValueError("qzo.probe: codes, or int8 or int4 codes that are trained")
         return self
 
+    @property
+    def trains_codes(self) -> bool:
+        """Whether integer codes are trained in place of scales."""
+        return getattr(self, "method", "") == "quzo"
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
@@ -278,7 +283,11 @@ def check_method(method: str, config: RunConfig) -> None:
     """Raises ValueError when integer codes are trained by another method than quzo, or quzo trains
     something else.
     """
-    if (method == "quzo") != (config.qzo.parametrization == "codes"):
+    level = config.qzo.parametrization
+    if method != "quzo" and level == "codes":
+        raise ValueError("qzo.parametrization: codes with method: quzo")
+    if method == "quzo" and (level == "dense" or config.quant.backend != "intgrid"):
         raise ValueError(
-            "qzo.parametrization: codes with method: quzo, and another one with any other method"
+            "qzo.parametrization: separable, row, column, layer or codes, and quant.backend: "
+            "intgrid, for method: quzo, which trains integer codes"
         )

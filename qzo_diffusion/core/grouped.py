@@ -7,6 +7,8 @@ needs to change, and each example of a batch can have its own θ:
 
     y = exp(row) ∘ ((exp(column) ∘ x) Wᵀ) + bias    (separable scales: TuneQDM, arXiv 2401.04339)
 
+The same factors train integer codes, which then are rounded to their grid (`core.rounded_codes`).
+
 In token-wise layers (feed-forward, queries, attention's output) each patch group of an example, a
 run of its tokens, can have its own θ as well. Such a layer changes almost only the loss of that
 patch group, so one forward pass measures as many directions as there are patch groups. Effects on
@@ -22,7 +24,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +38,46 @@ from qzo_diffusion.core.scales import Override, ScaleSet
 from qzo_diffusion.core.sign_cache import SignCache
 
 Axis = Literal["layer", "row", "column"]
+
+
+class Stored(Protocol):
+    """How the factors of rows and block columns reach the numbers that a layer stores.
+
+    Attributes:
+        rounds: whether a product is rounded, so that probes must not go through it.
+    """
+
+    rounds: bool
+
+    def columns(self, name: str) -> int:
+        """The number of block columns of a layer. Raises ValueError where blocks cross rows."""
+        ...
+
+    def times(self, name: str, factors: Mapping[Axis, Tensor]) -> Tensor:
+        """The stored numbers times their factors [N], [columns] or [1], a new tensor."""
+        ...
+
+
+class ScaleBlocks:
+    """Scales in blocks; the blocks of a row lie side by side."""
+
+    rounds = False
+
+    def __init__(self, scales: ScaleSet) -> None:
+        self._scales = scales
+
+    def columns(self, name: str) -> int:
+        rows, numel = self._scales.rows(name), self._scales[name].numel()
+        if numel % rows:
+            raise ValueError(f"{name}: blocks cross rows, so a row has no scales of its own")
+        return numel // rows
+
+    def times(self, name: str, factors: Mapping[Axis, Tensor]) -> Tensor:
+        live = self._scales[name]
+        grid = live.view(self._scales.rows(name), -1) if factors.keys() - {"layer"} else live
+        for axis, factor in factors.items():
+            grid = grid * (factor.unsqueeze(1) if axis == "row" else factor)
+        return grid.view_as(live)
 
 
 @dataclass(frozen=True)
@@ -84,6 +126,7 @@ class Grouped:
             only another z is drawn.
         last_readers: names of the layers whose inputs nothing reads afterwards, so that they may be
             overwritten.
+        stored: what the factors multiply; None is the scales themselves.
 
     Raises:
         ValueError: blocks cross rows, so that rows have no scales of their own.
@@ -98,8 +141,10 @@ class Grouped:
         trained: Sequence[str] | None = None,
         token_wise: Collection[str] = (),
         last_readers: Collection[str] = (),
+        stored: Stored | None = None,
     ) -> None:
         self.scales, self._last_readers = scales, frozenset(last_readers)
+        self._stored = ScaleBlocks(scales) if stored is None else stored
         self.by_axis: dict[str, Tensor] = {}
         self._kinds: dict[str, _Kind] = {}
         self._signs = SignCache()
@@ -112,17 +157,20 @@ class Grouped:
             for is_token_wise in (False, True):
                 members = [name for name in names if (name in token_wise) == is_token_wise]
                 if members:
-                    ends = np.cumsum(
-                        [0, *(_count(scales, name, axis) for name in members)]
-                    ).tolist()
+                    ends = np.cumsum([0, *(self._count(name, axis) for name in members)]).tolist()
                     key = f"{axis}.pointwise" if is_token_wise else axis
                     self._kinds[key] = _Kind(
                         axis,
                         is_token_wise,
                         {name: slice(*ends[i : i + 2]) for i, name in enumerate(members)},
                     )
-                    self.by_axis[key] = scales[names[0]].new_zeros(ends[-1])
+                    self.by_axis[key] = _zeros(scales[names[0]], ends[-1])
                     self._numbers_of[is_token_wise] += ends[-1]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether θ is rounded when layers take it, as that of integer codes is."""
+        return self._stored.rounds
 
     def templates(self) -> dict[str, Tensor]:
         return self.by_axis
@@ -169,17 +217,18 @@ class Grouped:
     ) -> tuple[Override | None, ActivationScaling | None]:
         """The override of scales and the activation scaling that show all probes to one forward.
 
-        θ itself scales activations too where that takes fewer factors than there are scales.
+        θ itself scales activations too where that takes fewer factors than there are scales, or
+        where it would be rounded.
         """
         probe = _Probe(tuple(directions), tuple(radii))
         in_scales: dict[str, _Probe | None] = {}
         in_activations: dict[str, bool] = {}  # whether θ goes with z
         for key, kind in self._kinds.items():
             groups = probe.groups(kind.token_wise)
-            if groups == 1:
+            if groups == 1 and not self.rounds:
                 in_scales[key] = probe
             else:
-                in_activations[key] = (
+                in_activations[key] = self.rounds or (
                     groups * self._numbers_of[kind.token_wise] < self._scales_of[kind.token_wise]
                 )
                 if not in_activations[key]:
@@ -203,7 +252,7 @@ class Grouped:
                         chosen,
                         theta if probe is None else theta * self._exp_z(key, probe, start, stop)[0],
                     )
-            return {name: self._expand(name, of_layer) for name, of_layer in factors.items()}
+            return {name: self._stored.times(name, one) for name, one in factors.items()}
 
         return override
 
@@ -266,13 +315,9 @@ class Grouped:
 
         return self._signs.packed(directions, key, drawn, theta.device, keep).flatten(0, -2)
 
-    def _expand(self, name: str, factors: dict[Axis, Tensor]) -> Tensor:
-        """The layer's scales times its factors; the blocks of a row lie side by side."""
-        live = self.scales[name]
-        grid = live.view(self.scales.rows(name), -1) if factors.keys() - {"layer"} else live
-        for axis, factor in factors.items():
-            grid = grid * (factor.unsqueeze(1) if axis == "row" else factor)
-        return grid.view_as(live)
+    def _count(self, name: str, axis: Axis) -> int:
+        columns = 1 if axis == "layer" else self._stored.columns(name)
+        return self.scales.rows(name) if axis == "row" else columns
 
     def combined(
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
@@ -324,8 +369,7 @@ def _per_direction(directions: Sequence[Direction], amounts: Sequence[float]) ->
     ]
 
 
-def _count(scales: ScaleSet, name: str, axis: Axis) -> int:
-    rows, numel = scales.rows(name), scales[name].numel()
-    if axis != "layer" and numel % rows:
-        raise ValueError(f"{name}: blocks cross rows, so a row has no scales of its own")
-    return {"layer": 1, "row": rows, "column": numel // rows}[axis]
+def _zeros(like: Tensor, count: int) -> Tensor:
+    """θ for scales of this dtype; of integer codes in fp32."""
+    dtype = like.dtype if like.is_floating_point() else torch.float32
+    return torch.zeros(count, dtype=dtype, device=like.device)

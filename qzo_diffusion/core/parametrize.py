@@ -5,7 +5,7 @@ from typing import Literal
 
 from qzo_diffusion.core.absolute import DenseAbsolute
 from qzo_diffusion.core.dense import Dense
-from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.grouped import Grouped, Stored
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 
@@ -20,11 +20,13 @@ def parametrize(
     trained: Sequence[str] | None = None,
     token_wise: Collection[str] = (),
     last_readers: Collection[str] = (),
+    stored: Stored | None = None,
 ) -> Parametrization:
     """The parametrization by its name in a config; `trained` names the layers that take part, None
     is all.
 
-    `token_wise` and `last_readers` are for `core.grouped`; dense parametrizations ignore them.
+    `token_wise`, `last_readers` and `stored` are for `core.grouped`; dense parametrizations ignore
+    them.
 
     "separable" trains a θ for every row and one for every block column: log s[o, g] = log s0[o, g]
     + row[o] + column[g].
@@ -44,4 +46,5 @@ def parametrize(
         trained,
         token_wise,
         last_readers,
+        stored,
     )

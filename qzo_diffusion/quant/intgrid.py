@@ -41,6 +41,10 @@ class Int8Grid:
         """Codes [..., K] -> what they stand for, in units of scale / largest."""
         return codes
 
+    def places(self, values: Tensor) -> Tensor:
+        """The inverse of `values`, linear between two neighbouring codes."""
+        return values
+
 
 class Int4Grid(Int8Grid):
     """Two codes a byte, the first in the high half, offset by 8."""
@@ -73,6 +77,14 @@ class Fp8Grid(Int8Grid):
 
     def values(self, codes: Tensor) -> Tensor:
         return self.stored(codes).view(torch.float8_e4m3fn).to(torch.float32)
+
+    def places(self, values: Tensor) -> Tensor:
+        magnitude = values.abs().clamp(max=self.largest)
+        nearest = self.codes(magnitude.to(torch.float8_e4m3fn).view(torch.uint8))
+        below = nearest - (self.values(nearest) > magnitude).to(nearest.dtype)
+        low, high = self.values(below), self.values((below + 1).clamp(max=self.high))
+        part = (magnitude - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+        return below.add_(part).copysign_(values)
 
 
 GRIDS: dict[str, Int8Grid] = {"int8": Int8Grid(), "int4": Int4Grid(), "fp8": Fp8Grid()}

@@ -24,6 +24,7 @@ from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.core.quzo import Codes, ErrorFeedback
+from qzo_diffusion.core.rounded_codes import RoundedCodes
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.core.weights import WeightHandle
 from qzo_diffusion.quant.available import bitsandbytes_problem
@@ -80,10 +81,8 @@ def scales_and_theta(
     Raises:
         ConfigError: `qzo.layers` matches no layer.
     """
-    level, wanted = config.qzo.parametrization, config.qzo.layers
-    scales, grids = (
-        find_codes(transformer) if level == "codes" else (find_scales(transformer, beside), {})
-    )
+    level, wanted, codes = config.qzo.parametrization, config.qzo.layers, config.trains_codes
+    scales, grids = find_codes(transformer) if codes else (find_scales(transformer, beside), {})
     trained = trained_of(scales, wanted)
     token_wise = own_patch(scales) if config.qzo.regions > 1 else []
     if scales.weights.issuperset(trained):
@@ -93,9 +92,8 @@ def scales_and_theta(
             f"parts of names like {next(iter(scales))}",
             remedy,
         )
-    if level == "column" and all(
-        live.numel() == scales.rows(name) for name, live in scales.tensors().items()
-    ):
+    one_a_row = (live.numel() == scales.rows(name) for name, live in scales.tensors().items())
+    if level == "column" and all(one_a_row):
         raise ConfigError(
             "qzo.parametrization = column on layers with one scale for each output",
             "row, layer or separable, which such a format has numbers for",
@@ -103,8 +101,9 @@ def scales_and_theta(
         )
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
+    stored = RoundedCodes(scales, grids, config.quant.blocksize) if codes else None
     return scales, parametrize(
-        scales, level, config.qzo.units, trained, token_wise, last_readers(scales)
+        scales, level, config.qzo.units, trained, token_wise, last_readers(scales), stored
     )
 
 

@@ -149,4 +149,4 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "prior": None if config.prior.off else [config.prior.decay, config.prior.bound],
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,
-    }
+    } | ({"method": "quzo"} if config.trains_codes else {})

@@ -33,8 +33,11 @@ LIMIT = 1.753  # the 95 % point of Student's t with 15 degrees of freedom
 
 
 def can_be_checked(setup: Setup[Any]) -> bool:
-    """Whether 16 steps are enough to see a signal: each needs more directions than a few."""
-    return isinstance(setup.parametrization, Grouped) and setup.probing.per_example
+    """Whether 16 steps are enough to see a signal: each needs more directions than a few, and an
+    estimate that can be followed without rounding it.
+    """
+    theta = setup.parametrization
+    return isinstance(theta, Grouped) and not theta.rounds and setup.probing.per_example
 
 
 class EarlySignal:

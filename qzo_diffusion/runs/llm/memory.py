@@ -54,7 +54,9 @@ def _phases(
     state = 0.0 if optimizer == "feedback" else memory.trained_bytes(size, level, optimizer)
     forward = {
         "forward": _forward(config, model.config, longest, dtype) + size.largest * dtype.itemsize,
-        "overrides": memory.override_bytes(size, level, device.type),
+        "overrides": memory.override_bytes(
+            size, "codes" if config.trains_codes else level, device.type
+        ),
         "trained": state,
     }
     return [Phase("load", base | {"reading": reading}), Phase("train", base | forward)]

@@ -266,7 +266,7 @@ def _training(
     forward = memory.forward_bytes(size, *tokens, _trained_rows(config), runtime.dtype)
     found = {
         "forward": forward,
-        "overrides": memory.override_bytes(size, level, device),
+        "overrides": memory.override_bytes(size, "codes" if config.trains_codes else level, device),
         "trained numbers": memory.trained_bytes(size, level, config.train.optimizer),
     }
     if config.reward.scores:

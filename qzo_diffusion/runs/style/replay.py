@@ -27,7 +27,8 @@ def config_of(
     """Return the settings in a journal's header, or those that are given in their place. All others
     have defaults and do not matter for a replay.
     """
-    method = "quzo" if journal.header.get("parametrization") == "codes" else "qzo"
+    each_code = journal.header.get("parametrization") == "codes"
+    method = journal.header.get("method", "quzo" if each_code else "qzo")
     return settings_of(
         journal,
         Config,
