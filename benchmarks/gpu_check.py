@@ -54,7 +54,7 @@ def tiny(device: torch.device, dtype: torch.dtype) -> Any:
 def equal(device: torch.device) -> dict[str, bool]:
     """Every level of numbers, moved by the same directions on both devices; integer codes too."""
     found = {}
-    found["codes"] = _equal_codes(device)
+    found |= {f"codes_{level}": _equal_codes(device, level) for level in ("codes", "separable")}
     for level in ("dense", "row", "column", "layer"):
         results = []
         for place in (CPU, device):
@@ -72,14 +72,15 @@ def equal(device: torch.device) -> dict[str, bool]:
     return found
 
 
-def _equal_codes(device: torch.device) -> bool:
+def _equal_codes(device: torch.device, level: str) -> bool:
     moved = []
     for place in (CPU, device):
-        config = make_config({"model": "tiny", "method": "quzo"})
+        settings = {"model": "tiny", "method": "quzo", "qzo": {"parametrization": level}}
+        config = make_config(settings)
         model = pipeline.quantized_transformer(config, tiny_model(), place, torch.float32)
-        scales, theta = build.scales_and_theta(config, model, own_patch=SD3.denoiser.own_patch)
+        _, theta = build.scales_and_theta(config, model, own_patch=SD3.denoiser.own_patch)
         theta.move_([Direction(7, 3)], [0.3])
-        moved.append({name: tensor.cpu() for name, tensor in scales.tensors().items()})
+        moved.append({name: codes.cpu() for name, codes in tuned_scales(theta).items()})
     return all(torch.equal(tensor, moved[1][name]) for name, tensor in moved[0].items())
 
 

@@ -1,17 +1,19 @@
-"""QuZO, codes trained by stochastic rounding, beside QZO and beside first order: `python -m
-benchmarks.quzo memory --data FOLDER`.
+"""QuZO, integer codes, beside QZO and beside first order: `python -m benchmarks.quzo memory --data
+FOLDER`.
 
 The runs on SST-2 are cells of `benchmarks.llm_compare` (`run --cells 'sst2/quzo*'`), of one budget
 with the other methods. `memory` measures peaks of a QuZO step, of inference, and of first-order
 training of the same int8 model with fake quantization and a straight-through estimate, on the same
-batch. `spread` tells how noisy the rounded probe is at each eps. `report` writes the JSON and the
-table in docs/quzo.md."""
+batch. `time` measures a step over as many plain forwards. `slopes` tells how noisy directions of
+three kinds are, and `spread` how noisy the rounded probe of each code is at each eps. `report`
+writes the JSON and the table in docs/quzo.md."""
 
 import argparse
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +21,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import quzo_steps as steps
 from benchmarks.llm_compare import memory
 from benchmarks.llm_compare.methods import BATCH, BFLOAT16, METHODS, TASKS, Places
 from benchmarks.record import RESULTS, put_between_markers, write_results
 from benchmarks.smollm2 import smollm2
 
 TABLE = ("<!-- table: python -m benchmarks.quzo report -->", "<!-- end of table -->")
-FORMATS = {  # cells of llm_compare by the name of their row
-    "int8, feedback of 40 steps (the default)": "quzo_int8_slow",
+FORMATS = {  # of the default -> its cells of llm_compare
+    "int8": "quzo_default",
+    "int4": "quzo_default_int4",
+    "fp8": "quzo_default_fp8",
+}
+ROWS = {  # name in the table -> cells
+    "int8 (the default)": "quzo_default",
+    "int8, twice the steps": "quzo_default_twice",
+    "int8, W8A8": "quzo_default_w8a8",
+    "int4, groups of 32": "quzo_default_int4",
+    "fp8": "quzo_default_fp8",
+    "each code of int8, feedback of 40 steps": "quzo_int8_slow",
     "the same, for longer": "quzo_int8_long",
-    "int8, feedback of 20 steps": "quzo_int8",
-    "int8, rounding alone": "quzo_int8_plain",
-    "int8, W8A8, feedback of 40 steps": "quzo_w8a8",
-    "int4, feedback": "quzo_int4",
-    "int4, rounding alone": "quzo_int4_plain",
-    "fp8, feedback": "quzo_fp8",
+    "each code of int8, feedback of 20 steps": "quzo_int8",
+    "each code of int8, rounding alone": "quzo_int8_plain",
+    "each code of int8, W8A8, feedback of 40 steps": "quzo_w8a8",
+    "each code of int4, feedback": "quzo_int4",
+    "each code of int4, rounding alone": "quzo_int4_plain",
+    "each code of fp8, feedback": "quzo_fp8",
     "int8, adapters (QuZO-LoRA)": "quzo_lora",
-    "int8, QZO on the scales": "qzo_int8",
+    "int8, QZO on the scales, all layers": "qzo_int8",
     "nf4, QZO on the scales": "default",
 }
-MEASURED = ("quzo_int8", "quzo_int4", "quzo_fp8", "sgd", "adamw")
-EPS = (0.1, 0.25, 0.5, 1.0, 2.0)
+MEASURED = ("quzo_default", "quzo_default_int4", "quzo_default_fp8", "sgd", "adamw")
 
 
 class FakeQuantLinear(nn.Module):
@@ -134,128 +146,103 @@ def measure(places: Places) -> dict[str, Any]:
     return found
 
 
-def spread(places: Places, directions: int = 4) -> dict[str, Any]:
-    """Rounded probes beside those in floating point, by eps: variance of p / eps, and of the slope
-    along independent directions.
-    """
-    from qzo_diffusion.config.defaults import set_dotted
-    from qzo_diffusion.config.files import make_config, parse_override
-    from qzo_diffusion.config.llm import LlmConfig
-    from qzo_diffusion.core.noise import Direction
-    from qzo_diffusion.core.probing import Probing
-    from qzo_diffusion.core.quzo import Codes
-    from qzo_diffusion.core.spsa import probe
-    from qzo_diffusion.llm.objectives import task_loss
-    from qzo_diffusion.llm.tasks import encode
-    from qzo_diffusion.quant.load import find_codes
-    from qzo_diffusion.runs.llm import plan as llm_run
-    from qzo_diffusion.runs.llm.batches import TextBatches
-    from qzo_diffusion.runs.llm.methods import load_base
+def results_by_cell(places: Places) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of SST-2 by cell, in the order of their seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((places.results / "cells" / "llm" / "sst2").glob("*.json")):
+        result = json.loads(path.read_text())
+        found.setdefault(result["method"], []).append(result)
+    return found
 
-    settings: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": "quzo"}
-    for text in [
-        *TASKS["sst2"]["settings"],
-        *METHODS["quzo_int8"].settings,
-        f"data.dir={places.data / 'sst2'}",
-    ]:
-        set_dotted(settings, *parse_override(text, LlmConfig))
-    plan = llm_run.make_plan(make_config(settings, LlmConfig))
-    base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
-    encoded = encode(base.lm, plan.splits.train, 64)
-    step_batch = TextBatches(base.lm, encoded, batch_size=BATCH, seed=0)(0)
-    scales, grids = find_codes(base.lm.model)
-    rows: dict[str, Any] = {}
-    for kind in ("codes", "float"):
-        theta = Codes(scales, grids, probe=kind)  # type: ignore[arg-type]
-        for eps in EPS:
-            name = next(iter(scales))
-            view = theta.perturbed(Direction(0, 0), eps)
-            assert view is not None
-            shown = view([name])[name]
-            shift = (shown if shown.is_floating_point() else grids[name].codes(shown)) - grids[
-                name
-            ].codes(scales[name])
-            slopes = [
-                probe(
-                    lambda one: task_loss(base.lm, one), step_batch, theta, Probing(1, eps), index
-                ).directional_derivative[0]
-                for index in range(directions)
-            ]
-            rows[f"{kind}, eps {eps}"] = {
-                "variance_of_probe": round(float((shift / eps).square().mean()), 3),
-                "slope_rms": round(statistics.fmean(slope**2 for slope in slopes) ** 0.5, 4),
-            }
-            print(kind, eps, rows[f"{kind}, eps {eps}"], file=sys.stderr)
-    return rows
+
+def _row(name: str, result: dict[str, Any], peak: float | str) -> list[Any]:
+    loss = result["validation_loss"] or {"start": float("nan"), "end": float("nan")}
+    value = "diverged" if result["value"] is None else f"{result['value']:.3f}"
+    passes = result["forwards"]
+    if result["method"] in METHODS:
+        passes = result["steps"] * METHODS[result["method"]].forwards_of_step
+    return [
+        name,
+        result["seed"],
+        result["steps"],
+        f"{passes:,}",
+        value,
+        f"{loss['start']:.3f} -> {loss['end']:.3f}",
+        round(result["processor_seconds"] / 60),
+        peak,
+    ]
+
+
+def table(runs: dict[str, list[dict[str, Any]]], memory: dict[str, Any]) -> list[str]:
+    """Return the lines of the table in docs/quzo.md."""
+    rows = [
+        _row(name, result, memory.get(cell, {}).get("memory_over_inference", ""))
+        for name, cell in ROWS.items()
+        for result in runs.get(cell, [])
+    ]
+    header = ["format, method", "seed", "steps", "forward passes of an example"]
+    header += ["accuracy on 872", "held-out loss", "processor min", "memory over inference"]
+    return [
+        "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
+    ]
+
+
+def _figures(runs: dict[str, list[dict[str, Any]]], measured: dict[str, Any]) -> dict[str, Any]:
+    values = {cell: [result["value"] for result in results] for cell, results in runs.items()}
+    seeds = {kind: values[cell] for kind, cell in FORMATS.items() if cell in values}
+    rows = {name: values[cell] for name, cell in ROWS.items() if cell in values}
+    figures: dict[str, Any] = {
+        "sst2": {kind: round(statistics.fmean(found), 4) for kind, found in seeds.items()},
+        "sst2_seeds": seeds,
+        "sst2_rows": {
+            name: row for name, row in rows.items() if ROWS[name] not in FORMATS.values()
+        },
+    }
+    ends = [
+        runs[cell][0]["validation_loss"]["end"]
+        for cell in ("quzo_default", "quzo_default_twice")
+        if cell in runs
+    ]
+    if len(ends) == 2:
+        figures["longer_not_worse"] = ends[1] <= ends[0]
+    if memory := measured.get("memory", {}):
+        peak = memory["quzo_default"]["step_mb"]
+        figures["memory_ratio_to_first_order"] = round(memory["sgd"]["step_mb"] / peak, 3)
+        over = (memory[cell]["memory_over_inference"] for cell in FORMATS.values())
+        figures["memory_over_inference"] = max(over)
+    for name in ("step_over_forwards", "style_share_of_qzo"):
+        if name in measured:
+            figures[name] = measured[name]
+    return figures
 
 
 def report(places: Places, document: Path) -> Path:
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted((places.results / "cells" / "llm" / "sst2").glob("*.json")):
-        result = json.loads(path.read_text())
-        runs.setdefault(result["method"], []).append(result)
-    earlier = places.results / "quzo_measured.json"
+    runs, earlier = results_by_cell(places), places.results / "quzo_measured.json"
     measured: dict[str, Any] = json.loads(earlier.read_text()) if earlier.exists() else {}
-    memory = measured.get("memory", {})
-    rows, accuracy = [], {}
-    for name, cell in FORMATS.items():
-        for result in runs.get(cell, []):
-            loss = result["validation_loss"] or {"start": float("nan"), "end": float("nan")}
-            peak = memory.get(cell, {}).get("memory_over_inference", "")
-            row = [
-                name,
-                result["seed"],
-                result["steps"],
-                f"{result['value']:.3f}" if result["value"] is not None else "diverged",
-            ]
-            rows.append(
-                [
-                    *row,
-                    f"{loss['start']:.3f} -> {loss['end']:.3f}",
-                    round(result["processor_seconds"] / 60),
-                    peak,
-                ]
-            )
-            accuracy.setdefault(name, []).append(result["value"])
-    header = [
-        "format, method",
-        "seed",
-        "steps of 16",
-        "accuracy on 872",
-        "held-out loss",
-        "processor min",
-        "memory over inference",
-    ]
-    lines = [
-        "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
-    ]
+    lines = table(runs, measured.get("memory", {}))
     text = document.read_text(encoding="utf-8")
     document.write_text(
         put_between_markers(text, "\n".join(["", *lines, ""]), *TABLE), encoding="utf-8"
     )
-    figures: dict[str, Any] = {
-        "sst2": {
-            name: values[0] if len(values) == 1 else values for name, values in accuracy.items()
-        }
-    }
-    if memory:
-        ours = memory["quzo_int8"]
-        ratios = {
-            name: round(memory[name]["step_mb"] / ours["step_mb"], 3) for name in ("sgd", "adamw")
-        }
-        figures["memory_ratio_to_first_order"] = ratios
-        figures["memory_over_inference"] = max(
-            memory[f"quzo_{kind}"]["memory_over_inference"] for kind in ("int8", "int4", "fp8")
-        )
-        figures["largest_layer_mb"] = round(largest_layer_mb(places), 2)
+    figures = _figures(runs, measured) | {"largest_layer_mb": round(largest_layer_mb(places), 2)}
     return write_results("quzo", figures | {"measured": measured}, places.results)
+
+
+MEASURES: dict[str, Callable[[Places], Any]] = {
+    "memory": measure,
+    "time": steps.over_forwards,
+    "slopes": steps.slopes,
+    "spread": steps.spread,
+}
+KEPT_AS = {"time": "step_over_forwards"}
+KEPT = ("memory", "step_over_forwards", "slopes", "spread", "style_share_of_qzo")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=["memory", "spread", "report"])
+    parser.add_argument("verb", choices=["memory", "time", "slopes", "spread", "report"])
     parser.add_argument(
         "--data", type=Path, default=Path("."), help="the folder of the tasks' data"
     )
@@ -280,8 +267,8 @@ def main() -> None:
     else:
         path = places.results / "quzo_measured.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        known = {key: known[key] for key in ("memory", "spread") if key in known}
-        known[options.verb] = measure(places) if options.verb == "memory" else spread(places)
+        known = {key: known[key] for key in KEPT if key in known}
+        known[KEPT_AS.get(options.verb, options.verb)] = MEASURES[options.verb](places)
         print(write_results("quzo_measured", known, places.results))
 
 

@@ -17,7 +17,7 @@ NARROW = {
 def test_a_cpu_equals_itself(pipeline, monkeypatch):
     monkeypatch.setattr(gpu_check, "tiny_model", lambda: pipeline)
     found = gpu_check.equal(torch.device("cpu"))
-    assert len(found) == 4 * 3 + 1
+    assert len(found) == 4 * 3 + 2
     assert all(found.values()), found
 
 

@@ -233,7 +233,8 @@ def test_settings_that_contradict_each_other(given, word):
             16,
         ),
         ({"data": {"batch_size": 16}}, 8, "leave_one_out", 16),
-        ({"method": "quzo"}, 1, "antithetic", 16),
+        ({"method": "quzo"}, 8, "leave_one_out", 4),
+        ({"method": "quzo", "qzo": {"parametrization": "codes"}}, 1, "antithetic", 16),
         ({"method": "fo-scales"}, 1, "antithetic", 16),
         ({"method": "fo-scales", "qzo": {"parametrization": "row"}}, 8, "leave_one_out", 16),
     ],
@@ -293,7 +294,7 @@ def test_the_rate_falls_with_the_root_of_the_steps():
         ({"train": {"schedule": "linear"}}, "linear"),
         ({"method": "fo-scales"}, "cosine"),
         ({"method": "fo-scales", "qzo": {"parametrization": "separable"}}, "cosine"),
-        ({"method": "quzo"}, "linear"),
+        ({"method": "quzo", "qzo": {"parametrization": "codes"}}, "linear"),
     ],
 )
 def test_pictures_have_a_rate_that_falls_by_itself(given, schedule):
@@ -317,7 +318,7 @@ def test_pictures_have_a_rate_that_falls_by_itself(given, schedule):
         ({"qzo": {"normalize": False}}, False),
         ({"qzo": {"parametrization": "dense"}}, False),
         ({"method": "fo-scales"}, False),
-        ({"method": "quzo"}, False),
+        ({"method": "quzo", "qzo": {"parametrization": "codes"}}, False),
     ],
 )
 def test_a_rate_that_nobody_chose_is_calibrated_for_pictures(given, calibrated):

@@ -52,9 +52,22 @@ from qzo_diffusion.config.llm import LlmConfig
         ({"method": "mezo", "train": {"lr": 1e-7}}, {"lr": 1e-7, "per_example": False}),
         ({"method": "qlora"}, {"lr": 2e-4}),
         (
-            {"method": "quzo"},
+            {"method": "quzo", "train": {"max_steps": 500}},
             {
-                "parametrization": "codes",
+                "lr": 0.04,
+                "parametrization": "separable",
+                "layers": "quiet",
+                "eps": 0.03,
+                "per_example": True,
+                "optimizer": "sgd",
+            },
+        ),
+        (
+            {"method": "quzo", "qzo": {"parametrization": "codes"}},
+            {
+                "layers": None,
+                "eps": 1.0,
+                "lr": 0.2,
                 "per_example": False,
                 "normalize": False,
                 "optimizer": "feedback",

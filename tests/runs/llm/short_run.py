@@ -13,6 +13,9 @@ from qzo_diffusion.runs.tuned import load_scales
 METHODS = ["qzo", "mezo", "quzo", "quzo-lora", "qlora", "fo-scales"]
 
 
+EACH_CODE = ["--method", "quzo", "qzo.parametrization=codes"]
+
+
 STEPS = 6
 
 

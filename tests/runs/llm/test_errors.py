@@ -12,6 +12,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.llm.causal_lm import load_causal_lm
 from tests.conftest import failing
 from tests.quant.stored_formats import convert_folder
+from tests.runs.llm.short_run import EACH_CODE
 from tests.tiny_llama import save_tiny_llama
 
 DAMAGES = {
@@ -81,12 +82,11 @@ def test_code_in_a_model_folder_is_never_run(tmp_path, model, monkeypatch, kind,
         (["--method", "qlora", "--objective", "accuracy"], "have no gradient"),
         (["--method", "mezo", "qzo.units=relative"], "which trains no scales"),
         (["--method", "quzo", "quant.type=nf4"], "with backend: intgrid"),
-        (
-            ["--method", "quzo", "qzo.parametrization=row", "train.optimizer=sgd"],
-            "codes with method: quzo",
-        ),
-        (["--method", "quzo", "train.optimizer=adam"], "move in whole steps"),
-        (["--method", "quzo", "quant.type=fp8", "qzo.probe=float"], "int8 or int4 codes"),
+        (["--method", "quzo", "qzo.parametrization=dense"], "which trains integer codes"),
+        (["--method", "quzo", "quant.backend=bnb"], "which trains integer codes"),
+        ([*EACH_CODE, "train.optimizer=adam"], "move in whole steps"),
+        ([*EACH_CODE, "quant.type=fp8", "qzo.probe=float"], "int8 or int4 codes"),
+        (["qzo.parametrization=codes", "quant.backend=intgrid", "quant.type=int8"], "method: quzo"),
         (["qzo.parametrization=codes"], "needs quant.backend: intgrid"),
         (["train.optimizer=feedback"], "is for qzo.parametrization: codes"),
         (["quant.activations=int8"], "activations: float"),

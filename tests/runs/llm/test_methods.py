@@ -128,7 +128,7 @@ def test_training_lowers_the_loss_and_evaluate_finds_the_same_model(
     rate = {
         "qzo": 0.1,
         "mezo": 1e-3,
-        "quzo": 1.0,
+        "quzo": 0.1,
         "quzo-lora": 1e-3,
         "qlora": 1e-2,
         "fo-scales": 3e-2,

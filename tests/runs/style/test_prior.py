@@ -157,7 +157,10 @@ def test_a_folder_without_captions_is_refused(train, tmp_path, capsys):
         ({"prior": {"weight": 1, "prompts": "a", "dir": "b"}}, "prior.prompts or prior.dir"),
         ({"prior": {"dir": "b"}}, "prior.weight above 0"),
         ({"prior": {"batch_size": 2}}, "no prior.batch_size"),
-        ({"prior": {"weight": 1}, "method": "quzo"}, "prior.weight: 0"),
+        (
+            {"prior": {"weight": 1}, "method": "quzo", "qzo": {"parametrization": "codes"}},
+            "prior.weight: 0",
+        ),
     ],
 )
 def test_settings_that_can_not_work_are_refused(settings, said):

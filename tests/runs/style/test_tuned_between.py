@@ -55,7 +55,7 @@ def test_each_step_of_sampling_uses_the_scales_of_its_level(train, tmp_path, dra
         assert len({one[at] for one in (tuned, base, *parts, half)}) == 5
 
 
-@pytest.mark.parametrize("method", [DENSE, ["method=quzo", "train.lr=2"]])
+@pytest.mark.parametrize("method", [DENSE, ["method=quzo", "train.lr=0.3"]])
 def test_grids_use_them_and_training_does_not(train, tmp_path, draw, method):
     assert train(*STEPS, *method, name="whole") == 0
     assert train(*STEPS, *method, "sample.tuned_between=[0, 0.9]", name="part") == 0
