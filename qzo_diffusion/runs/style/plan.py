@@ -206,12 +206,7 @@ class StylePlan:
                 ranks,
                 prior_examples(config, self.prior, family, transformer, dtype, encoded, drawn),
             ),
-            header=journal_header(config, config.examples, *base)
-            | {
-                key: value
-                for key in ("init_from", "transformer")
-                if (value := getattr(config, key)) is not None
-            },
+            header=header_of(config, base),
             callbacks=pictures,
             take_step=take_step,
         )
@@ -315,6 +310,17 @@ def model_of(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
         return Path(config.model), known
     report(why)
     return folder, pipeline.check_model(config, folder)
+
+
+def header_of(config: Config, base: tuple[str, str]) -> dict[str, Any]:
+    """Return the journal's header, with the paths that a replay needs to find its base.
+
+    base: fingerprints of the codes, and of the scales that the run begins with.
+    """
+    places = {key: getattr(config, key) for key in ("init_from", "transformer", "family")}
+    return journal_header(config, config.examples, *base) | {
+        key: value for key, value in places.items() if value is not None
+    }
 
 
 def _warn_of_truncation(counts: dict[str, tuple[int, bool]]) -> None:

@@ -36,6 +36,7 @@ def config_of(
             "method": method,
             "init_from": init_from or journal.header.get("init_from"),
             "transformer": transformer or journal.header.get("transformer"),
+            "family": journal.header.get("family"),
         },
         model,
     )

@@ -39,7 +39,7 @@ from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-from qzo_diffusion.runs.style.plan import checked_prior, model_of
+from qzo_diffusion.runs.style.plan import checked_prior, header_of, model_of
 from qzo_diffusion.runs.style.prior import PriorSource
 from qzo_diffusion.runs.style.reward_batches import RewardBatches
 from qzo_diffusion.runs.style.rewarded_pictures import RewardedPictures
@@ -206,8 +206,7 @@ class RewardPlan:
                 ranks,
                 prior_examples(config, self.prior, family, transformer, dtype, encoded, drawn),
             ),
-            header=provenance.journal_header(config, config.examples, *base)
-            | ({} if config.init_from is None else {"init_from": config.init_from}),
+            header=header_of(config, base),
             callbacks=pictures,
         )
 
