@@ -14,6 +14,7 @@ from qzo_diffusion.evaluate.reward_scores import SECOND, TRAINED, findings
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline, reward_plan
+from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.rewards import Rewards
 from qzo_diffusion.runs.style.scored_pictures import Kept
 from qzo_diffusion.runs.tuned import Tuned
@@ -28,11 +29,8 @@ class Drawn:
     plan: reward_plan.RewardPlan
     encoded: style_data.Encoded
     transformer: nn.Module
+    sampled: nn.Module  # the same, as pictures are made with it
     scales: ScaleSet
-
-    @property
-    def sampled(self) -> nn.Module:
-        return self.transformer
 
 
 def measure(plan: reward_plan.RewardPlan, tuned: Tuned, kept: Kept) -> dict[str, Any]:
@@ -46,7 +44,8 @@ def measure(plan: reward_plan.RewardPlan, tuned: Tuned, kept: Kept) -> dict[str,
     )
     transformer, scales, _ = pipeline.load_base(plan.config, plan.runtime)
     tuned.check(build.fingerprints(transformer, scales)[0])
-    work = Drawn(plan, encoded, transformer, scales)
+    sampled = for_samples(plan.config, plan.family, transformer, scales)
+    work = Drawn(plan, encoded, transformer, sampled, scales)
     pictures = {"base": kept.draw(work, "base")}
     merge_changes_(scales, [(tuned.over(scales), 1.0)])
     pictures["tuned"] = kept.draw(work, "tuned")

@@ -13,18 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion import devices, resources
-from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.reward import RewardName
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
-from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.probes import Objective
-from qzo_diffusion.core.probing import Probing
 from qzo_diffusion.diffusion.families.family import Family, model_loss
 from qzo_diffusion.diffusion.flow_matching import Batch
-from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.model_folder import load_scheduler
-from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
 from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table
 from qzo_diffusion.diffusion.vae import reduction
@@ -32,20 +27,14 @@ from qzo_diffusion.rewards.drawing import Drawer
 from qzo_diffusion.rewards.objective import RewardObjective
 from qzo_diffusion.rewards.pictures import PictureBatch
 from qzo_diffusion.rewards.reward import Reward
-from qzo_diffusion.runs import build, provenance
+from qzo_diffusion.runs import build
 from qzo_diffusion.runs.plan import Components
-from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
-from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
-from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
-from qzo_diffusion.runs.style.plan import checked_prior, header_of, model_of
-from qzo_diffusion.runs.style.prior import PriorSource
+from qzo_diffusion.runs.style.picture_plan import PicturePlan, checked_prior, model_of, resolve
 from qzo_diffusion.runs.style.reward_batches import RewardBatches
 from qzo_diffusion.runs.style.rewarded_pictures import RewardedPictures
 from qzo_diffusion.runs.style.rewards import Workshop, second_name
-from qzo_diffusion.runs.style.samples import prompt_table
-from qzo_diffusion.runs.tuned import described, set_initial_
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
 from qzo_diffusion.train.tracking import Tracker
@@ -55,30 +44,19 @@ DRAWS_NOISE = ("EulerAncestral", "DDPM", "LCM")  # the beginnings of schedulers'
 FEW_STEPS = 8  # sampling steps of a picture that is scored, where nobody chose them
 
 
-@dataclass(frozen=True)
-class RewardPlan:
+@dataclass(frozen=True, kw_only=True)
+class RewardPlan(PicturePlan):
     """`runs.plan.Plan` of a run on rewards.
 
-    trained: prompts whose pictures are scored in training. prompts: those of the samples.
+    trained: prompts whose pictures are scored in training. notes: remarks for the user.
     """
 
-    config: Config
-    model_folder: Path
-    device: torch.device
-    dtype: torch.dtype
     trained: Prompts
-    prompts: Prompts
-    shape: PipelineShape
-    prior: PriorSource | None = None
     notes: list[str] = field(default_factory=list)
 
     thing = "prompt"
     facts = ("sha256", "split")
     has_journal = True
-
-    @property
-    def runtime(self) -> pipeline.Runtime:
-        return pipeline.Runtime(self.model_folder, self.device, self.dtype, self.shape)
 
     @property
     def name(self) -> str:
@@ -88,39 +66,23 @@ class RewardPlan:
     def workshop(self) -> Workshop:
         return workshop(self.config, self.model_folder, self.device)
 
-    def describe(self) -> str:
-        return f"{self.config.to_yaml()}\n{self.summary()}"
-
-    def summary(self) -> str:
+    def headlines(self) -> list[str]:
         config, reward = self.config, self.config.reward
         second = second_name(config)
         notes = [*self.trained.notes, *self.prompts.notes, *self.notes]
         prompts, of_prior = config.data.batch_size, config.prior_examples
-        lines = [
+        return [
             f"rewards   {', '.join(one.text for one in reward.names)}; "
             f"reported only: {second.text if second else 'none'}",
             f"prompts   {len(self.trained.texts)} to train on, {len(self.prompts.texts)} to sample",
             f"a step    {build.step_in_words(config, prompts, 'prompts', of_prior)}",
             f"a picture {reward.steps} sampling steps, guidance {reward.guidance:g}",
             *(f"note      {note}" for note in notes),
-            *(self.prior.summary(config) if self.prior else []),
-            f"compute   {self.device}, {str(self.dtype).removeprefix('torch.')}",
-            self.memory().describe(),
         ]
-        if config.init_from is not None:
-            lines.insert(1, f"begins    with {described(config)}")
-        return "\n".join(lines)
 
-    def memory(self) -> MemoryPlan:
-        return memory_plan(self.config, *self._needs())
-
-    def rows_that_fit(self) -> int:
-        return fitting_micro_batch(self.config, *self._needs())
-
-    def _needs(self) -> tuple[pipeline.Runtime, int, int]:
-        """Return the runtime, and how many images and prompts the run keeps encoded."""
+    def kept_encoded(self) -> tuple[int, int]:
         of_prior = len(self.prior.samples) if self.prior else 0
-        return self.runtime, of_prior, len(set(self._texts().texts)) + of_prior
+        return of_prior, len(set(self._texts().texts)) + of_prior
 
     def _texts(self) -> Prompts:
         return Prompts([*self.trained.prompts, *self.prompts.prompts])
@@ -130,56 +92,18 @@ class RewardPlan:
         of_prior = dataset_table(self.prior.folder) if self.prior else []
         return rows + [{key: row[key] for key in rows[0]} for row in of_prior]
 
-    def settings(self) -> dict[str, Any]:
-        # paths, and the memory of each process
-        local = {
-            "data": {"style_dir", "validation_dir", "cache_dir"},
-            "sample": {"prompts"},
-            "prior": {"prompts", "dir"},
-            "reward": {"prompts", "scores", "second", "scorer"},
-            "train": {"micro_batch_size"},
-        }
-        return self.config.model_dump(exclude=local | {"init_from": True})
-
-    def metadata(self, components: Components) -> dict[str, str]:
-        return provenance.scales_metadata(self.config, components.header["codes"])
-
-    def probing(self) -> Probing:
-        return build.probing(self.config)
-
-    def schedule(self, factor: float) -> Schedule:
-        return build.schedule(self.config, factor)
-
     def load(self, ranks: Ranks) -> Components:
-        """Encode the prompts, free the encoders, load and quantize the transformer, then load the
-        scorers."""
-        config, device, dtype, family = self.config, self.device, self.dtype, self.shape.family
-        if not ranks.first:
-            # wait until the first rank has encoded everything into the cache
-            ranks.wait()
-        encoded = style_data.encode(
-            config, self.model_folder, NO_STYLE, self._texts(), device, dtype, self.prior
-        )
-        if ranks.first:
-            ranks.wait()
-        transformer, scales, theta = pipeline.load_base(config, self.runtime)
-        set_initial_(config, transformer, scales)
-        base = build.fingerprints(transformer, scales)
-        drawn = drawn_prior(config, self.prior, self.runtime, ranks, transformer, base, encoded)
+        """Load the model and the data, then the scorers."""
+        config, family = self.config, self.family
+        loaded = self.load_parts(ranks, NO_STYLE, self._texts())
+        encoded, transformer = loaded.encoded, loaded.transformer
         rewards = self.workshop.build(with_second=ranks.first)
 
         def pictures(out: RunFolder, tracker: Tracker) -> RewardedPictures:
-            out.write_json("dataset.json", self.data())
-            out.write_json("samples/prompts.json", prompt_table(self.prompts, None))
-            if drawn is not None:
-                drawn.save_grid(out.path / "samples" / "prior.png")
-            vae, prompts = encoded.vae, self.prompts.prompts
-            sampler = pipeline.sampler(
-                config, self.runtime, transformer, vae, prompts, encoded.prompts
-            )
+            self.write_facts(out, loaded, self.data())
             return RewardedPictures(
                 out.path / "samples",
-                sampler,
+                self.sampler(loaded),
                 tracker,
                 [],
                 config.sample.every,
@@ -187,26 +111,22 @@ class RewardPlan:
                 prompts=self.prompts.texts,
             )
 
+        draw = drawer(config, self.runtime, family, transformer, encoded.vae)
         return Components(
-            scales=scales,
-            theta=theta,
+            scales=loaded.scales,
+            theta=loaded.theta,
             optimizer=build.optimizer(config),
-            objective=self.objective_of(
-                drawer(config, self.runtime, family, transformer, encoded.vae),
-                rewards.trained,
-                family,
-                transformer,
-            ),
+            objective=self.objective_of(draw, rewards.trained, family, transformer),
             batches=RewardBatches(
                 config,
                 self.trained.prompts,
                 encoded.prompts,
                 self._latents(),
-                device,
+                self.device,
                 ranks,
-                prior_examples(config, self.prior, family, transformer, dtype, encoded, drawn),
+                loaded.prior,
             ),
-            header=header_of(config, base),
+            header=self.header(loaded.base),
             callbacks=pictures,
         )
 
@@ -219,7 +139,7 @@ class RewardPlan:
     def _latents(self) -> tuple[int, int, int]:
         """Return the shape of the latents of a picture."""
         side = (self.config.data.resolution or 0) // reduction(self.shape.vae.config)
-        channels = self.shape.family.denoiser.shape(self.shape.transformer.config).channels
+        channels = self.family.denoiser.shape(self.shape.transformer.config).channels
         return channels, side, side
 
 
@@ -299,16 +219,23 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
         _check_scheduler(folder, shape.family)
     prior = checked_prior(config, folder, shape, resolution, NO_STYLE)
     pipeline.tensor_cache(config).check()
-    resolved = _resolved(config, shape.family, folder, resolution)
-    dtype = devices.choose_dtype(config.compute.dtype, device)
-    resolved.compute.dtype = devices.dtype_name(dtype)
-    build.resolve_backend_(resolved, device)
+    resolved = resolve(config, folder, shape, device)
+    _resolve_reward_(resolved)
     notes = workshop(resolved, folder, device).check(dry_run)
     if seen := len(set(trained.texts) & set(prompts.texts)):
         notes.append(f"{seen} of the prompts to sample are trained on; others show more")
-    plan = RewardPlan(resolved, folder, device, dtype, trained, prompts, shape, prior, notes)
-    if resolved.train.micro_batch_size is None:
-        resolved.train.micro_batch_size = plan.rows_that_fit()
+    plan = RewardPlan(
+        config=resolved,
+        model_folder=folder,
+        device=device,
+        dtype=devices.choose_dtype(resolved.compute.dtype, device),
+        prompts=prompts,
+        shape=shape,
+        prior=prior,
+        trained=trained,
+        notes=notes,
+    )
+    plan.resolve_rows_()
     return plan
 
 
@@ -325,19 +252,12 @@ def _check_scheduler(folder: Path, family: Family) -> None:
         )
 
 
-def _resolved(config: Config, family: Family, folder: Path, resolution: int) -> Config:
-    """Return the settings with whole paths, and with all that follows from the model."""
-    resolved = with_whole_paths(config)
-    resolved.data.resolution = resolution
-    pipeline.resolve_sampling_(resolved, family, folder)
-    if resolved.quant.skip is None:
-        resolved.quant.skip = list(family.denoiser.skip)
-    pipeline.resolve_model_(resolved, folder)
-    reward, sample = resolved.reward, resolved.sample
+def _resolve_reward_(config: Config) -> None:
+    """Give the settings of rewards whole paths, and the steps and the guidance of pictures."""
+    reward, sample = config.reward, config.sample
     reward.scores = [one.with_whole_path().text for one in reward.names]
     if reward.second is not None and reward.second != "none":
         reward.second = RewardName.parse(reward.second).with_whole_path().text
     reward.steps = reward.steps or min(FEW_STEPS, sample.steps or FEW_STEPS)
     if reward.guidance is None:
         reward.guidance = sample.guidance
-    return resolved

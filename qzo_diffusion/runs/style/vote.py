@@ -43,7 +43,7 @@ _TAKEN_EACH = ("data.resolution", "data.trigger", "data.cache_dir")
 _OF_REWARDS = ("reward.prompts", "reward.steps", "reward.guidance")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VotePlan(RewardPlan):
     """`runs.plan.Plan` of a run on votes.
 
@@ -52,8 +52,8 @@ class VotePlan(RewardPlan):
         voter: whoever chooses.
     """
 
-    run: Path = Path()
-    voter: Voter | None = None
+    run: Path
+    voter: Voter
 
     def load(self, ranks: Ranks) -> Components:
         """Raises ConfigError on several processes: a person sits at one."""
@@ -61,12 +61,10 @@ class VotePlan(RewardPlan):
             raise ConfigError(
                 f"vote on {ranks.world} processes", "one process", "start it without a launcher"
             )
-        components, voter = super().load(ranks), self.voter
-        assert voter is not None
         return replace(
-            components,
-            take_step=VotedStep(voter, self.run, ranks),
-            enough=lambda: voter.enough,
+            super().load(ranks),
+            take_step=VotedStep(self.voter, self.run, ranks),
+            enough=lambda: self.voter.enough,
         )
 
     def objective_of(
