@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+SIDE = 32  # pixels of a picture
+LENGTH = 24  # tokens of a prompt
+
 
 def fill_(model: nn.Module, key: int) -> nn.Module:
     """Matrices and kernels are uniform, with a spread of about one over the root of their inputs;
@@ -47,22 +50,27 @@ def tokenizer(length: int, begin: str, end: str):
     return PreTrainedTokenizerFast(tokenizer_object=fast, model_max_length=length, **names)
 
 
-def clip(key: int):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def words():
+    """The tokenizer of CLIP."""
+    return tokenizer(LENGTH, "<begin>", "<end>")
 
-    config = CLIPTextConfig(
+
+def clip(key: int, class_name: str = "CLIPTextModelWithProjection", hidden: int = 32) -> nn.Module:
+    import transformers
+
+    config = transformers.CLIPTextConfig(
         vocab_size=258,
-        hidden_size=32,
+        hidden_size=hidden,
         intermediate_size=64,
-        projection_dim=32,
+        projection_dim=hidden,
         num_hidden_layers=2,
         num_attention_heads=1,
-        max_position_embeddings=24,
+        max_position_embeddings=LENGTH,
         bos_token_id=257,
         eos_token_id=256,
         pad_token_id=256,
     )
-    return fill_(CLIPTextModelWithProjection(config), key)
+    return fill_(getattr(transformers, class_name)(config), key)
 
 
 def t5(key: int):
@@ -101,21 +109,18 @@ def transformer(key: int):
     return fill_(model, key)
 
 
-def vae(key: int):
+def vae(channels: int, key: int, **settings) -> nn.Module:
     from diffusers import AutoencoderKL
 
     model = AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=16,
+        latent_channels=channels,
         layers_per_block=1,
         norm_num_groups=4,
-        sample_size=32,
-        scaling_factor=1.5,
-        shift_factor=0.0625,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        sample_size=SIDE,
+        **settings,
     )
     return fill_(model, key)
 
@@ -126,13 +131,20 @@ def write_pipeline(folder: Path) -> Path:
 
     parts = {
         "transformer": transformer(1),
-        "vae": vae(2),
+        "vae": vae(
+            16,
+            2,
+            scaling_factor=1.5,
+            shift_factor=0.0625,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
         "text_encoder": clip(3),
         "text_encoder_2": clip(4),
         "text_encoder_3": t5(5),
-        "tokenizer": tokenizer(24, "<begin>", "<end>"),
-        "tokenizer_2": tokenizer(24, "<begin>", "<end>"),
-        "tokenizer_3": tokenizer(24, "", "<end>"),
+        "tokenizer": words(),
+        "tokenizer_2": words(),
+        "tokenizer_3": tokenizer(LENGTH, "", "<end>"),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
     for name, part in parts.items():

@@ -8,50 +8,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.small_pipeline import fill_, t5, tokenizer, write_pipeline
+from tests.small_pipeline import (
+    LENGTH,
+    SIDE,
+    clip,
+    fill_,
+    t5,
+    tokenizer,
+    vae,
+    words,
+    write_pipeline,
+)
 
-SIDE = 32  # pixels of a picture
-LENGTH = 24  # tokens of a prompt
 # of Stable Diffusion 1.5 and XL
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def clip(class_name: str, hidden: int, key: int) -> Any:
-    import transformers
-
-    config = transformers.CLIPTextConfig(
-        vocab_size=258,
-        hidden_size=hidden,
-        intermediate_size=64,
-        projection_dim=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        max_position_embeddings=LENGTH,
-        bos_token_id=257,
-        eos_token_id=256,
-        pad_token_id=256,
-    )
-    return fill_(getattr(transformers, class_name)(config), key)
-
-
-def vae(channels: int, key: int, **factors: float) -> Any:
-    from diffusers import AutoencoderKL
-
-    model = AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=channels,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=SIDE,
-        **factors,  # type: ignore[arg-type]
-    )
-    return fill_(model, key)
-
-
-def words() -> Any:
-    return tokenizer(LENGTH, "<begin>", "<end>")
 
 
 def flux1(guidance: bool = True) -> dict[str, Any]:
@@ -71,7 +41,7 @@ def flux1(guidance: bool = True) -> dict[str, Any]:
     return {
         "transformer": fill_(transformer, 1),
         "vae": vae(16, 2, scaling_factor=0.5, shift_factor=0.125),
-        "text_encoder": clip("CLIPTextModel", 32, 3),
+        "text_encoder": clip(3, "CLIPTextModel", 32),
         "text_encoder_2": t5(4),
         "tokenizer": words(),
         "tokenizer_2": tokenizer(LENGTH, "", "<end>"),
@@ -114,8 +84,8 @@ def sdxl() -> dict[str, Any]:
             projection_class_embeddings_input_dim=32 + 6 * 8,
         ),
         "vae": vae(4, 2, scaling_factor=0.5),
-        "text_encoder": clip("CLIPTextModel", 32, 3),
-        "text_encoder_2": clip("CLIPTextModelWithProjection", 32, 4),
+        "text_encoder": clip(3, "CLIPTextModel", 32),
+        "text_encoder_2": clip(4, "CLIPTextModelWithProjection", 32),
         "tokenizer": words(),
         "tokenizer_2": words(),
         "scheduler": EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading"),
@@ -132,7 +102,7 @@ def sd15(prediction: str = "epsilon") -> dict[str, Any]:
             attention_head_dim=2,
         ),
         "vae": vae(4, 2, scaling_factor=0.5),
-        "text_encoder": clip("CLIPTextModel", 64, 3),
+        "text_encoder": clip(3, "CLIPTextModel", 64),
         "tokenizer": words(),
         "scheduler": PNDMScheduler(
             **SCHEDULE, skip_prk_steps=True, steps_offset=1, prediction_type=prediction

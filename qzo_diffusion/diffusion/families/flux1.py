@@ -25,8 +25,9 @@ from qzo_diffusion.diffusion.families.family import (
 from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
 from qzo_diffusion.diffusion.families.flux1_models import PUBLISHED
 from qzo_diffusion.diffusion.families.shift import flow_shift, shift_options
+from qzo_diffusion.diffusion.families.t5 import encode_t5
 from qzo_diffusion.diffusion.objectives import FLOW, TIMES
-from qzo_diffusion.diffusion.text_encoders import clip_pooled, longest, t5_states
+from qzo_diffusion.diffusion.text_encoders import clip_pooled, longest
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
 T5_TOKENS = 512
@@ -85,11 +86,9 @@ def set_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     pooled = encoders.run(CLIP, lambda encoder, own: clip_pooled(encoder, own, prompts))
     # CLIP's tokenizer may cut a prompt: its pooled state is a summary, and T5 reads the whole
-    tokenizer = encoders.tokenizer(T5)
-    length = encoders.t5_tokens or min(T5_TOKENS, tokenizer.model_max_length)
-    t5 = encoders.run(T5, lambda encoder, own: t5_states(encoder, own, prompts, length))
+    t5, limit = encode_t5(encoders, T5, prompts, T5_TOKENS)
     return [
-        {"embeds": of_t5, "pooled": of_clip, "tokens": longest(prompt, [(tokenizer, length)])}
+        {"embeds": of_t5, "pooled": of_clip, "tokens": longest(prompt, [limit])}
         for prompt, of_clip, of_t5 in zip(prompts, pooled, t5, strict=True)
     ]
 

@@ -26,8 +26,9 @@ from qzo_diffusion.diffusion.families.family import (
 from qzo_diffusion.diffusion.families.sd3_layout import SD3_LAYOUT
 from qzo_diffusion.diffusion.families.sd3_models import PUBLISHED
 from qzo_diffusion.diffusion.families.shift import flow_shift, shift_options
+from qzo_diffusion.diffusion.families.t5 import encode_t5
 from qzo_diffusion.diffusion.objectives import FLOW, TIMES
-from qzo_diffusion.diffusion.text_encoders import clip_states, longest, t5_states
+from qzo_diffusion.diffusion.text_encoders import clip_states, longest
 
 CLIP_L, CLIP_G, T5 = "text_encoder", "text_encoder_2", "text_encoder_3"
 T5_TOKENS = 256
@@ -66,17 +67,15 @@ def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]
         encoders.run(part, lambda encoder, tokenizer: clip_states(encoder, tokenizer, prompts))
         for part in (CLIP_L, CLIP_G)
     )
+    clip_tokenizer = encoders.tokenizer(CLIP_L)
+    limits = [(clip_tokenizer, clip_tokenizer.model_max_length)]
     if encoders.t5 == "none":
         length = encoders.t5_tokens or T5_TOKENS
         width = encoders.width(((T5, "d_model"), ("transformer", "joint_attention_dim")), T5_WIDTH)
-        t5, limits = [torch.zeros(length, width, dtype=encoders.dtype)] * len(prompts), []
+        t5 = [torch.zeros(length, width, dtype=encoders.dtype)] * len(prompts)
     else:
-        tokenizer = encoders.tokenizer(T5)
-        length = encoders.t5_tokens or min(T5_TOKENS, tokenizer.model_max_length)
-        t5 = encoders.run(T5, lambda encoder, own: t5_states(encoder, own, prompts, length))
-        limits = [(tokenizer, length)]
-    clip_tokenizer = encoders.tokenizer(CLIP_L)
-    limits = [(clip_tokenizer, clip_tokenizer.model_max_length), *limits]
+        t5, limit = encode_t5(encoders, T5, prompts, T5_TOKENS)
+        limits.append(limit)
     return [
         {
             "embeds": put_together(of_l[0], of_g[0], of_t5),
