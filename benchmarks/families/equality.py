@@ -20,7 +20,8 @@ from qzo_diffusion.diffusion.prompt_encoder import PromptEncoder
 CPU = torch.device("cpu")
 PROMPT = "a red apple"
 STEPS = 3
-ROUNDINGS = 8  # of the largest output
+ROUNDINGS = 8  # of the largest number
+LATENTS = ("hidden_states", "sample", "sample.0")
 
 
 @dataclass
@@ -49,8 +50,9 @@ def recorded(denoiser: nn.Module) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def record(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
-        found = dict(zip(("sample", "timestep"), args, strict=False)) | named
-        calls.append(Call(dict(_tensors(found)), out[0].clone()))
+        found = dict(zip(("sample", "timestep", "prompt"), args, strict=False)) | named
+        output = out[0] if isinstance(out[0], Tensor) else torch.stack(out[0])
+        calls.append(Call(dict(_tensors(found)), output.clone()))
 
     handle = denoiser.register_forward_hook(record, with_kwargs=True)
     try:
@@ -65,6 +67,8 @@ def _tensors(named: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, 
             yield inside + name, value.clone()
         elif isinstance(value, Mapping):
             yield from _tensors(value, f"{name}.")
+        elif isinstance(value, list):
+            yield from _tensors({str(at): one for at, one in enumerate(value)}, f"{name}.")
 
 
 def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Module, list[Call]]:
@@ -75,13 +79,13 @@ def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Mo
     pipeline.set_progress_bar_config(disable=True)
     denoiser = getattr(pipeline, family.denoiser.part)
     # as a run reads it: the tokenizer's own limit
-    length = {"max_sequence_length": LENGTH} if family.texts.t5 else {}
+    length = {"max_sequence_length": LENGTH} if family.texts.large else {}
     with torch.no_grad(), recorded(denoiser) as calls:
         pipeline(
             PROMPT,
             height=SIDE,
             width=SIDE,
-            guidance_scale=1.0,
+            guidance_scale=family.sampling.unguided,
             num_inference_steps=STEPS,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
@@ -94,13 +98,8 @@ def our_call(
     folder: Path, family: Family, denoiser: nn.Module, cache: Path, call: Call
 ) -> tuple[Call, Tensor]:
     """Call the denoiser as training does, for the noisy latents and the time of a call."""
-    first = call.given["hidden_states" if "hidden_states" in call.given else "sample"]
-    dtype = first.dtype
-    latents = first
-    if first.dim() == 3:
-        from qzo_diffusion.diffusion.families.flux1 import unpacked
-
-        latents = unpacked(first, SIDE // 16, SIDE // 16)
+    latents = _latents(call)
+    dtype = latents.dtype
     encoder = PromptEncoder(folder, TensorCache(cache), family=family, device=CPU, dtype=dtype)
     prompt = encoder.encode([PROMPT])[PROMPT]
     objective = Given(family.objective(load_scheduler(folder, family)))
@@ -114,26 +113,42 @@ def our_call(
     return calls[0], prediction
 
 
+def _latents(call: Call) -> Tensor:
+    """Return the noisy latents [1, C, h, w] of a call."""
+    first = next(call.given[name] for name in LATENTS if name in call.given)
+    if "hidden_states" in call.given and first.dim() == 3:
+        from qzo_diffusion.diffusion.families.flux1 import unpacked
+
+        return unpacked(first, SIDE // 16, SIDE // 16)
+    return first if "sample.0" not in call.given else first.squeeze(1)[None]  # [C, 1, h, w]
+
+
 def differences(plain: Call, ours: Call) -> list[str]:
     """Return the names of arguments that differ, and "output" if the outputs do.
 
     The time is compared in fp32, in which every denoiser reads it. Where its last bits of float64
-    differ, outputs do by a few roundings.
+    differ, outputs do by a few roundings. Prompts of different lengths may differ by as much: the
+    plain pipeline encodes them with padding.
     """
     wrong = [
         name
         for name, tensor in plain.given.items()
         if name not in ours.given or not _equal(name, tensor, ours.given[name])
     ]
-    roundings = ROUNDINGS * torch.finfo(plain.output.dtype).eps * float(plain.output.abs().max())
-    same = torch.allclose(plain.output, ours.output, rtol=0, atol=roundings)
-    return [*wrong, *([] if same else ["output"])]
+    return [*wrong, *([] if _close(plain.output, ours.output) else ["output"])]
 
 
 def _equal(name: str, one: Tensor, other: Tensor) -> bool:
     if name == "timestep":
         one, other = (tensor.reshape(-1)[:1].float() for tensor in (one, other))
+    if name.startswith("prompt."):
+        return one.shape == other.shape and _close(one, other)
     return bool(torch.equal(one, other))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    roundings = ROUNDINGS * torch.finfo(one.dtype).eps * float(one.abs().max())
+    return torch.allclose(one, other, rtol=0, atol=roundings)
 
 
 def clean_from_one_step(folder: Path, family: Family, level: float) -> float:

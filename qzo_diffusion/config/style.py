@@ -102,7 +102,8 @@ class SampleConfig(Section):
 
 class TextConfig(Section):
     t5: Literal["auto", "nf4", "full", "none"] = "auto"
-    """auto: in NF4 where its files are beyond 2 GB; none: zeros in its place"""
+    """of T5 or a language model; auto: in NF4 where its files are beyond 2 GB; none: zeros in its
+    place"""
     t5_tokens: Count | None = None
     """null: the tokenizer's own limit, at most as many as the family's pipeline reads"""
 

@@ -134,7 +134,7 @@ def _without_weights(folder: Path, part: str, family: Family) -> ModelError:
     remedy = "get the safetensors version; pickles can run code and are not read"
     if not pickles:
         remedy = "download the model again, with all its parts"
-    if part == family.texts.t5 and family.texts.t5_optional:
+    if part == family.texts.large and family.texts.large_optional:
         remedy += "; or leave T5 out: text.t5=none"
     return ModelError(
         f"{part}/ holds pickles only ({pickles[0]})" if pickles else f"{part}/ holds no weights",

@@ -6,6 +6,7 @@ of each other (q, k and v), or one whose halves lie in the other order (shift an
 has one table, which serves both directions.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -21,7 +22,8 @@ from qzo_diffusion.quant.weights import Pending
 
 PREFIX = "model.diffusion_model."
 # The largest denoiser has 57 layers. A forged file may name any number, and each takes memory.
-LAYERS, MOST_LAYERS = ("num_layers", "num_single_layers"), 200
+LAYERS = {"num_layers", "num_single_layers", "n_layers", "n_refiner_layers"}
+MOST_LAYERS = 200
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class TableLayout:
         """Return the entries of a GGUF file with their first dimension where it was dropped."""
         return {
             name: replace(one, shape=(1, *one.shape))
-            if name.removeprefix(PREFIX) in self.flattened and len(one.shape) == 2
+            if name.removeprefix(PREFIX) in self.flattened and one.shape[:1] != (1,)
             else one
             for name, one in entries.items()
         }
@@ -118,6 +120,11 @@ class TableLayout:
             )
             for original, pieces in self.table(config).items()
         }
+
+
+def count_blocks(names: Iterable[str], blocks: str) -> int:
+    """Return the number of blocks in a list of them."""
+    return len({one[1] for name in names if (one := re.match(rf"{blocks}\.(\d+)\.", name))})
 
 
 def with_bias(pairs: Iterable[tuple[str, Pieces]]) -> dict[str, Pieces]:

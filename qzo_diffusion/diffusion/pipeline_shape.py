@@ -16,6 +16,7 @@ from qzo_diffusion.diffusion import text_encoders, vae
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution
+from qzo_diffusion.diffusion.text_encoders import EncoderKind
 from qzo_diffusion.diffusion.transformer import (
     TransformerFiles,
     empty_transformer,
@@ -32,7 +33,7 @@ STORED = torch.bfloat16  # the dtype of published weights; float16 takes as much
 
 @dataclass(frozen=True)
 class Part:
-    """A text encoder or the VAE: its config, and its tensors on disk."""
+    """A text encoder or the VAE: its config, and its tensors on disk that are loaded."""
 
     config: Mapping[str, Any]
     entries: Mapping[str, Entry]
@@ -46,8 +47,8 @@ class Part:
 class PipelineShape:
     """The parts of a pipeline.
 
-    encoders: by the name of the part; T5 may be absent. native_resolution: the side in pixels that
-    the model was trained at.
+    encoders: by the name of the part; a large one may be absent. native_resolution: the side in
+    pixels that the model was trained at.
     """
 
     family: Family
@@ -79,7 +80,7 @@ def read_shape(
     config = vae.read_vae_config(folder / "vae" / "config.json", family)
     vae_part = Part(config, read_entries(folder / "vae"))
     parts = _encoders(folder, family, with_t5)
-    encoders = {part: _encoder(folder, part) for part in parts}
+    encoders = {part: _encoder(folder, part, family.texts.classes[part]) for part in parts}
     # a single file lacks this setting, the folder has it
     return PipelineShape(family, found, vae_part, encoders, native_resolution(folder, family))
 
@@ -94,8 +95,8 @@ def check_shape(shape: PipelineShape, folder: Path) -> None:
     _check(vae.empty_vae(shape.vae.config), shape.vae.entries)
     for name, part in shape.encoders.items():
         place = str(folder / name / "config.json")
-        class_name = shape.family.texts.classes[name]
-        _check(text_encoders.empty_encoder(class_name, part.config, place), part.entries)
+        kind = shape.family.texts.classes[name]
+        _check(text_encoders.empty_encoder(kind, part.config, place), part.entries)
         text_encoders.load_tokenizer(folder, name)
     load_scheduler(folder, shape.family)
     _check_widths(shape, folder)
@@ -110,8 +111,8 @@ def known_shape(name: str) -> PipelineShape | None:
         return None
     family, model = found
     encoders = {
-        part: Part(settings, _entries(text_encoders.empty_encoder(class_name, settings)))
-        for (part, settings), class_name in zip(
+        part: Part(settings, _entries(text_encoders.empty_encoder(kind, settings)))
+        for (part, settings), kind in zip(
             model.encoders.items(), family.texts.classes.values(), strict=True
         )
     }
@@ -125,7 +126,7 @@ def known_shape(name: str) -> PipelineShape | None:
 
 
 def _encoders(folder: Path, family: Family, with_t5: bool) -> list[str]:
-    t5 = family.texts.t5 if family.texts.t5_optional else None
+    t5 = family.texts.large if family.texts.large_optional else None
     return [
         part
         for part in family.texts.classes
@@ -133,8 +134,8 @@ def _encoders(folder: Path, family: Family, with_t5: bool) -> list[str]:
     ]
 
 
-def _encoder(folder: Path, part: str) -> Part:
-    entries = read_entries(folder / part)
+def _encoder(folder: Path, part: str, kind: EncoderKind) -> Part:
+    entries = text_encoders.read_encoder_entries(folder, part, kind)
     return Part(read_config(folder / part / "config.json", len(entries)), entries)
 
 

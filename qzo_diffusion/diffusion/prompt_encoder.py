@@ -29,8 +29,9 @@ class PromptEncoder:
     Encoders are loaded only for missing prompts, one after the other.
 
     Args:
-        t5_tokens: the most T5 tokens; None is the tokenizer's own limit, at most the pipeline's.
-        t5: names the way in which T5 is loaded, for the cache key. "none" leaves it out, and the
+        t5_tokens: the most tokens of T5 or of a language model; None is the tokenizer's own
+            limit, at most the pipeline's.
+        t5: names the way in which it is loaded, for the cache key. "none" leaves it out, and the
             prompt has zeros in its place.
         load: loads the encoder of a part; by default as it is on disk.
     """
@@ -49,7 +50,7 @@ class PromptEncoder:
     ) -> None:
         self._folder, self._cache, self._family = folder, cache, family
         self.dtype, self.t5_tokens = dtype, t5_tokens
-        part = family.texts.t5
+        part = family.texts.large
         self.t5 = t5 if part is not None and text_encoders.has_part(folder, part) else "none"
         self._load = load or (
             lambda part: load_text_encoder(

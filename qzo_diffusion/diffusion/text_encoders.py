@@ -1,5 +1,5 @@
-"""Load text encoders, each alone, and free it before the next: T5-XXL is larger than many
-transformers in 4 bits.
+"""Load text encoders, each alone, and free it before the next: T5-XXL and language models are
+larger than many transformers in 4 bits.
 
 Hidden states are exactly those of diffusers' pipelines.
 """
@@ -12,49 +12,78 @@ import torch
 from torch import Tensor, nn
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion.language_model import LanguageModel, PromptReader, embedding_of
 from qzo_diffusion.quant.config_file import read_config
+from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
 
 T5 = "T5EncoderModel"
 
 
-def dtype_of(class_name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that an encoder runs in where the denoiser runs in `dtype`: T5's feed-forward
-    layers reach beyond the largest float16, 65504.
+EncoderKind = str | LanguageModel  # a class in transformers that is run as a whole, or a part
+
+
+def dtype_of(kind: EncoderKind, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that an encoder runs in where the denoiser runs in `dtype`: feed-forward layers of
+    T5 and of language models reach beyond the largest float16, 65504.
     """
-    return torch.float32 if class_name == T5 and dtype == torch.float16 else dtype
+    is_large = kind == T5 or isinstance(kind, LanguageModel)
+    return torch.float32 if is_large and dtype == torch.float16 else dtype
 
 
 def has_part(folder: Path, part: str) -> bool:
     return (folder / part).is_dir()
 
 
-def empty_text_encoder(folder: Path, part: str, class_name: str) -> nn.Module:
+def read_encoder_entries(folder: Path, part: str, kind: EncoderKind) -> Mapping[str, Entry]:
+    """Return the tensors on disk that an encoder loads. Raises ModelError."""
+    entries = read_entries(folder / part)
+    if isinstance(kind, str):
+        return entries
+    config = read_config(folder / part / "config.json", len(entries))
+    embedding_of(config, entries, str(folder / part))
+    return kind.used(config, entries)
+
+
+def empty_text_encoder(folder: Path, part: str, kind: EncoderKind) -> nn.Module:
     """Build the encoder of a folder without memory for its weights. Raises ModelError."""
     file = folder / part / "config.json"
-    return empty_encoder(class_name, read_config(file), str(file))
+    config = read_config(file)
+    encoder = empty_encoder(kind, config, str(file))
+    if isinstance(encoder, PromptReader):
+        encoder.embedding = embedding_of(config, read_entries(file.parent), str(file.parent))
+    return encoder
 
 
-def empty_encoder(class_name: str, config: Mapping[str, Any], place: str = "a config") -> nn.Module:
-    """Build an encoder without memory for its weights.
+def empty_encoder(
+    kind: EncoderKind, config: Mapping[str, Any], place: str = "a config"
+) -> nn.Module:
+    """Build an encoder without memory for its weights; that of a language model has no embedding.
 
     Args:
-        class_name: in transformers.
         place: names the config in an error.
 
     Raises:
         ModelError: transformers refuses the config.
     """
+    if isinstance(kind, str):
+        return _of_class(kind, config, place)
+    states = kind.read_states(config)
+    decoder = _of_class(kind.class_name, kind.settings(config), place)
+    return PromptReader(decoder, states, kind.has_norm(config))
+
+
+def _of_class(class_name: str, config: Mapping[str, Any], place: str) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
     settings = {name: value for name, value in config.items() if name != "quantization_config"}
-    kind = getattr(transformers, class_name)
+    model = getattr(transformers, class_name)
     try:
         # Buffers stay real: transformers computes some when it builds a model; files lack them.
         with init_empty_weights(include_buffers=False):
-            encoder: nn.Module = kind(kind.config_class(**settings)).eval()
+            encoder: nn.Module = model(model.config_class(**settings)).eval()
             return encoder
     except Exception as error:  # a wrong value may raise anything in transformers
         raise ModelError(
@@ -67,15 +96,16 @@ def empty_encoder(class_name: str, config: Mapping[str, Any], place: str = "a co
 def load_text_encoder(
     folder: Path,
     part: str,
-    class_name: str,
+    kind: EncoderKind,
     *,
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None = None,
 ) -> nn.Module:
     """Load one encoder to `device`, tensor by tensor from disk. Raises ModelError."""
-    encoder = empty_text_encoder(folder, part, class_name)
-    fill_(encoder, read_entries(folder / part), quantization, dtype=dtype, device=device)
+    encoder = empty_text_encoder(folder, part, kind)
+    entries = read_encoder_entries(folder, part, kind)
+    fill_(encoder, entries, quantization, dtype=dtype, device=device)
     return ready(encoder)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qzo_diffusion.diffusion.families.family import Family
+from qzo_diffusion.diffusion.language_model import text_config
 from qzo_diffusion.diffusion.text_encoders import has_part, load_tokenizer
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.system.texts import check_tokens
@@ -16,7 +17,7 @@ def check_texts(
 
     Args:
         texts: pairs whose text can be encoded.
-        t5: whether T5 is used, if the folder has it.
+        t5: whether the large encoder is used, if the folder has it.
 
     Raises:
         DataError: a token has no embedding in an encoder.
@@ -24,7 +25,8 @@ def check_texts(
     """
     wanted = list(texts)
     for part in family.texts.classes:
-        if has_part(folder, part) and (t5 or part != family.texts.t5):
-            size = read_config(folder / part / "config.json").get("vocab_size")
+        if has_part(folder, part) and (t5 or part != family.texts.large):
+            config = read_config(folder / part / "config.json")
+            size = text_config(config).get("vocab_size")
             if isinstance(size, int):
                 check_tokens(load_tokenizer(folder, part), size, wanted, part)

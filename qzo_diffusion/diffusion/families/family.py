@@ -14,6 +14,7 @@ from torch import Tensor
 from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.flow_matching import Batch, denoising_loss
 from qzo_diffusion.diffusion.objectives import Objective
+from qzo_diffusion.diffusion.text_encoders import EncoderKind
 from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.weights import Pending
@@ -25,9 +26,9 @@ class Encoders(Protocol):
     """The text encoders of a pipeline's folder, which are loaded one after the other."""
 
     t5: str
-    """how T5 is loaded; "none": it is left out"""
+    """how the large encoder is loaded; "none": it is left out"""
     t5_tokens: int | None
-    """the most tokens of T5; None is the tokenizer's own limit"""
+    """the most tokens of the large encoder; None is the tokenizer's own limit"""
     dtype: torch.dtype
 
     def tokenizer(self, part: str) -> Any:
@@ -151,25 +152,26 @@ class Denoiser:
 class Texts:
     """The text encoders.
 
-    classes: part of a pipeline -> class in transformers, in the order in which they run. t5: the
-    part that holds T5, if one does. t5_optional: zeros may stand in its place. t5_tokens: the most
-    that the pipeline reads. clip_tokens: of prompt embeddings, beside those of T5. encode: returns
-    `embeds`, `pooled` and `tokens` (counted, and the limit) of each prompt. widths: (thing, given,
-    wanted) for each width that an encoder gives to the denoiser, from the denoiser's config and
-    those of the encoders.
+    classes: part of a pipeline -> class in transformers, or a language model, in the order in which
+    they run. large: the part that `text.t5` loads, T5 or a language model, if there is one.
+    large_optional: zeros may stand in its place. large_tokens: the most that the pipeline reads.
+    clip_tokens: of prompt embeddings, beside those of the large encoder. encode: returns `embeds`,
+    `pooled` and `tokens` (counted, and the limit) of each prompt. widths: (thing, given, wanted)
+    for each width that an encoder gives to the denoiser, from the denoiser's config and those of
+    the encoders.
     """
 
-    classes: Mapping[str, str]
+    classes: Mapping[str, EncoderKind]
     encode: Callable[[Encoders, Sequence[str]], list[dict[str, Tensor]]]
     widths: Callable[[Config, Mapping[str, Config]], list[tuple[str, Any, Any]]]
     clip_tokens: int = 77
-    t5: str | None = None
-    t5_optional: bool = False
-    t5_tokens: int = 0
+    large: str | None = None
+    large_optional: bool = False
+    large_tokens: int = 0
 
-    def tokens(self, of_t5: int | None) -> int:
-        """Return the number of tokens of a prompt, with so many of T5."""
-        return self.clip_tokens + ((of_t5 or self.t5_tokens) if self.t5 else 0)
+    def tokens(self, of_large: int | None) -> int:
+        """Return the number of tokens of a prompt, with so many of the large encoder."""
+        return self.clip_tokens + ((of_large or self.large_tokens) if self.large else 0)
 
     def of_part(self, encoder: str) -> tuple[str, str]:
         """Return the folders of an encoder and of its tokenizer."""
@@ -190,7 +192,8 @@ class Sampling:
     negatives. unpacked: turns what it returns into latents [B, C, h, w] of a height and a width in
     pixels. shift: the scheduler's time shift of a picture with so many tokens. set_times:
     sets a scheduler's steps for a picture, given their count and the number of tokens. twice:
-    guidance takes two passes of the denoiser.
+    guidance takes two passes of the denoiser. unguided: guidance up to this is none; the difference
+    that two passes make counts `guidance + 1 - unguided` times.
     """
 
     pipelines: tuple[str, ...]
@@ -203,6 +206,12 @@ class Sampling:
     set_times: Callable[[Any, int, int, torch.device], None]
     unpacked: Callable[[Any, Tensor, int, int], Tensor] = lambda pipeline, latents, *size: latents
     twice: bool = True
+    unguided: float = 1.0
+
+    def passes(self, guidance: float | None) -> int:
+        """Return the denoiser's passes for a prediction; None is the family's own guidance."""
+        given = self.guidance if guidance is None else guidance
+        return 2 if self.twice and given > self.unguided else 1
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,7 @@ class Family:
     @property
     def needed(self) -> list[str]:
         """The parts that a pipeline's folder must have."""
-        optional = self.texts.t5 if self.texts.t5_optional else None
+        optional = self.texts.large if self.texts.large_optional else None
         encoders = [part for part in self.texts.classes if part != optional]
         texts = [name for part in encoders for name in self.texts.of_part(part)]
         return [self.denoiser.part, "vae", "scheduler", *texts]

@@ -154,8 +154,8 @@ FLUX1 = Family(
         encode=encode,
         widths=widths,
         clip_tokens=0,
-        t5=T5,
-        t5_tokens=T5_TOKENS,
+        large=T5,
+        large_tokens=T5_TOKENS,
     ),
     sampling=Sampling(
         pipelines=("FluxPipeline",),

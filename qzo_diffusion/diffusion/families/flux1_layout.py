@@ -4,11 +4,10 @@
 final modulation has shift before scale, where diffusers has scale before shift.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qzo_diffusion.diffusion.original_layout import Pieces, TableLayout, with_bias
+from qzo_diffusion.diffusion.original_layout import Pieces, TableLayout, count_blocks, with_bias
 from qzo_diffusion.quant.entries import Entry
 
 FEED_FORWARD = 4  # its width over that of the hidden states
@@ -87,8 +86,8 @@ def config_of(names: Mapping[str, Entry]) -> dict[str, Any]:
         "_class_name": "FluxTransformer2DModel",
         "patch_size": 1,
         "in_channels": names["img_in.weight"].shape[1],
-        "num_layers": _count(names, "double_blocks"),
-        "num_single_layers": _count(names, "single_blocks"),
+        "num_layers": count_blocks(names, "double_blocks"),
+        "num_single_layers": count_blocks(names, "single_blocks"),
         "attention_head_dim": head,
         "num_attention_heads": names["img_in.weight"].shape[0] // head,
         "joint_attention_dim": names["txt_in.weight"].shape[1],
@@ -97,11 +96,6 @@ def config_of(names: Mapping[str, Entry]) -> dict[str, Any]:
         # no tensor tells it; published models have (16, 56, 56) for heads of 128
         "axes_dims_rope": [head // 8, 7 * head // 16, 7 * head // 16],
     }
-
-
-def _count(names: Iterable[str], blocks: str) -> int:
-    found = {one[1] for name in names if (one := re.match(rf"{blocks}\.(\d+)\.", name))}
-    return len(found)
 
 
 FLUX1_LAYOUT = TableLayout("FLUX.1", "double_blocks.", layout_of, config_of)

@@ -140,9 +140,9 @@ SD3 = Family(
         },
         encode=encode,
         widths=widths,
-        t5=T5,
-        t5_optional=True,
-        t5_tokens=T5_TOKENS,
+        large=T5,
+        large_optional=True,
+        large_tokens=T5_TOKENS,
     ),
     sampling=Sampling(
         pipelines=("StableDiffusion3Pipeline",),

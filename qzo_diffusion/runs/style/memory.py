@@ -17,10 +17,12 @@ from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.exact_product import blocks_of
 from qzo_diffusion.diffusion import memory
+from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.gradient_memory import gradient_bytes
 from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
+from qzo_diffusion.diffusion.original_layout import LAYERS
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
-from qzo_diffusion.diffusion.text_encoders import dtype_of, empty_encoder
+from qzo_diffusion.diffusion.text_encoders import EncoderKind, dtype_of, empty_encoder
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
@@ -175,7 +177,8 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     kept += prompts * text_tokens * sizes_of_data.text_width * dtype.itemsize
     data = {"encoded data": float(kept)} if device == "cpu" else {}
     base = {"libraries": libraries}
-    guided = _rows_of(config.sample.guidance) if family.sampling.twice else 1
+    guided = family.sampling.passes(config.sample.guidance)
+    rows = _trained_rows(config, family)
     drawn = guided * min(config.sample.batch_size, max(1, prompts))
     # a copy of the scales, or of the codes that are trained in their place
     copied = size.weights if config.method == "quzo" else 4.0 * size.scales
@@ -196,7 +199,7 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
             "train",
             resident
             | scorers
-            | _training(config, size, blocks, tokens, runtime, vae_work("decode")),
+            | _training(config, size, blocks, (*tokens, rows), runtime, vae_work("decode")),
         ),
         Phase(
             "sample",
@@ -206,7 +209,7 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
                 size,
                 image_tokens,
                 text_tokens,
-                (drawn, _trained_rows(config)),
+                (drawn, rows),
                 runtime,
                 vae_work("decode"),
             ),
@@ -220,7 +223,7 @@ def _peaks_by_method(
     """Return the peak of a run by forward passes and by gradients, one row or image at once; of
     transformers alone, whose blocks the plan of gradients counts.
     """
-    is_transformer = "num_layers" in pipeline.shape_of(config, runtime).transformer.config
+    is_transformer = not LAYERS.isdisjoint(pipeline.shape_of(config, runtime).transformer.config)
     if config.method not in METHODS or config.reward.scores or not is_transformer:
         return {}
     found = {}
@@ -231,23 +234,18 @@ def _peaks_by_method(
     return found
 
 
-def _rows_of(guidance: float | None) -> int:
-    """Return the rows of a forward pass for each picture that is drawn."""
-    return 2 if guidance is None or guidance > 1 else 1
-
-
-def _trained_rows(config: Config) -> int:
+def _trained_rows(config: Config, family: Family) -> int:
     """Return the rows of a forward pass of a step. Pictures that are scored may be drawn with
     guidance."""
     probes = config.train.micro_batch_size or config.examples * build.probes_at_once(config)
-    return probes * (_rows_of(config.reward.guidance) if config.reward.scores else 1)
+    return probes * (family.sampling.passes(config.reward.guidance) if config.reward.scores else 1)
 
 
 def _training(
     config: Config,
     size: ModelSize,
     blocks: tuple[int, bool],
-    tokens: tuple[int, int],
+    counts: tuple[int, int, int],
     runtime: pipeline.Runtime,
     decoding: dict[str, float],
 ) -> dict[str, float]:
@@ -255,15 +253,15 @@ def _training(
 
     Args:
         blocks: how many the model has, and whether some have a second attention.
-        tokens: of the image and of the text.
+        counts: tokens of the image and of the text, and rows of a forward pass.
         decoding: of one picture. Pictures that are scored are decoded after their forward passes;
             both are counted, as an allocator may keep the memory of either.
     """
     device, level = runtime.device.type, config.qzo.parametrization
     if config.method == "fo-scales":
-        rows = _trained_rows(config)
+        tokens, rows = counts[:2], counts[2]
         return gradient_bytes(size, blocks, tokens, rows, runtime.dtype, level, device)
-    forward = memory.forward_bytes(size, *tokens, _trained_rows(config), runtime.dtype)
+    forward = memory.forward_bytes(size, *counts, runtime.dtype)
     found = {
         "forward": forward,
         "overrides": memory.override_bytes(size, "codes" if config.trains_codes else level, device),
@@ -282,9 +280,9 @@ def _outline(transformer: str) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=1)
-def _t5_outline(class_name: str, config: str) -> nn.Module:
-    """Return T5 in the same way."""
-    return empty_encoder(class_name, json.loads(config))
+def _large_outline(kind: EncoderKind, config: str) -> nn.Module:
+    """Return the large text encoder in the same way."""
+    return empty_encoder(kind, json.loads(config))
 
 
 def sizes(config: Config, shape: PipelineShape) -> tuple[int, int]:
@@ -322,16 +320,16 @@ def _largest_encoder(
     at a time.
     """
     texts = shape.family.texts
-    t5 = shape.encoders.get(texts.t5 or "")
-    mode = pipeline.t5_mode_of(config, None if t5 is None else t5.nbytes)
+    large = shape.encoders.get(texts.large or "")
+    mode = pipeline.t5_mode_of(config, None if large is None else large.nbytes)
     sizes: dict[str, float] = {}
     for name, part in shape.encoders.items():
-        if name == texts.t5 and mode == "none":
+        if name == texts.large and mode == "none":
             continue
         dtype = dtype_of(texts.classes[name], runtime.dtype)
         reading = memory.reading_bytes(part.entries, dtype, runtime.device.type, 0)
-        if name == texts.t5 and mode == "nf4":
-            empty = _t5_outline(texts.classes[name], json.dumps(part.config, sort_keys=True))
+        if name == texts.large and mode == "nf4":
+            empty = _large_outline(texts.classes[name], json.dumps(part.config, sort_keys=True))
             weights = ModelSize.of(empty, Quantization(), dtype).weights
         else:
             weights = memory.stored_bytes(part.entries, dtype)

@@ -37,11 +37,10 @@ from qzo_diffusion.diffusion.transformer import empty_transformer, find_transfor
 from qzo_diffusion.evaluate.scorer import DEFAULT_SCORER, EMBEDDED
 from qzo_diffusion.quant.available import bitsandbytes_problem
 from qzo_diffusion.quant.stream import Quantization
-from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build, hub
 from qzo_diffusion.runs.loading import Source, load_quantized
 
-LARGE_T5 = 2e9  # bytes; T5-XXL has 9.5e9
+LARGE_T5 = 2e9  # bytes of T5 or of a language model; T5-XXL has 9.5e9
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,14 @@ def check_model(config: Config, folder: Path) -> PipelineShape:
     own = family.denoiser.part
     elsewhere = (own,) if place != folder / own else ()
     with_t5 = config.text.t5 != "none"
-    if not with_t5 and family.texts.t5 and not family.texts.t5_optional:
+    if not with_t5 and family.texts.large and not family.texts.large_optional:
         raise ConfigError(
             f"text.t5=none with a model of {family.title}",
-            "auto, nf4 or full: its prompts are T5's",
+            f"auto, nf4 or full: its prompts are those of {family.texts.large}/",
             "leave text.t5 out",
         )
-    without = () if with_t5 or family.texts.t5 is None else family.texts.of_part(family.texts.t5)
+    large = family.texts.large
+    without = () if with_t5 or large is None else family.texts.of_part(large)
     check_model_folder(folder, family, without=(*elsewhere, *without))
     shape = read_shape(folder, family, place, with_t5=with_t5)
     check_shape(shape, folder)
@@ -275,9 +275,9 @@ def sampler(
 def prompt_encoder(
     config: Config, folder: Path, device: torch.device, dtype: torch.dtype
 ) -> PromptEncoder:
-    """Return an encoder of prompts, which loads T5 as `text.t5` says.
+    """Return an encoder of prompts, which loads the large encoder as `text.t5` says.
 
-    A 4-bit copy of T5 is kept for new prompts.
+    A 4-bit copy of it is kept for new prompts.
     """
     family = family_of(config, folder)
     mode = t5_mode(config, folder, family)
@@ -285,10 +285,10 @@ def prompt_encoder(
     def load(part: str) -> nn.Module:
         kind = family.texts.classes[part]
         own = text_encoders.dtype_of(kind, dtype)
-        if part != family.texts.t5 or mode != "nf4":
+        if part != family.texts.large or mode != "nf4":
             return text_encoders.load_text_encoder(folder, part, kind, dtype=own, device=device)
         source = Source(
-            read_entries(folder / part),
+            text_encoders.read_encoder_entries(folder, part, kind),
             lambda: text_encoders.empty_text_encoder(folder, part, kind),
         )
         return text_encoders.ready(
@@ -316,14 +316,15 @@ def prompt_encoder(
 
 
 def t5_mode(config: Config, folder: Path, family: Family) -> Literal["nf4", "full", "none"]:
-    size, part = None, family.texts.t5
+    size, part = None, family.texts.large
     if part is not None and config.text.t5 == "auto" and text_encoders.has_part(folder, part):
-        size = sum(entry.nbytes for entry in read_entries(folder / part).values())
+        entries = text_encoders.read_encoder_entries(folder, part, family.texts.classes[part])
+        size = sum(entry.nbytes for entry in entries.values())
     return t5_mode_of(config, size)
 
 
 def t5_mode_of(config: Config, size: float | None) -> Literal["nf4", "full", "none"]:
-    """Return how to load a T5 of `size` bytes on disk; None is no T5."""
+    """Return how to load a large encoder of `size` bytes on disk; None is none."""
     if config.text.t5 != "auto":
         return config.text.t5
     if size is None:
