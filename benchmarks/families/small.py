@@ -110,13 +110,62 @@ def sd15(prediction: str = "epsilon") -> dict[str, Any]:
     }
 
 
+def language_model(key: int) -> Any:
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    return fill_(Qwen3Model(config), key)
+
+
+def chat_words() -> Any:
+    made = tokenizer(LENGTH, "", "<end>")
+    made.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}"
+    return made
+
+
+def zimage() -> dict[str, Any]:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+
+    transformer = ZImageTransformer2DModel(
+        dim=192,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=64,
+        axes_dims=(24, 36, 36),
+        axes_lens=(128, 16, 16),
+    )
+    return {
+        "transformer": fill_(transformer, 1),
+        "vae": vae(16, 2, scaling_factor=0.5, shift_factor=0.125),
+        "text_encoder": language_model(3),
+        "tokenizer": chat_words(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
 CLASSES = {
     "sd3": "StableDiffusion3Pipeline",
     "flux1": "FluxPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd15": "StableDiffusionPipeline",
+    "zimage": "ZImagePipeline",
 }
-PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {"flux1": flux1, "sdxl": sdxl, "sd15": sd15}
+PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "flux1": flux1,
+    "sdxl": sdxl,
+    "sd15": sd15,
+    "zimage": zimage,
+}
 NAMES = ("sd3", *PARTS)
 
 

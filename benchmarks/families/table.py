@@ -36,6 +36,7 @@ MODELS = (
     "black-forest-labs/FLUX.1-dev",
     "stabilityai/stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "Tongyi-MAI/Z-Image",
 )
 SIDES = (512, 1024)  # pixels
 AT_ONCE = 8  # probes of an example that share a forward pass

@@ -12,6 +12,9 @@ from torch import Tensor
 class EncodedPrompt:
     """An encoded prompt: embeds [T, D], and pooled [P], where P is 0 if a family has none.
 
+    Prompts of families that read as many tokens as there are end in zeros, and pooled is the number
+    of tokens before them, [1] int64.
+
     tokens: the longest count over the tokenizers.
     """
 

@@ -78,8 +78,8 @@ class Sampler:
         chosen = self._prompts[start : start + self._batch_size]
         negatives = self._negatives[start : start + self._batch_size]
         encoded = {
-            name: tensor.to(self.device, self._dtype)
-            for name, tensor in self._family.arguments(chosen, negatives).items()
+            name: self._moved(given)
+            for name, given in self._family.arguments(chosen, negatives).items()
         }
         seeds = range(self._seed + start, self._seed + start + len(chosen))
         drawn = self._pipeline(
@@ -91,6 +91,11 @@ class Sampler:
             **self._settings,
         ).images
         return self._family.unpacked(self._pipeline, drawn, *self._size.values())
+
+    def _moved(self, given: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(given, list):
+            return [one.to(self.device, self._dtype) for one in given]
+        return given.to(self.device, self._dtype)
 
     def decode(self, latents: Tensor) -> Image.Image:
         """Return the RGB image of latents [C, h, w]."""

@@ -22,7 +22,10 @@ from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.weights import read_entries
 
 # names of layers that diffusers gives to denoisers of known families
-OF_DIFFUSERS = r"\.attn\.add_q_proj\.|^single_transformer_blocks\.|^down_blocks\.\d+\.resnets\."
+OF_DIFFUSERS = (
+    r"\.attn\.add_q_proj\.|^single_transformer_blocks\.|^down_blocks\.\d+\.resnets\."
+    r"|^all_x_embedder\."
+)
 # `quant_method` of layouts that diffusers knows and nothing here reads
 NOT_READ = {"nunchaku_lite", "quanto", "torchao", "auto-round"}
 LLAMA = r"blk\.\d+\.|token_embd\."  # llama.cpp's names of layers

@@ -63,7 +63,7 @@ TENSORS: tuple[tuple[str, Kind], ...] = (
     ),
     (r"double_stream_blocks\.", Kind("a transformer of HiDream", _ANOTHER)),
     (r"double_layers\.|joint_transformer_blocks\.", Kind("a transformer of AuraFlow", _ANOTHER)),
-    (r"noise_refiner\.", Kind("a transformer of Lumina or Z-Image", _ANOTHER)),
+    (r"noise_refiner\.", Kind("a transformer of Lumina", _ANOTHER)),
     (r"adaln_single\.|\bcaption_projection\.", Kind("a transformer of PixArt or Sana", _ANOTHER)),
     (
         r"blocks\.\d+\.(cross_attn|self_attn)\.norm_q",
@@ -103,7 +103,8 @@ FAMILIES: tuple[tuple[str, str], ...] = (
     (r"stable-diffusion-(v?1|v?2)|\bsd-?(v?1|v?2|turbo)\b|dreamshaper", "Stable Diffusion 1 or 2"),
     (r"stable-cascade|wuerstchen", "Stable Cascade"),
     (r"qwen-?image", "Qwen-Image"),
-    (r"z-image|lumina", "Lumina or Z-Image"),
+    (r"z-image", "Z-Image"),
+    (r"lumina", "Lumina"),
     (r"\bwan\d|wan-ai", "Wan, a video model,"),
     (r"hunyuan", "Hunyuan"),
     (r"pixart|\bsana", "PixArt or Sana"),

@@ -24,8 +24,8 @@ class Drawer:
         family: that the model is of.
         transformer, scheduler, vae: parts of its pipeline. The VAE needs only its decoder.
         steps: sampling steps.
-        guidance: scale of classifier-free guidance; up to 1 there is none, and a step is one row
-            of a forward pass for each picture.
+        guidance: scale of classifier-free guidance; up to the family's `unguided` there is none,
+            and a step is one row of a forward pass for each picture.
         decoded_at_once: pictures that the VAE decodes together.
     """
 
@@ -54,11 +54,12 @@ class Drawer:
     @torch.no_grad()
     def latents(self, batch: PictureBatch) -> Tensor:
         """Return the latents of the pictures, [B, C, h, w] fp32."""
-        twice, own = self._family.sampling.twice, self._family.denoiser
-        guided, scheduler = twice and self._guidance > 1, self._scheduler
+        sampling, own = self._family.sampling, self._family.denoiser
+        guided, scheduler = sampling.passes(self._guidance) > 1, self._scheduler
+        scale = self._guidance - (sampling.unguided - 1)
         embeds = _rows(batch.negative_embeds, batch.embeds, guided)
         pooled = _rows(batch.negative_pooled, batch.pooled, guided)
-        given = None if twice else self._guidance
+        given = None if sampling.twice else self._guidance
         timesteps = self._timesteps(batch.noise)
         latents = batch.noise * getattr(scheduler, "init_noise_sigma", 1.0)
         scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -70,7 +71,7 @@ class Drawer:
             )
             if guided:
                 without, with_prompt = prediction.unflatten(0, (-1, 2)).unbind(1)
-                prediction = without + self._guidance * (with_prompt - without)
+                prediction = without + scale * (with_prompt - without)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents
 

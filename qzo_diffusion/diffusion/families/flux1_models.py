@@ -19,7 +19,7 @@ _SCHNELL: dict[str, Any] = {
     "pooled_projection_dim": 768,
     "guidance_embeds": False,
 }
-_VAE: dict[str, Any] = {
+FLUX_VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -52,7 +52,7 @@ _ENCODERS: dict[str, Any] = {
 }
 PUBLISHED = {
     "black-forest-labs/FLUX.1-dev": Published(
-        _SCHNELL | {"guidance_embeds": True}, _VAE, _ENCODERS
+        _SCHNELL | {"guidance_embeds": True}, FLUX_VAE, _ENCODERS
     ),
-    "black-forest-labs/FLUX.1-schnell": Published(_SCHNELL, _VAE, _ENCODERS),
+    "black-forest-labs/FLUX.1-schnell": Published(_SCHNELL, FLUX_VAE, _ENCODERS),
 }

@@ -10,8 +10,9 @@ from qzo_diffusion.diffusion.families.flux1 import FLUX1
 from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.families.sd15 import SD15
 from qzo_diffusion.diffusion.families.sdxl import SDXL
+from qzo_diffusion.diffusion.families.zimage import ZIMAGE
 
-FAMILIES = (SD3, FLUX1, SDXL, SD15)
+FAMILIES = (SD3, FLUX1, SDXL, SD15, ZIMAGE)
 DEFAULT = FAMILIES[0]  # of configs that name no class
 DEFAULT_MODEL = next(iter(DEFAULT.published))  # by its Hub id; `--model auto` looks for it
 

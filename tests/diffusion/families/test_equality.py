@@ -15,6 +15,7 @@ VARIANTS = [
     ("sdxl", {}),
     ("sd15", {}),
     ("sd15", {"prediction": "v_prediction"}),
+    ("zimage", {}),
 ]
 
 

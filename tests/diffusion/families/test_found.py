@@ -15,6 +15,7 @@ from qzo_diffusion.diffusion.model_folder import family_of_folder
 KEYS = {
     "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "flux1": "double_blocks.0.img_attn.qkv.weight",
+    "zimage": "noise_refiner.0.attention.qkv.weight",
 }
 
 
@@ -27,7 +28,14 @@ def test_by_the_names_in_a_file(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("architecture", "name"),
-    [("sd3", "sd3"), ("flux", "flux1"), ("sdxl", "sdxl"), ("sd1", "sd15"), ("sd2", "sd15")],
+    [
+        ("sd3", "sd3"),
+        ("flux", "flux1"),
+        ("sdxl", "sdxl"),
+        ("sd1", "sd15"),
+        ("sd2", "sd15"),
+        ("lumina2", "zimage"),
+    ],
 )
 def test_by_the_metadata_of_a_gguf_file(tmp_path, architecture, name):
     file = tmp_path / "model.gguf"

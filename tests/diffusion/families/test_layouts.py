@@ -1,4 +1,4 @@
-"""The single-file layout of FLUX.1, against diffusers' own converter."""
+"""The single-file layouts of families, against diffusers' own converters."""
 
 import inspect
 
@@ -8,8 +8,10 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 
 from benchmarks.families import small
+from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
 from qzo_diffusion.diffusion.families.registry import of_names
+from qzo_diffusion.diffusion.families.zimage_layout import ZIMAGE_LAYOUT
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.weights import Pending, write_tensors
 
@@ -43,3 +45,31 @@ def test_diffusers_own_converter_gives_every_tensor_back(tmp_path, guidance):
     for name in ("num_layers", "num_single_layers", "guidance_embeds", "attention_head_dim"):
         assert found.config[name] == model.config[name]
     assert tuple(found.config["axes_dims_rope"]) == tuple(model.config["axes_dims_rope"])
+
+
+def test_a_file_of_zimage_is_converted_as_diffusers_does(tmp_path):
+    model = small.zimage()["transformer"]
+    state = model.state_dict()
+    pending = {name: Pending.of(tensor) for name, tensor in state.items()}
+    file = tmp_path / "single.safetensors"
+    write_tensors(file, ZIMAGE_LAYOUT.to_original(pending, model.config), {})
+    own = single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers
+    back, found = own(load_file(file)), find_transformer(file)
+    assert state.keys() == back.keys() == found.entries.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, back[name])
+        assert torch.equal(tensor, found.entries[name].read())
+    told = found.config.keys() - {"_class_name", "axes_lens"}
+    assert {name: found.config[name] for name in told} == {
+        name: list(one) if isinstance(one := model.config[name], tuple) else one for name in told
+    }
+
+
+def test_a_file_without_tokens_of_padding_is_of_another_family(tmp_path):
+    model = small.zimage()["transformer"]
+    pending = {name: Pending.of(tensor) for name, tensor in model.state_dict().items()}
+    layout = ZIMAGE_LAYOUT.to_original(pending, model.config)
+    file = tmp_path / "single.safetensors"
+    write_tensors(file, {name: one for name, one in layout.items() if "pad_token" not in name}, {})
+    with pytest.raises(ModelError, match="Lumina"):
+        find_transformer(file)

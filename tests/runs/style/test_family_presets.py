@@ -14,9 +14,14 @@ from qzo_diffusion.resources import shipped
 from qzo_diffusion.runs.style import memory as planning
 from qzo_diffusion.runs.style.pipeline import Runtime
 
-GIGABYTES = {"flux1_dev_12gb": 12, "sdxl_6gb": 6, "sd15_4gb": 4}
-# from the model cards: 12 B, 2.6 B, 860 M
-PARAMETERS = {"flux1_dev_12gb": 11.9e9, "sdxl_6gb": 2.57e9, "sd15_4gb": 0.86e9}
+GIGABYTES = {"flux1_dev_12gb": 12, "sdxl_6gb": 6, "sd15_4gb": 4, "zimage_8gb": 8}
+# from the model cards: 12 B, 2.6 B, 860 M, 6 B
+PARAMETERS = {
+    "flux1_dev_12gb": 11.9e9,
+    "sdxl_6gb": 2.57e9,
+    "sd15_4gb": 0.86e9,
+    "zimage_8gb": 6.15e9,
+}
 
 
 @pytest.mark.parametrize("preset", GIGABYTES)
