@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.full_size.weights import status
 from benchmarks.record import write_results
 from benchmarks.resident import reset_peak
-from benchmarks.sd35_full_size.model import batch_of, config_of, status
+from benchmarks.sd35_full_size.model import batch_of, config_of
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.everyday.figures import record
+from benchmarks.full_size.weights import status
 from benchmarks.resident import peak_of
 from benchmarks.sd35_full_size.__main__ import DEFAULT_FOLDER
-from benchmarks.sd35_full_size.model import LARGE, batch_of, import_everything, load_model, status
+from benchmarks.sd35_full_size.model import LARGE, batch_of, import_everything, load_model
 
 MODEL, SIDE = "stabilityai/stable-diffusion-3.5-large", 256
 LEVELS = ("separable", "dense")

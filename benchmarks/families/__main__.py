@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.families import equality, runs, small
-from benchmarks.record import RESULTS, write_results
+from benchmarks.families.results import record
 from qzo_diffusion.diffusion.families import registry
-from qzo_diffusion.system.reading import read_json
 
 STEPS = 50
 CLEAN = 2e-5  # a few roundings in fp32 of numbers up to 15
@@ -69,13 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if unknown := set(words) - set(small.NAMES):
         parser.error(f"no family {unknown.pop()}; there are {', '.join(small.NAMES)}")
-    file = RESULTS / "families.json"
-    found = read_json(file)["families"] if file.is_file() else {}
     for name in words or small.NAMES:
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = check(name, Path(folder))
-        write_results("families", {"families": found})  # after each, so that a stop loses one
-        print(name, {key: value for key, value in found[name].items() if key != "figures"})
+            found = check(name, Path(folder))
+        record("families", name, found)  # after each, so that a stop loses one
+        print(name, {key: value for key, value in found.items() if key != "figures"})
 
 
 if __name__ == "__main__":

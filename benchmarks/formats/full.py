@@ -10,15 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.sd35_full_size.model import (
-    LARGE,
-    batch_of,
-    config_of,
-    import_everything,
-    need_disk,
-    status,
-    synthetic,
-)
+from benchmarks.full_size.weights import need_disk, status, synthetic
+from benchmarks.sd35_full_size.model import LARGE, batch_of, config_of, import_everything
 from benchmarks.sd35_full_size.stepping import steps_of
 
 LAYERS: int = LARGE["num_layers"]  # type: ignore[assignment]

@@ -21,13 +21,11 @@ before the steps. `--layers N` is the same in small. About 30 GB of disk are nee
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_size.stages import run_apart
 from benchmarks.record import write_results
 from benchmarks.sd35_full_size.encoders import encoders
 from benchmarks.sd35_full_size.exporting import export
@@ -70,37 +68,8 @@ def main() -> None:
     if args.in_process:
         print(json.dumps(run_stage(args.stages[0], args)))
         return
-    figures_file = args.folder / "figures.json"
-    figures = json.loads(figures_file.read_text()) if figures_file.is_file() else {}
-    if figures.get("layers") not in (None, args.layers):
-        sys.exit(
-            f"{args.folder} holds {figures['layers']} layers; give another --folder or remove it"
-        )
-    for stage in args.stages:
-        # A process each: the peak of one must not hide that of another.
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.sd35_full_size",
-            "--in-process",
-            "--stages",
-            stage,
-        ]
-        command += [
-            "--folder",
-            str(args.folder),
-            "--layers",
-            str(args.layers),
-            "--steps",
-            str(args.steps),
-        ]
-        output = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ
-        ).stdout
-        figures |= {"layers": args.layers, stage: json.loads(output.strip().splitlines()[-1])}
-        args.folder.mkdir(parents=True, exist_ok=True)
-        figures_file.write_text(json.dumps(figures, indent=1))
-        print(stage, figures[stage], file=sys.stderr)
+    options = ["--steps", str(args.steps)]
+    figures = run_apart("benchmarks.sd35_full_size", args.stages, args.folder, args.layers, options)
     if args.layers == LARGE["num_layers"]:
         top = {
             key: figures[stage][key]

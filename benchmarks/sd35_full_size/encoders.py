@@ -7,14 +7,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.full_size.weights import need_disk, status, write_synthetic
 from benchmarks.resident import reset_peak
-from benchmarks.sd35_full_size.model import (
-    CLIP_TOKENS,
-    T5_TOKENS,
-    need_disk,
-    status,
-    write_synthetic,
-)
+from benchmarks.sd35_full_size.model import CLIP_TOKENS, T5_TOKENS
 
 T5_XXL = {
     "d_model": 4096,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.sd35_full_size.model import batch_of, load_model, need_disk, status
+from benchmarks.full_size.weights import need_disk, status
+from benchmarks.sd35_full_size.model import batch_of, load_model
 
 
 def export(folder: Path) -> dict[str, Any]:

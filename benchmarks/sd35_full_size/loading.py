@@ -3,65 +3,29 @@ again.
 """
 
 import gc
-import json
-import math
-import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from benchmarks.sd35_full_size.model import (
-    config_of,
-    import_everything,
-    load_model,
-    need_disk,
-    status,
-    write_synthetic,
-)
+from benchmarks.full_size import loading
+from benchmarks.full_size.model import Subject
+from benchmarks.sd35_full_size.model import LARGE, import_everything, load_model
 
 
 def shards(folder: Path, layers: int) -> dict[str, Any]:
-    from qzo_diffusion.diffusion.transformer import empty_transformer
-
-    config = config_of(layers)
-    model = empty_transformer(config)
-    need_disk(folder, 2.1e-9 * sum(tensor.numel() for tensor in model.state_dict().values()))
-    started = time.perf_counter()
-    place = folder / "transformer"
-    count = write_synthetic(model, place, "diffusion_pytorch_model")
-    (place / "config.json").write_text(json.dumps(config, indent=1))
-    return {"parameters": count, "seconds": round(time.perf_counter() - started, 1)}
+    return loading.shards(_subject(layers), folder)
 
 
 def load(folder: Path, layers: int) -> dict[str, Any]:
-    need_disk(folder, 0.13 * layers)
-    import_everything()
-    imports = status("VmRSS")
-    shutil.rmtree(folder / "copies", ignore_errors=True)
-    started = time.perf_counter()
-    model = load_model(folder, folder / "copies")
-    return {
-        "load_peak_rss_gb": round(status("VmHWM"), 3),
-        "load_imports_gb": round(imports, 3),
-        "load_resident_gb": round(status("VmRSS"), 3),
-        "load_and_store_seconds": round(time.perf_counter() - started, 1),
-        "stored_gb": round(
-            sum(f.stat().st_size for f in (folder / "copies").rglob("*.safetensors")) / 1e9, 3
-        ),
-        "logical_parameters": logical_parameters(model),
-    }
+    return loading.load(_subject(layers), folder)
 
 
-def logical_parameters(model: nn.Module) -> int:
-    """A 4-bit weight counts as the numbers that it stands for."""
-    total = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        total += parameter.numel() if state is None else math.prod(state.shape)
-    return total
+def _subject(layers: int) -> Subject:
+    from qzo_diffusion.diffusion.families.family import Published
+    from qzo_diffusion.diffusion.families.sd3 import SD3
+
+    return Subject(SD3, Published(LARGE, {}, {}), layers)
 
 
 def restart(folder: Path, rounds: int = 3) -> dict[str, Any]:

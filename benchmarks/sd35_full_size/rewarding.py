@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.full_size.weights import status
 from benchmarks.resident import reset_peak
-from benchmarks.sd35_full_size.model import batch_of, import_everything, load_model, status
+from benchmarks.sd35_full_size.model import batch_of, import_everything, load_model
 
 SIDE, DIRECTIONS = 256, 2
 SHIFT = 3.0  # of the model's scheduler

@@ -1,0 +1,60 @@
+"""The proof at full size runs through all of its stages on a model of two layers."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.families import small
+from benchmarks.families.results import record
+from benchmarks.full_size import __main__ as full_size
+from benchmarks.full_size.model import Subject
+from qzo_diffusion.diffusion.families import registry
+from qzo_diffusion.system.reading import read_json
+
+QWEN3 = {
+    "vocab_size": 257,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+
+
+@pytest.fixture
+def subject():
+    """Z-Image in the widths of its small pipeline."""
+    family, published = registry.published(full_size.MODELS["zimage"])
+    config = small.zimage()["transformer"].config
+    narrow = {"_class_name": family.denoiser.class_name}
+    narrow |= {key: value for key, value in config.items() if not key.startswith("_")}
+    return Subject(
+        family, replace(published, denoiser=narrow, encoders={"text_encoder": QWEN3}), layers=2
+    )
+
+
+def test_all_stages_run_at_two_layers(subject, tmp_path):
+    found = {stage: full_size.run_stage(stage, subject, tmp_path, 1) for stage in full_size.STAGES}
+    assert found["load"]["logical_parameters"] == found["shards"]["parameters"]
+    assert found["steps"]["default"]["steps"] == 1
+    encoder = found["encoder"]
+    assert encoder["encoder_load_peak_rss_gb"] <= encoder["encoder_peak_rss_gb"]
+    assert set(full_size.summary(found)) == {
+        "parameters",
+        "load_peak_rss_gb",
+        "step_peak_rss_gb",
+        "memory_over_inference",
+        "step_over_forwards",
+        "encoder_peak_rss_gb",
+        "encoder_peak_allowed_gb",
+    }
+
+
+def test_a_familys_figures_leave_the_others(tmp_path):
+    record("families", "sd3", {"export_equal": True}, tmp_path)
+    record("full_size", "zimage", {"parameters": 6}, tmp_path)
+    file = record("families", "zimage", {"export_equal": False}, tmp_path)
+    found = read_json(file)
+    assert found["families"] == {"sd3": {"export_equal": True}, "zimage": {"export_equal": False}}
+    assert found["full_size"] == {"zimage": {"parameters": 6}}
