@@ -118,6 +118,7 @@ def language_model(key: int) -> Any:
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=3,
+        max_window_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=32,
