@@ -10,6 +10,7 @@ import torch
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import make_config, read_yaml
+from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion.transformer import find_transformer
 from qzo_diffusion.quant.gguf import FACTORS, GgufLinear
@@ -24,6 +25,7 @@ from tests.runs.short_run import assert_replayed, assert_same_run, resume, stop_
 from tests.small_models import sd3_inputs
 
 STEPS = 20
+RUN_ON_REWARDS = ["compute.dtype=float32", "sample.steps=1", "train.lr=0.2"]
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +120,24 @@ def test_a_stopped_run_goes_on_to_the_same_end_and_is_replayed(place, command_li
     assert resume(place / "stopped") == 0
     assert_same_run(place / "whole", place / "stopped")
     assert_replayed(place / "whole")
+
+
+def test_a_run_on_rewards_goes_on_is_replayed_and_exported(
+    place, pipeline, cache, tmp_path, monkeypatch
+):
+    few = ["reward.steps=1", "data.resolution=32", "data.batch_size=1", "sample.every=0"]
+    command = ["train", "--model", pipeline, "--transformer", place / "small-Q4_0.gguf", *few]
+    command += ["--reward", "brightness", "--prompts", place / "prompts.txt", *RUN_ON_REWARDS]
+    command += ["--output-dir", tmp_path / "run", f"data.cache_dir={cache}", "--max-steps", 2]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        assert main([str(part) for part in command]) == 130
+    assert resume(tmp_path / "run") == 0
+    assert len(read_journal(tmp_path / "run/journal.qzo").steps) == 2
+    assert_replayed(tmp_path / "run")
+    assert main(export_arguments(tmp_path / "run", tmp_path / "out", "gguf")) == 0
+    exported = tmp_path / "out/small-Q4_0-tuned.gguf"
+    assert exported.read_bytes() != (place / "small-Q4_0.gguf").read_bytes()
 
 
 def test_a_run_is_sampled_and_its_base_stays(run, place, tmp_path):

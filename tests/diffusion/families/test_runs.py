@@ -2,6 +2,8 @@
 line.
 """
 
+import shutil
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.sampling import load_picture
 from tests.conftest import failing
+from tests.runs.short_run import assert_replayed
 
 NEW = [name for name in small.NAMES if name != "sd3"]
 FEW = ("train.micro_batch_size=8", "data.batch_size=2")
@@ -62,6 +65,15 @@ def test_a_stopped_run_goes_on_and_is_replayed_to_the_same_bits(run_of, tmp_path
     for run in (tmp_path / "replayed", part):
         found = load_file(run / "final/scales.safetensors")
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.slow
+def test_a_family_that_was_named_is_found_by_a_replay(run_of, tmp_path):
+    model = shutil.copytree(run_of("sd15")[0], tmp_path / "model")
+    index = model / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "OwnPipeline"))
+    run = runs.train(model, tmp_path / "run", "--max-steps", "1", "--family", "sd15", *FEW)
+    assert_replayed(run)
 
 
 def test_an_unknown_family_is_refused_with_the_known_ones(tmp_path, capsys):
