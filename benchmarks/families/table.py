@@ -20,6 +20,7 @@ from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.families.registry import FAMILIES, published
 from qzo_diffusion.diffusion.flow_matching import Batch
+from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.diffusion.vae import reduction
@@ -42,8 +43,8 @@ SIDES = (512, 1024)  # pixels
 AT_ONCE = 8  # probes of an example that share a forward pass
 
 
-def planned_gigabytes(name: str, side: int, at_once: int) -> float:
-    """Return the peak of the memory plan of a default run on a GPU with T5 in NF4."""
+def plan_of(name: str, side: int, at_once: int) -> MemoryPlan:
+    """Return the memory plan of a default run on a GPU with T5 in NF4."""
     config = make_config(
         {
             "model": name,
@@ -54,7 +55,19 @@ def planned_gigabytes(name: str, side: int, at_once: int) -> float:
     )
     place = Runtime(Path(name), torch.device("cuda"), torch.bfloat16, known_shape(name))
     with mock.patch.object(memory, "available_bytes", return_value=None):
-        return planning.memory_plan(config, place, images=20, prompts=30).peak / 1e9
+        return planning.memory_plan(config, place, images=20, prompts=30)
+
+
+def planned_gigabytes(name: str) -> dict[str, float | None]:
+    """Return planned peaks by size of the picture and what is computed at once; None where there is
+    no plan of gradients."""
+    found: dict[str, float | None] = {}
+    for side in SIDES:
+        plans = {count: plan_of(name, side, count) for count in (1, AT_ONCE)}
+        found |= {f"{side}, {count} at once": plan.peak for count, plan in plans.items()}
+        gradients = plans[1].methods.get("fo-scales")
+        found[f"{side}, gradients"] = gradients and gradients.whole
+    return {key: peak and round(peak / 1e9, 2) for key, peak in found.items()}
 
 
 @dataclass(frozen=True)
@@ -117,11 +130,7 @@ def rows() -> list[dict[str, Any]]:
                 "model": name,
                 "family": family[0].name,
                 "quantized_weights": of_sides[512].weights,
-                "planned_gb": {
-                    f"{side}, {count} at once": round(planned_gigabytes(name, side, count), 2)
-                    for side in SIDES
-                    for count in (1, AT_ONCE)
-                },
+                "planned_gb": planned_gigabytes(name),
                 "tflop": {side: round(one.flops / 1e12, 2) for side, one in of_sides.items()},
                 "seconds_of_a_step_at_512": {
                     card.name: round(seconds_of_a_step(of_sides[512], card), 1) for card in CARDS
@@ -138,7 +147,7 @@ def table(found: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in found:
         cells = [f"`{row['model']}`", row["family"], f"{row['quantized_weights'] / 1e9:.2f} B"]
-        cells += [f"{value:.1f}" for value in row["planned_gb"].values()]
+        cells += ["-" if one is None else f"{one:.1f}" for one in row["planned_gb"].values()]
         cells += [f"{value:.1f}" for value in row["seconds_of_a_step_at_512"].values()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -133,10 +133,18 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class MethodPeak:
+    """The bytes of a run with one method. whole: of its highest phase. train: of its steps."""
+
+    whole: float
+    train: float
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """All phases of a run on one device.
 
-    available: bytes that are free, None if that is unknown. methods: the peak by method, one image
+    available: bytes that are free, None if that is unknown. methods: the peaks by method, one image
     at once, where there is a choice.
     """
 
@@ -144,7 +152,7 @@ class MemoryPlan:
     device: str
     available: float | None = None
     changes: list[str] = field(default_factory=list)  # settings that would make it fit
-    methods: Mapping[str, float] = field(default_factory=dict)
+    methods: Mapping[str, MethodPeak] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -167,7 +175,10 @@ class MemoryPlan:
                 f"{'enough' if self.fits else 'TOO LITTLE'}"
             )
         if self.methods:
-            peaks = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.methods.items())
+            peaks = ", ".join(
+                f"{name} {one.whole / 1e9:.2f} (steps {one.train / 1e9:.2f})"
+                for name, one in self.methods.items()
+            )
             lines.append(f"          methods  {peaks} at the least: docs/models.md")
         if not self.fits:
             nothing = "no setting makes it fit; use a larger device or a smaller model"
@@ -189,7 +200,10 @@ class MemoryPlan:
             "peak_gb": round(self.peak / 1e9, 3),
             "fits": self.fits,
             "changes": self.changes,
-            "methods_gb": {name: round(size / 1e9, 3) for name, size in self.methods.items()},
+            "methods_gb": {name: round(one.whole / 1e9, 3) for name, one in self.methods.items()},
+            "methods_train_gb": {
+                name: round(one.train / 1e9, 3) for name, one in self.methods.items()
+            },
         }
 
 

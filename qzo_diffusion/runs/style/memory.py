@@ -19,7 +19,7 @@ from qzo_diffusion.core.exact_product import blocks_of
 from qzo_diffusion.diffusion import memory
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.gradient_memory import gradient_bytes
-from qzo_diffusion.diffusion.memory import MemoryPlan, ModelSize, Phase
+from qzo_diffusion.diffusion.memory import MemoryPlan, MethodPeak, ModelSize, Phase
 from qzo_diffusion.diffusion.original_layout import LAYERS
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
 from qzo_diffusion.diffusion.text_encoders import EncoderKind, dtype_of, empty_encoder
@@ -67,14 +67,7 @@ def fitting_micro_batch(
     runtime = _with_shape(config, runtime)
 
     def training(count: int) -> float:
-        tried = config.model_copy(
-            update={"train": config.train.model_copy(update={"micro_batch_size": count})}
-        )
-        return next(
-            phase.total
-            for phase in _phases(tried, runtime, images, prompts)
-            if phase.name == "train"
-        )
+        return _of_steps(_phases(_with_rows(config, count), runtime, images, prompts))
 
     most = whole = config.examples * build.probes_at_once(config)
     available = memory.available_bytes(runtime.device)
@@ -217,10 +210,20 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     ]
 
 
+def _with_rows(config: Config, count: int) -> Config:
+    """Return the settings with so many probes in a forward pass."""
+    train = config.train.model_copy(update={"micro_batch_size": count})
+    return config.model_copy(update={"train": train})
+
+
+def _of_steps(phases: list[Phase]) -> float:
+    return next(phase.total for phase in phases if phase.name == "train")
+
+
 def _peaks_by_method(
     config: Config, runtime: pipeline.Runtime, images: int, prompts: int
-) -> dict[str, float]:
-    """Return the peak of a run by forward passes and by gradients, one row or image at once; of
+) -> dict[str, MethodPeak]:
+    """Return the peaks of a run by forward passes and by gradients, one row or image at once; of
     transformers alone, whose blocks the plan of gradients counts.
     """
     is_transformer = not LAYERS.isdisjoint(pipeline.shape_of(config, runtime).transformer.config)
@@ -228,9 +231,9 @@ def _peaks_by_method(
         return {}
     found = {}
     for method in METHODS:
-        train = config.train.model_copy(update={"micro_batch_size": 1})
-        tried = config.model_copy(update={"method": method, "train": train})
-        found[method] = _peak(tried, runtime, images, prompts)
+        tried = _with_rows(config, 1).model_copy(update={"method": method})
+        phases = _phases(tried, runtime, images, prompts)
+        found[method] = MethodPeak(max(phase.total for phase in phases), _of_steps(phases))
     return found
 
 

@@ -1,5 +1,6 @@
 """The memory of runs by gradients beside that of forward passes alone, and its table."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,12 @@ def rows():
     """The table of the document."""
     for name, model in MODELS.items():
         for side in (512, 1024):
-            peaks = plan_of(model, side).methods
-            cards = [next(card for card in CARDS if 0.95e9 * card >= one) for one in peaks.values()]
-            passes, gradients = (
-                f"{one / 1e9:.1f} GB, a card of {card} GB"
-                for one, card in zip(peaks.values(), cards, strict=True)
-            )
-            yield f"| SD3.5 {name}, {side} | {passes} | {gradients} |"
+            cells = []
+            for one in plan_of(model, side).methods.values():
+                card = next(card for card in CARDS if 0.95e9 * card >= one.whole)
+                cells.append(f"{one.train / 1e9:.1f} GB")
+                cells.append(f"{one.whole / 1e9:.1f} GB, a card of {card} GB")
+            yield f"| SD3.5 {name}, {side} | {' | '.join(cells)} |"
 
 
 def test_the_table_is_what_the_plan_says():
@@ -80,13 +80,19 @@ def test_a_dry_run_shows_both(train_arguments, capsys):
     assert main(train_arguments("--dry-run")) == 0
     text = capsys.readouterr().out
     (line,) = [line for line in text.splitlines() if line.strip().startswith("methods")]
-    assert "qzo" in line
-    assert "fo-scales" in line
+    shown = re.findall(r"(\S+) (\d+\.\d+) \(steps (\d+\.\d+)\)", line)
+    assert [name for name, *_ in shown] == ["qzo", "fo-scales"]
+    assert all(0 < float(steps) <= float(whole) for _, whole, steps in shown)
 
 
 def test_facts_for_scripts_have_both():
     facts = plan_of(MODELS["Large"], 512).facts()
     assert facts["methods_gb"]["fo-scales"] >= facts["methods_gb"]["qzo"] > 0
+
+
+def test_steps_differ_where_another_phase_hides_it():
+    passes, gradients = plan_of(MODELS["Large"], 512).methods.values()
+    assert passes.whole == gradients.whole > gradients.train > passes.train
 
 
 def test_codes_have_no_choice_of_method():
