@@ -10,7 +10,7 @@ from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.vae import read_vae_config, reduction
 from qzo_diffusion.quant.config_file import read_config
-from qzo_diffusion.quant.describe import family_of_class
+from qzo_diffusion.quant.describe import described_tensors, family_of_class
 from qzo_diffusion.quant.gguf_entries import read_gguf_entries
 from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.json_file import read_object
@@ -53,9 +53,17 @@ def family_of_folder(folder: Path, name: str | None = None, file: Path | None = 
 
 
 def _family_of_file(file: Path) -> Family | None:
-    """Return the family of a single file, by its metadata or its tensors. Raises ModelError."""
+    """Return the family of a single file, by its metadata or its tensors.
+
+    Raises:
+        ModelError: it is damaged, or known to be something else.
+    """
     if not is_gguf(file):
-        return registry.of_names(read_entries(file))
+        entries = read_entries(file)
+        family, kind = registry.of_names(entries), described_tensors(entries)
+        if family is None and kind is not None:
+            raise ModelError(f"{file} is {kind.name}", registry.known(), kind.remedy)
+        return family
     entries, header = read_gguf_entries(file)
     architecture = str(header.values.get("general.architecture", ""))
     return registry.of_gguf(architecture) or registry.of_names(entries)

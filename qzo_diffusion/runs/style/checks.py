@@ -26,13 +26,15 @@ def check_sizes(shape: PipelineShape, resolution: int, style: StyleFolder | None
         check_positions(shapes, most)
 
 
-def warn_of_distilled(shape: PipelineShape, model: str) -> None:
+def warn_of_distilled(shape: PipelineShape, config: Config) -> None:
     """Warn where a model was distilled to few steps, which the loss of its objective blurs."""
-    by_name = re.search(DISTILLED, model.lower()) is not None
-    if by_name or shape.family.denoiser.distilled(shape.transformer.config):
+    names = [name for name in (config.transformer, config.model) if name is not None]
+    told = [name for name in names if re.search(DISTILLED, name.lower())]
+    if told or shape.family.denoiser.distilled(shape.transformer.config):
         report(
-            f"warning: {model} was distilled to few steps. Its pictures blur when it is trained by "
-            "the error of its predictions; train the base model, or by --reward (docs/rewards.md)"
+            f"warning: {(told or names)[0]} was distilled to few steps. Its pictures blur when it "
+            "is trained by the error of its predictions; train the base model, or by --reward "
+            "(docs/rewards.md)"
         )
 
 

@@ -163,7 +163,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
     default = pipeline.shipped_prompts(folder, "grid")
     trigger = find_trigger([sample.caption for sample in style.samples], config.data.trigger)
     prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
-    warn_of_distilled(shape, config.model)
+    warn_of_distilled(shape, config)
     check_sizes(shape, resolution, style)
     check_words(config, shape.family, folder, prompts, style)
     prior = checked_prior(config, folder, shape, resolution, style)

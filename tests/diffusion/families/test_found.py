@@ -8,9 +8,11 @@ from safetensors.torch import save_file
 
 from benchmarks.families import small
 from benchmarks.families.__main__ import main
+from qzo_diffusion import cli as command_line
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.model_folder import family_of_folder
+from tests.conftest import failing
 
 KEYS = {
     "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
@@ -53,6 +55,25 @@ def test_by_name_before_all(tmp_path):
     with pytest.raises(ConfigError) as raised:
         family_of_folder(tmp_path, "sd9")
     assert all(family.name in raised.value.expected for family in registry.FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("inside", "title"),
+    [
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", "Diffusion XL"),
+        ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "Diffusion 1 or 2"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--model", "--transformer"])
+def test_a_checkpoint_of_a_unet_is_to_be_made_a_folder(made, tmp_path, capsys, inside, title, flag):
+    unet = "model.diffusion_model.input_blocks.0.0.weight"
+    file = tmp_path / "dreams.safetensors"
+    save_file({name: torch.ones(2, 2) for name in (unet, inside)}, file)
+    model = [] if flag == "--model" else ["--model", str(made("sdxl", {}))]
+    command = ["train", "--dry-run", *model, flag, str(file), "--style-dir", str(tmp_path)]
+    error = failing(capsys, command_line.main(command))
+    assert title in error
+    assert "from_single_file" in error
 
 
 def test_nothing_tells_it(tmp_path):
