@@ -130,11 +130,7 @@ def apply_delta(
     if isinstance(model, TunedBetween):  # of an earlier call
         model = model.transformer
     if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"{type(pipe).__name__} without a transformer",
-            "a pipeline of diffusers with a quantized transformer",
-            "load Stable Diffusion 3.5 in 4 bits",
-        )
+        raise _without_transformer(pipe)
     tuned, scales = load_tuned(Path(file)), find_scales(model)
     before = {name: scales[name].clone() for name in scales}
     base = _BASES.get(model, before)
@@ -151,6 +147,17 @@ def apply_delta(
         if between is None
         else base_outside(model, between, base, lambda: find_scales(model), family.denoiser.level)
     )
+
+
+def _without_transformer(pipe: Any) -> ModelError:
+    kind, wanted = type(pipe).__name__, "a pipeline of diffusers with a quantized transformer"
+    if hasattr(pipe, "unet"):
+        return ModelError(
+            f"{kind} with a UNet, whose 1x1 convolutions are tuned and not 4-bit in diffusers",
+            wanted,
+            "use `sample --run`, or export the run as nf4 or bf16 and load its UNet",
+        )
+    return ModelError(f"{kind} without a transformer", wanted, "load the run's model in 4 bits")
 
 
 def _set(scales: ScaleSet, values: dict[str, Tensor]) -> None:

@@ -41,10 +41,25 @@ def train(model: Path, out: Path, *settings: str) -> Path:
     if not pictures.is_dir():
         write_pictures(pictures)
         write_pictures(others, 4, green=30)
-    (prompts := out.parent / "prompts.txt").write_text("a square\n", encoding="utf-8")
-    command = ["train", "--model", str(model), "--style-dir", str(pictures)]
-    command += ["--validation-dir", str(others)]
-    command += ["--caption", "a square", "--output-dir", str(out), "--sample-prompts", str(prompts)]
+    data = ["--style-dir", str(pictures), "--validation-dir", str(others)]
+    return _train(model, out, *data, "--caption", "a square", *settings)
+
+
+def train_on_reward(model: Path, out: Path, *settings: str) -> Path:
+    """Train for bright pictures and return the run. Raises RuntimeError if it fails."""
+    prompts = write_prompts(out.parent, "trained.txt", "red", "blue")
+    data = ["--reward", "brightness", "--prompts", str(prompts)]
+    return _train(model, out, *data, "reward.second=none", "reward.steps=2", *settings)
+
+
+def write_prompts(folder: Path, name: str = "prompts.txt", *prompts: str) -> Path:
+    (file := folder / name).write_text("\n".join(prompts or ("a square",)), encoding="utf-8")
+    return file
+
+
+def _train(model: Path, out: Path, *settings: str) -> Path:
+    command = ["train", "--model", str(model), "--output-dir", str(out)]
+    command += ["--sample-prompts", str(write_prompts(out.parent))]
     command += ["compute.device=cpu", "compute.dtype=float32", "sample.every=0", "sample.steps=2"]
     command += [f"data.resolution={SIDE}", "train.checkpoint_every=0", "train.validate_every=0"]
     command += [f"data.cache_dir={out.parent / 'cache'}", *settings]
@@ -52,9 +67,9 @@ def train(model: Path, out: Path, *settings: str) -> Path:
     return out
 
 
-def export(run: Path, kind: str) -> Path:
-    """Export a run and return the folder. Raises RuntimeError if it fails."""
-    out = run.parent / f"{run.name}_{kind}"
+def export(run: Path, kind: str, folder: Path | None = None) -> Path:
+    """Export a run beside it or into `folder`. Return where. Raises RuntimeError if it fails."""
+    out = (folder or run.parent) / f"{run.name}_{kind}"
     _succeed(["export", "--run", str(run), "--format", kind, "--output-dir", str(out)])
     return out
 

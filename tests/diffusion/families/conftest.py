@@ -1,8 +1,10 @@
-"""Small random pipelines of every family, made once."""
+"""Small random pipelines of every family and runs of them, made once."""
 
 import pytest
 
-from benchmarks.families import small
+from benchmarks.families import runs, small
+
+FEW = ("train.micro_batch_size=8", "data.batch_size=2")
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +19,18 @@ def made(tmp_path_factory):
         return folders[key]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """Return the model and a run of three steps of a family, made once."""
+    found = {}
+
+    def run(name):
+        if name not in found:
+            root = tmp_path_factory.mktemp(name)
+            model = small.write(name, root / "model")
+            found[name] = model, runs.train(model, root / "run", "--max-steps", "3", *FEW)
+        return found[name]
+
+    return run

@@ -13,25 +13,10 @@ from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.sampling import load_picture
 from tests.conftest import failing
+from tests.diffusion.families.conftest import FEW
 from tests.runs.short_run import assert_replayed
 
 NEW = [name for name in small.NAMES if name != "sd3"]
-FEW = ("train.micro_batch_size=8", "data.batch_size=2")
-
-
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    """The model and a run of three steps of a family, made once."""
-    made = {}
-
-    def run(name):
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
-            model = small.write(name, root / "model")
-            made[name] = model, runs.train(model, root / "run", "--max-steps", "3", *FEW)
-        return made[name]
-
-    return run
 
 
 @pytest.mark.parametrize("name", NEW)
