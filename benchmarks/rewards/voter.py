@@ -19,7 +19,7 @@ from qzo_diffusion.core.noise import torch_generator
 from qzo_diffusion.rewards.reward import Reward
 from qzo_diffusion.rewards.votes import Choice, Pair
 from qzo_diffusion.runs.style import reward_evaluate, reward_plan, vote
-from qzo_diffusion.runs.style.pipeline import shipped_prompts
+from qzo_diffusion.runs.style.choose_model import shipped_prompts
 from qzo_diffusion.runs.style.scored_pictures import Kept
 from qzo_diffusion.runs.style.voted_step import Round, Voter
 from qzo_diffusion.runs.tuned import load_tuned

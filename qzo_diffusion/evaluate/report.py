@@ -5,15 +5,24 @@ needed to repeat the run.
 import base64
 import functools
 import io
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from PIL import Image
 
 from qzo_diffusion.evaluate import charts
+from qzo_diffusion.evaluate.report_figures import (
+    capital,
+    cell,
+    figure,
+    figure_rows,
+    interval,
+    is_finite,
+    percent,
+    row,
+)
 from qzo_diffusion.evaluate.reward_scores import findings, score_charts
 from qzo_diffusion.evaluate.scorer import content_name
 from qzo_diffusion.evaluate.task_score import TaskScore
@@ -124,11 +133,7 @@ def _shown(value: Any) -> Any:
 
 def _content_name(facts: RunFacts) -> str:
     name = content_name(facts.evaluation["scorer"]["note"]) if facts.evaluation else "CLIP score"
-    return _capital(name)
-
-
-def _capital(name: str) -> str:
-    return f"{name[0].upper()}{name[1:]}"
+    return capital(name)
 
 
 def _galleries(facts: RunFacts) -> list[dict[str, Any]]:
@@ -184,7 +189,7 @@ def data_url(picture: Image.Image) -> str:
 
 
 def _charts(facts: RunFacts) -> list[dict[str, Any]]:
-    steps = [line for line in facts.metrics if _is_finite(line.get("loss"))]
+    steps = [line for line in facts.metrics if is_finite(line.get("loss"))]
     train = (
         charts.binned([line["step"] for line in steps], [line["loss"] for line in steps])
         if steps
@@ -193,7 +198,7 @@ def _charts(facts: RunFacts) -> list[dict[str, Any]]:
     held_out = [
         charts.Point(line["step"], line["validation_loss"])
         for line in facts.metrics
-        if _is_finite(line.get("validation_loss"))
+        if is_finite(line.get("validation_loss"))
     ]
     loss = [
         charts.Series("training batches", train),
@@ -233,14 +238,10 @@ def _divergence(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return a finding if the newest loss of a run is not finite, else nothing."""
     for key, name in (("validation_loss", "held-out loss"), ("loss", "training loss")):
         lines = [line for line in metrics if key in line]
-        if lines and not _is_finite(lines[-1][key]):
+        if lines and not is_finite(lines[-1][key]):
             text = f"The run diverged: its {name} is no finite number at step {lines[-1]['step']}."
             return [{"sign": "bad", "text": text}]
     return []
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _figures(facts: RunFacts) -> list[dict[str, Any]]:
@@ -253,107 +254,8 @@ def _figures(facts: RunFacts) -> list[dict[str, Any]]:
         if ends is None:
             return []
         states = {"base": ends[0], "begun": None, "tuned": ends[1]}
-        return [_row(score.name, states, score.difference(*ends), score.remark)]
+        return [row(score.name, states, score.difference(*ends), score.remark)]
     return [] if evaluation is None else figure_rows(evaluation)
-
-
-def figure_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of evaluation.json: name, base, begun, tuned, delta, ci95, sure, remark."""
-    style, clip, loss = evaluation["style"], evaluation["clip_score"], evaluation["validation_loss"]
-    similarity, spread = style["similarity"], style["diversity"]
-    content = f"{_capital(content_name(evaluation['scorer']['note']))} of the content"
-    kept = "cosine, prompts without words of style"
-    rows = [
-        _row("Similarity to the style", _means(similarity), similarity, "cosine, higher is closer"),
-        _row(content, _means(clip), clip, kept),
-        *_rows_by_trigger(evaluation.get("trigger"), content),
-        _row("KID to the style", _states(style["kid"]), style["kid"], "lower is closer"),
-        _row("CMMD to the style", _states(style["cmmd"]), style["cmmd"], "lower is closer"),
-        *_rows_of_loss(loss),
-    ]
-    before = spread.get("begun", spread["base"])
-    unknown = spread["tuned"] is None or before is None
-    difference = {"delta": None if unknown else spread["tuned"] - before}
-    remark = f"the style's images: {figure(spread['style'])}"
-    return [*rows, _row("Diversity", _states(spread, "tuned"), difference, remark)]
-
-
-def _rows_by_trigger(found: Mapping[str, Any] | None, content: str) -> list[dict[str, Any]]:
-    """Return similarity and content of the prompts with the captions' trigger, and of those
-    without.
-    """
-    rows = []
-    for name in ("with", "without"):
-        part = (found or {}).get(name, {})
-        for key, label in (("style", "Similarity to the style"), ("clip", content)):
-            if key in part:
-                remark = f"{part['n']} prompts {name} the trigger"
-                rows.append(_row(f"… {label}", _means(part[key]), part[key], remark))
-    return rows
-
-
-def _rows_of_loss(loss: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    if not loss:
-        return []
-    remark = f"{loss['images']} images, lower is better"
-    if not _is_finite(loss["tuned"]):
-        remark = f"diverged: no finite number; {remark}"
-    bands = [
-        _row(f"Held-out loss at sigma {band['sigma']:g}", _states(band, "tuned"), band, "")
-        for band in loss["bands"]
-    ]
-    return [_row("Held-out loss", _states(loss, "tuned"), loss, remark), *bands]
-
-
-def _means(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {"base": found["base_mean"], "begun": found.get("begun_mean"), "tuned": found["mean"]}
-
-
-def _states(found: Mapping[str, Any], tuned: str = "value") -> dict[str, Any]:
-    return {"base": found["base"], "begun": found.get("begun"), "tuned": found[tuned]}
-
-
-def _row(
-    name: str, states: Mapping[str, Any], difference: Mapping[str, Any], remark: str
-) -> dict[str, Any]:
-    delta, interval = difference["delta"], difference.get("delta_ci95")
-    sure = _is_interval(interval) and not interval[0] <= 0 <= interval[1]
-    row = {"name": name, "delta": delta, "ci95": interval, "sure": sure, "remark": remark}
-    return {**row, **states}
-
-
-def _is_interval(value: Any) -> TypeGuard[Sequence[float]]:
-    return value is not None and all(map(_is_finite, value))
-
-
-def figure(value: Any, sign: bool = False) -> str:
-    """Format a number for a person, with a dash for none and for one that is not finite."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "–"
-    if isinstance(value, bool | str) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    small = value != 0 and abs(value) < 0.001
-    return f"{value:{'+' if sign else ''}{'.2e' if small else '.4f'}}"
-
-
-def interval(value: Sequence[float] | None) -> str:
-    if value is None or not _is_interval(value):
-        return "–"
-    return f"{figure(value[0], True)} to {figure(value[1], True)}"
-
-
-def percent(value: float | None) -> str:
-    return f"{value:.0%}" if value is not None and math.isfinite(value) else "–"
-
-
-def cell(value: Any) -> str:
-    """Format a value of dataset.json: hashes are shortened, lists joined."""
-    if isinstance(value, list):
-        return "; ".join(map(str, value))
-    text = "–" if value is None else str(value)
-    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

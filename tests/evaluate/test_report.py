@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qzo_diffusion.evaluate import charts
-from qzo_diffusion.evaluate.report import RunFacts, Subject, data_url, figure, interval, render
+from qzo_diffusion.evaluate.report import RunFacts, Subject, data_url, render
+from qzo_diffusion.evaluate.report_figures import figure, interval
 from qzo_diffusion.evaluate.task_score import TaskScore
 
 

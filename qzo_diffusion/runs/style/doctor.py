@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion import devices, resources
+from qzo_diffusion.runs.style.choose_model import choose_model
 
 PACKAGES = (
     *("torch", "torchvision", "diffusers", "transformers", "bitsandbytes", "accelerate"),
@@ -68,7 +69,7 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     if problem is not None:
         facts["back-end"] = f"reference; {problem}"
     try:
-        folder, facts["model"] = pipeline.choose_model("auto")
+        folder, facts["model"] = choose_model("auto")
         config, runtime = (
             Config(),
             pipeline.Runtime(folder, device, devices.choose_dtype("auto", device)),

@@ -17,8 +17,9 @@ from qzo_diffusion.evaluate.scorer import load_scorer
 from qzo_diffusion.evaluate.verdict import diverged, verdict
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
-from qzo_diffusion.runs.style import evaluation, pipeline, reward_evaluate, reward_plan
+from qzo_diffusion.runs.style import evaluation, evaluation_figures, reward_evaluate, reward_plan
 from qzo_diffusion.runs.style import plan as style_run
+from qzo_diffusion.runs.style.choose_model import choose_model, default_scorer, shipped_prompts
 from qzo_diffusion.runs.style.levels import with_levels
 from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.runs.style.scored_pictures import Kept
@@ -115,8 +116,8 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     tuned = load_tuned(request.run)
     plan = style_run.make_plan(config)
     report_reading(plan.prompts)
-    contents = [evaluation.content_of(prompt, plan) for prompt in plan.sample_prompts]
-    name = request.scorer or pipeline.default_scorer(plan.model_folder)
+    contents = [evaluation_figures.content_of(prompt, plan) for prompt in plan.sample_prompts]
+    name = request.scorer or default_scorer(plan.model_folder)
     scorer = load_scorer(name, plan.device, resources.embedded_scorer())
     work = evaluation.load(plan)
     rates = [line["lr"] for line in report_run.read_metrics(place.folder) if "lr" in line]
@@ -124,7 +125,7 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     lr = max(rates, default=config.train.lr)
     states = evaluation.states_of(work, tuned)
     measured = evaluation.measure(work, states, place.kept.draw, lr)
-    found = evaluation.results(work, measured, scorer, place.folder, contents)
+    found = evaluation_figures.results(work, measured, scorer, place.folder, contents)
     results = _with_verdict(found, place.folder, int(tuned.facts.get("qzo.steps", 0)))
     RunFolder(target.parent).write_json(target.name, results)
     if request.output is None and not (place.is_export or place.step):
@@ -169,8 +170,8 @@ def _config(request: EvaluateRequest, place: Place) -> Config:
     off: dict[str, Any] = {"weight": 0.0, "prompts": None, "dir": None, "batch_size": None}
     config.prior = config.prior.model_copy(update=off)
     config.model = request.model or config.model
-    model_folder, _ = pipeline.choose_model(config.model)
-    config.sample.prompts = request.prompts or pipeline.shipped_prompts(model_folder, "score")
+    model_folder, _ = choose_model(config.model)
+    config.sample.prompts = request.prompts or shipped_prompts(model_folder, "score")
     return config
 
 

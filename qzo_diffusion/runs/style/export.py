@@ -17,9 +17,7 @@ from qzo_diffusion import devices
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.delta import shrunk
-from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.core.journal import Journal, encoded, read_journal
-from qzo_diffusion.core.journal_format import NoteEntry
+from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion.levels import in_comfyui
 from qzo_diffusion.diffusion.model_card import DIFFUSERS, modelspec
@@ -39,6 +37,7 @@ from qzo_diffusion.runs.publish import (
 )
 from qzo_diffusion.runs.style import export_gguf, pipeline
 from qzo_diffusion.runs.style.export_gguf import DEFAULT, GgufOptions
+from qzo_diffusion.runs.style.export_journal import export_journal
 from qzo_diffusion.runs.style.export_lora import FILE as LORA_FILE
 from qzo_diffusion.runs.style.export_lora import compared_inputs, in_words, lora
 from qzo_diffusion.runs.style.export_use import (
@@ -55,11 +54,9 @@ from qzo_diffusion.system.files import (
     SCALES,
     check_new,
     write_folder,
-    write_whole,
 )
 from qzo_diffusion.system.progress import Progress
 
-JOURNAL = "journal.qzo"
 DEFAULT_RANK = 32
 
 
@@ -84,7 +81,7 @@ def run(
     export_gguf.check_options(kind, options)
     config: Config = load_config(locate(run_folder).need("style").settings())
     if kind == "journal":
-        return _export_journal(run_folder, config, output_dir)
+        return export_journal(run_folder, config, output_dir)
     if kind == "nf4" and config.quant.type != "nf4":
         raise ConfigError(
             f"a run in {config.quant.type}",
@@ -264,43 +261,6 @@ def _write_gguf(
     size = sum((target / name).stat().st_size for name in files)
     facts = {"export": str(target), "format": export.kind, "bytes": size, "files": files}
     return facts | written.figures
-
-
-def _export_journal(run_folder: Path, config: Config, target: Path) -> dict[str, Any]:
-    """Copy the journal up to its last whole step, which was checked on reading.
-
-    If its header or a note names a local path, it is rewritten without, in a new chain.
-    """
-    source = locate(run_folder).run() / JOURNAL
-    journal = read_journal(source)
-    data = _published_journal(source, journal)
-    export = Export(run_folder, config, "journal", {"qzo.steps": str(journal.steps_done)})
-
-    def fill(folder: Path) -> None:
-        write_whole(folder / JOURNAL, data)
-        if read_journal(folder / JOURNAL).steps_done != journal.steps_done:
-            raise OutputError(
-                f"{folder / JOURNAL} is not what was copied",
-                "the same journal",
-                "stop the run first, or try again",
-            )
-        export.describe(folder)
-
-    write_folder(target, fill)
-    size = (target / JOURNAL).stat().st_size
-    return {"export": str(target), "format": "journal", "bytes": size, "steps": journal.steps_done}
-
-
-def _published_journal(source: Path, journal: Journal) -> bytes:
-    header = published(journal.header)
-    notes = {
-        index: replace(entry, content=published(entry.content))
-        for index, entry in enumerate(journal.entries)
-        if isinstance(entry, NoteEntry)
-    }
-    if header == journal.header and all(journal.entries[at] == one for at, one in notes.items()):
-        return source.read_bytes()[: journal.size]
-    return encoded(header, (notes.get(at, one) for at, one in enumerate(journal.entries)))
 
 
 def _delta_facts(facts: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.low_rank import LowRank, low_rank_changes, norm_kept
 from qzo_diffusion.quant.weights import Pending
 from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.choose_model import shipped_prompts
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights` looks for
 LEVELS = (0.2, 0.4, 0.6, 0.8)  # noise levels at which forwards are compared
@@ -34,7 +35,7 @@ def compared_inputs(config: Config, runtime: pipeline.Runtime) -> Batch:
     """Noise of a fixed seed at `LEVELS`, under the shipped prompts: inputs of the forwards that are
     compared. Encoders are loaded for prompts that no run has encoded yet.
     """
-    file = resources.find_file(pipeline.shipped_prompts(runtime.folder, "grid"), "prompts")
+    file = resources.find_file(shipped_prompts(runtime.folder, "grid"), "prompts")
     prompts = read_prompt_file(file, config.data.trigger).texts[: len(LEVELS)]
     encoded = pipeline.prompt_encoder(config, runtime.folder, runtime.device, runtime.dtype).encode(
         prompts

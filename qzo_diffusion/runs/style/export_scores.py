@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.diffusion.model_card import Scores
-from qzo_diffusion.evaluate.report import figure, figure_rows, interval
+from qzo_diffusion.evaluate.report_figures import figure, figure_rows, interval
 from qzo_diffusion.evaluate.verdict import verdict
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.system.files import finite

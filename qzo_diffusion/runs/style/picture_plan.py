@@ -28,6 +28,7 @@ from qzo_diffusion.runs import build, provenance
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.style import batches, pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.choose_model import choose_model, resolve_model_
 from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
 from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
@@ -195,7 +196,7 @@ def resolve(config: Config, folder: Path, shape: PipelineShape, device: torch.de
         resolved.quant.skip = list(family.denoiser.skip)
     resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
     build.resolve_backend_(resolved, device)
-    pipeline.resolve_model_(resolved, folder)
+    resolve_model_(resolved, folder)
     return resolved
 
 
@@ -216,7 +217,7 @@ def model_of(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
     A dry run may take the known shape of a published model whose weights are missing.
     """
     try:
-        folder, why = pipeline.choose_model(config.model)
+        folder, why = choose_model(config.model)
     except ModelError:
         known = known_shape(config.model) if dry_run and config.transformer is None else None
         if known is None:

@@ -23,6 +23,7 @@ from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words, warn_of_distilled
+from qzo_diffusion.runs.style.choose_model import shipped_prompts
 from qzo_diffusion.runs.style.picture_plan import PicturePlan, checked_prior, model_of, resolve
 from qzo_diffusion.runs.style.samples import Pictures, chosen_prompts, prompts_in_words
 from qzo_diffusion.system.console import report
@@ -160,7 +161,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "at least one",
             "give more images or a separate --validation-dir",
         )
-    default = pipeline.shipped_prompts(folder, "grid")
+    default = shipped_prompts(folder, "grid")
     trigger = find_trigger([sample.caption for sample in style.samples], config.data.trigger)
     prompts = chosen_prompts(config.sample.prompts or default, config.data.trigger, trigger)
     warn_of_distilled(shape, config)

@@ -24,6 +24,7 @@ from qzo_diffusion.diffusion.sampling import Sampler, grid, save_picture
 from qzo_diffusion.diffusion.style_folder import StyleFolder, read_style_folder
 from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.choose_model import shipped_prompts
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.progress import Progress
 
@@ -76,7 +77,7 @@ def find_prior(
         return None
     if config.prior.dir is not None:
         return _of_folder(Path(config.prior.dir), config, resolution, style)
-    default = pipeline.shipped_prompts(model_folder, "grid")
+    default = shipped_prompts(model_folder, "grid")
     file = resources.find_file(config.prior.prompts or default, "prompts")
     prompts = read_prompt_file(file, config.data.trigger)
     samples = [_to_draw(at, prompt, resolution) for at, prompt in enumerate(prompts.prompts)]

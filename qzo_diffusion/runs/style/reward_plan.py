@@ -31,6 +31,7 @@ from qzo_diffusion.runs import build
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.choose_model import default_scorer, shipped_prompts
 from qzo_diffusion.runs.style.picture_plan import PicturePlan, checked_prior, model_of, resolve
 from qzo_diffusion.runs.style.reward_batches import RewardBatches
 from qzo_diffusion.runs.style.rewarded_pictures import RewardedPictures
@@ -175,7 +176,7 @@ def drawer(
 
 
 def workshop(config: Config, folder: Path, device: torch.device) -> Workshop:
-    return Workshop(config, pipeline.default_scorer(folder), device)
+    return Workshop(config, default_scorer(folder), device)
 
 
 def _row(at: int, row: dict[str, str]) -> dict[str, Any]:
@@ -210,7 +211,7 @@ def make_plan(config: Config, dry_run: bool = False) -> RewardPlan:
     trained = read_prompt_file(
         resources.find_file(config.reward.prompts, "prompts"), config.data.trigger
     )
-    default = pipeline.shipped_prompts(folder, "grid")
+    default = shipped_prompts(folder, "grid")
     file = resources.find_file(config.sample.prompts or default, "prompts")
     prompts = read_prompt_file(file, config.data.trigger)
     check_sizes(shape, resolution)

@@ -21,7 +21,7 @@ from qzo_diffusion.rewards.preference import PREFERENCES, WEIGHTS, Preference
 from qzo_diffusion.rewards.programs import Program, PythonFunction
 from qzo_diffusion.rewards.reward import Reward, Weighted
 from qzo_diffusion.runs import hub
-from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.choose_model import default_scorer
 from qzo_diffusion.runs.style.scoring import images_in, opened
 
 CONTENT = "clip_score"
@@ -187,7 +187,7 @@ class Workshop:
 
 def scorer_bytes(config: Config, folder: Path) -> dict[str, float]:
     """Return the bytes of the models that score pictures, for a plan of memory."""
-    workshop = Workshop(config, pipeline.default_scorer(folder), torch.device("cpu"))
+    workshop = Workshop(config, default_scorer(folder), torch.device("cpu"))
     return {"scorers": workshop.memory()}
 
 

@@ -18,6 +18,7 @@ from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.choose_model import choose_model, shipped_prompts
 from qzo_diffusion.runs.style.levels import for_samples, with_levels
 from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.runs.tuned import apply_, load_tuned
@@ -72,7 +73,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     check_empty(request.output_dir, ANOTHER)
     tuned = load_tuned(request.run) if request.run else None
     config = _config_of(request)
-    _, why = pipeline.choose_model(config.model)
+    _, why = choose_model(config.model)
     report(why)
     runtime = pipeline.find_runtime(config)
     folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
@@ -148,6 +149,6 @@ def _prompts(request: SampleRequest, config: Config, folder: Path) -> Prompts:
     if isinstance(request.prompts, list):
         lines = [(f"--prompt {at}", text) for at, text in enumerate(request.prompts, start=1)]
         return parse_prompts(lines, config.data.trigger)
-    default = pipeline.shipped_prompts(folder, "grid")
+    default = shipped_prompts(folder, "grid")
     file = resources.find_file(config.sample.prompts or default, "prompts")
     return read_prompt_file(file, config.data.trigger)

@@ -22,8 +22,10 @@ from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.resources import shipped, tiny_model
 from qzo_diffusion.runs import hub
+from qzo_diffusion.runs.style import choose_model as choosing
 from qzo_diffusion.runs.style import doctor, pipeline
 from qzo_diffusion.runs.style import memory as planning
+from qzo_diffusion.runs.style.choose_model import choose_model
 from tests.conftest import failing
 from tests.runs.style.full_size import CPU, LARGE, MEDIUM, T5, TWICE
 
@@ -237,7 +239,7 @@ def test_doctor_plans_as_many_probes_at_once_as_a_run_does(pipelines, monkeypatc
     assert facts["memory_plan"]["fits"] is True
     assert facts["problems"] == []
     monkeypatch.setattr(memory, "available_bytes", lambda device: 6e9)
-    monkeypatch.setattr(pipeline, "least_memory", lambda folder, device: 5e9)
+    monkeypatch.setattr(choosing, "least_memory", lambda folder, device: 5e9)
     assert any(
         "train --preset sd35_large_8gb" in problem for problem in doctor.examine()["problems"]
     )
@@ -260,7 +262,7 @@ def test_auto_takes_the_large_model_where_it_fits(pipelines, monkeypatch, gigaby
     folder = pipelines[json.dumps(LARGE)]
     monkeypatch.setattr(hub, "cached_snapshot", lambda name: folder)
     monkeypatch.setattr(memory, "available_bytes", lambda device: gigabytes * 1e9)
-    found, why = pipeline.choose_model("auto")
+    found, why = choose_model("auto")
     assert found == (folder if chosen == "large" else tiny_model())
     assert ("found in the local cache" in why) == (chosen == "large")
     if chosen == "tiny":
@@ -271,7 +273,7 @@ def test_auto_with_a_gpu_and_no_weights_says_both_commands(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(hub, "cached_snapshot", lambda name: None)
     with pytest.raises(ModelError, match=r"(?s)hf download.*--model tiny"):
-        pipeline.choose_model("auto")
+        choose_model("auto")
 
 
 def test_a_gated_model_that_is_not_here_says_every_step(capsys, monkeypatch, images):
