@@ -85,10 +85,10 @@ def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Mo
             PROMPT,
             height=SIDE,
             width=SIDE,
-            guidance_scale=family.sampling.unguided,
             num_inference_steps=STEPS,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
+            **{family.sampling.guidance_argument: family.sampling.unguided},
             **length,
         )
     return denoiser, calls
@@ -117,7 +117,7 @@ def _latents(call: Call) -> Tensor:
     """Return the noisy latents [1, C, h, w] of a call."""
     first = next(call.given[name] for name in LATENTS if name in call.given)
     if "hidden_states" in call.given and first.dim() == 3:
-        from qzo_diffusion.diffusion.families.flux1 import unpacked
+        from qzo_diffusion.diffusion.families.packing import unpacked
 
         return unpacked(first, SIDE // 16, SIDE // 16)
     return first if "sample.0" not in call.given else first.squeeze(1)[None]  # [C, 1, h, w]

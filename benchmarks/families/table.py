@@ -17,13 +17,13 @@ from benchmarks.record import put_between_markers, write_results
 from qzo_diffusion.config.defaults import PROBES
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.diffusion import memory
+from qzo_diffusion.diffusion.autoencoders import reduction
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.families.registry import FAMILIES, published
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape, known_shape
 from qzo_diffusion.diffusion.transformer import empty_transformer
-from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.runs.style import memory as planning
 from qzo_diffusion.runs.style.pipeline import Runtime

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,20 @@ class EncodedPrompt:
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:
-    """Return prompt_embeds [B, T, D] and pooled [B, P] of B prompts."""
-    return torch.stack([one.embeds for one in encoded]), torch.stack(
+    """Return prompt_embeds [B, T, D] and pooled [B, P] of B prompts; zeros follow shorter ones."""
+    return pad_sequence([one.embeds for one in encoded], batch_first=True), torch.stack(
         [one.pooled for one in encoded]
     )
+
+
+def plain_arguments(
+    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
+) -> dict[str, Any]:
+    """Return the arguments of a pipeline that takes embeddings alone."""
+    return {
+        "prompt_embeds": stack_prompts(prompts)[0],
+        "negative_prompt_embeds": stack_prompts(negatives)[0],
+    }
 
 
 def pooled_arguments(

@@ -16,6 +16,7 @@ from torch import nn
 from qzo_diffusion import devices
 from qzo_diffusion.core.quzo import BLOCK
 from qzo_diffusion.core.scales import OVERRIDDEN_AT_ONCE, overridden_at_once
+from qzo_diffusion.diffusion.autoencoders import kind_of
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.fits import slots_of
@@ -28,8 +29,6 @@ from qzo_diffusion.quant.svdquant import RANK
 LIBRARIES = {"cpu": 0.87e9, "cuda": 0.6e9, "xpu": 0.6e9, "mps": 0.6e9}
 # tensors of all tokens at the peak of a block: residuals, norms, and q, k, v separate and joined
 HIDDEN_STATES = 16
-# feature maps of the VAE's widest full-size layer at its peak
-FULL_SIZE_MAPS = {"encode": 2.7, "decode": 5.2}
 # bytes of temporary tensors while the CPU quantizes a part of a weight; a GPU takes a whole weight
 QUANTIZING = 32e6
 STATE = {
@@ -248,8 +247,9 @@ def vae_bytes(
 ) -> float:
     """Return the bytes for encoding or decoding one image beside the VAE, in fp32."""
     pixels = min(width, tile or width) * min(height, tile or height)
-    channels = config["block_out_channels"][min(1, len(config["block_out_channels"]) - 1)]
-    return FULL_SIZE_MAPS[direction] * channels * pixels * 4
+    kind = kind_of(config)
+    maps = kind.maps(config)
+    return kind.full_size[direction] * maps[min(1, len(maps) - 1)] * pixels * 4
 
 
 def stored_bytes(entries: Mapping[str, Entry], dtype: torch.dtype) -> float:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.diffusion.autoencoders import reduction
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.families.family import Family
-from qzo_diffusion.diffusion.vae import read_vae_config, reduction
+from qzo_diffusion.diffusion.vae import read_vae_config
 from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.describe import described_tensors, family_of_class
 from qzo_diffusion.quant.gguf_entries import read_gguf_entries
@@ -66,7 +67,7 @@ def _family_of_file(file: Path) -> Family | None:
         return family
     entries, header = read_gguf_entries(file)
     architecture = str(header.values.get("general.architecture", ""))
-    return registry.of_gguf(architecture) or registry.of_names(entries)
+    return registry.of_names(entries) or registry.of_gguf(architecture)
 
 
 def check_model_folder(folder: Path, family: Family, without: Sequence[str] = ()) -> None:
@@ -120,6 +121,22 @@ def _index_of(folder: Path) -> dict[str, Any]:
             + ("; a transformer alone goes to transformer=PATH" if kind else ""),
         )
     return read_object(file, PIPELINE)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return model_index.json, empty where there is none. Raises ModelError for a damaged one."""
+    file = folder / INDEX
+    return read_object(file, PIPELINE) if file.is_file() else {}
+
+
+def is_distilled(folder: Path, family: Family) -> bool:
+    """Return whether a pipeline's folder says that the model was distilled to few steps.
+
+    Raises:
+        ModelError: a config is damaged.
+    """
+    config = folder / family.denoiser.part / "config.json"
+    return family.distilled(read_config(config) if config.is_file() else {}, read_index(folder))
 
 
 def _kind_of_folder(folder: Path) -> str | None:

@@ -44,7 +44,9 @@ class TableLayout:
     title: of the family. sign: the beginning of a name that no other family has. table: original
     name (without prefix) -> its parts, for a denoiser of a config. config: infers that config from
     the tensors of a file; it may raise KeyError for one that is missing. flattened: tensors whose
-    first dimension is 1, which llama.cpp drops where it writes a file.
+    first dimension is 1, which llama.cpp drops where it writes a file. without: the beginning of a
+    name that another family has beside this sign. of_diffusers: names are diffusers' own, so that a
+    config.json beside a file is that of its model.
     """
 
     title: str
@@ -52,9 +54,14 @@ class TableLayout:
     table: Callable[[Mapping[str, Any]], dict[str, Pieces]]
     config: Callable[[Mapping[str, Entry]], dict[str, Any]]
     flattened: tuple[str, ...] = ()
+    without: str | None = None
+    of_diffusers: bool = False
 
     def is_original(self, names: Iterable[str]) -> bool:
-        return any(name.removeprefix(PREFIX).startswith(self.sign) for name in names)
+        own = [name.removeprefix(PREFIX) for name in names]
+        if self.without is not None and any(name.startswith(self.without) for name in own):
+            return False
+        return any(name.startswith(self.sign) for name in own)
 
     def whole_shapes(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the entries of a GGUF file with their first dimension where it was dropped."""
@@ -136,6 +143,12 @@ def with_bias(pairs: Iterable[tuple[str, Pieces]]) -> dict[str, Pieces]:
         for original, pieces in pairs
         for kind in ("weight", "bias")
     }
+
+
+def norms_of(original: str, ours: str) -> Iterator[tuple[str, Pieces]]:
+    """Yield the norms of queries and keys, in the names of Black Forest Labs."""
+    for name, part in (("query", "q"), ("key", "k")):
+        yield f"{original}.{name}_norm.scale", Pieces((f"{ours}{part}.weight",))
 
 
 def _parts(original: str, entry: Entry, pieces: Pieces, title: str) -> dict[str, Entry]:

@@ -13,9 +13,10 @@ from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.diffusion import text_encoders, vae
+from qzo_diffusion.diffusion.autoencoders import latent_channels, reduction
 from qzo_diffusion.diffusion.families import registry
 from qzo_diffusion.diffusion.families.family import Family
-from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution
+from qzo_diffusion.diffusion.model_folder import load_scheduler, native_resolution, read_index
 from qzo_diffusion.diffusion.text_encoders import EncoderKind
 from qzo_diffusion.diffusion.transformer import (
     TransformerFiles,
@@ -48,7 +49,7 @@ class PipelineShape:
     """The parts of a pipeline.
 
     encoders: by the name of the part; a large one may be absent. native_resolution: the side in
-    pixels that the model was trained at.
+    pixels that the model was trained at. distilled: to few steps.
     """
 
     family: Family
@@ -56,6 +57,7 @@ class PipelineShape:
     vae: Part
     encoders: Mapping[str, Part]
     native_resolution: int
+    distilled: bool = False
 
     @property
     def largest_side(self) -> int | None:
@@ -63,7 +65,7 @@ class PipelineShape:
         config = self.transformer.config
         if not isinstance(most := config.get("pos_embed_max_size"), int):
             return None
-        return most * int(config.get("patch_size", 2)) * vae.reduction(self.vae.config)
+        return most * int(config.get("patch_size", 2)) * reduction(self.vae.config)
 
 
 def read_shape(
@@ -82,7 +84,9 @@ def read_shape(
     parts = _encoders(folder, family, with_t5)
     encoders = {part: _encoder(folder, part, family.texts.classes[part]) for part in parts}
     # a single file lacks this setting, the folder has it
-    return PipelineShape(family, found, vae_part, encoders, native_resolution(folder, family))
+    side = native_resolution(folder, family)
+    distilled = family.distilled(found.config, read_index(folder))
+    return PipelineShape(family, found, vae_part, encoders, side, distilled)
 
 
 def check_shape(shape: PipelineShape, folder: Path) -> None:
@@ -121,8 +125,9 @@ def known_shape(name: str) -> PipelineShape | None:
         _entries(empty_transformer(model.denoiser)), dict(model.denoiser)
     )
     latent_side = model.denoiser.get("sample_size", family.denoiser.sample_size)
-    side = latent_side * vae.reduction(model.vae)
-    return PipelineShape(family, transformer, vae_part, encoders, side)
+    side = latent_side * reduction(model.vae)
+    distilled = family.distilled(model.denoiser, model.index)
+    return PipelineShape(family, transformer, vae_part, encoders, side, distilled)
 
 
 def _encoders(folder: Path, family: Family, with_t5: bool) -> list[str]:
@@ -153,7 +158,7 @@ def _check_widths(shape: PipelineShape, folder: Path) -> None:
     encoders = {name: part.config for name, part in shape.encoders.items()}
     channels = shape.family.denoiser.shape(denoiser).channels
     pairs = [
-        ("latents", shape.vae.config["latent_channels"], channels),
+        ("latents", latent_channels(shape.vae.config), channels),
         *shape.family.texts.widths(denoiser, encoders),
     ]
     for thing, given, wanted in pairs:

@@ -16,10 +16,9 @@ from qzo_diffusion.diffusion import text_encoders
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.families.family import Family
-from qzo_diffusion.diffusion.model_folder import INDEX, PIPELINE, fingerprint_of_files
+from qzo_diffusion.diffusion.model_folder import fingerprint_of_files, read_index
 from qzo_diffusion.diffusion.text_encoders import load_text_encoder, load_tokenizer
 from qzo_diffusion.quant.config_file import read_config
-from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.system.progress import Progress
 
 
@@ -110,8 +109,7 @@ class PromptEncoder:
                 self._bar.update()
 
     def setting(self, name: str, default: Any) -> Any:
-        file = self._folder / INDEX
-        return read_object(file, PIPELINE).get(name, default) if file.is_file() else default
+        return read_index(self._folder).get(name, default)
 
     def width(self, places: Sequence[tuple[str, str]], default: int) -> int:
         for part, name in places:

@@ -55,7 +55,7 @@ class Sampler:
         self._pipeline.set_progress_bar_config(disable=True)
         self._vae, self._prompts, self._negatives = vae, list(prompts), list(negatives)
         self._size = {"height": height, "width": width}
-        self._settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._settings = {"num_inference_steps": steps, self._family.guidance_argument: guidance}
         self._seed, self._batch_size, self.device, self._dtype = seed, batch_size, device, dtype
 
     def images(self) -> list[Image.Image]:

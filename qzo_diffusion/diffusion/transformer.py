@@ -59,12 +59,12 @@ def find_transformer(place: Path, family: Family | None = None) -> TransformerFi
     """
     entries = gguf_transformer(place) if is_gguf(place) else read_entries(place)
     own = registry.of_names(entries)
-    if own is not None and own.denoiser.layout is not None:
-        config = own.denoiser.layout.config_of(entries)
-        _check_family(own, family, str(place))
-        named = own.denoiser.layout.to_diffusers(entries, config)
-        return TransformerFiles(as_linear(named), config)
     file = (place if place.is_dir() else place.parent) / "config.json"
+    layout = own.denoiser.layout if own is not None else None
+    if own is not None and layout and not (layout.of_diffusers and file.is_file()):
+        config = layout.config_of(entries)
+        _check_family(own, family, str(place))
+        return TransformerFiles(as_linear(layout.to_diffusers(entries, config)), config)
     if not file.is_file():
         raise _without_config(place, entries)
     config = _completed(read_config(file, len(entries)), file, family)

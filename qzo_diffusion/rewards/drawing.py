@@ -71,7 +71,7 @@ class Drawer:
             )
             if guided:
                 without, with_prompt = prediction.unflatten(0, (-1, 2)).unbind(1)
-                prediction = without + scale * (with_prompt - without)
+                prediction = sampling.guided(without, with_prompt, scale)
             latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
         return latents
 

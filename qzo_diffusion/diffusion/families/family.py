@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qzo_diffusion.diffusion.autoencoders import PLAIN
 from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt
 from qzo_diffusion.diffusion.flow_matching import Batch, denoising_loss
 from qzo_diffusion.diffusion.objectives import Objective
@@ -50,6 +51,11 @@ class Encoders(Protocol):
 
 class Layout(Protocol):
     """The names that a family has in single files and in other programs."""
+
+    @property
+    def of_diffusers(self) -> bool:
+        """Whether the names are diffusers' own."""
+        ...
 
     def is_original(self, names: Iterable[str]) -> bool:
         """Return whether a file holds a denoiser of this family under these names."""
@@ -120,8 +126,8 @@ class Denoiser:
     and values never are. sample_size: side in latents where a config does not say it. shape: reads
     the sizes from a config. level: the
     noise level in [0, 1] of a call that a pipeline makes, from the call's keyword arguments.
-    layout: the names in single files, if there is one. distilled: whether a config is that of a
-    model that was distilled to few steps. owns: tells the family's models from others of the class.
+    layout: the names in single files, if there is one. owns: tells the family's models from others
+    of the class.
     """
 
     part: str
@@ -134,7 +140,6 @@ class Denoiser:
     level: Callable[[Mapping[str, Any]], float]
     layout: Layout | None = None
     joint: tuple[str, ...] = ()
-    distilled: Callable[[Config], bool] = lambda config: False
     owns: Callable[[Config], bool] = lambda config: True
 
     def predict(self, denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -182,6 +187,11 @@ class Texts:
         return [name for part in self.classes for name in self.of_part(part)]
 
 
+def guided(without: Tensor, with_prompt: Tensor, scale: float) -> Tensor:
+    """Return the prediction of classifier-free guidance, [B, C, h, w]."""
+    return without + scale * (with_prompt - without)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are drawn.
@@ -193,7 +203,9 @@ class Sampling:
     pixels. shift: the scheduler's time shift of a picture with so many tokens. set_times:
     sets a scheduler's steps for a picture, given their count and the number of tokens. twice:
     guidance takes two passes of the denoiser. unguided: guidance up to this is none; the difference
-    that two passes make counts `guidance + 1 - unguided` times.
+    that two passes make counts `guidance + 1 - unguided` times. guided: puts two passes together.
+    guidance_argument: of the pipeline. of_distilled: steps and guidance of a model that was
+    distilled to few steps.
     """
 
     pipelines: tuple[str, ...]
@@ -207,6 +219,9 @@ class Sampling:
     unpacked: Callable[[Any, Tensor, int, int], Tensor] = lambda pipeline, latents, *size: latents
     twice: bool = True
     unguided: float = 1.0
+    guided: Callable[[Tensor, Tensor, float], Tensor] = guided
+    guidance_argument: str = "guidance_scale"
+    of_distilled: tuple[int, float] | None = None
 
     def passes(self, guidance: float | None) -> int:
         """Return the denoiser's passes for a prediction; None is the family's own guidance."""
@@ -216,11 +231,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Published:
-    """The shape of a published model: configs of its denoiser, its VAE and its encoders."""
+    """The shape of a published model: configs of its denoiser, its VAE and its encoders, and other
+    settings of its model_index.json.
+    """
 
     denoiser: Config
     vae: Config
     encoders: Mapping[str, Config]
+    index: Config = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -244,7 +262,9 @@ class Family:
     objective: of a scheduler. hub: for downloads. architecture: reads the name in the list of
     modelspec from a denoiser's config. source: where the original layout was published. gguf: its
     architectures in GGUF files. gguf_kept: how the original names begin of tensors that
-    ComfyUI-GGUF's tools never quantize. published: models by Hub id.
+    ComfyUI-GGUF's tools never quantize. published: models by Hub id. vae: its class in diffusers.
+    distilled: whether a model was distilled to few steps, from its denoiser's config and its
+    model_index.json.
     """
 
     name: str
@@ -260,6 +280,8 @@ class Family:
     gguf: tuple[str, ...] = ()
     gguf_kept: tuple[str, ...] = ()
     published: Mapping[str, Published] = field(default_factory=dict)
+    vae: str = PLAIN
+    distilled: Callable[[Config, Config], bool] = lambda denoiser, index: False
 
     @property
     def needed(self) -> list[str]:

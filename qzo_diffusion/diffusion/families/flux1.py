@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
@@ -24,25 +23,21 @@ from qzo_diffusion.diffusion.families.family import (
 )
 from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
 from qzo_diffusion.diffusion.families.flux1_models import PUBLISHED
-from qzo_diffusion.diffusion.families.shift import flow_shift, shift_options
+from qzo_diffusion.diffusion.families.packing import (
+    SIDE,
+    drawn,
+    packed,
+    rows_and_columns,
+    unpacked,
+)
+from qzo_diffusion.diffusion.families.shift import flow_shift, set_even_times
 from qzo_diffusion.diffusion.families.t5 import encode_t5
 from qzo_diffusion.diffusion.objectives import FLOW, TIMES
 from qzo_diffusion.diffusion.text_encoders import clip_pooled, longest
 
 CLIP, T5 = "text_encoder", "text_encoder_2"
 T5_TOKENS = 512
-SIDE = 2  # latents along a side of a token
 TRAINED_GUIDANCE = 1.0  # diffusers' scripts train with it; pictures are drawn with 3.5
-
-
-def packed(latents: Tensor) -> Tensor:
-    """Return latents [B, C, h, w] as tokens [B, h · w / 4, 4 · C], row by row."""
-    return F.pixel_unshuffle(latents, SIDE).flatten(2).transpose(1, 2)
-
-
-def unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """Return tokens [B, rows · columns, 4 · C] as latents [B, C, 2 · rows, 2 · columns]."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (rows, columns)), SIDE)
 
 
 def places(rows: int, columns: int) -> Tensor:
@@ -59,7 +54,7 @@ def call(
     guidance: float | None = None,
 ) -> Tensor:
     noisy, embeds = noisy.to(dtype), prompts[0].to(dtype)
-    rows, columns = noisy.shape[-2] // SIDE, noisy.shape[-1] // SIDE
+    rows, columns = rows_and_columns(noisy)
     given = None
     if denoiser.config.guidance_embeds:
         value = TRAINED_GUIDANCE if guidance is None else guidance
@@ -75,12 +70,6 @@ def call(
         return_dict=False,
     )[0]
     return unpacked(velocity, rows, columns).float()
-
-
-def set_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> None:
-    sigmas = [1 - step / steps for step in range(steps)]
-    options = shift_options(scheduler, tokens)
-    scheduler.set_timesteps(sigmas=sigmas, device=device, **options)
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -127,11 +116,6 @@ def arguments(
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def drawn(pipeline: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    side = SIDE * pipeline.vae_scale_factor
-    return unpacked(latents, height // side, width // side)
-
-
 FLUX1 = Family(
     name="flux1",
     title="FLUX.1",
@@ -147,7 +131,6 @@ FLUX1 = Family(
         call=call,
         level=lambda options: float(options["timestep"].flatten()[0]),
         layout=FLUX1_LAYOUT,
-        distilled=lambda config: not config.get("guidance_embeds"),
     ),
     texts=Texts(
         classes={CLIP: "CLIPTextModel", T5: "T5EncoderModel"},
@@ -165,7 +148,7 @@ FLUX1 = Family(
         pipeline=pipeline,
         arguments=arguments,
         shift=flow_shift,
-        set_times=set_times,
+        set_times=set_even_times,
         unpacked=drawn,
         twice=False,
     ),
@@ -182,4 +165,5 @@ FLUX1 = Family(
     gguf=("flux",),
     gguf_kept=("txt_in.", "img_in.", "time_in.", "vector_in.", "guidance_in.", "final_layer."),
     published=PUBLISHED,
+    distilled=lambda denoiser, index: not denoiser.get("guidance_embeds"),
 )

@@ -4,10 +4,16 @@
 final modulation has shift before scale, where diffusers has scale before shift.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from qzo_diffusion.diffusion.original_layout import Pieces, TableLayout, count_blocks, with_bias
+from qzo_diffusion.diffusion.original_layout import (
+    Pieces,
+    TableLayout,
+    count_blocks,
+    norms_of,
+    with_bias,
+)
 from qzo_diffusion.quant.entries import Entry
 
 FEED_FORWARD = 4  # its width over that of the hidden states
@@ -57,8 +63,8 @@ def _double(original: str, ours: str) -> dict[str, Pieces]:
             (f"{side}_mlp.2", Pieces((f"{ours}.{feed_forward}.net.2",))),
         ]
     norms = [
-        *_norms(f"{image}_attn.norm", f"{ours}.attn.norm_"),
-        *_norms(f"{text}_attn.norm", f"{ours}.attn.norm_added_"),
+        *norms_of(f"{image}_attn.norm", f"{ours}.attn.norm_"),
+        *norms_of(f"{text}_attn.norm", f"{ours}.attn.norm_added_"),
     ]
     return with_bias(pairs) | dict(norms)
 
@@ -71,12 +77,7 @@ def _single(original: str, ours: str, width: int) -> dict[str, Pieces]:
         (f"{original}.linear2", Pieces((f"{ours}.proj_out",))),
         (f"{original}.modulation.lin", Pieces((f"{ours}.norm.linear",))),
     ]
-    return with_bias(pairs) | dict(_norms(f"{original}.norm", f"{ours}.attn.norm_"))
-
-
-def _norms(original: str, ours: str) -> Iterable[tuple[str, Pieces]]:
-    for name, part in (("query", "q"), ("key", "k")):
-        yield f"{original}.{name}_norm.scale", Pieces((f"{ours}{part}.weight",))
+    return with_bias(pairs) | dict(norms_of(f"{original}.norm", f"{ours}.attn.norm_"))
 
 
 def config_of(names: Mapping[str, Entry]) -> dict[str, Any]:
@@ -98,4 +99,6 @@ def config_of(names: Mapping[str, Entry]) -> dict[str, Any]:
     }
 
 
-FLUX1_LAYOUT = TableLayout("FLUX.1", "double_blocks.", layout_of, config_of)
+FLUX1_LAYOUT = TableLayout(
+    "FLUX.1", "double_blocks.", layout_of, config_of, without="double_stream_modulation_img."
+)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qzo_diffusion.diffusion.encoded_prompt import EncodedPrompt, stack_prompts
+from qzo_diffusion.diffusion.encoded_prompt import plain_arguments
 from qzo_diffusion.diffusion.families import unet
 from qzo_diffusion.diffusion.families.family import (
     Config,
@@ -61,15 +61,6 @@ def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
     )
 
 
-def arguments(
-    prompts: Sequence[EncodedPrompt], negatives: Sequence[EncodedPrompt]
-) -> dict[str, Any]:
-    return {
-        "prompt_embeds": stack_prompts(prompts)[0],
-        "negative_prompt_embeds": stack_prompts(negatives)[0],
-    }
-
-
 def architecture(config: Config) -> str:
     wide = unet.shape(config).text_width == 1024
     return "stable-diffusion-v2-768-v" if wide else "stable-diffusion-v1"
@@ -96,7 +87,7 @@ SD15 = Family(
         steps=30,
         guidance=7.5,
         pipeline=pipeline,
-        arguments=arguments,
+        arguments=plain_arguments,
         shift=unet.no_shift,
         set_times=unet.set_times,
     ),

@@ -3,10 +3,18 @@
 import math
 from typing import Any
 
+import torch
+
 
 def shift_options(scheduler: Any, tokens: int) -> dict[str, float]:
     """Return the arguments of `set_timesteps` for a picture with so many tokens."""
     return {"mu": _mu(scheduler, tokens)} if _is_dynamic(scheduler) else {}
+
+
+def set_even_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> None:
+    """Set steps from noise level 1 to 1 / `steps`, equally far from each other before the shift."""
+    sigmas = [1 - step / steps for step in range(steps)]
+    scheduler.set_timesteps(sigmas=sigmas, device=device, **shift_options(scheduler, tokens))
 
 
 def flow_shift(scheduler: Any, tokens: int) -> float:

@@ -30,7 +30,7 @@ def warn_of_distilled(shape: PipelineShape, config: Config) -> None:
     """Warn where a model was distilled to few steps, which the loss of its objective blurs."""
     names = [name for name in (config.transformer, config.model) if name is not None]
     told = [name for name in names if re.search(DISTILLED, name.lower())]
-    if told or shape.family.denoiser.distilled(shape.transformer.config):
+    if told or shape.distilled:
         report(
             f"warning: {(told or names)[0]} was distilled to few steps. Its pictures blur when it "
             "is trained by the error of its predictions; train the base model, or by --reward "

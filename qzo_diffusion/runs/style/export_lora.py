@@ -16,11 +16,12 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.diffusion.autoencoders import reduction
+from qzo_diffusion.diffusion.encoded_prompt import stack_prompts
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.pointwise import lora_of
 from qzo_diffusion.diffusion.prompts import read_prompt_file
-from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.low_rank import LowRank, low_rank_changes, norm_kept
 from qzo_diffusion.quant.weights import Pending
 from qzo_diffusion.runs.style import pipeline
@@ -50,8 +51,7 @@ def compared_inputs(config: Config, runtime: pipeline.Runtime) -> Batch:
         torch.randn(len(LEVELS), channels, side, side, generator=generator),
         torch.randn(len(LEVELS), channels, side, side, generator=generator),
         torch.tensor(LEVELS),
-        torch.stack([one.embeds for one in chosen]),
-        torch.stack([one.pooled for one in chosen]),
+        *stack_prompts(chosen),
         objective=pipeline.objective_of(config, runtime.folder),
     )
 

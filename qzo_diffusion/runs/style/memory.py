@@ -17,6 +17,7 @@ from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.exact_product import blocks_of
 from qzo_diffusion.diffusion import memory
+from qzo_diffusion.diffusion.autoencoders import reduction
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.gradient_memory import gradient_bytes
 from qzo_diffusion.diffusion.memory import MemoryPlan, MethodPeak, ModelSize, Phase
@@ -24,7 +25,6 @@ from qzo_diffusion.diffusion.original_layout import LAYERS
 from qzo_diffusion.diffusion.pipeline_shape import PipelineShape
 from qzo_diffusion.diffusion.text_encoders import EncoderKind, dtype_of, empty_encoder
 from qzo_diffusion.diffusion.transformer import empty_transformer
-from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline

@@ -23,6 +23,7 @@ from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.model_folder import (
     check_model_folder,
     family_of_folder,
+    is_distilled,
     load_scheduler,
     native_resolution,
 )
@@ -147,6 +148,8 @@ def resolve_sampling_(config: Config, family: Family, folder: Path) -> None:
     """Fill in the steps and the guidance that suit the model, unless the user set them."""
     own = family.sampling
     steps, guidance = (16, 2.0) if is_tiny(folder) else (own.steps, own.guidance)
+    if own.of_distilled and is_distilled(folder, family):
+        steps, guidance = own.of_distilled
     config.sample.steps = config.sample.steps or steps
     if config.sample.guidance is None:
         config.sample.guidance = guidance

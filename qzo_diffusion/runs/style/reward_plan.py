@@ -17,12 +17,12 @@ from qzo_diffusion.config.reward import RewardName
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.probes import Objective
+from qzo_diffusion.diffusion.autoencoders import reduction
 from qzo_diffusion.diffusion.families.family import Family, model_loss
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.model_folder import load_scheduler
 from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
 from qzo_diffusion.diffusion.style_folder import StyleFolder, dataset_table
-from qzo_diffusion.diffusion.vae import reduction
 from qzo_diffusion.rewards.drawing import Drawer
 from qzo_diffusion.rewards.objective import RewardObjective
 from qzo_diffusion.rewards.pictures import PictureBatch
