@@ -49,7 +49,8 @@ DERIVATIVES = (
 FAMILIES = "diffusion/families/"
 # A family outside of its record: diffusers' classes of it, and a module that makes it.
 OF_A_FAMILY = re.compile(
-    r"\b(SD3|Flux|UNet2D|StableDiffusion|ZImage)\w*(Model|Pipeline)\b|\bfamilies[./](?!family\b|registry\b)\w"
+    r"\b(SD3|Flux|QwenImage|UNet2D|StableDiffusion|ZImage)\w*(Model|Pipeline)\b"
+    r"|\bfamilies[./](?!family\b|registry\b)\w"
 )
 GRAB_BAGS = {"utils.py", "helpers.py", "common.py"}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.families.small import LENGTH, SIDE
+from benchmarks.families.small import LENGTH, LENGTHS, SIDE
 from qzo_diffusion.diffusion.cache import TensorCache
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.flow_matching import Batch
@@ -79,7 +79,8 @@ def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Mo
     pipeline.set_progress_bar_config(disable=True)
     denoiser = getattr(pipeline, family.denoiser.part)
     # as a run reads it: the tokenizer's own limit
-    length = {"max_sequence_length": LENGTH} if family.texts.large else {}
+    limit = LENGTHS.get(family.name, LENGTH)
+    length = {"max_sequence_length": limit} if family.texts.large else {}
     with torch.no_grad(), recorded(denoiser) as calls:
         pipeline(
             PROMPT,

@@ -35,6 +35,8 @@ MODELS = (
     "stabilityai/stable-diffusion-3.5-large",
     "stabilityai/stable-diffusion-3.5-medium",
     "black-forest-labs/FLUX.1-dev",
+    "black-forest-labs/FLUX.2-klein-base-4B",
+    "Qwen/Qwen-Image",
     "stabilityai/stable-diffusion-xl-base-1.0",
     "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "Tongyi-MAI/Z-Image",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -13,8 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 class EncodedPrompt:
     """An encoded prompt: embeds [T, D], and pooled [P], where P is 0 if a family has none.
 
-    Prompts of families that read as many tokens as there are end in zeros, and pooled is the number
-    of tokens before them, [1] int64.
+    Where prompts differ in T, pooled is T itself, [1] int64. Zeros may follow those tokens.
 
     tokens: the longest count over the tokenizers.
     """
@@ -23,6 +23,12 @@ class EncodedPrompt:
     pooled: Tensor
     tokens: int
     truncated: bool
+
+
+def equally_long(embeds: Sequence[Tensor]) -> list[Tensor]:
+    """Return prompts [B, T, D] with zeros behind the shorter ones."""
+    longest = max(one.shape[1] for one in embeds)
+    return [F.pad(one, (0, 0, 0, longest - one.shape[1])) for one in embeds]
 
 
 def stack_prompts(encoded: Sequence[EncodedPrompt]) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qzo_diffusion.diffusion.encoded_prompt import equally_long
 from qzo_diffusion.diffusion.objectives import FLOW, Objective
 
 SigmaDistribution = Literal["uniform", "logit_normal"]
@@ -99,6 +100,8 @@ class Batch:
         """Return one batch of the examples of all parts, which have one shape."""
         if any(part.weight is not None and part.weight.ndim > 1 for part in parts):
             parts = [part._with_weight_of_places() for part in parts]
+        embeds = equally_long([part.prompt_embeds for part in parts])
+        parts = [replace(part, prompt_embeds=one) for part, one in zip(parts, embeds, strict=True)]
         tensors = zip(*(part._tensors() for part in parts), strict=True)
         return parts[0]._with(torch.cat(same) for same in tensors)
 

@@ -147,7 +147,7 @@ def _completed(config: dict[str, Any], file: Path, family: Family | None) -> dic
 
 
 def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
-    """Build the model with all its tensors on the meta device: it takes no memory.
+    """Build the model with all tensors of its files on the meta device: it takes no memory.
 
     Raises:
         ModelError: diffusers refuses the config.
@@ -163,4 +163,5 @@ def empty_transformer(config: Mapping[str, Any]) -> nn.Module:
         "download it again",
     )
     replace_convolutions_(model)
+    family.denoiser.fill(model)
     return model

@@ -19,12 +19,16 @@ def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
     return quiet(names) if wanted == "quiet" else matching(names, wanted)
 
 
-# Each is the only reader of its input (an activation or an attention), in SD3, in Z-Image and in
-# models like Llama.
+# Each is the only reader of its input (an activation or an attention), in transformers of
+# pictures and in models like Llama.
 LAST_READERS = (
     "ff.net.2",
     "ff_context.net.2",
-    "attn.to_out.0",
+    "ff.linear_out",
+    "ff_context.linear_out",
+    "img_mlp.net.2",
+    "txt_mlp.net.2",
+    "attn.to_out",
     "attn2.to_out.0",
     "attention.to_out.0",
     "feed_forward.w2",

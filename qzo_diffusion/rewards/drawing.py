@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from qzo_diffusion.diffusion.decoding import decoded
+from qzo_diffusion.diffusion.encoded_prompt import equally_long
 from qzo_diffusion.diffusion.families.family import Family
 from qzo_diffusion.diffusion.flow_matching import PATCH
 from qzo_diffusion.rewards.pictures import PictureBatch
@@ -57,7 +58,8 @@ class Drawer:
         sampling, own = self._family.sampling, self._family.denoiser
         guided, scheduler = sampling.passes(self._guidance) > 1, self._scheduler
         scale = self._guidance - (sampling.unguided - 1)
-        embeds = _rows(batch.negative_embeds, batch.embeds, guided)
+        negative_embeds, embeds = equally_long((batch.negative_embeds, batch.embeds))
+        embeds = _rows(negative_embeds, embeds, guided)
         pooled = _rows(batch.negative_pooled, batch.pooled, guided)
         given = None if sampling.twice else self._guidance
         timesteps = self._timesteps(batch.noise)

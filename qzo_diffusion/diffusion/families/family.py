@@ -127,7 +127,7 @@ class Denoiser:
     the sizes from a config. level: the
     noise level in [0, 1] of a call that a pipeline makes, from the call's keyword arguments.
     layout: the names in single files, if there is one. owns: tells the family's models from others
-    of the class.
+    of the class. fill: computes what no file holds of a model that was built without memory.
     """
 
     part: str
@@ -141,6 +141,7 @@ class Denoiser:
     layout: Layout | None = None
     joint: tuple[str, ...] = ()
     owns: Callable[[Config], bool] = lambda config: True
+    fill: Callable[[Any], None] = lambda model: None
 
     def predict(self, denoiser: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
         """Return the prediction for a batch's noisy inputs, [B, C, h, w] fp32."""

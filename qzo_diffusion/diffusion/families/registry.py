@@ -7,12 +7,14 @@ from typing import Any
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.diffusion.families.family import Family, Published
 from qzo_diffusion.diffusion.families.flux1 import FLUX1
+from qzo_diffusion.diffusion.families.flux2 import FLUX2
+from qzo_diffusion.diffusion.families.qwen_image import QWEN_IMAGE
 from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.diffusion.families.sd15 import SD15
 from qzo_diffusion.diffusion.families.sdxl import SDXL
 from qzo_diffusion.diffusion.families.zimage import ZIMAGE
 
-FAMILIES = (SD3, FLUX1, SDXL, SD15, ZIMAGE)
+FAMILIES = (SD3, FLUX1, FLUX2, QWEN_IMAGE, ZIMAGE, SDXL, SD15)
 DEFAULT = FAMILIES[0]  # of configs that name no class
 DEFAULT_MODEL = next(iter(DEFAULT.published))  # by its Hub id; `--model auto` looks for it
 

@@ -12,6 +12,8 @@ VARIANTS = [
     ("sd3", {}),
     ("flux1", {}),
     ("flux1", {"guidance": False}),
+    ("flux2", {}),
+    ("qwen_image", {}),
     ("sdxl", {}),
     ("sd15", {}),
     ("sd15", {"prediction": "v_prediction"}),

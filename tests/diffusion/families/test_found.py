@@ -18,6 +18,8 @@ KEYS = {
     "sd3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "flux1": "double_blocks.0.img_attn.qkv.weight",
     "zimage": "noise_refiner.0.attention.qkv.weight",
+    "flux2": "double_stream_modulation_img.lin.weight",
+    "qwen_image": "model.diffusion_model.transformer_blocks.0.img_mlp.net.2.weight",
 }
 
 
@@ -31,23 +33,30 @@ def test_by_the_names_in_a_file(tmp_path, name):
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
-        ("sd3", "sd3"),
-        ("flux", "flux1"),
-        ("sdxl", "sdxl"),
-        ("sd1", "sd15"),
-        ("sd2", "sd15"),
-        ("lumina2", "zimage"),
+        *(("sd3", "sd3"), ("flux", "flux1"), ("flux2", "flux2"), ("qwen_image", "qwen_image")),
+        *(("sdxl", "sdxl"), ("sd1", "sd15"), ("sd2", "sd15"), ("lumina2", "zimage")),
     ],
 )
 def test_by_the_metadata_of_a_gguf_file(tmp_path, architecture, name):
-    file = tmp_path / "model.gguf"
+    file = gguf_file(tmp_path, architecture, "any.weight")
+    assert family_of_folder(tmp_path, None, file).name == name
+
+
+def gguf_file(folder, architecture, *names):
+    file = folder / "model.gguf"
     writer = gguf.GGUFWriter(file, architecture)
-    writer.add_tensor("any.weight", np.ones((4, 4), dtype=np.float32))
+    for name in names:
+        writer.add_tensor(name, np.ones((4, 4), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert family_of_folder(tmp_path, None, file).name == name
+    return file
+
+
+def test_layers_tell_a_family_before_its_metadata(tmp_path):
+    file = gguf_file(tmp_path, "flux", KEYS["flux1"], KEYS["flux2"])
+    assert family_of_folder(tmp_path, None, file).name == "flux2"
 
 
 def test_by_name_before_all(tmp_path):

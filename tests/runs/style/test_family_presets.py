@@ -14,10 +14,19 @@ from qzo_diffusion.resources import shipped
 from qzo_diffusion.runs.style import memory as planning
 from qzo_diffusion.runs.style.pipeline import Runtime
 
-GIGABYTES = {"flux1_dev_12gb": 12, "sdxl_6gb": 6, "sd15_4gb": 4, "zimage_8gb": 8}
-# from the model cards: 12 B, 2.6 B, 860 M, 6 B
+GIGABYTES = {
+    "flux1_dev_12gb": 12,
+    "flux2_klein_4b_8gb": 8,
+    "qwen_image_16gb": 16,
+    "sdxl_6gb": 6,
+    "sd15_4gb": 4,
+    "zimage_8gb": 8,
+}
+# from the model cards: 12 B, 4 B, 20 B, 2.6 B, 860 M, 6 B
 PARAMETERS = {
     "flux1_dev_12gb": 11.9e9,
+    "flux2_klein_4b_8gb": 3.88e9,
+    "qwen_image_16gb": 20.43e9,
     "sdxl_6gb": 2.57e9,
     "sd15_4gb": 0.86e9,
     "zimage_8gb": 6.15e9,
