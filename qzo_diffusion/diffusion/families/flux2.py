@@ -180,7 +180,7 @@ FLUX2 = Family(
     ),
     architecture=lambda config: "flux-2-klein",
     source="https://github.com/black-forest-labs/flux2",
-    gguf=("flux2",),
+    gguf=("flux", "flux2"),  # ComfyUI-GGUF knows the first
     gguf_kept=(
         "txt_in.",
         "img_in.",
