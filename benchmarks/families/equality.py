@@ -83,7 +83,7 @@ def plain_calls(folder: Path, family: Family, dtype: torch.dtype) -> tuple[nn.Mo
     length = {"max_sequence_length": limit} if family.texts.large else {}
     with torch.no_grad(), recorded(denoiser) as calls:
         pipeline(
-            PROMPT,
+            prompt=PROMPT,
             height=SIDE,
             width=SIDE,
             num_inference_steps=STEPS,

@@ -187,7 +187,7 @@ KINDS: Mapping[str, Autoencoder] = {
         latents=_standard,
         plain=_from_standard,
         set_tile=_set_tile_of_videos,
-        # live tensors of a forward are 2.0 and 3.0 times those of SD3.5's VAE, whose peaks these are
+        # a forward has 2 and 3 times the live tensors of the plain kind, whose peaks these are
         full_size={"encode": 2.7 * 2.0, "decode": 5.2 * 3.0},
         frames=True,
     ),

@@ -48,7 +48,7 @@ def drawn_by(pipeline, family, prompt, seed):
     """The picture [3, H, W] in [0, 1] of the plain pipeline."""
     own = {"negative_prompt": NEGATIVE} if family.name == "qwen_image" else {}
     return pipeline(
-        prompt,
+        prompt=prompt,
         height=small.SIDE,
         width=small.SIDE,
         num_inference_steps=STEPS,
