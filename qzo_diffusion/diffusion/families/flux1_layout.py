@@ -100,5 +100,5 @@ def config_of(names: Mapping[str, Entry]) -> dict[str, Any]:
 
 
 FLUX1_LAYOUT = TableLayout(
-    "FLUX.1", "double_blocks.", layout_of, config_of, without="double_stream_modulation_img."
+    "FLUX.1", "double_blocks.", layout_of, config_of, without="double_stream_modulation_img.lin."
 )

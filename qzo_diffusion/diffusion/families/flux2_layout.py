@@ -26,7 +26,7 @@ _GUIDANCE = {
     "guidance_in.in_layer": f"{_TIME}.guidance_embedder.linear_1",
     "guidance_in.out_layer": f"{_TIME}.guidance_embedder.linear_2",
 }
-SIGN = "double_stream_modulation_img."
+SIGN = "double_stream_modulation_img.lin."  # diffusers has linear
 
 
 def layout_of(config: Mapping[str, Any]) -> dict[str, Pieces]:
