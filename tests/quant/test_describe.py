@@ -94,7 +94,6 @@ def test_a_transformer_of_ours_is_not_called_another(tmp_path):
     ("name", "family"),
     [
         ("black-forest-labs/FLUX.2-dev", "FLUX"),
-        ("Tongyi-MAI/Z-Image-Turbo", "Z-Image"),
         ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan"),
     ],
 )
