@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qzo_diffusion.diffusion.autoencoders import reduction
 from qzo_diffusion.diffusion.families.family import Family, Published
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.original_layout import LAYERS
-from qzo_diffusion.diffusion.vae import reduction
 
 TEXT_TOKENS = 64  # of a prompt
 
