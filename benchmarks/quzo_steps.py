@@ -25,7 +25,6 @@ from qzo_diffusion.quant.intgrid import IntGridLinear
 
 EPS = (0.1, 0.25, 0.5, 1.0, 2.0)  # in codes
 BATCH = 16
-SIDES = (1.0, -1.0)
 Shown = Callable[[int, float], Any]
 """Draw and radius -> a context in which layers are probed."""
 
@@ -115,6 +114,8 @@ def slopes(places: Places, draws: int = 6) -> dict[str, Any]:
     `each` is the rms of an example's slope along its own direction, `mean` that of the batch's loss
     along a shared one, both for a change of all weights by their rms. `along_update` is the slope
     along the mean of 16 estimates, mean² · √16 / each: of one shared direction it is `mean`.
+    `curvature` is the mean second derivative of the batch's loss, and `gain` what the best step
+    along an estimate of one batch lowers its loss by, along_update² / (2 · curvature).
     """
     case = load(places, "quzo_default", "compute.dtype=float32")
     scales, names = case.base.scales, list(case.base.trained)
@@ -133,14 +134,14 @@ def slopes(places: Places, draws: int = 6) -> dict[str, Any]:
     }
     found = {}
     for kind, (eps, unit, shown) in kinds.items():
-        along = {
-            shared: _slopes(case, shown(shared), eps, draws)
-            for shared in ((True,) if kind == "every code" else (True, False))
-        }
-        mean = float(along[True].mean(1).square().mean().sqrt()) * unit
-        each = float(along[kind == "every code"].square().mean().sqrt()) * unit
-        best = mean if kind == "every code" else mean**2 * math.sqrt(BATCH) / each
-        figures = {"each": each, "mean": mean, "along_update": best}
+        every = kind == "every code"
+        shared, curved = _derivatives(case, shown(True), eps, draws)
+        own = shared if every else _derivatives(case, shown(False), eps, draws)[0]
+        mean = float(shared.mean(1).square().mean().sqrt()) * unit
+        each, curvature = float(own.square().mean().sqrt()) * unit, float(curved.mean()) * unit**2
+        along = mean if every else mean**2 * math.sqrt(BATCH) / each
+        figures = {"each": each, "mean": mean, "along_update": along, "curvature": curvature}
+        figures["gain"] = along**2 / (2 * curvature)
         found[kind] = {name: round(value, 4) for name, value in figures.items()}
         print(kind, found[kind], file=sys.stderr)
     return found
@@ -151,14 +152,18 @@ def _layers(model: nn.Module, names: list[str]) -> dict[str, IntGridLinear]:
     return {name: one for name, one in found.items() if isinstance(one, IntGridLinear)}
 
 
-def _slopes(case: Case, shown: Shown, eps: float, draws: int) -> Tensor:
-    """Slopes [draws, examples] along as many directions."""
-
-    def at(draw: int, radius: float) -> Tensor:
-        with shown(draw, radius):
-            return case.losses()
-
-    return torch.stack([(at(draw, eps) - at(draw, -eps)) / (2 * eps) for draw in range(draws)])
+def _derivatives(case: Case, shown: Shown, eps: float, draws: int) -> tuple[Tensor, Tensor]:
+    """First and second derivatives [draws, examples] along as many directions."""
+    plain = case.losses()
+    slopes, curvatures = [], []
+    for draw in range(draws):
+        with shown(draw, eps):
+            above = case.losses()
+        with shown(draw, -eps):
+            below = case.losses()
+        slopes.append((above - below) / (2 * eps))
+        curvatures.append((above + below - 2 * plain) / eps**2)
+    return torch.stack(slopes), torch.stack(curvatures)
 
 
 def _every_code(theta: Codes) -> Shown:
