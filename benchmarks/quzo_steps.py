@@ -108,7 +108,7 @@ def _over_forwards(places: Places, cell: str, rounds: int) -> float:
     return round(statistics.median(ratios[2:]), 3)
 
 
-def slopes(places: Places, draws: int = 6) -> dict[str, Any]:
+def slopes(places: Places, draws: int = 4) -> dict[str, Any]:
     """Slopes along three kinds of directions, on one batch of 16 in fp32, of the default's layers.
 
     `each` is the rms of an example's slope along its own direction, `mean` that of the batch's loss
