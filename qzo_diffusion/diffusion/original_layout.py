@@ -45,8 +45,8 @@ class TableLayout:
     name (without prefix) -> its parts, for a denoiser of a config. config: infers that config from
     the tensors of a file; it may raise KeyError for one that is missing. flattened: tensors whose
     first dimension is 1, which llama.cpp drops where it writes a file. without: the beginning of a
-    name that another family has beside this sign. of_diffusers: names are diffusers' own, so that a
-    config.json beside a file is that of its model.
+    name that another family has beside this sign. of_diffusers: names without prefix are
+    diffusers' own, so that a config.json beside a file is that of its model.
     """
 
     title: str
@@ -62,6 +62,9 @@ class TableLayout:
         if self.without is not None and any(name.startswith(self.without) for name in own):
             return False
         return any(name.startswith(self.sign) for name in own)
+
+    def are_of_diffusers(self, names: Iterable[str]) -> bool:
+        return self.of_diffusers and not _prefixed(names)
 
     def whole_shapes(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
         """Return the entries of a GGUF file with their first dimension where it was dropped."""
@@ -196,9 +199,13 @@ def without_prefix(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {name.removeprefix(PREFIX): entry for name, entry in chosen}
 
 
+def _prefixed(names: Iterable[str]) -> bool:
+    return any(name.startswith(PREFIX) for name in names)
+
+
 def _chosen(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
     """Yield the denoiser's tensors; a file without the prefix is the denoiser alone."""
-    prefixed = any(name.startswith(PREFIX) for name in entries)
+    prefixed = _prefixed(entries)
     return (
         (name, entry) for name, entry in entries.items() if not prefixed or name.startswith(PREFIX)
     )

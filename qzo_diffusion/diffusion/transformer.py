@@ -61,7 +61,7 @@ def find_transformer(place: Path, family: Family | None = None) -> TransformerFi
     own = registry.of_names(entries)
     file = (place if place.is_dir() else place.parent) / "config.json"
     layout = own.denoiser.layout if own is not None else None
-    if own is not None and layout and not (layout.of_diffusers and file.is_file()):
+    if own is not None and layout and not (file.is_file() and layout.are_of_diffusers(entries)):
         config = layout.config_of(entries)
         _check_family(own, family, str(place))
         return TransformerFiles(as_linear(layout.to_diffusers(entries, config)), config)

@@ -52,9 +52,8 @@ class Encoders(Protocol):
 class Layout(Protocol):
     """The names that a family has in single files and in other programs."""
 
-    @property
-    def of_diffusers(self) -> bool:
-        """Whether the names are diffusers' own."""
+    def are_of_diffusers(self, names: Iterable[str]) -> bool:
+        """Return whether the names of a file are diffusers' own."""
         ...
 
     def is_original(self, names: Iterable[str]) -> bool:

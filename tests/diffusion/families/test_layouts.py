@@ -74,10 +74,13 @@ def test_the_converter_of_flux2_gives_every_tensor_back(tmp_path):
     check_read(file, model, *sizes, "joint_attention_dim", "timestep_guidance_channels")
 
 
+@pytest.mark.parametrize("beside", [False, True])  # an export writes both layouts into a folder
 @pytest.mark.parametrize("prefix", ["", PREFIX])
-def test_a_single_file_of_qwen_image_has_diffusers_names(tmp_path, prefix):
+def test_a_single_file_of_qwen_image_has_diffusers_names(tmp_path, prefix, beside):
     model = small.qwen_image()["transformer"]
     file = tmp_path / "single.safetensors"
+    if beside:
+        model.save_config(tmp_path)
     save_file({f"{prefix}{name}": one for name, one in model.state_dict().items()}, file)
     check_read(file, model, "num_layers", "num_attention_heads", "out_channels", "in_channels")
     mine = load_file(written(tmp_path / "mine.safetensors", model, QWEN_IMAGE_LAYOUT))
