@@ -52,6 +52,32 @@ def test_a_stopped_run_goes_on_and_is_replayed_to_the_same_bits(run_of, tmp_path
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+WRITTEN = {
+    "original": ("bf16", ("--layout", "original"), "original_layout.safetensors"),
+    "gguf": ("gguf", ("--quantize-to", "Q8_0"), "*.gguf"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("name", ["flux1", "flux2", "qwen_image", "zimage"])
+def test_a_single_file_of_a_run_is_tuned(run_of, tmp_path, name, kind):
+    model, run = run_of(name)
+    form, more, file = WRITTEN[kind]
+    folder = tmp_path / form
+    command = ["export", "--run", str(run), "--format", form, *more]
+    assert main([*command, "--output-dir", str(folder)]) == 0
+    (found,) = folder.glob(file)
+    again = ("--transformer", str(found), *FEW)
+    same = runs.train(model, tmp_path / "same", "--max-steps", "0", *again)
+    (wanted, family), (read, _) = runs.tuned_model(run), runs.tuned_model(same)
+    batch = runs.some_batch(model, family)
+    predictions = [runs.prediction(one, family, batch) for one in (wanted, read)]
+    off = (predictions[1] - predictions[0]).norm() / predictions[0].norm()
+    assert off < 0.02  # roundings to 8 bits, or to bfloat16 and NF4 again
+    assert_replayed(runs.train(model, tmp_path / "tuned", "--max-steps", "1", *again))
+
+
 @pytest.mark.slow
 def test_a_family_that_was_named_is_found_by_a_replay(run_of, tmp_path):
     model = shutil.copytree(run_of("sd15")[0], tmp_path / "model")
