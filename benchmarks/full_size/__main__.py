@@ -3,7 +3,7 @@
 Weights are synthetic, in the real shapes, and streamed from disk through the path that a user's
 download takes. Stages, each a process of its own with figures of its own (`--stages`):
 
-    shards     write the denoiser in bf16 shards to --folder (12 GB for Z-Image)
+    shards     write the denoiser in bf16 shards to --folder (12 GB for Z-Image, 8 for klein)
     load       stream and quantize; peak of the resident set; store the 4-bit copy
     steps      two plain forwards, then ten steps of the default method, at 256 px and batch 1
     encoder    write the language model in bf16 (8 GB), read it into NF4, and encode a prompt
@@ -27,7 +27,10 @@ from benchmarks.full_size.stepping import DEFAULT, steps_of
 from benchmarks.record import provenance
 from qzo_diffusion.diffusion.families import registry
 
-MODELS = {"zimage": "Tongyi-MAI/Z-Image"}
+MODELS = {
+    "zimage": "Tongyi-MAI/Z-Image",
+    "flux2_klein_4b": "black-forest-labs/FLUX.2-klein-base-4B",
+}
 STAGES = ("shards", "load", "steps", "encoder")
 FOLDER = Path.home() / ".cache" / "qzo_diffusion" / "full_size"
 ALL, SIDE = 10**3, 256

@@ -1,4 +1,4 @@
-"""The proof at full size runs through all of its stages on a model of two layers."""
+"""The proof at full size runs through all of its stages on small models."""
 
 from dataclasses import replace
 
@@ -15,26 +15,29 @@ QWEN3 = {
     "vocab_size": 257,
     "hidden_size": 64,
     "intermediate_size": 64,
-    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
 
 
-@pytest.fixture
-def subject():
-    """Z-Image in the widths of its small pipeline."""
-    family, published = registry.published(full_size.MODELS["zimage"])
-    config = small.zimage()["transformer"].config
+LAYERS = {"zimage": 2, "flux2_klein_4b": 28}  # klein reads a state behind the 27th
+
+
+@pytest.fixture(params=LAYERS)
+def subject(request):
+    """A model in the widths of its family's small pipeline."""
+    layers = LAYERS[request.param]
+    family, published = registry.published(full_size.MODELS[request.param])
+    config = getattr(small, family.name)()["transformer"].config
     narrow = {"_class_name": family.denoiser.class_name}
     narrow |= {key: value for key, value in config.items() if not key.startswith("_")}
-    return Subject(
-        family, replace(published, denoiser=narrow, encoders={"text_encoder": QWEN3}), layers=2
-    )
+    qwen3 = QWEN3 | {"num_hidden_layers": layers + 1}
+    published = replace(published, denoiser=narrow, encoders={"text_encoder": qwen3})
+    return Subject(family, published, layers=layers)
 
 
-def test_all_stages_run_at_two_layers(subject, tmp_path):
+def test_all_stages_run_in_small(subject, tmp_path):
     found = {stage: full_size.run_stage(stage, subject, tmp_path, 1) for stage in full_size.STAGES}
     assert found["load"]["logical_parameters"] == found["shards"]["parameters"]
     assert found["steps"]["default"]["steps"] == 1
