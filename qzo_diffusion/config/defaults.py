@@ -91,6 +91,7 @@ def _examples_of_a_step(known: Known) -> int:
 
 
 NORMALISED = (True, "running")
+OF_ROWS = ("row", "separable")
 FACTORS = ("qzo", "quzo")  # methods that train factors of rows and columns
 
 # Formats that bitsandbytes does not have.
@@ -185,6 +186,12 @@ REWARDS = rules(
     method="qzo",
     reward__scores=GIVEN,
 )
+# A style is in the rows of the layers that write to the image's stream; columns of blocks tear
+# shapes (docs/decisions/keeping_content.md D95).
+ROWS = [
+    *rules({"qzo.parametrization": "row"}, method="qzo", reward__scores=[]),
+    *rules({"qzo.layers": "image"}, method="qzo", qzo__parametrization="row"),
+]
 # Pictures are divided into 16 patch groups. Their rate falls by itself, and is calibrated where
 # nobody chose it.
 PICTURES = [
@@ -195,20 +202,21 @@ PICTURES = [
     *VOTES,
     *ESTIMATE,
     *REWARDS,
+    *ROWS,
     *rules({"qzo.regions": 16}, method=FACTORS, qzo__per_example=True),
     *rules(
         {"train.schedule": "inverse_sqrt"},
         method=FACTORS,
         qzo__per_example=True,
         qzo__normalize=NORMALISED,
-        qzo__parametrization="separable",
+        qzo__parametrization=OF_ROWS,
     ),
     *rules(
         {"train.calibrate_lr": True},
         method=FACTORS,
         qzo__per_example=True,
         qzo__normalize=NORMALISED,
-        qzo__parametrization="separable",
+        qzo__parametrization=OF_ROWS,
         train__lr=NOT_GIVEN,
     ),
     *rules(

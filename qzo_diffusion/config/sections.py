@@ -67,9 +67,9 @@ class QzoConfig(Section):
     parametrization: Literal["dense", "row", "layer", "column", "separable", "codes"] = "separable"
     """numbers that are trained: one for a scale, a row, a layer, a column, or row and column;
     codes: each code by itself, of method quzo"""
-    layers: list[str] | Literal["quiet"] | None = None
-    """parts of layer names, such as ff.net; middle (or quiet): the middle blocks; null: every
-    quantized layer"""
+    layers: list[str] | Literal["quiet", "image"] | None = None
+    """parts of layer names, such as ff.net; image: layers that write to the image's stream; middle
+    (or quiet): the middle blocks; null: every quantized layer"""
     units: Literal["relative", "absolute"] = "relative"
     """relative: a number multiplies its scale; absolute: it is added"""
     eps: Positive = 1e-2

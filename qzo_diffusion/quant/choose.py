@@ -10,13 +10,34 @@ def matching(names: Iterable[str], parts: Sequence[str]) -> list[str]:
 
 
 TO_QUERIES_AND_KEYS = {"q_proj", "k_proj", "to_q", "to_k", "query", "key"}
+INTO_ATTENTION = TO_QUERIES_AND_KEYS | {"v_proj", "to_v", "value", "to_qkv"}
+# of the stream of text tokens in models that have one
+TEXT_STREAM = re.compile(r"(^|_)context|^add_|^to_add_|^txt_")
 
 
 def chosen(names: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
-    """The layers that a setting means: by parts of names, by the word "quiet", or all for None."""
+    """The layers that a setting means: by parts of names, by the words "quiet" and "image", or all
+    for None.
+    """
     if wanted is None:
         return list(names)
+    if wanted == "image":
+        return image(names)
     return quiet(names) if wanted == "quiet" else matching(names, wanted)
+
+
+def image(names: Iterable[str]) -> list[str]:
+    """Return the layers that write to the stream of image tokens, and those that scale and shift it
+    (docs/decisions/keeping_content.md D95).
+
+    Projections into attention and layers of the text stream are left out.
+    """
+    return [
+        name
+        for name in names
+        if INTO_ATTENTION.isdisjoint(parts := name.split("."))
+        and not any(TEXT_STREAM.search(part) for part in parts)
+    ]
 
 
 # Each is the only reader of its input (an activation or an attention), in transformers of

@@ -153,7 +153,7 @@ EVER = 0.1  # of inverse_sqrt, which needs no number of steps
     ("given", "per_example", "patch_groups", "normalize", "lr"),
     [
         ({}, True, 16, True, EVER),
-        ({"parametrization": "row"}, True, 16, True, suited_lr(1000)),
+        ({"parametrization": "layer"}, True, 16, True, suited_lr(1000)),
         ({"parametrization": "dense"}, False, 1, False, 3e-3),
         ({"num_directions": 4}, True, 16, True, EVER),
         ({"num_directions": 1}, True, 16, True, EVER / 1.6),
@@ -314,7 +314,8 @@ def test_pictures_have_a_rate_that_falls_by_itself(given, schedule):
         ({"train": {"lr": 0.05}}, False),
         ({"train": {"lr": 0.05, "calibrate_lr": True}}, True),
         ({"train": {"calibrate_lr": False}}, False),
-        ({"qzo": {"parametrization": "row"}}, False),  # nothing was measured there
+        ({"qzo": {"parametrization": "layer"}}, False),  # nothing was measured there
+        ({"qzo": {"parametrization": "separable"}}, True),
         ({"qzo": {"normalize": False}}, False),
         ({"qzo": {"parametrization": "dense"}}, False),
         ({"method": "fo-scales"}, False),
@@ -346,14 +347,27 @@ def test_a_step_has_as_many_scalars_as_its_record_holds():
 
 
 def test_pictures_are_bounded_unless_a_file_of_an_earlier_run_says_nothing_of_it(tmp_path):
-    assert make_config({}).prior.bound == BOUND
-    assert make_config({"qzo": {"parametrization": "row"}}).prior.bound is None
-    settings = make_config({}).model_dump()
+    both = {"qzo": {"parametrization": "separable"}}
+    assert make_config(both).prior.bound == BOUND
+    assert make_config({}).prior.bound is None
+    settings = make_config(both).model_dump()
     del settings["prior"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     assert load_config(tmp_path / "config.yaml").prior.bound is None
-    (tmp_path / "own.yaml").write_text("train: {seed: 3}")
+    (tmp_path / "own.yaml").write_text("qzo: {parametrization: separable}")
     assert load_config(tmp_path / "own.yaml").prior.bound == BOUND
+
+
+def test_styles_train_rows_of_the_image_stream_and_rewards_rows_and_columns():
+    def trained(settings):
+        qzo = make_config(settings).qzo
+        return qzo.parametrization, qzo.layers
+
+    assert trained({}) == trained({"qzo": {"parametrization": "row"}}) == ("row", "image")
+    assert trained({"qzo": {"parametrization": "separable"}}) == ("separable", None)
+    assert trained({"qzo": {"layers": ["attn"]}}) == ("row", ["attn"])
+    rewards = {"scores": ["brightness"], "prompts": "prompts.txt"}
+    assert trained({"reward": rewards}) == ("separable", None)
 
 
 @pytest.mark.parametrize("prior", [{"decay": 0.1}, {"bound": 0.1}])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qzo_diffusion.quant.choose import matching, quiet
+from qzo_diffusion.quant.choose import image, matching, quiet
 
 
 def test_parts_of_names_match_whole_words():
@@ -45,3 +45,26 @@ def test_projections_to_queries_and_keys_are_not_quiet():
 
 def test_a_model_without_blocks_has_no_quiet_layers():
     assert quiet(["embed", "head"]) == []
+
+
+IMAGE_STREAMS = {
+    "sd3": (
+        "norm1.linear attn.to_out.0 attn2.to_out.0 ff.net.0.proj ff.net.2",
+        "norm1_context.linear attn.to_q attn.to_v attn.add_k_proj attn.to_add_out ff_context.net.2",
+    ),
+    "flux1": (
+        "norm1.linear norm.linear proj_mlp proj_out attn.to_out.0",
+        "norm1_context.linear attn.to_q attn.add_q_proj attn.to_add_out ff_context.net.0.proj",
+    ),
+    "unet": (
+        "proj_in proj_out attn1.to_out.0 attn2.to_out.0 ff.net.0.proj",
+        "attn1.to_q attn2.to_k attn2.to_v",
+    ),
+    "qwen_image": ("img_mod.1 img_mlp.net.2 attn.to_out.0", "txt_mod.1 txt_mlp.net.2 attn.to_k"),
+}
+
+
+@pytest.mark.parametrize("kept, left_out", IMAGE_STREAMS.values(), ids=IMAGE_STREAMS)
+def test_image_layers_write_to_the_image_or_scale_it(kept, left_out):
+    kept, left_out = ([f"blocks.3.{name}" for name in part.split()] for part in (kept, left_out))
+    assert image([*left_out, *kept]) == kept
