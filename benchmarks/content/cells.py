@@ -173,6 +173,8 @@ def _evaluated(bench: Bench, cell: Cell, run: Path) -> dict[str, Any]:
     if known.is_dir():
         shutil.copytree(known, base, dirs_exist_ok=True)  # drawn anew where they do not fit
     found = evaluate.run(evaluate.EvaluateRequest(run))
+    if not base.is_dir():  # a checkpoint's pictures of the base lie beside its own
+        base = place.kept.part / "base"
     shutil.copytree(base, known, dirs_exist_ok=True)
     columns = [pictures_in(folder) for folder in (base, place.kept.part / "tuned")]
     sheet = bench.result(cell).with_suffix(".png")

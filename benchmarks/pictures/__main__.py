@@ -18,7 +18,7 @@ from benchmarks.content.__main__ import run_missing, wanted, whole_numbers
 from benchmarks.content.cells import Bench
 from benchmarks.content.table import results_in, table
 from benchmarks.pictures.candidates import CANDIDATES, candidate_folder
-from benchmarks.pictures.methods import COMPARED, EXACT
+from benchmarks.pictures.methods import COMPARED, DEFAULT, EXACT, EXACT_ALL
 from benchmarks.pictures.report import write_report, write_sheets
 from qzo_diffusion import resources
 
@@ -27,8 +27,9 @@ STEPS = 300
 
 
 def bench_of(options: argparse.Namespace) -> Bench:
+    exact = (*EXACT, *EXACT_ALL)
     return Bench(
-        options.data, options.work.resolve(), resources.PACKAGE, candidate_folder, tuple(EXACT)
+        options.data, options.work.resolve(), resources.PACKAGE, candidate_folder, exact
     )
 
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     bench, shown = bench_of(options), options.styles.split(",")
     results = [one for one in results_in(bench.work) if one["seed"] == 0]
-    tried = {one["folder"] for one in results if one["method"] not in EXACT}
+    tried = {one["folder"] for one in results if one["method"] == DEFAULT}
     others = [name for name in CANDIDATES if name in tried and name not in shown]
     print(write_report(results, shown, others, options.steps[0], options.demo_seconds))
     write_sheets(bench, results, [*shown, *others], options.steps[0], IMAGES)

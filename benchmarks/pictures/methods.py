@@ -1,8 +1,21 @@
-"""The default and the exact gradient of the same numbers, at three rates."""
+"""The default and the exact gradient of the same numbers, at three rates; and the default of
+before, which trained rows and columns of all layers within a bound."""
 
 from benchmarks.content.methods import FIRST_ORDER, METHODS, Settings, changed
 
 DEFAULT = "default"
+ROWS = {
+    "qzo__parametrization": "row",
+    "qzo__layers": ["norm1.linear", "ff.net", "attn.to_out"],  # `image` of this model
+    "prior__bound": None,
+}
 RATES = (0.003, 0.01, 0.03)
-EXACT = {f"first_order_{rate:g}": changed(FIRST_ORDER, train__lr=rate) for rate in RATES}
-COMPARED: dict[str, Settings] = {DEFAULT: METHODS["bound"], **EXACT}
+EXACT = {f"first_order_{rate:g}": changed(FIRST_ORDER, train__lr=rate, **ROWS) for rate in RATES}
+# of all numbers, to see how far the rows alone reach
+EXACT_ALL = {"first_order_all_0.01": changed(FIRST_ORDER, train__lr=0.01)}
+COMPARED: dict[str, Settings] = {
+    DEFAULT: changed(METHODS["default"], **ROWS),
+    "bound": METHODS["bound"],
+    **EXACT,
+    **EXACT_ALL,
+}
