@@ -14,6 +14,7 @@ SHARED = ("dense", "codes")  # numbers that have one direction for all examples
 PROBES = 32  # forward passes of one example that a step makes where nothing is said
 DIRECTIONS = 8  # of them for each example
 BOUND = 0.13  # of |θ| for pictures, before calibration (docs/decisions/keeping_content.md D76)
+BOTH_OVER_ROWS = 2  # the normalised rate of rows and columns, over that of rows
 PLAIN_LR = 3e-3  # of steps that are not normalised; they depend on the loss, so no rate suits all
 NOT_GIVEN = None  # in a rule's condition
 GIVEN = object()  # in a rule's condition: any value but an empty one
@@ -227,6 +228,7 @@ PICTURES = [
         qzo__parametrization="separable",
     ),
     *rules({"train.lr": PLAIN_LR}, qzo__normalize=False),
+    *rules({"train.lr": normalised_lr(BOTH_OVER_ROWS)}, method="qzo", qzo__parametrization="row"),
     Rule("train.lr", normalised_lr()),
     *BATCH,
 ]
