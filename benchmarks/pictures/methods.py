@@ -14,7 +14,8 @@ EXACT = {f"first_order_{rate:g}": changed(FIRST_ORDER, train__lr=rate, **ROWS) f
 # of all numbers, to see how far the rows alone reach
 EXACT_ALL = {"first_order_all_0.01": changed(FIRST_ORDER, train__lr=0.01)}
 COMPARED: dict[str, Settings] = {
-    DEFAULT: changed(METHODS["default"], **ROWS),
+    DEFAULT: changed(METHODS["default"], train__lr=0.05, **ROWS),
+    "rate_0.1": changed(METHODS["default"], **ROWS),
     "bound": METHODS["bound"],
     **EXACT,
     **EXACT_ALL,

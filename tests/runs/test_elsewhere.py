@@ -130,7 +130,7 @@ def test_a_run_in_float16_computes_t5_in_float32(train, tmp_path, monkeypatch, m
         seen.extend(state.dtype for state in states)
         return states
 
-    monkeypatch.setattr("qzo_diffusion.diffusion.families.sd3.t5_states", t5_states)
+    monkeypatch.setattr("qzo_diffusion.diffusion.families.t5.t5_states", t5_states)
     own_cache = f"data.cache_dir={tmp_path / 'cache'}"
     settings = ["compute.dtype=float16", f"text.t5={mode}", own_cache]
     assert train("--max-steps", 1, *settings) == 0
