@@ -110,7 +110,7 @@ def outputs() -> dict[str, dict[str, float]]:
     """Relative errors of weights and of predictions on noise at eight levels, by format."""
     from diffusers import SD3Transformer2DModel
 
-    folder, skip = resources.tiny_model() / "transformer", SD3.skip
+    folder, skip = resources.tiny_model() / "transformer", SD3.denoiser.skip
 
     def fresh() -> Any:
         return SD3Transformer2DModel.from_pretrained(folder).eval()
