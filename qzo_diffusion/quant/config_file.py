@@ -11,7 +11,7 @@ from qzo_diffusion.quant.json_file import read_object
 LARGEST = 2**24  # of a width, a vocabulary or a length
 MOST = 2**14  # of layers, heads or experts
 SIZES = re.compile(r"size|dim|width|channels|position|length|d_model|d_ff|d_kv|n_embd")
-COUNTS = re.compile(r"layers|heads|experts|depth|n_layer|n_head")
+COUNTS = re.compile(r"layers|heads|experts|depth|\bn_layer|\bn_head")
 
 
 def read_config(file: Path, tensors: int = MOST) -> dict[str, Any]:

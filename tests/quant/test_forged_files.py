@@ -256,3 +256,12 @@ def test_a_json_file_that_is_too_long_is_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(2**31)  # a hole, which takes no room
     assert refused_or_true(read_config, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("key", ["n_layer", "num_hidden_layers"])
+def test_a_count_of_layers_is_bound_by_tensors_and_a_width_of_heads_is_not(tmp_path, key):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"attention_head_dim": 128, key: 29}))
+    assert read_config(file, 29)["attention_head_dim"] == 128
+    with pytest.raises(ModelError, match=f"{key} = 29"):
+        read_config(file, 28)
