@@ -28,9 +28,7 @@ STEPS = 300
 
 def bench_of(options: argparse.Namespace) -> Bench:
     exact = (*EXACT, *EXACT_ALL)
-    return Bench(
-        options.data, options.work.resolve(), resources.PACKAGE, candidate_folder, exact
-    )
+    return Bench(options.data, options.work.resolve(), resources.PACKAGE, candidate_folder, exact)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ IMAGE_STREAMS = {
 }
 
 
-@pytest.mark.parametrize("kept, left_out", IMAGE_STREAMS.values(), ids=IMAGE_STREAMS)
+@pytest.mark.parametrize(("kept", "left_out"), IMAGE_STREAMS.values(), ids=IMAGE_STREAMS)
 def test_image_layers_write_to_the_image_or_scale_it(kept, left_out):
     kept, left_out = ([f"blocks.3.{name}" for name in part.split()] for part in (kept, left_out))
     assert image([*left_out, *kept]) == kept
