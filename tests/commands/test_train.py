@@ -199,9 +199,9 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(
 
 def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):
     assert train("--max-steps", 500, "--dry-run") == 0
-    assert "lr: 0.1\n" in capsys.readouterr().out
+    assert "lr: 0.05\n" in capsys.readouterr().out
     assert train("--max-steps", 500, "--dry-run", "train.schedule=cosine") == 0
-    assert "lr: 0.08\n" in capsys.readouterr().out
+    assert "lr: 0.04\n" in capsys.readouterr().out
 
 
 def test_micro_batches_change_nothing_but_rounding(train, tmp_path):

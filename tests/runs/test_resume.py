@@ -189,7 +189,7 @@ def test_a_rate_is_calibrated_where_a_run_begins_or_not_at_all(train, tmp_path, 
     capsys.readouterr()
     assert "was not calibrated where it began" in failing(capsys, resume(tmp_path / "run", *more))
     assert resume(tmp_path / "run", *more, "train.calibrate_lr=false") == 0
-    assert [step.lr for step in read_journal(tmp_path / "run/journal.qzo").steps] == [0.1]
+    assert [step.lr for step in read_journal(tmp_path / "run/journal.qzo").steps] == [0.05]
 
 
 def test_changed_settings_are_refused_with_the_difference_unless_forced(stopped, capsys):
