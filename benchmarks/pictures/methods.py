@@ -12,7 +12,7 @@ ROWS = {
 RATES = (0.003, 0.01, 0.03)
 EXACT = {f"first_order_{rate:g}": changed(FIRST_ORDER, train__lr=rate, **ROWS) for rate in RATES}
 # of all numbers, to see how far the rows alone reach
-EXACT_ALL = {"first_order_all_0.01": changed(FIRST_ORDER, train__lr=0.01)}
+EXACT_ALL = {"first_order_all_0.01": FIRST_ORDER}
 COMPARED: dict[str, Settings] = {
     DEFAULT: changed(METHODS["default"], train__lr=0.05, **ROWS),
     "rate_0.1": changed(METHODS["default"], **ROWS),

@@ -49,6 +49,16 @@ class Encoders(Protocol):
         ...
 
 
+def large_tokenizer(encoders: Encoders, part: str, most: int) -> tuple[Any, int]:
+    """Return the tokenizer of the large encoder, and how many tokens of a prompt are read.
+
+    Args:
+        most: tokens that the family's own pipeline reads.
+    """
+    tokenizer = encoders.tokenizer(part)
+    return tokenizer, encoders.t5_tokens or min(most, tokenizer.model_max_length)
+
+
 class Layout(Protocol):
     """The names that a family has in single files and in other programs."""
 

@@ -18,16 +18,15 @@ from qzo_diffusion.diffusion.families.family import (
     Family,
     Hub,
     Sampling,
-    Shape,
     Texts,
 )
 from qzo_diffusion.diffusion.families.flux1_layout import FLUX1_LAYOUT
 from qzo_diffusion.diffusion.families.flux1_models import PUBLISHED
 from qzo_diffusion.diffusion.families.packing import (
-    SIDE,
     drawn,
     packed,
     rows_and_columns,
+    shape_of_squares,
     unpacked,
 )
 from qzo_diffusion.diffusion.families.shift import flow_shift, set_even_times
@@ -93,15 +92,6 @@ def widths(denoiser: Config, encoders: Mapping[str, Config]) -> list[tuple[str, 
     ]
 
 
-def shape(config: Config) -> Shape:
-    return Shape(
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-        latents=SIDE,
-        text_width=config["joint_attention_dim"],
-        channels=config["in_channels"] // SIDE**2,
-    )
-
-
 def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
     from diffusers import FluxPipeline
 
@@ -127,7 +117,7 @@ FLUX1 = Family(
         token_wise=("attn.to_q", "attn.to_out", "ff.net"),
         joint=("single_transformer_blocks.",),
         sample_size=128,
-        shape=shape,
+        shape=shape_of_squares,
         call=call,
         level=lambda options: float(options["timestep"].flatten()[0]),
         layout=FLUX1_LAYOUT,

@@ -24,12 +24,17 @@ from qzo_diffusion.diffusion.families.family import (
     Family,
     Hub,
     Sampling,
-    Shape,
     Texts,
+    large_tokenizer,
 )
 from qzo_diffusion.diffusion.families.flux2_layout import FLUX2_LAYOUT
 from qzo_diffusion.diffusion.families.flux2_models import PUBLISHED
-from qzo_diffusion.diffusion.families.packing import SIDE, packed, rows_and_columns, unpacked
+from qzo_diffusion.diffusion.families.packing import (
+    packed,
+    rows_and_columns,
+    shape_of_squares,
+    unpacked,
+)
 from qzo_diffusion.diffusion.language_model import LanguageModel, chat_text, language_states
 from qzo_diffusion.diffusion.objectives import FLOW, TIMES
 from qzo_diffusion.diffusion.text_encoders import longest
@@ -89,8 +94,7 @@ def shift(scheduler: Any, tokens: int) -> float:
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-    tokenizer = encoders.tokenizer(QWEN)
-    length = encoders.t5_tokens or min(TOKENS, tokenizer.model_max_length)
+    tokenizer, length = large_tokenizer(encoders, QWEN, TOKENS)
     texts = [chat_text(tokenizer, prompt, enable_thinking=False) for prompt in prompts]
     states = encoders.run(
         QWEN, lambda encoder, own: language_states(encoder, own, texts, length, padded=True)
@@ -108,15 +112,6 @@ def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]
 def widths(denoiser: Config, encoders: Mapping[str, Config]) -> list[tuple[str, Any, Any]]:
     given = len(STATES) * encoders[QWEN].get("hidden_size", 4096)
     return [("prompts", given, denoiser["joint_attention_dim"])]
-
-
-def shape(config: Config) -> Shape:
-    return Shape(
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-        latents=SIDE,
-        text_width=config["joint_attention_dim"],
-        channels=config["in_channels"] // SIDE**2,
-    )
 
 
 def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
@@ -144,7 +139,7 @@ FLUX2 = Family(
         token_wise=("attn.to_q", "attn.to_out", "ff.linear_in", "ff.linear_out"),
         joint=("single_transformer_blocks.",),
         sample_size=128,
-        shape=shape,
+        shape=shape_of_squares,
         call=call,
         level=lambda options: float(options["timestep"].flatten()[0]),
         layout=FLUX2_LAYOUT,

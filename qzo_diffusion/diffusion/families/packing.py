@@ -5,7 +5,19 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from qzo_diffusion.diffusion.families.family import Config, Shape
+
 SIDE = 2  # latents along a side of a token
+
+
+def shape_of_squares(config: Config) -> Shape:
+    """Return the shape of a transformer that takes such tokens."""
+    return Shape(
+        width=config["num_attention_heads"] * config["attention_head_dim"],
+        latents=SIDE,
+        text_width=config["joint_attention_dim"],
+        channels=config["in_channels"] // SIDE**2,
+    )
 
 
 def packed(latents: Tensor) -> Tensor:

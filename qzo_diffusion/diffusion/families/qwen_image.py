@@ -21,14 +21,15 @@ from qzo_diffusion.diffusion.families.family import (
     Family,
     Hub,
     Sampling,
-    Shape,
     Texts,
+    large_tokenizer,
 )
 from qzo_diffusion.diffusion.families.packing import (
     SIDE,
     drawn,
     packed,
     rows_and_columns,
+    shape_of_squares,
     unpacked,
 )
 from qzo_diffusion.diffusion.families.qwen_image_layout import QWEN_IMAGE_LAYOUT
@@ -84,8 +85,7 @@ def fill_positions(model: Any) -> None:
 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
-    tokenizer = encoders.tokenizer(QWEN)
-    length = encoders.t5_tokens or min(TOKENS, tokenizer.model_max_length)
+    tokenizer, length = large_tokenizer(encoders, QWEN, TOKENS)
     texts = [TEMPLATE.format(prompt) for prompt in prompts]
     states = encoders.run(
         QWEN, lambda encoder, own: language_states(encoder, own, texts, length + INSTRUCTION)
@@ -101,15 +101,6 @@ def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]
 def widths(denoiser: Config, encoders: Mapping[str, Config]) -> list[tuple[str, Any, Any]]:
     given = text_config(encoders[QWEN]).get("hidden_size", 8192)
     return [("prompts", given, denoiser["joint_attention_dim"])]
-
-
-def shape(config: Config) -> Shape:
-    return Shape(
-        width=config["num_attention_heads"] * config["attention_head_dim"],
-        latents=SIDE,
-        text_width=config["joint_attention_dim"],
-        channels=config["in_channels"] // SIDE**2,
-    )
 
 
 def pipeline(denoiser: Any, scheduler: Any, vae: Any) -> Any:
@@ -149,7 +140,7 @@ QWEN_IMAGE = Family(
         skip=("time_text_embed", "img_in", "txt_in", "norm_out", "proj_out"),
         token_wise=("attn.to_q", "attn.to_out", "img_mlp.net"),
         sample_size=128,
-        shape=shape,
+        shape=shape_of_squares,
         call=call,
         level=lambda options: float(options["timestep"].flatten()[0]),
         layout=QWEN_IMAGE_LAYOUT,

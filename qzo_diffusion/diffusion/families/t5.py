@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qzo_diffusion.diffusion.families.family import Encoders
+from qzo_diffusion.diffusion.families.family import Encoders, large_tokenizer
 from qzo_diffusion.diffusion.text_encoders import t5_states
 
 
@@ -17,7 +17,6 @@ def encode_t5(
     Args:
         most: tokens that the family's own pipeline reads.
     """
-    tokenizer = encoders.tokenizer(part)
-    length = encoders.t5_tokens or min(most, tokenizer.model_max_length)
+    tokenizer, length = large_tokenizer(encoders, part, most)
     states = encoders.run(part, lambda encoder, own: t5_states(encoder, own, prompts, length))
     return states, (tokenizer, length)

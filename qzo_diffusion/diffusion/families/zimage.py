@@ -22,6 +22,7 @@ from qzo_diffusion.diffusion.families.family import (
     Sampling,
     Shape,
     Texts,
+    large_tokenizer,
 )
 from qzo_diffusion.diffusion.families.shift import flow_shift, shift_options
 from qzo_diffusion.diffusion.families.zimage_layout import ZIMAGE_LAYOUT
@@ -75,8 +76,7 @@ def set_times(scheduler: Any, steps: int, tokens: int, device: torch.device) -> 
 
 def encode(encoders: Encoders, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
     """Prompts run without padding; causal layers give the same states as with it."""
-    tokenizer = encoders.tokenizer(TEXT)
-    length = encoders.t5_tokens or min(TOKENS, tokenizer.model_max_length)
+    tokenizer, length = large_tokenizer(encoders, TEXT, TOKENS)
     texts = [chat_text(tokenizer, prompt, enable_thinking=True) for prompt in prompts]
     states = encoders.run(TEXT, lambda encoder, own: language_states(encoder, own, texts, length))
     return [
