@@ -11,6 +11,11 @@ import yaml
 
 from qzo_diffusion.system.escape import markdown, markdown_code, one_line
 
+FLUX2_LICENCE = (
+    "other",
+    "flux-non-commercial-license",
+    "https://huggingface.co/black-forest-labs/FLUX.2-klein-base-9B/blob/main/LICENSE.md",
+)
 LICENCES = {
     "stable-diffusion-3": ("other", "stabilityai-ai-community", "https://stability.ai/license"),
     "FLUX.1-dev": (
@@ -23,12 +28,29 @@ LICENCES = {
         "openrail++",
         "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/blob/main/LICENSE.md",
     ),
+    "stable-diffusion-2": (
+        "openrail++",
+        "openrail++",
+        "https://huggingface.co/stabilityai/stable-diffusion-2/blob/main/LICENSE-MODEL",
+    ),
     "stable-diffusion-v1-5": (
         "creativeml-openrail-m",
         "creativeml-openrail-m",
         "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
     ),
+    "FLUX.2-klein-9B": FLUX2_LICENCE,
+    "FLUX.2-klein-base-9B": FLUX2_LICENCE,
 }
+APACHE = (
+    "tiny",
+    "FLUX.1-schnell",
+    "FLUX.2-klein-4B",
+    "FLUX.2-klein-base-4B",
+    "Qwen-Image",
+    "Qwen-Image-2512",
+    "Z-Image",
+    "Z-Image-Turbo",
+)
 DIFFUSERS = "https://github.com/huggingface/diffusers"
 UNKNOWN_LICENCE = "that of the base model"
 
@@ -122,7 +144,7 @@ def _licence(base: str) -> dict[str, str]:
     for part, (kind, name, link) in LICENCES.items():
         if part in base:
             return {"license": kind, "license_name": name, "license_link": link}
-    return {"license": "apache-2.0"} if base == "tiny" else {}
+    return {"license": "apache-2.0"} if base.rpartition("/")[2] in APACHE else {}
 
 
 def _licence_text(base: str) -> str:
