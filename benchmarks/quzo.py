@@ -5,8 +5,8 @@ The runs on SST-2 are cells of `benchmarks.llm_compare` (`run --cells 'sst2/quzo
 with the other methods. `memory` measures peaks of a QuZO step, of inference, and of first-order
 training of the same int8 model with fake quantization and a straight-through estimate, on the same
 batch. `time` measures a step over as many plain forwards. `slopes` tells how noisy directions of
-three kinds are, and `spread` how noisy the rounded probe of each code is at each eps. `report`
-writes the JSON and the table in docs/quzo.md."""
+three kinds are, and `spread` how noisy the rounded probe of each code is at each eps. `style`
+trains one style with both methods. `report` writes the JSON and the table in docs/quzo.md."""
 
 import argparse
 import json
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import quzo_steps as steps
+from benchmarks import quzo_style as style
 from benchmarks.llm_compare import memory
 from benchmarks.llm_compare.methods import BATCH, BFLOAT16, METHODS, TASKS, Places
 from benchmarks.record import RESULTS, put_between_markers, write_results
@@ -210,9 +211,10 @@ def _figures(runs: dict[str, list[dict[str, Any]]], measured: dict[str, Any]) ->
         figures["memory_ratio_to_first_order"] = round(memory["sgd"]["step_mb"] / peak, 3)
         over = (memory[cell]["memory_over_inference"] for cell in FORMATS.values())
         figures["memory_over_inference"] = max(over)
-    for name in ("step_over_forwards", "style_share_of_qzo"):
-        if name in measured:
-            figures[name] = measured[name]
+    if "step_over_forwards" in measured:
+        figures["step_over_forwards"] = measured["step_over_forwards"]
+    if "style" in measured:
+        figures["style_share_of_qzo"] = measured["style"]["share"]
     return figures
 
 
@@ -233,16 +235,17 @@ MEASURES: dict[str, Callable[[Places], Any]] = {
     "time": steps.over_forwards,
     "slopes": steps.slopes,
     "spread": steps.spread,
+    "style": style.share_of_qzo,
 }
 KEPT_AS = {"time": "step_over_forwards"}
-KEPT = ("memory", "step_over_forwards", "slopes", "spread", "style_share_of_qzo")
+KEPT = ("memory", "step_over_forwards", "slopes", "spread", "style")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=["memory", "time", "slopes", "spread", "report"])
+    parser.add_argument("verb", choices=[*MEASURES, "report"])
     parser.add_argument(
         "--data", type=Path, default=Path("."), help="the folder of the tasks' data"
     )
