@@ -63,6 +63,7 @@ EXAMPLES = {
     "quant.backend": (WORD, "quant.backend=reference"),
     "quant.blocksize": ("weights", "quant.blocksize=128"),
     "quant.skip": ("parts of names", "quant.skip=[norm_out,proj_out]"),
+    "quant.transform": (WORD, "quant.transform=hadamard"),
     "quant.type": (WORD, "quant.type=fp4"),
     "qzo.clip_threshold": ("loss over qzo.eps", "qzo.clip_threshold=50"),
     "qzo.directions": (WORD, "qzo.directions=gaussian"),

@@ -68,6 +68,15 @@ class LlmQuantConfig(QuantConfig):
     # tied to the embedding in small models
     skip: list[str] = Field(default_factory=lambda: ["lm_head"])
     """layers that stay as they are, by parts of their names"""
+    transform: Literal["none", "hadamard"] = "none"
+    """map of the layers' inputs that spreads large ones before anything is quantized; hadamard: a
+    fixed rotation"""
+
+    @model_validator(mode="after")
+    def _transforms_what_is_read(self) -> "LlmQuantConfig":
+        if self.transform != "none" and self.backend == "bnb" and self.type == "int8":
+            raise ValueError("transform: none, or backend: intgrid with type: int8")
+        return self
 
 
 class LoraConfig(Section):
@@ -124,6 +133,8 @@ class LlmConfig(RunConfig):
             )
         if self.method == "qlora" and (self.quant.backend != "bnb" or self.quant.type == "int8"):
             raise ValueError("quant.backend: bnb and quant.type: nf4 or fp4 for method qlora")
+        if self.quant.transform != "none" and self.method not in ("qzo", "quzo", "fo-scales"):
+            raise ValueError("quant.transform: none, or method: qzo, quzo or fo-scales")
         if self.qzo.regions > 1:
             raise ValueError("qzo.regions: 1 for language models; an example's answer has one loss")
         return self

@@ -138,8 +138,8 @@ class QuantConfig(Section):
     backend: Literal["bnb", "reference", "intgrid"] = "bnb"
     """bnb: bitsandbytes; reference: plain torch; intgrid: integer codes, for int8, int4 and fp8"""
     activations: Literal["float", "int8", "int4"] = "float"
-    """inputs are rounded: int8 with a scale for each token, intgrid only; int4 with a scale for
-    each run of quant.blocksize inputs, svdquant only"""
+    """inputs are rounded with a scale for each token by intgrid (int4 with type int4 alone), int4
+    with a scale for each run of quant.blocksize inputs by svdquant"""
     _types_elsewhere: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
     skip: list[str] | None = None
     """layers that stay as they are, by parts of their names; null: those of the model's family"""
@@ -153,8 +153,8 @@ class QuantConfig(Section):
             raise ValueError(f"type: {', '.join(elsewhere)} with backend: {self.backend}")
         if self.activations == "int8" and self.backend != "intgrid":
             raise ValueError("activations: float, or backend: intgrid")
-        if self.activations == "int4" and self.type != "svdquant":
-            raise ValueError("activations: float, or type: svdquant with activations: int4")
+        if self.activations == "int4" and self.type not in ("svdquant", "int4"):
+            raise ValueError("activations: float, or type: svdquant or int4 with activations: int4")
         return self
 
 

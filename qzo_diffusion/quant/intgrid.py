@@ -8,7 +8,8 @@ codes themselves (`core.quzo`).
 127, of int4 -7 .. 7: the negative of a weight is one. Codes of fp8 count the finite numbers of e4m3
 in their order, -126 .. 126, so a step of one goes to the next.
 
-Activations are left as they are, or rounded to int8 with a scale for each token (W8A8, W4A8).
+Activations are left as they are, or rounded to 8 or 4 bits with a scale for each token (W8A8, W4A8,
+W4A4; products of 4 bits are simulated in floating point).
 """
 
 from collections.abc import Iterator
@@ -20,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GridType = Literal["int4", "int8", "fp8"]
-Activations = Literal["float", "int8", "int4"]  # int4: of svdquant alone
-LARGEST_ACTIVATION = 127
+Activations = Literal["float", "int8", "int4"]
+LARGEST_ACTIVATION = {"int8": 127, "int4": 7}
 FEWEST_ROWS = 32  # of a product of int8 on a GPU, which refuses 16
 
 
@@ -154,7 +155,7 @@ class IntGridLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.activations == "int8":
+        if self.activations != "float":
             return self._of_rounded(x, bias)
         if self.scales.numel() > self.out_features:
             return F.linear(x, self.dequantized().to(x.dtype), bias)
@@ -164,14 +165,14 @@ class IntGridLinear(nn.Module):
         return self._scaled(y.float(), self.scales / self.grid.largest, bias, x.dtype)
 
     def _of_rounded(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Inputs rounded to int8, a scale for each token.
+        """Inputs rounded to 8 or 4 bits, a scale for each token.
 
         For int8 codes the product is of integers, exact.
         """
         flat = x.reshape(-1, self.in_features).float()
         unit = (
             flat.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-            / LARGEST_ACTIVATION
+            / LARGEST_ACTIVATION[self.activations]
         )
         rounded = (flat / unit).round_()
         if self.codes.dtype == torch.int8:

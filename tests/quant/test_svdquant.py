@@ -169,6 +169,10 @@ def test_an_odd_number_of_rows_and_a_row_of_zeros_are_quantized():
 def test_settings_that_go_together():
     config = make_config({"quant": {"type": "svdquant", "activations": "int4"}}, Config)
     assert config.quant.backend == "reference"
-    for wrong in ({"activations": "int4"}, {"type": "svdquant", "activations": "int8"}):
+    for wrong in (
+        {"activations": "int4"},
+        {"type": "int8", "backend": "intgrid", "activations": "int4"},
+        {"type": "svdquant", "activations": "int8"},
+    ):
         with pytest.raises(ConfigError, match="activations: float"):
             make_config({"quant": wrong}, Config)

@@ -51,6 +51,12 @@ def run(run_folder: Path, kind: str, output_dir: Path) -> dict[str, Any]:
         raise ConfigError(
             got, "a run of the method qzo or fo-scales, which tunes scales", "export another run"
         )
+    if config.quant.transform != "none":
+        raise ConfigError(
+            f"--format {kind} for a run with quant.transform={config.quant.transform}",
+            "quant.transform=none: no other program applies the maps of a forward pass",
+            "qzo-diffuse llm evaluate --run RUN scores this one",
+        )
     stored = is_gguf(folder) or stored_method(folder) in READ_HERE
     has = _format_of(config, folder)
     if not stored and has not in BITSANDBYTES:

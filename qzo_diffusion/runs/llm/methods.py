@@ -26,6 +26,7 @@ from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
 from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.llm.transforms import load_transformed
 from qzo_diffusion.runs.loading import Source, load_quantized
 from qzo_diffusion.train.first_order import first_order_step
 from qzo_diffusion.train.loop import TakeStep
@@ -132,6 +133,12 @@ UNDER_LORA = (None, "bitsandbytes")  # formats of folders that peft can adapt
 
 def _check_format(config: LlmConfig, folder: Path) -> None:
     method = stored_method(folder)
+    if config.quant.transform != "none" and method is not None:
+        raise ModelError(
+            f"quant.transform={config.quant.transform} on {folder}, stored as {method}",
+            "a folder that is not quantized: codes can't be mapped",
+            "give the model that it was made of, or use quant.transform=none",
+        )
     if config.method == "qlora" and method not in UNDER_LORA:
         got, remedy = (
             f"--method qlora on {folder}, stored as {method}",
@@ -168,6 +175,8 @@ def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dt
 
     def read(place: Path) -> nn.Module:
         source = Source(read_entries(place), lambda: empty_causal_lm(place, dtype))
+        if config.quant.transform != "none":
+            return load_transformed(source, how, dtype, device)
         return load_quantized(source, how, dtype=dtype, device=device, cache=cache)
 
     return load_causal_lm(folder, dtype, read)

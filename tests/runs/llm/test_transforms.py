@@ -1,0 +1,99 @@
+"""Runs on models whose layers' inputs are mapped: trained, resumed, replayed, or refused."""
+
+import json
+
+import pytest
+import torch
+
+from qzo_diffusion.cli import main
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.runs.llm.methods import load_base
+from tests.conftest import failing, killed_after
+from tests.quant.stored_formats import convert_folder
+from tests.runs.llm.short_run import SECOND_BLOCK, assert_same_weights
+
+W4A4 = ["quant.backend=intgrid", "quant.type=int4", "quant.activations=int4"]
+HADAMARD = "quant.transform=hadamard"
+IDS = torch.arange(30).view(2, 15)
+
+
+def base_of(model, **quant):
+    config = make_config({"model": str(model), "quant": quant}, LlmConfig)
+    return load_base(config, model, torch.device("cpu"), torch.float32)
+
+
+def logits(model, **quant):
+    with torch.no_grad():
+        return base_of(model, **quant).lm.model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        W4A4,
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["quant.type=svdquant", "quant.activations=int4"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_is_resumed_replayed_and_evaluated_bit_for_bit(
+    arguments, tmp_path, monkeypatch, capsys, more
+):
+    more = [HADAMARD, SECOND_BLOCK, "--max-steps", 4, *more]
+    assert main(arguments(*more, "--json", name="whole")) == 0
+    ended = json.loads(capsys.readouterr().out)["accuracy"]["end"]
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        assert main(arguments(*more, name="killed")) == 130
+    assert main(arguments("--resume", tmp_path / "killed", *more, name="killed")) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    journal = tmp_path / "whole" / "journal.qzo"
+    assert read_journal(journal).header["quant"]["transform"] == "hadamard"
+    again = ["replay", "--journal", str(journal), "--output-dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "again")
+    capsys.readouterr()
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == ended
+
+
+@pytest.mark.parametrize("method", ["quzo", "fo-scales"])
+def test_other_methods_train_rotated_models(arguments, tmp_path, method):
+    assert main(arguments(HADAMARD, "--method", method, "--max-steps", 2)) == 0
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "run")]) == 0
+
+
+def test_codes_are_those_of_other_weights_and_the_outputs_alike(model):
+    eight_bits = {"backend": "intgrid", "type": "int8"}
+    plain = base_of(model, **eight_bits)
+    rotated = base_of(model, **eight_bits, transform="hadamard")
+    assert plain.codes != rotated.codes
+    assert plain.scales.tensors().keys() == rotated.scales.tensors().keys()
+    wanted, got = logits(model, **eight_bits), logits(model, **eight_bits, transform="hadamard")
+    assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_a_rotated_run_can_not_be_exported(arguments, tmp_path, capsys):
+    assert main(arguments(HADAMARD, "--max-steps", 1)) == 0
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    code = main(["export", "--run", run, "--format", "native", "--output-dir", out])
+    assert "no other program applies the maps" in failing(capsys, code)
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        (["--method", "mezo"], "quant.transform: none"),
+        (["--method", "qlora"], "quant.transform: none"),
+        (["quant.type=int8"], "backend: intgrid"),
+    ],
+)
+def test_where_nothing_can_be_mapped_it_is_told(arguments, capsys, more, wrong):
+    assert wrong in failing(capsys, main(arguments(HADAMARD, *more)))
+
+
+def test_codes_on_disk_can_not_be_mapped(arguments, tmp_path, model, capsys):
+    convert_folder(model, tmp_path / "stored", "gptq")
+    said = failing(capsys, main(arguments(HADAMARD, "--model", tmp_path / "stored")))
+    assert "codes can't be mapped" in said
