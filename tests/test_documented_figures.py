@@ -13,7 +13,7 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core import journal_format
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.journal_format import StepEntry
-from qzo_diffusion.core.quzo import stochastic_round
+from qzo_diffusion.core.rounding import stochastic_round
 from qzo_diffusion.core.scales import overridden_at_once
 from qzo_diffusion.system.console import DONE, INTERRUPTED, MENDABLE
 from tests.documents import DECISIONS, DOCUMENTS, ROOT, SOURCES, text_of

@@ -121,6 +121,7 @@ EXAMPLES = {
     "train.patience": ("validations", "train.patience=5"),
     "train.schedule": (WORD, "train.schedule=constant"),
     "train.seed": (SEED, "train.seed=1"),
+    "train.state_bits": ("bits", "train.state_bits=8 train.optimizer=adam"),
     "train.validate_every": (STEPS, "train.validate_every=50"),
     "train.warmup_steps": (STEPS, "train.warmup_steps=50"),
 }

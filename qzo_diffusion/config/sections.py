@@ -34,6 +34,9 @@ class TrainConfig(Section):
     """steps in which the rate rises to lr"""
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"
     """feedback: of integer codes; rounding errors are added to later steps"""
+    state_bits: Literal[32, 8, 4, 3, 2] = 32
+    """of each number that momentum or adam remembers, adam of method fo-scales included; 4 and
+    fewer round at random (SOLO)"""
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """share of a rounding error that is kept for the next step"""
     feedback_steps: Count = 40
@@ -233,6 +236,17 @@ class RunConfig(Section):
             raise ValueError("train.optimizer: feedback is for qzo.parametrization: codes")
         if self.qzo.probe == "float" and (not codes or self.quant.type == "fp8"):
             raise ValueError("qzo.probe: codes, or int8 or int4 codes that are trained")
+        return self
+
+    @model_validator(mode="after")
+    def _few_bits_of_something(self) -> "RunConfig":
+        by_gradients = getattr(self, "method", "") in ("fo-scales", "qlora")
+        remembers = by_gradients or self.train.optimizer in ("momentum", "adam")
+        if self.train.state_bits != 32 and not remembers:
+            raise ValueError(
+                "train.state_bits: 32, or train.optimizer: momentum or adam, or method: fo-scales; "
+                f"{self.train.optimizer} remembers nothing"
+            )
         return self
 
     @property

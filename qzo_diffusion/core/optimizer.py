@@ -2,7 +2,8 @@
 
 The gradient estimate of a step is ĝ = mean over directions of (projected_grad · z). SGD moves along
 each direction in turn and stores nothing. Momentum stores one tensor like θ, Adam two (one and a
-scalar with a single Rademacher direction a step, where ĝ² is the same everywhere).
+scalar with a single Rademacher direction a step, where ĝ² is the same everywhere), in 32 bits a
+number or fewer (`core.remembered`).
 Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused forms (`addcmul`,
 `lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit."""
 
@@ -14,8 +15,10 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from qzo_diffusion.core.low_bit_maps import steady_beta
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import Parametrization
+from qzo_diffusion.core.remembered import Bits, first_moment, second_moment
 from qzo_diffusion.core.spsa import rms
 
 Schedule = Callable[[int], float]
@@ -65,37 +68,44 @@ class Sgd:
 
 
 class Momentum:
-    """m <- β m + ĝ; θ <- θ - lr · (1 - β) · m. The factor keeps lr comparable with SGD's."""
+    """m <- β m + ĝ; θ <- θ - lr · (1 - β) · m. The factor keeps lr comparable with SGD's.
 
-    def __init__(self, beta: float = 0.9) -> None:
-        self.beta = beta
-        self._velocity: dict[str, Tensor] = {}
+    In fewer than 8 bits β is `steady_beta`.
+    """
+
+    def __init__(self, beta: float = 0.9, state_bits: Bits = 32) -> None:
+        self.beta = steady_beta(beta, state_bits)
+        self._velocity = first_moment("velocity", state_bits)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         for name, like in parametrization.templates().items():
-            velocity = self._velocity.get(name)
-            if velocity is None:
-                velocity = self._velocity[name] = torch.zeros_like(like)
+            known = self._velocity.read(name, like)
+            velocity = torch.zeros_like(like) if known is None else known
             velocity.mul_(self.beta).add_(gradient_of(parametrization, update, name))
+            self._velocity.write(name, velocity)
             parametrization.add_(name, velocity * (-update.lr * (1 - self.beta)))
 
     def state(self) -> dict[str, Tensor]:
-        return {f"velocity.{name}": tensor for name, tensor in self._velocity.items()}
+        return self._velocity.state()
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
-        self._velocity = {
-            name.removeprefix("velocity."): tensor.clone() for name, tensor in state.items()
-        }
+        self._velocity.load_(state)
 
 
 class Adam:
-    """Adam (Kingma & Ba 2015) without weight decay, on ĝ or on a gradient that is known."""
+    """Adam (Kingma & Ba 2015) without weight decay, on ĝ or on a gradient that is known.
 
-    def __init__(self, beta1: float = 0.9, beta2: float = 0.99, tiny: float = 1e-8) -> None:
-        self.beta1, self.beta2, self.tiny = beta1, beta2, tiny
+    Second moments of fewer than 8 bits are rounded at random, as `seed` says, and the first have
+    `steady_beta`.
+    """
+
+    beta2, tiny = 0.99, 1e-8
+
+    def __init__(self, beta1: float = 0.9, state_bits: Bits = 32, seed: int = 0) -> None:
+        self.beta1 = steady_beta(beta1, state_bits)
         self._count = 0
-        self._first: dict[str, Tensor] = {}
-        self._second: dict[str, Tensor] = {}
+        self._first = first_moment("first", state_bits)
+        self._second = second_moment("second", state_bits, seed)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         bias1, bias2 = self._count_step()
@@ -120,13 +130,15 @@ class Adam:
 
     def _change(self, name: str, grad: Tensor, square: Tensor, bias2: float) -> Tensor:
         """Take `grad` into the moments; the first divided by the root of the second."""
-        if name not in self._first:
-            self._first[name], self._second[name] = torch.zeros_like(grad), torch.zeros_like(square)
-        first, second = self._first[name], self._second[name]
+        first, second = self._first.read(name, grad), self._second.read(name, grad)
+        if first is None or second is None:
+            first, second = torch.zeros_like(grad), torch.zeros_like(square)
         if square.numel() > second.numel():  # more directions a step than before
-            second = self._second[name] = second.expand_as(square).clone()
+            second = second.expand_as(square).clone()
         first.mul_(self.beta1).add_(grad * (1 - self.beta1))
         second.mul_(self.beta2).add_(square * (1 - self.beta2))
+        self._first.write(name, first, self._count)
+        self._second.write(name, second, self._count)
         return first / (torch.sqrt(second / bias2) + self.tiny)
 
     @staticmethod
@@ -136,21 +148,13 @@ class Adam:
         return grad * grad
 
     def state(self) -> dict[str, Tensor]:
-        moments = {f"first.{name}": tensor for name, tensor in self._first.items()}
-        moments |= {f"second.{name}": tensor for name, tensor in self._second.items()}
+        moments = self._first.state() | self._second.state()
         return moments | {"count": torch.tensor(self._count)}
 
     def load_state_(self, state: dict[str, Tensor]) -> None:
         self._count = int(state["count"])
-        for prefix, target in (("first.", self._first), ("second.", self._second)):
-            target.clear()
-            target.update(
-                {
-                    n.removeprefix(prefix): t.clone()
-                    for n, t in state.items()
-                    if n.startswith(prefix)
-                }
-            )
+        self._first.load_(state)
+        self._second.load_(state)
 
 
 class RunningRms:
@@ -210,10 +214,16 @@ ScheduleName = Literal["constant", "linear", "cosine", "hold", "inverse_sqrt"]
 INVERSE_SQRT_STEPS = 32  # after them the rate is 1 / √2 of the first
 
 
-def make_optimizer(name: OptimizerName, in_running_rms: bool = False) -> Optimizer:
-    """The optimizer by its name in a config."""
-    chosen: Optimizer = {"sgd": Sgd, "momentum": Momentum, "adam": Adam}[name]()
-    return InRunningRms(chosen) if in_running_rms else chosen
+def make_optimizer(
+    name: OptimizerName, in_running_rms: bool = False, state_bits: Bits = 32, seed: int = 0
+) -> Optimizer:
+    """The optimizer by its name in a config; SGD has no state to keep in so many bits."""
+    kinds: dict[OptimizerName, Callable[[], Optimizer]] = {
+        "sgd": Sgd,
+        "momentum": lambda: Momentum(state_bits=state_bits),
+        "adam": lambda: Adam(state_bits=state_bits, seed=seed),
+    }
+    return InRunningRms(kinds[name]()) if in_running_rms else kinds[name]()
 
 
 def agree_until(first: Schedule, second: Schedule, steps: int) -> int:

@@ -14,6 +14,7 @@ from qzo_diffusion.diffusion.memory import ModelSize, forward_bytes, override_by
 # slope. A second attention of the image (Medium) keeps 13 more.
 BLOCK_STATES = 37
 DUAL_BLOCK_STATES = 50
+LIKE_GRADIENT = ("sgd", "momentum")  # which remember nothing, and as much as a gradient
 
 
 def gradient_bytes(
@@ -22,7 +23,7 @@ def gradient_bytes(
     tokens: tuple[int, int],
     batch: int,
     dtype: torch.dtype,
-    parametrization: str,
+    trained: tuple[str, int],
     device: str,
 ) -> dict[str, float]:
     """Return bytes by purpose.
@@ -31,6 +32,7 @@ def gradient_bytes(
         blocks: how many the model has, and whether some have a second attention.
         tokens: of an image and of its text.
         batch: images of a forward pass.
+        trained: parametrization, and bits of each number that Adam remembers.
     """
     count, dual = blocks
     hidden = float(batch * sum(tokens) * size.width * dtype.itemsize)
@@ -39,12 +41,12 @@ def gradient_bytes(
     one_layer = size.largest * dtype.itemsize + AT_ONCE * (dtype.itemsize + 4.0)
     way_back = states * hidden + one_layer + 4.0 * size.scales / count
     forward = forward_bytes(size, *tokens, batch, dtype)
-    numbers = trained_bytes(size, parametrization, "adam")
-    gradient = numbers / 2 if parametrization == "dense" else numbers / 3
+    parametrization, bits = trained
+    theta, with_gradient = (trained_bytes(size, parametrization, one, 32) for one in LIKE_GRADIENT)
     return {
         "inputs of blocks": count * hidden,
         "one block": max(forward, way_back),
         "overrides": override_bytes(size, parametrization, device),
-        "trained numbers": numbers,
-        "gradient": gradient,
+        "trained numbers": trained_bytes(size, parametrization, "adam", bits),
+        "gradient": with_gradient - theta,
     }

@@ -15,6 +15,7 @@ from torch import nn
 
 from qzo_diffusion import devices
 from qzo_diffusion.core.quzo import BLOCK
+from qzo_diffusion.core.remembered import BLOCK as BLOCK_OF_STATE
 from qzo_diffusion.core.scales import OVERRIDDEN_AT_ONCE, overridden_at_once
 from qzo_diffusion.diffusion.autoencoders import kind_of
 from qzo_diffusion.quant.base import linears_to_quantize
@@ -225,9 +226,13 @@ def override_bytes(size: ModelSize, parametrization: str, device: str) -> float:
     return 3 * 4.0 * min(size.scales, overridden_at_once(size.scales, device))
 
 
-def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> float:
+def trained_bytes(size: ModelSize, parametrization: str, optimizer: str, state_bits: int) -> float:
     """Return the bytes of theta and of the optimizer's state. With `dense`, theta is the scales
     themselves.
+
+    Args:
+        state_bits: of each number of the state; fewer than 32 come with up to two fp32 numbers for
+            a block.
     """
     own = {
         "layer": 0,
@@ -239,7 +244,8 @@ def trained_bytes(size: ModelSize, parametrization: str, optimizer: str) -> floa
     if parametrization == "codes":
         return 0.0
     count = size.scales if parametrization == "dense" else own[parametrization]
-    return 4.0 * (own[parametrization] + STATE[optimizer] * count)
+    each = 4.0 if state_bits == 32 else state_bits / 8 + 2 * 4.0 / BLOCK_OF_STATE
+    return 4.0 * own[parametrization] + STATE[optimizer] * count * each
 
 
 def vae_bytes(

@@ -206,7 +206,13 @@ def optimizer(config: RunConfig) -> Optimizer:
     if train.optimizer == "feedback":
         return ErrorFeedback(train.feedback_decay, train.feedback_steps)
     running = config.qzo.normalize == "running"
-    return near_base(config, make_optimizer(train.optimizer, in_running_rms=running))
+    bits, seed = train.state_bits, train.seed
+    return near_base(config, make_optimizer(train.optimizer, running, bits, seed))
+
+
+def adam(config: RunConfig) -> Adam:
+    """Return the optimizer of methods that follow exact gradients."""
+    return Adam(state_bits=config.train.state_bits, seed=config.train.seed)
 
 
 def near_base(config: RunConfig, chosen: Optimizer) -> Optimizer:
@@ -221,7 +227,7 @@ def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeSte
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
         return exact_gradient(objective, micro_batches, theta, handles_of(model), blocks_of(model))
 
-    return near_base(config, Adam()), first_order_step(gradient)
+    return near_base(config, adam(config)), first_order_step(gradient)
 
 
 def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:

@@ -38,6 +38,7 @@ _RESOLVED = (
     "regions",
     "examples",
     "optimizer",
+    "state_bits",
     "feedback",
     "normalize",
     "prior",
@@ -141,6 +142,8 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         # each with a direction of its own
         "examples": batch_size * config.qzo.num_directions if config.qzo.per_example else None,
         "optimizer": config.train.optimizer,
+        # which journals did not name at first
+        "state_bits": None if config.train.state_bits == 32 else config.train.state_bits,
         "feedback": [config.train.feedback_decay, config.train.feedback_steps]
         if config.train.optimizer == "feedback"
         else None,

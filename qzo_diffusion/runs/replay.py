@@ -97,6 +97,7 @@ def settings_of(
         settings = {
             "model": model or header["model"],
             "train": {"seed": header["seed"], "optimizer": header["optimizer"]}
+            | {"state_bits": header.get("state_bits") or 32}
             | feedback
             | _rate(header),
             "qzo": {key: header[key] for key in _NUMBERS} | _also(header),

@@ -12,7 +12,8 @@ import torch
 from qzo_diffusion.core import quzo
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Sgd, Update
-from qzo_diffusion.core.quzo import Codes, ErrorFeedback, Move, stochastic_round
+from qzo_diffusion.core.quzo import Codes, ErrorFeedback, Move
+from qzo_diffusion.core.rounding import stochastic_round
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.intgrid import CodesHandle, Int8Grid, IntGridLinear
 from qzo_diffusion.quant.load import find_codes

@@ -50,8 +50,12 @@ def _phases(
         weights = float(sum(entry.nbytes for entry in entries.values()))
     base = {"libraries": LIBRARIES[device.type], "weights": weights}
     reading = memory.reading_bytes(entries, dtype, device.type, size.largest)
-    level, optimizer = config.qzo.parametrization, config.train.optimizer
-    state = 0.0 if optimizer == "feedback" else memory.trained_bytes(size, level, optimizer)
+    level, optimizer, bits = (
+        config.qzo.parametrization,
+        config.train.optimizer,
+        config.train.state_bits,
+    )
+    state = 0.0 if optimizer == "feedback" else memory.trained_bytes(size, level, optimizer, bits)
     forward = {
         "forward": _forward(config, model.config, longest, dtype) + size.largest * dtype.itemsize,
         "overrides": memory.override_bytes(

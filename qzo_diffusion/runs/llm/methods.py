@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.merge import check_numbers
-from qzo_diffusion.core.optimizer import Adam
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.llm import baselines
@@ -93,7 +92,7 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
             lm,
             adapters.scales,
             adapters,
-            Adam(),
+            build.adam(config),
             codes_fingerprint(lm.model),
             _hash(adapters.scales),
             step,

@@ -263,12 +263,15 @@ def _training(
     device, level = runtime.device.type, config.qzo.parametrization
     if config.method == "fo-scales":
         tokens, rows = counts[:2], counts[2]
-        return gradient_bytes(size, blocks, tokens, rows, runtime.dtype, level, device)
+        trained = level, config.train.state_bits
+        return gradient_bytes(size, blocks, tokens, rows, runtime.dtype, trained, device)
     forward = memory.forward_bytes(size, *counts, runtime.dtype)
     found = {
         "forward": forward,
         "overrides": memory.override_bytes(size, "codes" if config.trains_codes else level, device),
-        "trained numbers": memory.trained_bytes(size, level, config.train.optimizer),
+        "trained numbers": memory.trained_bytes(
+            size, level, config.train.optimizer, config.train.state_bits
+        ),
     }
     if config.reward.scores:
         decode = sum(value for name, value in decoding.items() if name != "VAE")

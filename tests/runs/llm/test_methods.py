@@ -96,6 +96,21 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(arguments, tmp_path, monkeypa
     assert read[0] == read[1]
 
 
+@pytest.mark.parametrize("method", ["qzo", "fo-scales"])
+def test_with_three_bits_a_number_it_goes_on_bit_for_bit(arguments, tmp_path, monkeypatch, method):
+    more = ["--method", method, "train.state_bits=3", "qzo.layers=null"]
+    more += ["train.optimizer=adam"] if method == "qzo" else []
+    assert main(arguments(*more, name="whole")) == 0
+    with monkeypatch.context() as patched:
+        killed_after(patched, 5)
+        assert main(arguments(*more, name="killed")) == 130
+    assert main(arguments("--resume", tmp_path / "killed", name="killed")) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    newest = max((tmp_path / "whole" / "checkpoints").iterdir())
+    state = load_file(newest / "optimizer.safetensors")
+    assert any(name.startswith("second_blocks.") for name in state)
+
+
 @pytest.mark.parametrize("method", ["mezo", "quzo-lora", "qlora"])
 def test_what_is_trained_is_what_the_moved_model_has(model, monkeypatch, method):
     """To move a model gives its parameters new memory, also where a CPU is all there is to move

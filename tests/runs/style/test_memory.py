@@ -215,6 +215,20 @@ def test_what_costs_memory_is_in_the_plan(pipelines, key, small, large):
     assert totals[1] > 1.01 * totals[0]
 
 
+@pytest.mark.parametrize("method", ["qzo", "fo-scales"])
+def test_states_of_few_bits_are_in_the_plan(pipelines, method):
+    """Dense scales: two moments of 4 bytes become two of 3/8, with 8 bytes for 128 numbers."""
+    numbers = []
+    for bits in (32, 3):
+        config = load_config(shipped("configs") / "sd35_large_paper.yaml").model_dump()
+        config["method"] = method
+        config["train"] |= {"optimizer": "adam", "state_bits": bits}
+        plan = plan_of("sd35_large_paper", pipelines, **config)
+        (train,) = (phase for phase in plan.phases if phase.name == "train")
+        numbers.append(train.parts["trained numbers"])
+    assert numbers[1] / numbers[0] == pytest.approx((3 / 8 + 8 / 128) / 4)
+
+
 def test_a_dry_run_prints_the_plan_and_loads_nothing(train_arguments, capsys, monkeypatch):
     monkeypatch.setattr(pipeline, "load_base", lambda *args: pytest.fail("loaded"))
     assert main(train_arguments("--dry-run")) == 0
