@@ -53,7 +53,8 @@ def planned(level: str, layers: int) -> float:
 def measured(folder: Path, level: str, steps: int) -> dict[str, float]:
     """Peaks in GB: of inference, and of steps."""
     from qzo_diffusion.core.probing import StepBatch
-    from qzo_diffusion.diffusion.flow_matching import velocity_loss
+    from qzo_diffusion.diffusion.families.family import model_loss
+    from qzo_diffusion.diffusion.families.sd3 import SD3
     from qzo_diffusion.runs import build
     from qzo_diffusion.train.loop import Setup
 
@@ -62,7 +63,7 @@ def measured(folder: Path, level: str, steps: int) -> dict[str, float]:
     batch, config = batch_of(model, SIDE), config_of(level)
 
     def objective(one: Any) -> Tensor:
-        return velocity_loss(model, one, torch.bfloat16)
+        return model_loss(SD3, model, one, torch.bfloat16)
 
     @torch.no_grad()
     def inference() -> None:
