@@ -89,7 +89,7 @@ def _over_forwards(places: Places, cell: str, rounds: int) -> float:
         objective=lambda one: task_loss(case.base.lm, one),
         parametrization=case.base.theta,
         optimizer=case.base.optimizer,
-        batches=case.batches,
+        batch_of_step=case.batches,
         probing=build.probing(case.plan.config),
         schedule=lambda step: 1e-9,
     )

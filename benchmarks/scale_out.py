@@ -207,7 +207,8 @@ def main() -> None:
         codes = [process.wait() for process in processes]
         if any(codes):
             sys.exit("a rank failed")
-        found = figures(*(json.loads(file.read_text()) for file in files), args.steps)
+        first, second = (json.loads(file.read_text()) for file in files)
+        found = figures(first, second, args.steps)
     print(
         write_results("scale_out", found),
         json.dumps({key: value for key, value in found.items() if key != "rounds"}),

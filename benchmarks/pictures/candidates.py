@@ -55,9 +55,16 @@ def candidate_folder(name: str, data: Path, work: Path, taught: Sequence[str]) -
         raise ValueError(f"no candidate {name!r}; there are {', '.join(CANDIDATES)}")
     train, validation = chosen(name, data, taught)
     compared = drawings(name, data, [one for one in knowledge().held_out if one in taught])
-    paths = [write_images(work / "images" / name, part) for part in (train, validation)]
+    images = work / "images" / name
     pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in compared.images]
-    return StyleFolder(name, *paths, compared.names, compared.names, pictures)
+    return StyleFolder(
+        name,
+        write_images(images, train),
+        write_images(images, validation),
+        compared.names,
+        compared.names,
+        pictures,
+    )
 
 
 def chosen(

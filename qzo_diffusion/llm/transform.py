@@ -68,7 +68,9 @@ def rotated(
         heads: an orthogonal matrix [head, head] for each block.
         inner: a map of `inner` numbers.
     """
-    inputs, outputs, gains, online = {}, {}, {}, {}
+    inputs: dict[str, KroneckerMap] = {}
+    gains: dict[str, str] = {}
+    outputs, online = {}, {}
     read, down = residual.dual(), inner.dual()
     for name, own in zip(sizes.names(), heads, strict=True):
         for norm, layers in parts.NORMS.items():
