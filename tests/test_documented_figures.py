@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.comparison import report as comparison
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
@@ -183,3 +184,10 @@ def test_the_table_of_cards_is_as_measured():
         assert f"| {step['step_peak_gb']:.1f} GB |" in row
         seconds = step["step_seconds"]
         assert f"| {seconds:.2f} s " in row or f"| {seconds:.1f} s " in row
+
+
+@pytest.mark.parametrize("part", ["sst2", "states"])
+def test_the_tables_of_the_comparison_are_those_of_its_file(part):
+    figures = json.loads(text_of(ROOT / "benchmarks" / "results" / "comparison.json"))
+    table = comparison.tables(figures)[part]
+    assert table.strip() in text_of(ROOT / "docs" / "comparison.md")

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from qzo_diffusion import resources
 
 STEPS, BITS = 200, (32, 8, 4, 3, 2)
+STATE = "optimizer.safetensors"
 DRAWINGS = resources.PACKAGE / "demo_images" / "fluent_mono"
 SETTINGS = [
     "--model",
@@ -60,7 +61,7 @@ def _run(bits: int, folder: Path) -> dict[str, float]:
         own = ["--output-dir", str(folder), f"train.state_bits={bits}"]
         subprocess.run([*command, *own], check=True)
     losses = _losses(folder)
-    bytes_of_state = _bytes(folder / "checkpoints" / f"step_{STEPS:06d}" / "optimizer.safetensors")
+    bytes_of_state = _bytes(folder / "checkpoints" / f"step_{STEPS:06d}" / STATE)
     return {"start": losses[0], "end": losses[STEPS], "bytes": bytes_of_state}
 
 

@@ -36,35 +36,36 @@ def chosen(norms: Tensor, budget: int, generator: torch.Generator) -> tuple[Tens
 
 
 class _SampledGradient(torch.autograd.Function):
-    """x Wᵀ with the exact slope of x and the estimate of that of W."""
+    """x Wᵀ with the exact slope of x and the estimate of that of W; a bias is not trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, generator: torch.Generator
+    ) -> Tensor:
         tokens = x.flatten(0, -2)
         budget = math.ceil(SHARE * len(tokens))
         places, factors = chosen(tokens.float().norm(dim=1), budget, generator)
         ctx.save_for_backward(tokens[places], places, factors, weight)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
         kept, places, factors, weight = ctx.saved_tensors
         slope = slopes[0]
         some = slope.flatten(0, -2)[places] * factors.unsqueeze(1).to(slope.dtype)
-        return slope @ weight.to(slope.dtype), (some.T @ kept).to(weight.dtype), None
+        return slope @ weight.to(slope.dtype), (some.T @ kept).to(weight.dtype), None, None
 
 
 class WtaCrsLinear(nn.Module):
-    """A linear without bias whose weight, an fp32 master, is trained by the estimate."""
+    """A linear whose weight, an fp32 master, is trained by the estimate."""
 
     def __init__(self, linear: nn.Linear, generator: torch.Generator) -> None:
         super().__init__()
-        assert linear.bias is None
         self.weight = nn.Parameter(linear.weight.detach().float())
-        self._generator = generator
+        self.bias, self._generator = linear.bias, generator
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return F.linear(x, self.weight.to(x.dtype))
-        out: Tensor = _SampledGradient.apply(x, self.weight, self._generator)
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        out: Tensor = _SampledGradient.apply(x, self.weight, self.bias, self._generator)
         return out
