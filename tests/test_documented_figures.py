@@ -186,8 +186,9 @@ def test_the_table_of_cards_is_as_measured():
         assert f"| {seconds:.2f} s " in row or f"| {seconds:.1f} s " in row
 
 
-@pytest.mark.parametrize("part", ["sst2", "states"])
-def test_the_tables_of_the_comparison_are_those_of_its_file(part):
+def test_the_tables_of_the_comparison_are_those_of_its_file():
     figures = json.loads(text_of(ROOT / "benchmarks" / "results" / "comparison.json"))
-    table = comparison.tables(figures)[part]
-    assert table.strip() in text_of(ROOT / "docs" / "comparison.md")
+    tables = comparison.tables(figures)
+    assert "sst2" in tables
+    for table in tables.values():
+        assert table.strip() in text_of(ROOT / "docs" / "comparison.md")
