@@ -37,7 +37,7 @@ MATHEMATICS = [
     f"core/{name}.py"
     for name in ("noise", "scales", "spsa", "parametrization", "parametrize", "dense", "optimizer")
 ]
-MAY_DIFFERENTIATE = {"core/oracle.py", "llm/baselines.py"}
+MAY_DIFFERENTIATE = {"core/oracle.py", "llm/baselines.py", "llm/flatquant.py"}
 DERIVATIVES = (
     "autograd.grad",
     "autograd.backward",

@@ -50,7 +50,7 @@ def train(options: argparse.Namespace) -> int:
     resumed, config = checked_settings(options, TRAIN_FLAGS, LlmConfig, "llm")
     from qzo_diffusion.runs.llm.plan import make_plan
 
-    return run_training(options, resumed, make_plan(config), "llm")
+    return run_training(options, resumed, make_plan(config, former=resumed), "llm")
 
 
 def evaluate(options: argparse.Namespace) -> int:

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     journal = read(options.journal, options.to_step, options.output_dir)
     if journal.header.get("kind") == "llm":
-        base = of_texts.base(of_texts.config_of(journal, options.model))
+        base = of_texts.base(of_texts.config_of(journal, options.model), options.journal.parent)
     else:
         config = of_pictures.config_of(
             journal, options.model, options.init_from, options.transformer

@@ -62,6 +62,10 @@ EXAMPLES = {
     ),
     "quant.backend": (WORD, "quant.backend=reference"),
     "quant.blocksize": ("weights", "quant.blocksize=128"),
+    "quant.calibration": (
+        PATH,
+        "quant.calibration=book.txt quant.transform=kurtail",
+    ),
     "quant.skip": ("parts of names", "quant.skip=[norm_out,proj_out]"),
     "quant.transform": (WORD, "quant.transform=hadamard"),
     "quant.type": (WORD, "quant.type=fp4"),

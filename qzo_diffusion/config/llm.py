@@ -68,14 +68,20 @@ class LlmQuantConfig(QuantConfig):
     # tied to the embedding in small models
     skip: list[str] = Field(default_factory=lambda: ["lm_head"])
     """layers that stay as they are, by parts of their names"""
-    transform: Literal["none", "hadamard"] = "none"
+    transform: Literal["none", "hadamard", "kurtail", "flatquant"] = "none"
     """map of the layers' inputs that spreads large ones before anything is quantized; hadamard: a
-    fixed rotation"""
+    fixed rotation; kurtail: learned rotations; flatquant: learned invertible maps"""
+    calibration: PathText | None = None
+    """text file that kurtail and flatquant learn from, in UTF-8"""
 
     @model_validator(mode="after")
     def _transforms_what_is_read(self) -> "LlmQuantConfig":
         if self.transform != "none" and self.backend == "bnb" and self.type == "int8":
             raise ValueError("transform: none, or backend: intgrid with type: int8")
+        if self.transform in ("kurtail", "flatquant") and self.calibration is None:
+            raise ValueError(
+                f"calibration: a text file to learn from, for transform {self.transform}"
+            )
         return self
 
 

@@ -68,9 +68,8 @@ def rotated(
         heads: an orthogonal matrix [head, head] for each block.
         inner: a map of `inner` numbers.
     """
-    inputs: dict[str, KroneckerMap] = {}
-    gains: dict[str, str] = {}
-    outputs, online = {}, {}
+    inputs, outputs = dict[str, KroneckerMap](), dict[str, KroneckerMap]()
+    gains, online = dict[str, str](), dict[str, Online]()
     read, down = residual.dual(), inner.dual()
     for name, own in zip(sizes.names(), heads, strict=True):
         for norm, layers in parts.NORMS.items():

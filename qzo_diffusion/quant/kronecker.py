@@ -37,6 +37,10 @@ class KroneckerMap:
         """x T: [..., a · b], in the dtype of the map."""
         return product(x * self.scale, self.left, self.right)
 
+    def matrix(self) -> Tensor:
+        """T itself, [a · b, a · b]."""
+        return self.of(torch.eye(self.size, dtype=self.scale.dtype))
+
     def dual(self) -> "KroneckerMap":
         """T⁻ᵀ, which weights take."""
         left, right = (torch.linalg.inv(one).T.contiguous() for one in (self.left, self.right))

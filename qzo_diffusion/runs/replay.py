@@ -1,7 +1,7 @@
 """Rebuild the scales of any step from the base model and a journal alone."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Base:
     Attributes:
         codes, initial: hashes of the frozen and of the trained tensors.
         facts: further metadata of tuned scales.
+        keep: writes what else of the run's folder the base is made of.
     """
 
     config: RunConfig
@@ -37,6 +38,7 @@ class Base:
     codes: str
     initial: str
     facts: dict[str, str]
+    keep: Callable[[Path], None] = lambda target: None
 
 
 def read(journal_file: Path, to_step: int | None, output_dir: Path) -> Journal:
@@ -76,6 +78,7 @@ def replay(journal: Journal, base: Base, to_step: int | None, output_dir: Path) 
     with unfinished(output_dir, ("config.yaml", "final")):
         out.write_text("config.yaml", with_whole_paths(base.config).to_yaml())
         out.save_scales("final", tuned, provenance.scales_metadata(base.config, base.codes) | facts)
+        base.keep(output_dir)
     return {
         "run": str(output_dir),
         "steps": steps,

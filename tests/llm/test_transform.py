@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.llm import flatquant, kurtail
 from qzo_diffusion.llm.decoder import decoder_of
 from qzo_diffusion.llm.transform import install_, transformed_entries
 from qzo_diffusion.quant.hadamard import cosines, hadamard_map, paley
@@ -85,18 +86,48 @@ def transformed(kind, entries, transform, dtype=torch.float64):
     return model
 
 
+def sizes_of(model, kind):
+    return decoder_of(model, tied=kind == "tied")
+
+
 def rotations(model, kind):
-    return hadamard(decoder_of(model, tied=kind == "tied"))
+    return hadamard(sizes_of(model, kind))
+
+
+def any_rotations(model, kind):
+    """As KurTail learns them: an orthogonal matrix of the stream, and one of each block's heads."""
+    sizes = sizes_of(model, kind)
+    widths = {kurtail.RESIDUAL: 24} | {f"heads.{block}": 6 for block in range(sizes.blocks)}
+    return kurtail.transform(
+        sizes, {name: torch.linalg.qr(drawn(size, size)).Q for name, size in widths.items()}
+    )
+
+
+def any_maps(model, kind):
+    """As FlatQuant learns them: not orthogonal, for every place."""
+    sizes, parts = sizes_of(model, kind), {}
+    for site in flatquant.sites(sizes):
+        size = model.get_submodule(site.layers[0]).in_features
+        parts[f"{site.module}.scale"] = drawn(size).exp()
+        parts[f"{site.module}.left"] = torch.eye(size // 6) + 0.2 * drawn(size // 6, size // 6)
+        parts[f"{site.module}.right"] = torch.eye(6) + 0.1 * drawn(6, 6)
+    return flatquant.transform(sizes, parts)
+
+
+def drawn(*shape):
+    seed = torch.Generator().manual_seed(len(shape))
+    return torch.randn(*shape, generator=seed, dtype=torch.float64)
 
 
 def logits(model):
     return model(input_ids=IDS).logits
 
 
+@pytest.mark.parametrize("maps", [rotations, any_rotations, any_maps])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_forward_is_the_same_in_float64(kind, tmp_path):
+def test_the_forward_is_the_same_in_float64(kind, maps, tmp_path):
     model = random_model(kind)
-    transform = rotations(model, kind)
+    transform = maps(model, kind)
     changed = transformed(kind, saved(model, tmp_path), transform)
     before, after = logits(model), logits(changed)
     assert before.std() > 0.1
@@ -161,11 +192,6 @@ def test_a_width_without_a_hadamard_matrix_is_rotated_too():
 
 
 def test_a_map_and_what_weights_take_cancel():
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     one = KroneckerMap(drawn(6).exp(), drawn(2, 2), cosines(3) + 0.1 * drawn(3, 3))
     x, weight = drawn(5, 6), drawn(4, 6)
     found = one.of(x) @ one.dual().of_rows(weight).T

@@ -25,7 +25,7 @@ from qzo_diffusion.quant.load import codes_fingerprint, handles_of, quantize_
 from qzo_diffusion.quant.unquantized import unquantized_of
 from qzo_diffusion.quant.weights import read_entries
 from qzo_diffusion.runs import build
-from qzo_diffusion.runs.llm.transforms import load_transformed
+from qzo_diffusion.runs.llm.transforms import Maps, load_transformed
 from qzo_diffusion.runs.loading import Source, load_quantized
 from qzo_diffusion.train.first_order import first_order_step
 from qzo_diffusion.train.loop import TakeStep
@@ -48,16 +48,28 @@ class Base:
     initial: str
     take_step: TakeStep | None = None
     trained: Sequence[str] = ()
+    maps: Maps | None = None
 
 
-def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> Base:
+def load_base(
+    config: LlmConfig,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    run: Path | None = None,
+) -> Base:
     """Load the model of a run.
+
+    Args:
+        run: the folder of a run that is there already, which holds what it learned before its first
+            step.
 
     Raises:
         ModelError: it can't be loaded or quantized, or the method can't train its format.
     """
     _check_format(config, folder)
-    lm = _load(config, folder, device, dtype)
+    maps = _maps(config, folder, dtype, run)
+    lm = _load(config, folder, maps, device, dtype)
     if config.method == "mezo":
         lm.model.to(device)
         layers = _layers(
@@ -101,10 +113,11 @@ def load_base(config: LlmConfig, folder: Path, device: torch.device, dtype: torc
     scales, theta = build.scales_and_theta(config, lm.model, beside)
     codes, initial = build.fingerprints(lm.model, scales)
     trained = tuple(build.trained_of(scales, config.qzo.layers))
+    take_step: TakeStep | None = None
+    optimizer = build.optimizer(config)
     if config.method == "fo-scales":
-        optimizer, step = build.first_order(config, lm.model)
-        return Base(lm, scales, theta, optimizer, codes, initial, step, trained)
-    return Base(lm, scales, theta, build.optimizer(config), codes, initial, trained=trained)
+        optimizer, take_step = build.first_order(config, lm.model)
+    return Base(lm, scales, theta, optimizer, codes, initial, take_step, trained, maps)
 
 
 def _layers(config: LlmConfig, names: Sequence[str]) -> list[str]:
@@ -163,7 +176,27 @@ def _check_format(config: LlmConfig, folder: Path) -> None:
         )
 
 
-def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalLm:
+def _maps(config: LlmConfig, folder: Path, dtype: torch.dtype, run: Path | None) -> Maps | None:
+    if config.quant.transform == "none":
+        return None
+    return Maps(
+        config.quant.transform,
+        build.quantization(config.quant),
+        folder,
+        Path(config.quant.calibration or ""),
+        dtype=dtype,
+        cache=build.cache_folder(config) / "transforms",
+        run=run,
+    )
+
+
+def _load(
+    config: LlmConfig,
+    folder: Path,
+    maps: Maps | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> CausalLm:
     """Load the model. If the method needs it and the folder is not quantized, it is quantized while
     it is read.
     """
@@ -174,8 +207,8 @@ def _load(config: LlmConfig, folder: Path, device: torch.device, dtype: torch.dt
 
     def read(place: Path) -> nn.Module:
         source = Source(read_entries(place), lambda: empty_causal_lm(place, dtype))
-        if config.quant.transform != "none":
-            return load_transformed(source, how, dtype, device)
+        if maps is not None:
+            return load_transformed(source, how, maps, dtype, device)
         return load_quantized(source, how, dtype=dtype, device=device, cache=cache)
 
     return load_causal_lm(folder, dtype, read)

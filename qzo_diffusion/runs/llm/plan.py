@@ -34,6 +34,7 @@ from qzo_diffusion.runs.llm.methods import apply_, load_base
 from qzo_diffusion.runs.llm.models import choose_lm
 from qzo_diffusion.runs.llm.scores import Scores
 from qzo_diffusion.runs.llm.splits import PARTS, Splits, read_splits
+from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.plan import Components
 from qzo_diffusion.runs.provenance import journal_header
 from qzo_diffusion.runs.tuned import load_scales
@@ -45,7 +46,10 @@ from qzo_diffusion.train.tracking import Tracker
 
 @dataclass(frozen=True)
 class LlmPlan:
-    """`runs.plan.Plan` of a language model on a task."""
+    """`runs.plan.Plan` of a language model on a task.
+
+    former: the folder of the run that goes on; None for a new one.
+    """
 
     config: LlmConfig
     model_folder: Path
@@ -53,6 +57,7 @@ class LlmPlan:
     dtype: torch.dtype
     spec: TaskSpec
     splits: Splits
+    former: Path | None = None
 
     thing = "example"
     facts = ("sha256", "split")
@@ -116,7 +121,7 @@ class LlmPlan:
                 "one process",
                 "start it without torchrun",
             )
-        base = load_base(config, self.model_folder, self.device, self.dtype)
+        base = load_base(config, self.model_folder, self.device, self.dtype, self.former)
         base.lm.part_before_(base.trained)
         encoded = {
             name: encode(base.lm, getattr(self.splits, name), config.data.max_tokens)
@@ -128,6 +133,8 @@ class LlmPlan:
                 "dataset.json",
                 [row for name in encoded for row in self._counted(name, encoded[name])],
             )
+            if base.maps is not None:
+                base.maps.keep_in(out.path)
             _warn_of_cuts([one for part in encoded.values() for one in part])
             size = build.micro_batch_size(config, config.data.batch_size)
             held_out, test = (
@@ -202,10 +209,13 @@ def _warn_of_cuts(encoded: list[Encoded]) -> None:
         )
 
 
-def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
+def make_plan(
+    config: LlmConfig, needed: Sequence[str] = PARTS, former: Path | None = None
+) -> LlmPlan:
     """Resolve the task, the model, the device and the data, and check all of them.
 
-    Parts of the data that are not `needed` may be empty.
+    Parts of the data that are not `needed` may be empty. `former` is the folder of a run that goes
+    on.
     """
     spec = read_task(config.task)
     folder, why = choose_lm(config.model)
@@ -230,7 +240,13 @@ def make_plan(config: LlmConfig, needed: Sequence[str] = PARTS) -> LlmPlan:
     if config.task not in shipped_tasks():
         resolved.task = str(Path(config.task).resolve())
     return LlmPlan(
-        resolved, folder, device, devices.choose_dtype(config.compute.dtype, device), spec, splits
+        resolved,
+        folder,
+        device,
+        devices.choose_dtype(config.compute.dtype, device),
+        spec,
+        splits,
+        former,
     )
 
 
@@ -252,7 +268,8 @@ def evaluate(config: LlmConfig, run: Path | None) -> dict[str, Any]:
     """Return the task's metric on its test examples, for the base or for a run's tuned model."""
     plan = make_plan(config, needed=["test"])
     tuned = load_scales(run) if run is not None else None
-    base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype)
+    former = None if run is None else locate(run).folder
+    base = load_base(plan.config, plan.model_folder, plan.device, plan.dtype, former)
     if tuned is not None:
         apply_(base, *tuned, run or Path())
     batches = evaluation_batches(

@@ -1,6 +1,7 @@
 """Runs on models whose layers' inputs are mapped: trained, resumed, replayed, or refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.core.journal import read_journal
+from qzo_diffusion.llm import calibration, flatquant, kurtail
 from qzo_diffusion.runs.llm.methods import load_base
 from tests.conftest import failing, killed_after
 from tests.quant.stored_formats import convert_folder
@@ -19,8 +21,67 @@ HADAMARD = "quant.transform=hadamard"
 IDS = torch.arange(30).view(2, 15)
 
 
-def base_of(model, **quant):
-    config = make_config({"model": str(model), "quant": quant}, LlmConfig)
+@pytest.fixture
+def learning(tmp_path, monkeypatch):
+    """Settings of maps that are learned in a moment, with a cache of their own."""
+    monkeypatch.setattr(calibration, "WINDOW", 32)
+    monkeypatch.setattr(kurtail, "STEPS", 3)
+    monkeypatch.setattr(flatquant, "STEPS", 3)
+    text = tmp_path / "text.txt"
+    text.write_text("It was a great film, and a terrible answer. " * 30)
+    return [f"quant.calibration={text}", f"data.cache_dir={tmp_path / 'cache'}"]
+
+
+@pytest.mark.parametrize("kind", ["kurtail", "flatquant"])
+def test_a_run_takes_what_it_learned_along(
+    arguments, tmp_path, monkeypatch, capsys, learning, kind
+):
+    """Without the text and the cache it goes on, is replayed and evaluated by its own folder."""
+    more = [f"quant.transform={kind}", "--max-steps", 4, *W4A4, *learning]
+    assert main(arguments(*more, "--json", name="whole")) == 0
+    ended = json.loads(capsys.readouterr().out)["accuracy"]["end"]
+    with monkeypatch.context() as patched:
+        killed_after(patched, 3)
+        assert main(arguments(*more, name="killed")) == 130
+    (tmp_path / "text.txt").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    assert main(arguments("--resume", tmp_path / "killed", *more, name="killed")) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    journal = ["--journal", str(tmp_path / "whole" / "journal.qzo")]
+    assert main(["replay", *journal, "--output-dir", str(tmp_path / "again")]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "again")
+    capsys.readouterr()
+    assert main(["llm", "evaluate", "--run", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == ended
+
+
+@pytest.mark.parametrize("kind", ["kurtail", "flatquant"])
+def test_maps_are_learned_once(tmp_path, model, monkeypatch, learning, kind):
+    quant = {"transform": kind, "calibration": str(tmp_path / "text.txt")}
+    first = base_of(model, tmp_path, **quant)
+    with monkeypatch.context() as patched:
+        patched.setattr(kurtail, "learned", None)
+        patched.setattr(flatquant, "learned", None)
+        again = base_of(model, tmp_path, **quant)
+    assert first.codes == again.codes
+    (tmp_path / "text.txt").write_text("a good and a bad film, " * 60)
+    assert base_of(model, tmp_path, **quant).codes != first.codes
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        (["quant.transform=kurtail"], "calibration: a text file"),
+        (["quant.transform=kurtail", "quant.calibration=no.txt"], "no.txt can't be read"),
+    ],
+)
+def test_a_text_that_is_missing_is_told(arguments, tmp_path, capsys, more, wrong):
+    assert wrong in failing(capsys, main(arguments(f"data.cache_dir={tmp_path}", *more)))
+
+
+def base_of(model, cache=None, **quant):
+    data = {"cache_dir": None if cache is None else str(cache)}
+    config = make_config({"model": str(model), "quant": quant, "data": data}, LlmConfig)
     return load_base(config, model, torch.device("cpu"), torch.float32)
 
 
