@@ -32,7 +32,7 @@ def learning(tmp_path, monkeypatch):
     return [f"quant.calibration={text}", f"data.cache_dir={tmp_path / 'cache'}"]
 
 
-@pytest.mark.parametrize("kind", ["kurtail", "flatquant"])
+@pytest.mark.parametrize("kind", ["kurtail", pytest.param("flatquant", marks=pytest.mark.slow)])
 def test_a_run_takes_what_it_learned_along(
     arguments, tmp_path, monkeypatch, capsys, learning, kind
 ):
