@@ -17,12 +17,12 @@ packages_run() { [ -f "$1/.complete" ] && "$1/bin/python" -c '' 2>/dev/null; }
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3.11 python3}; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  say "no Python of at least 3.10 found (tried: ${PYTHON:-python3.11 python3}); install one or set PYTHON=..."
+  say "no Python of at least 3.11 found (tried: ${PYTHON:-python3.11 python3}); install one or set PYTHON=..."
   return 1
 }
 
