@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.full_size import stepping
+from benchmarks.full_size.stepping import DEFAULT
 from benchmarks.full_size.weights import need_disk, status, synthetic
 from benchmarks.sd35_full_size.model import LARGE, batch_of, config_of, import_everything
-from benchmarks.sd35_full_size.stepping import steps_of
+from benchmarks.sd35_full_size.stepping import SIDE
 
 LAYERS: int = LARGE["num_layers"]  # type: ignore[assignment]
 KIND: Literal["Q4_0"] = "Q4_0"
@@ -44,8 +46,12 @@ def run_stage(stage: str, folder: Path, layers: int, count: int) -> dict[str, An
         return write(file, layers)
     if stage == "foreign":
         return foreign(file, layers)
+    from qzo_diffusion.diffusion.families.sd3 import SD3
+
     import_everything()
-    return steps_of(lambda: load(file), count)
+    return stepping.steps_of(
+        SD3, lambda: load(file), lambda model: batch_of(model, SIDE), count, DEFAULT
+    )
 
 
 def write(file: Path, layers: int) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def foreign(file: Path, layers: int) -> dict[str, Any]:
     loaded = status("VmHWM")
     reset_peak()
     with torch.no_grad():
-        loss: Tensor = model_loss(SD3, model, batch_of(model, 256), torch.bfloat16)
+        loss: Tensor = model_loss(SD3, model, batch_of(model, SIDE), torch.bfloat16)
     return {
         "loaded_peak_rss_gb": round(loaded, 3),
         "inference_peak_rss_gb": round(status("VmHWM"), 3),
