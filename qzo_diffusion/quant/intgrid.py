@@ -167,7 +167,8 @@ class IntGridLinear(nn.Module):
     def _of_rounded(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Inputs rounded to 8 or 4 bits, a scale for each token.
 
-        For int8 codes the product is of integers, exact.
+        For int8 codes the product is of integers, exact; for others it is in the dtype of x, which
+        holds rounded inputs exactly.
         """
         flat = x.reshape(-1, self.in_features).float()
         unit = (
@@ -179,7 +180,7 @@ class IntGridLinear(nn.Module):
             product = int8_product(rounded.to(torch.int8), self.codes).float()
             y = product * unit * (self.scales / self.grid.largest)
         else:
-            y = F.linear(rounded, self.dequantized()) * unit
+            y = F.linear(rounded.to(x.dtype), self.dequantized().to(x.dtype)).float() * unit
         return self._scaled(y.view(*x.shape[:-1], self.out_features), None, bias, x.dtype)
 
     @staticmethod

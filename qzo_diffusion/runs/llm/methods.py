@@ -68,7 +68,7 @@ def load_base(
         ModelError: it can't be loaded or quantized, or the method can't train its format.
     """
     _check_format(config, folder)
-    maps = _maps(config, folder, dtype, run)
+    maps = _maps(config, folder, run)
     lm = _load(config, folder, maps, device, dtype)
     if config.method == "mezo":
         lm.model.to(device)
@@ -176,7 +176,7 @@ def _check_format(config: LlmConfig, folder: Path) -> None:
         )
 
 
-def _maps(config: LlmConfig, folder: Path, dtype: torch.dtype, run: Path | None) -> Maps | None:
+def _maps(config: LlmConfig, folder: Path, run: Path | None) -> Maps | None:
     if config.quant.transform == "none":
         return None
     return Maps(
@@ -184,7 +184,6 @@ def _maps(config: LlmConfig, folder: Path, dtype: torch.dtype, run: Path | None)
         build.quantization(config.quant),
         folder,
         Path(config.quant.calibration or ""),
-        dtype=dtype,
         cache=build.cache_folder(config) / "transforms",
         run=run,
     )

@@ -68,11 +68,10 @@ class Maps:
         model: Path,
         calibration: Path,
         *,
-        dtype: torch.dtype,
         cache: Path,
         run: Path | None,
     ) -> None:
-        self._kind, self._how, self._model, self._dtype = kind, how, model, dtype
+        self._kind, self._how, self._model = kind, how, model
         self._calibration, self._cache, self._run = calibration, cache, run
         self._learned: dict[str, Tensor] = {}
 
@@ -104,7 +103,7 @@ class Maps:
     def _learn(self, sizes: Decoder) -> dict[str, Tensor]:
         text = read_text(self._calibration)
         report(f"{self._kind}: maps are learned on {self._calibration}, which takes minutes")
-        whole = load_causal_lm(self._model, self._dtype)
+        whole = load_causal_lm(self._model, torch.float32)  # whatever the run computes in
         windows = windows_of(whole.encode(text))
         found = (
             kurtail.learned(sizes, whole.model, windows)
@@ -120,7 +119,6 @@ class Maps:
         facts: dict[str, Any] = {
             "format": FORMAT,
             "kind": self._kind,
-            "dtype": str(self._dtype),
             "text": read_text(self._calibration),
             "files": [
                 [file.name, file.stat().st_size, file.stat().st_mtime_ns]
