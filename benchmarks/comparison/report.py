@@ -12,6 +12,10 @@ END = "<!-- end of table -->"
 MARKERS = {
     "sst2": ("<!-- sst2: python -m benchmarks.comparison report -->", END),
     "states": ("<!-- states: python -m benchmarks.comparison report -->", "<!-- end of states -->"),
+    "rotations": (
+        "<!-- rotations: python -m benchmarks.comparison report -->",
+        "<!-- end of rotations -->",
+    ),
 }
 # method -> trained, and the cell of llm_compare or quzo that it is
 ELSEWHERE = {
@@ -103,7 +107,23 @@ def tables(figures: Mapping[str, Any]) -> dict[str, str]:
                 for bits, one in figures["states"].items()
             ],
         )
+    if "rotations" in figures:
+        made["rotations"] = _table(
+            ["`quant.transform`", "W4A16", "W4A4", "SST-2 held-out loss", "accuracy"],
+            [_rotation(name, one) for name, one in figures["rotations"].items()],
+        )
     return made
+
+
+def _rotation(name: str, one: Mapping[str, Any]) -> list[str]:
+    """Perplexities of a transform, and a run's figures at its start and end; - where none are."""
+    measured, ran = one.get("perplexity", {}), one.get("sst2", {})
+    of_text = [f"{measured[width]:,.1f}" if measured else "-" for width in ("w4a16", "w4a4")]
+    of_run = [
+        f"{ran[key]['start']:.3f} -> {ran[key]['end']:.3f}" if ran else "-"
+        for key in ("validation_loss", "accuracy")
+    ]
+    return [f"`{name}`", *of_text, *of_run]
 
 
 def _row(name: str, one: Mapping[str, Any]) -> list[str]:

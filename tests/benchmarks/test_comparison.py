@@ -38,7 +38,7 @@ def test_figures_come_from_the_files_of_each_benchmark(tmp_path):
     )
     own = {"step_mb": 2000, "memory_over_inference": 5.0}
     write(tmp_path / "rivals_memory.json", methods={"lsq": own, "grass": own})
-    update_results("comparison", "states", {"states": {}}, {}, tmp_path)
+    update_results("comparison", "others", {"states": {}, "rotations": {}}, {}, tmp_path)
     document = tmp_path / "comparison.md"
     document.write_text("".join(f"{a}old{b}" for a, b in report.MARKERS.values()))
     found = json.loads(report.report(tmp_path, document).read_text())
@@ -52,6 +52,16 @@ def test_figures_come_from_the_files_of_each_benchmark(tmp_path):
     assert (
         "| `lsq` | weights and step sizes of int4 | 0.700 | 10.00 | 8,000 | 0.500 | 1 | 2 |" in text
     )
+
+
+def test_rows_of_rotations_show_what_is_measured():
+    ran = {"validation_loss": {"start": 1.2, "end": 0.9}, "accuracy": {"start": 0.5, "end": 0.6}}
+    measured = {"perplexity": {"w4a16": 30.0, "w4a4": 16025.6}}
+    rows = {"none": measured, "hadamard": measured | {"sst2": ran}, "kurtail": {"sst2": ran}}
+    table = report.tables({"rotations": rows})["rotations"].splitlines()
+    assert "| `none` | 30.0 | 16,025.6 | - | - |" in table
+    assert "| `hadamard` | 30.0 | 16,025.6 | 1.200 -> 0.900 | 0.500 -> 0.600 |" in table
+    assert "| `kurtail` | - | - | 1.200 -> 0.900 | 0.500 -> 0.600 |" in table
 
 
 def test_shares_are_of_the_32_bit_runs_gain_and_bytes(tmp_path):
