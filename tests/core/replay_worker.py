@@ -26,8 +26,10 @@ LAYERS = {
     "big": (192, 96),
 }  # rows, blocks a row: vectors with and without a rest
 CASES = [
-    (level, optimizer) for level in ("dense", "row") for optimizer in ("sgd", "momentum", "adam")
-]
+    (level, optimizer, 32)
+    for level in ("dense", "row")
+    for optimizer in ("sgd", "momentum", "adam")
+] + [("dense", "momentum", 4), ("dense", "adam", 8), ("dense", "adam", 3)]  # bits of the state
 STEPS = 40
 
 
@@ -63,16 +65,17 @@ def write_journal(path: Path, directions: int) -> None:
 
 def hashes(journal: Journal) -> dict[str, str]:
     found = {}
-    for level, optimizer in CASES:
+    for level, optimizer, bits in CASES:
         words = np.random.Philox(key=3)
         scales = ScaleSet(
             [Layer(name, rows, blocks, words) for name, (rows, blocks) in LAYERS.items()]
         )
         theta = parametrize(scales, level)
-        assert replay_(journal, theta, make_optimizer(optimizer)) == STEPS
+        made = make_optimizer(optimizer, state_bits=bits, seed=11)
+        assert replay_(journal, theta, made) == STEPS
         for what, tensors in (("numbers", theta.state()), ("scales", tuned_scales(theta))):
             content = b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
-            found[f"{level} {optimizer} {what}"] = hashlib.blake2b(
+            found[f"{level} {optimizer} {bits} {what}"] = hashlib.blake2b(
                 content, digest_size=16
             ).hexdigest()
     return found
