@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS, REFRESH = 64, 32
+ROWS, REFRESH = 64, 16
 BETA1, BETA2, TINY = 0.9, 0.99, 1e-8
 
 

@@ -41,10 +41,10 @@ class Quantize(torch.autograd.Function):
         master, steps = ctx.saved_tensors
         ratio = master.view(*steps.shape, BLOCK) / steps.unsqueeze(-1)
         slope = slopes[0].view_as(ratio)
-        inside = (ratio >= LOWEST) & (ratio <= HIGHEST)
-        codes = ratio.clamp(LOWEST, HIGHEST).round_()
-        of_steps = slope * torch.where(inside, codes - ratio, codes)
-        return (slope * inside).view_as(master), of_steps.sum(-1) / (BLOCK * HIGHEST) ** 0.5
+        codes = ratio.clamp(LOWEST, HIGHEST)
+        inside = (codes == ratio).float()
+        of_step = codes.round_().sub_(ratio.mul_(inside)).mul_(slope).sum(-1)
+        return inside.mul_(slope).view_as(master), of_step.div_((BLOCK * HIGHEST) ** 0.5)
 
 
 class LsqLinear(nn.Module):
