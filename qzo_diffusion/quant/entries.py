@@ -29,8 +29,9 @@ RARE = {
     "U16": torch.uint16,
     "U32": torch.uint32,
     "U64": torch.uint64,
-    "F8_E8M0": torch.float8_e8m0fnu,
 }  # read and never written
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    RARE["F8_E8M0"] = torch.float8_e8m0fnu
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OWN_PAGES = 2**12  # bytes, from which a tensor gets pages of its own
 HUGE = 2**23  # bytes, from which they are large pages
