@@ -14,10 +14,10 @@ Each verb replaces its own part of the results."""
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.record import RESULTS, put_between_markers, write_results
+from benchmarks.record import RESULTS, put_between_markers, update_results
 from benchmarks.smollm2 import smollm2
 from qzo_diffusion import resources
+from qzo_diffusion.cli import main as command_line
 from qzo_diffusion.diffusion.families.sd3 import SD3
 from qzo_diffusion.quant.base import linears_to_quantize
 from qzo_diffusion.quant.load import plain_layer
@@ -36,8 +37,11 @@ from qzo_diffusion.quant.svdquant import input_peaks, quantized_layer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 TABLE = ("<!-- table: python -m benchmarks.quantizers -->", "<!-- end of table -->")
+VERBS = ("outputs", "perplexity", "runs")
 STEPS = 200
 WINDOW = 512  # tokens of one forward for perplexity
+SHORT = ["data.max_tokens=64", "data.validation_examples=100", "data.test_examples=0"]
+SHORT += ["compute.dtype=bfloat16"]
 MakeLayer = Callable[[nn.Linear, Tensor | None], nn.Module]
 
 
@@ -76,6 +80,7 @@ FORMATS = {
     "int4, W4A16": of_svdquant(False, rank=0),
     "int4, W4A4": of_svdquant(True, rank=0),
     "svdquant, W4A16": of_svdquant(False),
+    "svdquant, W4A16, smoothed": of_svdquant(False, smooth=True),
     "svdquant, W4A4": of_svdquant(True),
     "svdquant, W4A4, smoothed": of_svdquant(True, smooth=True),
 }
@@ -106,7 +111,7 @@ def _weight_of(layer: Any) -> Tensor:
 
 
 @torch.no_grad()
-def outputs() -> dict[str, dict[str, float]]:
+def outputs(names: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
     """Relative errors of weights and of predictions on noise at eight levels, by format."""
     from diffusers import SD3Transformer2DModel
 
@@ -118,16 +123,13 @@ def outputs() -> dict[str, dict[str, float]]:
     exact = fresh()
     batch = noise(exact)
     wanted = exact(**batch).sample
-    names = [name for name, _ in linears_to_quantize(exact, skip, 64)]
-    peaks = input_peaks(exact, names, lambda: exact(**batch))
-    found = {}
-    for name, how in FORMATS.items():
+    layers = [name for name, _ in linears_to_quantize(exact, skip, 64)]
+    peaks = input_peaks(exact, layers, lambda: exact(**batch))
+    for name in names:
         model = fresh()
-        of_weights = quantized(model, skip, how, peaks)
+        of_weights = quantized(model, skip, FORMATS[name], peaks)
         lost = (model(**noise(model, seed=1)).sample - exact(**noise(exact, seed=1)).sample).norm()
-        found[name] = {"weights": of_weights, "outputs": float(lost / wanted.norm())}
-        print(name, found[name], file=sys.stderr)
-    return found
+        yield name, {"weights": of_weights, "outputs": float(lost / wanted.norm())}
 
 
 def noise(model: Any, seed: int = 0) -> dict[str, Tensor]:
@@ -146,62 +148,85 @@ def noise(model: Any, seed: int = 0) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def perplexity(text: Path, most: int) -> dict[str, float]:
-    """exp of the mean loss of a token, in windows of `WINDOW` tokens, by format."""
+def perplexity(text: Path, most: int, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """exp of the mean loss of a token, in windows of `WINDOW` tokens, by format.
+
+    Peaks of inputs are those of the window behind the ones that are scored.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = smollm2()
+    folder, skip = smollm2(), ["lm_head"]
     ids = AutoTokenizer.from_pretrained(folder)(text.read_text("utf-8")).input_ids
-    windows = torch.tensor(ids[: most * WINDOW]).split(WINDOW)
-    found = {}
-    for name, how in {"not quantized": None, **FORMATS}.items():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        if how is not None:
-            quantized(model, ["lm_head"], how)
+    *windows, last = torch.tensor(ids[: (most + 1) * WINDOW]).split(WINDOW)
+
+    def fresh() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def score(model: Any) -> float:
         losses = [
             F.cross_entropy(model(one[None]).logits[0, :-1], one[1:], reduction="none")
             for one in windows
         ]
-        found[name] = float(torch.cat(losses).mean().exp())
-        print(name, found[name], file=sys.stderr)
-    return found
+        return float(torch.cat(losses).mean().exp())
+
+    exact = fresh()
+    layers = [name for name, _ in linears_to_quantize(exact, skip, 64)]
+    peaks = input_peaks(exact, layers, lambda: exact(last[None]))
+    yield "not quantized", score(exact)
+    for name in names:
+        model = fresh()
+        quantized(model, skip, FORMATS[name], peaks)
+        yield name, score(model)
 
 
-def runs(style_dir: Path, sst2: Path, steps: int) -> dict[str, dict[str, Any]]:
+def runs(
+    style_dir: Path, sst2: Path, steps: int, names: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Figures of a run on a style and of one on SST-2, for every format that has settings."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, how in FORMATS.items():
-        if how.settings is None:
+    for name in names:
+        how = FORMATS[name].settings
+        if how is None:
             continue
+        common = ["--max-steps", str(steps), *how]
         with tempfile.TemporaryDirectory() as folder:
-            style, task = Path(folder, "style"), Path(folder, "sst2")
-            common = ["--max-steps", str(steps), *how.settings]
-            images = ["--model", "tiny", "--style-dir", str(style_dir), "sample.every=0"]
-            call("train", *images, "--output-dir", str(style), *common)
-            call("evaluate", "--run", str(style), "--output", str(style / "score.json"))
-            texts = ["--task", "sst2", "--model", str(smollm2()), "--data-dir", str(sst2)]
-            call("llm", "train", *texts, "--output-dir", str(task), *common)
-            score = json.loads((style / "score.json").read_text())
-            found[name] = {
-                "style_loss": list(held_out(style)),
-                "content": {
-                    key: score["clip_score"][key] for key in ("mean", "base_mean", "delta_ci95")
+            yield (
+                name,
+                {
+                    "steps": steps,
+                    **of_style(Path(folder, "style"), style_dir, common),
+                    "sst2_loss": of_sst2(Path(folder, "sst2"), sst2, common),
                 },
-                "sst2_loss": list(held_out(task)),
-            }
-        print(name, found[name], file=sys.stderr)
-    return found
+            )
+
+
+def of_style(run: Path, style_dir: Path, common: list[str]) -> dict[str, Any]:
+    """Held-out losses and content score of base and tuned model."""
+    images = ["--model", "tiny", "--style-dir", str(style_dir), "sample.every=0"]
+    call("train", *images, "--output-dir", str(run), *common)
+    call("evaluate", "--run", str(run), "--output", str(run / "score.json"))
+    score = json.loads((run / "score.json").read_text())["clip_score"]
+    content = {key: score[key] for key in ("mean", "base_mean", "delta_ci95")}
+    return {"style_loss": held_out(run), "content": content}
+
+
+def of_sst2(run: Path, folder: Path, common: list[str]) -> list[float]:
+    texts = ["--task", "sst2", "--model", str(smollm2()), "--data-dir", str(folder)]
+    call("llm", "train", *texts, "--output-dir", str(run), *SHORT, *common)
+    return held_out(run)
 
 
 def call(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "qzo_diffusion.cli", *arguments], check=True)
+    with redirect_stdout(sys.stderr):
+        code = command_line(arguments)
+    if code:
+        raise RuntimeError(f"exit code {code} of {arguments[0]}")
 
 
-def held_out(run: Path) -> Iterator[float]:
+def held_out(run: Path) -> list[float]:
     """The held-out loss of the base, and of the last step."""
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
     losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
-    yield from (losses[0], losses[-1])
+    return [losses[0], losses[-1]]
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -219,6 +244,15 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def figures_of(verb: str, args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Name and figures of one format after another."""
+    if verb == "outputs":
+        return outputs(args.formats)
+    if verb == "perplexity":
+        return perplexity(args.text, args.windows, args.formats)
+    return runs(args.style_dir, args.sst2, args.steps, args.formats)
+
+
 def percent(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.2f} %"
 
@@ -231,29 +265,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("verb", choices=("all", "outputs", "perplexity", "runs", "report"))
+    parser.add_argument("verb", choices=("all", *VERBS, "report"))
     parser.add_argument("--style-dir", type=Path, help="captioned images")
     parser.add_argument("--sst2", type=Path, help="folder of train.tsv and dev.tsv")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--windows", type=int, default=40, help=f"of {WINDOW} tokens")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=tuple(FORMATS))
     args = parser.parse_args()
-    wanted = ("outputs", "perplexity", "runs") if args.verb == "all" else (args.verb,)
+    wanted = VERBS if args.verb == "all" else tuple(one for one in VERBS if one == args.verb)
     needs = {"perplexity": ("text",), "runs": ("style_dir", "sst2")}
     for need in (need for verb in wanted for need in needs.get(verb, ())):
         if getattr(args, need) is None:
             parser.error(f"{args.verb} needs --{need.replace('_', '-')}")
-    file = RESULTS / "quantizers.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    figures = {key: before[key] for key in ("outputs", "perplexity", "runs") if key in before}
-    if "outputs" in wanted:
-        figures["outputs"] = outputs()
-    if "perplexity" in wanted:
-        figures["perplexity"] = perplexity(args.text, args.windows)
-    if "runs" in wanted:
-        figures["runs"] = runs(args.style_dir, args.sst2, args.steps)
-    if args.verb != "report":
-        print(write_results("quantizers", figures))
+    figures = json.loads((RESULTS / "quantizers.json").read_text())
+    for verb in wanted:
+        found = figures.setdefault(verb, {})
+        for name, measured in figures_of(verb, args):
+            found[name] = measured
+            print(name, measured, file=sys.stderr)
+            print(update_results("quantizers", verb, {verb: found}, {}))
     DOCUMENT.write_text(put_between_markers(DOCUMENT.read_text(), table(figures), *TABLE))
 
 

@@ -4,12 +4,16 @@
         a small random pipeline and its transformer in a GGUF file
     python -m benchmarks.formats small
         every type of block: round trip, a forward by diffusers, the share of a change that is kept
+    python -m benchmarks.formats sdnq --style-dir DIR
+        folders that the `sdnq` package quantizes: the same, on 20 steps of a run
+    python -m benchmarks.formats bf16 --style-dir DIR
+        formats without a file of their own: a run's export in bf16
     OMP_NUM_THREADS=2 python -m benchmarks.formats full --folder DIR
         synthetic weights in the shape of SD3.5 Large in Q4_0 (4.8 GB): peak of loading, and memory
         and time of a step over plain forwards from the same file. `--layers N` is the same in
         small, and nothing is recorded then.
 
-`small` and `full` write their part of results/formats.json and leave the others."""
+All but `make` write their part of results/formats.json and leave the others."""
 
 import argparse
 import json
@@ -19,8 +23,10 @@ from typing import Any
 
 from benchmarks.formats.full import LAYERS, full
 from benchmarks.formats.make import make_gguf
+from benchmarks.formats.of_package import MISSING, is_here, of_package, reader
 from benchmarks.formats.small import small
-from benchmarks.record import RESULTS, write_results
+from benchmarks.formats.without_file import KINDS, READER, without_file
+from benchmarks.record import RESULTS, update_results
 from qzo_diffusion.quant.gguf import FACTORS
 
 FULL = Path.home() / ".cache" / "qzo_diffusion" / "formats_full"
@@ -36,6 +42,9 @@ def main() -> None:
     make.add_argument("folder", type=Path)
     make.add_argument("--type", choices=tuple(FACTORS), default="Q4_0")
     verbs.add_parser("small")
+    for verb in ("sdnq", "bf16"):
+        trained = verbs.add_parser(verb)
+        trained.add_argument("--style-dir", type=Path, required=True, help="captioned images")
     whole = verbs.add_parser("full")
     whole.add_argument("--folder", type=Path, default=FULL)
     whole.add_argument("--layers", type=int, default=LAYERS)
@@ -46,33 +55,42 @@ def main() -> None:
     if args.verb == "make":
         print(make_gguf(args.folder, args.type))
     elif args.verb == "small":
-        types = small()
-        record({"formats": {"gguf": summary(types)}, "gguf_types": types})
+        of_each = small()
+        record("small", {"gguf": summary(of_each, "diffusers")}, gguf_types=of_each)
+    elif args.verb == "sdnq":
+        if not is_here():
+            parser.error(MISSING)
+        of_each = of_package(args.style_dir)
+        record("sdnq", {"sdnq": summary(of_each, reader())}, sdnq_kinds=of_each)
+    elif args.verb == "bf16":
+        of_each = without_file(args.style_dir)
+        formats = {name: {of: of_each[of] for of in types} for name, types in KINDS.items()}
+        record("bf16", {name: summary(one, READER) for name, one in formats.items()})
     else:
         figures = full(args.folder, args.layers, args.steps, args.stage)
         print(json.dumps(figures))
         if args.stage is None and args.layers == LAYERS:
-            record({"gguf_full_size": figures})
+            record("full", {}, gguf_full_size=figures)
         if args.clean and args.stage is None:
             shutil.rmtree(args.folder)
 
 
-def summary(types: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The worst of all types."""
+def summary(kinds: dict[str, dict[str, Any]], reader: str) -> dict[str, Any]:
+    """The worst of all kinds; None for the round trip where there is no file."""
+    there = [one["roundtrip_identical"] for one in kinds.values()]
     return {
-        "roundtrip_identical": all(one["roundtrip_identical"] for one in types.values()),
-        "forward_equal": all(one["forward_equal"] for one in types.values()),
-        "foreign_reader": "diffusers",
-        "change_kept": min(one["change_kept"] for one in types.values()),
+        "roundtrip_identical": None if None in there else all(there),
+        "forward_equal": all(one["forward_equal"] for one in kinds.values()),
+        "foreign_reader": reader,
+        "change_kept": min(one["change_kept"] for one in kinds.values()),
     }
 
 
-def record(part: dict[str, Any]) -> None:
+def record(verb: str, formats: dict[str, Any], **figures: Any) -> None:
     file = RESULTS / "formats.json"
     before = json.loads(file.read_text()) if file.is_file() else {}
-    kept = {key: before[key] for key in ("gguf_types", "gguf_full_size") if key in before}
-    formats = before.get("formats", {}) | part.pop("formats", {})
-    print(write_results("formats", {"formats": formats} | kept | part))
+    figures["formats"] = before.get("formats", {}) | formats
+    print(update_results("formats", verb, figures, {}))
 
 
 if __name__ == "__main__":

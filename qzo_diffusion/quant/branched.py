@@ -11,6 +11,7 @@ With `rounds_inputs` the inputs of R are rounded to 4 bits, as kernels of W4A4 d
 them as they are."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,11 +115,25 @@ class BranchedLinear(nn.Module):
 
 
 def rounded(x: Tensor, group: int) -> Tensor:
-    """Inputs rounded to 4 bits: -7 .. 7 times a scale for each run of `group` inputs."""
-    runs = x.float().unflatten(-1, (-1, group))
-    scale = runs.abs().amax(-1, keepdim=True).div_(LARGEST)
-    steps = (runs / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
-    return (steps * scale).flatten(-2).to(x.dtype)
+    """Inputs rounded to 4 bits: -7 .. 7 times a scale for each run of `group` inputs.
+
+    Gradients pass as if nothing were rounded: those of a step are zero.
+    """
+    found: Tensor = _Rounded.apply(x, group)
+    return found
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, group: int) -> Tensor:
+        runs = x.float().unflatten(-1, (-1, group))
+        scale = runs.abs().amax(-1, keepdim=True).div_(LARGEST)
+        steps = (runs / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_()
+        return (steps * scale).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def rotated(x: Tensor, size: int) -> Tensor:

@@ -78,6 +78,14 @@ def test_rounded_inputs_are_on_a_grid_of_their_run():
     assert not rounded(torch.zeros(2, 64), 64).any()
 
 
+def test_gradients_pass_rounded_inputs_as_if_they_were_exact():
+    linear, x = spiky()
+    layer = plain_layer(linear, "svdquant", 64, "int4")
+    x.requires_grad_()
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantized().sum(0).expand_as(x))
+
+
 def test_peaks_are_those_of_every_forward():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
     x = torch.tensor([[1.0, -3.0, 0.0, 2.0]])
