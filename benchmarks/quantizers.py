@@ -6,10 +6,12 @@
         relative errors of the weights of `tiny` and of its predictions on noise
     python -m benchmarks.quantizers perplexity --text FILE
         of SmolLM2-135M-Instruct on a text in UTF-8
-    python -m benchmarks.quantizers runs --style-dir DIR --sst2 DIR
-        200 steps of QZO on a style and on SST-2: held-out loss, content score, accuracy
+    python -m benchmarks.quantizers style --style-dir DIR
+        steps of QZO on captioned images: held-out loss, content score
+    python -m benchmarks.quantizers sst2 --sst2 DIR
+        steps of QZO on SST-2: held-out loss
 
-Each verb replaces its own part of the results."""
+Each verb replaces the figures of its formats, and leaves all others."""
 
 import argparse
 import json
@@ -37,10 +39,11 @@ from qzo_diffusion.quant.svdquant import input_peaks, quantized_layer
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "formats.md"
 TABLE = ("<!-- table: python -m benchmarks.quantizers -->", "<!-- end of table -->")
-VERBS = ("outputs", "perplexity", "runs")
+VERBS = ("outputs", "perplexity", "style", "sst2")
+TABLED = ("outputs", "style", "sst2")
 STEPS = 200
 WINDOW = 512  # tokens of one forward for perplexity
-SHORT = ["data.max_tokens=64", "data.validation_examples=100", "data.test_examples=0"]
+SHORT = ["data.max_tokens=64", "data.validation_examples=64", "data.test_examples=0"]
 SHORT += ["compute.dtype=bfloat16"]
 MakeLayer = Callable[[nn.Linear, Tensor | None], nn.Module]
 
@@ -179,40 +182,45 @@ def perplexity(text: Path, most: int, names: Sequence[str]) -> Iterator[tuple[st
         yield name, score(model)
 
 
-def runs(
-    style_dir: Path, sst2: Path, steps: int, names: Sequence[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Figures of a run on a style and of one on SST-2, for every format that has settings."""
-    for name in names:
-        how = FORMATS[name].settings
-        if how is None:
-            continue
-        common = ["--max-steps", str(steps), *how]
+def of_style(images: Path, steps: int, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Held-out losses and content scores of base and tuned `tiny`, by format."""
+    for name, settings in trainable(names):
         with tempfile.TemporaryDirectory() as folder:
-            yield (
-                name,
-                {
-                    "steps": steps,
-                    **of_style(Path(folder, "style"), style_dir, common),
-                    "sst2_loss": of_sst2(Path(folder, "sst2"), sst2, common),
-                },
-            )
+            run = Path(folder, "run")
+            more = ["--style-dir", str(images), "sample.every=0", *settings]
+            train("train", run, steps, "--model", "tiny", *more)
+            content = [content_of(run, one, Path(folder, one)) for one in ("0", "1")]
+            yield name, {"steps": steps, "loss": held_out(run), "content": content}
 
 
-def of_style(run: Path, style_dir: Path, common: list[str]) -> dict[str, Any]:
-    """Held-out losses and content score of base and tuned model."""
-    images = ["--model", "tiny", "--style-dir", str(style_dir), "sample.every=0"]
-    call("train", *images, "--output-dir", str(run), *common)
-    call("evaluate", "--run", str(run), "--output", str(run / "score.json"))
-    score = json.loads((run / "score.json").read_text())["clip_score"]
-    content = {key: score[key] for key in ("mean", "base_mean", "delta_ci95")}
-    return {"style_loss": held_out(run), "content": content}
+def content_of(run: Path, strength: str, folder: Path) -> float:
+    """The mean content score of the pictures of a run's own prompts."""
+    score = folder.with_suffix(".json")
+    call("sample", "--run", str(run), "--strength", strength, "--output-dir", str(folder))
+    pictures = ["--images", str(folder / "samples"), "--scorer", "embedded"]
+    call("evaluate", *pictures, "--output", str(score))
+    return float(json.loads(score.read_text())["clip_score"]["mean"])
 
 
-def of_sst2(run: Path, folder: Path, common: list[str]) -> list[float]:
-    texts = ["--task", "sst2", "--model", str(smollm2()), "--data-dir", str(folder)]
-    call("llm", "train", *texts, "--output-dir", str(run), *SHORT, *common)
-    return held_out(run)
+def of_sst2(data: Path, steps: int, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Held-out losses of base and tuned SmolLM2, by format."""
+    places = ["--task", "sst2", "--model", str(smollm2()), "--data-dir", str(data)]
+    for name, settings in trainable(names):
+        with tempfile.TemporaryDirectory() as folder:
+            run = Path(folder, "run")
+            train("llm train", run, steps, *places, *SHORT, *settings)
+            yield name, {"steps": steps, "loss": held_out(run)}
+
+
+def trainable(names: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Formats with the settings of a run, for those that have them."""
+    for name in names:
+        if (settings := FORMATS[name].settings) is not None:
+            yield name, settings
+
+
+def train(verb: str, run: Path, steps: int, *arguments: str) -> None:
+    call(*verb.split(), "--output-dir", str(run), "--max-steps", str(steps), *arguments)
 
 
 def call(*arguments: str) -> None:
@@ -231,16 +239,18 @@ def held_out(run: Path) -> list[float]:
 
 def table(figures: dict[str, Any]) -> str:
     """One row a format; – where nothing was measured."""
-    heads = "| format | weights | `tiny`'s predictions | SmolLM2's perplexity | style | SST-2 |"
-    rows = [heads, "|---|---|---|---|---|---|"]
+    heads = (
+        "| format | weights | `tiny`'s predictions | SmolLM2's perplexity | style | content | "
+        "SST-2 |"
+    )
+    rows = [heads, "|---|---|---|---|---|---|---|"]
     for name in ["not quantized", *FORMATS]:
-        errors = figures.get("outputs", {}).get(name, {})
-        ran = figures.get("runs", {}).get(name, {})
+        errors, style, task = (figures.get(key, {}).get(name, {}) for key in TABLED)
         cells = [percent(errors.get("weights")), percent(errors.get("outputs"))]
         value = figures.get("perplexity", {}).get(name)
         cells.append("–" if value is None else f"{value:.2f}")
-        cells += [fall(ran.get(key)) for key in ("style_loss", "sst2_loss")]
-        rows.append(f"| {' | '.join([name, *cells])} |")
+        cells += [fall(style.get(key)) for key in ("loss", "content")]
+        rows.append(f"| {' | '.join([name, *cells, fall(task.get('loss'))])} |")
     return "\n".join(rows)
 
 
@@ -250,7 +260,9 @@ def figures_of(verb: str, args: argparse.Namespace) -> Iterator[tuple[str, Any]]
         return outputs(args.formats)
     if verb == "perplexity":
         return perplexity(args.text, args.windows, args.formats)
-    return runs(args.style_dir, args.sst2, args.steps, args.formats)
+    if verb == "style":
+        return of_style(args.style_dir, args.steps, args.formats)
+    return of_sst2(args.sst2, args.steps, args.formats)
 
 
 def percent(share: float | None) -> str:
@@ -274,10 +286,10 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=tuple(FORMATS), default=tuple(FORMATS))
     args = parser.parse_args()
     wanted = VERBS if args.verb == "all" else tuple(one for one in VERBS if one == args.verb)
-    needs = {"perplexity": ("text",), "runs": ("style_dir", "sst2")}
-    for need in (need for verb in wanted for need in needs.get(verb, ())):
-        if getattr(args, need) is None:
-            parser.error(f"{args.verb} needs --{need.replace('_', '-')}")
+    needs = {"perplexity": "text", "style": "style_dir", "sst2": "sst2"}
+    for verb in wanted:
+        if (need := needs.get(verb)) and getattr(args, need) is None:
+            parser.error(f"{verb} needs --{need.replace('_', '-')}")
     figures = json.loads((RESULTS / "quantizers.json").read_text())
     for verb in wanted:
         found = figures.setdefault(verb, {})

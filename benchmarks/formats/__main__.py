@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.formats.full import LAYERS, full
 from benchmarks.formats.make import make_gguf
+from benchmarks.formats.of_package import KINDS as SDNQ
 from benchmarks.formats.of_package import MISSING, is_here, of_package, reader
 from benchmarks.formats.small import small
 from benchmarks.formats.without_file import KINDS, READER, without_file
@@ -45,6 +46,8 @@ def main() -> None:
     for verb in ("sdnq", "bf16"):
         trained = verbs.add_parser(verb)
         trained.add_argument("--style-dir", type=Path, required=True, help="captioned images")
+        if verb == "sdnq":
+            trained.add_argument("--kinds", nargs="+", choices=tuple(SDNQ), default=tuple(SDNQ))
     whole = verbs.add_parser("full")
     whole.add_argument("--folder", type=Path, default=FULL)
     whole.add_argument("--layers", type=int, default=LAYERS)
@@ -60,7 +63,7 @@ def main() -> None:
     elif args.verb == "sdnq":
         if not is_here():
             parser.error(MISSING)
-        of_each = of_package(args.style_dir)
+        of_each = recorded().get("sdnq_kinds", {}) | of_package(args.style_dir, args.kinds)
         record("sdnq", {"sdnq": summary(of_each, reader())}, sdnq_kinds=of_each)
     elif args.verb == "bf16":
         of_each = without_file(args.style_dir)
@@ -87,10 +90,13 @@ def summary(kinds: dict[str, dict[str, Any]], reader: str) -> dict[str, Any]:
 
 
 def record(verb: str, formats: dict[str, Any], **figures: Any) -> None:
-    file = RESULTS / "formats.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    figures["formats"] = before.get("formats", {}) | formats
+    figures["formats"] = recorded()["formats"] | formats
     print(update_results("formats", verb, figures, {}))
+
+
+def recorded() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "formats.json").read_text())
+    return found
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The benchmark of formats: packages that it needs, and how kinds are put together."""
+"""The benchmarks of formats and of quantizers."""
 
+import json
 import sys
 
 import pytest
 
+from benchmarks import quantizers
 from benchmarks.formats import __main__ as formats
 from benchmarks.formats import of_package
+from benchmarks.record import RESULTS
 
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
@@ -23,3 +26,8 @@ def test_a_format_is_as_good_as_its_worst_kind():
     assert found == {**bad, "foreign_reader": "diffusers"}
     without_file = formats.summary({"one": {**good, "roundtrip_identical": None}}, "diffusers")
     assert without_file["roundtrip_identical"] is None
+
+
+def test_the_table_of_quantizers_is_that_of_its_file():
+    figures = json.loads((RESULTS / "quantizers.json").read_text())
+    assert quantizers.table(figures) in quantizers.DOCUMENT.read_text()
