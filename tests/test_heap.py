@@ -1,0 +1,40 @@
+"""Large blocks go back to the system when they are freed, also between small ones that stay."""
+
+import subprocess
+import sys
+
+import pytest
+
+CHURN = """
+import sys
+from pathlib import Path
+from qzo_diffusion.system.heap import map_large_blocks
+
+if sys.argv[1] == "mapped" and not map_large_blocks():
+    sys.exit("no limit")
+freed = b"x" * 30_000_000
+del freed  # raises the limit
+large = [b"x" * 5_000_000 for _ in range(20)]
+small = []
+for place in range(20):
+    small.append(b"x" * 100_000)
+    large.append(b"x" * 5_000_000)
+large.clear()
+status = Path("/proc/self/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+"""
+
+
+def resident(kind: str) -> int:
+    """KB that stay resident after 200 MB of blocks were freed between others of 100 KB."""
+    command = [sys.executable, "-c", CHURN, kind]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if "no limit" in done.stderr:
+        pytest.skip("this C library has no such limit")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and mallopt is Linux's")
+def test_blocks_between_small_ones_are_given_back() -> None:
+    assert resident("mapped") < resident("as it is") - 50_000
