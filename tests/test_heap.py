@@ -28,7 +28,7 @@ print(next(line.split()[1] for line in status.splitlines() if line.startswith("V
 def resident(kind: str) -> int:
     """KB that stay resident after 200 MB of blocks were freed between others of 100 KB."""
     command = [sys.executable, "-c", CHURN, kind]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if "no limit" in done.stderr:
         pytest.skip("this C library has no such limit")
     assert done.returncode == 0, done.stderr
