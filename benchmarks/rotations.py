@@ -30,7 +30,7 @@ from qzo_diffusion.runs.llm.methods import load_base
 
 TRANSFORMS = ("none", "hadamard", "kurtail", "flatquant")
 LEARNED = ("kurtail", "flatquant")
-INPUTS = {"w4a16": "float", "w4a4": "int4"}
+INPUTS = {"w4a4": "int4", "w4a16": "float"}
 WINDOW = 512  # tokens of a text whose losses are averaged
 PASSAGES = 200  # of BoolQ
 Cells = dict[str, dict[str, Any]]
@@ -74,7 +74,7 @@ def of_perplexity(transform: str, options: argparse.Namespace) -> dict[str, Any]
     for width in INPUTS:
         settings = {"model": str(options.model), "quant": quant(transform, width, options.cache)}
         config = make_config(settings, LlmConfig)
-        base = load_base(config, options.model, torch.device("cpu"), torch.float32)
+        base = load_base(config, options.model, torch.device("cpu"), torch.bfloat16)
         found[width] = round(perplexity(base.lm, paragraphs(options.data), options.windows), 2)
     return found
 

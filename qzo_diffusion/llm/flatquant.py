@@ -21,8 +21,8 @@ from qzo_diffusion.llm.transform import Online, Transform
 from qzo_diffusion.quant.hadamard import hadamard_map
 from qzo_diffusion.quant.kronecker import KroneckerMap
 
-STEPS, RATE = 40, 5e-3
-ROWS, OUTPUTS = 256, 512  # tokens and outputs of a step, at most
+STEPS, RATE = 30, 5e-3
+ROWS, OUTPUTS = 128, 256  # tokens and outputs of a step, at most
 LARGEST = 7  # of a number in 4 bits
 SEED = 0
 PARTS = ("scale", "left", "right")

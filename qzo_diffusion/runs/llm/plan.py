@@ -100,7 +100,12 @@ class LlmPlan:
 
     def settings(self) -> dict[str, Any]:
         return self.config.model_dump(
-            exclude={"data": {"dir", "cache_dir"}, "model": True, "task": True}
+            exclude={
+                "data": {"dir", "cache_dir"},
+                "quant": {"calibration"},
+                "model": True,
+                "task": True,
+            }
         )
 
     def metadata(self, components: Components) -> dict[str, str]:
