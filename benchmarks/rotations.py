@@ -1,8 +1,9 @@
 """Maps of a language model's inputs in front of 4 bits: SmolLM2's perplexity, and QZO on SST-2.
 
-    python -m benchmarks.rotations perplexity --data FOLDER
-        W4A16 and W4A4 with each `quant.transform`, on XQuAD's paragraphs; maps are learned on
-        BoolQ's passages
+    python -m benchmarks.rotations w4a4 --data FOLDER
+    python -m benchmarks.rotations w4a16 --data FOLDER
+        perplexity with each `quant.transform`, on XQuAD's paragraphs; maps are learned on BoolQ's
+        passages
     python -m benchmarks.rotations sst2 --data FOLDER
         200 steps of QZO at W4A4
 
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +71,19 @@ def perplexity(lm: CausalLm, text: str, windows: int) -> float:
     return float(torch.cat(losses).mean().exp())
 
 
-def of_perplexity(transform: str, options: argparse.Namespace) -> dict[str, Any]:
-    found = {}
-    for width in INPUTS:
-        settings = {"model": str(options.model), "quant": quant(transform, width, options.cache)}
-        config = make_config(settings, LlmConfig)
-        base = load_base(config, options.model, torch.device("cpu"), torch.bfloat16)
-        found[width] = round(perplexity(base.lm, paragraphs(options.data), options.windows), 2)
-    return found
+def of_width(width: str, transform: str, options: argparse.Namespace) -> float:
+    settings = {"model": str(options.model), "quant": quant(transform, width, options.cache)}
+    config = make_config(settings, LlmConfig)
+    base = load_base(config, options.model, torch.device("cpu"), torch.bfloat16)
+    return round(perplexity(base.lm, paragraphs(options.data), options.windows), 2)
 
 
 def of_sst2(transform: str, options: argparse.Namespace) -> dict[str, Any]:
     """Figures of a run of QZO; one that was stopped goes on."""
     folder = options.cache / f"sst2-{transform}"
     settings = [f"quant.{k}={v}" for k, v in quant(transform, "w4a4", options.cache).items()]
-    settings += ["data.validation_examples=200", "data.max_tokens=64", "compute.dtype=bfloat16"]
+    settings += [f"data.{name}_examples=200" for name in ("validation", "test")]
+    settings += ["data.max_tokens=64", "compute.dtype=bfloat16"]
     settings += [f"train.max_steps={options.steps}", "train.checkpoint_every=20"]
     goes_on = (folder / "metrics.jsonl").exists()
     where = ["--resume" if goes_on else "--output-dir", str(folder)]
@@ -105,8 +105,9 @@ def of_sst2(transform: str, options: argparse.Namespace) -> dict[str, Any]:
     } | ({} if goes_on else {"processor_seconds": round(spent)})
 
 
-VERBS: Mapping[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
-    "perplexity": of_perplexity,
+VERBS: Mapping[str, Callable[[str, argparse.Namespace], Any]] = {
+    "w4a4": partial(of_width, "w4a4"),
+    "w4a16": partial(of_width, "w4a16"),
     "sst2": of_sst2,
 }
 
@@ -114,9 +115,7 @@ VERBS: Mapping[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
 def figures(cells: Cells) -> dict[str, Any]:
     """The keys of comparison.json, from the cells that are finished."""
     rows = {name: cells[name] for name in TRANSFORMS if name in cells}
-    measured = {
-        name: row["perplexity"]["w4a4"] for name, row in rows.items() if "perplexity" in row
-    }
+    measured = {name: row["w4a4"] for name, row in rows.items() if "w4a4" in row}
     return {"perplexity_w4a4": measured, "rotations": rows}
 
 

@@ -117,8 +117,8 @@ def tables(figures: Mapping[str, Any]) -> dict[str, str]:
 
 def _rotation(name: str, one: Mapping[str, Any]) -> list[str]:
     """Perplexities of a transform, and a run's figures at its start and end; - where none are."""
-    measured, ran = one.get("perplexity", {}), one.get("sst2", {})
-    of_text = [f"{measured[width]:,.1f}" if measured else "-" for width in ("w4a16", "w4a4")]
+    ran = one.get("sst2", {})
+    of_text = [f"{one[width]:,.1f}" if width in one else "-" for width in ("w4a16", "w4a4")]
     of_run = [
         f"{ran[key]['start']:.3f} -> {ran[key]['end']:.3f}" if ran else "-"
         for key in ("validation_loss", "accuracy")

@@ -28,15 +28,14 @@ def test_every_width_is_measured(tmp_path, monkeypatch):
     articles = [{"paragraphs": [{"context": "It was a good film. " * 9}]}]
     (tmp_path / "xquad.en.json").write_text(json.dumps({"data": articles}))
     options = argparse.Namespace(data=tmp_path, model=model, cache=tmp_path, windows=2)
-    found = rotations.of_perplexity("hadamard", options)
-    assert found.keys() == {"w4a16", "w4a4"}
-    assert found["w4a16"] != found["w4a4"]
+    rounded, plain = (rotations.VERBS[width]("hadamard", options) for width in rotations.INPUTS)
+    assert rounded != plain
 
 
 def test_figures_hold_the_rows_that_are_finished():
     cells = {
-        "hadamard": {"perplexity": {"w4a16": 2.0, "w4a4": 3.0}},
-        "none": {"perplexity": {"w4a16": 2.0, "w4a4": 9.0}, "sst2": {"steps": 5}},
+        "hadamard": {"w4a16": 2.0, "w4a4": 3.0},
+        "none": {"w4a16": 2.0, "w4a4": 9.0, "sst2": {"steps": 5}},
         "kurtail": {"sst2": {}},
     }
     found = rotations.figures(cells)
