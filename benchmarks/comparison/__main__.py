@@ -25,11 +25,12 @@ def main() -> None:
         help="for run folders",
     )
     parser.add_argument("--document", type=Path, default=Path("docs/comparison.md"))
+    parser.add_argument("--bits", type=int, nargs="+", choices=states.BITS, default=states.BITS)
     options = parser.parse_args()
     if options.verb == "report":
         print(report.report(options.results, options.document))
     else:
-        found = {"states": states.measure(options.cache)}
+        found = {"states": states.measure(options.cache, options.bits)}
         print(update_results(report.NAME, options.verb, found, {}, options.results))
 
 
