@@ -53,8 +53,8 @@ def _figures(run: dict[str, float], exact: dict[str, float]) -> dict[str, float]
     return {
         "gain_share": round(gain / (exact["start"] - exact["end"]), 4),
         "memory_ratio": round(run["bytes"] / exact["bytes"], 4),
-        "validation_loss_at_start": round(run["start"], 4),
-        "validation_loss": round(run["end"], 4),
+        "validation_loss_at_start": round(run["start"], 6),
+        "validation_loss": round(run["end"], 6),
     }
 
 
