@@ -13,6 +13,9 @@ def add(verbs: Any) -> None:
         "sample", help="make images from a model, with or without a run's tuned scales"
     )
     sample.add_argument("--model", type=path_text, help="default: the run's model, or auto")
+    sample.add_argument(
+        "--transformer", type=path_text, help="its transformer from elsewhere, such as a GGUF file"
+    )
     sample.add_argument("--family", help="the model's family, where its files don't tell it")
     sample.add_argument("--run", type=path, help="a run folder or one of its checkpoints")
     sample.add_argument(
@@ -41,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     request = sample.SampleRequest(
         output_dir=options.output_dir,
         model=options.model,
+        transformer=options.transformer,
         family=options.family,
         run=options.run,
         strength=options.strength,

@@ -4,12 +4,15 @@ and read by diffusers.
 
 import json
 import shutil
+from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qzo_diffusion.cli import main
-from qzo_diffusion.config.files import make_config, read_yaml
+from qzo_diffusion.config.files import load_config, make_config, read_yaml
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.core.merge import merge_changes_
 from qzo_diffusion.diffusion.transformer import find_transformer
@@ -147,6 +150,27 @@ def test_a_run_is_sampled_and_its_base_stays(run, place, tmp_path):
     ]
     assert pictures[0] != pictures[1]
     assert (place / "small-Q4_0.gguf").read_bytes() == before
+
+
+def test_the_written_file_draws_what_the_run_draws(run, pipeline, tmp_path):
+    assert main(export_arguments(run, tmp_path / "out", "gguf")) == 0
+    of_run = sampled(tmp_path, run, "of_run")
+    file = tmp_path / "out" / "small-Q4_0-tuned.gguf"
+    command = [
+        "sample",
+        "--model",
+        pipeline,
+        "--transformer",
+        file,
+        "--prompts",
+        tmp_path / "p.txt",
+    ]
+    given = load_config(run / "config.yaml")
+    command += ["--steps", given.sample.steps, "--seed", given.sample.seed]
+    assert main([*map(str, command), "--output-dir", str(tmp_path / "of_file")]) == 0
+    pictures = of_run, (tmp_path / "of_file" / "samples" / "000.png").read_bytes()
+    one, other = (np.asarray(Image.open(BytesIO(data)), dtype=np.int16) for data in pictures)
+    assert abs(one - other).max() <= 2  # factors of 16 bits
 
 
 def test_an_untrained_run_gives_the_file_back_byte_for_byte(place, command_line, tmp_path):

@@ -37,6 +37,7 @@ class SampleRequest:
 
     output_dir: Path
     model: str | None = None
+    transformer: str | None = None
     family: str | None = None
     run: Path | None = None
     strength: float = 1.0
@@ -136,6 +137,7 @@ def _config_of(request: SampleRequest) -> Config:
     config = with_levels(config, request.tuned_between)
     if request.model is not None:
         config.model = request.model
+    config.transformer = request.transformer or config.transformer
     config.family = request.family or config.family
     if isinstance(request.prompts, str):
         config.sample.prompts = request.prompts
