@@ -115,6 +115,11 @@ def test_the_demo_is_described_by_its_own_figures():
     readme = " ".join(text_of(ROOT / "README.md").split())
     assert f"falls by {100 * (1 - loss['end'] / loss['start']):.0f} %" in readme
     assert f"from {score['base_mean']:.2f} to {score['mean']:.2f}" in readme
+    style = facts["evaluation"]["style_similarity"]
+    table = text_of(ROOT / "docs" / "benchmarks.md")
+    assert f"{loss['start']:.3f} -> {loss['end']:.3f}" in table
+    assert f"{score['base_mean']:.3f} -> {score['mean']:.3f}" in table
+    assert f"{style['delta']:+.3f}" in table
 
 
 # File in benchmarks/results, keys inside, start of the row in docs/benchmarks.md, format.
@@ -125,6 +130,10 @@ FIGURES = [
     ("sd35_full_size", "step_over_two_forwards", "time of a default", "{:.2f}"),
     ("sd35_full_size", "second_start_over_read", "second start", "{:.2f}"),
     ("sd35_full_size", "encoders_peak_rss_gb", "peak of T5-XXL", "{:.2f} GB"),
+    ("sd35_full_size", "reward_step_peak_rss_gb", "peak of a step on a reward", "{:.2f} GB"),
+    ("sd35_full_size", "reward_step_over_sampling", "time of that step", "{:.2f}"),
+    ("formats", "gguf_full_size.memory_over_inference", "memory of a step over pl", "{}"),
+    ("formats", "gguf_full_size.step_over_forwards", "time of a step over them: t", "{:.2f}"),
     ("gpu_check", "large.512px.default.step_busy_over_two_forwards", "time the card", "{:.2f}"),
     ("gpu_check", "large.512px.default.step_seconds", "seconds on the clock", "{:.2f}"),
     ("gpu_check", "large.1024px.default.step_peak_gb", "peak memory |", "{:.2f} GB"),
