@@ -85,7 +85,15 @@ class Maps:
         if self._kind == "hadamard":
             return hadamard(sizes)
         self._learned = self._known() or self._learn(sizes)
-        return (kurtail if self._kind == "kurtail" else flatquant).transform(sizes, self._learned)
+        made = kurtail.transform if self._kind == "kurtail" else flatquant.transform
+        try:
+            return made(sizes, self._learned)
+        except KeyError as error:
+            raise OutputError(
+                f"{FILE} without {error}",
+                f"the maps of {self._kind} for this model",
+                "restore the run's folder",
+            ) from None
 
     def keep_in(self, run: Path) -> None:
         """Write the learned maps into the folder of a run. Raises OutputError."""

@@ -5,13 +5,18 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qzo_diffusion.cli import main
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
+from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.core.journal import read_journal
 from qzo_diffusion.llm import calibration, flatquant, kurtail
+from qzo_diffusion.llm.decoder import Decoder
+from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs.llm.methods import load_base
+from qzo_diffusion.runs.llm.transforms import Maps
 from tests.conftest import failing, killed_after
 from tests.quant.stored_formats import convert_folder
 from tests.runs.llm.short_run import SECOND_BLOCK, assert_same_weights
@@ -53,6 +58,14 @@ def test_a_run_takes_what_it_learned_along(
     capsys.readouterr()
     assert main(["llm", "evaluate", "--run", str(tmp_path / "again"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == ended
+
+
+@pytest.mark.parametrize("kind", ["kurtail", "flatquant"])
+def test_a_file_of_other_maps_is_refused(tmp_path, kind):
+    save_file({"other": torch.ones(2)}, tmp_path / "transform.safetensors")
+    maps = Maps(kind, Quantization(), tmp_path, tmp_path, cache=tmp_path, run=tmp_path)
+    with pytest.raises(OutputError, match=r"transform\.safetensors without"):
+        maps.of(Decoder(1, 8, 8, 4, 2, 2, tied=True))
 
 
 @pytest.mark.parametrize("kind", ["kurtail", "flatquant"])
