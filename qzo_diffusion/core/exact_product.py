@@ -51,17 +51,31 @@ def exact_products(handles: Iterable[DifferentiableHandle], collect: Collect) ->
         yield
 
 
+def nothing() -> None:
+    """Leave memory as it is."""
+
+
 @contextmanager
-def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While open, each block keeps its inputs for the way back and nothing else."""
+def checkpointed(
+    blocks: Sequence[nn.Module], tidy: Callable[[], object] = nothing
+) -> Iterator[None]:
+    """While open, each block keeps its inputs for the way back and nothing else.
+
+    Args:
+        tidy: is called before a block is computed, and before it is computed again.
+    """
 
     def forward_of(block: nn.Module) -> Callable[..., Any]:
         plain = block.forward
 
+        def compute(*args: Any, **options: Any) -> Any:
+            tidy()
+            return plain(*args, **options)
+
         def forward(*args: Any, **options: Any) -> Any:
             # nothing random happens inside, so the state of generators is left alone
             return checkpoint(
-                plain, *args, use_reentrant=False, preserve_rng_state=False, **options
+                compute, *args, use_reentrant=False, preserve_rng_state=False, **options
             )
 
         return forward

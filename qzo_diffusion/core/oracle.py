@@ -21,6 +21,7 @@ from qzo_diffusion.core.exact_product import (
     DifferentiableHandle,
     checkpointed,
     exact_products,
+    nothing,
 )
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.core.hooks import Hooks
@@ -36,13 +37,14 @@ def exact_gradient(
     theta: Dense | Grouped,
     handles: Iterable[DifferentiableHandle],
     blocks: Sequence[nn.Module] = (),
+    tidy: Callable[[], object] = nothing,
 ) -> dict[str, Tensor]:
     """dL/dθ by name, in the shapes of `theta.templates()`; L is the mean over all examples.
 
     Args:
         handles: of all quantized layers of the model.
-        blocks: parts of the model that are computed again on the way back, see
-            `core.exact_product`.
+        blocks: parts of the model that are computed again on the way back, and tidy: is called
+            before each, see `core.exact_product`.
     """
     scales, count = theta.scales, sum(map(len, micro_batches))  # type: ignore[arg-type]
     found = {name: torch.zeros_like(like) for name, like in theta.templates().items()}
@@ -51,7 +53,7 @@ def exact_gradient(
         torch.enable_grad(),
         scales.override(theta.perturbed()),
         exact_products(handles, _collecting(theta, found)),
-        checkpointed(blocks),
+        checkpointed(blocks, tidy),
     ):
         for micro_batch in micro_batches:
             of_each = objective(micro_batch).view(len(micro_batch), -1).mean(1)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from qzo_diffusion.quant.choose import chosen, last_readers
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.system.console import report
-from qzo_diffusion.system.heap import map_large_blocks
+from qzo_diffusion.system.heap import give_back
 from qzo_diffusion.train.first_order import first_order_step
 from qzo_diffusion.train.loop import TakeStep
 
@@ -224,10 +224,10 @@ def near_base(config: RunConfig, chosen: Optimizer) -> Optimizer:
 
 def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeStep]:
     """Return Adam along the exact gradient of the trained scales, the baseline of zeroth order."""
-    map_large_blocks()
 
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
-        return exact_gradient(objective, micro_batches, theta, handles_of(model), blocks_of(model))
+        places = handles_of(model), blocks_of(model)
+        return exact_gradient(objective, micro_batches, theta, *places, give_back)
 
     return near_base(config, adam(config)), first_order_step(gradient)
 

@@ -1,19 +1,15 @@
-"""How the C library keeps large blocks of memory.
+"""Memory that the C library keeps after it was freed.
 
-glibc maps blocks from 128 KB on by themselves, and gives them back when they are freed. Each freed
-one raises that limit, up to 32 MB. From then on layers' weights share a heap with small tensors
-that stay, and its holes count as used: on the way back of SD3.5 Large 2.2 GB of them."""
+glibc keeps freed blocks of up to 32 MB in its heap, and the holes that small tensors leave between
+them count as used: 2.2 GB on the way back of SD3.5 Large."""
 
 import ctypes
 import sys
 
-MAP_FROM = -3  # M_MMAP_THRESHOLD of malloc.h
-LARGE = 2**20  # bytes
 
-
-def map_large_blocks() -> bool:
-    """Give blocks from 1 MB on back when they are freed, from now on. Returns whether the C library
-    has such a limit.
+def give_back() -> bool:
+    """Give freed pages back to the system. Returns whether there were any; False as well where the
+    C library has no such call.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return bool(mallopt(MAP_FROM, LARGE)) if mallopt is not None else False
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim is not None and bool(trim(0))
