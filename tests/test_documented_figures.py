@@ -132,6 +132,8 @@ FIGURES = [
     ("sd35_full_size", "encoders_peak_rss_gb", "peak of T5-XXL", "{:.2f} GB"),
     ("sd35_full_size", "reward_step_peak_rss_gb", "peak of a step on a reward", "{:.2f} GB"),
     ("sd35_full_size", "reward_step_over_sampling", "time of that step", "{:.2f}"),
+    ("everyday", "fo.steps_gb", "peak of a step by the exact", "{:.2f} GB"),
+    ("everyday", "fo.plan_gb", "the memory plan | 6", "{:.2f} GB"),
     ("formats", "gguf_full_size.memory_over_inference", "memory of a step over pl", "{}"),
     ("formats", "gguf_full_size.step_over_forwards", "time of a step over them: t", "{:.2f}"),
     ("gpu_check", "large.512px.default.step_busy_over_two_forwards", "time the card", "{:.2f}"),
