@@ -126,7 +126,8 @@ def relative_error(one: KroneckerMap, rows: Tensor, weight: Tensor, rounding: Ro
 def rounded(tensor: Tensor, run: int) -> Tensor:
     """Round to -7 .. 7 times a scale for each `run` of the last dimension.
 
-    The derivative is that of no rounding at all.
+    Rounding itself counts as exact in the derivative; the scale has its own. `quant.branched`
+    rounds alike and passes gradients as they are.
     """
     runs = tensor.unflatten(-1, (-1, run))
     scale = (runs.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-12)

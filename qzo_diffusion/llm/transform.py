@@ -92,7 +92,8 @@ def rotated(
 
 def transformed_entries(entries: Mapping[str, Entry], transform: Transform) -> dict[str, Entry]:
     """Return the tensors of a model, by its own names, with their part of the maps."""
-    gains = {norm: entries[f"{norm}.weight"].read().double() for norm in transform.gains.values()}
+    norms = dict.fromkeys(transform.gains.values())  # several layers take the gain of one
+    gains = {norm: entries[f"{norm}.weight"].read().double() for norm in norms}
     found = dict(entries)
     for norm in gains:
         found[f"{norm}.weight"] = _changed(entries[f"{norm}.weight"], torch.ones_like)

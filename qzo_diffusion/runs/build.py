@@ -15,7 +15,7 @@ from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
-from qzo_diffusion.core.exact_product import blocks_of
+from qzo_diffusion.core.exact_product import blocks_of, nothing
 from qzo_diffusion.core.journal_format import MOST_SCALARS
 from qzo_diffusion.core.near_base import NearBase
 from qzo_diffusion.core.optimizer import Adam, Optimizer, Schedule, make_optimizer, make_schedule
@@ -225,9 +225,12 @@ def near_base(config: RunConfig, chosen: Optimizer) -> Optimizer:
 def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeStep]:
     """Return Adam along the exact gradient of the trained scales, the baseline of zeroth order."""
 
+    # only there the C library's heap holds the tensors
+    tidy = give_back if next(model.parameters()).device.type == "cpu" else nothing
+
     def gradient(objective: Any, micro_batches: Any, theta: Any) -> dict[str, Tensor]:
-        places = handles_of(model), blocks_of(model)
-        return exact_gradient(objective, micro_batches, theta, *places, give_back)
+        handles, blocks = handles_of(model), blocks_of(model)
+        return exact_gradient(objective, micro_batches, theta, handles, blocks, tidy)
 
     return near_base(config, adam(config)), first_order_step(gradient)
 
