@@ -13,11 +13,9 @@ SHELL := bash
 VENV_PYTHON := .venv/bin/python
 
 export OMP_NUM_THREADS ?= 2
-# Threads that wait sleep: on a busy machine those that spin take cores from the ones they wait for.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 # Two processes with one thread each: faster than one with two, and a test's sums have one order.
-PYTEST := OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV_PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 install:
 	@.ci/environment.sh

@@ -47,15 +47,17 @@ OFFLINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DISABLE_TELEMETRY": "1",
 }
-# How OpenMP's threads wait for each other, read when torch is imported. By default they spin, and
-# where other work runs they take the cores from the threads that they wait for.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
+# How long OpenMP's threads spin before they sleep, read when torch is imported: libgomp's turns,
+# and milliseconds of Intel's and LLVM's library. By default they spin ten times as long and more,
+# and where other work runs they take the cores from the threads that they wait for. Threads that
+# sleep at once wake too late on an idle machine (docs/decisions/speed_and_memory.md D107).
+SPINNING = {"GOMP_SPINCOUNT": "30000", "KMP_BLOCKTIME": "1"}
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     os.environ.update(OFFLINE)
-    for name, value in WAITING.items():
-        os.environ.setdefault(name, value)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.update(SPINNING | os.environ)
     os.umask(os.umask(0o077) | stat.S_IWOTH)  # nothing that a verb makes is world-writable
     # a note on an optional package that nobody asked for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -140,7 +140,7 @@ import importlib.abc, os, sys
 class Watch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *_):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
+            print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")))
             raise SystemExit
 sys.meta_path.insert(0, Watch())
 from qzo_diffusion.cli import main
@@ -149,12 +149,18 @@ print("torch was not asked for")
 """
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, found):
-    """OpenMP reads the variable when torch is imported."""
-    environment = {name: at for name, at in _here().items() if name != "OMP_WAIT_POLICY"}
-    if given is not None:
-        environment["OMP_WAIT_POLICY"] = given
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ["None", "30000"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["None", "7"]),
+    ],
+)
+def test_threads_that_wait_spin_for_a_short_time_unless_the_user_says_otherwise(given, found):
+    """OpenMP reads the variables when torch is imported."""
+    waiting = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: at for name, at in _here().items() if name not in waiting} | given
     done = subprocess.run(
         [sys.executable, "-c", AT_TORCH],
         env=environment,
@@ -162,7 +168,7 @@ def test_threads_that_wait_sleep_unless_the_user_says_otherwise(given, found):
         text=True,
         timeout=60,
     )
-    assert done.stdout.split() == [found], done.stderr
+    assert done.stdout.split() == found, done.stderr
 
 
 def _here():
