@@ -1,5 +1,6 @@
-"""The default and the exact gradient of the same numbers, at three rates; and the default of
-before, which trained rows and columns of all layers within a bound."""
+"""The default and the exact gradient of the same numbers, at three rates; the same numbers along
+the directions that the model's own styles have in common; and the default of before, which trained
+rows and columns of all layers within a bound."""
 
 from benchmarks.content.methods import FIRST_ORDER, METHODS, Settings, changed
 
@@ -16,6 +17,7 @@ EXACT_ALL = {"first_order_all_0.01": FIRST_ORDER}
 COMPARED: dict[str, Settings] = {
     DEFAULT: changed(METHODS["default"], train__lr=0.05, **ROWS),
     "rate_0.1": changed(METHODS["default"], **ROWS),
+    "subspace": changed(METHODS["default"], qzo__subspace="tiny", **ROWS),
     "bound": METHODS["bound"],
     **EXACT,
     **EXACT_ALL,

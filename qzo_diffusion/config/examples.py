@@ -80,6 +80,7 @@ EXAMPLES = {
     "qzo.per_example": (SWITCH, "qzo.per_example=false"),
     "qzo.probe": (WORD, "qzo.probe=float method=quzo qzo.parametrization=codes"),
     "qzo.regions": ("patch groups", "qzo.regions=4"),
+    "qzo.subspace": (PATH, "qzo.subspace=tiny qzo.parametrization=row"),
     "qzo.units": (WORD, "qzo.units=absolute qzo.parametrization=dense"),
     "qzo.unquantized": (
         WORD,

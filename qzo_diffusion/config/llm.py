@@ -141,6 +141,8 @@ class LlmConfig(RunConfig):
             raise ValueError("quant.backend: bnb and quant.type: nf4 or fp4 for method qlora")
         if self.quant.transform != "none" and self.method not in ("qzo", "quzo", "fo-scales"):
             raise ValueError("quant.transform: none, or method: qzo, quzo or fo-scales")
+        if self.qzo.subspace is not None:
+            raise ValueError("qzo.subspace: null for language models, where none was tried")
         if self.qzo.regions > 1:
             raise ValueError("qzo.regions: 1 for language models; an example's answer has one loss")
         return self

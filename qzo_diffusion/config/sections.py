@@ -96,6 +96,9 @@ class QzoConfig(Section):
     """perturbed integer codes: rounded to the grid, or as they are"""
     clip_threshold: Positive | None = None
     """largest directional derivative (DDC); null: no clipping"""
+    subspace: PathOrName | None = None
+    """file of directions of rows; only sums of them are tried. tiny: that of the embedded model;
+    null: all directions"""
 
     @property
     def scales_activations(self) -> bool:
@@ -121,6 +124,12 @@ class QzoConfig(Section):
             )
         if self.regions > 1 and not self.per_example:
             raise ValueError("regions above 1 need per_example: true")
+        return self
+
+    @model_validator(mode="after")
+    def _subspaces_are_of_rows(self) -> "QzoConfig":
+        if self.subspace is not None and self.parametrization != "row":
+            raise ValueError("subspace: null, or parametrization: row")
         return self
 
     @model_validator(mode="after")

@@ -159,6 +159,12 @@ class Config(RunConfig):
         return self
 
     @model_validator(mode="after")
+    def _subspaces_are_of_scales(self) -> "Config":
+        if self.qzo.subspace is not None and self.method != "qzo":
+            raise ValueError("qzo.subspace: null, or method: qzo")
+        return self
+
+    @model_validator(mode="after")
     def _weight_counts(self) -> "Config":
         if self.prior.weight and self.qzo.parametrization == "codes":
             raise ValueError("prior.weight: 0, or method: qzo; of codes no base is kept")

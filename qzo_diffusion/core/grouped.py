@@ -24,7 +24,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,50 +34,11 @@ from qzo_diffusion.core.activation_scaling import ActivationScaling, LayerScalin
 from qzo_diffusion.core.bits import PackedBits, select, signed_sum
 from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import copy_by_name_, exp
+from qzo_diffusion.core.precision import where_float64_is
 from qzo_diffusion.core.scales import Override, ScaleSet
 from qzo_diffusion.core.sign_cache import SignCache
-
-Axis = Literal["layer", "row", "column"]
-
-
-class Stored(Protocol):
-    """How the factors of rows and block columns reach the numbers that a layer stores.
-
-    Attributes:
-        rounds: whether a product is rounded, so that probes must not go through it.
-    """
-
-    rounds: bool
-
-    def columns(self, name: str) -> int:
-        """The number of block columns of a layer. Raises ValueError where blocks cross rows."""
-        ...
-
-    def times(self, name: str, factors: Mapping[Axis, Tensor]) -> Tensor:
-        """The stored numbers times their factors [N], [columns] or [1], a new tensor."""
-        ...
-
-
-class ScaleBlocks:
-    """Scales in blocks; the blocks of a row lie side by side."""
-
-    rounds = False
-
-    def __init__(self, scales: ScaleSet) -> None:
-        self._scales = scales
-
-    def columns(self, name: str) -> int:
-        rows, numel = self._scales.rows(name), self._scales[name].numel()
-        if numel % rows:
-            raise ValueError(f"{name}: blocks cross rows, so a row has no scales of its own")
-        return numel // rows
-
-    def times(self, name: str, factors: Mapping[Axis, Tensor]) -> Tensor:
-        live = self._scales[name]
-        grid = live.view(self._scales.rows(name), -1) if factors.keys() - {"layer"} else live
-        for axis, factor in factors.items():
-            grid = grid * (factor.unsqueeze(1) if axis == "row" else factor)
-        return grid.view_as(live)
+from qzo_diffusion.core.stored import Axis, ScaleBlocks, Stored
+from qzo_diffusion.core.subspace import Subspace, of_layers
 
 
 @dataclass(frozen=True)
@@ -127,9 +88,12 @@ class Grouped:
         last_readers: names of the layers whose inputs nothing reads afterwards, so that they may be
             overwritten.
         stored: what the factors multiply; None is the scales themselves.
+        subspace: directions of the rows [k, rows] by layer, for axes of rows alone; None draws
+            every number.
 
     Raises:
-        ValueError: blocks cross rows, so that rows have no scales of their own.
+        ValueError: blocks cross rows, so that rows have no scales of their own; or a subspace of
+            other axes or other layers.
     """
 
     scales_activations = True
@@ -142,6 +106,7 @@ class Grouped:
         token_wise: Collection[str] = (),
         last_readers: Collection[str] = (),
         stored: Stored | None = None,
+        subspace: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.scales, self._last_readers = scales, frozenset(last_readers)
         self._stored = ScaleBlocks(scales) if stored is None else stored
@@ -166,6 +131,12 @@ class Grouped:
                     )
                     self.by_axis[key] = _zeros(scales[names[0]], ends[-1])
                     self._numbers_of[is_token_wise] += ends[-1]
+        if subspace is not None and tuple(axes) != ("row",):
+            raise ValueError(f"a subspace of rows for {' and '.join(axes)}")
+        self._subspaces: dict[str, Subspace] = {}
+        for key, theta in self.by_axis.items() if subspace is not None else ():
+            rows = {name: scales.rows(name) for name in self.layers(key)}
+            self._subspaces[key] = of_layers(subspace or {}, rows, theta)
 
     @property
     def rounds(self) -> bool:
@@ -294,6 +265,9 @@ class Grouped:
         """
         like, kind = self.by_axis[key], self._kinds[key]
         directions, radii = probe.directions, probe.radii
+        if key in self._subspaces:
+            z = self._subspaces[key].z(self._coefficients(key, directions), start, stop)
+            return torch.cat([torch.exp(radius * z) for radius in radii])
         if directions[0].distribution == "gaussian":
             drawn = [
                 direction.exp_z(key, like, radius, each=kind.token_wise)
@@ -306,9 +280,22 @@ class Grouped:
             self._packed(key, directions, keep=True), pairs, like.dtype, start, stop
         ).flatten(0, 1)
 
+    def _coefficients(self, key: str, directions: Sequence[Direction]) -> Tensor:
+        """Coefficients [groups, k] of the directions of a subspace, for one radius."""
+        like, each = self._drawn(key), self._kinds[key].token_wise
+        if directions[0].distribution == "gaussian":
+            return torch.cat([one.z(key, like, each).view(-1, len(like)) for one in directions])
+        packed = self._packed(key, directions, keep=True)
+        return select(packed, [(1.0, -1.0)], like.dtype, 0, len(like))[0]
+
+    def _drawn(self, key: str) -> Tensor:
+        """Zeros in the shape of the numbers that are drawn: θ, or the coefficients."""
+        theta, subspace = self.by_axis[key], self._subspaces.get(key)
+        return theta if subspace is None else theta.new_zeros(subspace.count)
+
     def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
         """The bits of the signs, [directions · patch groups, bytes]."""
-        theta, each = self.by_axis[key], self._kinds[key].token_wise
+        theta, each = self._drawn(key), self._kinds[key].token_wise
 
         def drawn(direction: Direction) -> PackedBits:
             return direction.packed(key, theta.numel(), each)
@@ -322,20 +309,22 @@ class Grouped:
     def combined(
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
     ) -> Tensor:
-        kind, theta = self._kinds[name], self.by_axis[name]
+        kind, like, subspace = self._kinds[name], self._drawn(name), self._subspaces.get(name)
         if not kind.token_wise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
-            total = signed_sum(self._packed(name, directions, keep=False), amounts, theta.numel())
-            return total.to(theta.dtype).to(theta.device)
+            exact = signed_sum(self._packed(name, directions, keep=False), amounts, like.numel())
+            if subspace is not None:
+                return subspace.combined(exact)
+            return exact.to(like.dtype).to(like.device)
         drawn = (
-            direction.z(name, theta, each=kind.token_wise).view(-1, theta.numel())
+            direction.z(name, like, each=kind.token_wise).view(-1, like.numel())
             for direction in directions
         )
-        total = torch.zeros_like(theta)
+        total = torch.zeros_like(like)
         for z, amount in zip(chain.from_iterable(drawn), amounts, strict=True):
             total.add_(z * amount)  # one by one: a sum over a tensor rounds by machine
-        return total
+        return total if subspace is None else subspace.combined(where_float64_is(total).double())
 
     def move_(self, directions: Sequence[Direction], amounts: Sequence[float]) -> None:
         for key, theta in self.by_axis.items():

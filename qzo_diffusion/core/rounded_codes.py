@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.bits import to_device
-from qzo_diffusion.core.grouped import Axis
 from qzo_diffusion.core.noise import packed_bits
 from qzo_diffusion.core.quzo import BLOCK, Grid
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.core.stored import Axis
 
 
 class Ladder(Grid, Protocol):

@@ -32,6 +32,7 @@ from qzo_diffusion.quant.base import fingerprint
 from qzo_diffusion.quant.choose import chosen, last_readers
 from qzo_diffusion.quant.load import find_codes, find_scales, frozen_fingerprint, handles_of
 from qzo_diffusion.quant.stream import Quantization
+from qzo_diffusion.runs.subspace import load_subspace
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.heap import give_back
 from qzo_diffusion.train.first_order import first_order_step
@@ -103,9 +104,26 @@ def scales_and_theta(
     if level == "codes":
         return scales, Codes(scales, grids, trained, config.qzo.probe)
     stored = RoundedCodes(scales, grids, config.quant.blocksize) if codes else None
-    return scales, parametrize(
-        scales, level, config.qzo.units, trained, token_wise, last_readers(scales), stored
-    )
+    named = config.qzo.subspace
+    try:
+        return scales, parametrize(
+            scales,
+            level,
+            config.qzo.units,
+            trained,
+            token_wise,
+            last_readers(scales),
+            stored,
+            load_subspace(named),
+        )
+    except ValueError as error:
+        if named is None:
+            raise
+        raise ConfigError(
+            f"qzo.subspace={named}: {error}",
+            "directions of the rows of all trained layers of this model",
+            "give the file of this model, or the layers that it was made for (qzo.layers)",
+        ) from None
 
 
 def trained_of(scales: ScaleSet, wanted: Sequence[str] | None) -> list[str]:

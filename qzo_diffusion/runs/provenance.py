@@ -17,6 +17,7 @@ from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.runs.former import remedy_for
 from qzo_diffusion.runs.publish import published_model
+from qzo_diffusion.runs.subspace import identity
 
 # How signs are drawn and applied. 1 drew those of rows layer by layer; 2 added every direction to θ
 # in turn.
@@ -36,6 +37,7 @@ _RESOLVED = (
     "layers",
     "units",
     "regions",
+    "subspace",
     "examples",
     "optimizer",
     "state_bits",
@@ -152,4 +154,12 @@ def journal_header(config: RunConfig, batch_size: int, codes: str, scales: str) 
         "prior": None if config.prior.off else [config.prior.decay, config.prior.bound],
         "quant": config.quant.model_dump(),
         "dtype": config.compute.dtype,
-    } | ({"method": "quzo"} if config.trains_codes else {})
+    } | _named_if_given(config)
+
+
+def _named_if_given(config: RunConfig) -> dict[str, Any]:
+    own: dict[str, Any] = {"method": "quzo"} if config.trains_codes else {}
+    if config.qzo.subspace is None:
+        return own
+    named = config.qzo.subspace
+    return own | {"subspace": identity(named), "subspace_file": named}

@@ -15,6 +15,7 @@ from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.calibration import ROOM
+from qzo_diffusion.runs.subspace import identity
 from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -66,7 +67,9 @@ def replay(journal: Journal, base: Base, to_step: int | None, output_dir: Path) 
         JournalError: the journal belongs to another model.
     """
     provenance.check_journal_fits(
-        journal, {**journal.header, "codes": base.codes, "initial_scales": base.initial}
+        journal,
+        {**journal.header, "codes": base.codes, "initial_scales": base.initial}
+        | {"subspace": identity(base.config.qzo.subspace)},
     )
     started = time.perf_counter()
     steps = replay_(journal, base.theta, base.optimizer, to_step=to_step)
@@ -116,6 +119,8 @@ def settings_of(
 def _also(header: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of `qzo` that journals name only if they matter, or did not name at first."""
     running = {"normalize": "running"} if header.get("normalize") else {}
+    if "subspace_file" in header:
+        running |= {"subspace": header["subspace_file"]}
     return running | ({"unquantized": header["unquantized"]} if "unquantized" in header else {})
 
 

@@ -43,8 +43,9 @@ def test_every_setting_has_a_unit_and_an_example_and_nothing_else_has():
 def test_an_example_is_taken_and_shows_another_value_than_the_usual_one(key):
     changed = set()
     for kind in (Config, LlmConfig):
-        # an answer of a language model has one loss, so that 1 is all that it takes
-        if key not in kinds.fields(kind) or (kind, key) == (LlmConfig, "qzo.regions"):
+        # of which language models take the usual value alone
+        for_pictures = kind is LlmConfig and key in ("qzo.regions", "qzo.subspace")
+        if key not in kinds.fields(kind) or for_pictures:
             continue
         settings = {}
         for text in shlex.split(EXAMPLES[key][1]):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from qzo_diffusion.core import rounded_codes
-from qzo_diffusion.core.grouped import Axis
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.parametrization import tuned_scales
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.rounded_codes import RoundedCodes
+from qzo_diffusion.core.stored import Axis
 from qzo_diffusion.quant.load import find_codes
 from tests.quantized import assert_same, estimated, inputs, network, snapshot, squared_output
 

@@ -155,6 +155,7 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
     if (
         isinstance(work.theta, Dense | Grouped)
+        and config.qzo.subspace is None
         and parameters <= AFFORDABLE
         and config.qzo.units == "relative"
     ):

@@ -29,6 +29,7 @@ from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.rewards import scorer_bytes
+from qzo_diffusion.runs.subspace import subspace_bytes
 
 # In the order in which they are tried: first those that cost only time, last those that change
 # the result.
@@ -273,6 +274,8 @@ def _training(
             size, level, config.train.optimizer, config.train.state_bits
         ),
     }
+    if config.qzo.subspace is not None:
+        found["subspace"] = subspace_bytes(config.qzo.subspace)
     if config.reward.scores:
         decode = sum(value for name, value in decoding.items() if name != "VAE")
         found["decode"] = decode * config.reward.decode_at_once

@@ -1,0 +1,48 @@
+"""The file of a run's subspace: directions of rows [k, rows] by layer, in safetensors."""
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+from qzo_diffusion import resources
+from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.train.run_folder import load_tensors
+
+TINY, FILE = "tiny", "subspace.safetensors"
+
+
+def path_of(name: str) -> Path:
+    """Return the file that `qzo.subspace` names; `tiny` is that of the embedded model.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = resources.tiny_model() / FILE if name == TINY else Path(name)
+    if not path.is_file():
+        raise ConfigError(
+            f"qzo.subspace={name}: no such file",
+            "a safetensors file of directions",
+            "correct the path, or give qzo.subspace=null",
+        )
+    return path
+
+
+def load_subspace(name: str | None) -> dict[str, Tensor] | None:
+    """Return the directions by layer.
+
+    Raises:
+        ConfigError: there is no such file.
+        OutputError: it is damaged.
+    """
+    return None if name is None else load_tensors(path_of(name))[0]
+
+
+def identity(name: str | None) -> str | None:
+    """Return a hash of the file, which a journal's scalars belong to."""
+    return None if name is None else hashlib.sha256(path_of(name).read_bytes()).hexdigest()
+
+
+def subspace_bytes(name: str) -> float:
+    """Return the memory of the directions: the file's, in fp16, and as they are used, in fp32."""
+    return 3.0 * path_of(name).stat().st_size

@@ -1,0 +1,79 @@
+"""Whole runs along the directions of a file: resumed, replayed, and refused where the file is
+another.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qzo_diffusion.cli import main
+from qzo_diffusion.diffusion.transformer import empty_transformer
+from tests.conftest import failing
+from tests.runs.short_run import assert_replayed, assert_same_run, replay, stop_after
+
+LAYERS = ("ff.net", "attn.to_out")
+ROWS = ["qzo.parametrization=row", "qzo.layers=[ff.net,attn.to_out]", "qzo.regions=4"]
+STEPS = ["--max-steps", 4, "train.checkpoint_every=2"]
+
+
+def write(path, pipeline, directions=6, seed=0):
+    config = json.loads((pipeline / "transformer/config.json").read_text())
+    rows = {
+        name: layer.out_features
+        for name, layer in empty_transformer(config).named_modules()
+        if isinstance(layer, nn.Linear) and any(part in name for part in LAYERS)
+    }
+    generator = torch.Generator().manual_seed(seed)
+    found = {
+        name: torch.randn(directions, count, generator=generator).half()
+        for name, count in rows.items()
+    }
+    save_file(found, path)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path, pipeline):
+    return write(tmp_path / "subspace.safetensors", pipeline)
+
+
+def test_a_run_stays_in_the_subspace_goes_on_and_is_replayed(
+    train, file, tmp_path, monkeypatch, capsys, pipeline
+):
+    run = [*STEPS, *ROWS, f"qzo.subspace={file}"]
+    assert train(*run, name="run") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        assert train(*run, name="parts") == 130
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "parts")
+    assert_replayed(tmp_path / "run")
+
+    capsys.readouterr()
+    write(file, pipeline, seed=1)
+    failing(capsys, replay(tmp_path, tmp_path / "run", name="other")[0])
+    file.unlink()
+    assert "no such file" in failing(capsys, replay(tmp_path, tmp_path / "run", name="none")[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: dict(list(found.items())[1:]), "directions None"),
+        (lambda found: {name: one[:, 1:] for name, one in found.items()}, "directions (6"),
+    ],
+)
+def test_the_file_of_another_model_is_refused(train, file, capsys, change, message):
+    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
+    error = failing(capsys, train(*STEPS, *ROWS, f"qzo.subspace={file}"))
+    assert message in error
+
+
+def test_damaged_files_and_other_numbers_are_refused(train, file, capsys):
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "damaged" in failing(capsys, train(*STEPS, *ROWS, f"qzo.subspace={file}"))
+    failing(capsys, train(*STEPS, "qzo.parametrization=separable", f"qzo.subspace={file}"))
+    failing(capsys, train(*STEPS, *ROWS, "qzo.subspace=nowhere.safetensors"))
