@@ -76,7 +76,7 @@ def follow(name: str, data: Path, work: Path) -> dict[str, Tensor]:
 
 
 def spanned(ways: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return directions [k, rows] by layer, of mean square 1 over all."""
+    """Return directions [k, rows] by layer; z = c B has the mean square 1, as signs have."""
     layers = [name.rpartition("/")[0] for name in ways[0] if name.endswith("/gradients")]
     found: dict[str, Tensor] = {}
     for key in sorted({layer.partition("/")[0] for layer in layers}):

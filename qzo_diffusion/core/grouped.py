@@ -143,6 +143,10 @@ class Grouped:
         """Whether θ is rounded when layers take it, as that of integer codes is."""
         return self._stored.rounds
 
+    @property
+    def in_subspace(self) -> bool:
+        return bool(self._subspaces)
+
     def templates(self) -> dict[str, Tensor]:
         return self.by_axis
 

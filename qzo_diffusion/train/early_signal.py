@@ -34,10 +34,13 @@ LIMIT = 1.753  # the 95 % point of Student's t with 15 degrees of freedom
 
 def can_be_checked(setup: Setup[Any]) -> bool:
     """Whether 16 steps are enough to see a signal: each needs more directions than a few, and an
-    estimate that can be followed without rounding it.
+    estimate that can be followed without rounding it. In a subspace 16 steps pass the bottom of its
+    steepest directions, and slopes along them change their sign.
     """
     theta = setup.parametrization
-    return isinstance(theta, Grouped) and not theta.rounds and setup.probing.per_example
+    if not isinstance(theta, Grouped) or theta.rounds or theta.in_subspace:
+        return False
+    return setup.probing.per_example
 
 
 class EarlySignal:

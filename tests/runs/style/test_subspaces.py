@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qzo_diffusion import resources
 from qzo_diffusion.cli import main
 from qzo_diffusion.diffusion.transformer import empty_transformer
+from qzo_diffusion.quant.choose import chosen
+from qzo_diffusion.runs.subspace import load_subspace
 from tests.conftest import failing
 from tests.runs.short_run import assert_replayed, assert_same_run, replay, stop_after
 
@@ -33,6 +36,21 @@ def write(path, pipeline, directions=6, seed=0):
     }
     save_file(found, path)
     return path
+
+
+def test_the_embedded_model_has_directions_for_all_rows_that_styles_train():
+    config = json.loads((resources.tiny_model() / "transformer/config.json").read_text())
+    layers = {
+        name: layer.out_features
+        for name, layer in empty_transformer(config).named_modules()
+        if isinstance(layer, nn.Linear) and name.startswith("transformer_blocks.")
+    }
+    found = load_subspace("tiny")
+    assert {name: one.shape[1] for name, one in found.items()} == {
+        name: layers[name] for name in chosen(layers, "image")
+    }
+    variances = torch.cat([one.double().square().sum(0) for one in found.values()])
+    assert variances.mean() == pytest.approx(1, abs=1e-3)  # so that qzo.eps means the same
 
 
 @pytest.fixture
