@@ -58,8 +58,9 @@ def file(tmp_path, pipeline):
     return write(tmp_path / "subspace.safetensors", pipeline)
 
 
-def test_a_run_stays_in_the_subspace_goes_on_and_is_replayed(
-    train, file, tmp_path, monkeypatch, capsys, pipeline
+@pytest.mark.usefixtures("pages")
+def test_a_run_goes_on_is_replayed_and_judged(
+    train, file, tmp_path, monkeypatch, capsys, pipeline, prompts
 ):
     run = [*STEPS, *ROWS, f"qzo.subspace={file}"]
     assert train(*run, name="run") == 0
@@ -69,6 +70,10 @@ def test_a_run_stays_in_the_subspace_goes_on_and_is_replayed(
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
     assert_same_run(tmp_path / "run", tmp_path / "parts")
     assert_replayed(tmp_path / "run")
+
+    command = ["evaluate", "--run", tmp_path / "run", "--scorer", "embedded", "--prompts", prompts]
+    assert main([str(part) for part in command]) == 0
+    assert "Cosine with the exact gradient" in (tmp_path / "run/report.html").read_text()
 
     capsys.readouterr()
     write(file, pipeline, seed=1)
