@@ -14,10 +14,12 @@ RATES = (0.003, 0.01, 0.03)
 EXACT = {f"first_order_{rate:g}": changed(FIRST_ORDER, train__lr=rate, **ROWS) for rate in RATES}
 # of all numbers, to see how far the rows alone reach
 EXACT_ALL = {"first_order_all_0.01": FIRST_ORDER}
+SUBSPACE = changed(METHODS["default"], qzo__subspace="tiny", **ROWS)
 COMPARED: dict[str, Settings] = {
     DEFAULT: changed(METHODS["default"], train__lr=0.05, **ROWS),
     "rate_0.1": changed(METHODS["default"], **ROWS),
-    "subspace": changed(METHODS["default"], qzo__subspace="tiny", **ROWS),
+    "subspace": SUBSPACE,
+    "subspace_0.2": changed(SUBSPACE, train__lr=0.2),
     "bound": METHODS["bound"],
     **EXACT,
     **EXACT_ALL,
