@@ -9,7 +9,6 @@ Styles that were set aside are not used. Ways stay in --work, and a call goes on
 missing. FOLDER of the data holds `emoji64.npz` and `meta.json`."""
 
 import argparse
-import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.content.cells import on_folder
 from benchmarks.content.embedded import taught
 from benchmarks.content.methods import merged
 from benchmarks.pictures.candidates import CANDIDATES, Candidate, candidate_folder
@@ -27,6 +27,11 @@ from benchmarks.tiny.treatments import TAUGHT
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.core.oracle import exact_gradient
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.quant.load import handles_of
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.style.batches import TrainingBatches
 from qzo_diffusion.runs.style.plan import make_plan
 from qzo_diffusion.runs.subspace import FILE
 from qzo_diffusion.train.distributed import Ranks
@@ -46,25 +51,22 @@ def styles() -> dict[str, Candidate]:
 def follow(name: str, data: Path, work: Path) -> dict[str, Tensor]:
     """Return gradients [steps, n] and places [steps / EVERY, n] of a style by name of θ."""
     folder = candidate_folder(name, data, work, taught(resources.PACKAGE))
-    own: dict[str, Any] = {
-        "model": "tiny",
-        "data": {
-            "style_dir": str(folder.train),
-            "validation_dir": str(folder.held_out),
-            "cache_dir": str(work / "cache"),
-            "batch_size": IMAGES,
-        },
-        "train": {"seed": SEED, "max_steps": STEPS},
-        "compute": {"device": "cpu", "dtype": "float32"},
-    }
-    parts = make_plan(make_config(merged(COMPARED["first_order_0.01"], own))).load(Ranks())
-    theta: Any = parts.theta
+    own = merged(on_folder(folder, work / "cache", SEED, STEPS), {"data": {"batch_size": IMAGES}})
+    config = make_config(merged(COMPARED["first_order_0.01"], own))
+    plan = make_plan(config)
+    loaded, ranks = plan.load_parts(Ranks(), plan.style, plan.prompts), Ranks()
+    batches = TrainingBatches(config, plan.style.train, loaded.encoded, plan.device, ranks)
+    theta, adam = loaded.theta, build.adam(config)
     assert isinstance(theta, Grouped)
-    gradient = inspect.getclosurevars(parts.take_step).nonlocals["gradient"]  # type: ignore[arg-type]
+
+    def losses(batch: Any) -> Tensor:
+        return model_loss(plan.family, loaded.transformer, batch, plan.dtype)
+
     kept: dict[str, list[Tensor]] = {}
     for step in range(STEPS):
-        slopes = gradient(parts.objective, parts.batches(step).micro_batches, theta)
-        parts.optimizer.descend_(theta, slopes, RATE)  # type: ignore[attr-defined]
+        handles = handles_of(loaded.transformer)
+        slopes = exact_gradient(losses, batches(step).micro_batches, theta, handles)
+        adam.descend_(theta, slopes, RATE)
         for key, slope in slopes.items():
             for layer in theta.layers(key):
                 place = theta.place(key, layer)

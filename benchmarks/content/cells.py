@@ -130,20 +130,25 @@ def run_cell(bench: Bench, cell: Cell, settings: Settings, command: str) -> dict
     return result
 
 
-def _train(
-    bench: Bench, cell: Cell, folder: StyleFolder, settings: Settings, place: Path
-) -> dict[str, Any]:
-    """The held-out losses of the run by step."""
-    own: Settings = {
+def on_folder(folder: StyleFolder, cache: Path, seed: int, steps: int) -> Settings:
+    """The settings of a run of the embedded model that its method does not choose."""
+    return {
         "model": "tiny",
         "data": {
             "style_dir": str(folder.train),
             "validation_dir": str(folder.held_out),
-            "cache_dir": str(bench.work / "cache"),
+            "cache_dir": str(cache),
         },
-        "train": {"seed": cell.seed, "max_steps": cell.steps},
+        "train": {"seed": seed, "max_steps": steps},
         "compute": {"device": "cpu", "dtype": "float32"},
     }
+
+
+def _train(
+    bench: Bench, cell: Cell, folder: StyleFolder, settings: Settings, place: Path
+) -> dict[str, Any]:
+    """The held-out losses of the run by step."""
+    own = on_folder(folder, bench.work / "cache", cell.seed, cell.steps)
     place.parent.mkdir(parents=True, exist_ok=True)
     training.run(make_plan(make_config(merged(settings, own))), place)
     _judge_as_seed(place, JUDGED_AS)

@@ -93,7 +93,7 @@ def run(
     export_gguf.check_base(kind, options, config, runtime.folder)
     # encoded first, so that encoders and transformer are never in memory together
     compared = compared_inputs(config, runtime) if kind == "lora" else None
-    transformer, scales, _ = pipeline.load_base(config, runtime)
+    transformer, scales = pipeline.load_scales(config, runtime)
     found.check(frozen_fingerprint(transformer, scales))
     tuned = found.over(scales)
     notes, family = [], pipeline.family_of(config, runtime.folder)

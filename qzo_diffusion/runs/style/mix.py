@@ -31,7 +31,7 @@ def run(chosen: Sequence[tuple[Path, float]], output_dir: Path) -> dict[str, Any
     for path, weight in chosen:
         if warning := unusual(weight, f"the weight of {path},"):
             report(warning)
-    transformer, scales, _ = pipeline.load_base(config, pipeline.find_runtime(config))
+    transformer, scales = pipeline.load_scales(config, pipeline.find_runtime(config))
     codes = apply_(transformer, scales, tuned)
     parts = " ".join(f"{path}={weight:g}" for path, weight in chosen)
     out = RunFolder.create(output_dir, ANOTHER)

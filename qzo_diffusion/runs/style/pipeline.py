@@ -76,6 +76,13 @@ def load_base(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet, Pa
     return transformer, *build.scales_and_theta(config, transformer, own_patch=own_patch)
 
 
+def load_scales(config: Config, runtime: Runtime) -> tuple[nn.Module, ScaleSet]:
+    """Load the same for verbs that draw no directions; the file of a subspace may be gone."""
+    without = config.qzo.model_copy(update={"subspace": None})
+    transformer, scales, _ = load_base(config.model_copy(update={"qzo": without}), runtime)
+    return transformer, scales
+
+
 def family_of(config: Config, folder: Path) -> Family:
     """Return the family of a run's model: the one that the settings name, or that its folder or its
     single file states.

@@ -42,7 +42,7 @@ def measure(plan: reward_plan.RewardPlan, tuned: Tuned, kept: Kept) -> dict[str,
     encoded = style_data.encode(
         plan.config, plan.model_folder, reward_plan.NO_STYLE, plan.prompts, plan.device, plan.dtype
     )
-    transformer, scales, _ = pipeline.load_base(plan.config, plan.runtime)
+    transformer, scales = pipeline.load_scales(plan.config, plan.runtime)
     tuned.check(build.fingerprints(transformer, scales)[0])
     sampled = for_samples(plan.config, plan.family, transformer, scales)
     work = Drawn(plan, encoded, transformer, sampled, scales)

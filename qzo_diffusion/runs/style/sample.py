@@ -89,7 +89,7 @@ def run(request: SampleRequest) -> dict[str, Any]:
     )
     vae = pipeline.load_vae(config, folder, device)
     drop_encoder_(vae)
-    transformer, scales, _ = pipeline.load_base(config, runtime)
+    transformer, scales = pipeline.load_scales(config, runtime)
     sampled = for_samples(config, shape.family, transformer, scales)
     if tuned is not None:
         apply_(transformer, scales, [(tuned, request.strength)])

@@ -79,6 +79,9 @@ def test_a_run_goes_on_is_replayed_and_judged(
     write(file, pipeline, seed=1)
     failing(capsys, replay(tmp_path, tmp_path / "run", name="other")[0])
     file.unlink()
+    drawn = ["--prompt", "red", "--output-dir", tmp_path / "drawn"]
+    command = ["sample", "--run", tmp_path / "run", *drawn]
+    assert main([str(part) for part in command]) == 0  # which needs the tuned scales alone
     assert "no such file" in failing(capsys, replay(tmp_path, tmp_path / "run", name="none")[0])
 
 
