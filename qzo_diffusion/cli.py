@@ -20,6 +20,7 @@ from qzo_diffusion.commands import (
     replay,
     sample,
     settings,
+    subspace,
     train,
     validate,
     vote,
@@ -113,6 +114,7 @@ def make_parser() -> Parser:
     replay.add(verbs)
     mix.add(verbs)
     export.add(verbs)
+    subspace.add(verbs)
     validate.add(verbs)
     settings.add(verbs)
     doctor.add(verbs)

@@ -54,6 +54,7 @@ def verbs(place, model):
     scored = ["evaluate", "--prompts", prompts]
     voted = ["vote", "--run", str(place / "voted")]
     train = ["train", "--model", model, "--style-dir", images, "--sample-prompts", prompts]
+    subspace = ["subspace", "--model", model, "--max-steps", "1"]
     return [
         ["doctor"],
         ["validate", "--config", "demo.yaml"],
@@ -67,6 +68,7 @@ def verbs(place, model):
         [*scored, "--images", str(place / "samples" / "samples"), "--scorer", "embedded"],
         ["evaluate", "--compare", run, run],
         ["report", "--run", run],
+        [*subspace, "--prompts", prompts, "--styles", prompts, *out("directions"), *fast],
         *(
             ["export", "--run", run, "--format", kind, *out(kind)]
             for kind in ("nf4", "bf16", "delta", "journal", "native")

@@ -97,8 +97,8 @@ class QzoConfig(Section):
     clip_threshold: Positive | None = None
     """largest directional derivative (DDC); null: no clipping"""
     subspace: PathOrName | None = None
-    """file of directions of rows; only sums of them are tried. tiny: that of the embedded model;
-    null: all directions"""
+    """file of directions of rows, which `qzo-diffuse subspace` makes; only sums of them are tried.
+    tiny: that of the embedded model; null: all directions"""
 
     @property
     def scales_activations(self) -> bool:

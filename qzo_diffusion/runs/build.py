@@ -35,7 +35,7 @@ from qzo_diffusion.quant.stream import Quantization
 from qzo_diffusion.runs.subspace import load_subspace
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.heap import give_back
-from qzo_diffusion.train.first_order import first_order_step
+from qzo_diffusion.train.first_order import Gradient, first_order_step
 from qzo_diffusion.train.loop import TakeStep
 
 
@@ -242,7 +242,11 @@ def near_base(config: RunConfig, chosen: Optimizer) -> Optimizer:
 
 def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeStep]:
     """Return Adam along the exact gradient of the trained scales, the baseline of zeroth order."""
+    return near_base(config, adam(config)), first_order_step(exact_gradients(model))
 
+
+def exact_gradients(model: nn.Module) -> Gradient:
+    """Return what computes the exact gradient of trained scales."""
     # only there the C library's heap holds the tensors
     tidy = give_back if next(model.parameters()).device.type == "cpu" else nothing
 
@@ -250,7 +254,7 @@ def first_order(config: RunConfig, model: nn.Module) -> tuple[Optimizer, TakeSte
         handles, blocks = handles_of(model), blocks_of(model)
         return exact_gradient(objective, micro_batches, theta, handles, blocks, tidy)
 
-    return near_base(config, adam(config)), first_order_step(gradient)
+    return gradient
 
 
 def schedule(config: RunConfig, rate_factor: float = 1.0) -> Schedule:

@@ -86,8 +86,10 @@ def is_tiny(folder: Path) -> bool:
     return folder.resolve() == resources.tiny_model().resolve()
 
 
-def shipped_prompts(folder: Path, use: Literal["grid", "score"]) -> str:
-    """Return the name of the shipped prompts that suit the model."""
+def shipped_prompts(folder: Path, use: Literal["grid", "score", "styles", "things"]) -> str:
+    """Return the name of the shipped prompts that suit the model; for `styles` and `things` see
+    `qzo-diffuse subspace`.
+    """
     return f"tiny_{use}.txt" if is_tiny(folder) else f"{use}.txt"
 
 

@@ -1,0 +1,225 @@
+"""The directions that a base model's own styles have in common, for `qzo.subspace`.
+
+The base draws pictures of prompts in each of several styles that it knows. Each style is then
+followed from captions without its words by a few steps of Adam on the exact gradient, over the rows
+that a run trains. Singular vectors of all gradients on these ways, and of where they led, are the
+directions. This is done once for a base model; runs that use the file make forward passes alone
+(docs/decisions/estimator.md D108).
+
+    OUTPUT/settings.json         the settings, the styles and the prompts
+    OUTPUT/pictures/00 ...       the base's pictures of each style, captioned without its words
+    OUTPUT/ways/00.safetensors   gradients and places of each style
+    OUTPUT/subspace.safetensors  the result
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from qzo_diffusion import resources
+from qzo_diffusion.config.files import make_config
+from qzo_diffusion.config.style import Config
+from qzo_diffusion.core.errors import ConfigError, OutputError
+from qzo_diffusion.core.grouped import Grouped
+from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
+from qzo_diffusion.diffusion.vae import drop_encoder_
+from qzo_diffusion.runs import build
+from qzo_diffusion.runs.spanned import GRADIENTS, PLACES, spanned
+from qzo_diffusion.runs.style import pipeline
+from qzo_diffusion.runs.style.batches import TrainingBatches
+from qzo_diffusion.runs.style.checks import check_sizes, check_words
+from qzo_diffusion.runs.style.choose_model import shipped_prompts
+from qzo_diffusion.runs.style.levels import for_samples
+from qzo_diffusion.runs.style.plan import StylePlan, make_plan
+from qzo_diffusion.runs.subspace import FILE
+from qzo_diffusion.system.console import quiet, report
+from qzo_diffusion.system.files import write_folder, write_whole
+from qzo_diffusion.system.progress import Progress
+from qzo_diffusion.system.reading import read_json
+from qzo_diffusion.train.distributed import Ranks
+from qzo_diffusion.train.run_folder import RunFolder
+
+SETTINGS = {  # of the ways; each may be given otherwise
+    "method": "fo-scales",
+    "qzo": {"parametrization": "row", "layers": "image"},
+    "data": {"batch_size": 16},
+    "train": {"lr": 0.015, "max_steps": 32},
+    "sample": {"every": 0},
+}
+EVERY = 8  # steps between two places of a way that are kept
+
+
+@dataclass(frozen=True)
+class SubspaceRequest:
+    """Args:
+    config: model, formats and layers; the method is fo-scales over rows.
+    styles, prompts: files, a line for each; None takes those that ship for the model.
+    count: of the directions.
+    """
+
+    config: Config
+    output_dir: Path
+    styles: str | None = None
+    prompts: str | None = None
+    count: int = 256
+
+
+def run(request: SubspaceRequest) -> dict[str, Any]:
+    """Write the file of directions; a second call goes on with what is missing.
+
+    Raises:
+        ConfigError: settings of another method, or of numbers other than rows.
+        OutputError: the folder holds another model's ways, or those of other settings.
+    """
+    config, output = request.config, request.output_dir
+    _check(config)
+    runtime = pipeline.find_runtime(config)
+    styles, prompts = _words(request, runtime)
+    _same_or_new(output, config, styles, prompts)
+    pictures = [output / "pictures" / f"{at:02d}" for at in range(len(styles))]
+    missing = [at for at, folder in enumerate(pictures) if not folder.is_dir()]
+    if missing:
+        _draw(config, runtime, prompts, {pictures[at]: styles[at] for at in missing})
+    ways = [output / "ways" / f"{folder.name}.safetensors" for folder in pictures]
+    (output / "ways").mkdir(exist_ok=True)
+    todo = [at for at, way in enumerate(ways) if not way.is_file()]
+    steps = config.train.max_steps
+    with Progress(total=len(todo) * steps, desc="follow styles", unit="step") as bar:
+        for at in todo:
+            bar.set_postfix_str(styles[at])
+            with quiet(at > todo[0]):  # the first plan says which model and memory all have
+                plan = make_plan(_of_pictures(config, pictures[at]))
+                if at == todo[0]:
+                    report(plan.memory().describe())
+            write_whole(ways[at], save(_follow(plan, bar)))
+    directions = spanned(ways, request.count)
+    facts = {"made_by": "qzo-diffuse subspace", "styles": json.dumps(styles, ensure_ascii=False)}
+    write_whole(output / FILE, save(directions, facts))
+    return {
+        "file": str(output / FILE),
+        "styles": len(styles),
+        "directions": len(next(iter(directions.values()))),
+        "rows": sum(one.shape[1] for one in directions.values()),
+    }
+
+
+def _check(config: Config) -> None:
+    found = (config.method, config.qzo.parametrization)
+    if found != ("fo-scales", "row"):
+        raise ConfigError(
+            "method={}, qzo.parametrization={} for a subspace".format(*found),
+            "method=fo-scales and qzo.parametrization=row: exact gradients of rows",
+            "leave both out, also of --config",
+        )
+
+
+def _words(request: SubspaceRequest, runtime: pipeline.Runtime) -> tuple[list[str], list[str]]:
+    """Styles and prompts, which the model can read and draw."""
+    folder, config = runtime.folder, request.config
+    named = request.styles or shipped_prompts(folder, "styles")
+    styles = read_prompt_file(resources.find_file(named, "prompts")).texts
+    named = request.prompts or shipped_prompts(folder, "things")
+    prompts = read_prompt_file(resources.find_file(named, "prompts")).texts
+    shape = pipeline.shape_of(config, runtime)
+    check_sizes(shape, config.data.resolution or shape.native_resolution)
+    both = Prompts([Prompt(text) for style in styles for text in _styled(prompts, style)])
+    check_words(config, shape.family, folder, both)
+    return styles, prompts
+
+
+def _styled(prompts: Sequence[str], style: str) -> list[str]:
+    return [f"{prompt}, {style}" for prompt in prompts]
+
+
+def _same_or_new(
+    output: Path, config: Config, styles: Sequence[str], prompts: Sequence[str]
+) -> None:
+    """Begin the folder, or see that it belongs to the same settings and words."""
+    settings = config.model_dump(exclude={"data": {"cache_dir"}}, mode="json")
+    wanted = {"settings": settings, "styles": list(styles), "prompts": list(prompts)}
+    path = output / "settings.json"
+    if not path.is_file():
+        RunFolder.create(output).write_json(path.name, wanted)
+        return
+    changed = [key for key, value in wanted.items() if read_json(path).get(key) != value]
+    if changed:
+        raise OutputError(
+            f"{output} was begun with other {' and '.join(changed)}",
+            "the same ones, to go on with what is missing",
+            "give another --output-dir",
+        )
+
+
+def _draw(
+    config: Config,
+    runtime: pipeline.Runtime,
+    prompts: Sequence[str],
+    style_of: dict[Path, str],
+) -> None:
+    """Let the base draw the prompts in each style into a folder, captioned by the prompts alone."""
+    folder, device = runtime.folder, runtime.device
+    texts = [text for style in style_of.values() for text in _styled(prompts, style)]
+    pipeline.tensor_cache(config).check()
+    encoder = pipeline.prompt_encoder(config, folder, device, runtime.dtype)
+    encoded = encoder.encode([*texts, config.sample.negative_prompt])
+    vae = pipeline.load_vae(config, folder, device)
+    drop_encoder_(vae)
+    transformer, scales = pipeline.load_scales(config, runtime)
+    family = pipeline.family_of(config, folder)
+    sampled = for_samples(config, family, transformer, scales)
+    for target, style in Progress(style_of.items(), desc="draw styles", unit="style"):
+        own = [Prompt(text) for text in _styled(prompts, style)]
+        with quiet(True):
+            images = pipeline.sampler(config, runtime, sampled, vae, own, encoded).images()
+
+        def write(place: Path, images: list[Any] = images) -> None:
+            lines = []
+            for at, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                image.save(place / f"{at:03d}.png")
+                lines.append(json.dumps({"file_name": f"{at:03d}.png", "text": prompt}))
+            (place / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(target, write, marked=False)
+
+
+def _of_pictures(config: Config, folder: Path) -> Config:
+    settings = config.model_dump()
+    settings["data"] |= {"style_dir": str(folder), "validation_dir": None}
+    return make_config(settings)
+
+
+def _follow(plan: StylePlan, bar: Progress) -> dict[str, Tensor]:
+    """Return gradients [steps, rows] and places [steps / EVERY, rows] by name of θ and layer."""
+    config, ranks = plan.config, Ranks()
+    with quiet(True):
+        loaded = plan.load_parts(ranks, plan.style, Prompts([]))
+    batches = TrainingBatches(config, plan.style.train, loaded.encoded, plan.device, ranks)
+    theta, adam = loaded.theta, build.adam(config)
+    gradient = build.exact_gradients(loaded.transformer)
+    assert isinstance(theta, Grouped)
+
+    def losses(batch: Any) -> Tensor:
+        return model_loss(plan.family, loaded.transformer, batch, plan.dtype)
+
+    kept: dict[str, list[Tensor]] = {}
+    for step in range(config.train.max_steps):
+        slopes = gradient(losses, batches(step).micro_batches, theta)
+        adam.descend_(theta, slopes, config.train.lr)
+        for key, slope in slopes.items():
+            for layer in theta.layers(key):
+                place = theta.place(key, layer)
+                name = f"{key}/{layer}/"
+                kept.setdefault(name + GRADIENTS, []).append(slope[place].cpu().clone())
+                if (step + 1) % EVERY == 0:
+                    there = theta.by_axis[key][place].cpu().clone()
+                    kept.setdefault(name + PLACES, []).append(there)
+        bar.update()
+    return {name: torch.stack(of_step) for name, of_step in kept.items()}
