@@ -37,9 +37,7 @@ def test_directions_are_singular_vectors_by_their_values(tmp_path, key):
     layers = [f"{key}_0", f"{key}_1"]
 
     def rows(kind):
-        of_ways = [
-            torch.cat([way[f"{key}/{one}/{kind}"] for one in layers], dim=1) for way in ways
-        ]
+        of_ways = [torch.cat([way[f"{key}/{one}/{kind}"] for one in layers], dim=1) for way in ways]
         return torch.cat(of_ways).double()
 
     slopes, places = rows(GRADIENTS), rows(PLACES)
@@ -84,7 +82,8 @@ def test_the_file_of_a_base_is_learnt_and_a_run_goes_along_it(
     assert "qzo.subspace=" in capsys.readouterr().err
     whole = (tmp_path / "learnt" / FILE).read_bytes()
     captions = (tmp_path / "learnt/pictures/01/metadata.jsonl").read_text()
-    assert "a circle" in captions and "light" not in captions
+    assert "a circle" in captions
+    assert "light" not in captions
     with monkeypatch.context() as patch:
         followed = []
 
