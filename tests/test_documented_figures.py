@@ -135,7 +135,7 @@ FIGURES = [
     ("everyday", "fo.steps_gb", "peak of a step by the exact", "{:.2f} GB"),
     ("everyday", "fo.plan_gb", "the memory plan | 6", "{:.2f} GB"),
     ("formats", "gguf_full_size.memory_over_inference", "memory of a step over pl", "{}"),
-    ("formats", "gguf_full_size.step_over_forwards", "time of a step over them: t", "{:.2f}"),
+    ("formats", "gguf_full_size.step_over_forwards", "time of a step over them: m", "{:.2f}"),
     ("gpu_check", "large.512px.default.step_busy_over_two_forwards", "time the card", "{:.2f}"),
     ("gpu_check", "large.512px.default.step_seconds", "seconds on the clock", "{:.2f}"),
     ("gpu_check", "large.1024px.default.step_peak_gb", "peak memory |", "{:.2f} GB"),
