@@ -1,7 +1,7 @@
 """Pictures in styles that the embedded model never saw, beside the exact gradient's and the true
 drawings:
 
-    python -m benchmarks.pictures run --data FOLDER --work FOLDER --cells '*/default_*'
+    python -m benchmarks.pictures run --data FOLDER --work FOLDER --cells '*/subspace_0.2_*'
     python -m benchmarks.pictures table --work FOLDER
     python -m benchmarks.pictures report --data FOLDER --work FOLDER --styles A,B,C --steps N
 
@@ -18,7 +18,7 @@ from benchmarks.content.__main__ import run_missing, wanted, whole_numbers
 from benchmarks.content.cells import Bench
 from benchmarks.content.table import results_in, table
 from benchmarks.pictures.candidates import CANDIDATES, candidate_folder
-from benchmarks.pictures.methods import COMPARED, DEFAULT, EXACT, EXACT_ALL
+from benchmarks.pictures.methods import COMPARED, EXACT, EXACT_ALL, SHOWN
 from benchmarks.pictures.report import write_report, write_sheets
 from qzo_diffusion import resources
 
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     bench, shown = bench_of(options), options.styles.split(",")
     results = [one for one in results_in(bench.work) if one["seed"] == 0]
-    tried = {one["folder"] for one in results if one["method"] == DEFAULT}
+    tried = {one["folder"] for one in results if one["method"] == SHOWN}
     others = [name for name in CANDIDATES if name in tried and name not in shown]
     print(write_report(results, shown, others, options.steps[0], options.demo_seconds))
     write_sheets(bench, results, [*shown, *others], options.steps[0], IMAGES)

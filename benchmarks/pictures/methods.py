@@ -1,9 +1,11 @@
-"""The default and the exact gradient of the same numbers, at three rates; the same numbers along
-the directions that the model's own styles have in common; and the default of before, which trained
-rows and columns of all layers within a bound."""
+"""The demo's settings, along the directions that the model's own styles have in common; every row
+by itself, the default of models without a file of directions; the exact gradient of the same
+numbers, at three rates; and the default of before, which trained rows and columns of all layers
+within a bound."""
 
 from benchmarks.content.methods import FIRST_ORDER, METHODS, Settings, changed
 
+SHOWN = "subspace_0.2"  # the settings of configs/demo.yaml and tiny.yaml
 DEFAULT = "default"
 ROWS = {
     "qzo__parametrization": "row",

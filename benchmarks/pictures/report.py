@@ -8,7 +8,8 @@ from PIL import Image
 
 from benchmarks.content.cells import Bench, Cell, drawn_by, pictures_in
 from benchmarks.content.table import Result
-from benchmarks.pictures.methods import DEFAULT, EXACT
+from benchmarks.pictures.methods import EXACT
+from benchmarks.pictures.methods import SHOWN as METHOD
 from benchmarks.record import RESULTS, write_results
 from qzo_diffusion.diffusion.sampling import grid, save_picture
 
@@ -17,12 +18,12 @@ BLOCKS = 2  # of columns, side by side
 TITLES = ("base", "tuned", "exact gradient", "true drawing")
 
 
-def the_default(results: Sequence[Result], style: str, steps: int) -> Result:
-    """Raises: ValueError: it was not run."""
+def the_run(results: Sequence[Result], style: str, steps: int) -> Result:
+    """By the demo's settings. Raises: ValueError: it was not run."""
     for one in results:
-        if (one["folder"], one["method"], one["steps"]) == (style, DEFAULT, steps):
+        if (one["folder"], one["method"], one["steps"]) == (style, METHOD, steps):
             return one
-    raise ValueError(f"no cell {style}/{DEFAULT}_{steps}_*; expected one; run it first")
+    raise ValueError(f"no cell {style}/{METHOD}_{steps}_*; expected one; run it first")
 
 
 def the_exact(results: Sequence[Result], style: str) -> Result | None:
@@ -36,24 +37,24 @@ def change(one: Result, key: str) -> float:
     return float(one[key]["tuned"]) - float(one[key]["base"])
 
 
-def figures_of(default: Result, exact: Result | None) -> dict[str, Any]:
+def figures_of(tuned: Result, exact: Result | None) -> dict[str, Any]:
     """The figures of one style.
 
-    share: the style that the default gains over the exact gradient's gain. per_content: style
+    share: the style that the run gains over the exact gradient's gain. per_content: style
     gained for each unit of content lost, over the exact gradient's; None where one loses none.
     """
     found: dict[str, Any] = {
-        "loss": [default["loss"]["start"], default["loss"]["final"]],
-        "step": default["step"],
+        "loss": [tuned["loss"]["start"], tuned["loss"]["final"]],
+        "step": tuned["step"],
     }
     for key in ("style", "content"):
-        found[f"{key}_delta"] = change(default, key)
-        found[f"{key}_delta_ci95"] = default[key]["delta_ci95"]
-    found |= {f"drawing_{key}": default["drawing"][key] for key in ("delta", "delta_ci95")}
+        found[f"{key}_delta"] = change(tuned, key)
+        found[f"{key}_delta_ci95"] = tuned[key]["delta_ci95"]
+    found |= {f"drawing_{key}": tuned["drawing"][key] for key in ("delta", "delta_ci95")}
     if exact is None:
         return found
     style, content = change(exact, "style"), change(exact, "content")
-    losses = min(-change(default, "content"), -content)
+    losses = min(-change(tuned, "content"), -content)
     return found | {
         "first_order_method": exact["method"],
         "first_order_step": exact["step"],
@@ -75,7 +76,7 @@ def figures(
 
     shown: the demo's style first, then two others."""
     found = {
-        name: figures_of(the_default(results, name, steps), the_exact(results, name))
+        name: figures_of(the_run(results, name, steps), the_exact(results, name))
         for name in (*shown, *others)
     }
     return {
@@ -98,13 +99,13 @@ def write_report(
 
 
 def sheet(bench: Bench, results: Sequence[Result], style: str, steps: int) -> Image.Image:
-    """Held-out concepts as base, default and exact gradient draw them, beside the true drawings.
+    """Held-out concepts as base, run and exact gradient draw them, beside the true drawings.
 
     Raises:
-        ValueError: the default was not run.
+        ValueError: it was not run.
     """
     (base,) = (bench.work / "base").glob(f"{style}_drawings_*")
-    runs = [the_default(results, style, steps), the_exact(results, style)]
+    runs = [the_run(results, style, steps), the_exact(results, style)]
     cells = [Cell(style, one["method"], one["steps"], one["seed"]) for one in runs if one]
     places = [base, *(drawn_by(bench.run(cell)) for cell in cells)]
     columns = [pictures_in(place / "samples") for place in places]

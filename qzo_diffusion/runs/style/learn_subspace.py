@@ -7,6 +7,7 @@ directions. This is done once for a base model; runs that use the file make forw
 (docs/decisions/estimator.md D108).
 
     OUTPUT/settings.json         the settings, the styles and the prompts
+    OUTPUT/pictures.png          the first things in each style, to look at
     OUTPUT/pictures/00 ...       the base's pictures of each style, captioned without its words
     OUTPUT/ways/00.safetensors   gradients and places of each style
     OUTPUT/subspace.safetensors  the result
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.diffusion.families.family import model_loss
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
+from qzo_diffusion.diffusion.sampling import grid, load_picture, save_picture
 from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.spanned import GRADIENTS, PLACES, spanned
@@ -53,6 +56,7 @@ SETTINGS = {  # of the ways; each may be given otherwise
     "train": {"lr": 0.015, "max_steps": 32},
     "sample": {"every": 0},
 }
+SHOWN, CELL = 6, 128  # things of a style in the sheet, and their side
 EVERY = 8  # steps between two places of a way that are kept
 
 
@@ -84,26 +88,18 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
     styles, prompts = _words(request, runtime)
     _same_or_new(output, config, styles, prompts)
     pictures = [output / "pictures" / f"{at:02d}" for at in range(len(styles))]
-    missing = [at for at, folder in enumerate(pictures) if not folder.is_dir()]
-    if missing:
-        _draw(config, runtime, prompts, {pictures[at]: styles[at] for at in missing})
+    _draw(config, runtime, prompts, dict(zip(pictures, styles, strict=True)))
+    sheet = output / "pictures.png"
+    save_picture(_sheet(pictures, styles), sheet)
+    report(f"look at {sheet}: a style that the base does not draw teaches nothing")
     ways = [output / "ways" / f"{folder.name}.safetensors" for folder in pictures]
-    (output / "ways").mkdir(exist_ok=True)
-    todo = [at for at, way in enumerate(ways) if not way.is_file()]
-    steps = config.train.max_steps
-    with Progress(total=len(todo) * steps, desc="follow styles", unit="step") as bar:
-        for at in todo:
-            bar.set_postfix_str(styles[at])
-            with quiet(at > todo[0]):  # the first plan says which model and memory all have
-                plan = make_plan(_of_pictures(config, pictures[at]))
-                if at == todo[0]:
-                    report(plan.memory().describe())
-            write_whole(ways[at], save(_follow(plan, bar)))
+    _follow_all(config, dict(zip(ways, pictures, strict=True)), styles)
     directions = spanned(ways, request.count)
     facts = {"made_by": "qzo-diffuse subspace", "styles": json.dumps(styles, ensure_ascii=False)}
     write_whole(output / FILE, save(directions, facts))
     return {
         "file": str(output / FILE),
+        "pictures": str(sheet),
         "styles": len(styles),
         "directions": len(next(iter(directions.values()))),
         "rows": sum(one.shape[1] for one in directions.values()),
@@ -163,7 +159,12 @@ def _draw(
     prompts: Sequence[str],
     style_of: dict[Path, str],
 ) -> None:
-    """Let the base draw the prompts in each style into a folder, captioned by the prompts alone."""
+    """Let the base draw the prompts in each style into a folder, captioned by the prompts alone;
+    folders that are there stay.
+    """
+    style_of = {place: style for place, style in style_of.items() if not place.is_dir()}
+    if not style_of:
+        return
     folder, device = runtime.folder, runtime.device
     texts = [text for style in style_of.values() for text in _styled(prompts, style)]
     pipeline.tensor_cache(config).check()
@@ -188,6 +189,33 @@ def _draw(
 
         target.parent.mkdir(parents=True, exist_ok=True)
         write_folder(target, write, marked=False)
+
+
+def _sheet(pictures: Sequence[Path], styles: Sequence[str]) -> Image.Image:
+    """Return the first things of each style, a column for each."""
+    columns = [
+        [load_picture(path).resize((CELL, CELL)) for path in sorted(folder.glob("*.png"))[:SHOWN]]
+        for folder in pictures
+    ]
+    return grid(columns, styles)
+
+
+def _follow_all(config: Config, pictures: dict[Path, Path], styles: Sequence[str]) -> None:
+    """Write the way of each folder of pictures that is not there yet."""
+    todo = [at for at, way in enumerate(pictures) if not way.is_file()]
+    with Progress(
+        total=len(todo) * config.train.max_steps, desc="follow styles", unit="step"
+    ) as bar:
+        for at, (way, folder) in enumerate(pictures.items()):
+            if at not in todo:
+                continue
+            bar.set_postfix_str(styles[at])
+            with quiet(True):
+                plan = make_plan(_of_pictures(config, folder))
+            if at == todo[0]:
+                report(plan.memory().describe())
+            way.parent.mkdir(exist_ok=True)
+            write_whole(way, save(_follow(plan, bar)))
 
 
 def _of_pictures(config: Config, folder: Path) -> Config:

@@ -80,6 +80,7 @@ def test_the_file_of_a_base_is_learnt_and_a_run_goes_along_it(
 ):
     assert main(command()) == 0
     assert "qzo.subspace=" in capsys.readouterr().err
+    assert (tmp_path / "learnt/pictures.png").is_file()
     whole = (tmp_path / "learnt" / FILE).read_bytes()
     captions = (tmp_path / "learnt/pictures/01/metadata.jsonl").read_text()
     assert "a circle" in captions
