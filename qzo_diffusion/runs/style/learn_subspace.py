@@ -43,7 +43,7 @@ from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.plan import StylePlan, make_plan
 from qzo_diffusion.runs.subspace import FILE
 from qzo_diffusion.system.console import quiet, report
-from qzo_diffusion.system.files import write_folder, write_whole
+from qzo_diffusion.system.files import check_empty, prepare_file, write_folder, write_whole
 from qzo_diffusion.system.progress import Progress
 from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.distributed import Ranks
@@ -142,7 +142,9 @@ def _same_or_new(
     wanted = {"settings": settings, "styles": list(styles), "prompts": list(prompts)}
     path = output / "settings.json"
     if not path.is_file():
-        RunFolder.create(output).write_json(path.name, wanted)
+        check_empty(output)
+        prepare_file(path)
+        RunFolder(output).write_json(path.name, wanted)
         return
     changed = [key for key, value in wanted.items() if read_json(path).get(key) != value]
     if changed:

@@ -80,7 +80,8 @@ def test_the_file_of_a_base_is_learnt_and_a_run_goes_along_it(
 ):
     assert main(command()) == 0
     assert "qzo.subspace=" in capsys.readouterr().err
-    assert (tmp_path / "learnt/pictures.png").is_file()
+    names = {one.name for one in (tmp_path / "learnt").iterdir()}
+    assert names == {"settings.json", "pictures", "pictures.png", "ways", FILE}
     whole = (tmp_path / "learnt" / FILE).read_bytes()
     captions = (tmp_path / "learnt/pictures/01/metadata.jsonl").read_text()
     assert "a circle" in captions
@@ -128,3 +129,8 @@ def test_other_settings_words_and_methods_are_refused(command, tmp_path, capsys)
     failing(capsys, main(command(name="other")))
     failing(capsys, main(command("--prompts", tmp_path / "none.txt", name="other")))
     assert not (tmp_path / "other").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("mine")
+    (tmp_path / "styles.txt").write_text("black")
+    failing(capsys, main(command(name="full")))
+    assert [one.name for one in (tmp_path / "full").iterdir()] == ["mine.txt"]
