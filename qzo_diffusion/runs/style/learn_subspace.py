@@ -95,7 +95,7 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
     ways = [output / "ways" / f"{folder.name}.safetensors" for folder in pictures]
     _follow_all(config, dict(zip(ways, pictures, strict=True)), styles)
     directions = spanned(ways, request.count)
-    facts = {"made_by": "qzo-diffuse subspace", "styles": json.dumps(styles, ensure_ascii=False)}
+    facts = {"styles": json.dumps(styles, ensure_ascii=False)}  # of several, the order is random
     write_whole(output / FILE, save(directions, facts))
     return {
         "file": str(output / FILE),
