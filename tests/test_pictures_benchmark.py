@@ -77,7 +77,7 @@ def result(method, loss, style, content, folder="fluent_mono"):
 
 def test_shares_are_of_the_exact_gradient_with_the_lowest_held_out_loss():
     results = [
-        result("subspace_0.2", 1.5, 0.06, -0.02),
+        result("subspace", 1.5, 0.06, -0.02),
         result("first_order_0.003", 1.4, 0.3, -0.3),
         result("first_order_0.01", 1.2, 0.1, -0.04),
     ]
@@ -89,10 +89,10 @@ def test_shares_are_of_the_exact_gradient_with_the_lowest_held_out_loss():
 
 
 def test_style_for_content_is_no_number_where_no_content_is_lost():
-    results = [result("subspace_0.2", 1.5, 0.06, 0.02), result("first_order_0.01", 1.2, 0.1, -0.04)]
+    results = [result("subspace", 1.5, 0.06, 0.02), result("first_order_0.01", 1.2, 0.1, -0.04)]
     found = report.figures(results, ["fluent_mono"], [], 300)["styles"]["fluent_mono"]
     assert found["per_content"] is None
     alone = report.figures(results[:1], ["fluent_mono"], [], 300)["styles"]["fluent_mono"]
     assert "share" not in alone
-    with pytest.raises(ValueError, match=r"no cell openmoji/subspace_0.2_300"):
+    with pytest.raises(ValueError, match=r"no cell openmoji/subspace_300"):
         report.figures(results, ["openmoji"], [], 300)

@@ -1,7 +1,7 @@
 """Pictures in styles that the embedded model never saw, beside the exact gradient's and the true
 drawings:
 
-    python -m benchmarks.pictures run --data FOLDER --work FOLDER --cells '*/subspace_0.2_*'
+    python -m benchmarks.pictures run --data FOLDER --work FOLDER --cells '*/subspace_*'
     python -m benchmarks.pictures table --work FOLDER
     python -m benchmarks.pictures report --data FOLDER --work FOLDER --styles A,B,C --steps N
 

@@ -5,7 +5,7 @@ within a bound."""
 
 from benchmarks.content.methods import FIRST_ORDER, METHODS, Settings, changed
 
-SHOWN = "subspace_0.2"  # the settings of configs/demo.yaml and tiny.yaml
+SHOWN = "subspace"  # the settings of configs/demo.yaml and tiny.yaml
 DEFAULT = "default"
 ROWS = {
     "qzo__parametrization": "row",
@@ -20,7 +20,8 @@ SUBSPACE = changed(METHODS["default"], qzo__subspace="tiny", **ROWS)
 COMPARED: dict[str, Settings] = {
     DEFAULT: changed(METHODS["default"], train__lr=0.05, **ROWS),
     "rate_0.1": changed(METHODS["default"], **ROWS),
-    "subspace": SUBSPACE,
+    SHOWN: SUBSPACE,
+    "subspace_0.14": changed(SUBSPACE, train__lr=0.14),
     "subspace_0.2": changed(SUBSPACE, train__lr=0.2),
     "bound": METHODS["bound"],
     **EXACT,

@@ -229,7 +229,7 @@ PICTURES = [
     ),
     *rules({"train.lr": PLAIN_LR}, qzo__normalize=False),
     # fewer numbers have less noise (docs/decisions/estimator.md D108)
-    *rules({"train.lr": 0.2}, method="qzo", qzo__subspace=GIVEN),
+    *rules({"train.lr": normalised_lr()}, method="qzo", qzo__subspace=GIVEN),
     *rules({"train.lr": normalised_lr(BOTH_OVER_ROWS)}, method="qzo", qzo__parametrization="row"),
     Rule("train.lr", normalised_lr()),
     *BATCH,
