@@ -33,6 +33,15 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(Trainer, "on_step", on_step)
 
 
+def in_parts(train, tmp_path, monkeypatch, *run, after):
+    """The folder of a run that was stopped when the step was recorded, and went on."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, after)
+        assert train(*run, name="parts") == 130
+    assert resume(tmp_path / "parts") == 0
+    return tmp_path / "parts"
+
+
 def assert_same_run(first, second):
     assert metrics(first) == metrics(second)
     scales, others = load_scales(first)[0], load_scales(second)[0]

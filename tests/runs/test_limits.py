@@ -17,7 +17,7 @@ from qzo_diffusion.runs.tuned import load_scales
 from tests.conftest import failing, metrics
 from tests.forked import MOST_SECONDS, end_all, started_ranks
 from tests.runs.llm.short_run import command_line
-from tests.runs.short_run import assert_same_run, load_equal, resume, stop_after
+from tests.runs.short_run import assert_same_run, in_parts, load_equal, resume
 from tests.tiny_llama import save_tiny_llama, write_sentences
 
 # the held-out loss after each step, in place of the one that would be measured
@@ -95,11 +95,8 @@ def test_an_interrupted_run_ends_at_the_same_step(
 ):
     settings = [*settings, f"method={method}"]
     assert train(*settings, name="whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        assert train(*settings, name="parts") == 130
-    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    parts = in_parts(train, tmp_path, monkeypatch, *settings, after=step)
+    whole = tmp_path / "whole"
     assert result_of(whole) == result_of(parts) == BEST
     if method == "qzo":
         assert_same_run(whole, parts)

@@ -22,19 +22,16 @@ from tests.runs.short_run import (
     SETTINGS,
     assert_replayed,
     assert_same_run,
+    in_parts,
     load_equal,
     resume,
-    stop_after,
 )
 
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path, monkeypatch, step):
-    with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        assert train(*SETTINGS, name="parts") == 130
-    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
-    assert_same_run(whole, tmp_path / "parts")
+    parts = in_parts(train, tmp_path, monkeypatch, *SETTINGS, after=step)
+    assert_same_run(whole, parts)
 
 
 REGIONS = [
@@ -52,11 +49,8 @@ REGIONS = [
 def test_regions_go_on_and_are_replayed_bit_for_bit(train, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "FULL_RATE", 5.0)  # so that these images' rate is lowered
     assert train(*SETTINGS, *REGIONS, name="whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        assert train(*SETTINGS, *REGIONS, name="parts") == 130
-    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    parts = in_parts(train, tmp_path, monkeypatch, *SETTINGS, *REGIONS, after=2)
+    assert_same_run(tmp_path / "whole", parts)
     journal = read_journal(tmp_path / "whole/journal.qzo")
     assert {len(step.projected_grad) for step in journal.steps} == {4 * 4 * 8}
     # calibrated once, though the run was resumed

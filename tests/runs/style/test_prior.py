@@ -15,7 +15,7 @@ from qzo_diffusion.runs.style.batches import parts_within
 from qzo_diffusion.runs.style.plan import make_plan
 from qzo_diffusion.train.distributed import Ranks
 from tests.conftest import failing, metrics, write_images
-from tests.runs.short_run import assert_replayed, assert_same_run, stop_after
+from tests.runs.short_run import assert_replayed, assert_same_run, in_parts
 
 PRIOR = ["prior.weight=0.5", "prior.batch_size=3", "--max-steps", 4, "train.checkpoint_every=2"]
 
@@ -102,11 +102,8 @@ def test_the_estimate_of_style_examples_is_theirs_alone(plan, prompts):
 def test_a_run_goes_on_and_is_replayed_bit_for_bit(train, prompts, tmp_path, monkeypatch):
     settings = [*PRIOR, f"prior.prompts={prompts}"]
     assert train(*settings, name="whole") == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        assert train(*settings, name="parts") == 130
-    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    parts = in_parts(train, tmp_path, monkeypatch, *settings, after=2)
+    assert_same_run(tmp_path / "whole", parts)
     assert_replayed(tmp_path / "whole")
     header = read_journal(tmp_path / "whole/journal.qzo").header
     assert header["examples"] % (4 + 3) == 0

@@ -15,7 +15,7 @@ from qzo_diffusion.diffusion.transformer import empty_transformer
 from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.runs.subspace import load_subspace
 from tests.conftest import failing
-from tests.runs.short_run import assert_replayed, assert_same_run, replay, stop_after
+from tests.runs.short_run import assert_replayed, assert_same_run, in_parts, replay
 
 LAYERS = ("ff.net", "attn.to_out")
 ROWS = ["qzo.parametrization=row", "qzo.layers=[ff.net,attn.to_out]", "qzo.regions=4"]
@@ -64,11 +64,8 @@ def test_a_run_goes_on_is_replayed_and_judged(
 ):
     run = [*STEPS, *ROWS, f"qzo.subspace={file}"]
     assert train(*run, name="run") == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert train(*run, name="parts") == 130
-    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "parts")
+    parts = in_parts(train, tmp_path, monkeypatch, *run, after=1)
+    assert_same_run(tmp_path / "run", parts)
     assert_replayed(tmp_path / "run")
 
     command = ["evaluate", "--run", tmp_path / "run", "--scorer", "embedded", "--prompts", prompts]
