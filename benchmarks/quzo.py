@@ -10,6 +10,7 @@ trains one style with both methods. `report` writes the JSON and the table in do
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks import quzo_style as style
 from benchmarks.llm_compare import memory
 from benchmarks.llm_compare.methods import BATCH, BFLOAT16, METHODS, TASKS, Places
 from benchmarks.record import RESULTS, put_between_markers, write_results
+from benchmarks.resident import FREED_AT_ONCE
 from benchmarks.smollm2 import smollm2
 
 TABLE = ("<!-- table: python -m benchmarks.quzo report -->", "<!-- end of table -->")
@@ -140,7 +142,11 @@ def measure(places: Places) -> dict[str, Any]:
             str(places.data),
         ]
         output = subprocess.run(
-            [*command, "--model", str(places.model)], check=True, capture_output=True, text=True
+            [*command, "--model", str(places.model)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | FREED_AT_ONCE,
         ).stdout
         found[name] = json.loads(output.splitlines()[-1])
         print(name, found[name], file=sys.stderr)

@@ -149,7 +149,7 @@ FIGURES = [
     ("llm_compare", "tasks.sst2.default.accuracy", "accuracy of the default", "0.511 -> {:.3f}"),
     ("llm_compare", "tasks.sst2.default.validation_loss", "held-out loss of the d", "-> {:.3f}"),
     ("llm_memory", "methods.fo_scales.memory_over_inference", "the same of first order", "{:.1f}"),
-    ("quzo", "memory_ratio_to_first_order.adamw", "the same with AdamW", "{:.1f}"),
+    ("quzo", "memory_ratio_to_first_order", "memory of first-order fake-quant", "{:.1f}"),
     ("corruption", "trials", "damaged journals", "{:,}"),
     ("corruption", "applied_silently", "of them used wrongly", "{}"),
     ("hostile", "trials", "forged files", "{:,}"),

@@ -63,10 +63,9 @@ def _runs(folder: Path, cell: str) -> list[dict[str, Any]]:
 
 def _memory(results: Path, cell: str) -> float | None:
     """A step over inference; LSQ's over inference of NF4, since it trains a model of 4 bits."""
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = dict(_read(results / "quzo_measured.json").get("memory", {}))
     for name in ("llm_memory", "rivals_memory"):
         known |= _read(results / f"{name}.json").get("methods", {})
-    known |= _read(results / "quzo_measured.json").get("memory", {})
     if cell == "lsq" and cell in known:
         of_four_bits: float = known["fo_scales"]["inference_mb"]
         return round(known[cell]["step_mb"] / of_four_bits, 4)
