@@ -27,7 +27,7 @@ from torch import Tensor
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.core.errors import ConfigError, OutputError
+from qzo_diffusion.core.errors import ConfigError, OutputError, TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.diffusion.families.family import model_loss
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
@@ -47,7 +47,7 @@ from qzo_diffusion.system.files import check_empty, prepare_file, write_folder, 
 from qzo_diffusion.system.progress import Progress
 from qzo_diffusion.system.reading import read_json
 from qzo_diffusion.train.distributed import Ranks
-from qzo_diffusion.train.run_folder import RunFolder
+from qzo_diffusion.train.run_folder import RunFolder, load_tensors
 
 SETTINGS = {  # of the ways; each may be given otherwise
     "method": "fo-scales",
@@ -57,6 +57,7 @@ SETTINGS = {  # of the ways; each may be given otherwise
     "sample": {"every": 0},
 }
 SHOWN, CELL = 6, 128  # things of a style in the sheet, and their side
+METADATA = "metadata.jsonl"
 EVERY = 8  # steps between two places of a way that are kept
 
 
@@ -88,11 +89,12 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
     styles, prompts = _words(request, runtime)
     _same_or_new(output, config, styles, prompts)
     pictures = [output / "pictures" / f"{at:02d}" for at in range(len(styles))]
+    ways = [output / "ways" / f"{folder.name}.safetensors" for folder in pictures]
+    _check_whole(pictures, ways, len(prompts))
     _draw(config, runtime, prompts, dict(zip(pictures, styles, strict=True)))
     sheet = output / "pictures.png"
     save_picture(_sheet(pictures, styles), sheet)
     report(f"look at {sheet}: a style that the base does not draw teaches nothing")
-    ways = [output / "ways" / f"{folder.name}.safetensors" for folder in pictures]
     _follow_all(config, dict(zip(ways, pictures, strict=True)), styles)
     directions = spanned(ways, request.count)
     facts = {"styles": json.dumps(styles, ensure_ascii=False)}  # of several, the order is random
@@ -114,6 +116,8 @@ def _check(config: Config) -> None:
             "method=fo-scales and qzo.parametrization=row: exact gradients of rows",
             "leave both out, also of --config",
         )
+    if config.train.max_steps < 1:
+        raise ConfigError("train.max_steps=0", "at least one step of each style", "leave it out")
 
 
 def _words(request: SubspaceRequest, runtime: pipeline.Runtime) -> tuple[list[str], list[str]]:
@@ -146,13 +150,42 @@ def _same_or_new(
         prepare_file(path)
         RunFolder(output).write_json(path.name, wanted)
         return
-    changed = [key for key, value in wanted.items() if read_json(path).get(key) != value]
+    try:
+        before = read_json(path)
+        changed = [key for key, value in wanted.items() if before[key] != value]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OutputError(
+            f"{path} is damaged", "what this verb wrote there", "give another --output-dir"
+        ) from None
     if changed:
         raise OutputError(
             f"{output} was begun with other {' and '.join(changed)}",
             "the same ones, to go on with what is missing",
             "give another --output-dir",
         )
+
+
+def _check_whole(pictures: Sequence[Path], ways: Sequence[Path], count: int) -> None:
+    """See that what an earlier call left can be gone on with.
+
+    Raises:
+        OutputError: a folder lacks pictures, or a way is damaged.
+    """
+    for folder in pictures:
+        names = [METADATA, *(f"{at:03d}.png" for at in range(count))]
+        if folder.exists() and not all((folder / name).is_file() for name in names):
+            raise _damaged(folder, f"{count} pictures and their captions", "drawn")
+    for way in ways:
+        try:
+            if way.exists():
+                load_tensors(way)
+        except OutputError:
+            raise _damaged(way, "gradients and places, as they were written", "followed") from None
+
+
+def _damaged(path: Path, expected: str, made: str) -> OutputError:
+    remedy = f"remove it and call again: it is {made} anew"
+    return OutputError(f"{path} is damaged", expected, remedy)
 
 
 def _draw(
@@ -187,7 +220,7 @@ def _draw(
             for at, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
                 image.save(place / f"{at:03d}.png")
                 lines.append(json.dumps({"file_name": f"{at:03d}.png", "text": prompt}))
-            (place / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (place / METADATA).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         target.parent.mkdir(parents=True, exist_ok=True)
         write_folder(target, write, marked=False)
@@ -216,7 +249,7 @@ def _follow_all(config: Config, pictures: dict[Path, Path], styles: Sequence[str
                 plan = make_plan(_of_pictures(config, folder))
             if at == todo[0]:
                 report(plan.memory().describe())
-            way.parent.mkdir(exist_ok=True)
+            prepare_file(way)
             write_whole(way, save(_follow(plan, bar)))
 
 
@@ -242,6 +275,12 @@ def _follow(plan: StylePlan, bar: Progress) -> dict[str, Tensor]:
     kept: dict[str, list[Tensor]] = {}
     for step in range(config.train.max_steps):
         slopes = gradient(losses, batches(step).micro_batches, theta)
+        if not all(bool(slope.isfinite().all()) for slope in slopes.values()):
+            raise TrainingDiverged(
+                f"a gradient that is not finite at step {step} of {plan.name}",
+                "finite numbers",
+                "lower train.lr, or set compute.dtype=float32",
+            )
         adam.descend_(theta, slopes, config.train.lr)
         for key, slope in slopes.items():
             for layer in theta.layers(key):

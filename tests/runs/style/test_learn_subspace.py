@@ -1,5 +1,7 @@
 """`qzo-diffuse subspace`: a base's own styles become directions that runs go along."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -119,7 +121,8 @@ def test_pictures_are_the_base_s_and_the_ways_leave_it(command, tmp_path):
 def test_other_settings_words_and_methods_are_refused(command, tmp_path, capsys):
     folder = tmp_path / "learnt"
     folder.mkdir()
-    (folder / "settings.json").write_text('{"styles": ["black"]}')
+    begun = {"settings": {}, "styles": ["black"], "prompts": ["a square", "a circle"]}
+    (folder / "settings.json").write_text(json.dumps(begun))
     assert "other settings and styles" in failing(capsys, main(command()))
     refused = command("method=qzo", name="other")
     assert "exact gradients of rows" in failing(capsys, main(refused))
@@ -134,3 +137,26 @@ def test_other_settings_words_and_methods_are_refused(command, tmp_path, capsys)
     (tmp_path / "styles.txt").write_text("black")
     failing(capsys, main(command(name="full")))
     assert [one.name for one in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_damage_is_told_with_what_to_remove(command, tmp_path, capsys):
+    folder = tmp_path / "learnt"
+    assert main(command("--max-steps", 1)) == 0
+    whole = (folder / FILE).read_bytes()
+    picture, way = folder / "pictures/00/001.png", folder / "ways/01.safetensors"
+    for path in (picture, way, folder / "settings.json"):
+        kept = path.read_bytes()
+        if path is picture:
+            path.unlink()
+        else:
+            path.write_bytes(kept[:-20])
+        error = failing(capsys, main(command("--max-steps", 1)))
+        assert "damaged" in error
+        assert str(path.parent if path is picture else path) in error
+        path.write_bytes(kept)
+    (folder / FILE).unlink()
+    assert main(command("--max-steps", 1)) == 0
+    assert (folder / FILE).read_bytes() == whole
+    failing(capsys, main(command("--max-steps", 0, name="none")))
+    error = failing(capsys, main(command("train.lr=1e30", name="far")))
+    assert "not finite" in error
