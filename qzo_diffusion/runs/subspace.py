@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qzo_diffusion import resources
-from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.train.run_folder import load_tensors
 
 TINY, FILE = "tiny", "subspace.safetensors"
@@ -32,10 +32,25 @@ def load_subspace(name: str | None) -> dict[str, Tensor] | None:
     """Return the directions by layer.
 
     Raises:
-        ConfigError: there is no such file.
-        OutputError: it is damaged.
+        ConfigError: there is no such file, or it is damaged.
     """
-    return None if name is None else load_tensors(path_of(name))[0]
+    if name is None:
+        return None
+    try:
+        found = load_tensors(path_of(name))[0]
+    except OutputError as error:
+        raise _not_directions(name, error.got) from None
+    if not found or any(one.ndim != 2 for one in found.values()):
+        raise _not_directions(name, "it holds something else")
+    return found
+
+
+def _not_directions(name: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"qzo.subspace={name}: {problem}",
+        "a safetensors file of directions [k, rows] by layer",
+        "give the file that qzo-diffuse subspace wrote for this model, or qzo.subspace=null",
+    )
 
 
 def identity(name: str | None) -> str | None:

@@ -25,9 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qzo_diffusion import resources
+from qzo_diffusion.config.defaults import flat
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.core.errors import ConfigError, OutputError, TrainingDiverged
+from qzo_diffusion.core.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.diffusion.families.family import model_loss
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
@@ -38,7 +39,7 @@ from qzo_diffusion.runs.spanned import GRADIENTS, PLACES, spanned
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.batches import TrainingBatches
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
-from qzo_diffusion.runs.style.choose_model import shipped_prompts
+from qzo_diffusion.runs.style.choose_model import resolve_model_, shipped_prompts
 from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.plan import StylePlan, make_plan
 from qzo_diffusion.runs.subspace import FILE
@@ -57,6 +58,7 @@ SETTINGS = {  # of the ways; each may be given otherwise
     "sample": {"every": 0},
 }
 SHOWN, CELL = 6, 128  # things of a style in the sheet, and their side
+LABEL = 17  # characters above a column
 METADATA = "metadata.jsonl"
 EVERY = 8  # steps between two places of a way that are kept
 
@@ -86,6 +88,7 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
     config, output = request.config, request.output_dir
     _check(config)
     runtime = pipeline.find_runtime(config)
+    resolve_model_(config, runtime.folder)
     styles, prompts = _words(request, runtime)
     _same_or_new(output, config, styles, prompts)
     pictures = [output / "pictures" / f"{at:02d}" for at in range(len(styles))]
@@ -123,15 +126,28 @@ def _check(config: Config) -> None:
 def _words(request: SubspaceRequest, runtime: pipeline.Runtime) -> tuple[list[str], list[str]]:
     """Styles and prompts, which the model can read and draw."""
     folder, config = runtime.folder, request.config
-    named = request.styles or shipped_prompts(folder, "styles")
-    styles = read_prompt_file(resources.find_file(named, "prompts")).texts
-    named = request.prompts or shipped_prompts(folder, "things")
-    prompts = read_prompt_file(resources.find_file(named, "prompts")).texts
+    styles = _lines(request.styles or shipped_prompts(folder, "styles"), "--styles")
+    prompts = _lines(request.prompts or shipped_prompts(folder, "things"), "--prompts")
     shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
     both = Prompts([Prompt(text) for style in styles for text in _styled(prompts, style)])
     check_words(config, shape.family, folder, both)
     return styles, prompts
+
+
+def _lines(name: str, flag: str) -> list[str]:
+    """The lines of a file, each once."""
+    try:
+        found = read_prompt_file(resources.find_file(name, "prompts"))
+    except DataError as error:
+        remedy = f"correct the file, or give {flag} another one"
+        raise DataError(error.got, "a text file with one line for each", remedy) from None
+    for note in found.notes:
+        report(f"note: {flag}: {note}")
+    once = list(dict.fromkeys(found.texts))
+    if len(once) < len(found.texts):
+        report(f"note: {flag}: {len(found.texts) - len(once)} lines are there twice")
+    return once
 
 
 def _styled(prompts: Sequence[str], style: str) -> list[str]:
@@ -152,14 +168,16 @@ def _same_or_new(
         return
     try:
         before = read_json(path)
-        changed = [key for key, value in wanted.items() if before[key] != value]
-    except (OSError, ValueError, KeyError, TypeError):
+        changed = [f"other {key}" for key in ("styles", "prompts") if before[key] != wanted[key]]
+        old, new = flat(before["settings"]), flat(settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise OutputError(
             f"{path} is damaged", "what this verb wrote there", "give another --output-dir"
         ) from None
+    changed += [f"{key}: {old.get(key)!r}" for key in new if old.get(key) != new[key]]
     if changed:
         raise OutputError(
-            f"{output} was begun with other {' and '.join(changed)}",
+            f"{output} was begun with {', '.join(changed)}",
             "the same ones, to go on with what is missing",
             "give another --output-dir",
         )
@@ -171,15 +189,18 @@ def _check_whole(pictures: Sequence[Path], ways: Sequence[Path], count: int) -> 
     Raises:
         OutputError: a folder lacks pictures, or a way is damaged.
     """
+    for folder in {path.parent for path in (*pictures, *ways)}:
+        if folder.exists() and not folder.is_dir():
+            raise _damaged(folder, "a folder", "made")
     for folder in pictures:
         names = [METADATA, *(f"{at:03d}.png" for at in range(count))]
         if folder.exists() and not all((folder / name).is_file() for name in names):
             raise _damaged(folder, f"{count} pictures and their captions", "drawn")
     for way in ways:
         try:
-            if way.exists():
-                load_tensors(way)
-        except OutputError:
+            if way.exists() and not any(GRADIENTS in name for name in load_tensors(way)[0]):
+                raise ValueError
+        except (OutputError, ValueError):
             raise _damaged(way, "gradients and places, as they were written", "followed") from None
 
 
@@ -232,12 +253,15 @@ def _sheet(pictures: Sequence[Path], styles: Sequence[str]) -> Image.Image:
         [load_picture(path).resize((CELL, CELL)) for path in sorted(folder.glob("*.png"))[:SHOWN]]
         for folder in pictures
     ]
-    return grid(columns, styles)
+    titles = [style if len(style) <= LABEL else f"...{style[-LABEL:]}" for style in styles]
+    return grid(columns, titles)
 
 
 def _follow_all(config: Config, pictures: dict[Path, Path], styles: Sequence[str]) -> None:
     """Write the way of each folder of pictures that is not there yet."""
     todo = [at for at, way in enumerate(pictures) if not way.is_file()]
+    if not todo:
+        return
     with Progress(
         total=len(todo) * config.train.max_steps, desc="follow styles", unit="step"
     ) as bar:
@@ -250,7 +274,7 @@ def _follow_all(config: Config, pictures: dict[Path, Path], styles: Sequence[str
             if at == todo[0]:
                 report(plan.memory().describe())
             prepare_file(way)
-            write_whole(way, save(_follow(plan, bar)))
+            write_whole(way, save(_follow(plan, styles[at], bar)))
 
 
 def _of_pictures(config: Config, folder: Path) -> Config:
@@ -259,7 +283,7 @@ def _of_pictures(config: Config, folder: Path) -> Config:
     return make_config(settings)
 
 
-def _follow(plan: StylePlan, bar: Progress) -> dict[str, Tensor]:
+def _follow(plan: StylePlan, style: str, bar: Progress) -> dict[str, Tensor]:
     """Return gradients [steps, rows] and places [steps / EVERY, rows] by name of θ and layer."""
     config, ranks = plan.config, Ranks()
     with quiet(True):
@@ -277,9 +301,9 @@ def _follow(plan: StylePlan, bar: Progress) -> dict[str, Tensor]:
         slopes = gradient(losses, batches(step).micro_batches, theta)
         if not all(bool(slope.isfinite().all()) for slope in slopes.values()):
             raise TrainingDiverged(
-                f"a gradient that is not finite at step {step} of {plan.name}",
+                f"a gradient that is not finite at step {step} of the style {style}",
                 "finite numbers",
-                "lower train.lr, or set compute.dtype=float32",
+                "give a lower train.lr or compute.dtype=float32, and another --output-dir",
             )
         adam.descend_(theta, slopes, config.train.lr)
         for key, slope in slopes.items():

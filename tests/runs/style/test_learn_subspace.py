@@ -91,15 +91,16 @@ def test_the_file_of_a_base_is_learnt_and_a_run_goes_along_it(
     with monkeypatch.context() as patch:
         followed = []
 
-        def stopped(plan, bar):
+        def stopped(plan, style, bar):
             if followed:
                 raise KeyboardInterrupt
             followed.append(plan)
-            return follow(plan, bar)
+            return follow(plan, style, bar)
 
         follow = learn_subspace._follow
         patch.setattr(learn_subspace, "_follow", stopped)
         assert main(command(name="parts")) == 130
+    assert "goes on" in capsys.readouterr().err
     assert [one.name for one in (tmp_path / "parts/ways").iterdir()] == ["00.safetensors"]
     assert main(command(name="parts")) == 0
     assert (tmp_path / "parts" / FILE).read_bytes() == whole
@@ -123,7 +124,9 @@ def test_other_settings_words_and_methods_are_refused(command, tmp_path, capsys)
     folder.mkdir()
     begun = {"settings": {}, "styles": ["black"], "prompts": ["a square", "a circle"]}
     (folder / "settings.json").write_text(json.dumps(begun))
-    assert "other settings and styles" in failing(capsys, main(command()))
+    error = failing(capsys, main(command()))
+    assert "other styles" in error
+    assert "method: None" in error
     refused = command("method=qzo", name="other")
     assert "exact gradients of rows" in failing(capsys, main(refused))
     refused = command("qzo.parametrization=dense", name="other")
