@@ -74,7 +74,8 @@ def perplexity(lm: CausalLm, text: str, windows: int) -> float:
 def of_width(width: str, transform: str, options: argparse.Namespace) -> float:
     settings = {"model": str(options.model), "quant": quant(transform, width, options.cache)}
     config = make_config(settings, LlmConfig)
-    base = load_base(config, options.model, torch.device("cpu"), torch.bfloat16)
+    dtype = getattr(torch, options.dtype)
+    base = load_base(config, options.model, torch.device("cpu"), dtype)
     return round(perplexity(base.lm, paragraphs(options.data), options.windows), 2)
 
 
@@ -83,7 +84,7 @@ def of_sst2(transform: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = options.cache / f"sst2-{transform}"
     settings = [f"quant.{k}={v}" for k, v in quant(transform, "w4a4", options.cache).items()]
     settings += [f"data.{name}_examples=200" for name in ("validation", "test")]
-    settings += ["data.max_tokens=64", "compute.dtype=bfloat16"]
+    settings += ["data.max_tokens=64", f"compute.dtype={options.dtype}"]
     settings += [f"train.max_steps={options.steps}", "train.checkpoint_every=20"]
     goes_on = (folder / "metrics.jsonl").exists()
     where = ["--resume" if goes_on else "--output-dir", str(folder)]
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a transformers folder; default SmolLM2")
     parser.add_argument("--windows", type=int, default=4, help=f"of {WINDOW} tokens")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--transforms", default=",".join(TRANSFORMS), help="parted by commas")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
