@@ -3,7 +3,6 @@
 The initial scales are in the base model's file. An update is one multiplication in place, by one of
 two constants for Rademacher z."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.bits import PackedBits, select
-from qzo_diffusion.core.noise import Direction, bits_drawn
+from qzo_diffusion.core.noise import Direction, bits_drawn, exp_pair
 from qzo_diffusion.core.parametrization import copy_by_name_, exp, only_probe
 from qzo_diffusion.core.scales import Override, ScaleSet
 from qzo_diffusion.core.sign_cache import SignCache
@@ -69,7 +68,7 @@ class Dense:
             )
 
         packed = self._signs.packed((direction,), tuple(names), drawn, like[0].device)
-        chosen = select(packed, [(math.exp(radius), math.exp(-radius))], like[0].dtype).flatten()
+        chosen = select(packed, [exp_pair(radius)], like[0].dtype).flatten()
         parts = zip(chosen.split([bits_drawn(one.numel()) for one in like]), like, strict=True)
         return [
             part if part.shape == one.shape else part[: one.numel()].view_as(one)

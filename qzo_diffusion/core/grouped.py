@@ -32,7 +32,7 @@ from torch import Tensor
 
 from qzo_diffusion.core.activation_scaling import ActivationScaling, LayerScaling
 from qzo_diffusion.core.bits import PackedBits, select, signed_sum
-from qzo_diffusion.core.noise import Direction
+from qzo_diffusion.core.noise import Direction, exp_pair
 from qzo_diffusion.core.parametrization import copy_by_name_, exp
 from qzo_diffusion.core.precision import where_float64_is
 from qzo_diffusion.core.scales import Override, ScaleSet
@@ -279,7 +279,7 @@ class Grouped:
                 for direction in directions
             ]
             return torch.stack(drawn).view(-1, like.numel())[:, start:stop]
-        pairs = [(math.exp(radius), math.exp(-radius)) for radius in radii]
+        pairs = [exp_pair(radius) for radius in radii]
         return select(
             self._packed(key, directions, keep=True), pairs, like.dtype, start, stop
         ).flatten(0, 1)

@@ -68,6 +68,13 @@ def packed_bits(numel: int, *parts: int | str) -> PackedBits:
     return np.ascontiguousarray(words, dtype="<u8").view(np.uint8)
 
 
+def exp_pair(radius: float) -> tuple[float, float]:
+    """exp(±radius), infinite where no number holds it: the losses of such a step tell of it."""
+    over = 709.0  # exp(710) is more than a float64 holds
+    plus, minus = (math.exp(one) if one < over else math.inf for one in (radius, -radius))
+    return plus, minus
+
+
 @dataclass(frozen=True)
 class Direction:
     """One random direction in the space of θ.
@@ -100,7 +107,7 @@ class Direction:
         """exp(radius · z); for Rademacher z each element is one of two constants from float64."""
         if self.distribution == "gaussian":
             return torch.exp(radius * self._gaussian(name, like, each))
-        return self._choose(name, like, each, math.exp(radius), math.exp(-radius))
+        return self._choose(name, like, each, *exp_pair(radius))
 
     def packed(self, name: str, numel: int, each: bool = False) -> PackedBits:
         """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte.

@@ -21,6 +21,7 @@ from qzo_diffusion.core.noise import (
     Direction,
     derive_key,
     directions_of_step,
+    exp_pair,
     packed_bits,
     torch_generator,
 )
@@ -31,6 +32,12 @@ LIKE = torch.empty(1000)
 def stacked(numel, count):
     """The bits of as many seeds, uint8 [count, bytes]."""
     return torch.from_numpy(np.stack([packed_bits(numel, seed) for seed in range(count)]))
+
+
+def test_a_step_beyond_what_a_number_holds_is_infinite_and_raises_nothing():
+    assert exp_pair(0.25) == (math.exp(0.25), math.exp(-0.25))
+    assert exp_pair(1e30) == (math.inf, 0.0)
+    assert exp_pair(-1e30) == (0.0, math.inf)
 
 
 def test_bits_are_those_of_numpys_philox_lowest_bit_first():
