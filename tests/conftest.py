@@ -39,7 +39,6 @@ LONGEST = (
     "runs/test_resume.py",
     "commands/test_train.py",
     "runs/llm/test_methods.py",
-    "benchmarks/test_convergence_styles.py",
     "runs/llm/test_formats.py",
     "commands/test_export.py",
 )

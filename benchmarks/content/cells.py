@@ -104,11 +104,10 @@ def run_cell(bench: Bench, cell: Cell, settings: Settings, command: str) -> dict
     """
     folder, began = bench.folder(cell.folder), time.perf_counter()
     place = bench.run(cell)
-    shutil.rmtree(place, ignore_errors=True)
-    trained = _train(bench, cell, folder, settings, place)
-    run = _best(place) if cell.method in bench.best_step else place
+    curve = train(bench, cell, folder, settings)
+    run = best_checkpoint(place) if cell.method in bench.best_step else place
     trained_at = time.perf_counter()
-    found = _evaluated(bench, cell, run)
+    found = evaluated(bench, cell, run)
     drawing = _drawing_distance(bench, folder, run, found["sampling"])
     result = {
         "cell": cell.name,
@@ -118,7 +117,7 @@ def run_cell(bench: Bench, cell: Cell, settings: Settings, command: str) -> dict
         "seed": cell.seed,
         "settings": settings,
         **figures(found),
-        "curve": trained["curve"],
+        "curve": curve,
         "drawing": drawing,
         "seconds": {
             "train": round(trained_at - began, 1),
@@ -136,7 +135,7 @@ def on_folder(folder: StyleFolder, cache: Path, seed: int, steps: int) -> Settin
         "model": "tiny",
         "data": {
             "style_dir": str(folder.train),
-            "validation_dir": str(folder.held_out),
+            "validation_dir": str(folder.held_out) if folder.held_out else None,
             "cache_dir": str(cache),
         },
         "train": {"seed": seed, "max_steps": steps},
@@ -144,16 +143,27 @@ def on_folder(folder: StyleFolder, cache: Path, seed: int, steps: int) -> Settin
     }
 
 
-def _train(
-    bench: Bench, cell: Cell, folder: StyleFolder, settings: Settings, place: Path
-) -> dict[str, Any]:
-    """The held-out losses of the run by step."""
+Curve = list[tuple[int, float]]
+"""(step, held-out loss)"""
+
+
+def train(bench: Bench, cell: Cell, folder: StyleFolder, settings: Settings) -> Curve:
+    """Run the cell from its beginning, in `bench.run(cell)`; returns its held-out losses.
+
+    Raises:
+        UserError: the settings are no valid ones, or the run diverged.
+        KeyboardInterrupt: it was asked to stop; the same command begins the cell anew.
+    """
+    place = bench.run(cell)
+    shutil.rmtree(place, ignore_errors=True)
     own = on_folder(folder, bench.work / "cache", cell.seed, cell.steps)
     place.parent.mkdir(parents=True, exist_ok=True)
-    training.run(make_plan(make_config(merged(settings, own))), place)
+    done = training.run(make_plan(make_config(merged(settings, own))), place)
+    if done["stopped"]:  # by a signal: a part of a run is no result
+        raise KeyboardInterrupt
     _judge_as_seed(place, JUDGED_AS)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    return {"curve": [[x["step"], x["validation_loss"]] for x in lines if "validation_loss" in x]}
+    return [(x["step"], x["validation_loss"]) for x in lines if "validation_loss" in x]
 
 
 def _judge_as_seed(run: Path, seed: int) -> None:
@@ -164,14 +174,14 @@ def _judge_as_seed(run: Path, seed: int) -> None:
     file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def _best(run: Path) -> Path:
+def best_checkpoint(run: Path) -> Path:
     """The checkpoint with the lowest held-out loss, or the run itself where it has none."""
     whole, _ = list_checkpoints(run / "checkpoints", check=False)
     scored = [(one.validation_loss, one.folder) for one in whole if one.validation_loss is not None]
     return min(scored)[1] if scored else run
 
 
-def _evaluated(bench: Bench, cell: Cell, run: Path) -> dict[str, Any]:
+def evaluated(bench: Bench, cell: Cell, run: Path) -> dict[str, Any]:
     """The report's own figures, and its pictures beside the base's."""
     place, known = evaluate.Place.of(run), bench.work / "base" / cell.folder
     base = place.kept.own / "base"

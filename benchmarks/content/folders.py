@@ -1,21 +1,32 @@
 """The styles: a folder to train on, images to hold out, and true drawings of held-out concepts.
 
-`fluent_mono`, `fluent3d` and `twemoji` have the images of `benchmarks.convergence`. `twemoji24` is
-a small folder such as a new user has: 24 drawings with plain captions. Four are held out, those
-that a run of seed 0 chooses itself, so that all seeds have the same held-out loss.
+`fluent_mono`, `fluent3d` and `twemoji` have 64 drawings to train on and 128 to hold out.
+`twemoji24` is a small folder such as a new user has: 24 drawings with plain captions. Four are held
+out, those that a run of seed 0 chooses itself, so that all seeds have the same held-out loss.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.convergence.tasks import choose, write_images
-from benchmarks.tiny.drawings import Drawings, load_drawings
+from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
+from qzo_diffusion.diffusion.listing import METADATA_NAME
+from qzo_diffusion.system.files import write_whole
 
+STYLE_WORDS = {
+    "fluent_mono": "mono style",
+    "openmoji": "openmoji style",
+    "fluent3d": "3d style",
+    "twemoji": "twemoji style",
+}
+TRAIN, HELD_OUT = 64, 128
 SMALL = "twemoji24"
 STYLES = ("fluent_mono", "fluent3d", "twemoji")
 FOLDERS = (SMALL, *STYLES)
@@ -38,7 +49,7 @@ class StyleFolder:
 
     name: str
     train: Path
-    held_out: Path
+    held_out: Path | None  # None: a run holds some out by itself
     concepts: Sequence[str]
     captions: Sequence[str]
     drawings: Sequence[Image.Image]
@@ -104,3 +115,69 @@ def _compared(
 def _picture(pixels: Tensor) -> Image.Image:
     """From uint8 [3, H, W]."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def choose(
+    style: str,
+    data: Path,
+    train: int = TRAIN,
+    held_out: int = HELD_OUT,
+    seed: int = 0,
+    concepts: Sequence[str] | None = None,
+) -> tuple[Drawings, Drawings]:
+    """Drawings to train on and to hold out: taught concepts in a fixed random order, no picture
+    twice.
+
+    The order of the concepts is that of their names, so neither the archive's order nor a style
+    changes who is held out.
+
+    Args:
+        concepts: None takes those that the embedded model was taught.
+
+    Raises:
+        ValueError: too few drawings.
+    """
+    taught = sorted(taught_concepts() if concepts is None else concepts)
+    known = load_drawings(data, {style: STYLE_WORDS[style]}, taught)
+    place = {name: index for index, name in enumerate(known.names)}
+    names = sorted(place)
+    seen: set[bytes] = set()
+    chosen: list[str] = []
+    for index in np.random.Generator(np.random.Philox(seed)).permutation(len(names)):
+        picture = hashlib.sha256(known.images[place[names[index]]].numpy().tobytes()).digest()
+        if picture not in seen:
+            seen.add(picture)
+            chosen.append(names[index])
+    if len(chosen) < train + held_out:
+        raise ValueError(
+            f"{len(chosen)} different drawings of {style} in {data}, {train + held_out} are needed"
+        )
+
+    def part(wanted: list[str]) -> Drawings:
+        images = torch.stack([known.images[place[name]] for name in wanted])
+        return Drawings(images, [caption_of(name, STYLE_WORDS[style]) for name in wanted], wanted)
+
+    return part(sorted(chosen[:train])), part(sorted(chosen[train : train + held_out]))
+
+
+def write_images(folder: Path, drawings: Drawings) -> Path:
+    """PNG files and metadata.jsonl, as a user's style folder has them, below `folder` in one named
+    by the content.
+    """
+    content = repr(
+        (drawings.captions, hashlib.sha256(drawings.images.numpy().tobytes()).hexdigest())
+    )
+    folder = folder / hashlib.sha256(content.encode()).hexdigest()[:12]
+    if (folder / METADATA_NAME).exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for image, name, caption in zip(
+        drawings.images, drawings.names, drawings.captions, strict=True
+    ):
+        file = "".join(letter if letter.isalnum() else "_" for letter in name.lower()) + ".png"
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / file)
+        lines.append(json.dumps({"file_name": file, "text": caption}) + "\n")
+    # last, so that a folder with it is whole
+    write_whole(folder / METADATA_NAME, "".join(lines).encode())
+    return folder

@@ -1,78 +1,46 @@
-"""How soon each method gets how far: `python -m benchmarks.convergence run --data FOLDER`, then
-`... report`.
+"""How soon each method gets how far, and what its pictures keep:
 
-`run` works through all cells that are not finished yet, one after the other, and can be stopped at
-any time: the same command goes on. `--cells 'fluent_mono/row_*'` names some of them, `--minutes 30`
-ends cleanly after that time. `report` writes the JSON, the table and the plot from whatever is
-finished. Without either, `--style-dir DIR --budget N --seeds K --output FILE` compares the default
-with the paper's step on any folder of captioned images."""
+    python -m benchmarks.convergence run --data FOLDER --work FOLDER
+    python -m benchmarks.convergence report --work FOLDER
+    python -m benchmarks.convergence --style-dir DIR --output FILE
+
+`run` works through the cells that are not finished, then judges pictures; the same command goes on
+where it was stopped. `report` writes convergence.json, the table of docs/convergence.md and its
+plot, from the cells of WORK and those that are recorded. With --style-dir the same comparison is
+made on any folder of captioned images."""
 
 import argparse
 import json
-import sys
-import time
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
-from benchmarks.convergence.cells import Folders, run_cell
+from benchmarks.content.cells import Bench
+from benchmarks.convergence.cells import judge_open, run_open
 from benchmarks.convergence.folder import compare
-from benchmarks.convergence.methods import open_cells
-from benchmarks.convergence.pictures import draw_all
-from benchmarks.convergence.report import write_report
-from benchmarks.convergence.results import final_losses, finished
-from benchmarks.convergence.settings import BUDGET, DATA, UNSEEN, Cell
-from benchmarks.convergence.tasks import Task, open_task
-from benchmarks.record import RESULTS
-from qzo_diffusion.train.interrupt import stop_on_signal
+from benchmarks.convergence.methods import BUDGET
+from benchmarks.convergence.report import STYLES, write_report
+from benchmarks.convergence.results import recorded
+from benchmarks.pictures.candidates import CANDIDATES, candidate_folder
+from qzo_diffusion import resources
 
-CACHE = Path.home() / ".cache/qzo_diffusion/convergence"
-STOPPED = 75  # the exit code of a run that the same command goes on with (EX_TEMPFAIL)
+HELD_OUT = 32
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def bench_of(data: Path, work: Path) -> Bench:
+    folder = partial(candidate_folder, held_out=HELD_OUT)
+    return Bench(data, work.resolve(), resources.PACKAGE, folder)
 
 
-def wanted(cell: Cell, patterns: str) -> bool:
-    """Whether one of the patterns, parted by commas, names the cell: `openmoji/*`,
-    `*/row_cosine_*`.
-    """
-    return any(fnmatch(cell.name, pattern) for pattern in patterns.split(","))
+def run(options: argparse.Namespace, command: str) -> None:
+    bench, patterns = bench_of(options.data, options.work), options.cells.split(",")
 
+    def wanted(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
 
-def run(data: Path, folders: Folders, patterns: str, minutes: float | None) -> bool:
-    """Returns whether nothing of what was asked for is left."""
-    end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    # The folder is not recorded: it is of one machine, and its content is described in the
-    # documentation.
-    command = f"python -m benchmarks.convergence run --data FOLDER --cells '{patterns}'"
-    with stop_on_signal(say) as stop:
-        for name in (*DATA, UNSEEN):
-            task: Task | None = None
-            while cells := [
-                cell
-                for cell in open_cells(name, final_losses(finished(folders.results)))
-                if wanted(cell, patterns)
-            ]:
-                if stop.is_set() or time.monotonic() >= end:
-                    return False
-                task = task or open_task(name, data, folders.cache)
-                result = run_cell(
-                    cells[0],
-                    task,
-                    folders,
-                    stop_requested=lambda: stop.is_set() or time.monotonic() >= end,
-                    command=command,
-                    show=True,
-                )
-                if result is None:
-                    say(f"{cells[0].name}: stopped; the same command goes on")
-                    return False
-                say(
-                    f"{cells[0].name}: {result['start_loss']:.4f} -> "
-                    f"{result['curve'][-1][1]}, ended by {result['ended']}"
-                )
-    return True
+    for style in options.styles.split(","):
+        results = run_open(bench, style, recorded(), command, wanted=wanted)
+        judge_open(bench, style, results, wanted)
 
 
 def main() -> None:
@@ -80,78 +48,40 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--style-dir", type=Path, help="compare on this folder of captioned images")
-    parser.add_argument(
-        "--budget", type=int, default=BUDGET, help="forward passes of a run on --style-dir"
-    )
+    parser.add_argument("--budget", type=int, default=BUDGET, help="forward passes of its runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--output",
-        type=Path,
-        help="JSON file of the figures; finished runs are kept beside it, in FILE.cells/",
+        "--output", type=Path, help="JSON of its figures; finished runs are kept in FILE.cells/"
     )
     verbs = parser.add_subparsers(dest="verb")
-    runs, reports = (
-        verbs.add_parser("run", help="run cells"),
-        verbs.add_parser("report", help="write table, plot and JSON"),
+    runs = verbs.add_parser("run", help="run cells")
+    reports = verbs.add_parser("report", help="write table, plot and JSON")
+    for verb in (runs, reports):
+        verb.add_argument("--work", type=Path, required=True, help="folder of results and runs")
+    runs.add_argument(
+        "--data", type=Path, required=True, help="the folder of emoji64.npz and meta.json"
     )
-    pictures = verbs.add_parser(
-        "pictures", help="draw what the default's longest run on each style looks like"
-    )
-    for verb in (runs, reports, pictures):
-        verb.add_argument(
-            "--results",
-            type=Path,
-            default=RESULTS,
-            help="the folder with cells/ and convergence.json",
-        )
-    for verb in (runs, pictures):
-        verb.add_argument(
-            "--data",
-            type=Path,
-            required=True,
-            help="the folder of emoji64.npz and meta.json; for sst2 of the .tsv files",
-        )
-        verb.add_argument("--cache", type=Path, default=CACHE, help="for checkpoints")
-    pictures.add_argument("--output", type=Path, default=Path("docs/images"), dest="folder")
+    of = f"parted by commas, of {', '.join(CANDIDATES)}"
+    runs.add_argument("--styles", default=",".join(STYLES), help=of)
     runs.add_argument(
         "--cells",
         default="*",
         metavar="PATTERN",
-        help="DATA/METHOD_SEED with wildcards, several parted by commas",
+        help="STYLE/METHOD_STEPS_SEED with wildcards, several parted by commas",
     )
-    runs.add_argument(
-        "--minutes", type=float, help="stop after this time, with the cell in hand checkpointed"
-    )
-    arguments = parser.parse_args()
-    if arguments.verb is None:
-        if arguments.style_dir is None or arguments.output is None:
-            parser.error("say `run` or `report`, or give --style-dir and --output")
-        work = arguments.output.with_name(f"{arguments.output.name}.cells")
-        found = compare(arguments.style_dir, arguments.budget, arguments.seeds, work, CACHE)
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-        return
-    if arguments.verb == "report":
-        write_report(arguments.results)
-        return
-    if not arguments.data.is_dir():
-        parser.error(
-            f"--data {arguments.data}: no such folder; it holds emoji64.npz and meta.json, "
-            "for sst2 train.tsv and dev.tsv"
-        )
-    if arguments.verb == "pictures":
-        with stop_on_signal(say) as stop:
-            whole = draw_all(
-                arguments.data,
-                arguments.results,
-                arguments.cache,
-                arguments.folder,
-                stop.is_set,
-                say,
-            )
+    options = parser.parse_args()
+    if options.verb == "run":
+        # The folders are not recorded: they are of one machine.
+        command = f"python -m benchmarks.convergence run --data FOLDER --styles {options.styles}"
+        run(options, command)
+    elif options.verb == "report":
+        write_report(options.work)
+    elif options.style_dir is None or options.output is None:
+        parser.error("say `run` or `report`, or give --style-dir and --output")
     else:
-        folders = Folders(arguments.results / "cells", arguments.cache)
-        whole = run(arguments.data, folders, arguments.cells, arguments.minutes)
-    sys.exit(0 if whole else STOPPED)
+        work = options.output.with_name(f"{options.output.name}.cells")
+        found = compare(options.style_dir, options.budget, options.seeds, work)
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

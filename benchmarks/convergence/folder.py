@@ -2,87 +2,46 @@
 against the default, by itself.
 """
 
-import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.cells import Folders, run_cell
-from benchmarks.convergence.figures import budget_ratio, share_of_gain, spread
-from benchmarks.convergence.methods import (
-    FAMILIES,
-    FIRST_ORDER,
-    REFERENCES,
-    best_exponent,
-    default_exponent,
-    next_exponents,
-)
-from benchmarks.convergence.settings import DEFAULT, Cell, Family, Method
-from benchmarks.convergence.tasks import StyleTask
+from benchmarks.content.cells import Bench
+from benchmarks.content.folders import StyleFolder
+from benchmarks.convergence.cells import run_open
+from benchmarks.convergence.figures import figures
+from benchmarks.convergence.methods import FAMILIES, PASSES_OF_STEP, Families
 from benchmarks.record import provenance
+from qzo_diffusion import resources
 
-Run = Callable[[Method, int], dict[str, Any]]
+
+def families_of(steps: int, seeds: int) -> Families:
+    """Those of the table, forward passes over another number of steps and of seeds."""
+    return {
+        name: one if one.exact else replace(one, steps=steps, seeds=seeds)
+        for name, one in FAMILIES.items()
+    }
 
 
-def compare(style_dir: Path, budget: int, seeds: int, work: Path, cache: Path) -> dict[str, Any]:
+def bench_of(style_dir: Path, work: Path) -> Bench:
+    """A folder alone; a run holds out some of its images."""
+
+    def folder_of(name: str, data: Path, _work: Path, _taught: Sequence[str]) -> StyleFolder:
+        return StyleFolder(name, data, None, [], [], [])
+
+    return Bench(style_dir, work.resolve(), resources.PACKAGE, folder_of)
+
+
+def compare(style_dir: Path, budget: int, seeds: int, work: Path) -> dict[str, Any]:
     """The figures, with the keys of convergence.json; `work` keeps finished cells, so that the same
     call goes on.
 
     Args:
-        budget: forward passes of a run.
+        budget: forward passes of a run. seeds: of the reference and of ours.
     """
-    task, folders = StyleTask(style_dir, None, cache), Folders(work / "cells", work / "checkpoints")
-    name = style_dir.resolve().name
-    results: dict[str, dict[str, Any]] = {}
-
-    def run(method: Method, seed: int) -> dict[str, Any]:
-        cell = Cell(name, method if method.first_order else replace(method, budget=budget), seed)
-        path = folders.result(cell)
-        known = json.loads(path.read_text()) if path.exists() else None
-        if known is None or known["settings"] != json.loads(json.dumps(cell.method.settings())):
-            known = run_cell(cell, task, folders, show=True)
-        assert known is not None  # nobody asks it to stop
-        results[cell.name] = known
-        return known
-
-    reference = min(
-        (_best_of_grid(FAMILIES[family], run, seeds) for family in REFERENCES), key=_mean_final
-    )
-    default = [run(FAMILIES[DEFAULT].at(default_exponent(budget)), seed) for seed in range(seeds)]
-    exact = _best_of_grid(FAMILIES[FIRST_ORDER], run, 1)[0]
-    start, best = exact["start_loss"], min(loss for _, loss in exact["curve"] if loss is not None)
-    target, reached = _mean_final(reference), _mean_final(default)
-    ratio = budget_ratio([found["curve"] for found in default], target, budget)
-    return {
-        "budget": budget,
-        "seeds": seeds,
-        "speedup": {name: ratio["mean"]} if ratio else {},
-        "gain_share": {name: share_of_gain(start, reached, best)},
-        "reference_gain_share": {name: share_of_gain(start, target, best)},
-        "start": {name: start},
-        "paper": {name: target},
-        "default": {name: reached},
-        "first_order": {name: best},
-        "curves": {cell: found["curve"] for cell, found in results.items()},
-        "provenance": provenance(),
-    }
-
-
-def _best_of_grid(family: Family, run: Run, seeds: int) -> list[dict[str, Any]]:
-    """The runs of all seeds at the best rate, which the first seed finds."""
-    final: dict[float, float] = {}
-    while left := next_exponents(family.exponents, final):
-        found = run(family.at(left[0]), 0)
-        final[left[0]] = float("inf") if found["final_loss"] is None else found["final_loss"]
-    best = best_exponent(final)
-    if best is None:
-        raise ValueError(f"{family.name} diverged at every rate")
-    return [run(family.at(best), seed) for seed in range(seeds)]
-
-
-def _mean_final(runs: Sequence[dict[str, Any]]) -> float:
-    """Infinite where a seed diverged at the rate that is best for the first."""
-    finals = [found["final_loss"] for found in runs]
-    return math.inf if None in finals else spread(finals)["mean"]
+    name, families = style_dir.resolve().name, families_of(budget // PASSES_OF_STEP, seeds)
+    command = "python -m benchmarks.convergence --style-dir FOLDER"
+    results = run_open(bench_of(style_dir, work), name, {}, command, families)
+    own = {"budget": budget, "seeds": seeds, "provenance": provenance()}
+    return figures(results, [name], families) | own

@@ -2,17 +2,17 @@
 plot.
 """
 
+import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.figures import Results, Style, curve_of, figures
-from benchmarks.convergence.methods import FAMILIES, REFERENCES
-from benchmarks.convergence.results import finished
-from benchmarks.convergence.settings import DATA, DEFAULT, UNSEEN
-from benchmarks.record import provenance, put_between_markers, write_results
+from benchmarks.convergence.figures import Style, figures, geometric_mean
+from benchmarks.convergence.methods import BUDGET, FAMILIES, OURS, REFERENCES
+from benchmarks.convergence.results import RECORDED, Results, record, recorded, results_in
+from benchmarks.record import RESULTS, provenance, put_between_markers, write_results
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, PLOT = ROOT / "docs/convergence.md", ROOT / "docs/images/convergence.png"
@@ -20,197 +20,171 @@ BEGIN, END = (
     "<!-- table: written by `python -m benchmarks.convergence report` -->",
     "<!-- end of table -->",
 )
+STYLES = ("fluent_mono", "fluent3d", "openmoji")
+# SST-2 on SmolLM2, measured before this benchmark ran on the package's own runs
+TEXT = RESULTS / "convergence_text.json"
+SUMMARY = {
+    "start": ("start", ".3f"),
+    "reference": ("paper", ".3f"),
+    "ours": ("default", ".3f"),
+    "exact gradient": ("first_order", ".3f"),
+    "times fewer passes": ("speedup", ".1f"),
+    "by every row": ("speedup_by_rows", ".1f"),
+    "ours, share of the exact gain": ("gain_share", ".0%"),
+    "the reference's share": ("reference_gain_share", ".0%"),
+}
+COLUMNS = (
+    *("method", "rate", "seeds", "held-out loss", "share of the exact gain"),
+    *("times fewer passes", "style", "content", "seconds"),
+)
 
 
-def _with_range(found: Mapping[str, float] | None, digits: str, absent: str = "missing") -> str:
+def with_text(found: dict[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the styles with those of SST-2, and the mean over all."""
+    whole = dict(found)
+    for key, value in text["figures"].items():
+        whole[key] = {**whole[key], "sst2": value}
+    ratios = whole["speedup"]
+    missing = [name for name in STYLES if name not in ratios]
+    mean = geometric_mean(list(ratios.values())) if ratios else None
+    whole["default_ratio"] = {"geometric_mean": mean, "styles": sorted(ratios), "missing": missing}
+    return whole | {"sst2": {"note": text["note"], "provenance": text["provenance"]}}
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _with_range(found: Mapping[str, float] | None, digits: str, absent: str = "") -> str:
     if found is None:
         return absent
     text = f"{found['mean']:{digits}}"
-    return (
-        text
-        if found["seeds"] < 2
-        else f"{text} ({found['low']:{digits}} to {found['high']:{digits}})"
-    )
+    if found["seeds"] < 2:
+        return text
+    return f"{text} ({found['low']:{digits}} to {found['high']:{digits}})"
 
 
-def _ratio_in_words(style: Style, name: str) -> str:
-    if FAMILIES[name].template.first_order:
+def _change(pictures: Mapping[str, Any] | None, key: str) -> str:
+    if pictures is None:
         return ""
-    if style.reference is None:
-        return "no reference yet"
-    if style.trained() is False:
-        return "reference did not train"
-    return _with_range(style.ratio(name), ".1f", "not reached")
+    one = pictures[key]
+    low, high = one["delta_ci95"]
+    return f"{one['tuned'] - one['base']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def table(results: Results, figures_: Mapping[str, Any], recorded: Mapping[str, Any]) -> str:
-    """Markdown: one table for each set of data, then what is missing."""
-    machine = recorded["machine"]
+def summary(found: Mapping[str, Any]) -> Iterator[str]:
+    """A row for each set of data."""
+    yield _row(["data", *SUMMARY])
+    yield "|---" * (len(SUMMARY) + 1) + "|"
+    for data in (*STYLES, "sst2"):
+        values = [(found[key].get(data), digits) for key, digits in SUMMARY.values()]
+        cells = ["" if value is None else format(value, digits) for value, digits in values]
+        yield _row([data, *cells])
+
+
+def table_of(style: Mapping[str, Any]) -> Iterator[str]:
+    """A row for each family of a style."""
+    yield _row(COLUMNS)
+    yield "|---" * len(COLUMNS) + "|"
+    for name, one in style["families"].items():
+        reached = "" if FAMILIES[name].exact else "not reached"
+        yield _row(
+            [
+                name,
+                f"{one['lr']:.3g}",
+                f"{one['final_loss']['seeds']}",
+                _with_range(one["final_loss"], ".4f"),
+                _with_range(one["share_of_exact_gain"], ".0%"),
+                _with_range(one["times_fewer_passes"], ".1f", reached),
+                _change(one["pictures"], "style"),
+                _change(one["pictures"], "content"),
+                f"{one['seconds']}",
+            ]
+        )
+
+
+def table(found: Mapping[str, Any], machine: Mapping[str, Any], date: str) -> str:
+    """Markdown: the summary, a table for each style, and the methods."""
+    ours = found["method_of_default"]
     lines = [
-        f"Written by `python -m benchmarks.convergence report` on {recorded['date']}; cells by "
-        f"`python -m benchmarks.convergence run --data FOLDER` on {machine['processor']} "
-        f"({machine['cores']} cores), "
-        f"styles in fp32 and sst2 in bf16, OMP_NUM_THREADS={recorded['threads']}.",
+        f"Written by `python -m benchmarks.convergence report` on {date}; cells by `python -m "
+        f"benchmarks.convergence run --data FOLDER --work FOLDER` on {machine['processor']} "
+        f"({machine['cores']} cores), fp32, OMP_NUM_THREADS=1.",
         "",
     ]
-    default = figures_["default_ratio"]
-    mean, covered = default["geometric_mean"], default["styles"]
-    lines.append(
-        f"**The default, `{DEFAULT}`, against the reference: "
-        + (
-            f"{mean:.1f} times fewer forward passes, geometric mean over {', '.join(covered)}"
-            if mean
-            else "not measured yet"
-        )
-        + (
-            f"; missing or not reached: {', '.join(default['missing'])}.**"
-            if default["missing"]
-            else ".**"
-        )
-    )
-    if default["provisional_because"]:
-        lines += ["", f"This is provisional: {'; '.join(default['provisional_because'])}."]
-    lines += ["", *_summary(figures_)]
-    for data in DATA:
-        style = Style(data, results)
-        lines += ["", f"### {data}", ""]
-        if style.start is None:
-            lines.append("No cell is finished.")
-            continue
-        reference = (
-            f"{style.reference}, {style.target:.4f}" if style.target is not None else "missing"
-        )
-        best = f"{style.best:.4f}" if style.best is not None else "missing"
+    ratio = found["default_ratio"]
+    if ratio["geometric_mean"]:
         lines += [
-            f"Start {style.start:.4f}; first order on dense scales {best}; reference: {reference}"
-            + (
-                "."
-                if style.trained() is not None
-                else ", whether it trained is not known before first order is."
-            ),
+            f"**Ours (`{ours}` on styles, the default on text) needs "
+            f"{ratio['geometric_mean']:.1f} times fewer forward passes than the reference, "
+            f"geometric mean over {', '.join(ratio['styles'])}.**",
             "",
-            "| method | rate | seeds | held-out loss at the end | share of the first-order "
-            "gain | times fewer passes | CPU s |",
-            "|---|---|---|---|---|---|---|",
         ]
-        for name, found in figures_["styles"][data]["families"].items():
-            lines.append(
-                f"| {name} | {found['lr']:.3g} | {found['final_loss']['seeds']} | "
-                f"{_with_range(found['final_loss'], '.4f')} "
-                f"| {_with_range(style.share(name), '.1%')} | {_ratio_in_words(style, name)} "
-                f"| {found['processor_seconds']:.0f} |"
-            )
-    lines += ["", "### Missing", ""]
-    lines += [f"* {sentence}" for sentence in figures_["missing"]] or ["Nothing."]
+    lines += summary(found)
+    for name in STYLES:
+        style = found["styles"].get(name, {"families": {}})
+        lines += ["", f"### {name}", ""]
+        lines += table_of(style) if style["families"] else ["No cell is finished."]
+    lines += ["", "### Methods", "", "| method | |", "|---|---|"]
+    lines += [_row([name, family.what]) for name, family in FAMILIES.items()]
     return "\n".join(lines)
 
 
-def _summary(figures_: Mapping[str, Any]) -> list[str]:
-    """One row for each set of data: what the default is called to account for."""
-    columns = {
-        "start": ("start", ".3f"),
-        "reference": ("paper", ".3f"),
-        "default": ("default", ".3f"),
-        "first order": ("first_order", ".3f"),
-        "times fewer passes": ("speedup", ".1f"),
-        "share of first order, 64,000 passes": ("gain_share", ".0%"),
-        "the reference's share": ("reference_gain_share", ".0%"),
-        "gain over the tuned default's": ("default_gain_over_tuned", ".2f"),
-    }
-    rows = ["| data | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for data in (*DATA, UNSEEN):
-        values = [
-            format(figures_[key][data], digits) if data in figures_[key] else ""
-            for key, digits in columns.values()
-        ]
-        rows.append(f"| {data} | " + " | ".join(values) + " |")
-    return rows
-
-
-def methods_table() -> str:
-    rows = [
-        f"| {name} | {family.what} | {family.template.budget:,} |"
-        for name, family in FAMILIES.items()
-    ]
-    return "\n".join(["| method | what | budget |", "|---|---|---|", *rows])
-
-
-NAMED = ("default", "antithetic", "paper_relative", "paper_absolute", "first_order_dense", "qlora")
-"""Families with a colour of their own; that of a longer budget shares it, and all others are
-grey.
-"""
-OTHERS = "others of the tables"
-
-
 def plot(results: Results, path: Path) -> None:
-    """A panel per style: the held-out loss at the best rate of each family, mean and range over the
-    seeds.
-    """
+    """A panel per style: the held-out loss at the rate compared, mean and range over the seeds."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 5), layout="constrained")
-    panels = figure.subplots(1, len(DATA))
-    named: dict[str, Any] = {}
-    for panel, data in zip(panels, DATA, strict=True):
-        style = Style(data, results)
-        panel.set_title(data if style.start is not None else f"{data}: no cell is finished")
-        for name, runs in style.runs.items():
+    panels = figure.subplots(1, len(STYLES))
+    lines: dict[str, Any] = {}
+    for panel, name in zip(panels, STYLES, strict=True):
+        style = Style(name, results)
+        panel.set_title(name)
+        for at, (family, runs) in enumerate(style.runs.items()):
             if runs:
-                label = (
-                    name.removesuffix("_long") if name.removesuffix("_long") in NAMED else OTHERS
-                )
-                drawn = _draw(panel, name, label, runs)
-                named[label] = drawn if name == label else named.get(label, drawn)
-        if style.target is not None:
-            panel.axhline(style.target, color="grey", linewidth=0.7)
-        if style.start is None:
-            panel.set_axis_off()
-            continue
+                lines[family] = _draw(panel, family, at, [run["curve"] for run in runs])
         panel.set_xscale("symlog", linthresh=320)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, BUDGET)
     figure.supxlabel(
-        "forward passes of one example (first order and QLoRA: forward and backward passes)",
-        fontsize="medium",
-    )
-    order = [label for label in (*NAMED, OTHERS) if label in named]
-    figure.legend(
-        [named[label] for label in order],
-        order,
-        loc="outside upper center",
-        ncols=len(order) or 1,
-        fontsize="small",
+        "passes of one example (exact gradients: forwards and backwards)", fontsize="medium"
     )
     panels[0].set_ylabel("held-out loss")
+    if lines:
+        at_top = {"loc": "outside upper center", "ncols": len(lines), "fontsize": "small"}
+        figure.legend(list(lines.values()), list(lines), **at_top)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def _draw(panel: Any, name: str, label: str, runs: Sequence[Mapping[str, Any]]) -> Any:
-    losses = list(zip(*([loss for _, loss in curve_of(run)] for run in runs), strict=False))
-    spent = [x for x, _ in curve_of(runs[0])][: len(losses)]
+def _draw(panel: Any, family: str, at: int, curves: Sequence[Sequence[Any]]) -> Any:
+    losses = list(zip(*([loss for _, loss in curve] for curve in curves), strict=False))
+    spent = [passes for passes, _ in curves[0]][: len(losses)]
     mean = [math.fsum(values) / len(values) for values in losses]
-    if label not in NAMED:
-        return panel.plot(spent, mean, color="darkgrey", linewidth=0.6, zorder=1)[0]
-    line = "--" if FAMILIES[name].template.first_order else ":" if label in REFERENCES else "-"
-    width, colour = 2.5 if name == DEFAULT else 1.2, f"C{NAMED.index(label)}"
-    panel.fill_between(
-        spent, [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.2
-    )
-    return panel.plot(spent, mean, line, color=colour, linewidth=width)[0]
+    kind = "--" if FAMILIES[family].exact else ":" if family in REFERENCES else "-"
+    low, high = [min(values) for values in losses], [max(values) for values in losses]
+    panel.fill_between(spent, low, high, color=f"C{at}", alpha=0.2)
+    width = 2.5 if family == OURS[0] else 1.2
+    return panel.plot(spent, mean, kind, color=f"C{at}", linewidth=width)[0]
 
 
 def write_report(
-    results_folder: Path, document: Path = DOCUMENT, picture: Path = PLOT
+    work: Path,
+    folder: Path = RESULTS,
+    document: Path = DOCUMENT,
+    picture: Path = PLOT,
+    cells: Path = RECORDED,
 ) -> dict[str, Any]:
-    results = finished(results_folder / "cells")
-    found = figures(results)
-    recorded = provenance()
-    if results:  # the table names where the cells ran, not where they were put together
-        last = list(results.values())[-1]["provenance"]
-        recorded |= {key: last[key] for key in ("machine", "threads")}
-    write_results("convergence", found, results_folder)
-    content = table(results, found, recorded) + "\n\n### Methods\n\n" + methods_table()
+    """From the cells in `work` and those that were recorded, which are recorded together."""
+    results = recorded(cells) | results_in(work)
+    record(results, cells)
+    found = with_text(figures(results, STYLES), json.loads(TEXT.read_text()))
+    write_results("convergence", found, folder)
+    now = provenance()
+    newest = max(
+        (one["provenance"] for one in results.values()), key=lambda one: one["date"], default=now
+    )
+    content = table(found, newest["machine"], now["date"])
     document.write_text(put_between_markers(document.read_text(), content, BEGIN, END))
     plot(results, picture)
     return found

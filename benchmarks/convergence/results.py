@@ -1,4 +1,4 @@
-"""Write and read the results of finished cells."""
+"""Finished cells: those of a folder, and those that are recorded in the repository."""
 
 import json
 import math
@@ -6,54 +6,51 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.convergence.methods import FAMILIES
-from benchmarks.convergence.settings import Method, Phase
+from benchmarks.convergence.methods import FAMILIES, Families, Family
+from benchmarks.record import RESULTS
+from qzo_diffusion.system.reading import read_json
+
+RECORDED = RESULTS / "convergence_cells.json"
+Result = dict[str, Any]
+Results = dict[str, Result]
+"""By the cell's name."""
 
 
-def to_json(content: dict[str, Any]) -> str:
-    """Indented, but a curve's points side by side: a file of five hundred lines a curve is no help
-    to anybody.
-    """
-    shell = {key: value for key, value in content.items() if key != "curve"}
-    points = ", ".join(json.dumps(point) for point in content["curve"])
-    return json.dumps(shell, indent=1).removesuffix("\n}") + f',\n "curve": [{points}]\n}}'
+def results_in(work: Path, families: Families = FAMILIES) -> Results:
+    """One whose settings are no longer its family's does not count."""
+    found = (read_json(path) for path in sorted((work / "cells").glob("*/*.json")))
+    return {one["cell"]: one for one in found if _is_current(one, families)}
 
 
-def finished(results: Path) -> dict[str, dict[str, Any]]:
-    """Results by the cell's name; one whose settings are no longer those of the table does not
-    count.
-
-    A setting that was not there when a cell ran had what is now its default.
-    """
-    found = {}
-    for path in sorted(results.glob("*/*.json")):
-        result = json.loads(path.read_text())
-        settings = result["settings"]
-        then = Method(
-            **settings | {"phases": tuple(Phase(**phase) for phase in settings["phases"])}
-        )
-        if then.settings() == _settings_now(settings, result["data"]):
-            found[result["cell"]] = result
-    return found
+def recorded(file: Path = RECORDED) -> Results:
+    """Those in the repository; none without the file."""
+    cells = json.loads(file.read_text())["cells"] if file.exists() else []
+    return {one["cell"]: one for one in cells if _is_current(one, FAMILIES)}
 
 
-def _settings_now(settings: dict[str, Any], data: str) -> dict[str, Any] | None:
-    family = FAMILIES.get(settings["name"].rpartition("_lr")[0])
+def record(results: Results, file: Path = RECORDED) -> None:
+    """Write all, a line each."""
+    lines = ",\n".join(json.dumps(results[name]) for name in sorted(results))
+    file.write_text(f'{{"cells": [\n{lines}\n]}}\n')
+
+
+def _is_current(result: Result, families: Families) -> bool:
+    family = families.get(result["family"])
     if family is None:
-        return None
-    now = family.template
-    return Method(
-        settings["name"],
-        settings["lr"],
-        family.phases(data),
-        now.first_order,
-        now.batch,
-        now.budget,
-    ).settings()
+        return False
+    now = family.settings | {"train": family.settings["train"] | {"lr": result["lr"]}}
+    return bool(result["settings"] == json.loads(json.dumps(now)))
 
 
-def final_losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    return {
-        name: math.inf if result["final_loss"] is None else result["final_loss"]
-        for name, result in results.items()
-    }
+def final_losses(results: Results, families: Families = FAMILIES) -> dict[str, float]:
+    return {name: loss_of(families[one["family"]], one) for name, one in results.items()}
+
+
+def loss_of(family: Family, result: Mapping[str, Any]) -> float:
+    """The held-out loss that counts: the last, of exact gradients the lowest; infinite where the
+    run diverged.
+    """
+    losses = [math.inf if loss is None else float(loss) for _, loss in result["curve"]]
+    if not losses or not math.isfinite(losses[-1]):
+        return math.inf
+    return min(losses) if family.exact else losses[-1]

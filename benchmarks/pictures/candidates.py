@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.content.folders import StyleFolder
-from benchmarks.convergence.tasks import write_images
+from benchmarks.content.folders import StyleFolder, write_images
 from benchmarks.tiny.drawings import Drawings, load_drawings
 from benchmarks.tiny.lessons import knowledge
 from benchmarks.tiny.treatments import treat
@@ -42,18 +41,21 @@ CANDIDATES = {
 }
 
 
-def candidate_folder(name: str, data: Path, work: Path, taught: Sequence[str]) -> StyleFolder:
+def candidate_folder(
+    name: str, data: Path, work: Path, taught: Sequence[str], held_out: int = VALIDATION
+) -> StyleFolder:
     """Write the images of a candidate below `work`.
 
     Args:
         data: the folder of `emoji64.npz` and `meta.json`. taught: concepts that the model draws.
+        held_out: how many drawings the held-out loss is of.
 
     Raises:
         ValueError: no such candidate, or too few drawings.
     """
     if name not in CANDIDATES:
         raise ValueError(f"no candidate {name!r}; there are {', '.join(CANDIDATES)}")
-    train, validation = chosen(name, data, taught)
+    train, validation = chosen(name, data, taught, held_out)
     compared = drawings(name, data, [one for one in knowledge().held_out if one in taught])
     images = work / "images" / name
     pictures = [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in compared.images]
@@ -68,9 +70,11 @@ def candidate_folder(name: str, data: Path, work: Path, taught: Sequence[str]) -
 
 
 def chosen(
-    name: str, data: Path, taught: Sequence[str], seed: int = 0
+    name: str, data: Path, taught: Sequence[str], held_out: int = VALIDATION, seed: int = 0
 ) -> tuple[Drawings, Drawings]:
     """Drawings to train on and to hold out, the same concepts in every style that has them.
+
+    Those to train on are the same for any number to hold out.
 
     Raises:
         ValueError: too few drawings.
@@ -79,9 +83,9 @@ def chosen(
     free = sorted(name for name in taught if name not in away)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(free))
     known = set(drawings(name, data, free).names)
-    names = [free[index] for index in order if free[index] in known][: TRAIN + VALIDATION]
-    if len(names) < TRAIN + VALIDATION:
-        raise ValueError(f"{len(names)} drawings of {name}, {TRAIN + VALIDATION} are needed")
+    names = [free[index] for index in order if free[index] in known][: TRAIN + held_out]
+    if len(names) < TRAIN + held_out:
+        raise ValueError(f"{len(names)} drawings of {name}, {TRAIN + held_out} are needed")
     parts = sorted(names[:TRAIN]), sorted(names[TRAIN:])
     return drawings(name, data, parts[0]), drawings(name, data, parts[1])
 

@@ -23,7 +23,7 @@ from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.runs.llm.batches import TextBatches, evaluation_batches
 from tests.llm.small_tasks import FACTS, examples_of, own_task
 from tests.quantized import estimated
-from tests.tiny_llama import save_tiny_llama, tiny_llama, write_sentences
+from tests.tiny_llama import tiny_llama, write_sentences
 
 
 @pytest.fixture(scope="module")
@@ -267,17 +267,3 @@ def test_a_bfloat16_model_gives_fp32_scores(tmp_path):
     assert narrow.dtype == torch.float32
     assert narrow.bfloat16().float() != narrow  # it was never rounded to bfloat16
     assert narrow == pytest.approx(wide, rel=0.2)
-
-
-def test_the_task_of_the_convergence_benchmark(tmp_path):
-    from benchmarks.convergence.text_task import TextTask
-    from qzo_diffusion.core.spsa import mean_loss
-
-    task = TextTask(
-        write_sentences(tmp_path / "data"), torch.float32, save_tiny_llama(tmp_path / "model")
-    )
-    assert sum(map(len, task.held_out)) == 12
-    assert len(list(task.handles())) == len(task.scales) == 14
-    assert len(task.batches(0, 16, 1, "uniform")(0).micro_batches[0]) == 16
-    assert math.isfinite(mean_loss(task.objective, task.held_out))
-    assert task.accuracy() in {n / 12 for n in range(13)}
