@@ -31,6 +31,7 @@ from qzo_diffusion.config.arguments import (
     check_names,
 )
 from qzo_diffusion.system.console import INTERRUPTED, MENDABLE, quiet, report
+from qzo_diffusion.system.signals import interrupted_by_sigterm
 from qzo_diffusion.system.streams import unbreakable
 
 
@@ -65,7 +66,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     try:
         options = parse(arguments)
         verb: Callable[[argparse.Namespace], int] = options.verb
-        with quiet(getattr(options, "quiet", False)):
+        with quiet(getattr(options, "quiet", False)), interrupted_by_sigterm():
             code = verb(options)
         sys.stdout.flush()
         return code

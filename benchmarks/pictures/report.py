@@ -8,12 +8,11 @@ from PIL import Image
 
 from benchmarks.content.cells import Bench, Cell, drawn_by, pictures_in
 from benchmarks.content.table import Result
-from benchmarks.pictures.methods import EXACT
-from benchmarks.pictures.methods import SHOWN as METHOD
+from benchmarks.pictures.methods import EXACT, SHOWN
 from benchmarks.record import RESULTS, write_results
 from qzo_diffusion.diffusion.sampling import grid, save_picture
 
-SHOWN = 16  # concepts of a sheet, evenly from the list
+THINGS = 16  # of a sheet, evenly from the list
 BLOCKS = 2  # of columns, side by side
 TITLES = ("base", "tuned", "exact gradient", "true drawing")
 
@@ -21,9 +20,9 @@ TITLES = ("base", "tuned", "exact gradient", "true drawing")
 def the_run(results: Sequence[Result], style: str, steps: int) -> Result:
     """By the demo's settings. Raises: ValueError: it was not run."""
     for one in results:
-        if (one["folder"], one["method"], one["steps"]) == (style, METHOD, steps):
+        if (one["folder"], one["method"], one["steps"]) == (style, SHOWN, steps):
             return one
-    raise ValueError(f"no cell {style}/{METHOD}_{steps}_*; expected one; run it first")
+    raise ValueError(f"no cell {style}/{SHOWN}_{steps}_*; expected one; run it first")
 
 
 def the_exact(results: Sequence[Result], style: str) -> Result | None:
@@ -111,9 +110,9 @@ def sheet(bench: Bench, results: Sequence[Result], style: str, steps: int) -> Im
     columns = [pictures_in(place / "samples") for place in places]
     columns.append(list(bench.folder(style).drawings))
     titles = [TITLES[0], *TITLES[1 : len(places)], TITLES[-1]]
-    shown = [[column[at * len(column) // SHOWN] for at in range(SHOWN)] for column in columns]
-    starts = range(0, SHOWN, SHOWN // BLOCKS)
-    blocks = [one[start : start + SHOWN // BLOCKS] for start in starts for one in shown]
+    shown = [[column[at * len(column) // THINGS] for at in range(THINGS)] for column in columns]
+    starts = range(0, THINGS, THINGS // BLOCKS)
+    blocks = [one[start : start + THINGS // BLOCKS] for start in starts for one in shown]
     return grid(blocks, titles * BLOCKS)
 
 

@@ -129,7 +129,9 @@ class QzoConfig(Section):
     @model_validator(mode="after")
     def _subspaces_are_of_rows(self) -> "QzoConfig":
         if self.subspace is not None and self.parametrization != "row":
-            raise ValueError("subspace: null, or parametrization: row")
+            raise ValueError(
+                "subspace: null, or parametrization: row with method: qzo, along whose rows it goes"
+            )
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,12 @@ def to_device(packed: PackedBits, device: torch.device) -> Tensor:
     )
 
 
+def exp_pair(radius: float) -> tuple[float, float]:
+    """exp(±radius), infinite where no number holds it: the losses of such a step tell of it."""
+    plus, minus = (math.exp(one) if one < 709 else math.inf for one in (radius, -radius))
+    return plus, minus
+
+
 def select(
     packed: Tensor,
     pairs: Sequence[tuple[float, float]],

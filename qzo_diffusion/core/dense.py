@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import PackedBits, select
-from qzo_diffusion.core.noise import Direction, bits_drawn, exp_pair
+from qzo_diffusion.core.bits import PackedBits, exp_pair, select
+from qzo_diffusion.core.noise import Direction, bits_drawn
 from qzo_diffusion.core.parametrization import copy_by_name_, exp, only_probe
 from qzo_diffusion.core.scales import Override, ScaleSet
 from qzo_diffusion.core.sign_cache import SignCache

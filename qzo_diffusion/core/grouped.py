@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from qzo_diffusion.core.activation_scaling import ActivationScaling, LayerScaling
-from qzo_diffusion.core.bits import PackedBits, select, signed_sum
-from qzo_diffusion.core.noise import Direction, exp_pair
+from qzo_diffusion.core.bits import PackedBits, exp_pair, select, signed_sum
+from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.parametrization import copy_by_name_, exp
 from qzo_diffusion.core.precision import where_float64_is
 from qzo_diffusion.core.scales import Override, ScaleSet

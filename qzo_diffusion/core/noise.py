@@ -10,7 +10,6 @@ least variance of zᵀHz (Spall 1992). Gaussian z follows the papers; numpy may 
 Gaussian stream between versions, so it is not portable."""
 
 import hashlib
-import math
 import threading
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qzo_diffusion.core.bits import PackedBits, select, to_device
+from qzo_diffusion.core.bits import PackedBits, exp_pair, select, to_device
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -66,13 +65,6 @@ def packed_bits(numel: int, *parts: int | str) -> PackedBits:
     """Draw `numel` random bits: uint8 [8 · words] of Philox, the lowest bit of a word first."""
     words = _generators.keyed(*parts).random_raw(bits_drawn(numel) // 64)
     return np.ascontiguousarray(words, dtype="<u8").view(np.uint8)
-
-
-def exp_pair(radius: float) -> tuple[float, float]:
-    """exp(±radius), infinite where no number holds it: the losses of such a step tell of it."""
-    over = 709.0  # exp(710) is more than a float64 holds
-    plus, minus = (math.exp(one) if one < over else math.inf for one in (radius, -radius))
-    return plus, minus
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,6 @@ _RESOLVED = (
     "layers",
     "units",
     "regions",
-    "subspace",
     "examples",
     "optimizer",
     "state_bits",
@@ -59,6 +58,15 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             f"a journal whose directions are drawn as in format {journal.header.get('format')}",
             f"format {JOURNAL_FORMAT}",
             "use the version that wrote it",
+        )
+    if journal.header.get("subspace") != header.get("subspace"):
+        own = journal.header.get("subspace_file")
+        raise JournalError(
+            f"a journal of a run with qzo.subspace={own or 'null'}",
+            "the same file, with the same content" if own else "no file of directions",
+            "give the file that the run began with: qzo.subspace=FILE"
+            if own
+            else "give qzo.subspace=null",
         )
     for key in _RESOLVED:
         if journal.header.get(key) != header.get(key):

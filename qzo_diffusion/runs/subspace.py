@@ -1,13 +1,15 @@
 """The file of a run's subspace: directions of rows [k, rows] by layer, in safetensors."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qzo_diffusion import resources
 from qzo_diffusion.core.errors import ConfigError, OutputError
-from qzo_diffusion.train.run_folder import load_tensors
+from qzo_diffusion.train.run_folder import check_header, load_tensors
 
 TINY, FILE = "tiny", "subspace.safetensors"
 
@@ -28,6 +30,24 @@ def path_of(name: str) -> Path:
     return path
 
 
+def check_subspace(name: str | None) -> None:
+    """See from its header that the file holds directions.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    if name is None:
+        return
+    path = path_of(name)
+    try:
+        check_header(path)
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(layer).get_shape() for layer in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _not_directions(name, f"{path} is damaged: {error}") from None
+    _check_shapes(name, shapes)
+
+
 def load_subspace(name: str | None) -> dict[str, Tensor] | None:
     """Return the directions by layer.
 
@@ -40,9 +60,13 @@ def load_subspace(name: str | None) -> dict[str, Tensor] | None:
         found = load_tensors(path_of(name))[0]
     except OutputError as error:
         raise _not_directions(name, error.got) from None
-    if not found or any(one.ndim != 2 for one in found.values()):
-        raise _not_directions(name, "it holds something else")
+    _check_shapes(name, [one.shape for one in found.values()])
     return found
+
+
+def _check_shapes(name: str, shapes: Sequence[Sequence[int]]) -> None:
+    if not shapes or any(len(shape) != 2 for shape in shapes):
+        raise _not_directions(name, "it holds something else")
 
 
 def _not_directions(name: str, problem: str) -> ConfigError:

@@ -89,7 +89,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises OutputError when it is damaged or missing, or holds a number that is not finite.
     """
     try:
-        _check_header(path)
+        check_header(path)
         with safe_open(path, "pt") as handle:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             facts = handle.metadata() or {}
@@ -109,7 +109,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, facts
 
 
-def _check_header(path: Path) -> None:
+def check_header(path: Path) -> None:
     """Raises ValueError for a header longer than any run's: its parser takes many times its
     length.
     """

@@ -14,6 +14,7 @@ from qzo_diffusion.core.bits import (
     _choose_by_mask,
     _sum_by_product_,
     _sum_by_table_,
+    exp_pair,
     select,
     signed_sum,
 )
@@ -21,7 +22,6 @@ from qzo_diffusion.core.noise import (
     Direction,
     derive_key,
     directions_of_step,
-    exp_pair,
     packed_bits,
     torch_generator,
 )

@@ -25,22 +25,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from qzo_diffusion import resources
-from qzo_diffusion.config.defaults import flat
-from qzo_diffusion.config.files import make_config
+from qzo_diffusion.config.files import changed_settings, make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.diffusion.families.family import model_loss
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import grid, load_picture, save_picture
-from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs import build
 from qzo_diffusion.runs.spanned import GRADIENTS, PLACES, spanned
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.batches import TrainingBatches
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.choose_model import resolve_model_, shipped_prompts
-from qzo_diffusion.runs.style.levels import for_samples
+from qzo_diffusion.runs.style.drawing import load_drawing
 from qzo_diffusion.runs.style.plan import StylePlan, make_plan
 from qzo_diffusion.runs.subspace import FILE
 from qzo_diffusion.system.console import quiet, report
@@ -99,6 +97,8 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
     save_picture(_sheet(pictures, styles), sheet)
     report(f"look at {sheet}: a style that the base does not draw teaches nothing")
     _follow_all(config, dict(zip(ways, pictures, strict=True)), styles)
+    if (output / FILE).exists():
+        report(f"note: {output / FILE} is written anew, from the ways that are there")
     directions = spanned(ways, request.count)
     facts = {"styles": json.dumps(styles, ensure_ascii=False)}  # of several, the order is random
     write_whole(output / FILE, save(directions, facts))
@@ -158,8 +158,11 @@ def _same_or_new(
     output: Path, config: Config, styles: Sequence[str], prompts: Sequence[str]
 ) -> None:
     """Begin the folder, or see that it belongs to the same settings and words."""
-    settings = config.model_dump(exclude={"data": {"cache_dir"}}, mode="json")
-    wanted = {"settings": settings, "styles": list(styles), "prompts": list(prompts)}
+    wanted = {
+        "settings": config.model_dump(exclude={"data": {"cache_dir"}}, mode="json"),
+        "styles": list(styles),
+        "prompts": list(prompts),
+    }
     path = output / "settings.json"
     if not path.is_file():
         check_empty(output)
@@ -169,16 +172,15 @@ def _same_or_new(
     try:
         before = read_json(path)
         changed = [f"other {key}" for key in ("styles", "prompts") if before[key] != wanted[key]]
-        old, new = flat(before["settings"]), flat(settings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        changed += changed_settings(make_config(before["settings"]), config, ("data.cache_dir",))
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
         raise OutputError(
             f"{path} is damaged", "what this verb wrote there", "give another --output-dir"
         ) from None
-    changed += [f"{key}: {old.get(key)!r}" for key in new if old.get(key) != new[key]]
     if changed:
         raise OutputError(
-            f"{output} was begun with {', '.join(changed)}",
-            "the same ones, to go on with what is missing",
+            f"{output} was begun otherwise: {', '.join(changed)}",
+            "the same settings and words, to go on with what is missing",
             "give another --output-dir",
         )
 
@@ -221,20 +223,12 @@ def _draw(
     style_of = {place: style for place, style in style_of.items() if not place.is_dir()}
     if not style_of:
         return
-    folder, device = runtime.folder, runtime.device
     texts = [text for style in style_of.values() for text in _styled(prompts, style)]
-    pipeline.tensor_cache(config).check()
-    encoder = pipeline.prompt_encoder(config, folder, device, runtime.dtype)
-    encoded = encoder.encode([*texts, config.sample.negative_prompt])
-    vae = pipeline.load_vae(config, folder, device)
-    drop_encoder_(vae)
-    transformer, scales = pipeline.load_scales(config, runtime)
-    family = pipeline.family_of(config, folder)
-    sampled = for_samples(config, family, transformer, scales)
+    drawing = load_drawing(config, runtime, texts)
     for target, style in Progress(style_of.items(), desc="draw styles", unit="style"):
         own = [Prompt(text) for text in _styled(prompts, style)]
         with quiet(True):
-            images = pipeline.sampler(config, runtime, sampled, vae, own, encoded).images()
+            images = drawing.sampler(own).images()
 
         def write(place: Path, images: list[Any] = images) -> None:
             lines = []

@@ -26,7 +26,7 @@ from qzo_diffusion.runs.style.checks import check_sizes, check_words, warn_of_di
 from qzo_diffusion.runs.style.choose_model import shipped_prompts
 from qzo_diffusion.runs.style.picture_plan import PicturePlan, checked_prior, model_of, resolve
 from qzo_diffusion.runs.style.samples import Pictures, chosen_prompts, prompts_in_words
-from qzo_diffusion.runs.subspace import load_subspace
+from qzo_diffusion.runs.subspace import check_subspace
 from qzo_diffusion.system.console import report
 from qzo_diffusion.train.distributed import Ranks
 from qzo_diffusion.train.run_folder import RunFolder
@@ -136,7 +136,9 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "a folder of images, or a score of pictures",
             "pass --style-dir DIR, or --reward NAME with --prompts FILE",
         )
-    load_subspace(config.qzo.subspace)  # refused before a folder is made
+    check_subspace(config.qzo.subspace)  # refused before a folder is made
+    if config.qzo.subspace is not None:
+        report(f"directions: sums of those in {config.qzo.subspace}")
     folder, shape = model_of(config, dry_run)
     device = devices.choose_device(config.compute.device)
     resolution = config.data.resolution or shape.native_resolution

@@ -14,12 +14,12 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, OutputError
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, parse_prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import grid
-from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs.locate import locate
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.choose_model import choose_model, shipped_prompts
-from qzo_diffusion.runs.style.levels import for_samples, with_levels
+from qzo_diffusion.runs.style.drawing import load_drawing
+from qzo_diffusion.runs.style.levels import with_levels
 from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.runs.tuned import apply_, load_tuned
 from qzo_diffusion.system.console import report
@@ -77,24 +77,15 @@ def run(request: SampleRequest) -> dict[str, Any]:
     _, why = choose_model(config.model)
     report(why)
     runtime = pipeline.find_runtime(config)
-    folder, device, dtype = runtime.folder, runtime.device, runtime.dtype
-    prompts = _prompts(request, config, folder)
+    prompts = _prompts(request, config, runtime.folder)
     report_reading(prompts)
     shape = pipeline.shape_of(config, runtime)
     check_sizes(shape, config.data.resolution or shape.native_resolution)
-    check_words(config, shape.family, folder, prompts)
-    pipeline.tensor_cache(config).check()
-    encoded = pipeline.prompt_encoder(config, folder, device, dtype).encode(
-        [*prompts.texts, *prompts.negatives, config.sample.negative_prompt]
-    )
-    vae = pipeline.load_vae(config, folder, device)
-    drop_encoder_(vae)
-    transformer, scales = pipeline.load_scales(config, runtime)
-    sampled = for_samples(config, shape.family, transformer, scales)
+    check_words(config, shape.family, runtime.folder, prompts)
+    drawing = load_drawing(config, runtime, [*prompts.texts, *prompts.negatives])
     if tuned is not None:
-        apply_(transformer, scales, [(tuned, request.strength)])
-    sampler = pipeline.sampler(config, runtime, sampled, vae, prompts.prompts, encoded)
-    images = sampler.images()
+        apply_(drawing.transformer, drawing.scales, [(tuned, request.strength)])
+    images = drawing.sampler(prompts.prompts).images()
     # made last, so that a failure leaves nothing
     out = RunFolder.create(request.output_dir, ANOTHER)
     sheet = grid([images], [request.run.name if request.run else "base"])

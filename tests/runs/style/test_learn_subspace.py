@@ -122,11 +122,13 @@ def test_pictures_are_the_base_s_and_the_ways_leave_it(command, tmp_path):
 def test_other_settings_words_and_methods_are_refused(command, tmp_path, capsys):
     folder = tmp_path / "learnt"
     folder.mkdir()
-    begun = {"settings": {}, "styles": ["black"], "prompts": ["a square", "a circle"]}
+    begun = {"settings": {"train": {"seed": 7}}, "styles": ["black"]}
+    begun["prompts"] = ["a square", "a circle"]
     (folder / "settings.json").write_text(json.dumps(begun))
     error = failing(capsys, main(command()))
     assert "other styles" in error
-    assert "method: None" in error
+    assert "train.seed: 7 -> 0" in error
+    assert "data.cache_dir" not in error
     refused = command("method=qzo", name="other")
     assert "exact gradients of rows" in failing(capsys, main(refused))
     refused = command("qzo.parametrization=dense", name="other")

@@ -100,3 +100,15 @@ def test_damaged_files_and_other_numbers_are_refused(train, file, capsys):
     assert "damaged" in failing(capsys, train(*STEPS, *ROWS, f"qzo.subspace={file}"))
     failing(capsys, train(*STEPS, "qzo.parametrization=separable", f"qzo.subspace={file}"))
     failing(capsys, train(*STEPS, *ROWS, "qzo.subspace=nowhere.safetensors"))
+
+
+def test_a_run_goes_on_with_its_own_file_alone(train, file, tmp_path, capsys):
+    assert train(*STEPS, *ROWS, f"qzo.subspace={file}", name="whole") == 0
+    kept = file.read_bytes()
+    save_file({name: 2 * one for name, one in load_file(file).items()}, file)
+    resume = ["train", "--resume", str(tmp_path / "whole")]
+    error = failing(capsys, main(resume))
+    assert f"qzo.subspace={file}" in error
+    assert "the same file, with the same content" in error
+    file.write_bytes(kept)
+    assert main(resume) == 0
