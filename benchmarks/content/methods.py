@@ -83,16 +83,16 @@ FIRST_ORDER = changed(
     train__checkpoint_every=25,
     data__batch_size=16,
 )
-# The same with a number for every scale.
-FIRST_ORDER_DENSE = changed(
-    FIRST_ORDER,
-    qzo__parametrization="dense",
-    qzo__num_directions=1,
-    qzo__estimator="antithetic",
-    qzo__per_example=False,
-    qzo__regions=1,
-    qzo__normalize=False,
-)
+# A number for every scale, along one direction at a time.
+DENSE = {
+    "qzo__parametrization": "dense",
+    "qzo__num_directions": 1,
+    "qzo__estimator": "antithetic",
+    "qzo__per_example": False,
+    "qzo__regions": 1,
+    "qzo__normalize": False,
+}
+FIRST_ORDER_DENSE = changed(FIRST_ORDER, **DENSE)
 METHODS: dict[str, Settings] = {
     "default": DEFAULT,
     "bound": changed(DEFAULT, prior__bound=0.13),

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.content.cells import Cell
-from benchmarks.content.methods import DEFAULT, FIRST_ORDER, FIRST_ORDER_DENSE, Settings, changed
+from benchmarks.content.methods import (
+    DEFAULT,
+    DENSE,
+    FIRST_ORDER,
+    FIRST_ORDER_DENSE,
+    Settings,
+    changed,
+)
 from benchmarks.convergence.rates import best_exponent, next_exponents, rate
 from benchmarks.pictures.methods import COMPARED, ROWS, SHOWN
 from benchmarks.pictures.methods import DEFAULT as BY_ROWS
@@ -73,13 +80,8 @@ ONE_DIRECTION = changed(
     DEFAULT,
     train__calibrate_lr=False,
     train__schedule="constant",
-    qzo__parametrization="dense",
-    qzo__num_directions=1,
-    qzo__estimator="antithetic",
-    qzo__per_example=False,
-    qzo__regions=1,
-    qzo__normalize=False,
     data__batch_size=16,
+    **DENSE,
 )
 ABSOLUTE = changed(
     ONE_DIRECTION,
