@@ -17,9 +17,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    revision = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    revision = _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     # Folders of one machine are of no use on another, and what they hold is described in the
     # documentation.
     arguments = [
@@ -39,6 +38,12 @@ def provenance() -> dict[str, Any]:
         | {name: metadata.version(name) for name in PACKAGES},
         "git_revision": revision,
     }
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing outside a clone."""
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def write_results(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:

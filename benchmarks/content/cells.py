@@ -135,7 +135,7 @@ def on_folder(folder: StyleFolder, cache: Path, seed: int, steps: int) -> Settin
         "model": "tiny",
         "data": {
             "style_dir": str(folder.train),
-            "validation_dir": str(folder.held_out) if folder.held_out else None,
+            "validation_dir": str(folder.held_out),
             "cache_dir": str(cache),
         },
         "train": {"seed": seed, "max_steps": steps},

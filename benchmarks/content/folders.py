@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings, taught_concepts
+from benchmarks.tiny.drawings import Drawings, caption_of, load_drawings
 from qzo_diffusion.diffusion.listing import METADATA_NAME
 from qzo_diffusion.system.files import write_whole
 
@@ -49,7 +49,7 @@ class StyleFolder:
 
     name: str
     train: Path
-    held_out: Path | None  # None: a run holds some out by itself
+    held_out: Path
     concepts: Sequence[str]
     captions: Sequence[str]
     drawings: Sequence[Image.Image]
@@ -67,7 +67,7 @@ def style_folder(name: str, data: Path, work: Path, taught: Sequence[str]) -> St
     """
     if name not in FOLDERS:
         raise ValueError(f"no folder {name!r}; there are {', '.join(FOLDERS)}")
-    train, held_out = choose("twemoji" if name == SMALL else name, data, concepts=taught)
+    train, held_out = choose("twemoji" if name == SMALL else name, data, taught)
     if name != SMALL:
         paths = [write_images(work / "images" / name, part) for part in (train, held_out)]
         return StyleFolder(name, paths[0], paths[1], *_compared(held_out, held_out.captions))
@@ -117,47 +117,35 @@ def _picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def choose(
-    style: str,
-    data: Path,
-    train: int = TRAIN,
-    held_out: int = HELD_OUT,
-    seed: int = 0,
-    concepts: Sequence[str] | None = None,
-) -> tuple[Drawings, Drawings]:
-    """Drawings to train on and to hold out: taught concepts in a fixed random order, no picture
-    twice.
+def choose(style: str, data: Path, concepts: Sequence[str]) -> tuple[Drawings, Drawings]:
+    """Drawings to train on and to hold out: concepts in a fixed random order, no picture twice.
 
     The order of the concepts is that of their names, so neither the archive's order nor a style
     changes who is held out.
 
-    Args:
-        concepts: None takes those that the embedded model was taught.
-
     Raises:
         ValueError: too few drawings.
     """
-    taught = sorted(taught_concepts() if concepts is None else concepts)
-    known = load_drawings(data, {style: STYLE_WORDS[style]}, taught)
+    known = load_drawings(data, {style: STYLE_WORDS[style]}, sorted(concepts))
     place = {name: index for index, name in enumerate(known.names)}
     names = sorted(place)
     seen: set[bytes] = set()
     chosen: list[str] = []
-    for index in np.random.Generator(np.random.Philox(seed)).permutation(len(names)):
+    for index in np.random.Generator(np.random.Philox(0)).permutation(len(names)):
         picture = hashlib.sha256(known.images[place[names[index]]].numpy().tobytes()).digest()
         if picture not in seen:
             seen.add(picture)
             chosen.append(names[index])
-    if len(chosen) < train + held_out:
+    if len(chosen) < TRAIN + HELD_OUT:
         raise ValueError(
-            f"{len(chosen)} different drawings of {style} in {data}, {train + held_out} are needed"
+            f"{len(chosen)} different drawings of {style} in {data}, {TRAIN + HELD_OUT} are needed"
         )
 
     def part(wanted: list[str]) -> Drawings:
         images = torch.stack([known.images[place[name]] for name in wanted])
         return Drawings(images, [caption_of(name, STYLE_WORDS[style]) for name in wanted], wanted)
 
-    return part(sorted(chosen[:train])), part(sorted(chosen[train : train + held_out]))
+    return part(sorted(chosen[:TRAIN])), part(sorted(chosen[TRAIN : TRAIN + HELD_OUT]))
 
 
 def write_images(folder: Path, drawings: Drawings) -> Path:

@@ -11,6 +11,7 @@ made on any folder of captioned images."""
 
 import argparse
 import json
+import sys
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -18,18 +19,19 @@ from pathlib import Path
 from benchmarks.content.cells import Bench
 from benchmarks.convergence.cells import judge_open, run_open
 from benchmarks.convergence.folder import compare
-from benchmarks.convergence.methods import BUDGET
+from benchmarks.convergence.methods import BUDGET, EXPONENTS, FAMILIES
 from benchmarks.convergence.report import STYLES, write_report
 from benchmarks.convergence.results import recorded
 from benchmarks.pictures.candidates import CANDIDATES, candidate_folder
 from qzo_diffusion import resources
 
 HELD_OUT = 32
+NAME = "convergence"  # of its folder in WORK, which other benchmarks may use as well
 
 
 def bench_of(data: Path, work: Path) -> Bench:
     folder = partial(candidate_folder, held_out=HELD_OUT)
-    return Bench(data, work.resolve(), resources.PACKAGE, folder)
+    return Bench(data, work.resolve() / NAME, resources.PACKAGE, folder)
 
 
 def run(options: argparse.Namespace, command: str) -> None:
@@ -38,9 +40,25 @@ def run(options: argparse.Namespace, command: str) -> None:
     def wanted(name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
 
+    names = [name for style in options.styles.split(",") for name in _possible_names(style)]
+    if not any(map(wanted, names)):
+        sys.exit(
+            f"no cell is named {options.cells!r}; names are STYLE/METHOD_STEPS_SEED, methods "
+            f"{', '.join(FAMILIES)}, with their rate where they have a grid"
+        )
     for style in options.styles.split(","):
         results = run_open(bench, style, recorded(), command, wanted=wanted)
         judge_open(bench, style, results, wanted)
+
+
+def _possible_names(style: str) -> list[str]:
+    """Of all cells that there may be."""
+    return [
+        family.cell(style, exponent, seed).name
+        for family in FAMILIES.values()
+        for exponent in (EXPONENTS if family.grid else (None,))
+        for seed in range(family.seeds)
+    ]
 
 
 def main() -> None:
@@ -72,10 +90,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.verb == "run":
         # The folders are not recorded: they are of one machine.
-        command = f"python -m benchmarks.convergence run --data FOLDER --styles {options.styles}"
+        command = (
+            "python -m benchmarks.convergence run --data FOLDER --work FOLDER "
+            f"--styles {options.styles} --cells '{options.cells}'"
+        )
         run(options, command)
     elif options.verb == "report":
-        write_report(options.work)
+        write_report(options.work / NAME)
     elif options.style_dir is None or options.output is None:
         parser.error("say `run` or `report`, or give --style-dir and --output")
     else:

@@ -2,6 +2,8 @@
 of a picture model, by Adam on their exact gradient. The package has it for language models alone.
 """
 
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from benchmarks.content.cells import Curve
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.absolute import DenseAbsolute
+from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.optimizer import Adam
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.masks import visible_image
@@ -39,8 +42,12 @@ def train(settings: dict[str, Any], place: Path) -> Trained:
     """Train adapters by the settings of `qzo-diffuse train`, whose `adapters` says which.
 
     Args:
-        place: folder of the pictures of the base and of the best step.
+        place: folder of the pictures of the base and of the best step; it is emptied.
+
+    Raises:
+        TrainingDiverged: a held-out loss is not finite.
     """
+    shutil.rmtree(place, ignore_errors=True)  # its pictures do not depend on scales alone
     adapters = settings["adapters"]
     config = make_config({key: value for key, value in settings.items() if key != "adapters"})
     config.sample.prompts = shipped_prompts(resources.tiny_model(), "score")
@@ -56,6 +63,10 @@ def train(settings: dict[str, Any], place: Path) -> Trained:
         if step % config.train.validate_every == 0:
             with theta.scales.override(theta.perturbed()):
                 curve.append((step, mean_loss(work.objective, work.held_out)))
+            if not math.isfinite(curve[-1][1]):
+                raise TrainingDiverged(
+                    "a loss that is not finite", "finite numbers", "a lower rate"
+                )
             if curve[-1][1] == min(loss for _, loss in curve):
                 best = _state(theta)
         if step < config.train.max_steps:

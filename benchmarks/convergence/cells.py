@@ -6,13 +6,16 @@
 Runs are the package's own. Adapters, which the package has for language models alone, are in
 `adapters`."""
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.content import cells as content
 from benchmarks.content.cells import Bench, Cell, Curve, merged, on_folder
+from benchmarks.content.folders import StyleFolder
 from benchmarks.content.methods import Settings
 from benchmarks.convergence import adapters
 from benchmarks.convergence.methods import FAMILIES, Families, Family, open_cells, settled
@@ -23,7 +26,9 @@ from benchmarks.convergence.results import (
     loss_of,
     results_in,
 )
+from benchmarks.convergence.results import merged as merged_results
 from benchmarks.record import provenance
+from qzo_diffusion import resources
 from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.system.files import write_whole
 
@@ -37,9 +42,6 @@ def run_cell(bench: Bench, family: Family, cell: Cell, settings: Settings, comma
     began, pictures = time.perf_counter(), None
     folder = bench.folder(cell.folder)
 
-    def passes(step: int) -> int:
-        return step * family.passes_of_step + family.passes_before * (step > 0)
-
     try:
         if "adapters" in settings:
             own = on_folder(folder, bench.work / "cache", cell.seed, cell.steps)
@@ -49,26 +51,30 @@ def run_cell(bench: Bench, family: Family, cell: Cell, settings: Settings, comma
             curve = content.train(bench, cell, folder, settings)
     except TrainingDiverged:
         curve = Curve()
-    else:
-        if not curve:
-            raise ValueError(
-                f"no held-out loss of {folder.train}; "
-                "a run holds out some of 20 different images or more"
-            )
     result: Result = {
         "cell": cell.name,
         "family": family.name,
         "lr": settings["train"]["lr"],
         "seed": cell.seed,
         "settings": settings,
-        "unit": "forwards and backwards" if family.exact else "forwards",
-        "curve": [(passes(step), loss) for step, loss in curve],
+        "inputs": inputs_of(folder),
+        "curve": [(family.passes(step), loss) for step, loss in curve],
         "pictures": pictures,
         "seconds": round(time.perf_counter() - began, 1),
         "provenance": provenance() | {"command": command},
     }
     write(bench, cell, result)
     return result
+
+
+def inputs_of(folder: StyleFolder) -> str:
+    """A hash of the images with their captions, and of the embedded model's weights."""
+    places = [folder.train, folder.held_out, resources.tiny_model() / "transformer"]
+    files = [file for place in places if place for file in sorted(place.iterdir())]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def judge(bench: Bench, family: Family, cell: Cell, result: Result) -> Result:
@@ -99,8 +105,17 @@ def run_open(
 
     Args:
         known: results of cells that need not be run. wanted: of a cell's name, whether to run it.
+
+    Raises:
+        ValueError: the work folder holds cells of other images.
     """
-    results = known | results_in(bench.work, families)
+    inputs = inputs_of(bench.folder(style))
+    found = results_in(bench.work, families)
+    for name, one in found.items():
+        if name.startswith(f"{style}/") and one["inputs"] != inputs:
+            raise ValueError(f"{name} has other images or weights; give another work folder")
+    here = {name: one for name, one in known.items() if one["inputs"] == inputs}
+    results = merged_results(here, found)
     while True:
         final = final_losses(results, families)
         cells = [one for one in open_cells(style, final, families) if wanted(one[1].name)]
@@ -118,6 +133,7 @@ def judge_open(bench: Bench, style: str, results: Results, wanted: Callable[[str
         known, exponent = settled(family, style, final)
         cell = family.cell(style, exponent, 0)
         one = results.get(cell.name) if known else None
-        here = bench.run(cell).is_dir()
-        if one is not None and here and one["pictures"] is None and wanted(cell.name):
+        if one is None or one["pictures"] is not None or not wanted(cell.name):
+            continue
+        if math.isfinite(final[cell.name]) and bench.run(cell).is_dir():
             print(f"{cell.name}: {judge(bench, family, cell, one)['pictures']}", flush=True)

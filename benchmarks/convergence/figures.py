@@ -49,14 +49,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def budget_ratio(
-    curves: Sequence[Sequence[Point]], targets: Sequence[float], budget: int
+    curves: Mapping[int, Sequence[Point]], targets: Mapping[int, float], budget: int
 ) -> dict[str, float] | None:
     """How many times fewer forward passes than `budget` reach the target of the same seed.
 
     The mean is that of the passes over the seeds, not of the ratios, which a single lucky seed
     would lift. None when a seed never gets there, or when there was nothing to reach.
+
+    Args:
+        curves, targets: by seed; seeds that are in one of both alone do not count.
     """
-    found = [crossing(*pair) for pair in zip(curves, targets, strict=False)]
+    found = [crossing(curves[seed], targets[seed]) for seed in sorted(curves.keys() & targets)]
     reached = [at for at in found if at is not None and at > 0]
     if len(reached) < len(found) or not reached:
         return None
@@ -89,17 +92,23 @@ class Style:
         return best is not None, best
 
     def _runs(self, family: str, results: Results) -> list[Result]:
-        """The seeds at that rate that did not diverge, in their order."""
+        """The finished seeds at that rate; none where one of them diverged."""
         known, exponent = self.exponent(family)
         one = self._families[family]
         names = [one.cell(self.name, exponent, seed).name for seed in range(one.seeds)]
-        finished = [
-            name for name in names if known and math.isfinite(self._final.get(name, math.inf))
-        ]
-        return [results[name] for name in finished]
+        finished = [name for name in names if known and name in self._final]
+        whole = all(math.isfinite(self._final[name]) for name in finished)
+        return [results[name] for name in finished] if whole else []
 
     def losses(self, family: str) -> list[float]:
-        return [loss_of(self._families[family], run) for run in self.runs[family]]
+        """Held-out losses as with the noise of the first seed: each seed's gain below the start."""
+        start = self.start
+        return [] if start is None else [start - gain for gain in self._gains(family)]
+
+    def _gains(self, family: str) -> list[float]:
+        """Each seed's own start less its own end."""
+        one = self._families[family]
+        return [run["curve"][0][1] - loss_of(one, run) for run in self.runs[family]]
 
     @property
     def start(self) -> float | None:
@@ -108,11 +117,10 @@ class Style:
         return float(firsts[0]["curve"][0][1]) if firsts else None
 
     def shares(self, family: str) -> dict[str, float] | None:
-        """Of the exact gradient's gain. A seed's gain is over its own start."""
-        runs, losses = self.runs[family], self.losses(family)
-        if not runs or self.best is None or self.start is None:
+        """Of the exact gradient's gain with the first seed's noise."""
+        gains = self._gains(family)
+        if not gains or self.best is None or self.start is None:
             return None
-        gains = [run["curve"][0][1] - loss for run, loss in zip(runs, losses, strict=True)]
         return spread([gain / (self.start - self.best) for gain in gains])
 
     def trained(self) -> bool:
@@ -125,14 +133,16 @@ class Style:
         if self._families[family].exact or self.reference is None or not self.trained():
             return None
         one = self._families[self.reference]
-        curves = [run["curve"] for run in self.runs[family]]
-        return budget_ratio(curves, self.losses(self.reference), one.steps * one.passes_of_step)
+        targets = {run["seed"]: loss_of(one, run) for run in self.runs[self.reference]}
+        curves = {run["seed"]: run["curve"] for run in self.runs[family]}
+        return budget_ratio(curves, targets, one.passes(one.steps))
 
     def figures(self) -> dict[str, Any]:
         return {
             "start_loss": self.start,
             "exact_loss": self.best,
             "reference": self.reference,
+            "reference_trained": self.trained(),
             "families": {name: self._of_family(name) for name, runs in self.runs.items() if runs},
         }
 
@@ -144,7 +154,6 @@ class Style:
             "share_of_exact_gain": self.shares(name),
             "times_fewer_passes": self.ratio(name),
             "pictures": next((run["pictures"] for run in runs if run["pictures"]), None),
-            "seconds": round(math.fsum(run["seconds"] for run in runs) / len(runs)),
         }
 
 

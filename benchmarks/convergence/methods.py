@@ -27,6 +27,7 @@ STEPS = 500
 BUDGET = STEPS * PASSES_OF_STEP
 EXACT_STEPS, EXACT_BATCH = 100, 16
 
+EXPONENTS = range(-24, 13)  # of √10, that a grid may grow to
 REFERENCES = ("paper_relative", "paper_absolute")
 OURS = ("subspace", "default")  # the demo's settings, and those of a model without directions
 EXACT = "first_order_dense"  # whose gain shares are shares of
@@ -53,12 +54,12 @@ class Family:
     def passes_of_step(self) -> int:
         return EXACT_BATCH if self.exact else PASSES_OF_STEP
 
-    @property
-    def passes_before(self) -> int:
-        """Forward passes of the calibration."""
+    def passes(self, step: int) -> int:
+        """Passes of one example until so many steps are done; a calibration comes before them."""
         batch = int(self.settings["data"]["batch_size"])
-        calibrated = bool(self.settings["train"]["calibrate_lr"])
-        return 3 * calibration_batches(batch) * batch if calibrated else 0
+        calibrated = step > 0 and bool(self.settings["train"]["calibrate_lr"])
+        before = 3 * calibration_batches(batch) * batch if calibrated else 0
+        return before + step * self.passes_of_step
 
     def at(self, exponent: int | None) -> tuple[str, Settings]:
         """The method's name and settings at a rate of the grid, or at its own."""
@@ -154,7 +155,7 @@ FinalLosses = Mapping[str, float]
 
 def by_exponent(family: Family, style: str, final: FinalLosses) -> dict[int, float]:
     """The losses of the first seed at all rates that were run."""
-    names = {exponent: family.cell(style, exponent, 0).name for exponent in range(-24, 13)}
+    names = {exponent: family.cell(style, exponent, 0).name for exponent in EXPONENTS}
     return {exponent: final[name] for exponent, name in names.items() if name in final}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.convergence.figures import Style, figures, geometric_mean
 from benchmarks.convergence.methods import BUDGET, FAMILIES, OURS, REFERENCES
-from benchmarks.convergence.results import RECORDED, Results, record, recorded, results_in
+from benchmarks.convergence.results import RECORDED, Results, merged, record, recorded, results_in
 from benchmarks.record import RESULTS, provenance, put_between_markers, write_results
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ SUMMARY = {
 }
 COLUMNS = (
     *("method", "rate", "seeds", "held-out loss", "share of the exact gain"),
-    *("times fewer passes", "style", "content", "seconds"),
+    *("times fewer passes", "style", "content"),
 )
 
 
@@ -82,12 +82,19 @@ def summary(found: Mapping[str, Any]) -> Iterator[str]:
         yield _row([data, *cells])
 
 
+def _absent(style: Mapping[str, Any]) -> str:
+    """Why a method has no number of passes."""
+    if style["reference"] is None or style["exact_loss"] is None:
+        return "no reference yet"
+    return "not reached" if style["reference_trained"] else "the reference did not train"
+
+
 def table_of(style: Mapping[str, Any]) -> Iterator[str]:
     """A row for each family of a style."""
     yield _row(COLUMNS)
     yield "|---" * len(COLUMNS) + "|"
     for name, one in style["families"].items():
-        reached = "" if FAMILIES[name].exact else "not reached"
+        reached = "" if FAMILIES[name].exact else _absent(style)
         yield _row(
             [
                 name,
@@ -98,26 +105,28 @@ def table_of(style: Mapping[str, Any]) -> Iterator[str]:
                 _with_range(one["times_fewer_passes"], ".1f", reached),
                 _change(one["pictures"], "style"),
                 _change(one["pictures"], "content"),
-                f"{one['seconds']}",
             ]
         )
 
 
-def table(found: Mapping[str, Any], machine: Mapping[str, Any], date: str) -> str:
+def table(found: Mapping[str, Any], recorded: Mapping[str, Any], date: str) -> str:
     """Markdown: the summary, a table for each style, and the methods."""
     ours = found["method_of_default"]
+    machine, threads = recorded["machine"], recorded["threads"]
     lines = [
-        f"Written by `python -m benchmarks.convergence report` on {date}; cells by `python -m "
-        f"benchmarks.convergence run --data FOLDER --work FOLDER` on {machine['processor']} "
-        f"({machine['cores']} cores), fp32, OMP_NUM_THREADS=1.",
+        f"Written by `python -m benchmarks.convergence report` on {date}; the newest cells by "
+        f"`{recorded['command']}` on {machine['processor']} ({machine['cores']} cores), "
+        f"{recorded['date']}, fp32, OMP_NUM_THREADS={threads}.",
         "",
     ]
     ratio = found["default_ratio"]
+    missing = ratio["missing"]
     if ratio["geometric_mean"]:
         lines += [
             f"**Ours (`{ours}` on styles, the default on text) needs "
             f"{ratio['geometric_mean']:.1f} times fewer forward passes than the reference, "
-            f"geometric mean over {', '.join(ratio['styles'])}.**",
+            f"geometric mean over {', '.join(ratio['styles'])}"
+            + (f"; missing or not reached: {', '.join(missing)}.**" if missing else ".**"),
             "",
         ]
     lines += summary(found)
@@ -176,7 +185,7 @@ def write_report(
     cells: Path = RECORDED,
 ) -> dict[str, Any]:
     """From the cells in `work` and those that were recorded, which are recorded together."""
-    results = recorded(cells) | results_in(work)
+    results = merged(recorded(cells), results_in(work))
     record(results, cells)
     found = with_text(figures(results, STYLES), json.loads(TEXT.read_text()))
     write_results("convergence", found, folder)
@@ -184,7 +193,7 @@ def write_report(
     newest = max(
         (one["provenance"] for one in results.values()), key=lambda one: one["date"], default=now
     )
-    content = table(found, newest["machine"], now["date"])
+    content = table(found, newest, now["date"])
     document.write_text(put_between_markers(document.read_text(), content, BEGIN, END))
     plot(results, picture)
     return found

@@ -17,15 +17,35 @@ Results = dict[str, Result]
 
 
 def results_in(work: Path, families: Families = FAMILIES) -> Results:
-    """One whose settings are no longer its family's does not count."""
+    """Those of whole runs by the families' settings; one that diverged has no curve."""
     found = (read_json(path) for path in sorted((work / "cells").glob("*/*.json")))
-    return {one["cell"]: one for one in found if _is_current(one, families)}
+    return {one["cell"]: one for one in found if _counts(one, families)}
 
 
 def recorded(file: Path = RECORDED) -> Results:
     """Those in the repository; none without the file."""
     cells = json.loads(file.read_text())["cells"] if file.exists() else []
-    return {one["cell"]: one for one in cells if _is_current(one, FAMILIES)}
+    return {one["cell"]: one for one in cells if _counts(one, FAMILIES)}
+
+
+def merged(first: Results, second: Results) -> Results:
+    """All of both; where both have a cell the second's, unless the first's pictures alone were
+    judged.
+
+    Raises:
+        ValueError: cells of one style were trained or judged on other images, or other weights.
+    """
+    judged = {name for name, one in first.items() if one["pictures"] and name in second}
+    whole = first | second | {n: first[n] for n in judged if not second[n]["pictures"]}
+    inputs: dict[str, str] = {}
+    for name, one in whole.items():
+        style = name.partition("/")[0]
+        if inputs.setdefault(style, one["inputs"]) != one["inputs"]:
+            raise ValueError(
+                f"{name} has other images or another model than the other cells of {style}; "
+                "run it again, in another work folder"
+            )
+    return whole
 
 
 def record(results: Results, file: Path = RECORDED) -> None:
@@ -34,12 +54,13 @@ def record(results: Results, file: Path = RECORDED) -> None:
     file.write_text(f'{{"cells": [\n{lines}\n]}}\n')
 
 
-def _is_current(result: Result, families: Families) -> bool:
-    family = families.get(result["family"])
+def _counts(result: Result, families: Families) -> bool:
+    family = families.get(result.get("family", ""))
     if family is None:
         return False
     now = family.settings | {"train": family.settings["train"] | {"lr": result["lr"]}}
-    return bool(result["settings"] == json.loads(json.dumps(now)))
+    whole = not result["curve"] or result["curve"][-1][0] == family.passes(family.steps)
+    return whole and bool(result["settings"] == json.loads(json.dumps(now)))
 
 
 def final_losses(results: Results, families: Families = FAMILIES) -> dict[str, float]:

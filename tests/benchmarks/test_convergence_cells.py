@@ -118,20 +118,24 @@ def test_a_folder_of_ones_own_is_compared_and_goes_on_where_it_was(squares, tmp_
     assert [spent for spent, _ in default["curve"]] == [0, 64 + calibration, 128 + calibration]
     monkeypatch.setattr(cells, "run_cell", lambda *_: pytest.fail("ran a finished cell"))
     assert folder.compare(squares, 4 * 32, 2, work)["default"] == found["default"]
+    (squares / "3.txt").write_text("another caption")
+    with pytest.raises(ValueError, match="has other images or weights; give another work folder"):
+        folder.compare(squares, 4 * 32, 2, work)
 
 
 @pytest.mark.usefixtures("small_tiny", "short")
 def test_a_folder_too_small_to_hold_out_some_is_refused(images, tmp_path):
     with pytest.raises(ValueError, match="a run holds out some of 20 different images"):
         folder.compare(images, 4 * 32, 1, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.usefixtures("small_tiny")
-def test_a_run_that_diverges_has_no_curve_and_never_wins(images, tmp_path):
+def test_a_run_that_diverges_has_no_curve_and_never_wins(squares, tmp_path):
     family = FAMILIES["paper_relative"]
     wild = replace(family, settings=changed(family.settings, train__lr=1e30), steps=12, grid=())
-    bench = folder.bench_of(images, tmp_path / "work")
-    cell = wild.cell(images.name, None, 0)
+    bench = folder.bench_of(squares, tmp_path / "work")
+    cell = wild.cell(squares.name, None, 0)
     result = cells.run_cell(bench, wild, cell, wild.settings, "a command")
     assert loss_of(wild, result) == math.inf
     # no NaN, which is not JSON
@@ -139,10 +143,10 @@ def test_a_run_that_diverges_has_no_curve_and_never_wins(images, tmp_path):
 
 
 @pytest.mark.usefixtures("small_tiny")
-def test_a_run_that_is_stopped_is_no_result(images, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_is_no_result(squares, tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.content.cells.training.run", lambda *_: {"stopped": True})
-    family, bench = FAMILIES["default"], folder.bench_of(images, tmp_path / "work")
-    cell = family.cell(images.name, None, 0)
+    family, bench = FAMILIES["default"], folder.bench_of(squares, tmp_path / "work")
+    cell = family.cell(squares.name, None, 0)
     with pytest.raises(KeyboardInterrupt):
         cells.run_cell(bench, family, cell, family.settings, "a command")
     assert not bench.result(cell).exists()

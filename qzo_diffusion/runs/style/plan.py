@@ -136,7 +136,7 @@ def make_plan(config: Config, dry_run: bool = False) -> StylePlan:
             "a folder of images, or a score of pictures",
             "pass --style-dir DIR, or --reward NAME with --prompts FILE",
         )
-    check_subspace(config.qzo.subspace)  # refused before a folder is made
+    check_subspace(config.qzo.subspace)  # before a folder is made, by its header
     if config.qzo.subspace is not None:
         report(f"directions: sums of those in {config.qzo.subspace}")
     folder, shape = model_of(config, dry_run)
