@@ -115,7 +115,9 @@ def signed_sum(packed: Tensor, amounts: Sequence[float], numel: int) -> Tensor:
 
 
 def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
-    """Sum by matrix products, in parts: all signs would take 64 times the memory of their bits."""
+    """Add Σ whole[i] · z_i to `into` [numel] by matrix products, in parts: all signs would take 64
+    times the memory of their bits.
+    """
     amounts = torch.tensor(whole, dtype=torch.float64).to(into.device)
     for first in range(0, len(into), 2**17):
         place = slice(first, min(first + 2**17, len(into)))
@@ -127,9 +129,9 @@ def _sum_by_product_(packed: Tensor, whole: Sequence[float], into: Tensor) -> No
 
 
 def _sum_by_table_(packed: Tensor, whole: Sequence[float], into: Tensor) -> None:
-    """Sum eight amounts by one look-up: their eight signs, as a byte, select one of 256 sums.
+    """Write Σ whole[i] · z_i into `into` [numel] by look-ups, the faster way on a CPU.
 
-    The faster way on a CPU.
+    The signs of eight amounts are a byte, which selects one of 256 sums.
     """
     rows = packed.numpy()
     missing = -len(whole) % 8  # rows with amount 0

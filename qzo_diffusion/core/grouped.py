@@ -67,7 +67,7 @@ class _Probe(NamedTuple):
     radii: tuple[float, ...]
 
     def groups(self, token_wise: bool) -> int:
-        """The number of patch groups or examples that have their own θ."""
+        """The number of θ in one forward: radii · directions, times patch groups if token-wise."""
         return (
             len(self.radii)
             * len(self.directions)
@@ -76,9 +76,9 @@ class _Probe(NamedTuple):
 
 
 class Grouped:
-    """Scales as factors by layer, row or block column.
+    """Trains θ, the logs of the factors that multiply scales by layer, row or block column.
 
-    `by_axis` holds them: "row", and "row.pointwise" for token-wise layers, each [n] in the order of
+    `by_axis` holds θ: "row", and "row.pointwise" for token-wise layers, each [n] in the order of
     the layers.
 
     Args:
@@ -140,11 +140,12 @@ class Grouped:
 
     @property
     def rounds(self) -> bool:
-        """Whether θ is rounded when layers take it, as that of integer codes is."""
+        """Whether the stored numbers times their factors are rounded, as integer codes are."""
         return self._stored.rounds
 
     @property
     def in_subspace(self) -> bool:
+        """Whether z is drawn from a subspace; θ itself may lie outside it."""
         return bool(self._subspaces)
 
     def templates(self) -> dict[str, Tensor]:
@@ -286,20 +287,24 @@ class Grouped:
 
     def _coefficients(self, key: str, directions: Sequence[Direction]) -> Tensor:
         """Coefficients [groups, k] of the directions of a subspace, for one radius."""
-        like, each = self._drawn(key), self._kinds[key].token_wise
+        like, each = self._template(key), self._kinds[key].token_wise
         if directions[0].distribution == "gaussian":
             return torch.cat([one.z(key, like, each).view(-1, len(like)) for one in directions])
         packed = self._packed(key, directions, keep=True)
         return select(packed, [(1.0, -1.0)], like.dtype, 0, len(like))[0]
 
-    def _drawn(self, key: str) -> Tensor:
-        """Zeros in the shape of the numbers that are drawn: θ, or the coefficients."""
+    def _template(self, key: str) -> Tensor:
+        """A tensor whose shape, dtype and device a draw takes: θ itself [n], or zeros [k] for the
+        coefficients in a subspace.
+        """
         theta, subspace = self.by_axis[key], self._subspaces.get(key)
         return theta if subspace is None else theta.new_zeros(subspace.count)
 
     def _packed(self, key: str, directions: Sequence[Direction], keep: bool) -> Tensor:
-        """The bits of the signs, [directions · patch groups, bytes]."""
-        theta, each = self._drawn(key), self._kinds[key].token_wise
+        """The packed signs of θ, or of its coefficients in a subspace: [directions, bytes], times
+        patch groups if token-wise. `keep` them for the next call.
+        """
+        theta, each = self._template(key), self._kinds[key].token_wise
 
         def drawn(direction: Direction) -> PackedBits:
             return direction.packed(key, theta.numel(), each)
@@ -313,7 +318,7 @@ class Grouped:
     def combined(
         self, name: str, directions: Sequence[Direction], amounts: Sequence[float]
     ) -> Tensor:
-        kind, like, subspace = self._kinds[name], self._drawn(name), self._subspaces.get(name)
+        kind, like, subspace = self._kinds[name], self._template(name), self._subspaces.get(name)
         if not kind.token_wise:
             amounts = _per_direction(directions, amounts)
         if directions[0].distribution == "rademacher":
@@ -338,6 +343,7 @@ class Grouped:
         self.by_axis[name].add_(delta)
 
     def merge_(self) -> None:
+        """Multiply the factors into the live scales, and set θ to zero."""
         override = self.perturbed()
         assert override is not None
         for chunk in self.scales.chunks():

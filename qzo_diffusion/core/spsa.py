@@ -130,11 +130,12 @@ def estimate(
     probing: Probing,
     sum_over_ranks: SumOverRanks = no_reduce,
 ) -> Estimate:
-    """Estimate the directional derivatives of the mean loss by forward passes alone.
+    """Estimate the derivative of a loss along each direction by forward passes alone.
 
     Antithetic probing makes two forward passes of the batch for each direction, leave-one-out
-    makes one. All examples share the directions, or each example has its own (`per_example`): the
-    mean of d_i z_i over B examples has as little as 1/B of the variance of one shared direction.
+    makes one. All examples share the directions and the loss is the batch's mean, or each example
+    has its own directions and loss (`per_example`): the mean of d_i z_i over B examples has as
+    little as 1/B of the variance of one shared direction.
     Where directions have patch groups, token-wise layers are probed for each patch group of each
     example against that group's loss (`core.grouped`). The scales stay bit for bit as they were,
     also when `objective` raises.
@@ -200,7 +201,7 @@ def _of_each_example(
     directions: Sequence[Direction],
     sum_over_ranks: SumOverRanks,
 ) -> list[list[float]]:
-    """Losses [radius][direction and patch group], where each example has its own directions."""
+    """Losses of all processes, [radius][directions · examples · patch groups]."""
     patch_groups, examples = directions[0].patch_groups, batch.whole
     found = [[0.0] * (len(directions) * patch_groups) for _ in probes.radii]
     start = batch.first_example
@@ -294,11 +295,12 @@ def _from_losses(
 def _within_examples(
     found: Estimate, left_out: Sequence[bool], probing: Probing, examples: int, leading: int
 ) -> Estimate:
-    """The estimate with derivatives that are normalised within each example, then as usual."""
+    """Divide the derivatives of an estimate by the rms of their own example."""
     measured = zip(found.directional_derivative, left_out, strict=True)
     derivatives = [0.0 if out else d for d, out in measured]
+    clipped = [clip_directional_derivative(d, probing.clip_threshold) for d in derivatives]
     smallest = ROUNDING * max(map(abs, found.loss_plus)) / probing.eps
-    projected = normalised(derivatives, smallest, examples, leading)
+    projected = normalised(clipped, smallest, examples, leading)
     if probing.normalize:
         unit = rms(projected) or 1.0
         projected = [g / unit for g in projected]

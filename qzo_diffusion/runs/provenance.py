@@ -17,7 +17,7 @@ from qzo_diffusion.core.errors import JournalError
 from qzo_diffusion.core.journal import Journal
 from qzo_diffusion.runs.former import remedy_for
 from qzo_diffusion.runs.publish import published_model
-from qzo_diffusion.runs.subspace import identity
+from qzo_diffusion.runs.subspace import file_hash
 
 # How signs are drawn and applied. 1 drew those of rows layer by layer; 2 added every direction to θ
 # in turn.
@@ -170,4 +170,4 @@ def _named_if_given(config: RunConfig) -> dict[str, Any]:
     if config.qzo.subspace is None:
         return own
     named = config.qzo.subspace
-    return own | {"subspace": identity(named), "subspace_file": named}
+    return own | {"subspace": file_hash(named), "subspace_file": named}

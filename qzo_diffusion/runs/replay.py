@@ -15,7 +15,7 @@ from qzo_diffusion.core.optimizer import Optimizer
 from qzo_diffusion.core.parametrization import Parametrization, tuned_scales
 from qzo_diffusion.runs import provenance
 from qzo_diffusion.runs.calibration import ROOM
-from qzo_diffusion.runs.subspace import identity
+from qzo_diffusion.runs.subspace import file_hash
 from qzo_diffusion.system.files import ANOTHER, check_empty, unfinished
 from qzo_diffusion.train.run_folder import RunFolder
 
@@ -69,7 +69,7 @@ def replay(journal: Journal, base: Base, to_step: int | None, output_dir: Path) 
     provenance.check_journal_fits(
         journal,
         {**journal.header, "codes": base.codes, "initial_scales": base.initial}
-        | {"subspace": identity(base.config.qzo.subspace)},
+        | {"subspace": file_hash(base.config.qzo.subspace)},
     )
     started = time.perf_counter()
     steps = replay_(journal, base.theta, base.optimizer, to_step=to_step)

@@ -31,7 +31,7 @@ def path_of(name: str) -> Path:
 
 
 def check_subspace(name: str | None) -> None:
-    """See from its header that the file holds directions.
+    """See from the file's header that it holds matrices alone, [k, rows] by layer.
 
     Raises:
         ConfigError: there is no such file, or it holds something else.
@@ -77,8 +77,8 @@ def _not_directions(name: str, problem: str) -> ConfigError:
     )
 
 
-def identity(name: str | None) -> str | None:
-    """Return a hash of the file, which a journal's scalars belong to."""
+def file_hash(name: str | None) -> str | None:
+    """Return the SHA-256 of the file, by which a replay sees that it has the journal's file."""
     return None if name is None else hashlib.sha256(path_of(name).read_bytes()).hexdigest()
 
 

@@ -115,7 +115,7 @@ class Setup(Generic[Batch]):
 
 
 class StepGivenUp(Exception):
-    """Raised by `take_step` for a step that was asked to end before anything changed."""
+    """`take_step` raises this to end the run before the step has changed θ."""
 
 
 TakeStep = Callable[[Setup[Any], StepBatch[Any], int], StepRecord]

@@ -55,6 +55,18 @@ def test_every_example_has_derivatives_of_rms_one(estimator):
         )
 
 
+def test_derivatives_are_clipped_before_they_are_normalised():
+    plain = measured()
+    threshold = 0.5 * max(map(abs, plain.directional_derivative))
+    found = measured(clip_threshold=threshold)
+    assert any(found.clipped)
+    for example in range(EXAMPLES):
+        kept = of_example(plain.directional_derivative, example).clamp(-threshold, threshold)
+        expected = kept / kept.square().mean().sqrt()
+        own = of_example(found.projected_grad, example)
+        assert own.tolist() == pytest.approx(expected.tolist())
+
+
 def test_the_unit_of_an_example_does_not_count():
     plain, scaled = measured(), measured(change=factors(1.0, 1e4, 1e-3))
     assert scaled.projected_grad == pytest.approx(plain.projected_grad, rel=1e-6)

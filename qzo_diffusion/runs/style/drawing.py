@@ -19,7 +19,11 @@ from qzo_diffusion.runs.style.levels import for_samples
 
 @dataclass
 class Drawing:
-    """sampled: the transformer, as pictures are made with it."""
+    """The parts of a model that make pictures, and the encoded texts.
+
+    sampled: the transformer that samplers call; with `sample.tuned_between` it has the base's
+    scales at other noise levels.
+    """
 
     config: Config
     runtime: pipeline.Runtime
