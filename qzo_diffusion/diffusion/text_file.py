@@ -17,14 +17,15 @@ def decode(data: bytes) -> tuple[str, str | None]:
     """Return the text, and the name of its encoding if that is not UTF-8.
 
     Without a mark, UTF-8 is tried first. Bytes that would be control characters in it are read as
-    UTF-16.
+    UTF-16, but for a few in a text that is UTF-8 otherwise: UTF-16 has a NUL beside every letter.
     """
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             name = None if encoding == "utf-8-sig" else encoding.upper()
             return data.decode(encoding, errors="replace"), name
     text, name = _of_single_bytes(data)
-    if has_controls(text) and (wide := _utf_16(data)) is not None:
+    strays = name is None and 3 * sum(map(_is_control, text)) < len(text)
+    if has_controls(text) and not strays and (wide := _utf_16(data)) is not None:
         return wide, "UTF-16 without a mark"
     return text, name
 
@@ -63,4 +64,8 @@ def _utf_16(data: bytes) -> str | None:
 
 def has_controls(text: str) -> bool:
     """Return whether a text holds NUL or other control characters apart from white space."""
-    return any(character < " " and character not in _WHITE for character in text)
+    return any(map(_is_control, text))
+
+
+def _is_control(character: str) -> bool:
+    return character < " " and character not in _WHITE

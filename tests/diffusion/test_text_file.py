@@ -45,3 +45,8 @@ def test_what_windows_has_not_is_latin() -> None:
 def test_only_line_ends_end_a_line() -> None:
     text = "a\u2028b\r\nc\x85d\x0ce\x0bf\x1cg\rh\u2029i\n"
     assert split_lines(text) == ["a\u2028b", "c\x85d\x0ce\x0bf\x1cg", "h\u2029i", ""]
+
+
+def test_a_stray_nul_leaves_a_text_in_utf_8():
+    assert decode(b"red\x00 apple, water colour\n") == ("red\x00 apple, water colour\n", None)
+    assert decode("süß\x00er Apfel".encode()) == ("süß\x00er Apfel", None)
