@@ -29,6 +29,7 @@ from qzo_diffusion.config.files import make_config
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.llm.causal_lm import CausalLm
 from qzo_diffusion.runs.llm.methods import load_base
+from qzo_diffusion.system.reading import read_json
 
 TRANSFORMS = ("none", "hadamard", "kurtail", "flatquant")
 LEARNED = ("kurtail", "flatquant")
@@ -113,9 +114,10 @@ VERBS: Mapping[str, Callable[[str, argparse.Namespace], Any]] = {
 }
 
 
-def figures(cells: Cells) -> dict[str, Any]:
-    """The keys of comparison.json, from the cells that are finished."""
-    rows = {name: cells[name] for name in TRANSFORMS if name in cells}
+def figures(recorded: Cells, cells: Cells) -> dict[str, Any]:
+    """The keys of comparison.json, from what is recorded and from the cells that are finished."""
+    both = {name: recorded.get(name, {}) | cells.get(name, {}) for name in TRANSFORMS}
+    rows = {name: row for name, row in both.items() if row}
     measured = {name: row["w4a4"] for name, row in rows.items() if "w4a4" in row}
     return {"perplexity_w4a4": measured, "rotations": rows}
 
@@ -139,16 +141,16 @@ def main() -> None:
     options.model = options.model or smollm2()
     write_calibration(options.data, options.cache)
     file = options.cache / "cells.json"
+    cells: Cells = json.loads(file.read_text()) if file.exists() else {}
     for transform in options.transforms.split(","):
-        cells: Cells = json.loads(file.read_text()) if file.exists() else {}
-        if options.verb in (row := cells.setdefault(transform, {})):
-            continue
-        row[options.verb] = VERBS[options.verb](transform, options)
-        print(transform, row, file=sys.stderr, flush=True)
-        file.write_text(json.dumps(cells, indent=1))
-        update_results(
-            "comparison", f"rotations {options.verb}", figures(cells), {}, options.results
-        )
+        if options.verb not in (row := cells.setdefault(transform, {})):
+            row[options.verb] = VERBS[options.verb](transform, options)
+            print(transform, row, file=sys.stderr, flush=True)
+            file.write_text(json.dumps(cells, indent=1))
+        known = options.results / "comparison.json"
+        recorded = read_json(known).get("rotations", {}) if known.exists() else {}
+        found, part = figures(recorded, cells), f"rotations {options.verb}"
+        update_results("comparison", part, found, {"dtype": options.dtype}, options.results)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def test_every_width_is_measured(tmp_path, monkeypatch):
     model = save_tiny_llama(tmp_path / "model")
     articles = [{"paragraphs": [{"context": "It was a good film. " * 9}]}]
     (tmp_path / "xquad.en.json").write_text(json.dumps({"data": articles}))
-    options = argparse.Namespace(data=tmp_path, model=model, cache=tmp_path, windows=2)
+    options = argparse.Namespace(
+        data=tmp_path, model=model, cache=tmp_path, windows=2, dtype="bfloat16"
+    )
     rounded, plain = (rotations.VERBS[width]("hadamard", options) for width in rotations.INPUTS)
     assert rounded != plain
 
@@ -38,9 +40,16 @@ def test_figures_hold_the_rows_that_are_finished():
         "none": {"w4a16": 2.0, "w4a4": 9.0, "sst2": {"steps": 5}},
         "kurtail": {"sst2": {}},
     }
-    found = rotations.figures(cells)
+    found = rotations.figures({}, cells)
     assert found["perplexity_w4a4"] == {"none": 9.0, "hadamard": 3.0}
-    assert list(found["rotations"]) == ["none", "hadamard", "kurtail"]
+    assert list(found["rotations"]) == ["none", "hadamard"]
+
+
+def test_figures_that_were_recorded_stay():
+    recorded = {"none": {"w4a16": 2.0, "w4a4": 9.0}, "kurtail": {"w4a4": 4.0}}
+    found = rotations.figures(recorded, {"none": {"w4a4": 8.0, "sst2": {"steps": 5}}})
+    assert found["perplexity_w4a4"] == {"none": 8.0, "kurtail": 4.0}
+    assert found["rotations"]["none"] == {"w4a16": 2.0, "w4a4": 8.0, "sst2": {"steps": 5}}
 
 
 def test_the_calibration_text_is_of_passages(tmp_path):
