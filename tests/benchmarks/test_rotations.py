@@ -42,7 +42,7 @@ def test_figures_hold_the_rows_that_are_finished():
     }
     found = rotations.figures({}, cells)
     assert found["perplexity_w4a4"] == {"none": 9.0, "hadamard": 3.0}
-    assert list(found["rotations"]) == ["none", "hadamard"]
+    assert list(found["rotations"]) == ["none", "hadamard", "kurtail"]
 
 
 def test_figures_that_were_recorded_stay():
