@@ -165,6 +165,7 @@ FIGURES = [
         "{:.1f}",
     ),
     ("convergence", "speedup.fluent_mono", "passes of the reference", "{:.1f}"),
+    ("convergence", "speedup_by_rows.fluent_mono", "the same by every row", "{:.1f}"),
     ("convergence", "speedup.sst2", "passes of the reference", "{:.1f}"),
 ]
 

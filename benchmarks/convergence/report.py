@@ -11,8 +11,10 @@ from typing import Any
 
 from benchmarks.convergence.figures import Style, figures, geometric_mean
 from benchmarks.convergence.methods import BUDGET, FAMILIES, OURS, REFERENCES
+from benchmarks.convergence.pictures import sheet
 from benchmarks.convergence.results import RECORDED, Results, merged, record, recorded, results_in
 from benchmarks.record import RESULTS, provenance, put_between_markers, write_results
+from qzo_diffusion.diffusion.sampling import save_picture
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT, PLOT = ROOT / "docs/convergence.md", ROOT / "docs/images/convergence.png"
@@ -140,7 +142,9 @@ def table(found: Mapping[str, Any], recorded: Mapping[str, Any], date: str) -> s
 
 
 def plot(results: Results, path: Path) -> None:
-    """A panel per style: the held-out loss at the rate compared, mean and range over the seeds."""
+    """A panel per style: the held-out loss at the rate compared, mean and range over the seeds, all
+    from the first seed's start.
+    """
     os.environ.setdefault("MPLBACKEND", "Agg")
     from matplotlib.figure import Figure
 
@@ -149,10 +153,15 @@ def plot(results: Results, path: Path) -> None:
     lines: dict[str, Any] = {}
     for panel, name in zip(panels, STYLES, strict=True):
         style = Style(name, results)
+        if style.start is None:
+            panel.set_title(f"{name}: no cell is finished")
+            panel.set_axis_off()
+            continue
         panel.set_title(name)
         for at, (family, runs) in enumerate(style.runs.items()):
             if runs:
-                lines[family] = _draw(panel, family, at, [run["curve"] for run in runs])
+                curves = [from_start(run["curve"], style.start) for run in runs]
+                lines[family] = _draw(panel, family, at, curves)
         panel.set_xscale("symlog", linthresh=320)
         panel.set_xlim(0, BUDGET)
     figure.supxlabel(
@@ -164,6 +173,11 @@ def plot(results: Results, path: Path) -> None:
         figure.legend(list(lines.values()), list(lines), **at_top)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def from_start(curve: Sequence[Any], start: float) -> list[tuple[int, float]]:
+    """A seed's curve as with the noise of the first seed, whose loss at the start is `start`."""
+    return [(passes, loss - curve[0][1] + start) for passes, loss in curve]
 
 
 def _draw(panel: Any, family: str, at: int, curves: Sequence[Sequence[Any]]) -> Any:
@@ -196,4 +210,8 @@ def write_report(
     content = table(found, newest, now["date"])
     document.write_text(put_between_markers(document.read_text(), content, BEGIN, END))
     plot(results, picture)
+    for style in STYLES:
+        drawn = sheet(work, style, results)
+        if drawn is not None:
+            save_picture(drawn, picture.with_name(f"{picture.stem}_{style}.png"))
     return found
