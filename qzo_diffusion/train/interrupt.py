@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from qzo_diffusion.system.signals import handled
+
 
 @contextmanager
 def stop_on_signal(report: Callable[[str], None]) -> Iterator[threading.Event]:
@@ -15,9 +17,6 @@ def stop_on_signal(report: Callable[[str], None]) -> Iterator[threading.Event]:
     Outside the main thread, where Python allows no handlers, the event is never set.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
 
     def request(_number: int, _frame: FrameType | None) -> None:
         if event.is_set():
@@ -25,9 +24,5 @@ def stop_on_signal(report: Callable[[str], None]) -> Iterator[threading.Event]:
         event.set()
         report("\nstopping after this step; once more to stop at once")
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled([signal.SIGINT, signal.SIGTERM], request):
         yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
