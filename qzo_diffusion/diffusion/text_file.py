@@ -24,8 +24,9 @@ def decode(data: bytes) -> tuple[str, str | None]:
             name = None if encoding == "utf-8-sig" else encoding.upper()
             return data.decode(encoding, errors="replace"), name
     text, name = _of_single_bytes(data)
-    strays = name is None and 3 * sum(map(_is_control, text)) < len(text)
-    if has_controls(text) and not strays and (wide := _utf_16(data)) is not None:
+    controls = sum(map(_is_control, text))
+    strays = name is None and 3 * controls < len(text)
+    if controls and not strays and (wide := _utf_16(data)) is not None:
         return wide, "UTF-16 without a mark"
     return text, name
 

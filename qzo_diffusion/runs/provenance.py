@@ -59,6 +59,14 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             f"format {JOURNAL_FORMAT}",
             "use the version that wrote it",
         )
+    for key in _RESOLVED:
+        if journal.header.get(key) != header.get(key):
+            raise JournalError(
+                f"a journal with {key} = {journal.header.get(key)!r}",
+                f"{header.get(key)!r}, as the model and the settings have it here",
+                remedy_for(journal.header.get("codes"), header.get("codes"))
+                or "give the model, quantization and settings that the journal was written with",
+            )
     if journal.header.get("subspace") != header.get("subspace"):
         own = journal.header.get("subspace_file")
         raise JournalError(
@@ -68,14 +76,6 @@ def check_journal_fits(journal: Journal, header: dict[str, Any]) -> None:
             if own
             else "give qzo.subspace=null",
         )
-    for key in _RESOLVED:
-        if journal.header.get(key) != header.get(key):
-            raise JournalError(
-                f"a journal with {key} = {journal.header.get(key)!r}",
-                f"{header.get(key)!r}, as the model and the settings have it here",
-                remedy_for(journal.header.get("codes"), header.get("codes"))
-                or "give the model, quantization and settings that the journal was written with",
-            )
 
 
 def scales_metadata(config: RunConfig, codes: str) -> dict[str, str]:
