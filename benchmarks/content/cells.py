@@ -225,15 +225,15 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": found["step"],
         "loss": {"start": loss["base"], "final": loss["tuned"], "n": loss["n"]},
-        "content": _before_and_after(clip, clip["base_mean"], clip["mean"]),
-        "style": _before_and_after(style, style["base_mean"], style["mean"]),
-        "kid": _before_and_after(kid, kid["base"], kid["value"]),
+        "content": before_and_after(clip, clip["base_mean"], clip["mean"]),
+        "style": before_and_after(style, style["base_mean"], style["mean"]),
+        "kid": before_and_after(kid, kid["base"], kid["value"]),
         "verdict": found["sentence"],
         "signal": {key: exact.get(key) for key in ("cosine", "expected")},
     }
 
 
-def _before_and_after(found: Mapping[str, Any], base: float, tuned: float) -> dict[str, Any]:
+def before_and_after(found: Mapping[str, Any], base: float, tuned: float) -> dict[str, Any]:
     return {"base": base, "tuned": tuned, "delta_ci95": found["delta_ci95"]}
 
 

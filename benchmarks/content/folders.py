@@ -22,7 +22,6 @@ from qzo_diffusion.system.files import write_whole
 
 STYLE_WORDS = {
     "fluent_mono": "mono style",
-    "openmoji": "openmoji style",
     "fluent3d": "3d style",
     "twemoji": "twemoji style",
 }

@@ -6,8 +6,8 @@
 
 `run` works through the cells that are not finished, then judges pictures; the same command goes on
 where it was stopped. `report` writes convergence.json, the table of docs/convergence.md and its
-plot, from the cells of WORK and those that are recorded. With --style-dir the same comparison is
-made on any folder of captioned images."""
+plot, from the cells of WORK and those that are recorded. With --style-dir the losses of all methods
+are compared on any folder of captioned images."""
 
 import argparse
 import json

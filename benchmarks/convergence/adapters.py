@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.content.cells import Curve
+from benchmarks.content.cells import Curve, before_and_after
 from qzo_diffusion import resources
 from qzo_diffusion.config.files import make_config
 from qzo_diffusion.core.absolute import DenseAbsolute
@@ -18,7 +18,7 @@ from qzo_diffusion.core.errors import TrainingDiverged
 from qzo_diffusion.core.optimizer import Adam
 from qzo_diffusion.core.spsa import mean_loss
 from qzo_diffusion.diffusion.masks import visible_image
-from qzo_diffusion.evaluate import clip_score, intervals, style
+from qzo_diffusion.evaluate import clip_score, style
 from qzo_diffusion.evaluate.scorer import load_scorer
 from qzo_diffusion.llm.baselines import add_lora_, lora_gradient, lora_theta
 from qzo_diffusion.runs.style import evaluation
@@ -87,19 +87,11 @@ def _scores(plan: StylePlan, drawn: dict[str, Any]) -> dict[str, Any]:
     scorer = load_scorer(
         default_scorer(plan.model_folder), plan.device, resources.embedded_scorer()
     )
-    features = {state: scorer.image_features(pictures) for state, pictures in drawn.items()}
-    texts = scorer.text_features([content_of(one, plan) for one in plan.sample_prompts])
+    base, tuned = (scorer.image_features(drawn[state]) for state in ("base", "tuned"))
     trained = scorer.image_features([visible_image(sample) for sample in plan.style.train])
-    found = {}
-    for key, of in (
-        ("content", lambda one: clip_score.cosines(one, texts)),
-        ("style", lambda one: style.similarity(one, trained)),
-    ):
-        base, tuned = of(features["base"]), of(features["tuned"])
-        change = intervals.paired(tuned, base)
-        found[key] = {
-            "base": change["base_mean"],
-            "tuned": sum(tuned) / len(tuned),
-            "delta_ci95": change["delta_ci95"],
-        }
-    return found
+    contents = [content_of(one, plan) for one in plan.sample_prompts]
+    content = clip_score.score(scorer, tuned, contents, base)
+    names = [sample.id for sample in plan.style.train]
+    of_style = style.score(style.Pictures(tuned, base, None), trained, names, trained[:0])
+    found: dict[str, Any] = {"content": content, "style": of_style["similarity"]}
+    return {key: before_and_after(one, one["base_mean"], one["mean"]) for key, one in found.items()}

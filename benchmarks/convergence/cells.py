@@ -23,10 +23,10 @@ from benchmarks.convergence.results import (
     Result,
     Results,
     final_losses,
+    joined,
     loss_of,
     results_in,
 )
-from benchmarks.convergence.results import merged as merged_results
 from benchmarks.record import provenance
 from qzo_diffusion import resources
 from qzo_diffusion.core.errors import TrainingDiverged
@@ -41,7 +41,6 @@ def run_cell(bench: Bench, family: Family, cell: Cell, settings: Settings, comma
     """
     began, pictures = time.perf_counter(), None
     folder = bench.folder(cell.folder)
-
     try:
         if "adapters" in settings:
             own = on_folder(folder, bench.work / "cache", cell.seed, cell.steps)
@@ -70,7 +69,7 @@ def run_cell(bench: Bench, family: Family, cell: Cell, settings: Settings, comma
 def inputs_of(folder: StyleFolder) -> str:
     """A hash of the images with their captions, and of the embedded model's weights."""
     places = [folder.train, folder.held_out, resources.tiny_model() / "transformer"]
-    files = [file for place in places if place for file in sorted(place.iterdir())]
+    files = [file for place in places for file in sorted(place.iterdir())]
     found = hashlib.sha256()
     for file in files:
         found.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
@@ -115,7 +114,7 @@ def run_open(
         if name.startswith(f"{style}/") and one["inputs"] != inputs:
             raise ValueError(f"{name} has other images or weights; give another work folder")
     here = {name: one for name, one in known.items() if one["inputs"] == inputs}
-    results = merged_results(here, found)
+    results = joined(here, found)
     while True:
         final = final_losses(results, families)
         cells = [one for one in open_cells(style, final, families) if wanted(one[1].name)]

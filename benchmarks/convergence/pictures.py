@@ -11,8 +11,7 @@ from benchmarks.convergence.results import Results
 from qzo_diffusion.diffusion.sampling import grid
 from qzo_diffusion.runs.style.evaluate import Place
 
-COLUMNS = {
-    "paper_relative": "reference",
+TITLES = {
     "default": "every row",
     "subspace": "subspace",
     "first_order": "exact, rows",
@@ -26,15 +25,18 @@ def sheet(work: Path, style: str, results: Results) -> Image.Image | None:
     """The base's pictures and those of each method; None where a method's are not in `work`."""
     columns = [pictures_in(work / "base" / style)]
     known = Style(style, results)
-    for family in COLUMNS:
+    if known.reference is None:
+        return None
+    titles = {known.reference: "reference", **TITLES}
+    for family in titles:
         runs = [run for run in known.runs[family] if run["seed"] == 0 and run["pictures"]]
         folder = _folder(work / "runs" / runs[0]["cell"], family) if runs else None
         if folder is None or not folder.is_dir():
             return None
         columns.append(pictures_in(folder))
     places = [at * len(columns[0]) // SHOWN for at in range(SHOWN)]
-    titles = ["base", *COLUMNS.values()]
-    return grid([[column[at] for at in places] for column in columns], titles)
+    shown = [[column[at] for at in places] for column in columns]
+    return grid(shown, ["base", *titles.values()])
 
 
 def _folder(run: Path, family: str) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.convergence.figures import Style, figures, geometric_mean
 from benchmarks.convergence.methods import BUDGET, FAMILIES, OURS, REFERENCES
 from benchmarks.convergence.pictures import sheet
-from benchmarks.convergence.results import RECORDED, Results, merged, record, recorded, results_in
+from benchmarks.convergence.results import RECORDED, Results, joined, record, recorded, results_in
 from benchmarks.record import RESULTS, provenance, put_between_markers, write_results
 from qzo_diffusion.diffusion.sampling import save_picture
 
@@ -111,14 +111,14 @@ def table_of(style: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def table(found: Mapping[str, Any], recorded: Mapping[str, Any], date: str) -> str:
+def table(found: Mapping[str, Any], newest: Mapping[str, Any], date: str) -> str:
     """Markdown: the summary, a table for each style, and the methods."""
     ours = found["method_of_default"]
-    machine, threads = recorded["machine"], recorded["threads"]
+    machine, threads = newest["machine"], newest["threads"]
     lines = [
         f"Written by `python -m benchmarks.convergence report` on {date}; the newest cells by "
-        f"`{recorded['command']}` on {machine['processor']} ({machine['cores']} cores), "
-        f"{recorded['date']}, fp32, OMP_NUM_THREADS={threads}.",
+        f"`{newest['command']}` on {machine['processor']} ({machine['cores']} cores), "
+        f"{newest['date']}, fp32, OMP_NUM_THREADS={threads}.",
         "",
     ]
     ratio = found["default_ratio"]
@@ -199,7 +199,7 @@ def write_report(
     cells: Path = RECORDED,
 ) -> dict[str, Any]:
     """From the cells in `work` and those that were recorded, which are recorded together."""
-    results = merged(recorded(cells), results_in(work))
+    results = joined(recorded(cells), results_in(work))
     record(results, cells)
     found = with_text(figures(results, STYLES), json.loads(TEXT.read_text()))
     write_results("convergence", found, folder)

@@ -28,7 +28,7 @@ def recorded(file: Path = RECORDED) -> Results:
     return {one["cell"]: one for one in cells if _counts(one, FAMILIES)}
 
 
-def merged(first: Results, second: Results) -> Results:
+def joined(first: Results, second: Results) -> Results:
     """All of both; where both have a cell the second's, unless the first's pictures alone were
     judged.
 
