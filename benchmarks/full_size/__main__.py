@@ -18,6 +18,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.families.results import record
 from benchmarks.full_size.encoder import encoder
 from benchmarks.full_size.loading import load, shards
@@ -42,24 +44,34 @@ def subject_of(name: str, layers: int) -> Subject:
     return Subject(*found, layers)
 
 
-def steps(subject: Subject, folder: Path, count: int) -> dict[str, Any]:
+def steps(subject: Subject, folder: Path, count: int, dtype: torch.dtype) -> dict[str, Any]:
     import_everything(subject.config)
     figures = steps_of(
         subject.family,
-        lambda: load_model(subject.family, folder, folder / "copies"),
+        lambda: load_model(subject.family, folder, folder / "copies", dtype),
         lambda model: subject.batch(SIDE),
         count,
         DEFAULT,
+        dtype,
     )
     # the peak is that of loading as well
     ratio = figures["step_peak_rss_gb"] / figures["inference_peak_rss_gb"]
-    return figures | {"memory_over_inference": round(ratio, 4)}
+    own = {"memory_over_inference": round(ratio, 4), "dtype": str(dtype).removeprefix("torch.")}
+    return figures | own
 
 
-def run_stage(stage: str, subject: Subject, folder: Path, count: int) -> dict[str, Any]:
+def run_stage(
+    stage: str,
+    subject: Subject,
+    folder: Path,
+    count: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
     if stage == "steps":
-        return steps(subject, folder, count)
-    return {"shards": shards, "load": load, "encoder": encoder}[stage](subject, folder)
+        return steps(subject, folder, count, dtype)
+    if stage == "load":
+        return load(subject, folder, dtype)
+    return {"shards": shards, "encoder": encoder}[stage](subject, folder)
 
 
 def summary(figures: dict[str, Any]) -> dict[str, Any]:
@@ -80,15 +92,22 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--layers", type=int, default=ALL, help="fewer for a smoke test")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of stages load and steps; some processors are 40 times slower in bfloat16",
+    )
     parser.add_argument("--clean", action="store_true", help="remove --folder at the end")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     subject, folder = subject_of(args.name, args.layers), args.folder or FOLDER / args.name
     if args.in_process:
-        print(json.dumps(run_stage(args.stages[0], subject, folder, args.steps)))
+        dtype = getattr(torch, args.dtype)
+        print(json.dumps(run_stage(args.stages[0], subject, folder, args.steps, dtype)))
         return
     # the name comes first: --stages takes all words behind it
-    options = ["--steps", str(args.steps), "--", args.name]
+    options = ["--steps", str(args.steps), "--dtype", args.dtype, "--", args.name]
     figures = run_apart("benchmarks.full_size", args.stages, folder, args.layers, options)
     if args.layers == ALL:
         details = {"measured": provenance(), "stages": figures}

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.full_size.model import Subject, import_everything, load_model
@@ -23,14 +24,14 @@ def shards(subject: Subject, folder: Path) -> dict[str, Any]:
     return {"parameters": count, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def load(subject: Subject, folder: Path) -> dict[str, Any]:
+def load(subject: Subject, folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     count = sum(tensor.numel() for tensor in subject.empty().parameters())
     need_disk(folder, 0.62e-9 * count)
     import_everything(subject.config)
     imports = status("VmRSS")
     shutil.rmtree(folder / "copies", ignore_errors=True)
     started = time.perf_counter()
-    model = load_model(subject.family, folder, folder / "copies")
+    model = load_model(subject.family, folder, folder / "copies", dtype)
     return {
         "load_peak_rss_gb": round(status("VmHWM"), 3),
         "load_imports_gb": round(imports, 3),

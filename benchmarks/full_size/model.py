@@ -50,7 +50,9 @@ class Subject:
         return Batch(latents, noise, torch.full((1,), 0.5), embeds, pooled)
 
 
-def load_model(family: Family, folder: Path, cache: Path | None) -> nn.Module:
+def load_model(
+    family: Family, folder: Path, cache: Path | None, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
     """Load a denoiser into NF4 as a run does; its copy is kept in `cache`."""
     from qzo_diffusion.diffusion.transformer import empty_transformer, find_transformer
     from qzo_diffusion.quant.stream import Quantization
@@ -60,7 +62,7 @@ def load_model(family: Family, folder: Path, cache: Path | None) -> nn.Module:
     source = Source(found.entries, lambda: empty_transformer(found.config))
     how = Quantization(skip=family.denoiser.skip)
     options = {
-        "dtype": torch.bfloat16,
+        "dtype": dtype,
         "device": torch.device("cpu"),
         "cache": cache,
         "smallest_cached": 0,

@@ -34,6 +34,7 @@ def steps_of(
     batch_of: Callable[[Any], Batch],
     count: int,
     methods: Mapping[str, dict[str, Any]] = METHODS,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Any]:
     """Inference first, then `count` steps of each method in the same process.
 
@@ -41,6 +42,7 @@ def steps_of(
         load: loads the denoiser; everything is imported before it.
         batch_of: makes one example for the model.
         methods: settings by name.
+        dtype: that the denoiser runs in.
     """
     import tempfile
 
@@ -58,7 +60,7 @@ def steps_of(
     batch = batch_of(model)
 
     def objective(one: Any) -> Tensor:
-        return model_loss(family, model, one, torch.bfloat16)
+        return model_loss(family, model, one, dtype)
 
     @torch.no_grad()
     def two_forwards() -> None:

@@ -17,6 +17,7 @@ from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
+from qzo_diffusion.system.heap import give_back
 
 T5 = "T5EncoderModel"
 
@@ -106,6 +107,7 @@ def load_text_encoder(
     encoder = empty_text_encoder(folder, part, kind)
     entries = read_encoder_entries(folder, part, kind)
     fill_(encoder, entries, quantization, dtype=dtype, device=device)
+    give_back()  # else what reading freed counts beside the first prompt's own memory
     return ready(encoder)
 
 
