@@ -96,8 +96,8 @@ class SampleConfig(Section):
     others; null: tuned everywhere"""
     seed: Seed = 0
     """prompt i is sampled from seed + i"""
-    batch_size: Count = 8
-    """images that are sampled together"""
+    batch_size: Count | None = None
+    """images that are sampled together; null: as many as fit, at most 8"""
 
 
 class TextConfig(Section):

@@ -15,6 +15,7 @@ from qzo_diffusion.diffusion.sampling import Sampler
 from qzo_diffusion.diffusion.vae import drop_encoder_
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.levels import for_samples
+from qzo_diffusion.runs.style.memory import resolve_drawn_
 
 
 @dataclass
@@ -47,6 +48,7 @@ def load_drawing(config: Config, runtime: pipeline.Runtime, texts: Sequence[str]
         OutputError: the cache can't be written.
     """
     folder, device = runtime.folder, runtime.device
+    resolve_drawn_(config, runtime, len(texts))
     pipeline.tensor_cache(config).check()
     encoder = pipeline.prompt_encoder(config, folder, device, runtime.dtype)
     encoded = encoder.encode([*texts, config.sample.negative_prompt])

@@ -81,6 +81,29 @@ def fitting_micro_batch(
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
 
+def resolve_drawn_(config: Config, runtime: pipeline.Runtime, prompts: int) -> None:
+    """Fill in how many pictures are sampled together, unless the user set it: the largest power of
+    two that fits, or one.
+
+    Args:
+        prompts: how many are sampled.
+
+    Raises:
+        ModelError: the model's folder lacks something.
+    """
+    if config.sample.batch_size is not None:
+        return
+    runtime, available = _with_shape(config, runtime), memory.available_bytes(runtime.device)
+    count = pipeline.MOST_DRAWN
+    while (
+        count > 1
+        and available is not None
+        and _of_samples(config, runtime, prompts, count) > available
+    ):
+        count //= 2
+    config.sample.batch_size = count
+
+
 def rows_on_cpu(width: int, image_tokens: int, dtype: torch.dtype) -> int:
     """Return the number of rows that is fast on a CPU. It is at least two: a single row shares
     nothing.
@@ -173,7 +196,8 @@ def _phases(config: Config, runtime: pipeline.Runtime, images: int, prompts: int
     base = {"libraries": libraries}
     guided = family.sampling.passes(config.sample.guidance)
     rows = _trained_rows(config, family)
-    drawn = guided * min(config.sample.batch_size, max(1, prompts))
+    pictures = config.sample.batch_size or pipeline.MOST_DRAWN
+    drawn = guided * min(pictures, max(1, prompts))
     # a copy of the scales, or of the codes that are trained in their place
     copied = size.weights if config.method == "quzo" else 4.0 * size.scales
     copy = {} if config.sample.tuned_between is None else {"the base's scales": copied}
@@ -219,6 +243,12 @@ def _with_rows(config: Config, count: int) -> Config:
 
 def _of_steps(phases: list[Phase]) -> float:
     return next(phase.total for phase in phases if phase.name == "train")
+
+
+def _of_samples(config: Config, runtime: pipeline.Runtime, prompts: int, count: int) -> float:
+    sample = config.sample.model_copy(update={"batch_size": count})
+    tried = config.model_copy(update={"sample": sample})
+    return next(one.total for one in _phases(tried, runtime, 0, prompts) if one.name == "sample")
 
 
 def _peaks_by_method(

@@ -31,7 +31,7 @@ from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.choose_model import choose_model, resolve_model_
 from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
-from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
+from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan, resolve_drawn_
 from qzo_diffusion.runs.style.prior import DrawnPrior, PriorSource, find_prior
 from qzo_diffusion.runs.style.prior_examples import PriorExamples
 from qzo_diffusion.runs.style.samples import prompt_table
@@ -123,11 +123,13 @@ class PicturePlan(ABC):
         return memory_plan(self.config, self.runtime, *self.kept_encoded())
 
     def resolve_rows_(self) -> None:
-        """Fill in how many rows a forward pass has, unless the user set it."""
-        train = self.config.train
+        """Fill in how many rows a forward pass has, in steps and of samples, unless the user set
+        it.
+        """
+        train, (images, prompts) = self.config.train, self.kept_encoded()
         if train.micro_batch_size is None:
-            kept = self.kept_encoded()
-            train.micro_batch_size = fitting_micro_batch(self.config, self.runtime, *kept)
+            train.micro_batch_size = fitting_micro_batch(self.config, self.runtime, images, prompts)
+        resolve_drawn_(self.config, self.runtime, prompts)
 
     def settings(self) -> dict[str, Any]:
         return self.config.model_dump(exclude=LOCAL)  # type: ignore[arg-type]

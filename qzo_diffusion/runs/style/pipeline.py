@@ -40,6 +40,8 @@ from qzo_diffusion.runs import build
 from qzo_diffusion.runs.loading import Source, load_quantized
 from qzo_diffusion.runs.style.choose_model import choose_model, is_tiny
 
+MOST_DRAWN = 8  # pictures that are sampled together where all fit
+
 LARGE_T5 = 2e9  # bytes of T5 or of a language model; T5-XXL has 9.5e9
 
 
@@ -189,7 +191,7 @@ def sampler(
         steps=settings.steps or 1,
         guidance=settings.guidance or 0.0,
         seed=settings.seed,
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size or MOST_DRAWN,
         device=runtime.device,
         dtype=runtime.dtype,
     )

@@ -163,7 +163,7 @@ def drawing_key(
         "steps": sample.steps or 1,
         "guidance": sample.guidance or 0.0,
         "seed": config.train.seed,
-        "batch_size": sample.batch_size,
+        "batch_size": sample.batch_size or pipeline.MOST_DRAWN,
     }
 
 

@@ -174,6 +174,30 @@ def test_a_gpu_gets_as_many_probes_in_a_forward_as_fit(pipelines, monkeypatch, g
     assert gigabytes is None or rows == 32 or training(2 * rows) > gigabytes * 1e9
 
 
+@pytest.mark.parametrize(
+    ("gigabytes", "count"), [(1.0, 1), (7.2, 2), (9.0, 4), (12.0, 8), (None, 8)]
+)
+def test_a_gpu_draws_as_many_pictures_together_as_fit(pipelines, monkeypatch, gigabytes, count):
+    monkeypatch.setattr(
+        memory, "available_bytes", lambda device: None if gigabytes is None else gigabytes * 1e9
+    )
+    place = pipeline.Runtime(pipelines[json.dumps(LARGE)], torch.device("cuda"), torch.bfloat16)
+
+    def resolved(**sample):
+        config = make_config(
+            {"model": "large", "data": {"resolution": 1024}, "sample": sample}
+            | {"train": {"micro_batch_size": 1}}
+        )
+        planning.resolve_drawn_(config, place, 30)
+        return config
+
+    config = resolved()
+    assert config.sample.batch_size == count
+    assert resolved(batch_size=5).sample.batch_size == 5
+    if gigabytes != 1.0:  # no setting makes it fit
+        assert planning.memory_plan(config, place, images=20, prompts=30).fits
+
+
 @pytest.mark.parametrize(("side", "rows"), [(256, 4), (512, 2), (1024, 2)])
 def test_a_cpu_gets_no_more_than_its_caches_bear(pipelines, monkeypatch, side, rows):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1e12)
