@@ -77,10 +77,17 @@ def _main(arguments: Sequence[str] | None) -> int:
         from qzo_diffusion.core.errors import UserError
         from qzo_diffusion.runs.publish import without_secrets
 
-        if isinstance(error, UserError):
-            report(without_secrets(f"qzo-diffuse: {type(error).__name__}\n{error}"))
+        told = error if isinstance(error, UserError) else _out_of_memory(error)
+        if told is not None:
+            report(without_secrets(f"qzo-diffuse: {type(told).__name__}\n{told}"))
             return MENDABLE
         raise
+
+
+def _out_of_memory(error: Exception) -> Exception | None:
+    from qzo_diffusion import devices
+
+    return devices.out_of_memory(error)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

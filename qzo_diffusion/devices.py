@@ -6,13 +6,15 @@ them were run.
 
 import os
 import platform
+import shutil
 import sys
 from typing import Literal
 
 import torch
 
-from qzo_diffusion.core.errors import ConfigError
+from qzo_diffusion.core.errors import ConfigError, OutOfMemory
 from qzo_diffusion.core.precision import has_bfloat16
+from qzo_diffusion.system.heap import give_back
 
 TYPES = ("cpu", "cuda", "xpu", "mps")
 NAMES = "auto, cpu, cuda, xpu or mps"
@@ -61,6 +63,17 @@ def others() -> list[str]:
     return [name for name, available in here.items() if available]
 
 
+def unseen_gpu() -> str | None:
+    """Return what a user is told where a GPU of NVIDIA is here and torch does not see it."""
+    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return None
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return (
+        f"a driver of NVIDIA is here, but torch {torch.__version__}, {built}, sees no GPU: install "
+        "torch's build for the CUDA of your driver (pytorch.org has the command), or a newer driver"
+    )
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of forward passes: "auto" is float32 on a CPU, and on a GPU bfloat16, or
     float16 where it has no bfloat16.
@@ -107,6 +120,30 @@ def free_bytes(device: torch.device) -> int | None:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return None
+
+
+def out_of_memory(error: BaseException) -> OutOfMemory | None:
+    """Return what a user is told where a device has too little memory; None for other errors."""
+    of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not of_cpu and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return OutOfMemory(
+        str(error).splitlines()[0],
+        "room for all of it; `--dry-run` of a run prints its plan",
+        "close other programs that use the device, or lower train.micro_batch_size or "
+        "sample.batch_size to 1, with which a run goes on (--resume RUN); in a new run also "
+        "compute.vae_tile or data.resolution",
+    )
+
+
+def release(device: torch.device) -> None:
+    """Give freed memory, which torch or the C library keeps, back to whoever counts what is
+    free.
+    """
+    if device.type == "cpu":
+        give_back()
+    else:
+        getattr(torch, device.type).empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int | None:

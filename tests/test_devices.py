@@ -1,5 +1,7 @@
 """Devices and dtypes by torch's names, where this machine has a CPU alone."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from qzo_diffusion import devices
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.precision import where_float64_is
 from qzo_diffusion.quant.available import bitsandbytes_problem
+from qzo_diffusion.runs.style import doctor
 
 CPU = torch.device("cpu")
 
@@ -23,6 +26,15 @@ def test_a_device_that_is_not_here_is_refused_and_the_names_are_told(name):
     with pytest.raises(ConfigError) as error:
         devices.choose_device(name)
     assert error.value.expected == "auto, cpu, cuda, xpu or mps"
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_a_card_that_torch_does_not_see_is_told(monkeypatch, train, capsys, driver):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/bin/nvidia-smi" if driver else None)
+    assert train("--dry-run") == 0
+    assert ("warning: a driver of NVIDIA is here" in capsys.readouterr().err) == driver
+    assert any("sees no GPU" in one for one in doctor.examine()["problems"]) == driver
 
 
 def test_devices_that_were_never_run_are_not_chosen_but_named(monkeypatch):

@@ -72,13 +72,13 @@ def test_a_default_step_is_as_the_documents_say():
 
 def test_the_small_card_is_described_as_its_preset():
     config = make_config(yaml.safe_load(text_of(ROOT / "configs" / "sd35_large_8gb.yaml")))
-    assert config.train.micro_batch_size == 1
+    probes = WORDS[config.train.micro_batch_size]
     row = next(
         line
         for line in text_of(ROOT / "docs" / "sd35.md").splitlines()
         if line.startswith("| `sd35_large_8gb`")
     )
-    assert f"a batch of {WORDS[config.data.batch_size]}, one probe at a time" in row
+    assert f"a batch of {WORDS[config.data.batch_size]}, {probes} probes at a time" in row
     assert f"{config.data.resolution} px" in row
 
 

@@ -52,11 +52,13 @@ def add(verbs: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from qzo_diffusion.config.defaults import flat
     from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.config.style import Config
     from qzo_diffusion.runs.style import learn_subspace
 
-    config = resolve_settings(options, None, FLAGS, Config, learn_subspace.SETTINGS)
+    start = learn_subspace.SETTINGS
+    config = resolve_settings(options, None, FLAGS, Config, start, flat(start))
     request = learn_subspace.SubspaceRequest(
         config, options.output_dir, options.styles, options.prompts, options.directions
     )

@@ -83,6 +83,7 @@ def settings_of(options: argparse.Namespace, place: Any) -> Any:
 
 
 def _resolved(options: argparse.Namespace, place: Any) -> Any:
+    from qzo_diffusion.config.defaults import OF_VOTES
     from qzo_diffusion.config.files import resolve_settings
     from qzo_diffusion.config.reward import VOTES
     from qzo_diffusion.config.style import Config
@@ -90,7 +91,9 @@ def _resolved(options: argparse.Namespace, place: Any) -> Any:
 
     start = {} if place.begun else dict(place.settings)
     start["reward"] = {**start.get("reward", {}), "scores": [VOTES]}
-    config = resolve_settings(options, place.run if place.begun else None, FLAGS, Config, start)
+    begun = place.run if place.begun else None
+    unused = () if place.begun else OF_VOTES
+    config = resolve_settings(options, begun, FLAGS, Config, start, unused)
     if not config.reward.by_votes:
         raise ConfigError(
             f"reward.scores = {config.reward.scores} with vote",

@@ -174,6 +174,7 @@ VOTES = rules(
     method="qzo",
     reward__scores=["votes"],
 )
+OF_VOTES = frozenset(rule.setting for rule in VOTES)
 # A score is one number for a whole picture, and the scores of different pictures have no common
 # curvature, so that nothing is calibrated.
 REWARDS = rules(

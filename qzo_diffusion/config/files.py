@@ -18,6 +18,7 @@ from qzo_diffusion.config.sections import NEW_KEYS, RunConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.system import strict_yaml
+from qzo_diffusion.system.console import report
 
 Flags = dict[str, tuple[str, str]]
 """Flags that are settings by another name: flag -> (key, help)."""
@@ -43,12 +44,16 @@ def resolve_settings(
     flags: Flags,
     kind: type[AnyConfig],
     start: Mapping[str, Any] | None = None,
+    unused: Collection[str] = (),
 ) -> AnyConfig:
     """The config of a `train` call: `start` and the resumed run's, preset or file, then flags, then
     key=value; later ones win.
+
+    Args:
+        unused: keys of a preset or file that are for training, and not for this verb.
     """
     settings: dict[str, Any] = {}
-    for part in (start or {}, _settings_of_file(options, resumed)):
+    for part in (start or {}, _without(_settings_of_file(options, resumed), unused)):
         for key, value in flat(part).items():
             set_dotted(settings, key, value)
     given = [
@@ -62,6 +67,14 @@ def resolve_settings(
     for key, value in given:
         set_dotted(settings, key, value)
     return make_config(settings, kind)
+
+
+def _without(settings: dict[str, Any], unused: Collection[str]) -> dict[str, Any]:
+    """Leave settings of training out, and say so."""
+    given = flat(settings)
+    if found := [f"{key}={given[key]}" for key in given if key in unused]:
+        report(f"note: for training, and used here only if given as key=value: {', '.join(found)}")
+    return {key: value for key, value in given.items() if key not in unused}
 
 
 def _settings_of_file(options: argparse.Namespace, resumed: Path | None) -> dict[str, Any]:

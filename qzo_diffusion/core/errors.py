@@ -7,6 +7,7 @@ QzoError
     ├── ModelError     a model folder, its weights or a quantized layer
     ├── OutputError    a place where a run should be written
     ├── JournalError   a journal is damaged, missing or of another run
+    ├── OutOfMemory    a device has too little memory
     ├── RankLost       one of several processes died, hangs or differs
     └── TrainingDiverged  the loss stayed NaN or infinite; everything was saved before this was
     raised
@@ -42,6 +43,10 @@ class OutputError(UserError):
 
 
 class JournalError(UserError):
+    pass
+
+
+class OutOfMemory(UserError):
     pass
 
 

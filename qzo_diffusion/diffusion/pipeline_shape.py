@@ -3,6 +3,7 @@
 That takes no memory for weights, so a damaged or foreign part is refused before any work.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def check_shape(shape: PipelineShape, folder: Path) -> None:
     _check_widths(shape, folder)
 
 
+@functools.cache
 def known_shape(name: str) -> PipelineShape | None:
     """Return the shape of a published model, whose weights need not be here; None for an unknown
     one.

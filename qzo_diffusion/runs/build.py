@@ -198,6 +198,12 @@ def micro_batch_size(config: RunConfig, whole: int) -> int:
     return whole if wanted is None else max(1, wanted // probes_at_once(config))
 
 
+def validated_at_once(config: Config) -> int:
+    """Return how many held-out examples share a forward pass: no more rows than a step has."""
+    rows = config.train.micro_batch_size
+    return config.data.batch_size if rows is None else min(config.data.batch_size, rows)
+
+
 def check_share(batch_size: int, processes: int) -> None:
     """Check that every process has an example of each batch. Raises ConfigError."""
     if batch_size < processes:

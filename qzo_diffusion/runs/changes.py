@@ -16,18 +16,21 @@ from qzo_diffusion.runs.plan import Plan
 from qzo_diffusion.system.reading import read_json
 
 ENDS = ("train.patience", "train.max_minutes")  # no step depends on them
+# how much is computed at once, on which only the last bits of a step depend
+MEMORY = ("train.micro_batch_size", "sample.batch_size", "reward.decode_at_once")
 MOST_NOTED = 2**15  # bytes of a note; a record of the journal has room for twice as many
 
 
 def changes(plan: Plan, run: Path, journal: str | None, force: bool) -> list[str]:
-    """List the differences from the run's settings and data, one line each.
+    """List the differences from the run's settings and data, one line each. A run that had too
+    little memory may go on with settings of `MEMORY`.
 
     Args:
         journal: the journal's file name, for runs that have one.
         force: accept any difference.
 
     Raises:
-        ConfigError: something differs, and not `force`; the message lists it.
+        ConfigError: anything else differs, and not `force`; the message lists it.
     """
     before = load_config(run / "config.yaml", type(plan.config))
     data = changed_data(plan, run)
@@ -38,10 +41,11 @@ def changes(plan: Plan, run: Path, journal: str | None, force: bool) -> list[str
             found, before, plan.config, lambda: longer.steps_done(run, journal)
         )
     found += data
-    if found and not force:
+    refused = [change for change in found if change.partition(":")[0] not in MEMORY]
+    if refused and not force:
         raise ConfigError(
             f"other settings or {plan.thing}s than the run was started with:\n  "
-            + "\n  ".join(found),
+            + "\n  ".join(refused),
             "the same ones; the continued run would not be the run",
             "leave the changes out, or add --force to go on with them",
         )

@@ -16,7 +16,7 @@ _NEXT: dict[Ending, Mapping[str, str]] = {
     "style": {
         "score it": "evaluate --run {run}",
         "draw with 0.7 of it": "sample --run {run} --strength 0.7 --prompt TEXT --output-dir DIR",
-        "use it in ComfyUI": "export --run {run} --format bf16 --output-dir DIR",
+        "use it in ComfyUI": "export --run {run} --format bf16 --layout original --output-dir DIR",
     },
     "llm": {
         "score it": "llm evaluate --run {run}",

@@ -94,7 +94,6 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
     """
     check_held_out(plan)
     out = RunFolder(run_folder)
-    changed = changes(plan, run_folder, JOURNAL if plan.has_journal else None, force)
     begun = not plan.has_journal or (run_folder / JOURNAL).exists()
     if not begun and ((run_folder / METRICS).exists() or (run_folder / "checkpoints").exists()):
         raise JournalError(
@@ -102,12 +101,15 @@ def resume(plan: Plan, run_folder: Path, *, force: bool = False) -> dict[str, An
             "the whole folder of a run",
             "restore it",
         )
+    # nothing is trained yet where there is no journal, and any settings will do
+    journal = JOURNAL if plan.has_journal else None
+    changed = changes(plan, run_folder, journal, force) if begun else None
     ranks = join(plan.config.compute.rank_timeout)
     if not ranks.first:
         return follow(plan, ranks, run_folder if begun else None)
     if not begun:  # stopped while it encoded, loaded or calibrated, so nothing was trained
         out.write_text("config.yaml", plan.config.to_yaml())
-    return _lead(plan, out, ranks, changed if begun else None)
+    return _lead(plan, out, ranks, changed)
 
 
 def check_held_out(plan: Plan) -> None:

@@ -7,7 +7,10 @@ import torch
 import yaml
 
 from qzo_diffusion.cli import main
+from qzo_diffusion.runs.style import learn_subspace, vote
 from tests.conftest import failing
+
+FOUND = {"file": "subspace.safetensors", "directions": 4}
 
 
 def test_configs_of_either_kind_are_validated(tmp_path, capsys):
@@ -78,3 +81,21 @@ def test_doctor_says_that_all_is_well(capsys, monkeypatch):
     assert "tiny" in facts["model"]
     assert main(["doctor"]) == 0
     assert "everything that a run needs is here" in capsys.readouterr().out
+
+
+def test_a_preset_for_training_leaves_other_verbs_their_own_steps(monkeypatch, tmp_path, capsys):
+    """`sd35_large_8gb` has 2,000 steps, which would be 20,000 pairs or a day of gradients."""
+    requests = []
+    monkeypatch.setattr(learn_subspace, "run", lambda request: requests.append(request) or FOUND)
+    monkeypatch.setattr(vote, "run", lambda request: requests.append(request) or 1 / 0)
+    preset, output = ["--config", "sd35_large_8gb"], str(tmp_path / "run")
+    assert main(["subspace", "--output-dir", output, *preset]) == 0
+    assert main(["subspace", "--output-dir", output, *preset, "train.max_steps=8"]) == 0
+    assert "train.max_steps=2000" in capsys.readouterr().err
+    for more in ([], ["--pairs", "50"]):
+        with pytest.raises(ZeroDivisionError):
+            main(["vote", "--run", output, *preset, *more])
+    steps = [request.config.train.max_steps for request in requests]
+    assert steps == [learn_subspace.SETTINGS["train"]["max_steps"], 8, 20, 5]
+    assert all(request.config.data.resolution == 512 for request in requests)
+    assert requests[-1].config.sample.every == 5

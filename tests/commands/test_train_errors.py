@@ -27,6 +27,24 @@ def test_one_bad_image_of_many_is_named_and_the_run_goes_on(train, images, tmp_p
     assert not (tmp_path / "strict").exists()
 
 
+def test_a_device_that_is_full_is_told_with_a_remedy(train, tmp_path, monkeypatch, capsys):
+    """Sample grids are left out with a warning; a step that has no room ends the run."""
+    from qzo_diffusion.diffusion.sampling import Sampler
+    from qzo_diffusion.runs.style import plan
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore")
+
+    monkeypatch.setattr(Sampler, "images", full)
+    assert train("--max-steps", 1, "sample.every=1", name="drawn") == 0
+    assert "go on with sample.batch_size=1" in capsys.readouterr().err
+    monkeypatch.setattr(plan, "model_loss", full)
+    error = failing(capsys, train("--max-steps", 1))
+    assert "Tried to allocate 20.00 MiB." in error
+    assert "train.micro_batch_size" in error
+    assert (tmp_path / "run/config.yaml").exists()
+
+
 @pytest.mark.parametrize("content", ["missing", "empty", "text only", "file"])
 def test_folders_that_cannot_be_trained_on(train, tmp_path, capsys, content):
     folder = tmp_path / "style"

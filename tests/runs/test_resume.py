@@ -43,6 +43,7 @@ REGIONS = [
     "train.optimizer=sgd",
     "prior.bound=0.02",
     "prior.decay=0.2",
+    "train.calibrate_lr=true",
 ]
 
 
@@ -139,6 +140,16 @@ def test_a_run_without_its_journal_begins_where_nothing_was_trained(whole, tmp_p
     assert "no journal.qzo" in failing(capsys, resume(early))
 
 
+def test_where_nothing_was_trained_other_settings_will_do(whole, tmp_path):
+    """As where the device had no room for those that the run was begun with."""
+    early = tmp_path / "early"
+    (early / "samples").mkdir(parents=True)
+    shutil.copy(whole / "config.yaml", early)
+    assert resume(early, "--max-steps", 1, "train.lr=0.07", "sample.batch_size=1") == 0
+    assert read_yaml(early / "config.yaml")["train"]["lr"] == 0.07
+    assert [step.lr for step in read_journal(early / "journal.qzo").steps] == [0.07]
+
+
 def test_killed_in_its_first_step_it_goes_on_bit_for_bit(whole, tmp_path):
     """The metrics have a line of step 0 that the journal lacks: it is cut off, not doubled."""
     early, journal = tmp_path / "early", read_journal(whole / "journal.qzo")
@@ -178,7 +189,7 @@ def test_how_feedback_decays_is_settled_when_a_run_begins():
 
 
 def test_a_rate_is_calibrated_where_a_run_begins_or_not_at_all(train, tmp_path, capsys):
-    assert train("--max-steps", 0, name="run") == 0
+    assert train("--max-steps", 0, "train.calibrate_lr=true", name="run") == 0
     more = ["--max-steps", 1, "--force"]
     capsys.readouterr()
     assert "was not calibrated where it began" in failing(capsys, resume(tmp_path / "run", *more))
@@ -201,6 +212,20 @@ def test_changed_settings_are_refused_with_the_difference_unless_forced(stopped,
     steps = read_journal(stopped / "journal.qzo").steps
     assert steps[:4] == before
     assert all(step.lr > 10 * rate for step in steps[4:])
+
+
+def test_a_run_that_had_too_little_memory_goes_on_with_less_at_once(whole, stopped):
+    less = ["train.micro_batch_size=1", "sample.batch_size=1"]
+    assert resume(stopped, *less) == 0
+    assert read_yaml(stopped / "config.yaml")["train"]["micro_batch_size"] == 1
+    journal = read_journal(stopped / "journal.qzo")
+    (note,) = (one for one in journal.entries if getattr(one, "kind", "") == "resume")
+    assert [change.partition(":")[0] for change in note.content["changes"]] == [
+        setting.partition("=")[0] for setting in less
+    ]
+    for ours, others in zip(journal.steps, read_journal(whole / "journal.qzo").steps, strict=True):
+        assert ours.projected_grad == pytest.approx(others.projected_grad, rel=0.01)
+    assert_replayed(stopped)
 
 
 def test_changed_images_are_refused_with_the_difference(stopped, images, capsys):

@@ -65,6 +65,8 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     total = devices.total_bytes(device)
     if total is not None:
         facts["gpu_memory_gb"] = round(total / 1e9, 1)
+    if told := devices.unseen_gpu():
+        problems.append(told)
     problem = bitsandbytes_problem(device)
     if problem is not None:
         facts["back-end"] = f"reference; {problem}"

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qzo_diffusion import resources
+from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import load_config
 from qzo_diffusion.config.reward import RewardConfig
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import DataError, OutputError
+from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.evaluate import compare as comparison
-from qzo_diffusion.evaluate.scorer import load_scorer
+from qzo_diffusion.evaluate.scorer import check_scorer, load_scorer
 from qzo_diffusion.evaluate.verdict import diverged, verdict
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.locate import locate
@@ -23,7 +24,7 @@ from qzo_diffusion.runs.style.choose_model import choose_model, default_scorer, 
 from qzo_diffusion.runs.style.levels import with_levels
 from qzo_diffusion.runs.style.samples import report_reading
 from qzo_diffusion.runs.style.scored_pictures import Kept
-from qzo_diffusion.runs.tuned import load_tuned
+from qzo_diffusion.runs.tuned import Tuned, load_tuned
 from qzo_diffusion.system.console import report
 from qzo_diffusion.system.files import COMPLETE, finite, prepare_file
 from qzo_diffusion.system.reading import read_json
@@ -118,19 +119,28 @@ def run(request: EvaluateRequest) -> dict[str, Any]:
     report_reading(plan.prompts)
     contents = [evaluation_figures.content_of(prompt, plan) for prompt in plan.sample_prompts]
     name = request.scorer or default_scorer(plan.model_folder)
+    check_scorer(name, resources.embedded_scorer())
+    measured, held_out = _measured(plan, tuned, place)
+    devices.release(plan.device)  # a small card has no room for the model and the scorer
     scorer = load_scorer(name, plan.device, resources.embedded_scorer())
-    work = evaluation.load(plan)
-    rates = [line["lr"] for line in report_run.read_metrics(place.folder) if "lr" in line]
-    # the calibrated rate, if the run has one
-    lr = max(rates, default=config.train.lr)
-    states = evaluation.states_of(work, tuned)
-    measured = evaluation.measure(work, states, place.kept.draw, lr)
-    found = evaluation_figures.results(work, measured, scorer, place.folder, contents)
+    found = evaluation_figures.results(plan, held_out, measured, scorer, place.folder, contents)
     results = _with_verdict(found, place.folder, int(tuned.facts.get("qzo.steps", 0)))
     RunFolder(target.parent).write_json(target.name, results)
     if request.output is None and not (place.is_export or place.step):
         report_run.write(place.folder)  # the page shows the finished run
     return results
+
+
+def _measured(
+    plan: style_run.StylePlan, tuned: Tuned, place: Place
+) -> tuple[evaluation.Measured, list[Batch]]:
+    """Return the pictures and losses of all states, and the held-out batches. Frees the model."""
+    work = evaluation.load(plan)
+    rates = [line["lr"] for line in report_run.read_metrics(place.folder) if "lr" in line]
+    # the calibrated rate, if the run has one
+    lr = max(rates, default=plan.config.train.lr)
+    states = evaluation.states_of(work, tuned)
+    return evaluation.measure(work, states, place.kept.draw, lr), work.held_out
 
 
 def _of_rewards(

@@ -71,7 +71,11 @@ def load(plan: style_run.StylePlan) -> Work:
     runtime = pipeline.Runtime(plan.model_folder, plan.device, plan.dtype)
     transformer, scales, theta = pipeline.load_base(config, runtime)
     held_out = style_data.validation_batches(
-        plan.style.validation, encoded, plan.device, config.data.batch_size, config.train.seed
+        plan.style.validation,
+        encoded,
+        plan.device,
+        build.validated_at_once(config),
+        config.train.seed,
     )
     sampled = for_samples(config, plan.family, transformer, scales)
     return Work(plan, encoded, transformer, sampled, scales, theta, held_out)

@@ -21,7 +21,7 @@ from qzo_diffusion.evaluate.verdict import BASE
 from qzo_diffusion.runs import report as report_run
 from qzo_diffusion.runs.style import batches as style_data
 from qzo_diffusion.runs.style import plan as style_run
-from qzo_diffusion.runs.style.evaluation import Measured, Work
+from qzo_diffusion.runs.style.evaluation import Measured
 
 BEGUN = "what the run began with"
 NO_NUMBER = (
@@ -31,10 +31,15 @@ NO_NUMBER = (
 
 
 def results(
-    work: Work, measured: Measured, chosen: Scorer, folder: Path, contents: Sequence[str]
+    plan: style_run.StylePlan,
+    held_out: Sequence[Batch],
+    measured: Measured,
+    chosen: Scorer,
+    folder: Path,
+    contents: Sequence[str],
 ) -> dict[str, Any]:
     """Return the figures of evaluation.json, without its verdict."""
-    plan, metrics = work.plan, report_run.read_metrics(folder)
+    metrics = report_run.read_metrics(folder)
     trained = [visible_image(sample) for sample in plan.style.train]
     features = chosen.image_features(trained)
     found: dict[str, Any] = {
@@ -48,7 +53,7 @@ def results(
             **_levels(plan.config),
         },
         **_scores(chosen, plan, measured.pictures, contents, features),
-        "validation_loss": _held_out_loss(plan.style.validation, work.held_out, measured.losses),
+        "validation_loss": _held_out_loss(plan.style.validation, held_out, measured.losses),
         "signal": {**measured.signals, **signal.of_metrics(metrics), "moved": measured.moved},
         "steps": _scores_of_steps(chosen, folder, plan, features),
         "unusable": [{"file": file, "reason": reason} for file, reason in plan.style.bad],

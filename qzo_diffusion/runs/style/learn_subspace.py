@@ -24,21 +24,24 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from qzo_diffusion import resources
+from qzo_diffusion import devices, resources
 from qzo_diffusion.config.files import changed_settings, make_config
 from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError, DataError, OutputError, TrainingDiverged
 from qzo_diffusion.core.grouped import Grouped
 from qzo_diffusion.diffusion.families.family import model_loss
+from qzo_diffusion.diffusion.memory import MemoryPlan
 from qzo_diffusion.diffusion.prompts import Prompt, Prompts, read_prompt_file
 from qzo_diffusion.diffusion.sampling import grid, load_picture, save_picture
 from qzo_diffusion.runs import build
+from qzo_diffusion.runs.changes import MEMORY
 from qzo_diffusion.runs.spanned import GRADIENTS, PLACES, spanned
 from qzo_diffusion.runs.style import pipeline
 from qzo_diffusion.runs.style.batches import TrainingBatches
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.choose_model import resolve_model_, shipped_prompts
 from qzo_diffusion.runs.style.drawing import load_drawing
+from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan, resolve_drawn_
 from qzo_diffusion.runs.style.plan import StylePlan, make_plan
 from qzo_diffusion.runs.subspace import FILE
 from qzo_diffusion.system.console import quiet, report
@@ -50,7 +53,7 @@ from qzo_diffusion.train.run_folder import RunFolder, load_tensors
 
 SETTINGS = {  # of the ways; each may be given otherwise
     "method": "fo-scales",
-    "qzo": {"parametrization": "row", "layers": "image"},
+    "qzo": {"parametrization": "row", "layers": "image", "subspace": None},
     "data": {"batch_size": 16},
     "train": {"lr": 0.015, "max_steps": 32},
     "sample": {"every": 0},
@@ -92,7 +95,9 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
     pictures = [output / "pictures" / f"{at:02d}" for at in range(len(styles))]
     ways = [output / "ways" / f"{folder.name}.safetensors" for folder in pictures]
     _check_whole(pictures, ways, len(prompts))
+    report(_plan(config, runtime, len(prompts)).describe())
     _draw(config, runtime, prompts, dict(zip(pictures, styles, strict=True)))
+    devices.release(runtime.device)  # what drew the pictures, before gradients ask for room
     sheet = output / "pictures.png"
     save_picture(_sheet(pictures, styles), sheet)
     report(f"look at {sheet}: a style that the base does not draw teaches nothing")
@@ -109,6 +114,15 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
         "directions": len(next(iter(directions.values()))),
         "rows": sum(one.shape[1] for one in directions.values()),
     }
+
+
+def _plan(config: Config, runtime: pipeline.Runtime, count: int) -> MemoryPlan:
+    """Plan drawing and gradients, with what they fill in."""
+    tried = config.model_copy(deep=True)
+    if tried.train.micro_batch_size is None:
+        tried.train.micro_batch_size = fitting_micro_batch(tried, runtime, count)
+    resolve_drawn_(tried, runtime, count)
+    return memory_plan(tried, runtime, count, count)
 
 
 def _check(config: Config) -> None:
@@ -172,7 +186,9 @@ def _same_or_new(
     try:
         before = read_json(path)
         changed = [f"other {key}" for key in ("styles", "prompts") if before[key] != wanted[key]]
-        changed += changed_settings(make_config(before["settings"]), config, ("data.cache_dir",))
+        changed += changed_settings(
+            make_config(before["settings"]), config, ("data.cache_dir", *MEMORY)
+        )
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
         raise OutputError(
             f"{path} is damaged", "what this verb wrote there", "give another --output-dir"
@@ -265,8 +281,6 @@ def _follow_all(config: Config, pictures: dict[Path, Path], styles: Sequence[str
             bar.set_postfix_str(styles[at])
             with quiet(True):
                 plan = make_plan(_of_pictures(config, folder))
-            if at == todo[0]:
-                report(plan.memory().describe())
             prepare_file(way)
             write_whole(way, save(_follow(plan, styles[at], bar)))
 

@@ -39,6 +39,7 @@ CHANGES = (
     ("sample.batch_size", 1),
     ("reward.decode_at_once", 1),
     ("compute.vae_tile", 256),
+    ("reward.second", "none"),
     ("text.t5", "nf4"),
     ("train.optimizer", "sgd"),
     ("data.resolution", 512),

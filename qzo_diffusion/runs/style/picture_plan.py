@@ -227,4 +227,6 @@ def model_of(config: Config, dry_run: bool) -> tuple[Path, PipelineShape]:
         report(f"model: {config.model}, whose weights are not here; planned from its known shape")
         return Path(config.model), known
     report(why)
+    if config.compute.device == "auto" and (told := devices.unseen_gpu()):
+        report(f"warning: {told}")
     return folder, pipeline.check_model(config, folder)

@@ -105,7 +105,11 @@ class StylePlan(PicturePlan):
             self.write_facts(out, loaded, dataset_table(self.pictures, counts))
             _warn_of_truncation(counts)
             held_out = style_data.validation_batches(
-                self.style.validation, encoded, device, config.data.batch_size, config.train.seed
+                self.style.validation,
+                encoded,
+                device,
+                build.validated_at_once(config),
+                config.train.seed,
             )
             sampler = self.sampler(loaded)
             return Pictures(out.path / "samples", sampler, tracker, held_out, config.sample.every)

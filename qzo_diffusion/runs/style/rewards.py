@@ -121,7 +121,11 @@ class Workshop:
         Published ones are known before they are here. Others that are not here count as nothing.
         """
         sizes = dict[str, float]()
-        for one in [*self._config.reward.names, second_name(self._config)]:
+        second = second_name(self._config)
+        # one that nobody chose is left out where it is not here
+        if second is not None and self._config.reward.second is None and not self._is_here(second):
+            second = None
+        for one in [*self._config.reward.names, second]:
             if one is not None and (name := self._model_of(one)) is not None:
                 sizes[name] = self._size(one, name)
         return sum(sizes.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from qzo_diffusion import resources
+from qzo_diffusion import devices, resources
 from qzo_diffusion.core.errors import OutputError
 from qzo_diffusion.diffusion.flow_matching import Batch
 from qzo_diffusion.diffusion.prompts import Prompts, read_prompt_file
@@ -88,7 +88,9 @@ class Pictures:
             self.tracker.on_pictures(step, column)
             save_picture(join_columns(self.columns()), self.folder / "grid.png")
         except (RuntimeError, OSError, ValueError, OutputError) as error:
-            self.tracker.report(f"warning: no samples at step {step}: {error}")
+            full = devices.out_of_memory(error)
+            more = "; stop the run, and go on with sample.batch_size=1" if full else ""
+            self.tracker.report(f"warning: no samples at step {step}: {error}{more}")
 
     def drawn(self, step: int) -> list[Image.Image]:
         """Return the pictures of a step as the transformer is now."""

@@ -100,7 +100,7 @@ def test_the_estimate_of_style_examples_is_theirs_alone(plan, prompts):
 
 
 def test_a_run_goes_on_and_is_replayed_bit_for_bit(train, prompts, tmp_path, monkeypatch):
-    settings = [*PRIOR, f"prior.prompts={prompts}"]
+    settings = [*PRIOR, f"prior.prompts={prompts}", "train.calibrate_lr=true"]
     assert train(*settings, name="whole") == 0
     parts = in_parts(train, tmp_path, monkeypatch, *settings, after=2)
     assert_same_run(tmp_path / "whole", parts)
