@@ -65,7 +65,7 @@ def tune_(
     Raises:
         ModelError: nothing in the model can be tuned.
         TrainingDiverged: ten steps in a row had a loss that is NaN or infinite; the scales are
-            those of the last good step.
+            those after the last step with a finite loss.
     """
 
     def batch_of_step(step: int) -> StepBatch[Any]:

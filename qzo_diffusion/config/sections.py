@@ -35,8 +35,8 @@ class TrainConfig(Section):
     optimizer: Literal["sgd", "momentum", "adam", "feedback"] = "sgd"
     """feedback: of integer codes; rounding errors are added to later steps"""
     state_bits: Literal[32, 8, 4, 3, 2] = 32
-    """of each number that momentum or adam remembers, adam of method fo-scales included; 4 and
-    fewer round at random (SOLO)"""
+    """of each number that momentum or adam remembers, adam of method fo-scales included; second
+    moments of 4 and fewer round at random (SOLO)"""
     feedback_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """share of a rounding error that is kept for the next step"""
     feedback_steps: Count = 40

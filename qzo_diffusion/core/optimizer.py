@@ -3,9 +3,8 @@
 The gradient estimate of a step is ĝ = mean over directions of (projected_grad · z). SGD moves along
 each direction in turn and stores nothing. Momentum stores one tensor like θ, Adam two (one and a
 scalar with a single Rademacher direction a step, where ĝ² is the same everywhere), in 32 bits a
-number or fewer (`core.remembered`).
-Tensor arithmetic is kept to separate multiply, add, divide and sqrt: fused forms (`addcmul`,
-`lerp`, `add(alpha=)`) round differently between processors, and a run must replay bit for bit."""
+number or fewer (`core.remembered`). Arithmetic is kept to separate multiply, add, divide and sqrt:
+fused forms (`addcmul`, `lerp`) round differently between processors, and a run must replay."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -111,7 +110,7 @@ class Adam:
         bias1, bias2 = self._count_step()
         for name in parametrization.templates():
             grad = gradient_of(parametrization, update, name)
-            change = self._change(name, grad, self._square(update, grad), bias2)
+            change = self._change(name, grad, self._square(parametrization, update, grad), bias2)
             parametrization.add_(name, change * (-update.lr / bias1))
 
     def descend_(
@@ -142,8 +141,9 @@ class Adam:
         return first / (torch.sqrt(second / bias2) + self.tiny)
 
     @staticmethod
-    def _square(update: Update, grad: Tensor) -> Tensor:
-        if len(update.projected_grad) == 1 and update.directions[0].distribution == "rademacher":
+    def _square(theta: Parametrization, update: Update, grad: Tensor) -> Tensor:
+        signs = update.directions[0].distribution == "rademacher"
+        if len(update.projected_grad) == 1 and signs and not getattr(theta, "in_subspace", False):
             return grad.new_tensor(update.projected_grad[0] ** 2)
         return grad * grad
 
@@ -187,7 +187,7 @@ class InRunningRms:
 
     One learning rate then suits losses of any scale, as with division by each step's own rms. That
     one gives a step of small derivatives as much weight as one of large ones, which biases the
-    estimate; this one does not."""
+    estimate; here the step's own derivatives are a tenth of the unit, which biases it less."""
 
     def __init__(self, inner: Optimizer, decay: float = 0.9) -> None:
         self._inner, self._rms = inner, RunningRms(decay)

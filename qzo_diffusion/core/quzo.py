@@ -17,9 +17,9 @@ they are lost. Error feedback (arXiv 2602.03120) carries what rounding left, e, 
 
     v = -η ĝ + γ e;   c <- c + round(v);   e = v - round(v)
 
-and e is not stored but computed again from the seeds and scalars of the last steps; γ makes earlier
-ones negligible. Here ĝ is divided by the running rms of μ, so η is the length of a typical step in
-codes, for any loss and format.
+and e is not stored but computed again from the seeds and scalars of the last steps, as if nothing
+was left before them: near to what was left, not equal, as γ^40 is 0.13. Here ĝ is divided by the
+running rms of μ, so η is the length of a typical step in codes, for any loss and format.
 
 All noise is drawn in blocks of 2^18 codes, each with its own key: a step needs a few MB beyond the
 codes."""
@@ -225,7 +225,7 @@ class ErrorFeedback:
 
     Args:
         decay: γ.
-        steps: how many past steps e is computed from; earlier ones would weigh less than γ^steps.
+        steps: how many past steps e is computed from; earlier ones count as none.
         rms_decay: of the running mean of μ².
     """
 

@@ -11,12 +11,12 @@ side of K directions and compare each with the mean of the others (RLOO, arXiv 1
                                            normalisation, for steps of several directions
                                            (as FZOO, arXiv 2506.09034)
 
-E[d z] is the gradient up to O(ε²) either way, since the mean of the others does not depend on z_k.
-That mean removes the loss itself and the mean curvature, ε² tr(H) / 2. So 8 forward passes give 7
-effective directions with leave-one-out and 4 with antithetic probing; the extra noise is ε/2 times
-the differences of zᵀHz between directions. Clipping makes the estimate biased, because z and the
-sign of d correlate. Normalised steps have a length that does not depend on the scale of the loss,
-so one learning rate suits many models."""
+E[d z] is the gradient up to O(ε²) either way (in a `core.subspace` BᵀB times it), since the mean of
+the others does not depend on z_k. That mean removes the loss itself and the mean curvature, ε²
+tr(H) / 2. So 8 forward passes give 7 effective directions with leave-one-out and 4 with antithetic
+probing; the extra noise is ε/2 times the differences of zᵀHz between directions. Clipping makes the
+estimate biased: it shrinks large derivatives. Normalised steps have a length that does not depend
+on the scale of the loss, so one learning rate suits many models."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -2,9 +2,10 @@
 
     z = c B      c of ±1 or Gaussian [k], B [k, n] the directions that span the subspace
 
-The noise of an estimate grows with the numbers that are drawn, here k and not n. Gradients of one
-style lie to a large part in the span of those of others (docs/decisions/estimator.md D108). Random
-subspaces of zeroth-order steps: SubZero, arXiv 2410.08989; here the subspace is given.
+The noise of an estimate grows with the numbers that are drawn, here k and not n. Its mean is BᵀB g
+for the gradient g, so rates are not those of other parametrizations. Gradients of one style lie to
+a large part in the span of those of others (docs/decisions/estimator.md D108). Random subspaces of
+zeroth-order steps: SubZero, arXiv 2410.08989; here the subspace is given.
 
 θ itself keeps all n numbers, so that a run may begin anywhere, and ends in its usual form."""
 

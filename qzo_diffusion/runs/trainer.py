@@ -194,13 +194,18 @@ class Trainer:
             self.journal.sync()
         chain = "" if self.journal is None else self.journal.chain
         losses = self.validation if self.limits.patience is None else self.due_losses()
-        save_checkpoint(
+        written = save_checkpoint(
             Checkpoint(folder, step, chain, losses.get(step)),
             self.components.theta,
             self.components.optimizer,
             metadata=self.metadata | {"qzo.steps": str(step)},
             keep=self.config.train.keep_checkpoints,
         )
+        if written is None:
+            self.tracker.report(
+                f"warning: no checkpoint of step {step}: scales are not finite; `replay --to-step` "
+                "rebuilds an earlier step"
+            )
 
     def finish(self, step: int) -> None:
         """Write the tuned scales into final/."""

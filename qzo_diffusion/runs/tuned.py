@@ -108,7 +108,10 @@ def described(config: Config) -> str:
             f"a run over {ours[0]} in blocks of {ours[1]}, as this one",
             f"quant.type={theirs[0]} quant.blocksize={theirs[1]}",
         )
-    return f"the scales of {config.init_from} after {facts.get('qzo.steps', 'its')} steps"
+    seed, again = config.train.seed, ""
+    if facts.get("qzo.seed") == str(seed):
+        again = f"; both have the seed {seed}, and draw the same noise and directions: see --seed"
+    return f"the scales of {config.init_from} after {facts.get('qzo.steps', 'its')} steps{again}"
 
 
 def set_initial_(config: Config, transformer: nn.Module, scales: ScaleSet) -> None:

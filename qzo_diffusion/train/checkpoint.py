@@ -58,10 +58,15 @@ def save_checkpoint(
     *,
     metadata: Mapping[str, str],
     keep: int = 3,
-) -> Path:
+) -> Path | None:
     """Write `checkpoint.folder`, then drop all but the last `keep` and the one with the lowest
     validation loss.
+
+    Returns None, and changes nothing, where a scale is not finite: no run could go on from there.
     """
+    tuned = tuned_scales(theta)
+    if not all(bool(one.isfinite().all()) for one in tuned.values()):
+        return None
     state = {
         "step": checkpoint.step,
         "chain": checkpoint.chain,
@@ -71,7 +76,7 @@ def save_checkpoint(
     def write(folder: Path) -> None:
         save_tensors(folder / NUMBERS, theta.state())
         save_tensors(folder / OPTIMIZER, optimizer.state())
-        save_tensors(folder / SCALES, tuned_scales(theta), metadata)
+        save_tensors(folder / SCALES, tuned, metadata)
         write_whole(folder / STATE, json.dumps(state).encode())
 
     path = write_folder(checkpoint.folder, write)

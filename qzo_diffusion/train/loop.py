@@ -187,7 +187,7 @@ def _diverged(step: int) -> TrainingDiverged:
         f"{step}",
         "a finite loss",
         "lower train.lr or qzo.eps, set qzo.clip_threshold, or use compute.dtype=float32; the "
-        "scales of the last good step were saved",
+        "scales after the last step with a finite loss were saved",
     )
 
 

@@ -29,6 +29,7 @@ def test_a_run_leaves_what_the_contract_names(train, tmp_path, capsys):
             3,
             "--json",
             "sample.every=2",
+            "train.calibrate_lr=true",
             "--validation-dir",
             tmp_path / "imgs2",
             *copy_images(tmp_path),
@@ -81,7 +82,11 @@ def copy_images(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [[], ["qzo.parametrization=dense", "train.optimizer=adam"], ["qzo.num_directions=2"]],
+    [
+        ["train.calibrate_lr=true"],
+        ["qzo.parametrization=dense", "train.optimizer=adam"],
+        ["qzo.num_directions=2"],
+    ],
 )
 def test_the_same_command_twice_is_bit_identical(train, tmp_path, settings):
     assert (
@@ -196,6 +201,10 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(
         )
         replayed = load_file(again / "final" / "scales.safetensors")
         assert all(torch.equal(tensor, replayed[name]) for name, tensor in tuned.items())
+        assert main(["evaluate", "--run", str(run), "--scorer", "embedded"]) == 0
+        signal = json.loads((run / "evaluation.json").read_text())["signal"]
+        assert "exact" not in signal["base"]  # scales of int8 have no columns to compare with
+        assert "expected" in signal["base"]
 
 
 def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):

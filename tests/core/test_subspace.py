@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qzo_diffusion.core.noise import directions_of_step
-from qzo_diffusion.core.optimizer import Update, gradient_of
+from qzo_diffusion.core.optimizer import Adam, Update, gradient_of
 from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.quant.load import handles_of
@@ -112,3 +112,13 @@ def test_another_shape_is_refused(level, change, message):
     _, scales = scaled_network(dtype=torch.float64)
     with pytest.raises(ValueError, match=message):
         parametrize(scales, level, subspace=change(directions_of(scales)))
+
+
+def test_adam_keeps_a_square_of_each_number():
+    """A sum over directions of unequal size has no one square, as a single vector of signs has."""
+    _, _, _, theta = in_subspace()
+    adam = Adam()
+    adam.step_(theta, Update(directions_of_step(0, 0, 1, "rademacher"), (0.5,), 0.01))
+    seconds = {name: one for name, one in adam.state().items() if name.startswith("second.")}
+    assert seconds
+    assert all(len(one.unique()) > 1 for one in seconds.values())

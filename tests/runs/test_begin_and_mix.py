@@ -18,7 +18,11 @@ def test_a_run_begins_with_what_another_one_tuned(train, whole, tmp_path, capsys
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         assert train(*on_top, name="second") == 130
-    assert f"begins    with the scales of {whole} after 6 steps" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"begins    with the scales of {whole} after 6 steps" in told
+    assert "see --seed" not in told
+    train(*SETTINGS, "--init-from", tmp_path / "whole", "--dry-run", name="again")
+    assert "both have the seed 0, and draw the same noise" in capsys.readouterr().out
     second = tmp_path / "second"
     assert resume(second) == 0
     assert not load_equal(whole, second)

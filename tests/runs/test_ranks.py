@@ -106,7 +106,9 @@ def test_two_ranks_train_the_same_codes_and_their_journal_has_them(train_argumen
     bit part for good.
     """
     ended = launch(
-        train_arguments("--method", "quzo", "--max-steps", 5, "train.calibrate_lr=true", name="codes")
+        train_arguments(
+            "--method", "quzo", "--max-steps", 5, "train.calibrate_lr=true", name="codes"
+        )
     )
     # at the third step and at the end all have the same codes
     assert [code for code, _ in ended] == [0, 0], ended

@@ -248,3 +248,12 @@ def test_bad_steps_are_counted_from_the_end(tmp_path):
         writer.append(step(index, skipped=index in (1, 4, 5)))
     writer.close()
     assert bad_steps_at_end(read_journal(tmp_path / "journal.qzo")) == 2
+
+
+def test_scales_that_are_not_finite_are_no_checkpoint_and_drop_none(tmp_path):
+    run = Run(tmp_path).go(4)
+    before = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    next(iter(run.theta.state().values())).fill_(200.0)  # exp of it is no fp32 number
+    at = Checkpoint(checkpoint_folder(tmp_path / "checkpoints", 6), 6, "", None)
+    assert save_checkpoint(at, run.theta, run.optimizer, metadata={}, keep=1) is None
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == before

@@ -158,7 +158,9 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
     found["step_sizes"] = signal.step_sizes(work.theta, estimates[0], lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
     if (
+        # rounded codes have columns that the scales of their layers lack
         isinstance(work.theta, Dense | Grouped)
+        and not (isinstance(work.theta, Grouped) and work.theta.rounds)
         and config.qzo.subspace is None
         and parameters <= AFFORDABLE
         and config.qzo.units == "relative"

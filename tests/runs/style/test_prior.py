@@ -131,7 +131,7 @@ def test_a_run_that_is_stopped_while_the_prior_is_drawn_goes_on(
     assert len(metrics(tmp_path / "run")) == 4
 
 
-@pytest.mark.parametrize("more", [[], ["qzo.parametrization=dense"], ["method=fo-scales"]])
+@pytest.mark.parametrize("more", [[], ["method=fo-scales", "qzo.parametrization=row"]])
 def test_pictures_of_a_folder(train, tmp_path, more, capsys):
     write_images(tmp_path / "others")
     assert train(*PRIOR, f"prior.dir={tmp_path / 'others'}", *more) == 0
@@ -157,6 +157,12 @@ def test_a_folder_without_captions_is_refused(train, tmp_path, capsys):
         (
             {"prior": {"weight": 1}, "method": "quzo", "qzo": {"parametrization": "codes"}},
             "prior.weight: 0",
+        ),
+        # trained in place: the base's prediction would be the tuned model's own
+        ({"prior": {"weight": 1}, "method": "fo-scales"}, "qzo.parametrization: row"),
+        (
+            {"prior": {"weight": 1}, "qzo": {"parametrization": "dense"}},
+            "qzo.parametrization: row",
         ),
     ],
 )
