@@ -204,7 +204,6 @@ def test_other_methods_leave_a_run_that_is_sampled_evaluated_and_exported(
         assert main(["evaluate", "--run", str(run), "--scorer", "embedded"]) == 0
         signal = json.loads((run / "evaluation.json").read_text())["signal"]
         assert "exact" not in signal["base"]  # scales of int8 have no columns to compare with
-        assert "expected" in signal["base"]
 
 
 def test_the_schedule_and_the_number_of_steps_set_the_rate(train, capsys):
