@@ -88,6 +88,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return what a user is told where a device takes many times as long in a dtype."""
+    if dtype is not torch.bfloat16:
+        return None
+    if device.type == "cuda" and not has_bfloat16(device):
+        return "this GPU has no bfloat16, and torch emulates it slowly: use compute.dtype=float16"
+    of_intel = device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64")
+    if of_intel and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        return (
+            "this processor has no AVX512, without which bfloat16 takes up to forty times as long: "
+            "use compute.dtype=float32 if memory allows"
+        )
+    return None
+
+
 def dtype_name(dtype: torch.dtype) -> Literal["float32", "bfloat16", "float16"]:
     names: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]]
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

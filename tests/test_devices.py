@@ -1,5 +1,6 @@
 """Devices and dtypes by torch's names, where this machine has a CPU alone."""
 
+import platform
 import shutil
 
 import pytest
@@ -26,6 +27,26 @@ def test_a_device_that_is_not_here_is_refused_and_the_names_are_told(name):
     with pytest.raises(ConfigError) as error:
         devices.choose_device(name)
     assert error.value.expected == "auto, cpu, cuda, xpu or mps"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "native", "told"),
+    [
+        ("cuda", torch.bfloat16, False, "float16"),
+        ("cuda", torch.bfloat16, True, None),
+        ("cuda", torch.float16, False, None),
+        ("cpu", torch.bfloat16, False, "float32"),
+        ("cpu", torch.bfloat16, True, None),
+        ("cpu", torch.float32, False, None),
+    ],
+)
+def test_a_dtype_that_a_device_emulates_is_told(monkeypatch, kind, dtype, native, told):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda device: native)
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    capability = "AVX512" if native else "AVX2"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    found = devices.slow_dtype(dtype, torch.device(kind))
+    assert (found is None) if told is None else f"compute.dtype={told}" in found
 
 
 @pytest.mark.parametrize("driver", [True, False])

@@ -196,7 +196,10 @@ def resolve(config: Config, folder: Path, shape: PipelineShape, device: torch.de
     pipeline.resolve_sampling_(resolved, family, folder)
     if resolved.quant.skip is None:
         resolved.quant.skip = list(family.denoiser.skip)
-    resolved.compute.dtype = devices.dtype_name(devices.choose_dtype(config.compute.dtype, device))
+    dtype = devices.choose_dtype(config.compute.dtype, device)
+    resolved.compute.dtype = devices.dtype_name(dtype)
+    if told := devices.slow_dtype(dtype, device):
+        report(f"warning: {told}")
     build.resolve_backend_(resolved, device)
     resolve_model_(resolved, folder)
     return resolved
