@@ -166,6 +166,8 @@ FIGURES = [
     ),
     ("convergence", "speedup.fluent_mono", "passes of the reference", "{:.1f}"),
     ("convergence", "speedup_by_rows.fluent_mono", "the same by every row", "{:.1f}"),
+    ("convergence", "speedup.openmoji", "passes of the reference", "{:.1f}"),
+    ("convergence", "speedup_by_rows.openmoji", "the same by every row", "{:.1f}"),
     ("convergence", "speedup.sst2", "passes of the reference", "{:.1f}"),
 ]
 
