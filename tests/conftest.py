@@ -23,11 +23,11 @@ from types import SimpleNamespace
 
 import hypothesis
 import pytest
-import torch
 from PIL import Image
 
 from qzo_diffusion import resources
-from tests.small_pipeline import write_pipeline
+
+# torch is imported where tests run: the process that hands them out to others does without it.
 
 # pytest-xdist hands out whole files in the order of their tests (--no-loadscope-reorder).
 # These begin first: begun last, they would keep one process busy while the other has nothing left.
@@ -41,6 +41,14 @@ LONGEST = (
     "runs/llm/test_methods.py",
     "runs/llm/test_formats.py",
     "commands/test_export.py",
+    "runs/style/test_tuned_between.py",
+    "runs/style/test_votes.py",
+    "runs/style/test_prior.py",
+    "commands/test_gguf_runs.py",
+    "runs/test_limits.py",
+    "runs/llm/test_transforms.py",
+    "train/test_distributed.py",
+    "test_streams.py",
 )
 
 
@@ -49,7 +57,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # On a busy machine examples take long to draw, which says nothing about the code.
 hypothesis.settings.register_profile(
     "house",
@@ -61,11 +68,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("house")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture(autouse=True)
 def _global_random_state(request):
     """Building a layer draws from torch's global generator, which is fine; seeding it is not, ours
     or a library's.
     """
+    import torch
+
     state, seed = torch.get_rng_state(), torch.initial_seed()
     yield
     seeded = torch.initial_seed() != seed
@@ -80,6 +96,8 @@ def _global_random_state(request):
 @pytest.fixture
 def global_rng_untouched():
     """For code that promises not even to draw from torch's global generator."""
+    import torch
+
     state = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), state), (
@@ -110,13 +128,15 @@ def _no_pages(request, monkeypatch):
 
 
 # Whole runs of the command line: short ones, on a small random model, with two prompts. In
-# bfloat16, a GPU's default, what tests call equal up to rounding is not.
+# bfloat16, a GPU's default, what tests call equal up to rounding is not. Rates are calibrated where
+# tests ask for it.
 FAST = [
     "sample.steps=2",
     "data.batch_size=4",
     "sample.every=0",
     "train.validate_every=0",
     "compute.dtype=float32",
+    "train.calibrate_lr=false",
 ]
 
 
@@ -127,6 +147,7 @@ def pipeline(tmp_path_factory):
     Its parts are checked against each other once, not at the start of every run.
     """
     from qzo_diffusion.runs.style import pipeline as style_pipeline
+    from tests.small_pipeline import write_pipeline
 
     folder = write_pipeline(tmp_path_factory.mktemp("pipeline"))
     check_shape, checked = style_pipeline.check_shape, []

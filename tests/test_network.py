@@ -35,6 +35,8 @@ with contextlib.suppress(OSError):
 assert len(reached) >= 1, "the hook does not see connections"
 reached.clear()
 from qzo_diffusion.cli import main
+from qzo_diffusion.evaluate import signal
+signal.DIRECTIONS, signal.REPEATS = 4, 1  # for speed
 codes = [main(verb) for verb in json.load(open(sys.argv[1]))]
 print(json.dumps({"codes": codes, "reached": reached}))
 """

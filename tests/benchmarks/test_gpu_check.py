@@ -3,10 +3,13 @@
 import torch
 
 from benchmarks import gpu_check
+from benchmarks.sd35_full_size import model
 from benchmarks.sd35_full_size.model import LARGE
 
 NARROW = {
     "num_layers": 1,
+    "sample_size": 16,
+    "pos_embed_max_size": 8,
     "num_attention_heads": 4,
     "joint_attention_dim": 256,
     "caption_projection_dim": 256,
@@ -22,7 +25,9 @@ def test_a_cpu_equals_itself(pipeline, monkeypatch):
 
 
 def test_steps_over_the_architecture_are_measured(monkeypatch):
-    """Stable Diffusion 3.5 Large's, narrower."""
+    """Stable Diffusion 3.5 Large's, narrower and with short prompts."""
+    monkeypatch.setattr(model, "T5_TOKENS", 8)
+    monkeypatch.setattr(model, "CLIP_TOKENS", 8)
     monkeypatch.setattr(gpu_check, "config_of", lambda layers: LARGE | NARROW)
     found = gpu_check.step_and_memory(torch.device("cpu"), 1, [32], rounds=1)["32px"]
     pairs = {name: found[name]["pairs_of_forwards"] for name in gpu_check.STEPS}

@@ -120,11 +120,14 @@ def test_a_layer_of_wta_crs_has_the_exact_slope_of_its_input():
     assert 0.2 < alike < 0.99
 
 
+# Runs are in bfloat16, which many processors are slow in: two methods are tried in it.
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_of_each_lowers_the_held_out_loss(tmp_path, monkeypatch, name):
     save_tiny_llama(tmp_path / "model")
-    write_sentences(tmp_path / "data" / "sst2", train=1250)
+    write_sentences(tmp_path / "data" / "sst2", train=120)
     monkeypatch.setitem(run.LR, name, 1e-2)
+    if name not in ("grass", "wta_crs"):
+        monkeypatch.setattr(run, "BFLOAT16", ["compute.dtype=float32"])
     places = Places(tmp_path, tmp_path, tmp_path / "data", tmp_path / "model", steps=4)
     start = run.Task(places).held_out_loss()
     found = run.train(name, places)

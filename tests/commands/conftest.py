@@ -15,8 +15,11 @@ FEW = 4
 
 @pytest.fixture(autouse=True)
 def _few_directions(monkeypatch):
-    """Slopes along four directions instead of 24: the figure is coarse, the path is the same."""
+    """Slopes along four directions instead of 24, and one estimate instead of four: the figures are
+    coarse, the path is the same.
+    """
     monkeypatch.setattr(signal, "DIRECTIONS", FEW)
+    monkeypatch.setattr(signal, "REPEATS", 1)
 
 
 @pytest.fixture(scope="session")

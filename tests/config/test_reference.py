@@ -1,5 +1,6 @@
 """docs/settings.md and `qzo-diffuse settings` are what the code says."""
 
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -39,6 +40,11 @@ def test_every_setting_has_a_unit_and_an_example_and_nothing_else_has():
         assert shlex.split(example)[0].startswith(f"{key}=")
 
 
+@functools.cache
+def where_nothing_is_given(kind):
+    return flat(make_config({}, kind).model_dump())
+
+
 @pytest.mark.parametrize("key", EXAMPLES)
 def test_an_example_is_taken_and_shows_another_value_than_the_usual_one(key):
     changed = set()
@@ -51,7 +57,7 @@ def test_an_example_is_taken_and_shows_another_value_than_the_usual_one(key):
         for text in shlex.split(EXAMPLES[key][1]):
             set_dotted(settings, *parse_override(text, kind))
         config = flat(make_config(settings, kind).model_dump())
-        changed.add(config[key] != flat(make_config({}, kind).model_dump())[key])
+        changed.add(config[key] != where_nothing_is_given(kind)[key])
     assert True in changed
     if key != "train.calibrate_lr":  # on for pictures already
         assert False not in changed

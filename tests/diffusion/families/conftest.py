@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.families import runs, small
 
-FEW = ("train.micro_batch_size=8", "data.batch_size=2")
+FEW = ("train.micro_batch_size=8", "data.batch_size=2", "train.calibrate_lr=false")
 
 
 @pytest.fixture(scope="session")

@@ -47,11 +47,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", small.NAMES)
+def test_an_intact_folder_is_taken(made, name):
+    folder = made(name, {})
+    check_model(make_config({"model": str(folder)}), folder)
+
+
+@pytest.mark.parametrize("name", small.NAMES)
 @pytest.mark.parametrize("damage", CASES)
 def test_a_folder_that_cannot_be_used_is_refused(made, tmp_path, name, damage):
     folder = shutil.copytree(made(name, {}), tmp_path / "model")
     config = make_config({"model": str(folder)})
-    check_model(config, folder)
     damage(folder, registry.by_name(name).denoiser.part)
     with pytest.raises(ModelError, match=CASES[damage]) as raised:
         check_model(config, folder)

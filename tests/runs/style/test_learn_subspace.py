@@ -71,7 +71,7 @@ def command(tmp_path, pipeline, cache):
     settings += ["data.batch_size=2", "qzo.layers=[ff.net,attn.to_out]"]
 
     def build(*arguments, name="learnt"):
-        output = ["--output-dir", tmp_path / name, "--max-steps", 8]
+        output = ["--output-dir", tmp_path / name, "--max-steps", 2]
         return [str(part) for part in ["subspace", *names, *output, *settings, *arguments]]
 
     return build
@@ -110,7 +110,7 @@ def test_the_file_of_a_base_is_learnt_and_a_run_goes_along_it(
 
 
 def test_pictures_are_the_base_s_and_the_ways_leave_it(command, tmp_path):
-    assert main(command("--directions", "3")) == 0
+    assert main(command("--max-steps", 8, "--directions", "3")) == 0
     directions = load_file(tmp_path / "learnt" / FILE)
     assert {len(one) for one in directions.values()} == {3}
     way = load_file(tmp_path / "learnt/ways/00.safetensors")

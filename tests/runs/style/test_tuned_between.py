@@ -89,6 +89,7 @@ def test_an_evaluation_scores_the_pictures_that_they_give(
     train, tmp_path, prompts, held_out, monkeypatch
 ):
     monkeypatch.setattr(signal, "DIRECTIONS", 4)
+    monkeypatch.setattr(signal, "REPEATS", 1)
     assert train(*STEPS, "--validation-dir", held_out) == 0
     run = tmp_path / "run"
     command = ["evaluate", "--run", str(run), "--prompts", str(prompts), "--scorer", "embedded"]
