@@ -166,11 +166,8 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _weight_counts(self) -> "Config":
-        if self.prior.weight and self.qzo.parametrization in ("codes", "dense"):
-            raise ValueError(
-                "prior.weight: 0, or qzo.parametrization: row, or another of factors; of numbers "
-                "that are trained in place no base is kept to be near to"
-            )
+        if self.prior.weight and self.qzo.parametrization == "codes":
+            raise ValueError("prior.weight: 0, or method: qzo; of codes no base is kept")
         return self
 
     @model_validator(mode="after")

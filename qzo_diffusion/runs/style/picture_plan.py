@@ -11,7 +11,7 @@ from torch import nn
 from qzo_diffusion import devices
 from qzo_diffusion.config.files import with_whole_paths
 from qzo_diffusion.config.style import Config
-from qzo_diffusion.core.errors import ModelError
+from qzo_diffusion.core.errors import ConfigError, ModelError
 from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.core.parametrization import Parametrization
 from qzo_diffusion.core.probing import Probing
@@ -208,7 +208,18 @@ def resolve(config: Config, folder: Path, shape: PipelineShape, device: torch.de
 def checked_prior(
     config: Config, folder: Path, shape: PipelineShape, resolution: int, style: StyleFolder
 ) -> PriorSource | None:
-    """Find the prior of a run; its sizes and words fit the model."""
+    """Find the prior of a run; its sizes and words fit the model.
+
+    Raises:
+        ConfigError: scales are trained in place, so that no base is there to be near to.
+    """
+    if config.prior.weight and config.qzo.parametrization == "dense":
+        raise ConfigError(
+            f"prior.weight={config.prior.weight:g} with qzo.parametrization=dense",
+            "numbers beside the scales: those of dense are the base's own, whose prediction would "
+            "be the tuned model's",
+            "give qzo.parametrization=row, or leave prior.weight out",
+        )
     prior = find_prior(config, folder, resolution, style)
     if prior is not None:
         check_sizes(shape, resolution, prior.folder)

@@ -142,6 +142,13 @@ def test_pictures_of_a_folder(train, tmp_path, more, capsys):
         assert "4 images + 3 of the prior" in told
 
 
+@pytest.mark.parametrize("more", ["qzo.parametrization=dense", "method=fo-scales"])
+def test_scales_that_are_trained_in_place_have_no_base(train, tmp_path, more, capsys):
+    """Its prediction would be the tuned model's own."""
+    assert "qzo.parametrization=row" in failing(capsys, train("prior.weight=1", more))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_without_captions_is_refused(train, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     error = failing(capsys, train("prior.weight=1", f"prior.dir={tmp_path / 'empty'}"))
@@ -157,12 +164,6 @@ def test_a_folder_without_captions_is_refused(train, tmp_path, capsys):
         (
             {"prior": {"weight": 1}, "method": "quzo", "qzo": {"parametrization": "codes"}},
             "prior.weight: 0",
-        ),
-        # trained in place: the base's prediction would be the tuned model's own
-        ({"prior": {"weight": 1}, "method": "fo-scales"}, "qzo.parametrization: row"),
-        (
-            {"prior": {"weight": 1}, "qzo": {"parametrization": "dense"}},
-            "qzo.parametrization: row",
         ),
     ],
 )
