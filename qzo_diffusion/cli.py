@@ -85,6 +85,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _out_of_memory(error: Exception) -> Exception | None:
+    if "torch" not in sys.modules:  # where its import failed, that error is the one to show
+        return None
     from qzo_diffusion import devices
 
     return devices.out_of_memory(error)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qzo_diffusion import resources
+from qzo_diffusion import devices, resources
 from qzo_diffusion.config.llm import LlmConfig
 from qzo_diffusion.config.sections import QuantConfig, RunConfig
 from qzo_diffusion.config.style import Config
@@ -47,6 +47,14 @@ def quantization(quant: QuantConfig, skip: Sequence[str] = ()) -> Quantization:
     """Return the settings of quantization; `skip` is for models whose settings name no layers."""
     skipped = tuple(skip if quant.skip is None else quant.skip)
     return Quantization(quant.type, quant.blocksize, skipped, quant.backend, quant.activations)
+
+
+def resolve_dtype_(config: RunConfig, device: torch.device) -> None:
+    """Fill in the dtype of forward passes, and warn where the device is slow in it."""
+    dtype = devices.choose_dtype(config.compute.dtype, device)
+    config.compute.dtype = devices.dtype_name(dtype)
+    if told := devices.slow_dtype(dtype, device):
+        report(f"warning: {told}")
 
 
 def resolve_backend_(config: RunConfig, device: torch.device) -> None:

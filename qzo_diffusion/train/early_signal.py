@@ -7,8 +7,8 @@ For the first steps the slope of the next batch along ĝ is measured,
 
 on both sides, by two more forward passes of a batch. u is as long as a random direction. Of pure
 noise x has a mean of about zero, or below it where the step went uphill along a curved loss; a
-gradient that batches share makes it positive. The
-statistic is Student's t of the mean of x over the steps.
+gradient that batches share makes it positive. The statistic is Student's t of the mean of x over
+the steps.
 
 `LIMIT` is the 95 % point of t for pure noise: of such runs 95 % are warned. A run with signal is
 warned by mistake where t stays below it. With the mean of x m times its deviation, that has a

@@ -19,14 +19,11 @@ from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.resources import shipped
 from qzo_diffusion.runs import build
 
-# The loader in C is quicker, where there is one.
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SHIPPED = sorted(shipped("configs").glob("*.yaml"))
 
 
 def written(config):
-    """The settings in the text of a config."""
-    return yaml.load(config.to_yaml(), Loader)
+    return yaml.load(config.to_yaml(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

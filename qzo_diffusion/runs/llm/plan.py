@@ -232,10 +232,7 @@ def make_plan(
     _check_objective(config, spec)
     check_vocabulary(folder, config.task, spec, splits.all())
     resolved = with_whole_paths(config)
-    dtype = devices.choose_dtype(config.compute.dtype, device)
-    resolved.compute.dtype = devices.dtype_name(dtype)
-    if told := devices.slow_dtype(dtype, device):
-        report(f"warning: {told}")
+    build.resolve_dtype_(resolved, device)
     if config.method != "qlora":  # whose adapters are made for layers of bitsandbytes
         build.resolve_backend_(resolved, device)
     resolved.data.dir = str(data_folder(config.data.dir).resolve()) if config.data.dir else None

@@ -51,7 +51,7 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
     from qzo_diffusion.core.errors import ModelError
     from qzo_diffusion.quant.available import bitsandbytes_problem
     from qzo_diffusion.runs.style import pipeline
-    from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan
+    from qzo_diffusion.runs.style.memory import memory_plan, resolve_rows_
 
     device = devices.choose_device("auto")
     facts: dict[str, Any] = {
@@ -76,7 +76,7 @@ def _torch_facts(problems: list[str]) -> dict[str, Any]:
             Config(),
             pipeline.Runtime(folder, device, devices.choose_dtype("auto", device)),
         )
-        config.train.micro_batch_size = fitting_micro_batch(config, runtime)  # as a run resolves it
+        resolve_rows_(config, runtime)  # as a run does
         plan = memory_plan(config, runtime)
         facts["memory_plan"] = plan.facts()
         if not plan.fits:

@@ -5,7 +5,7 @@ at equal prompts and seeds.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -111,6 +111,15 @@ def begun_with(config: Config) -> Tuned | None:
         return None
 
 
+def _has_exact(theta: Parametrization) -> TypeGuard[Dense | Grouped]:
+    """Whether exact gradients can be had by theta's numbers: not of sums over a subspace, nor of
+    rounded codes, which have columns that the scales of their layers lack.
+    """
+    if isinstance(theta, Grouped):
+        return not (theta.rounds or theta.in_subspace)
+    return isinstance(theta, Dense)
+
+
 @np.errstate(invalid="ignore", over="ignore")  # a diverged run has slopes that are not finite
 def measure(work: Work, states: Mapping[str, Scales | None], draw: Any, lr: float) -> Measured:
     """Measure all states. The model is left as tuned.
@@ -157,14 +166,7 @@ def _signal(work: Work, lr: float) -> dict[str, Any]:
     estimates = signal.estimates_of(work.objective, probed, work.theta, probing)
     found["step_sizes"] = signal.step_sizes(work.theta, estimates[0], lr)
     parameters = sum(parameter.numel() for parameter in work.transformer.parameters())
-    if (
-        # rounded codes have columns that the scales of their layers lack
-        isinstance(work.theta, Dense | Grouped)
-        and not (isinstance(work.theta, Grouped) and work.theta.rounds)
-        and config.qzo.subspace is None
-        and parameters <= AFFORDABLE
-        and config.qzo.units == "relative"
-    ):
+    if _has_exact(work.theta) and parameters <= AFFORDABLE and config.qzo.units == "relative":
         found["exact"] = signal.exact_cosine(
             work.objective,
             probed,

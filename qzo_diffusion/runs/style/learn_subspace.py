@@ -41,7 +41,7 @@ from qzo_diffusion.runs.style.batches import TrainingBatches
 from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.choose_model import resolve_model_, shipped_prompts
 from qzo_diffusion.runs.style.drawing import load_drawing
-from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan, resolve_drawn_
+from qzo_diffusion.runs.style.memory import memory_plan, resolve_rows_
 from qzo_diffusion.runs.style.plan import StylePlan, make_plan
 from qzo_diffusion.runs.subspace import FILE
 from qzo_diffusion.system.console import quiet, report
@@ -119,9 +119,7 @@ def run(request: SubspaceRequest) -> dict[str, Any]:
 def _plan(config: Config, runtime: pipeline.Runtime, count: int) -> MemoryPlan:
     """Plan drawing and gradients, with what they fill in."""
     tried = config.model_copy(deep=True)
-    if tried.train.micro_batch_size is None:
-        tried.train.micro_batch_size = fitting_micro_batch(tried, runtime, count)
-    resolve_drawn_(tried, runtime, count)
+    resolve_rows_(tried, runtime, count, count)
     return memory_plan(tried, runtime, count, count)
 
 

@@ -82,6 +82,17 @@ def fitting_micro_batch(
     return whole if most >= whole else 2 ** (max(1, most).bit_length() - 1)
 
 
+def resolve_rows_(
+    config: Config, runtime: pipeline.Runtime, images: int = 0, prompts: int = 0
+) -> None:
+    """Fill in how many rows a forward pass has, in steps and of samples, unless the user set
+    it. Raises as `fitting_micro_batch`.
+    """
+    if config.train.micro_batch_size is None:
+        config.train.micro_batch_size = fitting_micro_batch(config, runtime, images, prompts)
+    resolve_drawn_(config, runtime, prompts)
+
+
 def resolve_drawn_(config: Config, runtime: pipeline.Runtime, prompts: int) -> None:
     """Fill in how many pictures are sampled together, unless the user set it: the largest power of
     two that fits, or one.

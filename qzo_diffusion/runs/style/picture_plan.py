@@ -31,7 +31,7 @@ from qzo_diffusion.runs.style.checks import check_sizes, check_words
 from qzo_diffusion.runs.style.choose_model import choose_model, resolve_model_
 from qzo_diffusion.runs.style.levels import for_samples
 from qzo_diffusion.runs.style.load_prior import drawn_prior, prior_examples
-from qzo_diffusion.runs.style.memory import fitting_micro_batch, memory_plan, resolve_drawn_
+from qzo_diffusion.runs.style.memory import memory_plan, resolve_rows_
 from qzo_diffusion.runs.style.prior import DrawnPrior, PriorSource, find_prior
 from qzo_diffusion.runs.style.prior_examples import PriorExamples
 from qzo_diffusion.runs.style.samples import prompt_table
@@ -123,13 +123,7 @@ class PicturePlan(ABC):
         return memory_plan(self.config, self.runtime, *self.kept_encoded())
 
     def resolve_rows_(self) -> None:
-        """Fill in how many rows a forward pass has, in steps and of samples, unless the user set
-        it.
-        """
-        train, (images, prompts) = self.config.train, self.kept_encoded()
-        if train.micro_batch_size is None:
-            train.micro_batch_size = fitting_micro_batch(self.config, self.runtime, images, prompts)
-        resolve_drawn_(self.config, self.runtime, prompts)
+        resolve_rows_(self.config, self.runtime, *self.kept_encoded())
 
     def settings(self) -> dict[str, Any]:
         return self.config.model_dump(exclude=LOCAL)  # type: ignore[arg-type]
@@ -196,10 +190,7 @@ def resolve(config: Config, folder: Path, shape: PipelineShape, device: torch.de
     pipeline.resolve_sampling_(resolved, family, folder)
     if resolved.quant.skip is None:
         resolved.quant.skip = list(family.denoiser.skip)
-    dtype = devices.choose_dtype(config.compute.dtype, device)
-    resolved.compute.dtype = devices.dtype_name(dtype)
-    if told := devices.slow_dtype(dtype, device):
-        report(f"warning: {told}")
+    build.resolve_dtype_(resolved, device)
     build.resolve_backend_(resolved, device)
     resolve_model_(resolved, folder)
     return resolved
