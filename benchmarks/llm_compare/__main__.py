@@ -49,6 +49,11 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help="of every run, for a quick look")
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of every run; float32 where the processor emulates bfloat16",
+    )
+    parser.add_argument(
         "--method",
         choices=[*METHODS, "adamw"],
         help="memory of one method, printed (used by the whole)",
@@ -56,7 +61,12 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=Path("docs/llm.md"))
     options = parser.parse_args()
     places = Places(
-        options.results, options.cache, options.data, options.model or smollm2(), options.steps
+        options.results,
+        options.cache,
+        options.data,
+        options.model or smollm2(),
+        options.steps,
+        options.dtype,
     )
     if options.verb == "report":
         print(report(places, options.document))

@@ -73,11 +73,16 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         "curve": _curve(folder, method.forwards_of_step) if method.trained else [],
         "settings": [one for one in arguments_of(cell, places) if "=" in one],
         "provenance": provenance()
-        | {"command": f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'"},
+        | {"command": _command(cell, places)},
     }
     places.result(cell).parent.mkdir(parents=True, exist_ok=True)
     places.result(cell).write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _command(cell: Cell, places: Places) -> str:
+    chosen = f" --dtype {places.dtype}" if places.dtype else ""
+    return f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'{chosen}"
 
 
 def _curve(folder: Path, forwards_of_step: int) -> list[tuple[int, float]]:

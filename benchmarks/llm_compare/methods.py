@@ -233,6 +233,7 @@ class Places:
     data: Path
     model: Path
     steps: int | None = None  # of every run, for a quick look
+    dtype: str | None = None  # of every run, in place of the method's own
 
     def result(self, cell: Cell) -> Path:
         return self.results / "cells" / "llm" / f"{cell.name}.json"
@@ -266,6 +267,7 @@ def arguments_of(cell: Cell, places: Places) -> list[str]:
         f"data.batch_size={method.batch}",
         *task["settings"],
         *method.settings,
+        *([f"compute.dtype={places.dtype}"] if places.dtype else []),
     ]
     if method.trained:
         steps = places.steps or round(task["steps"] * method.share_of_steps)

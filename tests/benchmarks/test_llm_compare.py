@@ -4,6 +4,7 @@ stopped and goes on.
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,3 +154,11 @@ def test_an_evaluation_that_fails_is_no_cell_that_was_stopped(places, monkeypatc
 def test_the_document_has_a_place_for_the_table():
     text = (Path(__file__).parents[2] / "docs" / "llm.md").read_text()
     assert text.index(TABLE[0]) < text.index(TABLE[1])
+
+
+def test_another_dtype_replaces_the_methods_own_and_is_said(places):
+    cell = Cell("sst2", "quzo_default", 0)
+    given = arguments_of(cell, replace(places, dtype="float32"))
+    config = resolve_settings(parse(["llm", "train", *given]), None, TRAIN_FLAGS, LlmConfig)
+    assert config.compute.dtype == "float32"
+    assert "compute.dtype=float32" not in arguments_of(cell, places)
