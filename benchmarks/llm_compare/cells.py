@@ -72,8 +72,7 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
         "processor_seconds": round(spent, 1),
         "curve": _curve(folder, method.forwards_of_step) if method.trained else [],
         "settings": [one for one in arguments_of(cell, places) if "=" in one],
-        "provenance": provenance()
-        | {"command": _command(cell, places)},
+        "provenance": provenance() | {"command": _command(cell, places)},
     }
     places.result(cell).parent.mkdir(parents=True, exist_ok=True)
     places.result(cell).write_text(json.dumps(result, indent=1) + "\n")
