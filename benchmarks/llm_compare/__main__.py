@@ -2,7 +2,7 @@
 benchmarks.llm_compare run --data FOLDER`.
 
 Every cell is a run of `qzo-diffuse llm` on SmolLM2-135M-Instruct: a task, a method, a seed. Cells
-that are finished are skipped, one that was stopped goes on, and none takes more than 40 minutes of
+that are finished are skipped, one that was stopped goes on, and none takes more than --minutes of
 the processor. `memory` measures the peaks of a step and of inference, `report` writes the JSON, the
 table and the plot from whatever is finished. FOLDER holds sst2/, rte/, superglue_CB/,
 superglue_BoolQ/ and xquad.en.json."""
@@ -54,6 +54,9 @@ def main() -> None:
         help="of every run; float32 where the processor emulates bfloat16",
     )
     parser.add_argument(
+        "--minutes", type=float, default=40, help="of the processor, at most, in a cell"
+    )
+    parser.add_argument(
         "--method",
         choices=[*METHODS, "adamw"],
         help="memory of one method, printed (used by the whole)",
@@ -67,6 +70,7 @@ def main() -> None:
         options.model or smollm2(),
         options.steps,
         options.dtype,
+        options.minutes,
     )
     if options.verb == "report":
         print(report(places, options.document))

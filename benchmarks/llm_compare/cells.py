@@ -15,14 +15,13 @@ from typing import Any
 from benchmarks.llm_compare.methods import METHODS, Cell, Places, arguments_of
 from benchmarks.record import provenance
 
-LIMIT_SECONDS = 40 * 60
-
 
 def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any] | None:
     """The result, which is also written; None when it was stopped, and then the same call goes
     on.
     """
     method, folder = METHODS[cell.method], places.cache / cell.name
+    limit = places.minutes * 60
     ended, spent = "budget", _spent(folder)
     if method.trained:
         going = (folder / "metrics.jsonl").exists()
@@ -30,7 +29,7 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
             shutil.rmtree(folder, ignore_errors=True)
         where = ["--resume" if going else "--output-dir", str(folder)]
         command = ["train", *arguments_of(cell, places), *where]
-        code, output, seconds = _call(command, stop, LIMIT_SECONDS - spent)
+        code, output, seconds = _call(command, stop, limit - spent)
         spent += seconds
         _note_spent(folder, spent)
         if code in (130, -signal.SIGTERM) and stop.is_set():
@@ -44,7 +43,7 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
             max((folder / "checkpoints").glob("step_*"), default=None) if method.trained else None
         )
         where = ["--run", str(newest)] if newest else arguments_of(cell, places)[:-1]
-        code, output, seconds = _call(["evaluate", *where, "--json"], stop, LIMIT_SECONDS)
+        code, output, seconds = _call(["evaluate", *where, "--json"], stop, limit)
         if code in (130, -signal.SIGTERM) and stop.is_set():
             return None
         if code != 0:
@@ -81,6 +80,7 @@ def run_cell(cell: Cell, places: Places, stop: threading.Event) -> dict[str, Any
 
 def _command(cell: Cell, places: Places) -> str:
     chosen = f" --dtype {places.dtype}" if places.dtype else ""
+    chosen += "" if places.minutes == Places.minutes else f" --minutes {places.minutes:g}"
     return f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'{chosen}"
 
 

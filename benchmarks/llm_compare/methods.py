@@ -234,6 +234,7 @@ class Places:
     model: Path
     steps: int | None = None  # of every run, for a quick look
     dtype: str | None = None  # of every run, in place of the method's own
+    minutes: float = 40  # of the processor, at most, in a cell
 
     def result(self, cell: Cell) -> Path:
         return self.results / "cells" / "llm" / f"{cell.name}.json"
