@@ -1,4 +1,4 @@
-"""The code in docs/api.md is run as it stands."""
+"""The code in docs/api.md and docs/extending.md is run as it stands."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from qzo_diffusion.core.errors import ModelError
 from tests.quantized import inputs, network, squared_output
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "api.md"
+EXTENDING = DOCUMENT.with_name("extending.md")
 
 
 def test_the_tour_runs_and_its_loss_falls(capsys):
@@ -23,6 +24,19 @@ def test_the_tour_runs_and_its_loss_falls(capsys):
     exec(compile(code, str(DOCUMENT), "exec"), names)
     first, last = re.match(r"([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups()
     assert float(last) < 0.8 * float(first)
+
+
+@pytest.mark.global_rng  # weights of a model, drawn as its readers would draw them
+def test_ideas_of_ones_own_run_block_after_block_and_their_losses_fall(capsys):
+    names: dict[str, object] = {"__name__": "ideas"}
+    torch.manual_seed(0)
+    for code in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(), re.DOTALL):
+        exec(compile(code, str(EXTENDING), "exec"), names)
+    step, ranks, slopes = capsys.readouterr().out.splitlines()
+    for told in (step, ranks):
+        first, last = map(float, told.split(" -> "))
+        assert last < 0.5 * first
+    assert slopes == "512 slopes"
 
 
 def test_layer_level_is_merged_when_done():

@@ -47,7 +47,11 @@ class ScaleHandle(Protocol):
     def name(self) -> str: ...
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> nn.Module:
+        """The layer. For rows and columns it needs `out_features`, and `bias`, which may be
+        None; its scales lie row by row.
+        """
+        ...
 
     @property
     def scales(self) -> Tensor:
