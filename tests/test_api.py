@@ -26,10 +26,8 @@ def test_the_tour_runs_and_its_loss_falls(capsys):
     assert float(last) < 0.8 * float(first)
 
 
-@pytest.mark.global_rng  # weights of a model, drawn as its readers would draw them
 def test_ideas_of_ones_own_run_block_after_block_and_their_losses_fall(capsys):
     names: dict[str, object] = {"__name__": "ideas"}
-    torch.manual_seed(0)
     for code in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(), re.DOTALL):
         exec(compile(code, str(EXTENDING), "exec"), names)
     step, ranks, slopes = capsys.readouterr().out.splitlines()

@@ -48,19 +48,14 @@ class ScaleHandle(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The layer. For rows and columns it needs `out_features`, and `bias`, which may be
-        None; its scales lie row by row.
-        """
-        ...
+        """The layer; rows and columns ask for its `out_features` and its `bias`, or None."""
 
     @property
     def scales(self) -> Tensor:
         """The tensor that the layer's next forward will use."""
-        ...
 
     def override(self, scales: Tensor) -> None:
         """Make the layer's next forward use `scales` instead."""
-        ...
 
 
 class ScaleSet:
