@@ -16,6 +16,7 @@ from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName, make_optim
 from qzo_diffusion.core.parametrize import Level, Units, parametrize
 from qzo_diffusion.core.probing import Estimator, Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
+from qzo_diffusion.quant.choose import chosen
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.loop import Outcome, Setup, StepRecord, train
 
@@ -34,6 +35,7 @@ def tune_(
     lr: float,
     eps: float = 1e-2,
     level: Level = "dense",
+    layers: Sequence[str] | None = None,
     units: Units = "relative",
     optimizer: OptimizerName = "sgd",
     schedule: ScheduleName = "constant",
@@ -42,6 +44,7 @@ def tune_(
     per_example: bool = False,
     directions: Distribution = "rademacher",
     clip_threshold: float | None = None,
+    normalize: bool = False,
     seed: int = 0,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> Outcome:
@@ -60,10 +63,13 @@ def tune_(
             more directions for as many forward passes (`core.spsa`).
         per_example: directions of its own for every example, for all levels but "dense"; batches
             then need a length.
+        layers: parts of the names of the layers to tune, such as "mlp"; None is all.
+        normalize: divide the slopes of a step by their rms, so that `lr` does not depend on the
+            scale of the loss. A step of one direction then keeps only its sign.
         lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).
 
     Raises:
-        ModelError: nothing in the model can be tuned.
+        ModelError: nothing in the model can be tuned, or nothing of `layers`.
         TrainingDiverged: ten steps in a row had a loss that is NaN or infinite; the scales are
             those after the last step with a finite loss.
     """
@@ -72,7 +78,7 @@ def tune_(
         return StepBatch([batches(step) if callable(batches) else batches[step % len(batches)]])
 
     scales = find_scales(model)
-    theta = parametrize(scales, level, units)
+    theta = parametrize(scales, level, units, _trained(scales, layers))
     setup = Setup(
         loss,
         batch_of_step,
@@ -85,6 +91,7 @@ def tune_(
             per_example,
             directions,
             clip_threshold,
+            normalize,
             estimator=estimator,
         ),
         make_schedule(schedule, lr, steps),
@@ -93,6 +100,20 @@ def tune_(
         return train(setup, max_steps=steps, on_step=on_step)
     finally:
         theta.merge_()
+
+
+def _trained(scales: ScaleSet, layers: Sequence[str] | None) -> list[str] | None:
+    """The names of the layers that are tuned; None is all."""
+    if layers is None:
+        return None
+    names = chosen(scales, list(layers))
+    if not names:
+        raise ModelError(
+            f"layers={list(layers)}, which no quantized layer's name holds",
+            f"parts of names such as {next(iter(scales))}",
+            "print(list(find_scales(model))) shows them all",
+        )
+    return names
 
 
 def apply_delta(

@@ -47,6 +47,41 @@ def test_layer_level_is_merged_when_done():
     assert ratio.std() < 1e-6 * ratio.mean()
 
 
+def test_only_the_layers_that_are_named_change():
+    model = network("bnb")
+    before = {name: scale.clone() for name, scale in find_scales(model).tensors().items()}
+    tune_(model, squared_output(model), [inputs()], steps=2, lr=0.1, layers=["2"])
+    changed = [
+        name
+        for name, scale in find_scales(model).tensors().items()
+        if not torch.equal(scale, before[name])
+    ]
+    assert changed == ["2"]
+
+
+def test_layers_that_are_not_there_are_told_with_one_that_is():
+    with pytest.raises(ModelError, match="such as 0"):
+        tune_(network(), squared_output(network()), [inputs()], steps=1, lr=0.1, layers=["mlp"])
+
+
+def test_normalised_steps_do_not_depend_on_the_scale_of_the_loss():
+    after = []
+    for unit in (1.0, 64.0):  # a power of two, so that slopes have the same digits
+        model = network()
+        loss = squared_output(model)
+        tune_(
+            model,
+            lambda x, loss=loss, unit=unit: unit * loss(x),
+            [inputs()],
+            steps=3,
+            lr=0.05,
+            num_directions=4,
+            normalize=True,
+        )
+        after.append(find_scales(model)["0"].clone())
+    assert torch.equal(*after)
+
+
 def test_batches_may_be_a_function_of_the_step():
     model, seen = network(), []
     tune_(

@@ -25,11 +25,13 @@ class LayerScaling:
         output: [G, N] or [G, 1].
         input: [G, K / blocksize], one factor for each block of columns.
         overwrites: whether the input may be overwritten, because nothing reads it afterwards.
+        patch_groups: rows of an example.
     """
 
     output: Tensor | None = None
     input: Tensor | None = None
     overwrites: bool = False
+    patch_groups: int = 1
 
 
 ActivationScaling = Callable[[Sequence[str]], Mapping[str, LayerScaling]]
@@ -126,6 +128,7 @@ class ScaledLayer:
             layer_scaling.output,
             layer_scaling.overwrites,
         )
+        self._patch_groups = layer_scaling.patch_groups
         self._bias = None if bias is None else bias.detach()
         if bias is not None and bias.device.type == "cpu" and layer_scaling.output is not None:
             # a GPU converts on its way
@@ -153,10 +156,14 @@ class ScaledLayer:
         _scale(y, self._output, self._bias, into=y)
 
     def _check(self, tensor: Tensor, groups: int) -> None:
-        examples, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
-        if examples % groups and (groups % examples or tokens % (groups // examples)):
+        rows, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
+        if rows % groups == 0:
+            return
+        # fewer rows than examples: the layer ran once for all of them
+        once_for_all = rows % (groups // self._patch_groups)
+        if once_for_all or groups % rows or tokens % (groups // rows):
             raise ModelError(
-                f"{self._name} runs on a first dimension of {examples}, of {tokens} tokens "
+                f"{self._name} runs on a first dimension of {rows}, of {tokens} tokens "
                 f"each, where {groups} groups are probed",
                 "groups of whole examples, or of equally long runs of an example's tokens",
                 "use parametrization dense, or a model that keeps examples apart in its first "

@@ -242,8 +242,9 @@ class Grouped:
                     if with_theta:
                         factor.mul_(exp(self.by_axis[key][start:stop]))
                     self._collect(factors, key, chosen, factor)
+            examples = probe.groups(token_wise=False)
             return {
-                name: self._layer_scaling(of_layer, name in self._last_readers)
+                name: self._layer_scaling(of_layer, name in self._last_readers, examples)
                 for name, of_layer in factors.items()
             }
 
@@ -258,10 +259,13 @@ class Grouped:
             into.setdefault(name, {})[kind.axis] = factor
 
     @staticmethod
-    def _layer_scaling(factors: dict[Axis, Tensor], overwrites: bool) -> LayerScaling:
+    def _layer_scaling(
+        factors: dict[Axis, Tensor], overwrites: bool, examples: int
+    ) -> LayerScaling:
         output = [factors[axis] for axis in ("layer", "row") if axis in factors]
         product = output[0] * output[1] if len(output) == 2 else output[0] if output else None
-        return LayerScaling(product, factors.get("column"), overwrites)
+        patch_groups = len(next(iter(factors.values()))) // examples
+        return LayerScaling(product, factors.get("column"), overwrites, patch_groups)
 
     def _exp_z(self, key: str, probe: "_Probe", start: int, stop: int) -> Tensor:
         """exp(radius · z), a new tensor [groups, stop - start].

@@ -243,6 +243,15 @@ def test_examples_that_do_not_fit_the_groups_are_refused():
         model(inputs(6))
 
 
+def test_a_layer_that_runs_once_for_all_examples_is_refused():
+    """Its tokens divide into as many runs as there are examples, but are not theirs."""
+    model, scales = scaled_network()
+    theta = parametrize(scales, "row")
+    probes = theta.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
+    with pytest.raises(ModelError, match="4 groups are probed"), scales.override(*probes):
+        model(inputs(8).unsqueeze(0))
+
+
 @pytest.mark.parametrize("level", GAINED)
 def test_both_signs_in_one_forward_are_what_two_forwards_give(level):
     model, scales = scaled_network(dtype=torch.float64)
