@@ -94,20 +94,21 @@ class Momentum:
 class Adam:
     """Adam (Kingma & Ba 2015) without weight decay, on ĝ or on a gradient that is known.
 
-    Second moments of fewer than 8 bits are rounded at random, as `seed` says, and the first have
-    `steady_beta`.
+    Second moments of fewer than 8 bits are rounded at random, as the seed of the directions says,
+    or `seed` for a gradient that is known; the first have `steady_beta`.
     """
 
     beta2, tiny = 0.99, 1e-8
 
     def __init__(self, beta1: float = 0.9, state_bits: Bits = 32, seed: int = 0) -> None:
         self.beta1 = steady_beta(beta1, state_bits)
-        self._count = 0
+        self._count, self._seed = 0, seed
         self._first = first_moment("first", state_bits)
-        self._second = second_moment("second", state_bits, seed)
+        self._second = second_moment("second", state_bits)
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         bias1, bias2 = self._count_step()
+        self._seed = update.directions[0].seed
         for name in parametrization.templates():
             grad = gradient_of(parametrization, update, name)
             change = self._change(name, grad, self._square(parametrization, update, grad), bias2)
@@ -136,8 +137,8 @@ class Adam:
             second = second.expand_as(square).clone()
         first.mul_(self.beta1).add_(grad * (1 - self.beta1))
         second.mul_(self.beta2).add_(square * (1 - self.beta2))
-        self._first.write(name, first, self._count)
-        self._second.write(name, second, self._count)
+        self._first.write(name, first)
+        self._second.write(name, second, self._seed, self._count)
         return first / (torch.sqrt(second / bias2) + self.tiny)
 
     @staticmethod

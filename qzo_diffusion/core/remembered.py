@@ -27,8 +27,8 @@ class Remembered(Protocol):
         """
         ...
 
-    def write(self, name: str, value: Tensor, step: int = 0) -> None:
-        """Keep the tensor. Random numbers that round it are those of this count of steps."""
+    def write(self, name: str, value: Tensor, *key: int) -> None:
+        """Keep the tensor. Random numbers that round it follow from the seed and count of steps."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class Exact:
     def read(self, name: str, like: Tensor) -> Tensor | None:
         return self._kept.get(name)
 
-    def write(self, name: str, value: Tensor, step: int = 0) -> None:
+    def write(self, name: str, value: Tensor, *key: int) -> None:
         self._kept[name] = value
 
     def state(self) -> dict[str, Tensor]:
@@ -70,11 +70,10 @@ class InFewBits:
     Args:
         label: begins the names in a state.
         form: the map.
-        seed: of the run.
     """
 
-    def __init__(self, label: str, form: DynamicMap | LogarithmicMap, seed: int = 0) -> None:
-        self._label, self._form, self._seed = label, form, seed
+    def __init__(self, label: str, form: DynamicMap | LogarithmicMap) -> None:
+        self._label, self._form = label, form
         self._codes: dict[str, Tensor] = {}
         self._figures: dict[str, Tensor] = {}
         self._short = Exact(label)
@@ -88,14 +87,14 @@ class InFewBits:
         blocks = torch.nn.functional.pad(codes, (0, missing)).view(-1, BLOCK)
         return self._form.decode(blocks, figures).flatten()[:count].view_as(like).to(like.dtype)
 
-    def write(self, name: str, value: Tensor, step: int = 0) -> None:
+    def write(self, name: str, value: Tensor, *key: int) -> None:
         if value.numel() < BLOCK:
             self._short.write(name, value)
             return
         flat = value.float().flatten()
         rest = flat[-1:].expand(-len(flat) % BLOCK)  # zeros would be the quantile of a short block
         blocks = torch.cat([flat, rest]).view(-1, BLOCK)
-        codes, self._figures[name] = self._form.encode(blocks, self._seed, step, self._label, name)
+        codes, self._figures[name] = self._form.encode(blocks, *key, self._label, name)
         self._codes[name] = pack(codes.flatten()[: len(flat)].contiguous(), self._form.bits)
 
     def state(self) -> dict[str, Tensor]:
@@ -132,7 +131,7 @@ def first_moment(label: str, bits: Bits) -> Remembered:
     return Exact(label) if bits == 32 else InFewBits(label, DynamicMap(bits, signed=True))
 
 
-def second_moment(label: str, bits: Bits, seed: int) -> Remembered:
+def second_moment(label: str, bits: Bits) -> Remembered:
     """Averages of squares: the dynamic map in 8 bits, below that the logarithmic one, which draws
     random numbers.
     """
@@ -140,4 +139,4 @@ def second_moment(label: str, bits: Bits, seed: int) -> Remembered:
         return Exact(label)
     if bits == 8:
         return InFewBits(label, DynamicMap(bits, signed=False))
-    return InFewBits(label, LogarithmicMap(bits), seed)
+    return InFewBits(label, LogarithmicMap(bits))

@@ -157,7 +157,8 @@ def test_a_replay_gives_every_step_bit_for_bit(tmp_path, name, bits):
     done = updates[:2] + updates[3:]
     expected = trained(make_optimizer(name, state_bits=bits, seed=5), done)
     theta = parametrize(layers(), "dense")
-    again = make_optimizer(name, state_bits=bits, seed=5)
+    # the journal's seeds decide, not the seed of the process that replays it
+    again = make_optimizer(name, state_bits=bits, seed=6)
     assert replay_(read_journal(tmp_path / "journal.qzo"), theta, again) == 5
     assert same(theta.state(), expected.state())
     exact = trained(make_optimizer(name), done)
