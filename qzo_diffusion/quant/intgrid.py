@@ -54,7 +54,10 @@ class Int4Grid(Int8Grid):
     dtype = torch.uint8
 
     def codes(self, stored: Tensor) -> Tensor:
-        return torch.stack([stored >> 4, stored & 15], -1).flatten(-2).float().sub_(8)
+        # written in place: half the time of a stack that is then converted
+        pairs = torch.empty(*stored.shape, 2, device=stored.device)
+        pairs[..., 0], pairs[..., 1] = stored >> 4, stored & 15
+        return pairs.flatten(-2).sub_(8)
 
     def stored(self, codes: Tensor) -> Tensor:
         pairs = codes.add(8).to(torch.uint8).unflatten(-1, (-1, 2))
@@ -77,7 +80,7 @@ class Fp8Grid(Int8Grid):
         return torch.where(codes < 0, codes.abs() + 128, codes).to(torch.uint8)
 
     def values(self, codes: Tensor) -> Tensor:
-        return self.stored(codes).view(torch.float8_e4m3fn).to(torch.float32)
+        return from_fp8(self.stored(codes))
 
     def places(self, values: Tensor) -> Tensor:
         magnitude = values.abs().clamp(max=self.largest)
@@ -143,7 +146,7 @@ class IntGridLinear(nn.Module):
     def whole_numbers(self) -> Tensor:
         """Return the unscaled numbers of the codes, [N, K], also for codes that are not whole."""
         if self.kind == "fp8":
-            return self.codes.view(torch.float8_e4m3fn).to(torch.float32)
+            return from_fp8(self.codes)
         return self.codes if self.codes.is_floating_point() else self.grid.codes(self.codes)
 
     def dequantized(self) -> Tensor:
@@ -189,6 +192,19 @@ class IntGridLinear(nn.Module):
     ) -> Tensor:
         y = y if factor is None else y.mul_(factor)
         return (y if bias is None else y.add_(bias.float())).to(dtype)
+
+
+def from_fp8(codes: Tensor) -> Tensor:
+    """Bytes of e4m3 -> fp32, exact; no NaN among them.
+
+    On a CPU their bits are moved to the places that float16 has for them, whose exponent counts
+    from 8 less: torch's own conversion takes as long as the product of the layer.
+    """
+    if codes.device.type != "cpu":
+        return codes.view(torch.float8_e4m3fn).to(torch.float32)
+    halves = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7)
+    halves.bitwise_and_(~(1 << 14))  # the sign was extended into the exponent
+    return halves.view(torch.float16).float().mul_(2**8)
 
 
 def int8_product(x: Tensor, codes: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.quant import intgrid
-from qzo_diffusion.quant.intgrid import GRIDS, IntGridLinear, int8_product, quantize
+from qzo_diffusion.quant.intgrid import GRIDS, IntGridLinear, from_fp8, int8_product, quantize
 from qzo_diffusion.quant.load import (
     find_codes,
     find_scales,
@@ -23,6 +23,14 @@ from tests.quant.test_stream import assert_same_model, empty, make
 from tests.quantized import inputs, network
 
 KINDS = ["int8", "int4", "fp8"]
+
+
+def test_every_byte_of_fp8_is_what_torch_says():
+    stored = torch.arange(256, dtype=torch.uint8)
+    stored = stored[stored % 128 != 127]  # not a number
+    expected = stored.view(torch.float8_e4m3fn).to(torch.float32)
+    assert torch.equal(from_fp8(stored), expected)
+    assert torch.equal(from_fp8(stored).signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize("kind", KINDS)
