@@ -12,10 +12,10 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probing import Probing, StepBatch
 from qzo_diffusion.core.spsa import mean_loss, probe
 from qzo_diffusion.quant.load import handles_of
+from tests.core.seeds import averaged_over
 from tests.quantized import inputs, scaled_network
 
 EXAMPLES, TOKENS, GROUPS, WIDTH = 3, 8, 4, 64
-SEEDS = {1: 600}  # by number of directions; 150 of others
 TARGETS = inputs(EXAMPLES * TOKENS, WIDTH, torch.float64, seed=5).view(EXAMPLES, TOKENS, WIDTH)
 
 
@@ -75,16 +75,17 @@ CASES = {
 }
 
 
+@averaged_over(50, 150)
 @pytest.mark.parametrize("token_wise", [("0",), ("0", "2")])
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_the_mean_over_many_estimates(name, token_wise):
+def test_it_is_the_mean_over_many_estimates(name, token_wise, seeds):
     level, groups, settings = CASES[name]
     model, _, theta = small(level, token_wise)
     batch = StepBatch(list(pictures().split(2)), patch_groups=groups)
     probing = Probing(3, 1e-4, **{"estimator": "leave_one_out"} | settings)
     objective = mixed(model, groups)
     exact = exact_gradient(objective, batch.micro_batches, theta, handles_of(model))
-    seeds = SEEDS.get(probing.num_directions, 150)
+    seeds *= 4 if probing.num_directions == 1 else 1
     cosines = torch.tensor(
         [
             alignment(theta, probe(objective, batch, theta, probing, step), exact).cosine

@@ -14,6 +14,7 @@ from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.probes import sample_losses
 from qzo_diffusion.core.spsa import rms
 from qzo_diffusion.quant.load import handles_of
+from tests.core.seeds import averaged_over
 from tests.core.test_patch_groups import EXAMPLES, REGIONS, network_of_tokens, of_regions, tokens
 from tests.core.test_per_example import exact_gradient
 from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot, squared_output
@@ -59,18 +60,19 @@ def test_derivatives_are_those_of_the_formula(level, probes_per_forward):
     )
 
 
+@averaged_over(250, 1000)
 @pytest.mark.parametrize(
     ("level", "per_example"),
     [("separable", True), ("layer", True), ("dense", False), ("row", False)],
 )
-def test_the_mean_over_seeds_is_the_gradient(level, per_example):
+def test_the_mean_over_seeds_is_the_gradient(level, per_example, seeds):
     """Of a loss with curvature, at a radius where one side alone is far off."""
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)
     theta = parametrize(scales, level)
     x = inputs(2, width=64, dtype=torch.float64)
     exact = exact_gradient(model, scales, theta, x) if level != "dense" else None
     samples = {name: [] for name in theta.templates()}
-    for seed in range(1000):
+    for seed in range(seeds):
         directions = directions_of_step(seed, 0, 8 if per_example else 4, "rademacher")
         made = {"per_example": True, "examples": 2} if per_example else {}
         found = estimated(
@@ -84,7 +86,7 @@ def test_the_mean_over_seeds_is_the_gradient(level, per_example):
         exact = {name: scales_gradient(model, scales, name, x) for name in samples}
     for name, values in samples.items():
         stacked = torch.stack(values).double()
-        deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / 1000**0.5)
+        deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / seeds**0.5)
         assert deviation.max() < 5, name
 
 

@@ -13,6 +13,7 @@ from qzo_diffusion.core.oracle import exact_gradient
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import rms
 from qzo_diffusion.quant.load import handles_of
+from tests.core.seeds import averaged_over
 from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot
 
 EXAMPLES, TOKENS, REGIONS = 3, 8, 4
@@ -76,13 +77,14 @@ def test_what_all_examples_share_is_shown_as_scales_and_theta_goes_with_its_z(
         torch.testing.assert_close(found, model(tokens(count, 512)), rtol=1e-10, atol=1e-10)
 
 
+@averaged_over(150, 600)
 @pytest.mark.parametrize("token_wise", [("0", "2"), ("2",)])
-def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(token_wise):
+def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(token_wise, seeds):
     model, _, theta = network_of_tokens("separable", token_wise, width=64, out=2, blocksize=32)
-    x, count = tokens(4, width=64), 600
+    x = tokens(4, width=64)
     exact = exact_gradient(of_regions(model, 1), [x], theta, handles_of(model))
     drawn = {name: [] for name in exact}
-    for seed in range(count):
+    for seed in range(seeds):
         directions = directions_of_step(seed, 0, 4, "rademacher", REGIONS)
         found = estimated(
             of_regions(model), list(x.split(3)), theta, directions, eps=1e-3, per_example=True
@@ -91,7 +93,7 @@ def test_the_mean_over_seeds_is_the_gradient_where_tokens_do_not_meet(token_wise
             kept.append(gradient_of(theta, Update(directions, found.projected_grad, lr=1.0), name))
     for name, values in drawn.items():
         stacked = torch.stack(values)
-        deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / count**0.5)
+        deviation = (stacked.mean(0) - exact[name]).abs() / (stacked.std(0) / seeds**0.5)
         assert deviation.max() < 5, name
 
 

@@ -16,6 +16,7 @@ from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.noise import Direction, directions_of_step
 from qzo_diffusion.core.optimizer import Update, gradient_of
 from qzo_diffusion.core.parametrize import parametrize
+from tests.core.seeds import averaged_over
 from tests.quantized import assert_same, estimated, inputs, scaled_network, snapshot, squared_output
 
 GAINED = ["row", "layer", "column", "separable"]
@@ -121,14 +122,15 @@ def test_two_directions_have_half_the_variance_of_one():
     assert variances[0] / variances[1] == pytest.approx(2, rel=0.15)
 
 
+@averaged_over(150, 600)
 @pytest.mark.parametrize("level", GAINED)
-def test_the_mean_over_seeds_is_the_gradient(level):
+def test_the_mean_over_seeds_is_the_gradient(level, seeds):
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=32)
     theta = parametrize(scales, level)
     x = inputs(8, width=64, dtype=torch.float64)
     exact = exact_gradient(model, scales, theta, x)
     samples = {axis: [] for axis in theta.by_axis}
-    for seed in range(600):
+    for seed in range(seeds):
         directions = directions_of_step(seed, 0, 8, "rademacher")
         found = estimated(squared_output(model), [x], theta, directions, eps=1e-3, per_example=True)
         update = Update(directions, found.directional_derivative, lr=1.0)
@@ -136,7 +138,7 @@ def test_the_mean_over_seeds_is_the_gradient(level):
             samples[axis].append(gradient_of(theta, update, axis))
     for axis, values in samples.items():
         stacked = torch.stack(values)
-        deviation = (stacked.mean(0) - exact[axis]).abs() / (stacked.std(0) / 600**0.5)
+        deviation = (stacked.mean(0) - exact[axis]).abs() / (stacked.std(0) / seeds**0.5)
         assert deviation.max() < 5, axis
 
 

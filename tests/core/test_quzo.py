@@ -17,6 +17,7 @@ from qzo_diffusion.core.rounding import stochastic_round
 from qzo_diffusion.core.scales import ScaleSet
 from qzo_diffusion.quant.intgrid import CodesHandle, Int8Grid, IntGridLinear
 from qzo_diffusion.quant.load import find_codes
+from tests.core.seeds import averaged_over
 from tests.quantized import assert_same, estimated, inputs, network, snapshot, squared_output
 
 KINDS = ["int8", "int4", "fp8"]
@@ -79,8 +80,9 @@ def test_the_two_roundings_are_independent(distribution, eps):
     assert layer.codes.count_nonzero() == 0
 
 
+@averaged_over(1000, 4000)
 @pytest.mark.parametrize("distribution", ["gaussian", "rademacher"])
-def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
+def test_the_estimate_is_unbiased_on_a_quadratic(distribution, seeds):
     start = [3, -7, 20, 0, 11, -40]
     layer, theta = one_layer(start)
     curvature, goal = (
@@ -92,7 +94,7 @@ def test_the_estimate_is_unbiased_on_a_quadratic(distribution):
         return 0.5 * (curvature * (layer.codes.float() - goal).square()).sum(-1).expand(len(batch))
 
     found = []
-    for seed in range(4000):
+    for seed in range(seeds):
         direction = Direction(seed, 0, 0, distribution)
         one = estimated(loss, [torch.zeros(1)], theta, [direction], eps=0.6)
         mu = one.directional_derivative[0]

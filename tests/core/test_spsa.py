@@ -9,6 +9,7 @@ from qzo_diffusion.core.noise import Direction
 from qzo_diffusion.core.optimizer import Sgd, Update
 from qzo_diffusion.core.parametrize import parametrize
 from qzo_diffusion.core.spsa import clip_directional_derivative, mean_loss
+from tests.core.seeds import averaged_over
 from tests.quantized import BACKENDS, estimated, inputs, scaled_network, squared_output
 
 
@@ -52,8 +53,9 @@ def test_error_of_the_derivative_is_of_second_order_in_eps(units, distribution):
     assert abs(order - 2) <= 0.1, (order, errors)
 
 
+@averaged_over(1000, 4000)
 @pytest.mark.parametrize("level", ["dense", "layer"])
-def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
+def test_mean_of_d_z_over_seeds_is_the_gradient(level, seeds):
     model, scales = scaled_network(width=64, out=2, dtype=torch.float64, blocksize=64)
     x = inputs(width=64, dtype=torch.float64)
     theta = parametrize(scales, level)
@@ -64,7 +66,7 @@ def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
         else {"layer": torch.stack([dense[name].sum() for name in scales])}
     )
     samples = {name: [] for name in theta.templates()}
-    for seed in range(4000):
+    for seed in range(seeds):
         direction = Direction(seed, 0)
         d = estimated(
             squared_output(model), [x], theta, [direction], eps=1e-3
@@ -73,7 +75,7 @@ def test_mean_of_d_z_over_4000_seeds_is_the_gradient(level):
             drawn.append(d * theta.combined(name, [direction], [1.0]))
     for name in samples:
         stacked = torch.stack(samples[name]).double()
-        standard_error = stacked.std(0) / 4000**0.5
+        standard_error = stacked.std(0) / seeds**0.5
         deviation = (stacked.mean(0) - exact[name]).abs() / standard_error
         assert deviation.max() < 5, (name, deviation.max())
 
