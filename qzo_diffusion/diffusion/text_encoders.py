@@ -17,6 +17,7 @@ from qzo_diffusion.quant.config_file import read_config
 from qzo_diffusion.quant.entries import Entry
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries
+from qzo_diffusion.quant.without_weights import without_weights
 from qzo_diffusion.system.heap import give_back
 
 T5 = "T5EncoderModel"
@@ -77,13 +78,11 @@ def empty_encoder(
 
 def _of_class(class_name: str, config: Mapping[str, Any], place: str) -> nn.Module:
     import transformers
-    from accelerate import init_empty_weights
 
     settings = {name: value for name, value in config.items() if name != "quantization_config"}
     model = getattr(transformers, class_name)
     try:
-        # Buffers stay real: transformers computes some when it builds a model; files lack them.
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             encoder: nn.Module = model(model.config_class(**settings)).eval()
             return encoder
     except Exception as error:  # a wrong value may raise anything in transformers

@@ -19,6 +19,7 @@ from qzo_diffusion.quant.gguf_header import is_gguf
 from qzo_diffusion.quant.json_file import read_object
 from qzo_diffusion.quant.patch import patch_folder
 from qzo_diffusion.quant.weights import read_entries
+from qzo_diffusion.quant.without_weights import without_weights
 
 _FORMATS: Mapping[str, Any] = {"gptq": gptq, "aqlm": aqlm, "hqq": hqq}
 READ_HERE = tuple(_FORMATS)
@@ -56,14 +57,12 @@ def empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _empty_causal_lm(folder: Path, dtype: torch.dtype) -> nn.Module:
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        # transformers computes some buffers when it builds a model
+    with without_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if (folder / "generation_config.json").is_file():  # where an answer ends
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
