@@ -55,7 +55,7 @@ class Int4Grid(Int8Grid):
 
     def codes(self, stored: Tensor) -> Tensor:
         # written in place: half the time of a stack that is then converted
-        pairs = torch.empty(*stored.shape, 2, device=stored.device)
+        pairs = torch.empty(*stored.shape, 2, dtype=torch.float32, device=stored.device)
         pairs[..., 0], pairs[..., 1] = stored >> 4, stored & 15
         return pairs.flatten(-2).sub_(8)
 

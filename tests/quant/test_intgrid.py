@@ -34,6 +34,17 @@ def test_every_byte_of_fp8_is_what_torch_says():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_float32_whatever_the_default_dtype_is(kind):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as transformers does while it loads
+    try:
+        codes = GRIDS[kind].codes(torch.zeros(2, 4, dtype=GRIDS[kind].dtype))
+    finally:
+        torch.set_default_dtype(before)
+    assert codes.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_code_is_stored_and_comes_back_in_the_order_of_values(kind):
     grid = GRIDS[kind]
     codes = torch.arange(grid.low, grid.high + 1).float()
