@@ -16,7 +16,7 @@ from qzo_diffusion.core.optimizer import OptimizerName, ScheduleName, make_optim
 from qzo_diffusion.core.parametrize import Level, Units, parametrize
 from qzo_diffusion.core.probing import Estimator, Probing, StepBatch
 from qzo_diffusion.core.scales import ScaleSet
-from qzo_diffusion.quant.choose import chosen
+from qzo_diffusion.quant.choose import matching
 from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.train.loop import Outcome, Setup, StepRecord, train
 
@@ -35,7 +35,7 @@ def tune_(
     lr: float,
     eps: float = 1e-2,
     level: Level = "dense",
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     units: Units = "relative",
     optimizer: OptimizerName = "sgd",
     schedule: ScheduleName = "constant",
@@ -63,13 +63,13 @@ def tune_(
             more directions for as many forward passes (`core.spsa`).
         per_example: directions of its own for every example, for all levels but "dense"; batches
             then need a length.
-        layers: parts of the names of the layers to tune, such as "mlp"; None is all.
+        layers: parts of the names of the layers to tune, such as ["mlp"]; None is all.
         normalize: divide the slopes of a step by their rms, so that `lr` does not depend on the
             scale of the loss. A step of one direction then keeps only its sign.
         lr, eps: in fractions of a scale (relative units), or in the scales' own units (absolute).
 
     Raises:
-        ModelError: nothing in the model can be tuned, or nothing of `layers`.
+        ModelError: nothing in the model can be tuned, or nothing of one of `layers`.
         TrainingDiverged: ten steps in a row had a loss that is NaN or infinite; the scales are
             those after the last step with a finite loss.
     """
@@ -102,18 +102,19 @@ def tune_(
         theta.merge_()
 
 
-def _trained(scales: ScaleSet, layers: Sequence[str] | None) -> list[str] | None:
+def _trained(scales: ScaleSet, layers: str | Sequence[str] | None) -> list[str] | None:
     """The names of the layers that are tuned; None is all."""
     if layers is None:
         return None
-    names = chosen(scales, list(layers))
-    if not names:
+    parts = [layers] if isinstance(layers, str) else list(layers)
+    unknown = [part for part in parts if not matching(scales, [part])]
+    if unknown or not parts:
         raise ModelError(
-            f"layers={list(layers)}, which no quantized layer's name holds",
+            f"layers={parts}, and no quantized layer's name holds {unknown or 'one of none'}",
             f"parts of names such as {next(iter(scales))}",
             "print(list(find_scales(model))) shows them all",
         )
-    return names
+    return matching(scales, parts)
 
 
 def apply_delta(

@@ -47,10 +47,11 @@ def test_layer_level_is_merged_when_done():
     assert ratio.std() < 1e-6 * ratio.mean()
 
 
-def test_only_the_layers_that_are_named_change():
+@pytest.mark.parametrize("layers", [["2"], "2"])
+def test_only_the_layers_that_are_named_change(layers):
     model = network("bnb")
     before = {name: scale.clone() for name, scale in find_scales(model).tensors().items()}
-    tune_(model, squared_output(model), [inputs()], steps=2, lr=0.1, layers=["2"])
+    tune_(model, squared_output(model), [inputs()], steps=2, lr=0.1, layers=layers)
     changed = [
         name
         for name, scale in find_scales(model).tensors().items()
@@ -61,7 +62,9 @@ def test_only_the_layers_that_are_named_change():
 
 def test_layers_that_are_not_there_are_told_with_one_that_is():
     with pytest.raises(ModelError, match="such as 0"):
-        tune_(network(), squared_output(network()), [inputs()], steps=1, lr=0.1, layers=["mlp"])
+        tune_(network(), len, [inputs()], steps=1, lr=0.1, layers=["2", "mlp"])
+    with pytest.raises(ModelError, match="such as 0"):
+        tune_(network(), len, [inputs()], steps=1, lr=0.1, layers=[])
 
 
 def test_normalised_steps_do_not_depend_on_the_scale_of_the_loss():

@@ -63,6 +63,8 @@ def main() -> None:
     )
     parser.add_argument("--document", type=Path, default=Path("docs/llm.md"))
     options = parser.parse_args()
+    if options.dtype and options.verb != "run":
+        parser.error("--dtype is for run")
     places = Places(
         options.results,
         options.cache,

@@ -156,14 +156,14 @@ class ScaledLayer:
         _scale(y, self._output, self._bias, into=y)
 
     def _check(self, tensor: Tensor, groups: int) -> None:
-        rows, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
-        if rows % groups == 0:
+        first, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 3 else 1
+        if first % groups == 0:
             return
-        # fewer rows than examples: the layer ran once for all of them
-        once_for_all = rows % (groups // self._patch_groups)
-        if once_for_all or groups % rows or tokens % (groups // rows):
+        # shorter than the examples are many: the layer ran once for all, or they are packed
+        once_for_all = first % (groups // self._patch_groups)
+        if once_for_all or groups % first or tokens % (groups // first):
             raise ModelError(
-                f"{self._name} runs on a first dimension of {rows}, of {tokens} tokens "
+                f"{self._name} runs on a first dimension of {first}, of {tokens} tokens "
                 f"each, where {groups} groups are probed",
                 "groups of whole examples, or of equally long runs of an example's tokens",
                 "use parametrization dense, or a model that keeps examples apart in its first "

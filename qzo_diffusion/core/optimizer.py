@@ -95,7 +95,7 @@ class Adam:
     """Adam (Kingma & Ba 2015) without weight decay, on ĝ or on a gradient that is known.
 
     Second moments of fewer than 8 bits are rounded at random, as the seed of the directions says,
-    or `seed` for a gradient that is known; the first have `steady_beta`.
+    or `seed` where a gradient is known; the first have `steady_beta`.
     """
 
     beta2, tiny = 0.99, 1e-8
@@ -108,10 +108,10 @@ class Adam:
 
     def step_(self, parametrization: Parametrization, update: Update) -> None:
         bias1, bias2 = self._count_step()
-        self._seed = update.directions[0].seed
         for name in parametrization.templates():
             grad = gradient_of(parametrization, update, name)
-            change = self._change(name, grad, self._square(parametrization, update, grad), bias2)
+            square = self._square(parametrization, update, grad)
+            change = self._change(name, grad, square, bias2, update.directions[0].seed)
             parametrization.add_(name, change * (-update.lr / bias1))
 
     def descend_(
@@ -120,7 +120,7 @@ class Adam:
         """A step along a gradient that is known, by name."""
         bias1, bias2 = self._count_step()
         for name, grad in gradient.items():
-            change = self._change(name, grad, grad * grad, bias2)
+            change = self._change(name, grad, grad * grad, bias2, self._seed)
             parametrization.add_(name, change * (-lr / bias1))
 
     def _count_step(self) -> tuple[float, float]:
@@ -128,7 +128,7 @@ class Adam:
         self._count += 1
         return 1 - self.beta1**self._count, 1 - self.beta2**self._count
 
-    def _change(self, name: str, grad: Tensor, square: Tensor, bias2: float) -> Tensor:
+    def _change(self, name: str, grad: Tensor, square: Tensor, bias2: float, seed: int) -> Tensor:
         """Take `grad` into the moments; the first divided by the root of the second."""
         first, second = self._first.read(name, grad), self._second.read(name, grad)
         if first is None or second is None:
@@ -138,7 +138,7 @@ class Adam:
         first.mul_(self.beta1).add_(grad * (1 - self.beta1))
         second.mul_(self.beta2).add_(square * (1 - self.beta2))
         self._first.write(name, first)
-        self._second.write(name, second, self._seed, self._count)
+        self._second.write(name, second, seed, self._count)
         return first / (torch.sqrt(second / bias2) + self.tiny)
 
     @staticmethod
@@ -216,13 +216,13 @@ INVERSE_SQRT_STEPS = 32  # after them the rate is 1 / √2 of the first
 
 
 def make_optimizer(
-    name: OptimizerName, in_running_rms: bool = False, state_bits: Bits = 32, seed: int = 0
+    name: OptimizerName, in_running_rms: bool = False, state_bits: Bits = 32
 ) -> Optimizer:
     """The optimizer by its name in a config; SGD has no state to keep in so many bits."""
     kinds: dict[OptimizerName, Callable[[], Optimizer]] = {
         "sgd": Sgd,
         "momentum": lambda: Momentum(state_bits=state_bits),
-        "adam": lambda: Adam(state_bits=state_bits, seed=seed),
+        "adam": lambda: Adam(state_bits=state_bits),
     }
     return InRunningRms(kinds[name]()) if in_running_rms else kinds[name]()
 

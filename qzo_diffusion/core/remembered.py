@@ -2,7 +2,7 @@
 
 `core.low_bit_maps` has the maps. A tensor is cut into blocks of 128 numbers, the last of which may
 be shorter. A tensor with fewer numbers than a block stays in fp32: it is small, and often one
-number for a whole layer. Random numbers for rounding are drawn from the run's seed, the count of
+number for a whole layer. Random numbers for rounding are drawn from the step's seed, the count of
 steps and the tensor's name, as directions are (`core.noise`), so that a run resumes and replays
 bit for bit."""
 

@@ -81,16 +81,16 @@ def _of_class(class_name: str, config: Mapping[str, Any], place: str) -> nn.Modu
 
     settings = {name: value for name, value in config.items() if name != "quantization_config"}
     model = getattr(transformers, class_name)
-    try:
-        with without_weights():
+    with without_weights():
+        try:
             encoder: nn.Module = model(model.config_class(**settings)).eval()
             return encoder
-    except Exception as error:  # a wrong value may raise anything in transformers
-        raise ModelError(
-            f"{place} is refused by transformers: {error}",
-            f"the config of a text encoder, a {class_name}",
-            "download the model again",
-        ) from None
+        except Exception as error:  # a wrong value may raise anything in transformers
+            raise ModelError(
+                f"{place} is refused by transformers: {error}",
+                f"the config of a text encoder, a {class_name}",
+                "download the model again",
+            ) from None
 
 
 def load_text_encoder(

@@ -1,7 +1,10 @@
 """Models of transformers without memory for their weights."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_one_at_a_time = threading.RLock()  # both libraries replace functions of torch for all threads
 
 
 @contextmanager
@@ -14,5 +17,5 @@ def without_weights() -> Iterator[None]:
     from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
-    with no_init_weights(), init_empty_weights(include_buffers=False):
+    with _one_at_a_time, no_init_weights(), init_empty_weights(include_buffers=False):
         yield

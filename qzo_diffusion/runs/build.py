@@ -239,8 +239,7 @@ def optimizer(config: RunConfig) -> Optimizer:
     if train.optimizer == "feedback":
         return ErrorFeedback(train.feedback_decay, train.feedback_steps)
     running = config.qzo.normalize == "running"
-    bits, seed = train.state_bits, train.seed
-    return near_base(config, make_optimizer(train.optimizer, running, bits, seed))
+    return near_base(config, make_optimizer(train.optimizer, running, train.state_bits))
 
 
 def adam(config: RunConfig) -> Adam:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.llm_compare import cells as cells_module
-from benchmarks.llm_compare.cells import run_cell
+from benchmarks.llm_compare.cells import _command, run_cell
 from benchmarks.llm_compare.methods import METHODS, TASKS, Cell, Places, arguments_of, cells
 from benchmarks.llm_compare.report import TABLE, report
 from qzo_diffusion.cli import parse
@@ -162,3 +162,6 @@ def test_another_dtype_replaces_the_methods_own_and_is_said(places):
     config = resolve_settings(parse(["llm", "train", *given]), None, TRAIN_FLAGS, LlmConfig)
     assert config.compute.dtype == "float32"
     assert "compute.dtype=float32" not in arguments_of(cell, places)
+    elsewhere = replace(places, dtype="float32", minutes=120)
+    assert _command(cell, elsewhere).endswith("--dtype float32 --minutes 120")
+    assert _command(cell, places).endswith("quzo_default_0'")

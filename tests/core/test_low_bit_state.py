@@ -101,10 +101,10 @@ def layers():
     return ScaleSet([Layer(name, count, 1, words) for name, count in SHAPES.items()])
 
 
-def steps_of(count):
+def steps_of(count, seed=5):
     """Updates along two directions with scalars that vary; their second moments are tensors."""
     return [
-        Update(directions_of_step(5, step, 2, "rademacher"), (0.3 + step, 0.7 - step), 0.01)
+        Update(directions_of_step(seed, step, 2, "rademacher"), (0.3 + step, 0.7 - step), 0.01)
         for step in range(count)
     ]
 
@@ -136,9 +136,9 @@ def test_memory_is_that_of_the_bits(name, bits):
 @pytest.mark.parametrize("bits", FEW)
 def test_a_loaded_state_continues_as_if_never_stopped(name, bits):
     updates = steps_of(6)
-    whole = make_optimizer(name, state_bits=bits, seed=4)
+    whole = make_optimizer(name, state_bits=bits)
     expected = trained(whole, updates)
-    first, second = (make_optimizer(name, state_bits=bits, seed=4) for _ in range(2))
+    first, second = (make_optimizer(name, state_bits=bits) for _ in range(2))
     theta = trained(first, updates[:3])
     second.load_state_(first.state())
     trained(second, updates[3:], theta)
@@ -149,20 +149,34 @@ def test_a_loaded_state_continues_as_if_never_stopped(name, bits):
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 @pytest.mark.parametrize("bits", FEW)
 def test_a_replay_gives_every_step_bit_for_bit(tmp_path, name, bits):
+    """Also where the seed of a run was changed on the way."""
     writer = JournalWriter.create(tmp_path / "journal.qzo", {"directions": "rademacher"})
-    updates = steps_of(5)
+    updates = steps_of(3) + steps_of(5, seed=6)[3:]
     for step, one in enumerate(updates):
-        writer.append(StepEntry(step, 5, one.lr, 1e-2, 1.0, one.projected_grad, skipped=step == 2))
+        seed = one.directions[0].seed
+        writer.append(
+            StepEntry(step, seed, one.lr, 1e-2, 1.0, one.projected_grad, skipped=step == 2)
+        )
     writer.close()
     done = updates[:2] + updates[3:]
-    expected = trained(make_optimizer(name, state_bits=bits, seed=5), done)
+    expected = trained(make_optimizer(name, state_bits=bits), done)
     theta = parametrize(layers(), "dense")
-    # the journal's seeds decide, not the seed of the process that replays it
-    again = make_optimizer(name, state_bits=bits, seed=6)
+    again = make_optimizer(name, state_bits=bits)
     assert replay_(read_journal(tmp_path / "journal.qzo"), theta, again) == 5
     assert same(theta.state(), expected.state())
     exact = trained(make_optimizer(name), done)
     assert not torch.equal(theta.state()["odd"], exact.state()["odd"])
+
+
+def test_the_seed_of_its_directions_rounds_a_step():
+    """Adam of two bits, with equal amounts along equal directions."""
+    found = []
+    for seed in (5, 6):
+        adam = Adam(state_bits=2)
+        for step in range(3):
+            adam._change("odd", random(4995, seed=step), random(4995, seed=step) ** 2, 0.1, seed)
+        found.append(adam.state()["second.odd"])
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize(("seed", "equal"), [(0, True), (1, False)])

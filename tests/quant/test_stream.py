@@ -11,6 +11,7 @@ from qzo_diffusion.quant.load import find_scales, quantize_
 from qzo_diffusion.quant.stored import pending_dequantized, pending_tensors
 from qzo_diffusion.quant.stream import Quantization, fill_
 from qzo_diffusion.quant.weights import read_entries, write_tensors
+from qzo_diffusion.quant.without_weights import without_weights
 from tests.small_models import causal_lm, sd3_inputs, sd3_transformer, t5_encoder
 
 CPU = torch.device("cpu")
@@ -29,9 +30,7 @@ def empty(model):
     are real.
     """
     if hasattr(model, "all_tied_weights_keys"):
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):
+        with without_weights():
             return type(model)(model.config)
     with torch.device("meta"):
         return type(model).from_config(model.config)
