@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks import quzo_steps as steps
 from benchmarks import quzo_style as style
 from benchmarks.llm_compare import memory
+from benchmarks.llm_compare.cells import dtype_of
 from benchmarks.llm_compare.methods import BATCH, BFLOAT16, METHODS, TASKS, Places
 from benchmarks.record import RESULTS, put_between_markers, write_results
 from benchmarks.resident import FREED_AT_ONCE
@@ -176,6 +177,7 @@ def _row(name: str, result: dict[str, Any], peak: float | str) -> list[Any]:
         value,
         f"{loss['start']:.3f} -> {loss['end']:.3f}",
         round(result["processor_seconds"] / 60),
+        dtype_of(result),
         peak,
     ]
 
@@ -188,7 +190,8 @@ def table(runs: dict[str, list[dict[str, Any]]], memory: dict[str, Any]) -> list
         for result in runs.get(cell, [])
     ]
     header = ["format, method", "seed", "steps", "forward passes of an example"]
-    header += ["accuracy on 872", "held-out loss", "processor min", "memory over inference"]
+    header += ["accuracy on 872", "held-out loss", "processor min", "in"]
+    header += ["memory over inference"]
     return [
         "| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]
     ]

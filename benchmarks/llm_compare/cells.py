@@ -84,6 +84,12 @@ def _command(cell: Cell, places: Places) -> str:
     return f"python -m benchmarks.llm_compare run --data FOLDER --cells '{cell.name}'{chosen}"
 
 
+def dtype_of(result: dict[str, Any]) -> str:
+    """The dtype that a cell ran in: the last of its settings counts."""
+    given = [one for one in result.get("settings", ()) if one.startswith("compute.dtype=")]
+    return given[-1].partition("=")[2] if given else "its model's"
+
+
 def _curve(folder: Path, forwards_of_step: int) -> list[tuple[int, float]]:
     """Return (forward passes, held-out loss); first order counts forward and backward passes."""
     metrics = folder / "metrics.jsonl"

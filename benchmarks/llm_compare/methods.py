@@ -103,7 +103,7 @@ def _clipped(threshold: str) -> Method:
     )
 
 
-QUZO_SHARE = 0.6  # of the steps, 38,400 forward passes: three seeds of it fit in 40 minutes
+QUZO_SHARE = 0.6  # of the steps, 38,400 forward passes: one fits in 40 minutes in bfloat16
 
 
 def _quzo(*settings: str, seeds: int = 1, share: float = QUZO_SHARE) -> Method:

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.llm_compare.cells import dtype_of
 from benchmarks.llm_compare.methods import METHODS, Places
 from benchmarks.record import put_between_markers, write_results
 
@@ -81,7 +82,7 @@ def report(places: Places, document: Path) -> Path:
             loss, peak = _way_down(one), one["memory_over_inference"]
             row = [
                 task,
-                name,
+                name if len(one["dtypes"]) == 1 else f"{name}, in {' and '.join(one['dtypes'])}",
                 one["metric"],
                 value,
                 one["runs"],
@@ -117,6 +118,7 @@ def _figures(runs: list[dict[str, Any]], memory_of: dict[str, float] | None) -> 
         "accuracy": round(statistics.fmean(values), 4) if values else None,
         "accuracy_std": round(statistics.stdev(values), 4) if len(values) > 1 else 0.0,
         "runs": len(runs),
+        "dtypes": sorted(set(map(dtype_of, runs))),
         "ended": sorted({run["ended"] for run in runs}),
         "forwards": max(run["forwards"] for run in runs),
         "seconds": round(statistics.fmean(run["processor_seconds"] for run in runs)),
