@@ -30,10 +30,11 @@ def test_ideas_of_ones_own_run_block_after_block_and_their_losses_fall(capsys):
     names: dict[str, object] = {"__name__": "ideas"}
     for code in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(), re.DOTALL):
         exec(compile(code, str(EXTENDING), "exec"), names)
-    step, ranks, slopes = capsys.readouterr().out.splitlines()
+    step, replayed, ranks, slopes = capsys.readouterr().out.splitlines()
     for told in (step, ranks):
         first, last = map(float, told.split(" -> "))
         assert last < 0.5 * first
+    assert replayed == "replayed bit for bit: True"
     assert slopes == "512 slopes"
 
 

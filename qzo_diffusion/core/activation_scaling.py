@@ -171,6 +171,22 @@ class ScaledLayer:
             )
 
 
+def bias_of(layer: nn.Module, name: str) -> nn.Parameter | None:
+    """The layer's bias, which it runs without while its output is scaled.
+
+    Raises:
+        ModelError: a bias that can't be taken off: it would be scaled with the output.
+    """
+    bias = layer.bias
+    if bias is None or isinstance(bias, nn.Parameter):
+        return bias
+    raise ModelError(
+        f"{name} has a bias that is a {type(bias).__name__}",
+        "an nn.Parameter, or None",
+        "register it as a parameter",
+    )
+
+
 def without_bias(bias: nn.Parameter) -> nn.Parameter | None:
     """The parameter that stands in for a bias while the layer's activations are scaled.
 

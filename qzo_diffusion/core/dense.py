@@ -57,7 +57,7 @@ class Dense:
     def _factors(self, names: Sequence[str], direction: Direction, radius: float) -> list[Tensor]:
         """exp(radius · z) of several layers, new tensors, drawn and selected together."""
         like = self._live(names)
-        if direction.distribution == "gaussian":
+        if direction.distribution != "rademacher":
             return [
                 direction.exp_z(name, one, radius) for name, one in zip(names, like, strict=True)
             ]

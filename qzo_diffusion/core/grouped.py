@@ -277,7 +277,7 @@ class Grouped:
         if key in self._subspaces:
             z = self._subspaces[key].z(self._coefficients(key, directions), start, stop)
             return torch.cat([torch.exp(radius * z) for radius in radii])
-        if directions[0].distribution == "gaussian":
+        if directions[0].distribution != "rademacher":
             drawn = [
                 direction.exp_z(key, like, radius, each=kind.token_wise)
                 for radius in radii
@@ -292,7 +292,7 @@ class Grouped:
     def _coefficients(self, key: str, directions: Sequence[Direction]) -> Tensor:
         """Coefficients [groups, k] of the directions of a subspace, for one radius."""
         like, each = self._template(key), self._kinds[key].token_wise
-        if directions[0].distribution == "gaussian":
+        if directions[0].distribution != "rademacher":
             return torch.cat([one.z(key, like, each).view(-1, len(like)) for one in directions])
         packed = self._packed(key, directions, keep=True)
         return select(packed, [(1.0, -1.0)], like.dtype, 0, len(like))[0]

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -98,13 +97,20 @@ class JournalWriter:
 
     @classmethod
     def create(cls, path: Path, header: Mapping[str, Any]) -> "JournalWriter":
-        """Raises OutputError when there is a journal already or the place can't be written."""
+        """Raises OutputError when there is a journal already or the place can't be written.
+
+        Args:
+            header: `directions` is the distribution of their z. Where examples have their own,
+                `examples` is the number of all directions of a step.
+        """
+        if path.exists():
+            raise OutputError(
+                f"{path} is there already", "a new journal", "give another place, or reopen it"
+            )
         record = pack(HEADER, to_json(header), b"")
         # so that a journal never is there without its header
         aside = path.with_name(f".{path.name}.partial")
         try:
-            if path.exists():
-                raise FileExistsError(errno.EEXIST, "there is one already", str(path))
             with aside.open("wb") as file:
                 file.write(MAGIC + record)
                 file.flush()

@@ -97,6 +97,12 @@ def records(data: bytes, path: Path) -> Iterator[tuple[int, bytes, bytes, int]]:
 def encode(entry: Entry) -> tuple[int, bytes]:
     if isinstance(entry, NoteEntry):
         return _NOTES[entry.kind], to_json(entry.content)
+    if len(entry.projected_grad) > MOST_SCALARS:
+        raise JournalError(
+            f"a step of {len(entry.projected_grad)} scalars",
+            f"at most {MOST_SCALARS}, the room in a record",
+            "try fewer directions or patch groups",
+        )
     payload = _STEP_PAYLOAD.pack(entry.step, entry.seed, entry.lr, entry.eps, entry.loss)
     payload += struct.pack(f"<{len(entry.projected_grad)}d", *entry.projected_grad)
     return (_SKIPPED if entry.skipped else _STEP), payload

@@ -2,12 +2,10 @@
 and never stored.
 
 The bits come from a counter-based generator (Philox, through numpy, whose bit stream is fixed
-across versions and machines), keyed by a hash, so any tensor's z can be drawn alone, in any order,
-on any rank. Rejected: `torch.randn` after a seed. Its stream differs between CPU and CUDA, is not
-chunk-invariant, and seeding it three times a step would also reset everyone else's noise.
-Rademacher z = ±1 is the default direction: one bit an element, exact in any precision, and the
-least variance of zᵀHz (Spall 1992). Gaussian z follows the papers; numpy may change its
-Gaussian stream between versions, so it is not portable."""
+across versions and machines; `torch.randn` has another on CUDA), keyed by a hash, so any tensor's z
+can be drawn alone, in any order, on any rank. Rademacher z = ±1 is the default direction: one bit
+an element, exact in any precision, and the least variance of zᵀHz (Spall 1992). Gaussian z follows
+the papers; numpy may change its Gaussian stream between versions, so it is not portable."""
 
 import hashlib
 import threading
@@ -75,7 +73,7 @@ class Direction:
         seed: of the run.
         step: counted from 0.
         index: of the direction within its step.
-        distribution: "rademacher" or "gaussian".
+        distribution: "rademacher" or "gaussian"; a class with a `z` of its own has another name.
         patch_groups: how many z token-wise layers have, one for each patch group of an example
             (`core.grouped`).
     """
@@ -86,20 +84,24 @@ class Direction:
     distribution: Distribution = "rademacher"
     patch_groups: int = 1
 
+    def __init_subclass__(cls) -> None:
+        if "z" in vars(cls) and cls.distribution == "rademacher":
+            raise TypeError("`rademacher` is packed bits: give it a `distribution` of its own")
+
     def z(self, name: str, like: Tensor, each: bool = False) -> Tensor:
         """z for the tensor `name`: shape, dtype and device of `like`; mean 0, variance 1.
 
         With `each` there is one for each patch group, [patch groups, *shape].
         """
-        if self.distribution == "gaussian":
-            return self._gaussian(name, like, each)
-        return self._choose(name, like, each, 1.0, -1.0)
+        if self.distribution == "rademacher":
+            return self._choose(name, like, each, 1.0, -1.0)
+        return self._gaussian(name, like, each)
 
     def exp_z(self, name: str, like: Tensor, radius: float, each: bool = False) -> Tensor:
         """exp(radius · z); for Rademacher z each element is one of two constants from float64."""
-        if self.distribution == "gaussian":
-            return torch.exp(radius * self._gaussian(name, like, each))
-        return self._choose(name, like, each, *exp_pair(radius))
+        if self.distribution == "rademacher":
+            return self._choose(name, like, each, *exp_pair(radius))
+        return torch.exp(radius * self.z(name, like, each))
 
     def packed(self, name: str, numel: int, each: bool = False) -> PackedBits:
         """The bits of `numel` Rademacher signs of the tensor `name`, eight a byte.

@@ -186,9 +186,9 @@ class RunningRms:
 class InRunningRms:
     """Divide derivatives by their running rms, then update with any optimizer.
 
-    One learning rate then suits losses of any scale, as with division by each step's own rms. That
-    one gives a step of small derivatives as much weight as one of large ones, which biases the
-    estimate; here the step's own derivatives are a tenth of the unit, which biases it less."""
+    One learning rate then suits losses of any scale. Division by each step's own rms would give a
+    step of small derivatives the weight of one of large ones, which biases the estimate; here its
+    own are soon a tenth of the unit's square, and bias it less."""
 
     def __init__(self, inner: Optimizer, decay: float = 0.9) -> None:
         self._inner, self._rms = inner, RunningRms(decay)
@@ -225,11 +225,6 @@ def make_optimizer(
         "adam": lambda: Adam(state_bits=state_bits),
     }
     return InRunningRms(kinds[name]()) if in_running_rms else kinds[name]()
-
-
-def agree_until(first: Schedule, second: Schedule, steps: int) -> int:
-    """The first step below `steps` at which two schedules differ, or `steps` where none does."""
-    return next((step for step in range(steps) if first(step) != second(step)), steps)
 
 
 def make_schedule(

@@ -15,7 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qzo_diffusion.core.activation_scaling import ActivationScaling, ScaledLayer, without_bias
+from qzo_diffusion.core.activation_scaling import (
+    ActivationScaling,
+    ScaledLayer,
+    bias_of,
+    without_bias,
+)
 from qzo_diffusion.core.errors import ModelError
 from qzo_diffusion.core.hooks import Hooks
 from qzo_diffusion.core.weights import WeightHandle
@@ -268,8 +273,8 @@ class _Override:
         if self._scaling is not None:
             scaling = self._scaling(names)
             for name, layer_scaling in scaling.items():
-                bias = self._handles[name].module.bias
-                if layer_scaling.output is not None and isinstance(bias, nn.Parameter):
+                bias = bias_of(self._handles[name].module, name)
+                if layer_scaling.output is not None and bias is not None:
                     # noted first: an interrupt in between must still be undone
                     self._biases[name] = bias
                     self._handles[name].module.register_parameter("bias", without_bias(bias))

@@ -70,9 +70,7 @@ class Estimate:
 
     @property
     def finite(self) -> bool:
-        """Whether all losses and derivatives are finite; clipping must not make a bad step look
-        sound.
-        """
+        """Whether all losses and derivatives are; clipping must not make a bad step look sound."""
         seen = (self.loss_plus, self.loss_minus, self.directional_derivative)
         return all(math.isfinite(value) for values in seen for value in values)
 

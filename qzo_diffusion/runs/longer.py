@@ -8,7 +8,7 @@ from pathlib import Path
 from qzo_diffusion.config.style import RunConfig
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.journal import read_journal
-from qzo_diffusion.core.optimizer import agree_until
+from qzo_diffusion.core.optimizer import Schedule
 from qzo_diffusion.runs import build
 from qzo_diffusion.train.checkpoint import list_checkpoints
 
@@ -52,3 +52,8 @@ def without_steps(
             "--init-from), or add --force to go on with rates that no whole run has",
         )
     return [change for change in changes if not change.startswith(f"{STEPS}: ")]
+
+
+def agree_until(first: Schedule, second: Schedule, steps: int) -> int:
+    """The first step below `steps` at which two schedules differ, or `steps` where none does."""
+    return next((step for step in range(steps) if first(step) != second(step)), steps)

@@ -57,7 +57,7 @@ ENTRIES = [
 def test_the_largest_step_is_read_and_a_larger_one_has_no_room(path):
     largest = step(0, tuple(map(float, range(MOST_SCALARS))))
     assert read_journal(write(path, [largest])).steps == [largest]
-    with pytest.raises(struct.error):
+    with pytest.raises(JournalError, match="the room in a record"):
         write(path.with_name("other"), [step(0, (0.0,) * (MOST_SCALARS + 1))])
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from qzo_diffusion.core.noise import (
     packed_bits,
     torch_generator,
 )
+from qzo_diffusion.core.parametrize import parametrize
+from tests.quantized import inputs, scaled_network
 
 LIKE = torch.empty(1000)
 
@@ -189,3 +192,37 @@ def test_generators_of_different_purposes_differ():
         for purpose in ("data", "validation")
     ]
     assert not torch.equal(*draws)
+
+
+@dataclass(frozen=True)
+class Ones(Direction):
+    distribution: str = "ones"
+
+    def z(self, name, like, each=False):
+        return torch.ones(self.patch_groups, *like.shape) if each else torch.ones_like(like)
+
+
+@pytest.mark.parametrize("level", ["dense", "row", "column", "layer", "separable"])
+def test_directions_of_ones_own_are_what_is_probed_and_what_is_combined(level):
+    model, scales = scaled_network(dtype=torch.float64)
+    theta = parametrize(scales, level)
+    before = {name: live.clone() for name, live in scales.tensors().items()}
+    shown = theta.perturbed(Ones(0, 0), 0.1)(list(scales))
+    times = 2 if level == "separable" else 1  # a row and a column change each scale
+    for name, scale in shown.items():
+        torch.testing.assert_close(scale.flatten(), before[name].flatten() * math.exp(0.1 * times))
+    for name, like in theta.templates().items():
+        assert torch.equal(theta.combined(name, [Ones(0, 0)], [2.0]), torch.full_like(like, 2.0))
+    if level != "dense":
+        with scales.override(*theta.probes([Ones(0, 0), Ones(0, 1)], [0.1])), torch.no_grad():
+            together = model(inputs(2, dtype=torch.float64))
+        with scales.override(theta.perturbed(Ones(0, 0), 0.1)), torch.no_grad():
+            torch.testing.assert_close(together, model(inputs(2, dtype=torch.float64)))
+
+
+def test_a_z_of_ones_own_needs_a_name_of_its_own():
+    with pytest.raises(TypeError, match="a `distribution` of its own"):
+
+        class Nameless(Direction):
+            def z(self, name, like, each=False):
+                return torch.ones_like(like)

@@ -13,7 +13,6 @@ from qzo_diffusion.core.optimizer import (
     Momentum,
     Sgd,
     Update,
-    agree_until,
     gradient_of,
     make_optimizer,
     make_schedule,
@@ -92,25 +91,6 @@ def test_adam_stores_one_scalar_for_a_single_rademacher_direction():
     seconds = [tensor for name, tensor in adam.state().items() if name.startswith("second.")]
     assert seconds
     assert all(tensor.numel() == 1 for tensor in seconds)
-
-
-@pytest.mark.parametrize(
-    ("name", "warmup", "until"),
-    [
-        ("constant", 0, 100),
-        ("inverse_sqrt", 0, 71),  # its last three tenths fall to zero
-        ("inverse_sqrt", 20, 77),
-        ("cosine", 0, 1),
-        ("linear", 30, 31),
-        ("hold", 0, 1),
-    ],
-)
-def test_schedules_of_two_lengths_agree_until_one_knows_its_end(name, warmup, until):
-    short, long = (make_schedule(name, 0.3, steps, warmup) for steps in (100, 1000))
-    found = agree_until(short, long, 100)
-    assert found == until
-    assert all(short(step) == long(step) for step in range(found))
-    assert agree_until(long, short, found) == found
 
 
 def test_adam_goes_on_with_more_directions_or_fewer():

@@ -245,6 +245,16 @@ def test_examples_that_do_not_fit_the_groups_are_refused():
         model(inputs(6))
 
 
+def test_a_bias_that_cannot_be_taken_off_is_refused():
+    model, scales = scaled_network()
+    del model[0].bias
+    model[0].register_buffer("bias", torch.zeros(128))
+    theta = parametrize(scales, "row")
+    probes = theta.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
+    with pytest.raises(ModelError, match="0 has a bias that is a Tensor"), scales.override(*probes):
+        model(inputs(4))
+
+
 def test_a_layer_that_runs_once_for_all_examples_is_refused():
     """Its tokens divide into as many runs as there are examples, but are not theirs."""
     model, scales = scaled_network()

@@ -7,7 +7,8 @@ from qzo_diffusion.config.style import Config
 from qzo_diffusion.core.errors import ConfigError
 from qzo_diffusion.core.journal import JournalWriter
 from qzo_diffusion.core.journal_format import StepEntry
-from qzo_diffusion.runs.longer import steps_done, without_steps
+from qzo_diffusion.core.optimizer import make_schedule
+from qzo_diffusion.runs.longer import agree_until, steps_done, without_steps
 from tests.conftest import failing
 from tests.runs.short_run import SETTINGS, load_equal, resume
 
@@ -76,3 +77,22 @@ def test_a_longer_run_is_the_one_that_was_long_from_its_beginning(train, tmp_pat
     capsys.readouterr()
     change = ["--max-steps", 3, "train.seed=1"]
     assert "train.seed: 0 -> 1" in failing(capsys, resume(tmp_path / "run", *change))
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "until"),
+    [
+        ("constant", 0, 100),
+        ("inverse_sqrt", 0, 71),  # its last three tenths fall to zero
+        ("inverse_sqrt", 20, 77),
+        ("cosine", 0, 1),
+        ("linear", 30, 31),
+        ("hold", 0, 1),
+    ],
+)
+def test_schedules_of_two_lengths_agree_until_one_knows_its_end(name, warmup, until):
+    short, long = (make_schedule(name, 0.3, steps, warmup) for steps in (100, 1000))
+    found = agree_until(short, long, 100)
+    assert found == until
+    assert all(short(step) == long(step) for step in range(found))
+    assert agree_until(long, short, found) == found
