@@ -221,7 +221,9 @@ def _figures(runs: dict[str, list[dict[str, Any]]], measured: dict[str, Any]) ->
         over = (memory[cell]["memory_over_inference"] for cell in FORMATS.values())
         figures["memory_over_inference"] = max(over)
     if "step_over_forwards" in measured:
-        figures["step_over_forwards"] = measured["step_over_forwards"]
+        by_cell = measured["step_over_forwards"]
+        figures["step_over_forwards"] = by_cell["quzo_default"]
+        figures["step_over_forwards_of_each_code"] = by_cell["quzo_int8_slow"]
     if "style" in measured:
         figures["style_share_of_qzo"] = measured["style"]["share"]
     return figures
@@ -267,9 +269,15 @@ def main() -> None:
     parser.add_argument(
         "--one", choices=MEASURED, help="memory of one method, printed (used by the whole)"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="of `time`; float32 where the processor emulates bfloat16",
+    )
     parser.add_argument("--document", type=Path, default=Path("docs/quzo.md"))
     options = parser.parse_args()
-    places = Places(options.results, Path(), options.data, options.model or smollm2())
+    model = options.model or smollm2()
+    places = Places(options.results, Path(), options.data, model, dtype=options.dtype)
     if options.verb == "report":
         print(report(places, options.document))
     elif options.one in ("sgd", "adamw"):

@@ -56,6 +56,7 @@ def load(places: Places, cell: str, *settings: str, batch: int = BATCH) -> Case:
 
     given: dict[str, Any] = {"task": "sst2", "model": str(places.model), "method": "quzo"}
     own = [*TASKS["sst2"]["settings"], *METHODS[cell].settings, *settings]
+    own += [f"compute.dtype={places.dtype}"] if places.dtype else []
     for text in [*own, f"data.dir={places.data / 'sst2'}"]:
         set_dotted(given, *parse_override(text, LlmConfig))
     plan = llm_run.make_plan(make_config(given, LlmConfig))
