@@ -276,6 +276,8 @@ def main() -> None:
     )
     parser.add_argument("--document", type=Path, default=Path("docs/quzo.md"))
     options = parser.parse_args()
+    if options.dtype and options.verb != "time":
+        parser.error("--dtype is for time")
     model = options.model or smollm2()
     places = Places(options.results, Path(), options.data, model, dtype=options.dtype)
     if options.verb == "report":

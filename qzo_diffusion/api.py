@@ -110,7 +110,7 @@ def _trained(scales: ScaleSet, layers: str | Sequence[str] | None) -> list[str] 
     unknown = [part for part in parts if not matching(scales, [part])]
     if unknown or not parts:
         raise ModelError(
-            f"layers={parts}, and no quantized layer's name holds {unknown or 'one of none'}",
+            f"layers={parts}" + (f", no quantized layer's name holds {unknown}" if unknown else ""),
             f"parts of names such as {next(iter(scales))}",
             "print(list(find_scales(model))) shows them all",
         )

@@ -1,6 +1,7 @@
 """The code in docs/api.md and docs/extending.md is run as it stands."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ def test_the_tour_runs_and_its_loss_falls(capsys):
     assert float(last) < 0.8 * float(first)
 
 
-def test_ideas_of_ones_own_run_block_after_block_and_their_losses_fall(capsys):
+def test_ideas_of_ones_own_run_block_after_block_and_their_losses_fall(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # for their journal
     names: dict[str, object] = {"__name__": "ideas"}
     for code in re.findall(r"```python\n(.*?)```", EXTENDING.read_text(), re.DOTALL):
         exec(compile(code, str(EXTENDING), "exec"), names)

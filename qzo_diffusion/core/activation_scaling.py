@@ -171,14 +171,17 @@ class ScaledLayer:
             )
 
 
-def bias_of(layer: nn.Module, name: str) -> nn.Parameter | None:
-    """The layer's bias, which it runs without while its output is scaled.
+def bias_beside(scaling: LayerScaling, layer: nn.Module, name: str) -> nn.Parameter | None:
+    """The bias that a layer runs without while its output is scaled; None where there is none, or
+    inputs alone are scaled.
 
     Raises:
         ModelError: a bias that can't be taken off: it would be scaled with the output.
     """
+    if scaling.output is None or layer.bias is None:
+        return None
     bias = layer.bias
-    if bias is None or isinstance(bias, nn.Parameter):
+    if isinstance(bias, nn.Parameter):
         return bias
     raise ModelError(
         f"{name} has a bias that is a {type(bias).__name__}",

@@ -103,14 +103,14 @@ class JournalWriter:
             header: `directions` is the distribution of their z. Where examples have their own,
                 `examples` is the number of all directions of a step.
         """
-        if path.exists():
-            raise OutputError(
-                f"{path} is there already", "a new journal", "give another place, or reopen it"
-            )
         record = pack(HEADER, to_json(header), b"")
         # so that a journal never is there without its header
         aside = path.with_name(f".{path.name}.partial")
         try:
+            if path.exists():
+                raise OutputError(
+                    f"{path} is there already", "a new journal", "give another place, or reopen it"
+                )
             with aside.open("wb") as file:
                 file.write(MAGIC + record)
                 file.flush()

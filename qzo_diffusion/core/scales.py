@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qzo_diffusion.core.activation_scaling import (
     ActivationScaling,
     ScaledLayer,
-    bias_of,
+    bias_beside,
     without_bias,
 )
 from qzo_diffusion.core.errors import ModelError
@@ -273,8 +273,8 @@ class _Override:
         if self._scaling is not None:
             scaling = self._scaling(names)
             for name, layer_scaling in scaling.items():
-                bias = bias_of(self._handles[name].module, name)
-                if layer_scaling.output is not None and bias is not None:
+                bias = bias_beside(layer_scaling, self._handles[name].module, name)
+                if bias is not None:
                     # noted first: an interrupt in between must still be undone
                     self._biases[name] = bias
                     self._handles[name].module.register_parameter("bias", without_bias(bias))

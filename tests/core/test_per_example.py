@@ -237,12 +237,21 @@ def test_a_small_gain_is_not_lost_in_bfloat16():
     assert not torch.equal(scaled, value * layer_scaling.bfloat16())
 
 
-def test_examples_that_do_not_fit_the_groups_are_refused():
+@pytest.mark.parametrize(
+    "x",
+    [
+        inputs(6),
+        # a layer that runs once for all: its tokens divide into as many runs, but are not theirs
+        inputs(8).unsqueeze(0),
+    ],
+    ids=["other examples", "once for all"],
+)
+def test_examples_that_do_not_fit_the_groups_are_refused(x):
     model, scales = scaled_network()
     theta = parametrize(scales, "row")
     probes = theta.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
     with pytest.raises(ModelError, match="4 groups are probed"), scales.override(*probes):
-        model(inputs(6))
+        model(x)
 
 
 def test_a_bias_that_cannot_be_taken_off_is_refused():
@@ -253,15 +262,11 @@ def test_a_bias_that_cannot_be_taken_off_is_refused():
     probes = theta.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
     with pytest.raises(ModelError, match="0 has a bias that is a Tensor"), scales.override(*probes):
         model(inputs(4))
-
-
-def test_a_layer_that_runs_once_for_all_examples_is_refused():
-    """Its tokens divide into as many runs as there are examples, but are not theirs."""
-    model, scales = scaled_network()
-    theta = parametrize(scales, "row")
-    probes = theta.probes(directions_of_step(0, 0, 4, "rademacher"), [0.01])
-    with pytest.raises(ModelError, match="4 groups are probed"), scales.override(*probes):
-        model(inputs(8).unsqueeze(0))
+    columns = parametrize(scales, "column").probes(
+        directions_of_step(0, 0, 4, "rademacher"), [0.01]
+    )
+    with torch.no_grad(), scales.override(*columns):  # inputs are scaled, and no bias with them
+        assert model(inputs(4)).isfinite().all()
 
 
 @pytest.mark.parametrize("level", GAINED)
